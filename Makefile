@@ -1,0 +1,40 @@
+# make demo    train, compress, fine-tune, save and reload two small models
+# make test    the default tests
+# make check   everything CI runs
+# make clean   remove what the others made
+#
+# Each installs into .venv first, when needed. PYTHON=python3.12 chooses another interpreter.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+EXTRAS := dev,hf,vision
+# Written last: an environment without it was interrupted half-way, and is built anew.
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test check clean
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)
+	$(RUN) -m benchmarks.demo
+
+test: $(INSTALLED)
+	$(RUN) -m pytest
+
+check: $(INSTALLED)
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+	$(RUN) -m pytest
+	$(RUN) -m pytest -m zoo_slice
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "graphcomp needs Python >= 3.11; try make PYTHON=python3.11")'
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	@echo 'installing into $(VENV): a few minutes the first time'
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist graphcomp.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,377 @@
+"""From a model and example inputs to an fx graph.
+
+`capture` asks torch.export first (complete: its graph trains, is sliced and lowered). What export refuses, mostly
+because a branch depends on data, is recorded while it runs (see record.py). The model is left as it was found.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import sysconfig
+import traceback
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import sympy
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch.export import Dim, ShapesCollection
+
+from graphcomp.canonical import canonicalize
+from graphcomp.errors import CaptureError, InputError
+from graphcomp.graph import fetch
+from graphcomp.graph_module import (
+    CapturedModule,
+    aliases,
+    build,
+    calling_convention,
+    canonical_names,
+    leaf_names,
+    tensor_leaves,
+)
+from graphcomp.record import record
+from graphcomp.untouched import untouched
+
+log = logging.getLogger("graphcomp.capture")
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """A model as a graph.
+
+    Attributes:
+        module: called like the model; its graph has placeholders (one per leaf of the inputs; the ones that are no tensors
+            have no users), get_attr nodes under the model's own tensor names, call_function nodes, one output. In
+            eval mode, whatever mode the model is in. Its tensors are the model's own.
+        original: the model, or its submodule named by `scope`.
+        args, kwargs: example inputs of `original`.
+        producer: "export", or "record" where export refused: then the graph holds for one path and one shape.
+        reason: why export refused, in a line; "" for "export".
+        output_names: one per tensor output of the graph, such as "logits", "out.aux" or "0".
+        aliases: first name -> every name, for tensors the model holds under several names.
+        scope: path of `original` in the model that was given; "" for the model itself.
+    """
+
+    module: fx.GraphModule
+    original: nn.Module
+    args: Args
+    kwargs: Kwargs
+    producer: Literal["export", "record"]
+    reason: str
+    output_names: tuple[str, ...]
+    aliases: dict[str, tuple[str, ...]]
+    scope: str
+
+
+def capture(
+    model: nn.Module,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    scope: str = "",
+    outputs: str | Sequence[str] | None = None,
+    dynamic: bool = True,
+) -> Captured:
+    """Turn a model into a graph.
+
+    Args:
+        model: any module, on any device, meta included. Not modified.
+        example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
+        example_kwargs: more keyword arguments.
+        scope: capture only this submodule ("encoder.layer"), on the inputs it gets when `model` runs.
+        outputs: names of the outputs that matter, or prefixes of names up to a dot; the graph returns only these, as
+            a flat tuple (or one tensor). None: all, in the model's own structure.
+        dynamic: leave the batch (dim 0 of the inputs that share the first one's length) and the sequence (dim 1 of
+            integer inputs) symbolic where the model allows it.
+
+    Raises:
+        InputError: the example inputs do not fit the model.
+        CaptureError: neither export nor the recorder could follow the model; no such scope; no such output.
+    """
+    args, kwargs = _arguments(example_inputs, example_kwargs)
+    _check_initialized(model)
+    if scope:
+        model, args, kwargs = _scoped(model, scope, args, kwargs)
+    try:
+        module, names = _export(model, args, kwargs, dynamic)
+        producer: Literal["export", "record"] = "export"
+        reason = ""
+    except Exception as error:  # export has no base class for its refusals
+        module, names = _record(model, args, kwargs, error)
+        producer, reason = "record", _reason(error)
+        log.info("%s was recorded, as torch.export refused it: %s", type(model).__name__, reason)
+    if outputs is not None:
+        names = select_outputs(module.graph, names, [outputs] if isinstance(outputs, str) else outputs)
+    canonicalize(module)
+    captured = _finish(module, model)
+    return Captured(captured, model, args, kwargs, producer, reason, names, aliases(model), scope)
+
+
+# ---------------------------------------------------------------------------------------------- inputs
+def _arguments(example_inputs: Any, example_kwargs: Mapping[str, Any] | None) -> tuple[Args, Kwargs]:
+    """Positional and keyword arguments of the forward."""
+    kwargs = dict(example_kwargs or {})
+    if isinstance(example_inputs, torch.Tensor):
+        args: Args = (example_inputs,)
+    elif isinstance(example_inputs, Mapping):
+        args, kwargs = (), {**example_inputs, **kwargs}
+    elif isinstance(example_inputs, (tuple, list)):
+        args = tuple(example_inputs)
+    else:
+        raise InputError(
+            f"example inputs of type {type(example_inputs).__name__}",
+            fix="give a tensor, a tuple of positional inputs, or a dict of keyword inputs",
+        )
+    if not tensor_leaves((args, kwargs)):
+        raise InputError(
+            "the example inputs hold no tensor", fix="give at least one tensor, such as torch.randn(1, 3, 224, 224)"
+        )
+    return args, kwargs
+
+
+def _check_initialized(model: nn.Module) -> None:
+    lazy = [n for n, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedTensorMixin)]
+    if lazy:
+        raise InputError(
+            f"{type(model).__name__} has parameters without a shape",
+            at=lazy[0],
+            why="lazy modules get their shapes in the first forward pass",
+            fix="run the model once before compressing it",
+        )
+
+
+class _Reached(BaseException):
+    """Stops the run once the submodule's inputs are known; no model catches it by accident."""
+
+
+def _scoped(model: nn.Module, scope: str, args: Args, kwargs: Kwargs) -> tuple[nn.Module, Args, Kwargs]:
+    """A submodule and the inputs it gets first when the whole model runs on `args` and `kwargs`."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if scope not in modules:
+        near = difflib.get_close_matches(scope, modules, n=1, cutoff=0.0)
+        raise CaptureError(f"{type(model).__name__} has no submodule {scope!r}", fix=f"scope={near[0]!r}")
+    seen: list[tuple[Args, Kwargs]] = []
+
+    def note(_module: nn.Module, inner_args: Args, inner_kwargs: Kwargs) -> None:
+        seen.append((inner_args, inner_kwargs))
+        raise _Reached
+
+    with untouched(model, real=True):
+        hook = modules[scope].register_forward_pre_hook(note, with_kwargs=True, prepend=True)
+        try:
+            _run(model, args, kwargs)
+        except _Reached:
+            pass
+        except Exception as error:
+            raise _input_error(model, error) from error
+        finally:
+            hook.remove()
+    if not seen:
+        raise CaptureError(
+            f"the submodule {scope!r} of {type(model).__name__} was not called",
+            why="the model's forward does not reach it on these example inputs, or calls its methods directly",
+            fix="name a submodule that is called, or give example inputs that reach it",
+        )
+    return modules[scope], *seen[0]
+
+
+def _run(model: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+    """A plain forward pass without gradients, on copies of the inputs (a model may write into them)."""
+    args, kwargs = _copied(args, kwargs)
+    with torch.no_grad():
+        return model(*args, **kwargs)
+
+
+def _copied(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    copied: tuple[Args, Kwargs] = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), (args, kwargs))
+    return copied
+
+
+# ---------------------------------------------------------------------------------------------- export
+def _export(model: nn.Module, args: Args, kwargs: Kwargs, dynamic: bool) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """The graph of torch.export: with symbolic batch and sequence if the model allows it, else as the inputs are."""
+    if dynamic:
+        try:
+            program = _export_dynamic(model, args, kwargs)
+        except Exception as error:  # export has no base class for its refusals
+            log.debug("%s has no graph for every batch: %s", type(model).__name__, _reason(error))
+            program = None
+        if program is not None:
+            return _unlifted(program)
+    return _unlifted(_program(model, args, kwargs, None))
+
+
+def _export_dynamic(model: nn.Module, args: Args, kwargs: Kwargs) -> torch.export.ExportedProgram | None:
+    """Export with symbolic dims. None where that would tie the graph to a batch that is not the user's."""
+    batch = _batch(args, kwargs)
+    doubled = batch == 1
+    if doubled:
+        # export takes a length of 1 for a constant, so it is shown two copies of the sample
+        args, kwargs = pytree.tree_map_only(torch.Tensor, _twice, (args, kwargs))
+    shapes = ShapesCollection()
+    length = 2 if doubled else batch
+    for tensor in tensor_leaves((args, kwargs)):
+        shapes[tensor] = _symbolic_dims(tensor, length)
+    program = _program(model, args, kwargs, shapes)
+    values = [n.meta.get("val") for n in program.graph.find_nodes(op="placeholder")]
+    count = len(tensor_leaves((args, kwargs)))
+    inputs = [v for v in values if isinstance(v, torch.Tensor)][-count:]
+    tied = any(v.dim() > 0 and type(v.shape[0]) is int and v.shape[0] == 2 for v in inputs)
+    return None if doubled and tied else program
+
+
+def _batch(args: Args, kwargs: Kwargs) -> int | None:
+    """Length of dim 0 of the first tensor input that has one."""
+    return next((t.shape[0] for t in tensor_leaves((args, kwargs)) if t.dim() > 0), None)
+
+
+def _twice(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.cat([tensor, tensor]) if tensor.dim() > 0 and tensor.shape[0] == 1 else tensor
+
+
+def _symbolic_dims(tensor: torch.Tensor, batch: int | None) -> dict[int, Any] | None:
+    """Dim 0 where it is the batch, dim 1 of token inputs; lengths of 0 and 1 are constants to export."""
+    token = not tensor.is_floating_point() and not tensor.is_complex()
+    dims = [0] if tensor.dim() > 0 and tensor.shape[0] == batch else []
+    dims += [1] if token and tensor.dim() > 1 else []
+    return {dim: Dim.AUTO for dim in dims if tensor.shape[dim] > 1} or None
+
+
+def _program(
+    model: nn.Module, args: Args, kwargs: Kwargs, shapes: ShapesCollection | None
+) -> torch.export.ExportedProgram:
+    with untouched(model, real=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+def _unlifted(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """The program as a module that holds the model's own tensors, and the names of its tensor outputs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = program.module(check_guards=False)
+    spec = program.call_spec.out_spec
+    assert spec is not None and isinstance(module, fx.GraphModule)
+    results = module.graph.output_node().args[0]
+    assert isinstance(results, (tuple, list))
+    names = zip(leaf_names(spec), results, strict=True)
+    return module, tuple(name for name, result in names if isinstance(result, fx.Node))
+
+
+# ---------------------------------------------------------------------------------------------- record
+def _record(model: nn.Module, args: Args, kwargs: Kwargs, refusal: Exception) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """The graph of one real run, or the error that says why there is none."""
+    copied_args, copied_kwargs = _copied(args, kwargs)
+    try:
+        with untouched(model, real=True):
+            recording = record(model, copied_args, copied_kwargs)
+    except Exception as error:
+        _check_runs(model, args, kwargs)
+        raise CaptureError(
+            f"torch.export could not capture {type(model).__name__}.forward, nor could it be recorded",
+            at=user_line(refusal),
+            why=f"{_reason(refusal)}; recording: {_reason(error)}",
+            fix=_fix(refusal),
+        ) from refusal
+    if not recording.output_names:
+        raise CaptureError(f"{type(model).__name__} returns no tensor", fix="compress a module that returns tensors")
+    return fx.GraphModule(recording.tensors, recording.graph), recording.output_names
+
+
+def _check_runs(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
+    """Raise InputError if the plain model does not run on its example inputs."""
+    try:
+        with untouched(model, real=True):
+            _run(model, args, kwargs)
+    except Exception as error:
+        raise _input_error(model, error) from error
+
+
+def _input_error(model: nn.Module, error: Exception) -> InputError:
+    return InputError(
+        f"{type(model).__name__} does not run on the example inputs",
+        at=user_line(error),
+        why=_reason(error),
+        fix="give example inputs for which model(*args, **kwargs) works, on the model's device and in its dtype",
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """The error in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return reason if len(reason) <= 300 else reason[:297] + "..."
+
+
+def _fix(error: BaseException) -> str:
+    if "cache" in str(error).lower():
+        return "the model returns a cache object, which cannot be captured: pass example_kwargs={'use_cache': False}"
+    return 'pass scope="path.to.submodule" to compress one submodule, or example inputs that avoid this line'
+
+
+def user_line(error: BaseException) -> str:
+    """'model.py:12, in forward -> if x.sum() > 0:': the innermost frame that is neither torch's nor ours; '' if none."""
+    skipped = (*(str(Path(m.__file__).parent) for m in (torch, sympy)), str(Path(__file__).parent), "<")
+    # site-packages lies inside the standard library's folder, so only files directly there or in its packages count
+    stdlib, installed = sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(skipped)
+        and not (frame.filename.startswith(stdlib) and not frame.filename.startswith(installed))
+    ]
+    # the outermost frame is whoever called us
+    inside = [frame for frame in frames if frame.name != "<module>"]
+    if not inside:
+        return ""
+    last = inside[-1]
+    return f"{Path(last.filename).name}:{last.lineno}, in {last.name} -> {last.line}"
+
+
+# ---------------------------------------------------------------------------------------------- outputs and names
+def select_outputs(graph: fx.Graph, names: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
+    """Let the graph return only the outputs in `wanted` (names, or prefixes up to a dot); the names of what is left.
+
+    Raises:
+        CaptureError: a name in `wanted` fits no output.
+    """
+    for want in wanted:
+        if not any(_fits(name, want) for name in names):
+            listed = ", ".join(repr(name) for name in names)
+            raise CaptureError(f"the model has no output {want!r}", why=f"its outputs are {listed}", fix="name these")
+    output = graph.output_node()
+    results = [result for result in pytree.tree_leaves(output.args[0]) if isinstance(result, fx.Node)]
+    kept = [(n, r) for n, r in zip(names, results, strict=True) if any(_fits(n, want) for want in wanted)]
+    output.args = (tuple(result for _, result in kept),)
+    one_or_tuple = 0 if len(kept) == 1 else tuple(range(len(kept)))
+    info = graph._codegen.pytree_info  # type: ignore[attr-defined]
+    graph.set_codegen(calling_convention(info.orig_args, info.in_spec, pytree.tree_structure(one_or_tuple)))
+    return tuple(name for name, _ in kept)
+
+
+def _fits(name: str, want: str) -> bool:
+    return name == want or name.startswith(want + ".")
+
+
+def _finish(module: fx.GraphModule, model: nn.Module) -> CapturedModule:
+    """The captured module: each tensor read once, under its first name in the model."""
+    names = canonical_names(model)
+    held: dict[str, Any] = {}
+    first: dict[str, fx.Node] = {}
+    for node in module.graph.find_nodes(op="get_attr"):
+        value = fetch(module, str(node.target))
+        node.target = name = names.get(id(value), str(node.target))
+        if name in first:
+            node.replace_all_uses_with(first[name])
+            module.graph.erase_node(node)
+            continue
+        first[name], held[name] = node, value
+    return build(held, module.graph, type(model).__name__)

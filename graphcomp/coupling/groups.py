@@ -1,0 +1,201 @@
+"""ChannelGroup: units of a network that live or die together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from graphcomp.coupling.axis import Axis, Factor, Reason, coordinates, is_frozen, leaves, normal
+from graphcomp.coupling.propagate import Coupling
+from graphcomp.graph import argument_at, attributes, bind
+
+Role = Literal["channel", "head", "head_dim", "hidden", "width", "expert", "group"]
+ROLES: tuple[Role, ...] = ("channel", "head", "head_dim", "hidden", "width", "expert", "group")
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One dim of one parameter or buffer in which a group's units lie.
+
+    `unit_of` has one row per time the group's factor occurs in the dim (nearly always one): shape
+    (occurrences, length of the dim), int64; entry [k, i] is the unit that index i belongs to, or -1.
+    """
+
+    name: str  # as in `named_parameters()` / `named_buffers()` of the user's model
+    dim: int
+    axis: Axis
+    unit_of: Tensor
+    consumes: bool  # the dim is contracted: the units are read here, not made
+    is_parameter: bool
+    shape: tuple[int, ...]  # of the whole tensor
+
+    def indices(self, units: Tensor) -> Tensor:
+        """Indices of this dim that belong to any of `units` ((u,) int64), ascending."""
+        hit = torch.isin(self.unit_of, units).any(0)
+        return hit.nonzero().flatten()
+
+    @property
+    def elements_per_unit(self) -> int:
+        """Scalars of the tensor that one unit owns through this dim (mean over units)."""
+        numel = 1
+        for n in self.shape:
+            numel *= n
+        length = self.shape[self.dim]
+        units = int(self.unit_of.max()) + 1
+        return numel // length * int((self.unit_of >= 0).any(0).sum()) // max(units, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Coupled units: removing unit u removes every index of every member that belongs to u.
+
+    Groups compare by identity; `name` is unique within one analysis and stable for one model.
+    """
+
+    name: str
+    size: int  # units
+    role: Role
+    members: tuple[Member, ...]
+    factor: Factor
+    normalized: bool  # its axis takes part in layer, RMS or group norm statistics
+
+    @property
+    def producers(self) -> tuple[Member, ...]:
+        """Members whose rows make the unit (rows, biases, affine parameters, statistics)."""
+        return tuple(m for m in self.members if not m.consumes)
+
+    @property
+    def consumers(self) -> tuple[Member, ...]:
+        """Members that contract the unit away."""
+        return tuple(m for m in self.members if m.consumes)
+
+    def __repr__(self) -> str:
+        return f"ChannelGroup({self.name!r}, {self.size} {self.role} units, {len(self.members)} members)"
+
+
+Kept = Mapping[ChannelGroup, Tensor]
+"""For each group the units that stay: (k,) int64, ascending, at least one. Groups left out stay whole."""
+
+
+@dataclass(frozen=True)
+class FrozenAxis:
+    """Indices of one parameter's dim that must stay."""
+
+    name: str
+    dim: int
+    indices: int  # how many of the dim's indices
+    reason: Reason
+
+    def __str__(self) -> str:
+        at = f"  at {self.reason.source}" if self.reason.source else ""
+        return f"{self.name} dim {self.dim} ({self.indices}): {self.reason}{at}"
+
+
+def find_groups(coupling: Coupling) -> tuple[ChannelGroup, ...]:
+    """Every unfrozen factor that occurs in at least one parameter, in the order of the parameters."""
+    consumed = _consumed_dims(coupling)
+    members: dict[Factor, list[Member]] = {}
+    for name, tensor in _distinct(coupling):
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        for dim, axis in enumerate(coupling.attributes[name]):
+            rows: dict[Factor, list[Tensor]] = {}
+            for factor, row in coordinates(axis):
+                rows.setdefault(factor, []).append(row)
+            for factor, found in rows.items():
+                consumes = (name, dim) in consumed
+                shape = tuple(tensor.shape)
+                member = Member(name, dim, normal(axis), torch.stack(found), consumes, is_parameter, shape)
+                members.setdefault(factor, []).append(member)
+    groups: list[ChannelGroup] = []
+    names: Counter[str] = Counter()
+    for factor, found_in in members.items():
+        if not any(m.is_parameter for m in found_in):
+            continue
+        role = _role(factor, found_in)
+        name = _name(role, found_in)
+        names[name] += 1
+        unique = name if names[name] == 1 else f"{name}#{names[name]}"
+        groups.append(
+            ChannelGroup(unique, factor.size, role, tuple(found_in), factor, "normalized" in factor.marks)
+        )
+    return tuple(groups)
+
+
+def find_frozen(coupling: Coupling) -> tuple[FrozenAxis, ...]:
+    """For each parameter and dim the frozen indices, one entry per reason; dims of length 1 are left out."""
+    found: list[FrozenAxis] = []
+    for name, tensor in _distinct(coupling):
+        if not isinstance(tensor, torch.nn.Parameter):
+            continue
+        for dim, axis in enumerate(coupling.attributes[name]):
+            reasons: Counter[Reason] = Counter()
+            for leaf in leaves(axis):
+                if leaf.frozen:
+                    reasons[leaf.frozen] += leaf.size
+            if is_frozen(axis) and reasons:  # all of it: one line, the first reason
+                found.append(FrozenAxis(name, dim, tensor.shape[dim], next(iter(reasons))))
+            else:
+                found += [FrozenAxis(name, dim, count, reason) for reason, count in reasons.items()]
+    return tuple(found)
+
+
+def _distinct(coupling: Coupling) -> list[tuple[str, Tensor]]:
+    """Each tensor of the graph once, by the first name it is read under."""
+    seen: set[int] = set()
+    found = []
+    for node, tensor in attributes(coupling.module):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found.append((str(node.target), tensor))
+    return found
+
+
+def _consumed_dims(coupling: Coupling) -> set[tuple[str, int]]:
+    """(parameter, dim) pairs that some op sums over."""
+    first_name = {id(tensor): name for name, tensor in _distinct(coupling)}
+    canonical = {str(n.target): first_name[id(t)] for n, t in attributes(coupling.module)}
+    consumed: set[tuple[str, int]] = set()
+    for node, call in coupling.calls.items():
+        if not call.contracted:
+            continue
+        arguments = bind(node)
+        summed: list[Axis] = []
+        for key, dims in call.contracted.items():
+            axes = coupling.axes[argument_at(arguments, key)][0]
+            summed += [axes[dim] for dim in dims]
+        for operand in node.all_input_nodes:
+            for name in coupling.sources.get(operand, ()):
+                consumed |= {(canonical[name], dim) for dim in _dims_in(coupling.attributes[name], summed)}
+    return consumed
+
+
+def _dims_in(axes: Sequence[Axis], summed: Sequence[Axis]) -> list[int]:
+    """Dims that are one of `summed`: the very same axis where the op reads the tensor as it is, else one that shares
+    its leaves."""
+    same = [dim for dim, axis in enumerate(axes) if any(axis is other for other in summed)]
+    if same:
+        return same
+    inside = {leaf for axis in summed for leaf in leaves(axis)}
+    return [dim for dim, axis in enumerate(axes) if any(leaf in inside for leaf in leaves(axis))]
+
+
+def _role(factor: Factor, members: Sequence[Member]) -> Role:
+    marks = factor.marks
+    for found, role in (("head_dim", "head_dim"), ("head", "head"), ("expert", "expert"), ("group", "group")):
+        if found in marks:
+            return cast(Role, role)
+    if "residual" in marks:
+        return "width"
+    return "channel" if "conv" in marks else "hidden"
+
+
+def _name(role: Role, members: Sequence[Member]) -> str:
+    """The module that makes the units first, and the role: 'layer1.0.conv1/channel'."""
+    made = next((m for m in members if not m.consumes and m.is_parameter), members[0])
+    owner = made.name.rpartition(".")[0] or made.name
+    return f"{owner}/{role}"

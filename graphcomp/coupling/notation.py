@@ -1,0 +1,240 @@
+"""The einops-like notation of coupling rules.
+
+    linear   "... i, o i, o -> ... o"
+    conv     "n (g i) *s, (g o) i *k, (g o) -> n (g o) *t"
+
+Operands are separated by commas, results follow the arrow. For each dim:
+
+    i        a letter: equal letters couple
+    (g i)    a row-major product; the length of all but one letter must be known
+    *s       any number of dims, frozen (what the op addresses by position)
+    ...      any number of leading dims that broadcast, at most once per operand
+
+A letter that stands on the left only is contracted: its units are summed away.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from graphcomp.coupling.axis import UNIT, Axes, Axis, Reason, couple, freeze, fresh, length, product, regroup
+from graphcomp.coupling.size import Size, divide, multiply
+from graphcomp.errors import RuleError
+
+_TOKEN = re.compile(r"\s*(\.\.\.|\*[a-z]|[A-Za-z]|\([^()]*\)|\S)")
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """The dims of one operand: letters "i", products ("g", "i"), stars "*s" and "..."."""
+
+    dims: tuple[str | tuple[str, ...], ...]
+
+    def letters(self) -> set[str]:
+        found: set[str] = set()
+        for dim in self.dims:
+            found |= {dim} if isinstance(dim, str) else set(dim)
+        return {name for name in found if name != "..." and not name.startswith("*")}
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """Dim `dim` of operand number `operand` is summed away."""
+
+    operand: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class Notation:
+    """A parsed rule."""
+
+    text: str
+    operands: tuple[Pattern, ...]
+    results: tuple[Pattern, ...]
+
+
+@cache
+def parse(text: str) -> Notation:
+    """Parse a rule; every malformed form raises RuleError with what is wrong."""
+    if text.count("->") != 1:
+        raise RuleError(f"rule {text!r} needs exactly one '->'", fix='e.g. "... i, o i, o -> ... o"')
+    left, right = text.split("->")
+    notation = Notation(text, _side(left, text), _side(right, text))
+    known = set().union(*(p.letters() for p in notation.operands))
+    for pattern in notation.results:
+        unknown = pattern.letters() - known
+        if unknown:
+            raise RuleError(f"rule {text!r}: {sorted(unknown)} stands only on the right", fix="write *x: a new dim")
+    has_ellipsis = any("..." in p.dims for p in notation.operands)
+    if any("..." in p.dims for p in notation.results) and not has_ellipsis:
+        raise RuleError(f"rule {text!r}: '...' stands only on the right")
+    return notation
+
+
+def _side(text: str, rule: str) -> tuple[Pattern, ...]:
+    return tuple(_pattern(part, rule) for part in text.split(","))
+
+
+def _pattern(text: str, rule: str) -> Pattern:
+    dims: list[str | tuple[str, ...]] = []
+    for token in _TOKEN.findall(text):
+        if token.startswith("("):
+            letters = tuple(token[1:-1].split())
+            if len(letters) < 2 or not all(len(x) == 1 and x.isalpha() for x in letters):
+                raise RuleError(f"rule {rule!r}: {token} must hold two or more letters")
+            dims.append(letters)
+        elif token == "..." or token.isalpha() or (token.startswith("*") and len(token) == 2):
+            dims.append(token)
+        else:
+            raise RuleError(f"rule {rule!r}: cannot read {token!r}")
+    if sum(dim == "..." or str(dim).startswith("*") for dim in dims) > 1:
+        raise RuleError(f"rule {rule!r}: {text.strip()!r} has two dims of open number")
+    return Pattern(tuple(dims))
+
+
+def apply(
+    notation: Notation,
+    operands: Sequence[Axes | None],
+    result_shapes: Sequence[Sequence[Size]],
+    why: Reason,
+    sizes: Mapping[str, Size] | None = None,
+) -> tuple[list[Axes], list[Contraction]]:
+    """Couple `operands` as the rule says; their results, and which dims are contracted.
+
+    An operand may be None (an optional one left out). `sizes` gives lengths of letters, e.g. a conv's groups.
+    Of several operands that hold a contracted letter by itself, the last is the one reported.
+    """
+    bound = _Binding(why, dict(sizes or {}))
+    present = [
+        (k, pattern, axes) for k, (pattern, axes) in enumerate(zip(notation.operands, operands)) if axes is not None
+    ]
+    for _, pattern, axes in present:
+        bound.learn_sizes(pattern, axes)
+    for _, pattern, axes in present:
+        bound.take(pattern, axes)
+    results = [bound.give(p, shape) for p, shape in zip(notation.results, result_shapes)]
+    kept = set().union(*(p.letters() for p in notation.results))
+    return results, _contractions(present, kept)
+
+
+def _contractions(present: Sequence[tuple[int, Pattern, Axes]], kept: set[str]) -> list[Contraction]:
+    where: dict[str, Contraction] = {}
+    for k, pattern, axes in present:
+        for name, dim in _positions(pattern, len(axes)):
+            if name not in kept:
+                where[name] = Contraction(k, dim)
+    return list(where.values())
+
+
+def _positions(pattern: Pattern, rank: int) -> list[tuple[str, int]]:
+    """Each letter of `pattern` with the dim it stands in."""
+    found, dim = [], 0
+    for item in pattern.dims:
+        if item == "..." or str(item).startswith("*"):
+            dim += rank - (len(pattern.dims) - 1)
+            continue
+        found += [(name, dim) for name in ((item,) if isinstance(item, str) else item)]
+        dim += 1
+    return found
+
+
+class _Binding:
+    """Letters and what they stand for while one rule is applied."""
+
+    def __init__(self, why: Reason, sizes: dict[str, Size]) -> None:
+        self.why = why
+        self.sizes = sizes
+        self.axes: dict[str, Axis] = {}
+        self.batch: list[Axis] = []  # what "..." stands for, broadcast over the operands
+
+    def learn_sizes(self, pattern: Pattern, axes: Axes) -> None:
+        for item, found in self._items(pattern, axes):
+            if isinstance(item, str) and len(item) == 1 and not isinstance(found, tuple):
+                self.sizes.setdefault(item, length(found))
+
+    def take(self, pattern: Pattern, axes: Axes) -> None:
+        for item, found in self._items(pattern, axes):
+            if isinstance(found, tuple):
+                self._take_open(str(item), found)
+            elif isinstance(item, tuple):
+                lengths = self._lengths(item, length(found))
+                for name, part in zip(item, regroup([found], lengths, self.why), strict=True):
+                    self._letter(name, part)
+            else:
+                self._letter(item, found)
+
+    def give(self, pattern: Pattern, shape: Sequence[Size]) -> Axes:
+        axes: list[Axis] = []
+        open_dims = len(shape) - (len(pattern.dims) - 1)
+        for item in pattern.dims:
+            if item == "...":
+                axes += self.batch
+            elif isinstance(item, tuple):
+                axes.append(product(*(self.axes[name] for name in item)))
+            elif item.startswith("*"):
+                start = len(axes)
+                axes += [fresh(n, self.why) for n in shape[start : start + open_dims]]
+            else:
+                axes.append(self.axes[item])
+        return tuple(axes)
+
+    def _items(
+        self, pattern: Pattern, axes: Axes
+    ) -> list[tuple[str | tuple[str, ...], Axis | tuple[Axis, ...]]]:
+        """Each item of the pattern with its axis, or the tuple of axes of an item of open number."""
+        rank, fixed = len(axes), len(pattern.dims)
+        open_at = next((k for k, d in enumerate(pattern.dims) if d == "..." or str(d).startswith("*")), None)
+        if open_at is None:
+            if rank != fixed:
+                raise RuleError(f"the rule expects {fixed} dims and the operand has {rank}", at=str(self.why))
+            return list(zip(pattern.dims, axes, strict=True))
+        count = rank - (fixed - 1)
+        if count < 0:
+            raise RuleError(f"the rule expects {fixed - 1} dims or more and the operand has {rank}", at=str(self.why))
+        found: list[Axis | tuple[Axis, ...]] = [*axes[:open_at], axes[open_at : open_at + count]]
+        found += axes[open_at + count :]
+        return list(zip(pattern.dims, found, strict=True))
+
+    def _take_open(self, item: str, axes: tuple[Axis, ...]) -> None:
+        if item == "...":
+            self.batch = broadcast([tuple(self.batch), axes], self.why)
+            return
+        for axis in axes:
+            freeze(axis, self.why)
+
+    def _letter(self, name: str, axis: Axis) -> None:
+        if name in self.axes:
+            couple(self.axes[name], axis, self.why)
+        else:
+            self.axes[name] = axis
+
+    def _lengths(self, names: tuple[str, ...], total: Size) -> list[Size]:
+        unknown = [name for name in names if name not in self.sizes]
+        if len(unknown) > 1:
+            raise RuleError(f"the lengths of {unknown} are both unknown in ({' '.join(names)})", at=str(self.why))
+        if unknown:
+            known = multiply(self.sizes[name] for name in names if name != unknown[0])
+            self.sizes[unknown[0]] = divide(total, known)
+        return [self.sizes[name] for name in names]
+
+
+def broadcast(operands: Sequence[Axes], why: Reason) -> list[Axis]:
+    """Couple dims aligned from the right as pointwise ops do; dims of length 1 stretch."""
+    rank = max((len(axes) for axes in operands), default=0)
+    result: list[Axis] = []
+    for k in range(rank):
+        axis: Axis = UNIT
+        for axes in operands:
+            own = axes[k - rank + len(axes)] if k - rank + len(axes) >= 0 else UNIT
+            if length(own) == 1:
+                continue
+            if length(axis) == 1:
+                axis = own
+            else:
+                couple(axis, own, why)
+        result.append(axis)
+    return result

@@ -1,0 +1,211 @@
+"""One walk over the graph: every dim of every value gets an Axis."""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphcomp.coupling import rules as _rules  # noqa: F401  (fills the table)
+from graphcomp.coupling import table
+from graphcomp.coupling.axis import Axes, Axis, Reason, freeze, fresh, leaves, length
+from graphcomp.coupling.size import size_of
+from graphcomp.coupling.table import AxesValue, Call
+from graphcomp.errors import RuleError
+from graphcomp.graph import argument_at, attributes, bind, is_op, source_line, tensor_values, value
+
+logger = logging.getLogger("graphcomp.coupling")
+
+
+@dataclass(frozen=True)
+class UnknownOp:
+    """An op without a rule: every axis it touches is frozen."""
+
+    op: str
+    source: str
+    count: int
+    why: str = "no coupling rule"
+
+    @property
+    def fix(self) -> str:
+        """The line that lifts it, to complete."""
+        name = self.op.rpartition(".")[0].replace(".", "::", 1) if "::" not in self.op else self.op
+        return f'graphcomp.rule("{name}", "n c ..., ... -> n c ...")'
+
+
+@dataclass
+class Coupling:
+    """What the walk found. Axes of a node are one tuple per tensor it computes."""
+
+    module: fx.GraphModule
+    axes: dict[fx.Node, list[Axes]] = field(default_factory=dict)
+    attributes: dict[str, Axes] = field(default_factory=dict)  # get_attr target -> axes of the tensor
+    calls: dict[fx.Node, Call] = field(default_factory=dict)
+    sources: dict[fx.Node, frozenset[str]] = field(default_factory=dict)
+    """For values that depend on parameters and constants only: the get_attr targets they are made of."""
+    unknown: dict[str, UnknownOp] = field(default_factory=dict)
+
+
+def propagate(
+    module: fx.GraphModule, output_names: Sequence[str] = (), order: Sequence[fx.Node] | None = None
+) -> Coupling:
+    """Walk `module` once and couple all its axes.
+
+    Args:
+        module: a captured graph; every node carries meta["val"].
+        output_names: one per output tensor, for the reasons.
+        order: another topological order of the nodes (the result must not depend on it).
+    """
+    coupling = Coupling(module)
+    _place_attributes(coupling)
+    for node in order or module.graph.nodes:
+        if node.op == "placeholder":
+            coupling.axes[node] = [_inputs(node, t) for t in tensor_values(node)]
+        elif node.op == "get_attr":
+            if str(node.target) in coupling.attributes:
+                coupling.axes[node] = [coupling.attributes[str(node.target)]]
+                coupling.sources[node] = frozenset([str(node.target)])
+        elif node.op == "output":
+            _freeze_outputs(coupling, node, output_names)
+        elif node.target is operator.getitem:
+            _getitem(coupling, node)
+        elif is_op(node):
+            _op(coupling, node)
+        elif tensor_values(node) or any(coupling.axes.get(n) for n in node.all_input_nodes):
+            _unknown(coupling, node, str(node.target), "not an op of a library")
+    return coupling
+
+
+def _place_attributes(coupling: Coupling) -> None:
+    """Fresh axes for every tensor the graph reads. The same tensor under two names has the same axes."""
+    by_tensor: dict[int, Axes] = {}
+    by_storage: dict[int, tuple[int, Axes]] = {}
+    for node, tensor in attributes(coupling.module):
+        axes = by_tensor.get(id(tensor))
+        if axes is None:
+            axes = tuple(fresh(n) for n in tensor.shape)
+            by_tensor[id(tensor)] = axes
+            storage = tensor.untyped_storage()._cdata
+            if storage in by_storage and by_storage[storage][0] != id(tensor):
+                for axis in (*axes, *by_storage[storage][1]):
+                    freeze(axis, Reason(f"'{node.target}' shares memory with another tensor of the model"))
+            by_storage[storage] = id(tensor), axes
+        coupling.attributes[str(node.target)] = axes
+
+
+def _inputs(node: fx.Node, tensor: Tensor) -> Axes:
+    return tuple(
+        fresh(size_of(n), Reason(f"model input '{node.target}', dim {k}")) for k, n in enumerate(tensor.shape)
+    )
+
+
+def _freeze_outputs(coupling: Coupling, node: fx.Node, names: Sequence[str]) -> None:
+    position = 0
+    for result in node.all_input_nodes and _flat(node.args):
+        for axes in coupling.axes.get(result, []) if isinstance(result, fx.Node) else []:
+            name = names[position] if position < len(names) else str(position)
+            for k, axis in enumerate(axes):
+                freeze(axis, Reason(f"reaches output '{name}', dim {k}", source=source_line(result)))
+        position += 1
+
+
+def _flat(args: Any) -> list[Any]:
+    found: list[Any] = []
+    fx.map_arg(args, found.append)
+    return found
+
+
+def _getitem(coupling: Coupling, node: fx.Node) -> None:
+    source, index = node.args
+    assert isinstance(source, fx.Node)
+    if source not in coupling.axes:
+        return
+    found = value(source)
+    tensors_before = sum(isinstance(v, Tensor) for v in found[:index])
+    coupling.axes[node] = [coupling.axes[source][tensors_before]] if isinstance(found[index], Tensor) else []
+    if source in coupling.sources:
+        coupling.sources[node] = coupling.sources[source]
+
+
+def _op(coupling: Coupling, node: fx.Node) -> None:
+    operands = [n for n in node.all_input_nodes if n in coupling.axes and coupling.axes[n]]
+    if not tensor_values(node) and not operands:
+        return
+    if all(n in coupling.sources for n in operands):
+        coupling.sources[node] = frozenset().union(*(coupling.sources[n] for n in operands))
+    assert isinstance(node.target, torch._ops.OpOverload)
+    function = table.find(node.target)
+    if function is None:
+        return _unknown(coupling, node, str(node.target), "no coupling rule")
+    arguments = bind(node)
+    call = _call(coupling, node, arguments)
+    try:
+        results = table.run(function, call, {k: _argument(coupling, v) for k, v in arguments.items()})
+        _check(node, results, call)
+        _freeze_symbolic_sums(coupling, call, arguments)
+    except RuleError as error:
+        logger.debug("rule of %s: %s", node.target, error)
+        return _unknown(coupling, node, str(node.target), error.what)
+    coupling.axes[node] = results
+    coupling.calls[node] = call
+
+
+def _call(coupling: Coupling, node: fx.Node, arguments: dict[str, Any]) -> Call:
+    why = Reason("addressed by position", str(node.target), source_line(node))
+    activations = set()
+    for name, argument in arguments.items():
+        nodes = [n for n in _flat(argument) if isinstance(n, fx.Node)]
+        if any(n in coupling.axes and n not in coupling.sources for n in nodes):
+            activations.add(name)
+    shapes = [tuple(size_of(n) for n in t.shape) for t in tensor_values(node)]
+    return Call(node, shapes, why, frozenset(activations))
+
+
+def _argument(coupling: Coupling, argument: Any) -> Any:
+    """What a rule sees of an argument: axes for tensors, sizes for lengths, everything else as it is."""
+    if isinstance(argument, fx.Node):
+        if argument in coupling.axes:
+            axes = coupling.axes[argument]
+            return AxesValue(axes[0]) if isinstance(value(argument), Tensor) else [AxesValue(a) for a in axes]
+        found = value(argument)
+        return size_of(found) if isinstance(found, (int, torch.SymInt)) else found
+    if isinstance(argument, (list, tuple)):
+        return [_argument(coupling, item) for item in argument]
+    return argument
+
+
+def _check(node: fx.Node, results: list[Axes], call: Call) -> None:
+    """The seam: a rule's axes have the shapes that the op has."""
+    lengths = [tuple(length(axis) for axis in axes) for axes in results]
+    if lengths != call.shapes:
+        raise RuleError(f"the rule gives shapes {lengths} and the op {call.shapes}", at=call.why.source)
+
+
+def _freeze_symbolic_sums(coupling: Coupling, call: Call, arguments: dict[str, Any]) -> None:
+    """A sum over channels mixed with a dynamic length has no mask vector of fixed length."""
+    for key, dims in call.contracted.items():
+        axes = coupling.axes[argument_at(arguments, key)][0]
+        for dim in dims:
+            if not isinstance(length(axes[dim]), int):
+                freeze(axes[dim], call.because("summed over together with a dynamic length"))
+
+
+def _unknown(coupling: Coupling, node: fx.Node, op: str, why: str) -> None:
+    reason = Reason(f"{why} for {op}" if why.startswith("no ") else f"{op}: {why}", op, source_line(node))
+    for operand in node.all_input_nodes:
+        for axes in coupling.axes.get(operand, []):
+            for axis in axes:
+                freeze(axis, reason)
+    coupling.axes[node] = [tuple(fresh(size_of(n), reason) for n in t.shape) for t in tensor_values(node)]
+    known = coupling.unknown.get(op)
+    coupling.unknown[op] = UnknownOp(op, reason.source, 1 + (known.count if known else 0), why)
+
+
+def unfrozen(axes: Sequence[Axis]) -> bool:
+    """Whether some index of the value may go."""
+    return any(not leaf.frozen for axis in axes for leaf in leaves(axis))

@@ -1,0 +1,200 @@
+"""Convolutions, pooling, resampling: channels couple, batch passes, space is addressed by position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from graphcomp.coupling.axis import Axes, couple, fresh, length, product, split
+from graphcomp.coupling.rules.movement import all_frozen
+from graphcomp.coupling.size import Size, divide
+from graphcomp.coupling.table import Call, rule
+
+aten = torch.ops.aten
+
+
+# ------------------------------------------------------------------------------------------------ convolution
+@rule(
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding, aten.mkldnn_convolution.default,
+)  # fmt: skip
+def conv(
+    call: Call, weight: Axes, input: Axes = (), self: Axes = (), bias: Axes | None = None, groups: int = 1
+) -> list[Axes]:
+    """n (g i) *s, (g o) i *k, (g o) -> n (g o) *t"""
+    return _conv(call, "input" if input else "self", input or self, weight, bias, groups, "(g o) i *k")
+
+
+@rule(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+def conv_transpose(input: Axes, weight: Axes, bias: Axes | None = None, groups: int = 1, *, call: Call) -> list[Axes]:
+    """n (g i) *s, (g i) o *k, (g o) -> n (g o) *t"""
+    return _conv(call, "input", input, weight, bias, groups, "(g i) o *k")
+
+
+@rule(aten.convolution.default, aten._convolution.default, aten._convolution.deprecated)
+def convolution(
+    input: Axes, weight: Axes, bias: Axes | None, transposed: bool, groups: int, *, call: Call
+) -> list[Axes]:
+    """Either of the above."""
+    return _conv(call, "input", input, weight, bias, groups, "(g i) o *k" if transposed else "(g o) i *k")
+
+
+def _conv(
+    call: Call, name: str, source: Axes, weight: Axes, bias: Axes | None, groups: int, filters: str
+) -> list[Axes]:
+    """The batch dim may be missing. `groups` is the length of g."""
+    n = "n " if len(source) == len(weight) else ""
+    text = f"{n}(g i) *s, {filters}, (g o) -> {n}(g o) *t"
+    result = call.einsum(text, {"g": groups}, **{name: source}, weight=weight, bias=bias)
+    g, per_group = split(weight[0], groups, call.why)
+    call.mark(weight[:2], "conv")
+    if groups > 1 and max(length(per_group), length(weight[1])) > 1:
+        call.mark(g, "group")
+    call.lengths["groups"] = g
+    return result
+
+
+rule(aten.conv_tbc.default, "*t n i, *k i o, o -> *u n o")
+
+
+@rule("torchvision::deform_conv2d")
+def deform_conv2d(
+    input: Axes,
+    weight: Axes,
+    offset: Axes,
+    mask: Axes,
+    bias: Axes,
+    n_weight_grps: int = 1,
+    groups: int = 1,
+    n_offset_grps: int = 1,
+    offset_groups: int = 1,
+    *,
+    call: Call,
+) -> list[Axes]:
+    """As conv2d; the channels of one offset group share their offsets."""
+    g = max(groups, n_weight_grps)
+    shared, _ = split(input[1], max(offset_groups, n_offset_grps), call.why)
+    call.freeze(shared, "the number of offset groups is fixed")
+    text = "n (g i) *s, (g o) i *k, n *f, n *m, (g o) -> n (g o) *t"
+    result = call.einsum(text, {"g": g}, input=input, weight=weight, offset=offset, mask=mask, bias=bias)
+    call.mark(weight[:2], "conv")
+    call.lengths["groups"], _ = split(weight[0], g, call.why)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------ windows
+WINDOWS = {
+    1: [
+        aten.max_pool1d.default, aten.max_pool1d_with_indices.default, aten.avg_pool1d.default,
+        aten.adaptive_avg_pool1d.default, aten.adaptive_max_pool1d.default,
+        aten.reflection_pad1d.default, aten.replication_pad1d.default,
+    ],
+    2: [
+        aten.max_pool2d.default, aten.max_pool2d_with_indices.default, aten.avg_pool2d.default,
+        aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default, aten.adaptive_max_pool2d.default,
+        aten.reflection_pad2d.default, aten.replication_pad2d.default, aten.mkldnn_max_pool2d.default,
+        aten.mkldnn_adaptive_avg_pool2d.default,
+    ],
+    3: [
+        aten.max_pool3d.default, aten.max_pool3d_with_indices.default, aten.avg_pool3d.default,
+        aten.adaptive_avg_pool3d.default, aten._adaptive_avg_pool3d.default, aten.adaptive_max_pool3d.default,
+        aten.reflection_pad3d.default, aten.replication_pad3d.default, aten.mkldnn_max_pool3d.default,
+    ],
+}  # fmt: skip
+"""Number of trailing dims of space -> ops."""
+
+
+def windows(self: Axes, spatial: int, *, call: Call) -> list[Axes]:
+    """The last `spatial` dims change length and are frozen, the others pass."""
+    call.freeze(self[-spatial:], "a window slides over it")
+    return [_in_space(self[:-spatial], shape, call) for shape in call.shapes]
+
+
+for _spatial, _ops in WINDOWS.items():
+    rule(*_ops)(partial(windows, spatial=_spatial))
+
+
+def _in_space(lead: Axes, shape: Sequence[Size], call: Call) -> Axes:
+    return (*lead, *(fresh(n, call.why) for n in shape[len(lead) :]))
+
+
+@rule(aten._pad_circular.default)
+def pad_circular(self: Axes, pad: Sequence[int], *, call: Call) -> list[Axes]:
+    """Wraps around in as many trailing dims as `pad` has pairs."""
+    return windows(self, len(pad) // 2, call=call)
+
+
+@rule(aten.max_unpool2d.default, aten.max_unpool3d.default)
+def max_unpool(self: Axes, indices: Axes, *, call: Call) -> list[Axes]:
+    """Values go back to where `indices` says, channel by channel."""
+    spatial = 2 if call.node.target is aten.max_unpool2d.default else 3
+    for own, theirs in zip(self, indices, strict=True):
+        couple(own, theirs, call.why)
+    return windows(self, spatial, call=call)
+
+
+@rule(aten.fractional_max_pool2d.default, aten.fractional_max_pool3d.default)
+def fractional_max_pool(self: Axes, random_samples: Axes, *, call: Call) -> list[Axes]:
+    """Windows at random places, drawn for each channel: frozen."""
+    call.freeze([*self, *random_samples], "pooled at random places")
+    return all_frozen(call)
+
+
+@rule(aten.im2col.default)
+def im2col(self: Axes, kernel_size: Sequence[int], *, call: Call) -> Axes:
+    """(..., c, h, w) -> (..., (c k), l): space is frozen."""
+    call.freeze(self[-2:], "a window slides over it")
+    kernel = fresh(divide(call.shape[-2], length(self[-3])), call.why)
+    return (*self[:-3], product(self[-3], kernel), fresh(call.shape[-1], call.why))
+
+
+@rule(aten.col2im.default)
+def col2im(self: Axes, *, call: Call) -> Axes:
+    """(..., (c k), l) -> (..., c, h, w): space is frozen."""
+    channels, kernel = split(self[-2], call.shape[-3], call.why)
+    call.freeze([kernel, self[-1]], "a window slides over it")
+    return (*self[:-2], channels, *(fresh(n, call.why) for n in call.shape[-2:]))
+
+
+# ------------------------------------------------------------------------------------------------ resampling
+for _op in (
+    aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d,
+    aten._upsample_nearest_exact1d, aten._upsample_nearest_exact2d, aten._upsample_nearest_exact3d,
+    aten.upsample_linear1d, aten.upsample_bilinear2d, aten.upsample_bicubic2d, aten.upsample_trilinear3d,
+    aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa,
+):  # fmt: skip
+    rule(_op.default, "n c *s -> n c *t")
+    rule(_op.vec, "n c *s -> n c *t")
+
+for _overload in ("default", "size_list", "scale_list", "size_list_scale_list"):
+    rule(getattr(aten.__interpolate, _overload), "n c *s -> n c *t")
+
+rule(aten.grid_sampler.default, "n c *s, n *g -> n c *t")
+rule(aten.grid_sampler_2d.default, "n c *s, n *g -> n c *t")
+rule(aten.grid_sampler_3d.default, "n c *s, n *g -> n c *t")
+
+
+@rule(aten.affine_grid_generator.default)
+def affine_grid(theta: Axes, *, call: Call) -> list[Axes]:
+    """Positions in space."""
+    call.freeze(theta)
+    return all_frozen(call)
+
+
+# ------------------------------------------------------------------------------------------------ detection
+@rule("torchvision::roi_align", "torchvision::roi_pool")
+def roi(input: Axes, rois: Axes, *, call: Call) -> list[Axes]:
+    """n c *s, r *q -> r c *t: a region names its image by number."""
+    call.freeze([input[0], *input[2:], *rois], "regions are addressed by position")
+    return [(rois[0], *_in_space((input[1],), shape[1:], call)) for shape in call.shapes]
+
+
+@rule("torchvision::ps_roi_align", "torchvision::ps_roi_pool", "torchvision::nms")
+def positional(call: Call, **arguments: Axes) -> list[Axes]:
+    """Channels, or boxes, are picked by their place."""
+    for axes in arguments.values():
+        if isinstance(axes, tuple):
+            call.freeze(axes)
+    return all_frozen(call)

@@ -1,0 +1,169 @@
+"""Products of matrices: linear, matmul and its kin, einsum, attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from graphcomp.coupling.axis import Axes, Axis, couple, freeze, length, regroup
+from graphcomp.coupling.notation import broadcast
+from graphcomp.coupling.size import divide
+from graphcomp.coupling.table import Call, rule
+
+aten = torch.ops.aten
+
+rule(aten.linear.default, "... i, o i, o -> ... o")
+rule(aten.mm.default, "n i, i o -> n o")
+rule(aten.mv.default, "n i, i -> n")
+rule(aten.dot.default, "i, i -> ")
+rule(aten.outer.default, "a, b -> a b")
+rule(aten.bilinear.default, "... i, ... j, o i j, o -> ... o")
+
+
+@rule(aten.bmm.default)
+def bmm(self: Axes, mat2: Axes, *, call: Call) -> list[Axes]:
+    """Batched matrix product."""
+    return _matmul(call, "self", self, "mat2", mat2)
+
+
+@rule(aten.matmul.default)
+def matmul(self: Axes, other: Axes, *, call: Call) -> list[Axes]:
+    """Batch dims broadcast, the last dim of the first meets the last but one of the second."""
+    return _matmul(call, "self", self, "other", other)
+
+
+@rule(aten.addmm.default, aten.baddbmm.default)
+def addmm(self: Axes, call: Call, mat1: Axes = (), mat2: Axes = (), **batched: Any) -> Axes:
+    """A product plus something broadcast over it."""
+    if batched.get("batch1") is not None:
+        product = _matmul(call, "batch1", batched["batch1"], "batch2", batched["batch2"])[0]
+    else:
+        product = _matmul(call, "mat1", mat1, "mat2", mat2)[0]
+    return tuple(broadcast([product, self], call.why))
+
+
+def _matmul(call: Call, left_name: str, left: Axes, right_name: str, right: Axes) -> list[Axes]:
+    """Both batched, or either a vector. Between two activations it is attention: batch dims are heads."""
+    both = {left_name, right_name} <= call.activations
+    l_spec = "i" if len(left) == 1 else "... a i"
+    r_spec = "i" if len(right) == 1 else "... i b"
+    result = ("... " if len(left) > 2 or len(right) > 2 else "") + " ".join(
+        name for name, axes in (("a", left), ("b", right)) if len(axes) > 1
+    )
+    if not result.startswith("..."):
+        l_spec, r_spec = l_spec.removeprefix("... "), r_spec.removeprefix("... ")
+    found = call.einsum(f"{l_spec}, {r_spec} -> {result}", **{left_name: left, right_name: right})
+    batch = found[0][: max(len(left), len(right)) - 2]
+    if both and batch:
+        call.mark(batch, "head")
+        call.mark([left[-1], right[-1]], "head_dim")
+    elif batch:
+        stacked = left if left_name not in call.activations else right
+        call.mark(stacked[:-2], "expert")
+    return found
+
+
+@rule(aten.einsum.default)
+def einsum(equation: str, tensors: list[Axes], *, call: Call) -> Axes:
+    """Letters as einsum reads them; a letter that is not in the result is summed away."""
+    equation = equation.replace(" ", "")
+    if "..." in equation or "->" not in equation:
+        for axes in tensors:
+            call.freeze(axes, "einsum with '...' or without '->'")
+        from graphcomp.coupling.axis import fresh
+
+        return tuple(fresh(n, call.why) for n in call.shape)
+    left, right = equation.split("->")
+    known: dict[str, Axis] = {}
+    last: dict[str, tuple[int, int]] = {}
+    for k, (letters, axes) in enumerate(zip(left.split(","), tensors, strict=True)):
+        for dim, (letter, axis) in enumerate(zip(letters, axes, strict=True)):
+            last[letter] = k, dim
+            if letter in known and length(known[letter]) != 1 != length(axis):
+                couple(known[letter], axis, call.why)
+            elif letter not in known or length(known[letter]) == 1:
+                known[letter] = axis
+    _note_sums(call, {letter: at for letter, at in last.items() if letter not in right})
+    return tuple(known[letter] for letter in right)
+
+
+def _note_sums(call: Call, summed: dict[str, tuple[int, int]]) -> None:
+    for operand, dim in summed.values():
+        call.contract(f"tensors.{operand}", dim)
+
+
+# ------------------------------------------------------------------------------------------------ attention
+@rule(
+    aten.scaled_dot_product_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+)
+def scaled_dot_product_attention(
+    query: Axes,
+    key: Axes,
+    value: Axes,
+    attn_mask: Axes | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    call: Call,
+) -> list[Axes]:
+    """(..., h, s, d), (..., h, t, d), (..., h, t, e) -> (..., h, s, e). Softmax over t, so t is frozen; the implied
+    1/sqrt(d) is pinned. Grouped-query: every key head serves h/h_kv query heads, (h r) = query heads."""
+    why = call.why
+    call.freeze([query[-2], key[-2], value[-2]], "softmax over these positions")
+    couple(key[-2], value[-2], why)
+    couple(query[-1], key[-1], why)
+    batch = _attention_batch(query, key, value, enable_gqa, call)
+    call.contract("query", len(query) - 1)
+    call.mark([query[-1], value[-1]], "head_dim")
+    call.mark([a for a in batch[1:] or batch if isinstance(length(a), int)], "head")
+    if scale is None:
+        call.pins["scale"] = 1 / math.sqrt(length(query[-1]))
+    scores = (*batch, query[-2], key[-2])
+    if attn_mask is not None:
+        broadcast([scores, attn_mask], why)
+    results: list[Axes] = [(*batch, query[-2], value[-1])]
+    for shape in call.shapes[1:]:  # logsumexp and bookkeeping of the fused kernels
+        from graphcomp.coupling.axis import fresh
+
+        results.append(scores[: len(shape)] if tuple(map(length, scores[: len(shape)])) == shape
+                       else tuple(fresh(n, why) for n in shape))
+    return results
+
+
+def _attention_batch(query: Axes, key: Axes, value: Axes, grouped: bool, call: Call) -> Axes:
+    q, k, v = query[:-2], key[:-2], value[:-2]
+    if grouped and q and length(q[-1]) != length(k[-1]):
+        heads = length(k[-1])
+        kv, repeat = regroup([q[-1]], [heads, divide(length(q[-1]), heads)], call.why)
+        for other in (k[-1], v[-1]):
+            couple(kv, other, call.why)
+        return (*broadcast([q[:-1], k[:-1], v[:-1]], call.why), q[-1])
+    return tuple(broadcast([q, k, v], call.why))
+
+
+# ------------------------------------------------------------------------------------------------ stacked experts
+@rule("transformers::grouped_mm_fallback", aten._grouped_mm.default)
+def grouped_mm(call: Call, **arguments: Any) -> Axes:
+    """Rows of the first operand, sorted by expert, meet that expert's matrix: (t, i), (e, i, o) -> (t, o).
+
+    Experts are dispatched by number, so e is frozen.
+    """
+    names = list(arguments)
+    tokens, weight = arguments[names[0]], arguments[names[1]]
+    freeze(weight[0], call.because("experts are addressed by number"))
+    call.mark(weight[0], "expert")
+    couple(tokens[-1], weight[-2], call.why)
+    call.contract(names[1], len(weight) - 2)
+    _freeze_offsets(call, [v for name, v in arguments.items() if name in ("offs", "offsets")])
+    return (*tokens[:-1], weight[-1])
+
+
+def _freeze_offsets(call: Call, offsets: Sequence[Axes | None]) -> None:
+    for axes in offsets:
+        call.freeze(axes or (), "experts are addressed by number")

@@ -1,0 +1,411 @@
+"""Ops that move or regroup indices and compute nothing: view, transpose, cat, split, slice, expand, pad, …"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from graphcomp.coupling.axis import (
+    UNIT,
+    Axes,
+    Axis,
+    concat,
+    couple,
+    cut,
+    fresh,
+    is_frozen,
+    length,
+    product,
+    regroup,
+    split,
+)
+from graphcomp.coupling.notation import broadcast
+from graphcomp.coupling.size import Size, divide, multiply
+from graphcomp.coupling.table import Call, rule
+
+aten = torch.ops.aten
+
+
+# ------------------------------------------------------------------------------------------------ regrouping
+@rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten._reshape_alias.default)
+def view(self: Axes, *, call: Call) -> Axes:
+    """Row-major regrouping. A length of -1 stays for the runtime to work out."""
+    return _regrouped(call, self, "size" if "size" in _names(call) else "shape")
+
+
+@rule(aten.view_as.default, aten.reshape_as.default)
+def view_as(self: Axes, other: Axes, *, call: Call) -> Axes:
+    """As `view`; the lengths are those of `other`, so the two couple."""
+    axes = tuple(regroup(self, call.shape, call.why))
+    for own, theirs in zip(axes, other, strict=True):
+        couple(own, theirs, call.why)
+    return axes
+
+
+@rule(aten.flatten.using_ints)
+def flatten(self: Axes, *, call: Call) -> Axes:
+    """Some neighbouring dims become one."""
+    return tuple(regroup(self, call.shape, call.why))
+
+
+@rule(aten.unflatten.int)
+def unflatten(self: Axes, dim: int, *, call: Call) -> Axes:
+    """One dim becomes several; a length of -1 stays."""
+    dim %= len(self)
+    count = len(call.shape) - len(self) + 1
+    parts = regroup([self[dim]], call.shape[dim : dim + count], call.why)
+    call.lengths["sizes"] = parts
+    return (*self[:dim], *parts, *self[dim + 1 :])
+
+
+def _regrouped(call: Call, axes: Axes, argument: str) -> Axes:
+    result = tuple(regroup(axes, call.shape, call.why))
+    call.lengths[argument] = list(result)
+    return result
+
+
+def _names(call: Call) -> set[str]:
+    assert isinstance(call.node.target, torch._ops.OpOverload)
+    return {a.name for a in call.node.target._schema.arguments}
+
+
+@rule(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+def squeeze(self: Axes, dim: int | Sequence[int] | None = None, *, call: Call) -> Axes:
+    """Dims of length 1 go, all or the named ones."""
+    named = range(len(self)) if dim is None else [dim] if isinstance(dim, int) else dim
+    gone = {d % len(self) for d in named if length(self[d]) == 1} if self else set()
+    return tuple(axis for d, axis in enumerate(self) if d not in gone)
+
+
+@rule(aten.unsqueeze.default)
+def unsqueeze(self: Axes, dim: int) -> Axes:
+    """A new dim of length 1."""
+    dim %= len(self) + 1
+    return (*self[:dim], UNIT, *self[dim:])
+
+
+# ------------------------------------------------------------------------------------------------ reordering
+@rule(aten.permute.default)
+def permute(self: Axes, dims: Sequence[int]) -> Axes:
+    """Dims in another order."""
+    return tuple(self[d] for d in dims)
+
+
+@rule(aten.transpose.int, aten.swapaxes.default)
+def transpose(self: Axes, call: Call, **dims: Any) -> Axes:
+    """Two dims swapped."""
+    a, b = dims.get("dim0", dims.get("axis0")), dims.get("dim1", dims.get("axis1"))
+    axes = list(self)
+    if axes:
+        axes[a], axes[b] = axes[b], axes[a]
+    return tuple(axes)
+
+
+@rule(aten.t.default, aten.numpy_T.default, aten.mT.default)
+def t(self: Axes, *, call: Call) -> Axes:
+    """The last two dims swapped (all reversed for numpy_T)."""
+    if call.node.target is aten.mT.default:
+        return (*self[:-2], self[-1], self[-2])
+    return tuple(reversed(self))
+
+
+@rule(aten.movedim.int, aten.movedim.intlist)
+def movedim(self: Axes, source: int | Sequence[int], destination: int | Sequence[int]) -> Axes:
+    """Some dims go to new places, the others keep their order."""
+    sources = [source] if isinstance(source, int) else source
+    targets = [destination] if isinstance(destination, int) else destination
+    rank = len(self)
+    placed = {t % rank: s % rank for s, t in zip(sources, targets, strict=True)}
+    rest = iter([d for d in range(rank) if d not in placed.values()])
+    return tuple(self[placed[d] if d in placed else next(rest)] for d in range(rank))
+
+
+@rule(aten.flip.default, aten.roll.default)
+def reorder(self: Axes, dims: Sequence[int] = (), *, call: Call) -> Axes:
+    """Indices change places within a dim: positions matter, so it is frozen."""
+    moved = [d % len(self) for d in dims] if dims else range(len(self))
+    call.freeze([self[d] for d in moved], "indices change places")
+    return tuple(self)
+
+
+@rule(aten.rot90.default)
+def rot90(self: Axes, dims: Sequence[int] = (0, 1), *, call: Call) -> Axes:
+    """Frozen in the plane that turns."""
+    call.freeze([self[d] for d in dims], "indices change places")
+    plane = {d % len(self) for d in dims}
+    return tuple(fresh(n, call.why) if d in plane else self[d] for d, n in enumerate(call.shape))
+
+
+@rule(aten.channel_shuffle.default)
+def channel_shuffle(self: Axes, groups: int, *, call: Call) -> Axes:
+    """Channels (g c) come out as (c g)."""
+    outer, inner = split(self[1], groups, call.why)
+    call.freeze(outer, "the number of groups is fixed")
+    return (self[0], product(inner, outer), *self[2:])
+
+
+@rule(aten.pixel_shuffle.default)
+def pixel_shuffle(self: Axes, upscale_factor: int, *, call: Call) -> Axes:
+    """(..., (c r r), h, w) -> (..., c, h r, w r): space is frozen."""
+    r = upscale_factor
+    channels, rest = split(self[-3], divide(length(self[-3]), r * r), call.why)
+    call.freeze([rest, *self[-2:]])
+    return (*self[:-3], channels, *(fresh(n, call.why) for n in call.shape[-2:]))
+
+
+@rule(aten.pixel_unshuffle.default)
+def pixel_unshuffle(self: Axes, downscale_factor: int, *, call: Call) -> Axes:
+    """(..., c, h r, w r) -> (..., (c r r), h, w): space is frozen."""
+    call.freeze(list(self[-2:]))
+    window = fresh(downscale_factor * downscale_factor, call.why)
+    return (*self[:-3], product(self[-3], window), *(fresh(n, call.why) for n in call.shape[-2:]))
+
+
+# ------------------------------------------------------------------------------------------------ joining, parting
+@rule(aten.cat.default, aten.concat.default, aten.concatenate.default)
+def cat(tensors: list[Axes], dim: int = 0, *, call: Call) -> Axes:
+    """Along `dim` the inputs lie end to end; every other dim is shared."""
+    present = [axes for axes in tensors if not (len(axes) == 1 and length(axes[0]) == 0)] or tensors[:1]
+    dim %= len(present[0])
+    axes = list(present[0])
+    for other in present[1:]:
+        for k, (a, b) in enumerate(zip(axes, other, strict=True)):
+            if k != dim:
+                couple(a, b, call.because("concatenated along another dim"))
+    axes[dim] = _end_to_end([other[dim] for other in present], call.shape[dim], call)
+    return tuple(axes)
+
+
+def _end_to_end(parts: Sequence[Axis], total: Size, call: Call) -> Axis:
+    """`parts` as one axis; a symbolic part is frozen already and cannot be told apart from its neighbours."""
+    joined = concat(*parts)
+    if length(joined) == total:
+        return joined
+    call.freeze(list(parts), "joined to a symbolic length")
+    return fresh(total, call.why)
+
+
+@rule(aten.stack.default)
+def stack(tensors: list[Axes], dim: int = 0, *, call: Call) -> Axes:
+    """A new dim, frozen: which input is which matters."""
+    axes = list(tensors[0])
+    for other in tensors[1:]:
+        for a, b in zip(axes, other, strict=True):
+            couple(a, b, call.because("stacked"))
+    dim %= len(axes) + 1
+    return (*axes[:dim], fresh(len(tensors), call.because("the order of stacked values")), *axes[dim:])
+
+
+@rule(aten.split_with_sizes.default)
+def split_with_sizes(self: Axes, dim: int = 0, *, call: Call) -> list[Axes]:
+    """[a | b | …] in pieces of given lengths."""
+    pieces = _pieces(self[dim], [shape[dim] for shape in call.shapes], call)
+    call.lengths["split_sizes"] = pieces
+    return [_with(self, dim, piece) for piece in pieces]
+
+
+@rule(aten.split.Tensor, aten.chunk.default, aten.tensor_split.sections, aten.tensor_split.indices)
+def split_evenly(self: Axes, dim: int = 0, *, call: Call) -> list[Axes]:
+    """Where the number or lengths of pieces are symbolic: frozen. (Others are split_with_sizes by now.)"""
+    call.freeze(self[dim], "split by a rule that depends on the length")
+    return [_with(self, dim, fresh(shape[dim], call.why)) for shape in call.shapes]
+
+
+@rule(aten.unbind.int)
+def unbind(self: Axes, dim: int = 0, *, call: Call) -> list[Axes]:
+    """One value per index of `dim`: which is which matters."""
+    call.freeze(self[dim], "one value per index")
+    dim %= len(self)
+    return [(*self[:dim], *self[dim + 1 :]) for _ in call.shapes]
+
+
+@rule(aten.select.int)
+def select(self: Axes, dim: int, *, call: Call) -> Axes:
+    """One index of `dim`, by number."""
+    call.freeze(self[dim], "one index is selected by number")
+    dim %= len(self)
+    return (*self[:dim], *self[dim + 1 :])
+
+
+def _pieces(axis: Axis, lengths: Sequence[Size], call: Call) -> list[Axis]:
+    if not isinstance(length(axis), int) or not all(isinstance(n, int) for n in lengths):
+        call.freeze(axis, "split at symbolic places")
+        return [fresh(n, call.why) for n in lengths]
+    pieces: list[Axis] = []
+    for n in lengths[:-1]:
+        piece, axis = cut(axis, n)
+        pieces.append(piece)
+    return [*pieces, axis]
+
+
+def _with(axes: Axes, dim: int, axis: Axis) -> Axes:
+    dim %= len(axes)
+    return (*axes[:dim], axis, *axes[dim + 1 :])
+
+
+@rule(aten.slice.Tensor)
+def slice_(
+    self: Axes, dim: int = 0, start: Size | None = None, end: Size | None = None, step: int = 1, *, call: Call
+) -> Axes:
+    """Indices start:end:step of `dim`. With step 1 the dim is cut; with step k it is read as (n, k)."""
+    axis, total, wanted = self[dim], length(self[dim]), call.shape[dim]
+    if total == wanted:
+        return tuple(self)
+    if not all(isinstance(n, int) for n in (total, wanted, start or 0, end or 0)):
+        call.freeze(axis, "sliced at symbolic places")
+        return _with(self, dim, fresh(wanted, call.why))
+    first = min(max((start or 0) + (total if (start or 0) < 0 else 0), 0), total)
+    if step != 1:
+        return _with(self, dim, _every(axis, first, step, wanted, call))
+    left, rest = cut(axis, first)
+    middle, right = cut(rest, wanted)
+    call.lengths["start"] = left
+    call.lengths["end"] = concat(left, middle) if length(right) else None
+    return _with(self, dim, middle)
+
+
+def _every(axis: Axis, first: int, step: int, wanted: int, call: Call) -> Axis:
+    """Every `step`-th index: coordinate `first` of the inner part of (n, step)."""
+    if divide(length(axis), step) != wanted or first >= step:
+        call.freeze(axis, "sliced with a step that does not divide the length")
+        return fresh(wanted, call.why)
+    outer, inner = split(axis, wanted, call.why)
+    call.freeze(inner, "which of every few indices is addressed by number")
+    call.lengths["end"] = axis
+    return outer
+
+
+@rule(aten.slice_scatter.default)
+def slice_scatter(self: Axes, src: Axes, dim: int = 0, *, call: Call) -> Axes:
+    """A slice replaced: that dim is frozen unless it is replaced whole."""
+    for k, (a, b) in enumerate(zip(self, src, strict=True)):
+        if k != dim % len(self) or length(a) == length(b):
+            couple(a, b, call.why)
+        else:
+            call.freeze([a, b], "part of it is replaced")
+    return tuple(self)
+
+
+@rule(aten.select_scatter.default)
+def select_scatter(self: Axes, src: Axes, dim: int, *, call: Call) -> Axes:
+    """One index replaced."""
+    dim %= len(self)
+    call.freeze(self[dim], "one index is selected by number")
+    broadcast([(*self[:dim], *self[dim + 1 :]), src], call.why)
+    return tuple(self)
+
+
+@rule(aten.unfold.default)
+def unfold(self: Axes, dimension: int, *, call: Call) -> Axes:
+    """Sliding windows along a dim: frozen."""
+    call.freeze(self[dimension], "sliding windows")
+    axes = _with(self, dimension, fresh(call.shape[dimension], call.why))
+    return (*axes, fresh(call.shape[-1], call.why))
+
+
+@rule(aten.as_strided.default, aten.diagonal.default, aten.diag_embed.default, aten.tril_indices.default)
+def strided(call: Call, self: Axes = ()) -> Axes:
+    """Memory read by strides, or along a diagonal: frozen."""
+    call.freeze(self)
+    return tuple(fresh(n, call.why) for n in call.shape)
+
+
+@rule(aten.tril.default, aten.triu.default, aten.tril_.default, aten.triu_.default)
+def triangle(self: Axes, *, call: Call) -> Axes:
+    """Kept or not by position in the last two dims."""
+    call.freeze(list(self[-2:]))
+    return tuple(self)
+
+
+# ------------------------------------------------------------------------------------------------ repeating
+@rule(aten.expand.default)
+def expand(self: Axes, *, call: Call) -> Axes:
+    """Dims of length 1 become free factors of the new length (copies all alike)."""
+    new = len(call.shape) - len(self)
+    own: Axes = (*[UNIT] * new, *self)
+    axes = tuple(fresh(n) if length(a) != n else a for a, n in zip(own, call.shape, strict=True))
+    call.lengths["size"] = list(axes)
+    return axes
+
+
+@rule(aten.expand_as.default, aten.broadcast_to.default, aten.broadcast_tensors.default)
+def expand_as(call: Call, self: Axes = (), other: Axes | None = None, tensors: Sequence[Axes] = ()) -> list[Axes]:
+    """Dims of length 1 take the axes of what they are stretched to."""
+    if tensors:
+        axes = tuple(broadcast(list(tensors), call.why))
+        return [axes for _ in call.shapes]
+    if other is not None:
+        return [tuple(broadcast([self, other], call.why))]
+    return [_broadcast_to(self, call)]
+
+
+def _broadcast_to(self: Axes, call: Call) -> Axes:
+    axes = expand(self, call=call)
+    call.lengths["size"] = list(axes)
+    return axes
+
+
+@rule(aten.repeat.default, aten.tile.default)
+def repeat(self: Axes, *, call: Call) -> Axes:
+    """Copies end to end: (r d), where r is a free factor whose length is a constant of the op."""
+    new = len(call.shape) - len(self)
+    own: Axes = (*[UNIT] * new, *self)
+    copies = [fresh(divide(n, length(a)) if length(a) != n else 1) for a, n in zip(own, call.shape, strict=True)]
+    if all(isinstance(length(c), int) for c in copies):
+        call.lengths["repeats" if "repeats" in _names(call) else "dims"] = copies
+        return tuple(product(c, a) for c, a in zip(copies, own, strict=True))
+    call.freeze(self, "repeated a symbolic number of times")
+    return tuple(fresh(n, call.why) for n in call.shape)
+
+
+@rule(aten.repeat_interleave.self_int)
+def repeat_interleave(self: Axes, dim: int | None = None, *, call: Call) -> Axes:
+    """Each index copied in place: (d r)."""
+    axes = list(self) if dim is not None else [product(*self)]
+    dim = (dim or 0) % len(axes)
+    times = divide(call.shape[dim], length(axes[dim]))
+    if times is None:
+        call.freeze(axes[dim], "repeated a symbolic number of times")
+        return _with(tuple(axes), dim, fresh(call.shape[dim], call.why))
+    copies = fresh(times)
+    call.lengths["repeats"] = copies
+    return _with(tuple(axes), dim, product(axes[dim], copies))
+
+
+# ------------------------------------------------------------------------------------------------ padding
+@rule(aten.pad.default, aten.constant_pad_nd.default)
+def pad(self: Axes, pad: Sequence[Size], mode: str = "constant", *, call: Call) -> Axes:
+    """Along a padded dim [before | x | after]. A constant fill is free, a reflection addresses positions."""
+    axes = list(self)
+    lengths: list[Axis | None] = [None] * len(pad)
+    for k in range(len(pad) // 2):
+        dim = len(axes) - 1 - k
+        before, after = pad[2 * k], pad[2 * k + 1]
+        if before == 0 and after == 0:
+            continue
+        lengths[2 * k], lengths[2 * k + 1], axes[dim] = _padded(axes[dim], before, after, dim, mode, call)
+    call.lengths["pad"] = lengths
+    return tuple(axes)
+
+
+def _padded(
+    axis: Axis, before: Size, after: Size, dim: int, mode: str, call: Call
+) -> tuple[Axis | None, Axis | None, Axis]:
+    sizes = (before, after, length(axis), call.shape[dim])
+    if mode != "constant" or not all(isinstance(n, int) and n >= 0 for n in sizes) or is_frozen(axis):
+        call.freeze(axis, "padded" if mode == "constant" else f"padded by {mode}")
+        return None, None, fresh(call.shape[dim], call.why)
+    left, right = fresh(before), fresh(after)
+    return left, right, concat(left, axis, right)
+
+
+def all_frozen(call: Call) -> list[Axes]:
+    """Results that share nothing and must stay whole."""
+    return [tuple(fresh(n, call.why) for n in shape) for shape in call.shapes]
+
+
+def numel(axes: Axes) -> Size:
+    """Number of elements."""
+    return multiply(map(length, axes))

@@ -1,0 +1,112 @@
+"""Normalisation: per channel (batch, instance), or over the channels (layer, group, RMS: statistics)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from graphcomp.coupling.axis import UNIT, Axes, Axis, couple, fresh, length, split
+from graphcomp.coupling.size import Size
+from graphcomp.coupling.table import Call, rule
+
+aten = torch.ops.aten
+
+
+# ------------------------------------------------------------------------------------------------ per channel
+@rule(
+    aten.batch_norm.default, aten.native_batch_norm.default, aten.cudnn_batch_norm.default,
+    aten.miopen_batch_norm.default, aten._native_batch_norm_legit.default, aten._native_batch_norm_legit.no_stats,
+    aten._native_batch_norm_legit_no_training.default, aten._native_batch_norm_legit_functional.default,
+    aten._batch_norm_with_update.default, aten._batch_norm_with_update_functional.default,
+    aten._batch_norm_no_update.default,
+)  # fmt: skip
+def batch_norm(
+    input: Axes,
+    weight: Axes | None = None,
+    bias: Axes | None = None,
+    running_mean: Axes | None = None,
+    running_var: Axes | None = None,
+    training: bool = False,
+    *,
+    call: Call,
+) -> list[Axes]:
+    """n c ..., c, c, c, c -> n c ...; further results are per channel, or empty."""
+    _per_channel(call, input[1], weight, bias, running_mean, running_var)
+    if training:
+        call.freeze([input[0], *input[2:]], "batch statistics are taken over it")
+    return [input, *(_statistics(shape, input[1], call) for shape in call.shapes[1:])]
+
+
+@rule(aten.instance_norm.default)
+def instance_norm(
+    input: Axes,
+    weight: Axes | None = None,
+    bias: Axes | None = None,
+    running_mean: Axes | None = None,
+    running_var: Axes | None = None,
+    *,
+    call: Call,
+) -> Axes:
+    """n c ..., c, c, c, c -> n c ...: statistics over space."""
+    _per_channel(call, input[1], weight, bias, running_mean, running_var)
+    call.freeze(input[2:], "statistics of each channel are taken over it")
+    return input
+
+
+def _per_channel(call: Call, channels: Axis, *vectors: Axes | None) -> None:
+    for vector in vectors:
+        if vector is not None:
+            couple(channels, vector[0], call.why)
+
+
+def _statistics(shape: Sequence[Size], channels: Axis, call: Call) -> Axes:
+    return (channels,) if tuple(shape) == (length(channels),) else tuple(fresh(n, call.why) for n in shape)
+
+
+# ------------------------------------------------------------------------------------------------ over channels
+@rule(
+    aten.layer_norm.default, aten.native_layer_norm.default, aten.rms_norm.default, aten._fused_rms_norm.default,
+)  # fmt: skip
+def layer_norm(
+    input: Axes, normalized_shape: Sequence[Size], weight: Axes | None = None, bias: Axes | None = None, *, call: Call
+) -> list[Axes]:
+    """Statistics over the last dims; `weight` and `bias` have these dims only. Mean and spread come after."""
+    first = len(input) - len(normalized_shape)
+    normalized = input[first:]
+    for affine in (weight, bias):
+        for own, theirs in zip(normalized, affine or (), strict=False):
+            couple(own, theirs, call.why)
+    call.contract("input", *range(first, len(input)))
+    call.mark(normalized, "normalized")
+    call.lengths["normalized_shape"] = list(normalized)
+    return [input, *((*input[:first], *[UNIT] * len(normalized)) for _ in call.shapes[1:])]
+
+
+@rule(aten.group_norm.default)
+def group_norm(
+    input: Axes, num_groups: int, weight: Axes | None = None, bias: Axes | None = None, *, call: Call
+) -> list[Axes]:
+    """n (g c) ..., (g c), (g c) -> n (g c) ...: statistics over c and space."""
+    call.lengths["num_groups"] = _group_norm(call, input, num_groups, weight, bias)
+    return [input]
+
+
+@rule(aten.native_group_norm.default)
+def native_group_norm(input: Axes, weight: Axes | None, bias: Axes | None, group: int, *, call: Call) -> list[Axes]:
+    """As `group_norm`; mean and spread of each group come after."""
+    g = _group_norm(call, input, group, weight, bias)
+    call.lengths.update(C=input[1], group=g)
+    return [input, *((input[0], g) for _ in call.shapes[1:])]
+
+
+def _group_norm(call: Call, input: Axes, groups: int, weight: Axes | None, bias: Axes | None) -> Axis:
+    """The axis of the groups. Where each has one channel only, no statistics reach over channels."""
+    text = "n (g c) ..., (g c), (g c) -> n (g c) ..."
+    call.einsum(text, {"g": groups}, input=input, weight=weight, bias=bias)
+    call.freeze(input[2:], "statistics of each group are taken over it")
+    g, per_group = split(input[1], groups, call.why)
+    if length(per_group) > 1:
+        call.contract("input", 1)
+        call.mark(input[1], "normalized")
+    return g

@@ -1,0 +1,70 @@
+"""Reductions: sums contract, means and variances are statistics, everything that picks a winner freezes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from graphcomp.coupling.axis import UNIT, Axes, couple
+from graphcomp.coupling.table import Call, rule
+
+aten = torch.ops.aten
+
+
+@rule(
+    aten.sum.default, aten.sum.dim_IntList, aten.nansum.default, aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim,
+    aten.mean.default, aten.mean.dim, aten.var.default, aten.var.dim, aten.var.correction, aten.std.default, aten.std.dim,
+    aten.std.correction, aten.var_mean.correction, aten.var_mean.dim,
+)  # fmt: skip
+def reduce(self: Axes, dim: Any = None, keepdim: bool = False, *, call: Call) -> list[Axes]:
+    """The reduced dims go, or stay with length 1. Masked units are left out of sum, count and spread."""
+    dims = _dims(dim, len(self))
+    call.contract("self", *dims)
+    call.mark([self[d] for d in dims], *([] if "sum" in str(call.node.target) else ["normalized"]))
+    return [_reduced(self, dims, keepdim) for _ in call.shapes]
+
+
+@rule(
+    aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim, aten.max.default, aten.min.default,
+    aten.argmax.default, aten.argmin.default, aten.any.default, aten.any.dim, aten.all.default, aten.all.dim,
+    aten.prod.default, aten.prod.dim_int, aten.logsumexp.default, aten.median.dim, aten.mode.default,
+    aten.count_nonzero.default, aten.count_nonzero.dim_IntList, aten.aminmax.default,
+)  # fmt: skip
+def pick(self: Axes, dim: Any = None, keepdim: bool = False, *, call: Call) -> list[Axes]:
+    """The result depends on which indices there are: the reduced dims are frozen."""
+    dims = _dims(dim, len(self))
+    call.freeze([self[d] for d in dims], "reduced to a winner or a product")
+    return [_reduced(self, dims, keepdim) for _ in call.shapes]
+
+
+@rule(
+    aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default, aten.cumsum.default,
+    aten.cumsum_.default, aten.cumprod.default, aten.logcumsumexp.default, aten.cummax.default,
+)  # fmt: skip
+def along(self: Axes, dim: int, *, call: Call) -> list[Axes]:
+    """Every result along `dim` depends on the others there: frozen."""
+    if self:
+        call.freeze(self[dim], "normalised or accumulated along it")
+    return [tuple(self) for _ in call.shapes]
+
+
+@rule(aten.cosine_similarity.default)
+def cosine_similarity(x1: Axes, x2: Axes, dim: int = 1, *, call: Call) -> Axes:
+    """A contraction of both operands."""
+    for a, b in zip(x1, x2, strict=True):
+        couple(a, b, call.why)
+    call.contract("x1", dim % len(x1))
+    call.contract("x2", dim % len(x2))
+    return _reduced(x1, [dim % len(x1)], keepdim=False)
+
+
+def _dims(dim: Any, rank: int) -> list[int]:
+    if dim is None or (isinstance(dim, Sequence) and not dim):
+        return list(range(rank))
+    return [d % rank for d in ([dim] if isinstance(dim, int) else dim)] if rank else []
+
+
+def _reduced(axes: Axes, dims: Sequence[int], keepdim: bool) -> Axes:
+    return tuple(UNIT if d in dims else axis for d, axis in enumerate(axes) if keepdim or d not in dims)

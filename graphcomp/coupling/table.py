@@ -1,0 +1,179 @@
+"""The registry of coupling rules: one per op, by the op object.
+
+    rule(aten.linear.default, "... i, o i, o -> ... o")           operands are the op's tensors, in schema order
+
+    @rule(aten.cat.default)                                       parameters are the op's own schema:
+    def cat(tensors: list[Axes], dim: int = 0) -> Axes: ...       tensors as Axes, lengths as sizes, the rest as is
+
+A function that also takes `call` is handed the Call: shapes of the results, and what to tell later passes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, overload
+
+from torch import fx
+from torch._ops import OpOverload
+
+from graphcomp.coupling import notation
+from graphcomp.coupling.axis import Axes, Axis, Reason, freeze, mark
+from graphcomp.coupling.size import Size
+from graphcomp.errors import RuleError
+
+Result: TypeAlias = Axes | list[Axes] | None
+RuleFunction: TypeAlias = Callable[..., Result]
+OpKey: TypeAlias = OpOverload | str
+
+
+@dataclass
+class Call:
+    """One op node while its rule runs, and what the rule says of it beyond the axes of the results."""
+
+    node: fx.Node
+    shapes: list[tuple[Size, ...]]  # of the results
+    why: Reason  # "<op> addresses it by position", the default reason to freeze
+    activations: frozenset[str]  # names of tensor arguments that depend on the model's inputs
+    contracted: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """argument -> dims that are summed over: masked units must be zero there."""
+    lengths: dict[str, Any] = field(default_factory=dict)
+    """argument -> the Axis whose length it is (None: leave), or a list of these."""
+    pins: dict[str, Any] = field(default_factory=dict)
+    """argument -> the value that an implied constant had before any cut."""
+
+    @property
+    def shape(self) -> tuple[Size, ...]:
+        """Shape of the only result."""
+        return self.shapes[0]
+
+    def because(self, text: str) -> Reason:
+        """A reason naming this op and the user's line."""
+        return Reason(text, self.why.op, self.why.source)
+
+    def freeze(self, axes: Axis | Sequence[Axis], text: str = "") -> None:
+        """Freeze one axis or several."""
+        for axis in axes if isinstance(axes, (tuple, list)) else (axes,):
+            freeze(axis, self.because(text) if text else self.why)
+
+    def contract(self, argument: str, *dims: int) -> None:
+        """Masked units of these dims of `argument` must be multiplied by zero before the op."""
+        self.contracted[argument] = tuple(dict.fromkeys((*self.contracted.get(argument, ()), *dims)))
+
+    def einsum(self, text: str, /, sizes: Mapping[str, Size] | None = None, **operands: Axes | None) -> list[Axes]:
+        """Apply a rule in notation to the arguments given by name; contractions are noted."""
+        parsed = notation.parse(text)
+        if len(parsed.operands) != len(operands):
+            raise RuleError(f"rule {text!r} has {len(parsed.operands)} operands and got {len(operands)}")
+        results, contractions = notation.apply(parsed, list(operands.values()), self.shapes, self.why, sizes)
+        names = list(operands)
+        for contraction in contractions:
+            self.contract(names[contraction.operand], contraction.dim)
+        return results
+
+    def mark(self, axes: Axis | Sequence[Axis], *names: str) -> None:
+        """Note facts that decide a group's role: head, head_dim, expert, group, conv, residual, normalized."""
+        for axis in axes if isinstance(axes, (tuple, list)) else (axes,):
+            mark(axis, *names)
+
+
+_RULES: dict[OpKey, RuleFunction] = {}
+_TAKES_CALL: dict[RuleFunction, bool] = {}
+
+
+@overload
+def rule(op: OpKey, text: str, /) -> None: ...
+@overload
+def rule(*ops: OpKey) -> Callable[[RuleFunction], RuleFunction]: ...
+
+
+def rule(*args: Any) -> Any:
+    """Say how an op couples the dims of its operands and results.
+
+    Args:
+        args: one op and its rule in notation (see `graphcomp.coupling.notation`), or one or more ops: a decorator.
+            An op is an OpOverload (`torch.ops.aten.cat.default`) or, where it may not be there yet, "mylib::op",
+            which stands for all its overloads.
+
+    Raises:
+        RuleError: the notation is malformed, or the op has a rule already.
+
+    Example:
+        >>> graphcomp.rule("mylib::swish_scale", "n c h w, c -> n c h w")
+    """
+    if len(args) == 2 and isinstance(args[1], str) and "->" in args[1]:
+        op, text = args
+        _register(op, _from_notation(text))
+        return None
+    if not args:
+        raise RuleError("rule() needs at least one op", fix='rule("mylib::op", "n c, c -> n c")')
+
+    def decorate(function: RuleFunction) -> RuleFunction:
+        for op in args:
+            _register(op, function)
+        return function
+
+    return decorate
+
+
+def _register(op: OpKey, function: RuleFunction) -> None:
+    if not isinstance(op, OpOverload) and not (isinstance(op, str) and "::" in op):
+        raise RuleError(f"{op!r} is not an op", fix="pass torch.ops.lib.op.overload, or 'lib::op'")
+    if op in _RULES:
+        raise RuleError(f"{op} has a coupling rule already", fix="graphcomp.coupling.table.forget(op) first")
+    _RULES[op] = function
+    _TAKES_CALL[function] = "call" in inspect.signature(function).parameters
+
+
+def forget(op: OpKey) -> None:
+    """Remove the rule of `op`, so that another can be given."""
+    _RULES.pop(op, None)
+
+
+def find(op: OpOverload) -> RuleFunction | None:
+    """The rule of `op`: by the object, else by its name without overload."""
+    return _RULES.get(op) or _RULES.get(op._schema.name)
+
+
+def run(function: RuleFunction, call: Call, arguments: Mapping[str, Any]) -> list[Axes]:
+    """Axes of each result of the op."""
+    if _TAKES_CALL[function]:
+        result = function(**_accepted(function, arguments), call=call)
+    else:
+        result = function(**_accepted(function, arguments))
+    if result is None:
+        return []
+    return result if isinstance(result, list) else [result]
+
+
+def _accepted(function: RuleFunction, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema's arguments that the rule names; the others do not matter to it."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return dict(arguments)
+    return {p.name: arguments[p.name] for p in parameters if p.name in arguments}
+
+
+def _from_notation(text: str) -> RuleFunction:
+    parsed = notation.parse(text)
+
+    def from_notation(call: Call, **arguments: Any) -> Result:
+        tensors = {name: value for name, value in arguments.items() if _is_axes(value) or value is None}
+        operands = dict(list(tensors.items())[: len(parsed.operands)])
+        return call.einsum(text, **operands)
+
+    return from_notation
+
+
+def _is_axes(value: Any) -> bool:
+    return isinstance(value, AxesValue)
+
+
+class AxesValue(tuple[Axis, ...]):
+    """The axes of one tensor argument; a class of its own, so that it is not taken for a tuple of numbers."""
+
+
+def known_ops() -> list[OpKey]:
+    """Every op that has a rule."""
+    return list(_RULES)

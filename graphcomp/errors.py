@@ -1,0 +1,67 @@
+"""Every exception graphcomp raises on purpose.
+
+    GraphcompError
+    ├── CaptureError          the model could not be turned into a graph
+    │   └── InputError        the example inputs do not fit the model
+    ├── RuleError             a coupling rule is malformed or registered twice
+    ├── PlanError             what was asked cannot be planned
+    │   ├── NothingToPrune    no axis is free; the message says why each one is frozen
+    │   └── BudgetError       a sparsity or budget no choice of units can meet
+    ├── VerificationError     a law does not hold on the result: a bug of ours, never handed on in silence
+    ├── CheckpointError       a folder cannot be written or read back
+    └── NotBuiltError         an option that exists in the design and not yet in the code
+"""
+
+from __future__ import annotations
+
+
+class GraphcompError(Exception):
+    """Base of all errors: what went wrong, then where, why and how to fix it, one per line.
+
+    Args:
+        what: one sentence.
+        at: the place, a node with the user's source line where there is one.
+        why: the cause.
+        fix: what to do, as code to paste where possible.
+    """
+
+    def __init__(self, what: str, *, at: str = "", why: str = "", fix: str = "") -> None:
+        self.what, self.at, self.why, self.fix = what, at, why, fix
+        rows = [what] + [f"  {k + ':':<5} {v}" for k, v in (("at", at), ("why", why), ("fix", fix)) if v]
+        super().__init__("\n".join(rows))
+
+
+class CaptureError(GraphcompError):
+    """The model could not be turned into a graph."""
+
+
+class InputError(CaptureError, ValueError):
+    """The example inputs do not fit the model."""
+
+
+class RuleError(GraphcompError, ValueError):
+    """A coupling rule is malformed, or an op got a second one."""
+
+
+class PlanError(GraphcompError, ValueError):
+    """What was asked cannot be planned."""
+
+
+class NothingToPrune(PlanError):
+    """No group of the model may be pruned; the message says why each axis is frozen."""
+
+
+class BudgetError(PlanError):
+    """No choice of units meets the sparsity or the budget."""
+
+
+class VerificationError(GraphcompError):
+    """A law does not hold on the result."""
+
+
+class CheckpointError(GraphcompError):
+    """A checkpoint folder cannot be written or read back."""
+
+
+class NotBuiltError(GraphcompError, NotImplementedError):
+    """An option of the design that is not built yet."""

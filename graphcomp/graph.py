@@ -1,0 +1,191 @@
+"""Helpers over torch.fx: bind an op's arguments to its schema, read shapes, find the user's source line, verify."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)(?:\n\s+(.*))?')
+
+_TORCH = os.sep + os.path.join("site-packages", "torch") + os.sep
+
+
+def is_op(node: fx.Node) -> bool:
+    """Whether `node` calls an ATen (or custom) op, as opposed to getitem or arithmetic on lengths."""
+    return node.op == "call_function" and isinstance(node.target, OpOverload)
+
+
+def bind(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an op node by the names of its schema, defaults filled in."""
+    assert isinstance(node.target, OpOverload)
+    bound: dict[str, Any] = {}
+    for k, argument in enumerate(node.target._schema.arguments):
+        if argument.name in node.kwargs:
+            bound[argument.name] = node.kwargs[argument.name]
+        elif not argument.kwarg_only and k < len(node.args):
+            bound[argument.name] = node.args[k]
+        elif argument.has_default_value():
+            bound[argument.name] = argument.default_value
+    return bound
+
+
+def set_argument(node: fx.Node, name: str, value: Any) -> None:
+    """Give the op node's argument `name` (a name of its schema) a new value, positional or keyword as it stood."""
+    assert isinstance(node.target, OpOverload)
+    for k, argument in enumerate(node.target._schema.arguments):
+        if argument.name == name and not argument.kwarg_only and k < len(node.args):
+            node.update_arg(k, value)
+            return
+    node.update_kwarg(name, value)
+
+
+def value(node: fx.Node) -> Any:
+    """What the node computes, as fake tensors and symbolic ints."""
+    return node.meta.get("val")
+
+
+def tensor_values(node: fx.Node) -> list[Tensor]:
+    """The (fake) tensors the node computes, in order; none for a node that yields numbers."""
+    found = value(node)
+    if isinstance(found, Tensor):
+        return [found]
+    if isinstance(found, (list, tuple)):
+        return [v for v in found if isinstance(v, Tensor)]
+    return []
+
+
+def source_line(node: fx.Node) -> str:
+    """Where in the user's code the node comes from: 'file.py:12, in forward -> x = self.fc(x)'; '' if unknown."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    outside = [frame for frame in frames if _TORCH not in frame[0]] or frames
+    if not outside:
+        return ""
+    file, line, function, text = outside[-1]
+    place = f"{file.rsplit('/', 1)[-1]}:{line}, in {function}"
+    return f"{place} -> {text.strip()}" if text else place
+
+
+def module_path(node: fx.Node) -> str:
+    """Name of the innermost user module whose forward made the node; '' for the root or where unknown."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed(stack.values()), ("", None))[0] if stack else ""
+    return re.sub(r"@\d+$", "", path).removeprefix("L['self'].").removeprefix("L['self']")
+
+
+def fetch(root: torch.nn.Module, target: str) -> Any:
+    """The attribute of `root` that a get_attr node with `target` reads."""
+    found: Any = root
+    for part in target.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def assign(root: torch.nn.Module, target: str, tensor: Tensor) -> None:
+    """Put `tensor` in place of the parameter, buffer or constant `target` of `root`."""
+    owner_name, _, name = target.rpartition(".")
+    owner = root.get_submodule(owner_name)
+    if name in owner._parameters:
+        assert isinstance(tensor, torch.nn.Parameter)
+        owner._parameters[name] = tensor
+    elif name in owner._buffers:
+        owner._buffers[name] = tensor
+    else:
+        setattr(owner, name, tensor)
+
+
+def all_tensors(module: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that `module` holds, under each of its names: read by the graph or not."""
+    seen = set()
+    for node, tensor in attributes(module):
+        seen.add(str(node.target))
+        yield str(node.target), tensor
+    for name, tensor in (
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ):
+        if name not in seen:
+            yield name, tensor
+
+
+def attributes(module: fx.GraphModule) -> Iterator[tuple[fx.Node, Tensor]]:
+    """Each get_attr node that reads a tensor, with the tensor."""
+    for node in module.graph.find_nodes(op="get_attr"):
+        tensor = fetch(module, str(node.target))
+        if isinstance(tensor, Tensor):
+            yield node, tensor
+
+
+def neighbourhood(node: fx.Node, radius: int = 5) -> str:
+    """The nodes around `node` as text, for an error message."""
+    nodes = list(node.graph.nodes)
+    at = nodes.index(node)
+    shown = nodes[max(0, at - radius) : at + radius + 1]
+    return "\n".join(("  > " if n is node else "    ") + (n.format_node() or "output") for n in shown)
+
+
+def clone(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """A copy of graph and module tree that shares the tensors, and which new node stands for which old one."""
+    shared: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    shared |= {id(t): t for _, t in attributes(module)}
+    copied = copy.deepcopy(module, shared)
+    return copied, dict(zip(module.graph.nodes, copied.graph.nodes, strict=True))
+
+
+def argument_at(arguments: dict[str, Any], key: str) -> Any:
+    """The argument `key` of bound arguments; "tensors.2" is item 2 of a list argument."""
+    name, _, item = key.partition(".")
+    return arguments[name][int(item)] if item else arguments[name]
+
+
+def set_argument_at(node: fx.Node, key: str, value: Any) -> None:
+    """As `set_argument`, for a key that may name an item of a list argument."""
+    name, _, item = key.partition(".")
+    if not item:
+        set_argument(node, name, value)
+        return
+    items = list(bind(node)[name])
+    items[int(item)] = value
+    set_argument(node, name, items)
+
+
+class ShapeInterpreter(fx.Interpreter):
+    """Runs a graph on the fake tensors of its placeholders and refreshes every meta["val"]."""
+
+    def __init__(self, module: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(module)
+        self.mode = mode
+        self.fakes: dict[int, Any] = {}
+
+    def fetch_attr(self, target: str) -> Any:
+        tensor = fetch(self.module, target)
+        if not isinstance(tensor, Tensor):
+            return tensor
+        if id(tensor) not in self.fakes:
+            self.fakes[id(tensor)] = self.mode.from_tensor(tensor, static_shapes=True)
+        return self.fakes[id(tensor)]
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.op != "output":
+            n.meta["val"] = result
+        return result
+
+
+def propagate_shapes(module: fx.GraphModule) -> None:
+    """Recompute meta["val"] of every node from the placeholders' fake tensors.
+
+    Raises:
+        Whatever the op raises whose operands no longer fit; the message names the node.
+    """
+    inputs = [value(n) for n in module.graph.find_nodes(op="placeholder")]
+    mode = next((t.fake_mode for t in inputs if isinstance(t, FakeTensor)), None) or FakeTensorMode()
+    with mode, torch.no_grad():
+        ShapeInterpreter(module, mode).run(*inputs, enable_io_processing=False)

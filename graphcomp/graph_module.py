@@ -1,0 +1,141 @@
+"""The captured model: an fx GraphModule that keeps the caller's tensors and can be switched between train and eval.
+
+A captured module holds the very tensors of the model it came from, under their original names, and is called like it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+
+from graphcomp.graph import bind, is_op, set_argument
+
+FOLLOWS_MODE = "follows_mode"  # node.meta: the node's `train` argument follows CapturedModule.train()
+
+
+class CapturedModule(fx.GraphModule):
+    """A GraphModule whose batch norms, dropouts and recurrent layers follow `.train()` and `.eval()`.
+
+    Export bakes the mode into an argument of each such op. The nodes that were in eval mode when the model was
+    captured carry `meta["follows_mode"]`, and `train` rewrites their argument. What stayed in training mode during an
+    evaluation (a dropout that is always on, a batch norm without running statistics) is not touched. A submodule
+    the user kept in eval mode inside a training model (frozen batch norm) is not told apart: `train` switches it too.
+    """
+
+    def train(self, mode: bool = True) -> CapturedModule:
+        """Switch the mode of this module and of the ops in its graph; recompiles only where something changed."""
+        super().train(mode)
+        switched = [_switch(node, mode) for node in self.graph.nodes if node.meta.get(FOLLOWS_MODE)]
+        if any(switched):
+            self.recompile()
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
+        with warnings.catch_warnings():
+            # torch warns about its own deprecated class when a pytree spec is copied
+            warnings.simplefilter("ignore", FutureWarning)
+            return super().__deepcopy__(memo)  # type: ignore[return-value]
+
+
+def build(tensors: Mapping[str, Any], graph: fx.Graph, name: str) -> CapturedModule:
+    """A CapturedModule in eval mode.
+
+    Args:
+        tensors: what each get_attr target of `graph` stands for: tensors, or sub-graphs of higher-order ops. Not copied.
+        graph: its code generator carries the pytree specs of the inputs and outputs (see `calling_convention`).
+        name: the class name of the model it came from.
+    """
+    for node in graph.nodes:
+        flag = _mode_argument(node)
+        if flag is not None and bind(node)[flag] is False:
+            node.meta[FOLLOWS_MODE] = True
+    module = CapturedModule(dict(tensors), graph, class_name=name)
+    module.eval()
+    return module
+
+
+def calling_convention(arg_names: Sequence[str], in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpec) -> _PyTreeCodeGen:
+    """The code generator of a graph that takes and returns nested values: `arg_names` positional, then keywords."""
+    return _PyTreeCodeGen(_PyTreeInfo(list(arg_names), in_spec, out_spec))
+
+
+def leaf_names(spec: pytree.TreeSpec, prefix: str = "") -> list[str]:
+    """A name per leaf of a nested value, such as "logits", "out.aux", "hidden_states.0"; "0" for a bare leaf."""
+    if spec.is_leaf():
+        return [prefix or "0"]
+    children = list(spec.children())
+    keys = _keys(spec, len(children))
+    return [
+        name
+        for key, child in zip(keys, children, strict=True)
+        for name in leaf_names(child, f"{prefix}.{key}" if prefix else str(key))
+    ]
+
+
+def _keys(spec: pytree.TreeSpec, count: int) -> Sequence[Any]:
+    """What the children of one node of a spec are called: dict keys, field names, else positions."""
+    fields = getattr(spec.type, "_fields", None)
+    for keys in (fields, spec.context, _first(spec.context)):
+        if isinstance(keys, (list, tuple)) and len(keys) == count and all(isinstance(k, (str, int)) for k in keys):
+            return keys
+    return range(count)
+
+
+def _first(context: Any) -> Any:
+    """The first entry of a context such as a dataclass's [field names, names of the fields that are None]."""
+    return context[0] if isinstance(context, (list, tuple)) and context else None
+
+
+def tensor_names(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor a model holds, by its full name, tied ones once per name: parameters, buffers, plain attributes."""
+    tensors: dict[str, torch.Tensor] = {}
+    tensors.update(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
+    for path, module in model.named_modules(remove_duplicate=False):
+        plain = {key: value for key, value in vars(module).items() if isinstance(value, torch.Tensor)}
+        tensors.update({f"{path}.{key}" if path else key: value for key, value in plain.items()})
+    return tensors
+
+
+def canonical_names(model: nn.Module) -> dict[int, str]:
+    """id(tensor) -> its first name in the model."""
+    names: dict[int, str] = {}
+    for name, tensor in tensor_names(model).items():
+        names.setdefault(id(tensor), name)
+    return names
+
+
+def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """First name -> all names, for the tensors that have more than one (tied parameters, shared modules)."""
+    by_id: dict[int, list[str]] = {}
+    for name, tensor in tensor_names(model).items():
+        by_id.setdefault(id(tensor), []).append(name)
+    return {names[0]: tuple(names) for names in by_id.values() if len(names) > 1}
+
+
+def tensor_leaves(values: Iterable[Any]) -> list[torch.Tensor]:
+    """The tensors among the leaves of a nested value."""
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+# ---------------------------------------------------------------------------------------------- train and eval
+def _mode_argument(node: fx.Node) -> str | None:
+    """Name of the op's argument `train` or `training`, if it has one."""
+    if not is_op(node):
+        return None
+    return next((name for name in bind(node) if name in ("train", "training")), None)
+
+
+def _switch(node: fx.Node, mode: bool) -> bool:
+    """Give the op's mode argument the value `mode`; False where it has it already."""
+    name = _mode_argument(node)
+    if name is None or bind(node)[name] is mode:
+        return False
+    set_argument(node, name, mode)
+    return True

@@ -1,0 +1,147 @@
+"""The mask pass: a masked unit is as if it never existed, with every tensor at its full size.
+
+One 0/1 vector per group (a buffer of the new module). Where an op sums units away, one operand is multiplied by the
+vector; where it takes statistics, its masked form takes its place; implied constants are pinned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphcomp.coupling.axis import Axis, Factor, all_leaves, coordinates, length
+from graphcomp.coupling.groups import ChannelGroup, Kept
+from graphcomp.coupling.propagate import Coupling
+from graphcomp.coupling.table import Call
+from graphcomp.graph import argument_at, bind, clone, set_argument, set_argument_at, value
+from graphcomp.pruning.masked import FORMS
+from graphcomp.pruning.slice import check_kept
+
+PREFIX = "graphcomp_mask_"
+
+
+class AxisMask(nn.Module):
+    """The 0/1 vector of one axis from those of the groups it is made of.
+
+    `rows` are (length,) int64: which unit of the group an index belongs to, -1 where it belongs to none.
+    """
+
+    def __init__(self, rows: Sequence[Tensor], shape: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        for k, row in enumerate(rows):
+            self.register_buffer(f"row_{k}", row, persistent=False)
+
+    def forward(self, *masks: Tensor) -> Tensor:
+        """Group masks, each (units,) -> the axis' mask, viewed to broadcast with the operand."""
+        result: Tensor | None = None
+        for k, mask in enumerate(masks):
+            row = self.get_buffer(f"row_{k}")
+            own = torch.where(row >= 0, mask[row.clamp(min=0)], mask.new_ones(()))
+            result = own if result is None else result * own
+        assert result is not None
+        return result.view(self.shape)
+
+
+@dataclass(frozen=True)
+class InsertMasks:
+    """Give the graph one mask buffer per group, all ones, and let every op that mixes units heed it."""
+
+    coupling: Coupling
+    groups: Sequence[ChannelGroup]
+
+    def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
+        """A new module that shares the tensors of `module`; `set_masks` says which units stay."""
+        masked, new_node = clone(module)
+        masks = _MaskNodes(masked, self.groups, _float_dtype(masked))
+        for node, call in self.coupling.calls.items():
+            if node in new_node:
+                self._rewrite(node, new_node[node], call, masks)
+        masked.graph.lint()
+        masked.recompile()
+        return masked
+
+    def _rewrite(self, old: fx.Node, new: fx.Node, call: Call, masks: _MaskNodes) -> None:
+        arguments = bind(old)
+        for key, dims in call.contracted.items():
+            operand = argument_at(arguments, key)
+            axes = self.coupling.axes[operand][0]
+            present = [dim for dim in dims if masks.has(axes[dim])]
+            if not present:
+                continue
+            with new.graph.inserting_before(new):
+                mask = masks.broadcast([(dim, axes[dim]) for dim in present], len(axes), value(operand).dtype)
+                if new.target in FORMS:
+                    _substitute(new, mask)
+                    return
+                inside = argument_at(bind(new), key)
+                set_argument_at(new, key, new.graph.call_function(torch.ops.aten.mul.Tensor, (inside, mask)))
+        if call.pins and any(leaf in masks.factors for node in old.all_input_nodes for leaf in self._leaves(node)):
+            for name, constant in call.pins.items():
+                set_argument(new, name, constant)
+
+    def _leaves(self, node: fx.Node) -> list[Factor]:
+        return [leaf for axes in self.coupling.axes.get(node, []) for leaf in all_leaves(axes)]
+
+
+def _substitute(node: fx.Node, mask: fx.Node) -> None:
+    """The op's masked form in place of the op, arguments by name."""
+    form = FORMS[node.target]
+    arguments = bind(node)
+    replacement = node.graph.call_function(form, (mask,), arguments)
+    replacement.meta = dict(node.meta)
+    node.replace_all_uses_with(replacement)
+    node.graph.erase_node(node)
+
+
+def set_masks(masked: nn.Module, groups: Sequence[ChannelGroup], kept: Kept) -> None:
+    """Set the masks of a module made by `InsertMasks(…, groups)`: 1 for the kept units, 0 for the others."""
+    check_kept(kept)
+    for k, group in enumerate(groups):
+        mask = masked.get_buffer(f"{PREFIX}{k}")
+        mask.fill_(1 if group not in kept else 0)
+        if group in kept:
+            mask[kept[group].to(mask.device)] = 1
+
+
+def _float_dtype(module: fx.GraphModule) -> torch.dtype:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
+class _MaskNodes:
+    """Makes mask nodes, each axis once."""
+
+    def __init__(self, module: fx.GraphModule, groups: Sequence[ChannelGroup], dtype: torch.dtype) -> None:
+        self.module = module
+        self.dtype = dtype
+        self.factors: dict[Factor, fx.Node] = {}
+        self.count = 0
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        first = next(iter(module.graph.nodes))
+        with module.graph.inserting_before(first):
+            for k, group in enumerate(groups):
+                module.register_buffer(f"{PREFIX}{k}", torch.ones(group.size, dtype=dtype, device=device))
+                self.factors[group.factor] = module.graph.get_attr(f"{PREFIX}{k}")
+
+    def has(self, axis: Axis) -> bool:
+        """Whether some index of `axis` belongs to a unit of a masked group."""
+        return any(leaf in self.factors for leaf in all_leaves([axis]))
+
+    def broadcast(self, dims: Sequence[tuple[int, Axis]], rank: int, dtype: torch.dtype) -> fx.Node:
+        """The product of the masks of several dims of an operand of `rank` dims, as a node at the insertion point."""
+        graph, result = self.module.graph, None
+        for dim, axis in dims:
+            rows = [(factor, row) for factor, row in coordinates(axis) if factor in self.factors]
+            shape = [length(axis) if d == dim else 1 for d in range(rank)]
+            name = f"{PREFIX}axis_{self.count}"
+            self.count += 1
+            self.module.add_submodule(name, AxisMask([row for _, row in rows], shape))
+            node = graph.call_module(name, tuple(self.factors[factor] for factor, _ in rows))
+            result = node if result is None else graph.call_function(torch.ops.aten.mul.Tensor, (result, node))
+        assert result is not None
+        if dtype != self.dtype and dtype.is_floating_point:
+            result = graph.call_function(torch.ops.aten.to.dtype, (result, dtype))
+        return result

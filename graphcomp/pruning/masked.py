@@ -1,0 +1,170 @@
+"""Ops that take statistics, with some indices left out: what they would give had the masked units never existed.
+
+Each function takes a 0/1 `mask` that broadcasts with the input, then the op's own arguments. A mask dim is longer
+than 1 only where the op reduces.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def _dims(dim: Any, rank: int) -> list[int]:
+    if dim is None or (isinstance(dim, Sequence) and not dim):
+        return list(range(rank))
+    return [d % rank for d in ([dim] if isinstance(dim, int) else dim)]
+
+
+def _share(mask: Tensor) -> Tensor:
+    """Fraction of the indices that count, as a scalar; never 0, so that no masked unit turns into NaN."""
+    return mask.sum().clamp(min=1) / mask.numel()
+
+
+def mean(
+    mask: Tensor, self: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Mean over the kept indices."""
+    dims = _dims(dim, self.dim())
+    return (self * mask).mean(dims, keepdim, dtype=dtype) / _share(mask).to(self.dtype)
+
+
+def var(mask: Tensor, self: Tensor, dim: Any = None, correction: float | None = 1, keepdim: bool = False) -> Tensor:
+    """Variance over the kept indices; `correction` is subtracted from their number."""
+    dims = _dims(dim, self.dim())
+    count = math.prod(self.shape[d] for d in dims) * _share(mask)
+    centred = (self - mean(mask, self, dims, True)) * mask
+    divisor = (count - (1 if correction is None else correction)).clamp(min=0)
+    return centred.square().sum(dims, keepdim) / divisor.to(self.dtype)
+
+
+def _unbiased(mask: Tensor, self: Tensor, *args: Any, unbiased: bool = True, **kwargs: Any) -> Tensor:
+    return var(mask, self, correction=int(unbiased), **kwargs)
+
+
+def std(mask: Tensor, self: Tensor, **kwargs: Any) -> Tensor:
+    """Standard deviation over the kept indices."""
+    return var(mask, self, **kwargs).sqrt()
+
+
+def _unbiased_std(mask: Tensor, self: Tensor, **kwargs: Any) -> Tensor:
+    return _unbiased(mask, self, **kwargs).sqrt()
+
+
+def var_mean(
+    mask: Tensor, self: Tensor, dim: Any = None, correction: float | None = 1, keepdim: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Both, as aten.var_mean."""
+    return var(mask, self, dim, correction, keepdim), mean(mask, self, dim, keepdim)
+
+
+def layer_norm(
+    mask: Tensor,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    """Layer norm whose mean and variance are those of the kept indices."""
+    return native_layer_norm(mask, input, normalized_shape, weight, bias, eps)[0]
+
+
+def native_layer_norm(
+    mask: Tensor, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer norm with its mean and reciprocal deviation, as aten.native_layer_norm."""
+    dims = list(range(input.dim() - len(normalized_shape), input.dim()))
+    centre = mean(mask, input, dims, True)
+    scale = torch.rsqrt(var(mask, input, dims, 0, True) + eps)
+    return _affine((input - centre) * scale, weight, bias), centre, scale
+
+
+def rms_norm(
+    mask: Tensor,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """RMS norm over the kept indices."""
+    dims = list(range(input.dim() - len(normalized_shape), input.dim()))
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    return _affine(input * torch.rsqrt(mean(mask, input.square(), dims, True) + eps), weight, None)
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def group_norm(
+    mask: Tensor,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    """Group norm over the kept channels of each group; `mask` has length 1 but for dim 1."""
+    return _group_norm(mask, input, num_groups, weight, bias, eps)[0]
+
+
+def native_group_norm(
+    mask: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    N: int,
+    C: int,
+    HxW: int,
+    group: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Group norm with its mean and reciprocal deviation (n, groups), as aten.native_group_norm."""
+    return _group_norm(mask, input, group, weight, bias, eps)
+
+
+def _group_norm(
+    mask: Tensor, input: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, c = input.shape[:2]
+    x = input.reshape(n, groups, c // groups, -1)
+    m = mask.reshape(1, groups, c // groups, 1).to(input.dtype)
+    count = (m.sum((2, 3), keepdim=True) * x.shape[-1]).clamp(min=1)  # an emptied group must not yield NaN
+    centre = (x * m).sum((2, 3), keepdim=True) / count
+    spread = ((x - centre) * m).square().sum((2, 3), keepdim=True) / count
+    scale = torch.rsqrt(spread + eps)
+    y = ((x - centre) * scale).reshape(input.shape)
+    shape = (1, c, *[1] * (input.dim() - 2))
+    y = _affine(
+        y, None if weight is None else weight.reshape(shape), None if bias is None else bias.reshape(shape)
+    )
+    return y, centre.flatten(1), scale.flatten(1)
+
+
+FORMS: dict[Any, Callable[..., Any]] = {
+    aten.mean.default: mean,
+    aten.mean.dim: mean,
+    aten.var.default: _unbiased,
+    aten.var.dim: _unbiased,
+    aten.var.correction: var,
+    aten.std.default: _unbiased_std,
+    aten.std.dim: _unbiased_std,
+    aten.std.correction: std,
+    aten.var_mean.correction: var_mean,
+    aten.layer_norm.default: layer_norm,
+    aten.native_layer_norm.default: native_layer_norm,
+    aten.rms_norm.default: rms_norm,
+    aten.group_norm.default: group_norm,
+    aten.native_group_norm.default: native_group_norm,
+}
+"""Op -> its masked form. Every other op that contracts only needs zeros where units are masked."""

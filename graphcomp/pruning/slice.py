@@ -1,0 +1,160 @@
+"""The slice pass: pruned units leave every parameter, buffer and shape constant.
+
+It knows no op. Tensors are index-selected by their axes; every shape constant in the graph is the length of an axis
+(the rules say which) and is recomputed from what is kept.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from graphcomp.coupling.axis import Axes, Axis, Factor, all_leaves, kept_indices, kept_length, length
+from graphcomp.coupling.groups import Kept
+from graphcomp.coupling.propagate import Coupling
+from graphcomp.coupling.size import size_of
+from graphcomp.coupling.table import Call
+from graphcomp.errors import PlanError, VerificationError
+from graphcomp.graph import (
+    all_tensors,
+    assign,
+    bind,
+    clone,
+    neighbourhood,
+    propagate_shapes,
+    set_argument,
+    source_line,
+    tensor_values,
+)
+
+
+def check_kept(kept: Kept) -> None:
+    """Raise PlanError where a group would be empty or an index is not one of its units."""
+    for group, units in kept.items():
+        if units.numel() == 0:
+            raise PlanError(f"{group.name} would lose all of its {group.size} units", fix="keep at least one unit")
+        if bool((units[1:] <= units[:-1]).any()) or int(units[0]) < 0 or int(units[-1]) >= group.size:
+            raise PlanError(
+                f"the kept units of {group.name} are not ascending indices below {group.size}",
+                why=f"got {units.tolist()[:8]}…",
+            )
+
+
+def by_factor(kept: Kept) -> dict[Factor, Tensor]:
+    """The kept units of each cut group, by its factor."""
+    check_kept(kept)
+    return {group.factor: units for group, units in kept.items() if units.numel() < group.size}
+
+
+def kept_of_tensors(coupling: Coupling, kept: Kept) -> dict[str, dict[int, Tensor]]:
+    """Tensor name -> dim -> kept indices ((k,) int64, ascending), for the dims that get shorter."""
+    units = by_factor(kept)
+    found: dict[str, dict[int, Tensor]] = {}
+    for name, axes in coupling.attributes.items():
+        dims = {dim: kept_indices(axis, units) for dim, axis in enumerate(axes)}
+        cut = {dim: indices for dim, indices in dims.items() if indices is not None}
+        if cut:
+            found[name] = cut
+    return found
+
+
+def select(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
+    """A copy of `tensor` with only the given indices of the given dims."""
+    result = tensor.detach()
+    for dim, indices in dims.items():
+        result = result.index_select(dim, indices.to(result.device))
+    return result.clone(memory_format=torch.contiguous_format) if result is tensor or not dims else result
+
+
+@dataclass(frozen=True)
+class SliceGroups:
+    """Keep only the `kept` units of each group; groups not named stay whole."""
+
+    coupling: Coupling
+    kept: Kept
+
+    def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
+        """A new, smaller module that shares no memory with `module`; `coupling` must be of `module`'s graph."""
+        units = by_factor(self.kept)
+        counts = {factor: len(indices) for factor, indices in units.items()}
+        small, new_node = clone(module)
+        self._slice_tensors(small)
+        for node, call in self.coupling.calls.items():
+            if node in new_node and self._is_cut(node, counts):
+                _resize(new_node[node], call, counts)
+        small.graph.lint()
+        small.recompile()
+        self._verify(small, new_node, counts)
+        return small
+
+    def _slice_tensors(self, small: fx.GraphModule) -> None:
+        """Smaller copies in place of every tensor; one that stood under two names still does."""
+        cuts = kept_of_tensors(self.coupling, self.kept)
+        old = dict(all_tensors(small))
+        new: dict[int, Tensor] = {}
+        for name, tensor in old.items():
+            if id(tensor) not in new:
+                data = select(tensor, cuts.get(name, {}))
+                is_parameter = isinstance(tensor, torch.nn.Parameter)
+                new[id(tensor)] = torch.nn.Parameter(data, tensor.requires_grad) if is_parameter else data
+            assign(small, name, new[id(tensor)])
+
+    def _is_cut(self, node: fx.Node, counts: Mapping[Factor, int]) -> bool:
+        values = [*node.all_input_nodes, node]
+        axes = [a for value in values for found in self.coupling.axes.get(value, []) for a in found]
+        return any(leaf in counts for leaf in all_leaves(axes))
+
+    def _verify(self, small: fx.GraphModule, new_node: Mapping[fx.Node, fx.Node], counts: Mapping[Factor, int]) -> None:
+        """Every value has the shape that its axes say."""
+        try:
+            propagate_shapes(small)
+        except Exception as error:
+            raise VerificationError("the sliced graph does not run", why=str(error)[:2000]) from error
+        for old, new in new_node.items():
+            for axes, tensor in zip(self.coupling.axes.get(old, []), tensor_values(new), strict=False):
+                _verify_shape(old, new, axes, tensor, counts)
+
+
+def _verify_shape(old: fx.Node, new: fx.Node, axes: Axes, tensor: Tensor, counts: Mapping[Factor, int]) -> None:
+    expected = [kept_length(axis, counts) for axis in axes]
+    actual = [size_of(n) for n in tensor.shape]
+    if expected != actual and all(isinstance(n, int) for n in (*expected, *actual)):
+        raise VerificationError(
+            f"after slicing '{old.name}' has shape {actual} and its axes say {expected}",
+            at=source_line(old),
+            why=neighbourhood(new),
+        )
+
+
+def _resize(node: fx.Node, call: Call, counts: Mapping[Factor, int]) -> None:
+    """Bring the shape constants of one op up to date."""
+    arguments = bind(node)
+    for name, axes in call.lengths.items():
+        if axes is not None and name in arguments:
+            set_argument(node, name, _resized(node, arguments[name], axes, counts))
+    for name, constant in call.pins.items():
+        set_argument(node, name, constant)
+
+
+def _resized(node: fx.Node, old: Any, axes: Axis | list[Axis | None], counts: Mapping[Factor, int]) -> Any:
+    if isinstance(axes, list):
+        if isinstance(old, int):  # one number that stands for a list of one
+            old = [old]
+        return [o if a is None else _resized(node, o, a, counts) for o, a in zip(old, axes, strict=True)]
+    before, after = length(axes), kept_length(axes, counts)
+    if before == after or (isinstance(old, int) and old == -1 and before != -1):
+        return old
+    if isinstance(after, int):
+        return after
+    ratio = sympy.Rational(1) * after / before
+    numerator, denominator = (int(n) for n in ratio.as_numer_denom())
+    with node.graph.inserting_before(node):
+        if denominator != 1:
+            old = node.graph.call_function(operator.floordiv, (old, denominator))
+        return node.graph.call_function(operator.mul, (old, numerator)) if numerator != 1 else old

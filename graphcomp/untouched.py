@@ -1,0 +1,56 @@
+"""Run a model without leaving a trace on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def untouched(model: nn.Module, *, real: bool) -> Iterator[None]:
+    """Eval mode inside; outside, the model and the random state are as they were.
+
+    Restored for every submodule: its own train/eval flag, its attributes (what a forward caches on `self`, and one level into
+    dicts, which covers parameters, buffers, submodules and hooks) and, for a run on real data, the values of
+    its buffers. The flags are set directly, as a model's own `eval()` may do more than that.
+
+    Args:
+        model: any module.
+        real: whether the model runs on real data inside (rather than on fake tensors), so that buffers may change.
+    """
+    modules = list(model.modules())
+    attributes = [dict(vars(module)) for module in modules]
+    tables = [(value, dict(value)) for saved in attributes for value in saved.values() if type(value) is dict]
+    buffers = [(b, b._version, b.clone()) for b in model.buffers()] if real and not _inference(model) else []
+    cuda = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            for module in modules:
+                module.training = False
+            yield
+        finally:
+            for module, saved in zip(modules, attributes, strict=True):
+                _restore(vars(module), saved)
+            for table, saved in tables:
+                _restore(table, saved)
+            with torch.no_grad():
+                for buffer, version, value in buffers:
+                    if buffer._version != version:
+                        buffer.copy_(value)
+
+
+def _inference(model: nn.Module) -> bool:
+    """Inference tensors count no versions; a model made of them is taken as is."""
+    return any(buffer.is_inference() for buffer in model.buffers())
+
+
+def _restore(now: dict[Any, Any], before: dict[Any, Any]) -> None:
+    """Give `now` the entries of `before`, in order, touching it only where they differ."""
+    if list(now) == list(before) and all(now[key] is before[key] for key in before):
+        return
+    now.clear()
+    now.update(before)
