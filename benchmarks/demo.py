@@ -62,7 +62,7 @@ def main() -> int:
     if options.reload:
         return compare_reloaded(options.reload)
     if options.keep:
-        return demo(options.keep)
+        return demo(options.keep.resolve())
     with tempfile.TemporaryDirectory() as folder:
         return demo(Path(folder))
 
@@ -72,7 +72,7 @@ def demo(folder: Path) -> int:
     torch.manual_seed(0)
     data = digits.load()
     jobs = [
-        Job("residual CNN", digits.ResidualCNN(), epochs=15, finetune_epochs=5, learning_rate=3e-3),
+        Job("residual CNN", digits.ResidualCNN(), epochs=10, finetune_epochs=5, learning_rate=3e-3),
         Job("transformer", digits.DigitTransformer(), epochs=60, finetune_epochs=15, learning_rate=4e-3),
     ]
     print(
@@ -198,7 +198,7 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         lower, median, upper = row.latency_ms
         sizes = [(row.params, first.params, 15), (row.macs, first.macs, 17), (row.bytes, first.bytes, 16)]
-        cells = " ".join(f"{f'{value:,} {100 * value / of:3.0f}%':>{width}}" for value, of, width in sizes)
+        cells = " ".join(f"{f'{value:,.0f} {100 * value / of:3.0f}%':>{width}}" for value, of, width in sizes)
         latency = f"{median:.2f} ({lower:.2f} to {upper:.2f})"
         lines.append(f"{row.stage:17} {100 * row.accuracy:7.1f}% {cells} {latency:>25}")
     return "\n".join(lines)

@@ -7,20 +7,28 @@ because a branch depends on data, is recorded while it runs (see record.py). The
 from __future__ import annotations
 
 import difflib
+import io
 import logging
+import os
+import re
+import sys
 import sysconfig
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.export import Dim, ShapesCollection
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.nn.parameter import is_lazy
 
 from graphcomp.canonical import canonicalize
 from graphcomp.errors import CaptureError, InputError
@@ -33,11 +41,23 @@ from graphcomp.graph_module import (
     canonical_names,
     leaf_names,
     tensor_leaves,
+    tensor_names,
 )
 from graphcomp.record import record
 from graphcomp.untouched import untouched
 
 log = logging.getLogger("graphcomp.capture")
+
+NOT_THE_USERS = (*(os.path.join(os.path.dirname(file), "") for file in (torch.__file__, sympy.__file__, __file__)), "<")
+STDLIB, INSTALLED = sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")
+EXPORT_LOGGERS = (
+    "torch._export.non_strict_utils",
+    "torch._subclasses.fake_tensor",
+    "torch.export",
+    "torch.fx.experimental.symbolic_shapes",
+)
+CACHE_FIX = "a cache of past keys and values cannot be exported: pass example_kwargs={'use_cache': False}"
+DATA_DEPENDENT = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -48,9 +68,9 @@ class Captured:
     """A model as a graph.
 
     Attributes:
-        module: called like the model; its graph has placeholders (one per leaf of the inputs; the ones that are no tensors
-            have no users), get_attr nodes under the model's own tensor names, call_function nodes, one output. In
-            eval mode, whatever mode the model is in. Its tensors are the model's own.
+        module: called like the model; its graph has placeholders (one per leaf of the inputs; those that are no
+            tensors have no users), get_attr nodes under the model's own tensor names, call_function nodes, one output.
+            In eval mode, whatever mode the model is in. Its tensors are the model's own.
         original: the model, or its submodule named by `scope`.
         args, kwargs: example inputs of `original`.
         producer: "export", or "record" where export refused: then the graph holds for one path and one shape.
@@ -100,13 +120,14 @@ def capture(
     _check_initialized(model)
     if scope:
         model, args, kwargs = _scoped(model, scope, args, kwargs)
+    _check_names(model)
     try:
         module, names = _export(model, args, kwargs, dynamic)
         producer: Literal["export", "record"] = "export"
         reason = ""
     except Exception as error:  # export has no base class for its refusals
         module, names = _record(model, args, kwargs, error)
-        producer, reason = "record", _reason(error)
+        producer, reason = "record", _refusal(error)
         log.info("%s was recorded, as torch.export refused it: %s", type(model).__name__, reason)
     if outputs is not None:
         names = select_outputs(module.graph, names, [outputs] if isinstance(outputs, str) else outputs)
@@ -138,13 +159,25 @@ def _arguments(example_inputs: Any, example_kwargs: Mapping[str, Any] | None) ->
 
 
 def _check_initialized(model: nn.Module) -> None:
-    lazy = [n for n, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedTensorMixin)]
+    lazy = [n for n, p in model.named_parameters() if is_lazy(p)]
     if lazy:
         raise InputError(
             f"{type(model).__name__} has parameters without a shape",
             at=lazy[0],
             why="lazy modules get their shapes in the first forward pass",
             fix="run the model once before compressing it",
+        )
+
+
+def _check_names(model: nn.Module) -> None:
+    """The graph module keeps the model's names at its own top level, so they must not be its own attributes."""
+    own = set(dir(fx.GraphModule({}, fx.Graph()))) - set(dir(nn.Module()))
+    taken = sorted({name.partition(".")[0] for name in tensor_names(model)} & own)
+    if taken:
+        raise CaptureError(
+            f"{type(model).__name__} has a submodule or tensor called {taken[0]!r}",
+            why="torch.fx.GraphModule has an attribute of that name",
+            fix="rename it, or wrap the model in torch.nn.Sequential (its names then begin with '0.')",
         )
 
 
@@ -201,6 +234,8 @@ def _export(model: nn.Module, args: Args, kwargs: Kwargs, dynamic: bool) -> tupl
     if dynamic:
         try:
             program = _export_dynamic(model, args, kwargs)
+        except DATA_DEPENDENT:  # fixed shapes would not help
+            raise
         except Exception as error:  # export has no base class for its refusals
             log.debug("%s has no graph for every batch: %s", type(model).__name__, _reason(error))
             program = None
@@ -216,7 +251,7 @@ def _export_dynamic(model: nn.Module, args: Args, kwargs: Kwargs) -> torch.expor
     if doubled:
         # export takes a length of 1 for a constant, so it is shown two copies of the sample
         args, kwargs = pytree.tree_map_only(torch.Tensor, _twice, (args, kwargs))
-    shapes = ShapesCollection()
+    shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
     length = 2 if doubled else batch
     for tensor in tensor_leaves((args, kwargs)):
         shapes[tensor] = _symbolic_dims(tensor, length)
@@ -245,21 +280,45 @@ def _symbolic_dims(tensor: torch.Tensor, batch: int | None) -> dict[int, Any] | 
     return {dim: Dim.AUTO for dim in dims if tensor.shape[dim] > 1} or None
 
 
-def _program(
-    model: nn.Module, args: Args, kwargs: Kwargs, shapes: ShapesCollection | None
-) -> torch.export.ExportedProgram:
-    with untouched(model, real=False), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+def _program(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any) -> torch.export.ExportedProgram:
+    with untouched(model, real=False), _quiet():
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what torch.export has to say about graphs: warnings, log lines, and the graph it prints on failure."""
+    loggers = [logging.getLogger(name) for name in EXPORT_LOGGERS]
+    said = io.StringIO()
+    graph = ""
+    for logger in loggers:
+        logger.addFilter(_nothing)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(said):
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:
+        graph = str(getattr(error, "partial_fx_graph", ""))
+        raise
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_nothing)
+        # what the model itself wrote is not ours to swallow
+        text = said.getvalue()
+        sys.stderr.write(text.replace(f"{graph}\n", "") if graph else text)
+
+
+def _nothing(_record: logging.LogRecord) -> bool:
+    """A filter that lets no record through: the exception says it all."""
+    return False
 
 
 def _unlifted(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """The program as a module that holds the model's own tensors, and the names of its tensor outputs."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
         module = program.module(check_guards=False)
     spec = program.call_spec.out_spec
-    assert spec is not None and isinstance(module, fx.GraphModule)
+    assert spec is not None
     results = module.graph.output_node().args[0]
     assert isinstance(results, (tuple, list))
     names = zip(leaf_names(spec), results, strict=True)
@@ -311,28 +370,30 @@ def _reason(error: BaseException) -> str:
     return reason if len(reason) <= 300 else reason[:297] + "..."
 
 
+def _refusal(error: BaseException) -> str:
+    """Why export refused, and what to do about it where there is something to do."""
+    return f"{_reason(error)} ({CACHE_FIX})" if _about_cache(error) else _reason(error)
+
+
 def _fix(error: BaseException) -> str:
-    if "cache" in str(error).lower():
-        return "the model returns a cache object, which cannot be captured: pass example_kwargs={'use_cache': False}"
+    if _about_cache(error):
+        return CACHE_FIX
     return 'pass scope="path.to.submodule" to compress one submodule, or example inputs that avoid this line'
 
 
+def _about_cache(error: BaseException) -> bool:
+    """Whether export met a container of past keys and values, which it cannot take apart."""
+    return re.search(r"\w*Cache\b.*(in output|input type)|(in output|input type)\b.*\w*Cache\b", str(error)) is not None
+
+
 def user_line(error: BaseException) -> str:
-    """'model.py:12, in forward -> if x.sum() > 0:': the innermost frame that is neither torch's nor ours; '' if none."""
-    skipped = (*(str(Path(m.__file__).parent) for m in (torch, sympy)), str(Path(__file__).parent), "<")
-    # site-packages lies inside the standard library's folder, so only files directly there or in its packages count
-    stdlib, installed = sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith(skipped)
-        and not (frame.filename.startswith(stdlib) and not frame.filename.startswith(installed))
-    ]
-    # the outermost frame is whoever called us
-    inside = [frame for frame in frames if frame.name != "<module>"]
-    if not inside:
+    """'model.py:12, in forward -> if x.sum() > 0:': the innermost frame inside the model's own code; '' if none."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(NOT_THE_USERS)]
+    # the standard library's folder holds site-packages, where models may well live
+    frames = [f for f in frames if not f.filename.startswith(STDLIB) or f.filename.startswith(INSTALLED)]
+    if not frames:
         return ""
-    last = inside[-1]
+    last = frames[-1]
     return f"{Path(last.filename).name}:{last.lineno}, in {last.name} -> {last.line}"
 
 

@@ -47,7 +47,7 @@ def build(tensors: Mapping[str, Any], graph: fx.Graph, name: str) -> CapturedMod
     """A CapturedModule in eval mode.
 
     Args:
-        tensors: what each get_attr target of `graph` stands for: tensors, or sub-graphs of higher-order ops. Not copied.
+        tensors: what each get_attr target of `graph` stands for, not copied: tensors, sub-graphs of control flow.
         graph: its code generator carries the pytree specs of the inputs and outputs (see `calling_convention`).
         name: the class name of the model it came from.
     """

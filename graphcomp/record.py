@@ -10,12 +10,12 @@ from __future__ import annotations
 import inspect
 import linecache
 import operator
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
-from pathlib import Path
 from types import CodeType
 from typing import Any
 
@@ -33,8 +33,8 @@ from graphcomp.graph_module import calling_convention, canonical_names, leaf_nam
 aten = torch.ops.aten
 
 ModuleStack = dict[str, tuple[str, str]]
-TORCH_LAYERS = str(Path(nn.__file__).parent)
-SKIPPED_FRAMES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+TORCH_LAYERS = os.path.join(os.path.dirname(nn.__file__), "")
+SKIPPED_FRAMES = (*(os.path.join(os.path.dirname(file), "") for file in (torch.__file__, __file__)), "<")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     return Recording(recorder.graph, recorder.tensors, output_names)
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Turns dispatched ops into fx nodes.
 
     A tensor is known by its identity, or else by the memory it is a window on: `x.data` and tensors that C++ made
@@ -83,7 +83,7 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
         self.tensors: dict[str, torch.Tensor] = {}
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -173,7 +173,7 @@ class Recorder(TorchDispatchMode):
         if tensor.layout is not torch.strided:
             return None
         memory = self._memory.get(tensor.untyped_storage()._cdata)
-        return memory if memory is not None and not memory.storage.expired() else None
+        return memory if memory is not None and memory.alive() else None
 
     def _remember_memory(self, tensor: torch.Tensor, node: fx.Node | None) -> None:
         """Note which node stands for a piece of memory: the first to fill it, then whoever rewrites all of it."""
@@ -184,7 +184,8 @@ class Recorder(TorchDispatchMode):
             storage = tensor.untyped_storage()
             name = self._names.get(id(tensor), "")
             held = self._held.get(name)
-            self._memory[storage._cdata] = _Memory(StorageWeakRef(storage), _geometry(tensor), node, name, held, None)
+            weak = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            self._memory[storage._cdata] = _Memory(weak, _geometry(tensor), node, name, held, None)
         elif node is not None and memory.geometry == _geometry(tensor):
             memory.node = node
 
@@ -266,6 +267,10 @@ class _Memory:
     held: torch.Tensor | None
     fake: torch.Tensor | None
 
+    def alive(self) -> bool:
+        """False once the memory was freed (and its address may stand for other memory)."""
+        return not self.storage.expired()  # type: ignore[no-untyped-call]
+
     def tensor(self) -> torch.Tensor:
         """The model's tensor on this storage; only asked for where no node has read it yet."""
         assert self.held is not None, "memory that no node filled and the model does not hold"
@@ -342,7 +347,7 @@ def _user_line() -> str:
 
 @lru_cache(maxsize=4096)
 def _skipped(code: CodeType) -> bool:
-    return code.co_filename.startswith((*SKIPPED_FRAMES, "<"))
+    return code.co_filename.startswith(SKIPPED_FRAMES)
 
 
 @lru_cache(maxsize=4096)

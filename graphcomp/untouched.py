@@ -14,9 +14,9 @@ from torch import nn
 def untouched(model: nn.Module, *, real: bool) -> Iterator[None]:
     """Eval mode inside; outside, the model and the random state are as they were.
 
-    Restored for every submodule: its own train/eval flag, its attributes (what a forward caches on `self`, and one level into
-    dicts, which covers parameters, buffers, submodules and hooks) and, for a run on real data, the values of
-    its buffers. The flags are set directly, as a model's own `eval()` may do more than that.
+    Restored for every submodule: its own train/eval flag; its attributes, which a forward may cache things on, and one
+    level into those that are dicts (parameters, buffers, submodules, hooks); and, for a run on real data, the
+    values of its buffers. The flags are set directly, as a model's own `eval()` may do more than that.
 
     Args:
         model: any module.
@@ -24,7 +24,7 @@ def untouched(model: nn.Module, *, real: bool) -> Iterator[None]:
     """
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
-    tables = [(value, dict(value)) for saved in attributes for value in saved.values() if type(value) is dict]
+    tables = [(value, dict(value)) for saved in attributes for value in saved.values() if isinstance(value, dict)]
     buffers = [(b, b._version, b.clone()) for b in model.buffers()] if real and not _inference(model) else []
     cuda = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices=cuda):

@@ -10,9 +10,11 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def test_quick_start() -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    text = README.read_text(encoding="utf-8")
+    (block,) = re.finditer(r"```python\n(.*?)```", text, re.DOTALL)
+    lines_before = "\n" * text.count("\n", 0, block.start(1))  # so that a traceback shows the README's own line
     names: dict[str, Any] = {}
-    exec(compile(block, "README.md", "exec"), names)
+    exec(compile(lines_before + block[1], str(README), "exec"), names)
     before, after = ([p.numel() for p in names[model].parameters()] for model in ("model", "small"))
     assert sum(after) < sum(before)
     assert names["logits"].shape == (2, 10)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, overload
+from typing import Any, TypeAlias, TypeVar, overload
 
 from torch import fx
 from torch._ops import OpOverload
@@ -26,6 +26,7 @@ from graphcomp.errors import RuleError
 Result: TypeAlias = Axes | list[Axes] | None
 RuleFunction: TypeAlias = Callable[..., Result]
 OpKey: TypeAlias = OpOverload | str
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass
@@ -79,13 +80,14 @@ class Call:
 
 
 _RULES: dict[OpKey, RuleFunction] = {}
+_FAMILIES: list[tuple[Callable[[OpOverload], bool], RuleFunction]] = []
 _TAKES_CALL: dict[RuleFunction, bool] = {}
 
 
 @overload
-def rule(op: OpKey, text: str, /) -> None: ...
+def rule(op: OpKey, text: str, /) -> None: ...  # type: ignore[overload-overlap]
 @overload
-def rule(*ops: OpKey) -> Callable[[RuleFunction], RuleFunction]: ...
+def rule(*ops: OpKey) -> Callable[[F], F]: ...
 
 
 def rule(*args: Any) -> Any:
@@ -109,7 +111,7 @@ def rule(*args: Any) -> Any:
     if not args:
         raise RuleError("rule() needs at least one op", fix='rule("mylib::op", "n c, c -> n c")')
 
-    def decorate(function: RuleFunction) -> RuleFunction:
+    def decorate(function: F) -> F:
         for op in args:
             _register(op, function)
         return function
@@ -131,9 +133,16 @@ def forget(op: OpKey) -> None:
     _RULES.pop(op, None)
 
 
+def family(holds: Callable[[OpOverload], bool], function: RuleFunction) -> None:
+    """One rule for every op that has none of its own and of which `holds` is true."""
+    _FAMILIES.append((holds, function))
+    _TAKES_CALL[function] = "call" in inspect.signature(function).parameters
+
+
 def find(op: OpOverload) -> RuleFunction | None:
-    """The rule of `op`: by the object, else by its name without overload."""
-    return _RULES.get(op) or _RULES.get(op._schema.name)
+    """The rule of `op`: by the object, else by its name without overload, else by family."""
+    own = _RULES.get(op) or _RULES.get(op._schema.name)
+    return own or next((function for holds, function in _FAMILIES if holds(op)), None)
 
 
 def run(function: RuleFunction, call: Call, arguments: Mapping[str, Any]) -> list[Axes]:
@@ -159,15 +168,14 @@ def _from_notation(text: str) -> RuleFunction:
     parsed = notation.parse(text)
 
     def from_notation(call: Call, **arguments: Any) -> Result:
-        tensors = {name: value for name, value in arguments.items() if _is_axes(value) or value is None}
-        operands = dict(list(tensors.items())[: len(parsed.operands)])
-        return call.einsum(text, **operands)
+        assert isinstance(call.node.target, OpOverload)
+        names = [a.name for a in call.node.target._schema.arguments if str(a.type) in _TENSOR_TYPES]
+        return call.einsum(text, **{name: arguments.get(name) for name in names[: len(parsed.operands)]})
 
     return from_notation
 
 
-def _is_axes(value: Any) -> bool:
-    return isinstance(value, AxesValue)
+_TENSOR_TYPES = ("Tensor", "Optional[Tensor]")
 
 
 class AxesValue(tuple[Axis, ...]):

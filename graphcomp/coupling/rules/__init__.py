@@ -1,5 +1,33 @@
 """The coupling rules, one file per op family. Importing this package registers them all."""
 
-from graphcomp.coupling.rules import linear, movement, pointwise, reductions
+from graphcomp.coupling.rules import (
+    conv,
+    create,
+    index,
+    linalg,
+    linear,
+    loss,
+    meta,
+    movement,
+    norm,
+    pointwise,
+    quantize,
+    recurrent,
+    reductions,
+)
 
-__all__ = ["linear", "movement", "pointwise", "reductions"]
+__all__ = [
+    "conv",
+    "create",
+    "index",
+    "linalg",
+    "linear",
+    "loss",
+    "meta",
+    "movement",
+    "norm",
+    "pointwise",
+    "quantize",
+    "recurrent",
+    "reductions",
+]

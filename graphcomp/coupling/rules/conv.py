@@ -184,7 +184,8 @@ def affine_grid(theta: Axes, *, call: Call) -> list[Axes]:
 
 
 # ------------------------------------------------------------------------------------------------ detection
-@rule("torchvision::roi_align", "torchvision::roi_pool")
+@rule("torchvision::roi_align")
+@rule("torchvision::roi_pool")
 def roi(input: Axes, rois: Axes, *, call: Call) -> list[Axes]:
     """n c *s, r *q -> r c *t: a region names its image by number."""
     call.freeze([input[0], *input[2:], *rois], "regions are addressed by position")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,24 +19,31 @@ aten = torch.ops.aten
 rule(aten.linear.default, "... i, o i, o -> ... o")
 rule(aten.mm.default, "n i, i o -> n o")
 rule(aten.mv.default, "n i, i -> n")
+rule(aten.mm.dtype, "n i, i o -> n o")
 rule(aten.dot.default, "i, i -> ")
+rule(aten.vdot.default, "i, i -> ")
 rule(aten.outer.default, "a, b -> a b")
+rule(aten.ger.default, "a, b -> a b")
+rule(aten._int_mm.default, "n i, i o -> n o")
 rule(aten.bilinear.default, "... i, ... j, o i j, o -> ... o")
 
 
-@rule(aten.bmm.default)
+@rule(aten.bmm.default, aten.bmm.dtype)
 def bmm(self: Axes, mat2: Axes, *, call: Call) -> list[Axes]:
     """Batched matrix product."""
     return _matmul(call, "self", self, "mat2", mat2)
 
 
-@rule(aten.matmul.default)
+@rule(aten.matmul.default, aten.linalg_matmul.default)
 def matmul(self: Axes, other: Axes, *, call: Call) -> list[Axes]:
     """Batch dims broadcast, the last dim of the first meets the last but one of the second."""
     return _matmul(call, "self", self, "other", other)
 
 
-@rule(aten.addmm.default, aten.baddbmm.default)
+@rule(
+    aten.addmm.default, aten.addmm.dtype, aten.addmm_.default,
+    aten.baddbmm.default, aten.baddbmm.dtype, aten.baddbmm_.default,
+)  # fmt: skip
 def addmm(self: Axes, call: Call, mat1: Axes = (), mat2: Axes = (), **batched: Any) -> Axes:
     """A product plus something broadcast over it."""
     if batched.get("batch1") is not None:
@@ -64,6 +72,66 @@ def _matmul(call: Call, left_name: str, left: Axes, right_name: str, right: Axes
         stacked = left if left_name not in call.activations else right
         call.mark(stacked[:-2], "expert")
     return found
+
+
+@rule(aten.addmv.default, aten.addmv_.default)
+def addmv(self: Axes, mat: Axes, vec: Axes, *, call: Call) -> Axes:
+    """A product with a vector plus something broadcast over it."""
+    return tuple(broadcast([call.einsum("n i, i -> n", mat=mat, vec=vec)[0], self], call.why))
+
+
+@rule(aten.addr.default, aten.addr_.default)
+def addr(self: Axes, vec1: Axes, vec2: Axes, *, call: Call) -> Axes:
+    """An outer product plus something broadcast over it."""
+    return tuple(broadcast([(*vec1, *vec2), self], call.why))
+
+
+@rule(aten.addbmm.default, aten.addbmm_.default)
+def addbmm(self: Axes, batch1: Axes, batch2: Axes, *, call: Call) -> Axes:
+    """The sum of a batch of products plus something broadcast over it."""
+    return tuple(broadcast([call.einsum("b n i, b i m -> n m", batch1=batch1, batch2=batch2)[0], self], call.why))
+
+
+@rule(aten.inner.default)
+def inner(self: Axes, other: Axes, *, call: Call) -> Axes:
+    """The last dims are summed away; the others stand side by side."""
+    if not self or not other:
+        return (*self, *other)
+    couple(self[-1], other[-1], call.why)
+    call.contract("other", len(other) - 1)
+    return (*self[:-1], *other[:-1])
+
+
+@rule(aten.tensordot.default)
+def tensordot(
+    self: Axes, other: Axes, dims_self: Sequence[int], dims_other: Sequence[int], *, call: Call
+) -> Axes:
+    """As `inner`, along any dims."""
+    mine, theirs = [d % len(self) for d in dims_self], [d % len(other) for d in dims_other]
+    for a, b in zip(mine, theirs, strict=True):
+        couple(self[a], other[b], call.why)
+    call.contract("other", *theirs)
+    rest = [axis for d, axis in enumerate(self) if d not in mine]
+    return (*rest, *(axis for d, axis in enumerate(other) if d not in theirs))
+
+
+@rule(aten.linalg_vecdot.default)
+def vecdot(x: Axes, y: Axes, dim: int = -1, *, call: Call) -> Axes:
+    """Summed along `dim`; the other dims broadcast."""
+    axes = broadcast([x, y], call.why)
+    call.contract("y", dim % len(y))
+    del axes[dim]
+    return tuple(axes)
+
+
+@rule(aten.linalg_multi_dot.default, aten.chain_matmul.default)
+def multi_dot(call: Call, tensors: Sequence[Axes] = (), matrices: Sequence[Axes] = ()) -> Axes:
+    """Each operand's last dim meets the first of the next."""
+    name, operands = ("tensors", tensors) if tensors else ("matrices", matrices)
+    for k, (left, right) in enumerate(pairwise(operands), 1):
+        couple(left[-1], right[0], call.why)
+        call.contract(f"{name}.{k}", 0)
+    return (*operands[0][:-1], *operands[-1][1:])
 
 
 @rule(aten.einsum.default)
@@ -101,6 +169,7 @@ def _note_sums(call: Call, summed: dict[str, tuple[int, int]]) -> None:
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_attention_math.default,
 )
 def scaled_dot_product_attention(
     query: Axes,

@@ -44,7 +44,7 @@ def view_as(self: Axes, other: Axes, *, call: Call) -> Axes:
     return axes
 
 
-@rule(aten.flatten.using_ints)
+@rule(aten.flatten.using_ints, aten.ravel.default)
 def flatten(self: Axes, *, call: Call) -> Axes:
     """Some neighbouring dims become one."""
     return tuple(regroup(self, call.shape, call.why))
@@ -71,7 +71,10 @@ def _names(call: Call) -> set[str]:
     return {a.name for a in call.node.target._schema.arguments}
 
 
-@rule(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+@rule(
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+    aten.squeeze_.default, aten.squeeze_.dim, aten.squeeze_.dims,
+)  # fmt: skip
 def squeeze(self: Axes, dim: int | Sequence[int] | None = None, *, call: Call) -> Axes:
     """Dims of length 1 go, all or the named ones."""
     named = range(len(self)) if dim is None else [dim] if isinstance(dim, int) else dim
@@ -79,7 +82,7 @@ def squeeze(self: Axes, dim: int | Sequence[int] | None = None, *, call: Call) -
     return tuple(axis for d, axis in enumerate(self) if d not in gone)
 
 
-@rule(aten.unsqueeze.default)
+@rule(aten.unsqueeze.default, aten.unsqueeze_.default)
 def unsqueeze(self: Axes, dim: int) -> Axes:
     """A new dim of length 1."""
     dim %= len(self) + 1
@@ -93,7 +96,10 @@ def permute(self: Axes, dims: Sequence[int]) -> Axes:
     return tuple(self[d] for d in dims)
 
 
-@rule(aten.transpose.int, aten.swapaxes.default)
+@rule(
+    aten.transpose.int, aten.swapaxes.default, aten.swapdims.default,
+    aten.transpose_.default, aten.swapaxes_.default, aten.swapdims_.default,
+)  # fmt: skip
 def transpose(self: Axes, call: Call, **dims: Any) -> Axes:
     """Two dims swapped."""
     a, b = dims.get("dim0", dims.get("axis0")), dims.get("dim1", dims.get("axis1"))
@@ -103,15 +109,19 @@ def transpose(self: Axes, call: Call, **dims: Any) -> Axes:
     return tuple(axes)
 
 
-@rule(aten.t.default, aten.numpy_T.default, aten.mT.default)
-def t(self: Axes, *, call: Call) -> Axes:
-    """The last two dims swapped (all reversed for numpy_T)."""
-    if call.node.target is aten.mT.default:
-        return (*self[:-2], self[-1], self[-2])
+@rule(aten.mT.default, aten.mH.default, aten.adjoint.default)
+def swap_last(self: Axes) -> Axes:
+    """The last two dims swapped."""
+    return (*self[:-2], self[-1], self[-2])
+
+
+@rule(aten.t.default, aten.t_.default, aten.numpy_T.default, aten.matrix_H.default)
+def t(self: Axes) -> Axes:
+    """All dims in reverse."""
     return tuple(reversed(self))
 
 
-@rule(aten.movedim.int, aten.movedim.intlist)
+@rule(aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist)
 def movedim(self: Axes, source: int | Sequence[int], destination: int | Sequence[int]) -> Axes:
     """Some dims go to new places, the others keep their order."""
     sources = [source] if isinstance(source, int) else source
@@ -127,6 +137,13 @@ def reorder(self: Axes, dims: Sequence[int] = (), *, call: Call) -> Axes:
     """Indices change places within a dim: positions matter, so it is frozen."""
     moved = [d % len(self) for d in dims] if dims else range(len(self))
     call.freeze([self[d] for d in moved], "indices change places")
+    return tuple(self)
+
+
+@rule(aten.flipud.default, aten.fliplr.default)
+def flip_rows(self: Axes, *, call: Call) -> Axes:
+    """Dim 0, or 1, in reverse."""
+    call.freeze(self[0 if call.node.target is aten.flipud.default else 1], "indices change places")
     return tuple(self)
 
 
@@ -187,6 +204,47 @@ def _end_to_end(parts: Sequence[Axis], total: Size, call: Call) -> Axis:
     return fresh(total, call.why)
 
 
+@rule(aten.hstack.default, aten.vstack.default, aten.row_stack.default, aten.dstack.default, aten.column_stack.default)
+def hstack(tensors: list[Axes], *, call: Call) -> Axes:
+    """`cat` of operands that have the dim at least."""
+    op = call.node.target
+    if op is aten.column_stack.default:
+        return cat([(*axes, UNIT)[: max(len(axes), 2)] if axes else (UNIT, UNIT) for axes in tensors], 1, call=call)
+    if op is aten.dstack.default:
+        return cat([_at_least(axes, 3) for axes in tensors], 2, call=call)
+    if op is aten.hstack.default:
+        return cat([axes or (UNIT,) for axes in tensors], min(1, max(map(len, tensors)) - 1), call=call)
+    return cat([_at_least(axes, 2) for axes in tensors], 0, call=call)
+
+
+@rule(aten.atleast_1d.default, aten.atleast_1d.Sequence, aten.atleast_2d.default, aten.atleast_2d.Sequence)
+@rule(aten.atleast_3d.default, aten.atleast_3d.Sequence)
+def at_least(call: Call, self: Axes = (), tensors: Sequence[Axes] = ()) -> list[Axes]:
+    """New dims of length 1."""
+    return [_at_least(axes, len(shape)) for axes, shape in zip(tensors or [self], call.shapes, strict=True)]
+
+
+def _at_least(axes: Axes, rank: int) -> Axes:
+    if rank == 3 and 0 < len(axes) < 3:
+        return (UNIT, axes[0], UNIT) if len(axes) == 1 else (*axes, UNIT)
+    return (*[UNIT] * (rank - len(axes)), *axes)
+
+
+@rule(aten.block_diag.default)
+def block_diag(tensors: list[Axes]) -> Axes:
+    """Rows end to end, columns end to end."""
+    blocks = [_at_least(axes, 2) for axes in tensors]
+    return (concat(*(rows for rows, _ in blocks)), concat(*(columns for _, columns in blocks)))
+
+
+@rule(aten.kron.default)
+def kron(self: Axes, other: Axes) -> Axes:
+    """Every dim is the product of the two operands' dims."""
+    rank = max(len(self), len(other))
+    pairs = zip(_at_least(self, rank)[-rank:], _at_least(other, rank)[-rank:], strict=True)
+    return tuple(product(a, b) for a, b in pairs)
+
+
 @rule(aten.stack.default)
 def stack(tensors: list[Axes], dim: int = 0, *, call: Call) -> Axes:
     """A new dim, frozen: which input is which matters."""
@@ -211,6 +269,21 @@ def split_evenly(self: Axes, dim: int = 0, *, call: Call) -> list[Axes]:
     """Where the number or lengths of pieces are symbolic: frozen. (Others are split_with_sizes by now.)"""
     call.freeze(self[dim], "split by a rule that depends on the length")
     return [_with(self, dim, fresh(shape[dim], call.why)) for shape in call.shapes]
+
+
+@rule(
+    aten.hsplit.int, aten.hsplit.array, aten.vsplit.int, aten.vsplit.array, aten.dsplit.int, aten.dsplit.array,
+    aten.narrow.default,
+)  # fmt: skip
+def split_elsewhere(self: Axes, *, call: Call) -> list[Axes]:
+    """Pieces of one dim, which is frozen: the one whose length changes."""
+    for k, axis in enumerate(self):
+        if any(shape[k] != length(axis) for shape in call.shapes):
+            call.freeze(axis, "split in a form that keeps no lengths")
+    return [
+        tuple(a if length(a) == n else fresh(n, call.why) for a, n in zip(self, shape, strict=True))
+        for shape in call.shapes
+    ]
 
 
 @rule(aten.unbind.int)
@@ -305,7 +378,10 @@ def unfold(self: Axes, dimension: int, *, call: Call) -> Axes:
     return (*axes, fresh(call.shape[-1], call.why))
 
 
-@rule(aten.as_strided.default, aten.diagonal.default, aten.diag_embed.default, aten.tril_indices.default)
+@rule(
+    aten.as_strided.default, aten.diagonal.default, aten.diag_embed.default, aten.tril_indices.default,
+    aten.diag.default, aten.diagflat.default, aten.linalg_diagonal.default, aten.fill_diagonal_.default,
+)  # fmt: skip
 def strided(call: Call, self: Axes = ()) -> Axes:
     """Memory read by strides, or along a diagonal: frozen."""
     call.freeze(self)
@@ -409,3 +485,26 @@ def all_frozen(call: Call) -> list[Axes]:
 def numel(axes: Axes) -> Size:
     """Number of elements."""
     return multiply(map(length, axes))
+
+
+# ------------------------------------------------------------------------------------------------ elements re-read
+@rule(aten.view_as_complex.default)
+def view_as_complex(self: Axes, *, call: Call) -> Axes:
+    """(..., 2) -> (...): real and imaginary part."""
+    call.freeze(self[-1], "real and imaginary part")
+    return self[:-1]
+
+
+@rule(aten.view_as_real.default)
+def view_as_real(self: Axes, *, call: Call) -> Axes:
+    """(...) -> (..., 2): real and imaginary part."""
+    return (*self, fresh(2, call.because("real and imaginary part")))
+
+
+@rule(aten.view.dtype)
+def view_dtype(self: Axes, *, call: Call) -> Axes:
+    """The same bytes as another dtype: of another width, the last dim is frozen."""
+    if tuple(map(length, self)) == call.shape:
+        return self
+    call.freeze(self[-1], "its bytes are read as another dtype")
+    return _with(self, -1, fresh(call.shape[-1], call.why))

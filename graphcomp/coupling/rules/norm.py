@@ -110,3 +110,16 @@ def _group_norm(call: Call, input: Axes, groups: int, weight: Axes | None, bias:
         call.contract("input", 1)
         call.mark(input[1], "normalized")
     return g
+
+
+# ------------------------------------------------------------------------------------------------ over a weight
+@rule(aten._weight_norm.default, aten._weight_norm_interface.default)
+def weight_norm(v: Axes, g: Axes, dim: int = 0, *, call: Call) -> list[Axes]:
+    """Slices of `v` along `dim` get the length `g` says: a norm over all other dims, which a zero does not change."""
+    for own, theirs in zip(v, g, strict=False):
+        if length(theirs) != 1:
+            couple(own, theirs, call.why)
+    others = [d for d in range(len(v)) if d != dim % len(v)]
+    call.contract("v", *others)
+    call.mark([v[d] for d in others], "normalized")
+    return [v, g][: len(call.shapes)]

@@ -5,41 +5,42 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 
 from graphcomp.coupling.axis import UNIT, Axes, couple, cut, length
 from graphcomp.coupling.notation import broadcast
-from graphcomp.coupling.table import AxesValue, Call, find, rule
+from graphcomp.coupling.table import AxesValue, Call, family, rule
 
 aten = torch.ops.aten
 
 # Ops that keep every index where it is but do not carry the `pointwise` tag.
-UNTAGGED = """
+UNTAGGED = frozenset(
+    """
     dropout dropout_ feature_dropout feature_dropout_ alpha_dropout native_dropout contiguous clone alias detach detach_
     lift_fresh lift_fresh_copy to _to_copy type_as _conj hardswish hardswish_ silu silu_ mish gelu gelu_ elu elu_ celu
     selu selu_ rrelu rrelu_with_noise hardsigmoid hardtanh hardtanh_ relu6 relu6_ leaky_relu leaky_relu_ relu relu_
     __and__ __or__ __xor__ __iand__ __ior__ logical_and logical_or logical_not logical_xor
     fill fill_ zero zero_ copy copy_ masked_fill masked_fill_ where full_like zeros_like ones_like empty_like rand_like
-    randn_like randint_like positive float_power log_sigmoid softplus logsigmoid log_sigmoid_forward softshrink hardshrink
-    threshold threshold_ bernoulli nan_to_num nan_to_num_ square square_ floor_divide floor_divide_ true_divide divide
-    multiply subtract rsub remainder fmod clip clip_ clamp_max clamp_min isfinite isnan isinf isclose absolute
+    randn_like randint_like positive float_power log_sigmoid softplus logsigmoid log_sigmoid_forward softshrink
+    hardshrink threshold threshold_ bernoulli nan_to_num nan_to_num_ square square_ floor_divide floor_divide_
+    true_divide divide multiply subtract rsub remainder fmod clip clip_ clamp_max clamp_min isfinite isnan isinf isclose absolute
     fake_quantize_per_tensor_affine requires_grad_ resolve_conj resolve_neg _assert_tensor_metadata special_expit
+    complex polar real imag isreal conj chalf pin_memory abs_ absolute_ negative negative_ fix fix_ copysign_ heaviside_
+    eq_ ne_ lt_ le_ gt_ ge_ not_equal not_equal_ less less_ less_equal less_equal_ greater greater_ greater_equal
+    greater_equal_ _add_relu multiply_ subtract_ divide_ true_divide_ gcd_ lcm_ __irshift__ __ilshift__ mish_
+    arccos arccosh arcsin arcsinh arctan arctan2 arctanh alpha_dropout_ feature_alpha_dropout feature_alpha_dropout_
+    rrelu_ rrelu_with_noise_ xlogy_ _neg_view _lazy_clone _masked_scale
 """.split()
+)
 
 
-def _family() -> list[torch._ops.OpOverload]:
-    """All tagged overloads of ATen, and the untagged names above, without out= variants."""
-    ops = []
-    for name in dir(aten):
-        packet = getattr(aten, name)
-        if not isinstance(packet, torch._ops.OpOverloadPacket):
-            continue
-        for overload in packet.overloads():
-            op = getattr(packet, overload)
-            if overload.endswith("out") or "out" in (a.name for a in op._schema.arguments):
-                continue
-            if torch.Tag.pointwise in op.tags or name in UNTAGGED:
-                ops.append(op)
-    return ops
+def is_pointwise(op: OpOverload) -> bool:
+    """Tagged so by ATen, or named above; not the variants that write to an `out` argument."""
+    if "out" in (argument.name for argument in op._schema.arguments):
+        return False
+    return torch.Tag.pointwise in op.tags or (
+        op.namespace == "aten" and op._schema.name.removeprefix("aten::") in UNTAGGED
+    )
 
 
 def pointwise(call: Call, **arguments: Any) -> Axes | list[Axes]:
@@ -61,9 +62,7 @@ def _is_sum_of_activations(call: Call, operands: list[AxesValue]) -> bool:
     return len(shapes) == 2 and shapes[0] == shapes[1]
 
 
-for _op in _family():
-    if find(_op) is None:
-        rule(_op)(pointwise)
+family(is_pointwise, pointwise)
 
 
 @rule(aten.prelu.default, aten._prelu_kernel.default)
@@ -82,4 +81,3 @@ def glu(self: Axes, dim: int = -1, *, call: Call) -> Axes:
     couple(left, right, call.because("the halves of a gate differ in make"))
     axes[dim] = left
     return tuple(axes)
-

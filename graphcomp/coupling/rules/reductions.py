@@ -14,9 +14,12 @@ aten = torch.ops.aten
 
 
 @rule(
-    aten.sum.default, aten.sum.dim_IntList, aten.nansum.default, aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim,
-    aten.mean.default, aten.mean.dim, aten.var.default, aten.var.dim, aten.var.correction, aten.std.default, aten.std.dim,
-    aten.std.correction, aten.var_mean.correction, aten.var_mean.dim,
+    aten.sum.default, aten.sum.dim_IntList, aten.nansum.default, aten.linalg_vector_norm.default,
+    aten.norm.ScalarOpt_dim, aten.mean.default, aten.mean.dim, aten.var.default, aten.var.dim, aten.var.correction,
+    aten.std.default, aten.std.dim, aten.std.correction, aten.var_mean.correction, aten.var_mean.dim,
+    aten.var_mean.default, aten.std_mean.default, aten.std_mean.dim, aten.std_mean.correction, aten.nanmean.default,
+    aten.frobenius_norm.dim, aten.norm.Scalar, aten.norm.ScalarOpt_dtype, aten.norm.ScalarOpt_dim_dtype,
+    aten.linalg_norm.default,
 )  # fmt: skip
 def reduce(self: Axes, dim: Any = None, keepdim: bool = False, *, call: Call) -> list[Axes]:
     """The reduced dims go, or stay with length 1. Masked units are left out of sum, count and spread."""
@@ -30,7 +33,8 @@ def reduce(self: Axes, dim: Any = None, keepdim: bool = False, *, call: Call) ->
     aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim, aten.max.default, aten.min.default,
     aten.argmax.default, aten.argmin.default, aten.any.default, aten.any.dim, aten.all.default, aten.all.dim,
     aten.prod.default, aten.prod.dim_int, aten.logsumexp.default, aten.median.dim, aten.mode.default,
-    aten.count_nonzero.default, aten.count_nonzero.dim_IntList, aten.aminmax.default,
+    aten.count_nonzero.default, aten.count_nonzero.dim_IntList, aten.aminmax.default, aten.any.dims, aten.all.dims,
+    aten.median.default, aten.nanmedian.default, aten.nanmedian.dim, aten.linalg_norm.ord_str,
 )  # fmt: skip
 def pick(self: Axes, dim: Any = None, keepdim: bool = False, *, call: Call) -> list[Axes]:
     """The result depends on which indices there are: the reduced dims are frozen."""
@@ -41,7 +45,8 @@ def pick(self: Axes, dim: Any = None, keepdim: bool = False, *, call: Call) -> l
 
 @rule(
     aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default, aten.cumsum.default,
-    aten.cumsum_.default, aten.cumprod.default, aten.logcumsumexp.default, aten.cummax.default,
+    aten.cumsum_.default, aten.cumprod.default, aten.logcumsumexp.default, aten.cummax.default, aten.cummin.default,
+    aten.cumprod_.default, aten._safe_softmax.default, aten.special_softmax.default, aten.special_log_softmax.default,
 )  # fmt: skip
 def along(self: Axes, dim: int, *, call: Call) -> list[Axes]:
     """Every result along `dim` depends on the others there: frozen."""

@@ -1,0 +1,382 @@
+"""The public functions: thin, reading like the pipeline capture -> couple -> score -> allocate -> slice -> verify."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphcomp.analysis import Analysis, analyze_captured
+from graphcomp.capture import capture
+from graphcomp.compressed import CompressedModel
+from graphcomp.cost import CostModel, latency, param_bytes
+from graphcomp.coupling.groups import ROLES, ChannelGroup, Kept
+from graphcomp.errors import NotBuiltError, NothingToPrune, PlanError, VerificationError
+from graphcomp.export.native import NativeResult, native
+from graphcomp.pruning.allocation import Budget, allocate, allocate_budget
+from graphcomp.pruning.mask import InsertMasks, set_masks
+from graphcomp.pruning.saliency import score
+from graphcomp.pruning.slice import SliceGroups, by_factor, kept_of_tensors
+from graphcomp.report import Change, Report, group_dict, layers, why_nothing
+from graphcomp.testing import relative_error, tolerance
+
+logger = logging.getLogger("graphcomp")
+
+BITS_OF_FLOAT = 32
+
+
+def analyze(
+    model: nn.Module,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    scope: str = "",
+    outputs: str | Sequence[str] | None = None,
+) -> Analysis:
+    """Find which channels, heads and features of `model` live or die together, and which must stay, and why.
+
+    Args:
+        model: any module that runs on the example inputs; on the meta device too. Not modified.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword tensors.
+        example_kwargs: keywords added to a tuple.
+        scope: analyse only this submodule, on the inputs it gets when `model` runs.
+        outputs: names of the outputs that matter (default: all); the others freeze nothing and are dropped.
+
+    Returns:
+        Analysis with .groups, .frozen, .unknown_ops, .report(), .to_networkx().
+
+    Raises:
+        CaptureError, InputError: the model cannot be followed, or does not run on the inputs.
+    """
+    return analyze_captured(capture(model, example_inputs, example_kwargs, scope=scope, outputs=outputs))
+
+
+def compress(
+    model: nn.Module,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    sparsity: float = 0.5,
+    bits: int | tuple[int, int] | None = None,
+    method: str | None = None,
+    data: Iterable[Any] | None = None,
+    loss: Callable[..., Tensor] | None = None,
+    saliency: str = "l2",
+    ranking: str = "global",
+    ignore: str | Sequence[str] = (),
+    prune: Sequence[str] | None = None,
+    round_to: int = 1,
+    budget: Budget | None = None,
+    scope: str = "",
+    outputs: str | Sequence[str] | None = None,
+    verify: bool = True,
+    measure_latency: bool = False,
+    progress: bool = True,
+    seed: int = 0,
+) -> CompressedModel:
+    """Return a physically smaller copy of `model` that computes what the masked original computes.
+
+    Args:
+        model: not modified.
+        example_inputs: a tensor, a tuple, or a dict of keyword tensors; `example_kwargs` adds keywords to a tuple.
+        sparsity: fraction of the prunable units (channels, heads, features) to remove, 0 <= sparsity < 1; met to the
+            nearest whole unit.
+        bits: None; quantization is not built yet.
+        method: "oneshot" (score, cut, done).
+        data: batches for saliencies that need them; with `loss(model_output, batch)` for those that need gradients.
+        saliency: how units are ranked; see `graphcomp.pruning.saliency`.
+        ranking: "global" ranks all units together, "local" removes the same share of every group.
+        ignore: names, or "re:" patterns, of modules that keep their width.
+        prune: roles to prune, of "channel", "head", "head_dim", "hidden", "width", "expert", "group". Default: all,
+            but for "width" in groups that layer, RMS or group norms take statistics over.
+        round_to: the number of units kept in each group is a multiple of it.
+        budget: a target on parameters or MACs instead of `sparsity`.
+        scope: compress one submodule; the result holds the whole model with that part replaced.
+        outputs: names of the outputs that matter.
+        verify: check the laws on the example inputs; their errors stand in the report.
+        measure_latency: time the model before and after (one thread, milliseconds).
+        progress: show a progress bar where there is something to wait for (silent off a terminal).
+        seed: of random saliency.
+
+    Raises:
+        NothingToPrune: every axis is frozen; the message says why.
+        PlanError, BudgetError: arguments that cannot be met; the message says what can.
+        VerificationError: the result does not compute what it should. Nothing is returned then.
+        NotBuiltError: bits, or a method, that this version does not have.
+    """
+    _check_arguments(sparsity, bits, method, data, prune)
+    analysis = analyze(model, example_inputs, example_kwargs, scope=scope, outputs=outputs)
+    groups = prunable_groups(analysis, ignore=ignore, prune=prune)
+    _check_weights(analysis, saliency)
+    scores = score(saliency, analysis, groups, data=data, loss=loss, seed=seed)
+    if budget is None:
+        kept = allocate(groups, scores, sparsity=sparsity, scope=ranking, round_to=round_to)
+    else:
+        kept = allocate_budget(analysis, groups, scores, budget, round_to=round_to)
+    small = slice_groups(analysis, kept, up_for_pruning=groups, verify=verify, measure_latency=measure_latency)
+    return _into_whole(model, small, scope) if scope else small
+
+
+def slice_groups(
+    plan: Analysis,
+    kept: Mapping[ChannelGroup, Tensor | Sequence[int]],
+    *,
+    up_for_pruning: Sequence[ChannelGroup] | None = None,
+    verify: bool = True,
+    measure_latency: bool = False,
+) -> CompressedModel:
+    """Cut a model to the units given: the raw cut.
+
+    Args:
+        plan: what `analyze` returned.
+        kept: group -> indices of the units that stay; groups left out stay whole.
+        up_for_pruning: the groups whose units count in the report's sparsity (default: all).
+        verify: check that the masked and the sliced model agree on the example inputs.
+        measure_latency: time the model before and after.
+
+    Raises:
+        PlanError: a group would lose all units, or an index is none of its units.
+        VerificationError: the laws do not hold on the result.
+    """
+    units: Kept = {group: torch.as_tensor(indices).unique() for group, indices in kept.items()}
+    captured = plan.captured
+    small: fx.GraphModule | None = None
+    verified: dict[str, float] = {}
+    if captured.producer == "export":
+        small = SliceGroups(plan.coupling, units)(captured.module)
+        if verify:
+            verified["masked == sliced"] = _check_masked(plan, units, small)
+    found = native(plan, units)
+    module, form = _choose(found, small, plan)
+    if found.module is not None:
+        verified["native == sliced"] = found.error
+    cuts = kept_of_tensors(plan.coupling, units)
+    report = _report(plan, units, up_for_pruning or plan.groups, verified, found)
+    if measure_latency:
+        report = _with_latency(report, plan, module)
+    module.train(plan.model.training)
+    shapes = {name: tuple(t.shape) for name, t in plan.model.state_dict(keep_vars=True).items()}
+    return CompressedModel(
+        module,
+        form=form,
+        kept=cuts,
+        report=report,
+        reason="" if form == "native" else found.reason,
+        edits=found.edits if form == "native" else (),
+        original_shapes=shapes,
+    )
+
+
+def prunable_groups(
+    analysis: Analysis, *, ignore: str | Sequence[str] = (), prune: Sequence[str] | None = None
+) -> tuple[ChannelGroup, ...]:
+    """The groups that a method may cut.
+
+    Raises:
+        PlanError: a name in `ignore` matches no module, or `prune` holds no role.
+        NothingToPrune: none is left.
+    """
+    ignored = _ignored(analysis.model, [ignore] if isinstance(ignore, str) else ignore)
+    groups = [g for g in analysis.groups if not any(_within(m.name, ignored) for m in g.members)]
+    if prune is None:
+        groups = [g for g in groups if not (g.role == "width" and g.normalized)]
+    else:
+        groups = [g for g in groups if g.role in prune]
+    if groups:
+        return tuple(groups)
+    left_out = f"{len(analysis.groups)} groups are left out by ignore= and prune=; " if analysis.groups else ""
+    unknown = "; ".join(u.fix for u in analysis.unknown_ops)
+    raise NothingToPrune(
+        f"nothing in {type(analysis.model).__name__} can be pruned",
+        why=left_out + why_nothing(analysis),
+        fix=f"give rules for the unknown ops: {unknown}" if unknown else "see graphcomp.analyze(…).report()",
+    )
+
+
+# ------------------------------------------------------------------------------------------------ checks of arguments
+def _check_arguments(sparsity: float, bits: Any, method: str | None, data: Any, prune: Sequence[str] | None) -> None:
+    if bits is not None:
+        raise NotBuiltError(f"bits={bits!r}: quantization is not built yet", fix="bits=None")
+    if isinstance(sparsity, bool) or not 0 <= sparsity < 1:
+        raise PlanError(
+            f"sparsity={sparsity!r} is outside [0, 1)",
+            why="it is the fraction of prunable units to remove, and at least one unit of each group stays",
+            fix="sparsity=0.5",
+        )
+    chosen = method or "oneshot"
+    if chosen != "oneshot":
+        raise NotBuiltError(f"method={method!r} is not built yet", fix='method="oneshot"')
+    for role in prune or ():
+        if role not in ROLES:
+            near = difflib.get_close_matches(role, ROLES, n=1)
+            raise PlanError(f"prune holds {role!r}, which is no role", fix=f"one of {', '.join(near or ROLES)}")
+
+
+def _check_weights(analysis: Analysis, saliency: str) -> None:
+    """Weights that no score can be taken of: not there, or not numbers."""
+    for name, parameter in analysis.model.named_parameters():
+        if parameter.is_meta and saliency != "random":
+            raise PlanError(
+                "the model is on the meta device: it has no weights to score",
+                at=f"parameter '{name}'",
+                fix="use graphcomp.analyze and graphcomp.slice_groups, or saliency='random'",
+            )
+        if parameter.is_floating_point() and not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
+            count = int((~torch.isfinite(parameter)).sum())
+            raise PlanError(
+                f"parameter '{name}' holds {count} values that are NaN or infinite",
+                fix="load a sound checkpoint",
+            )
+
+
+@dataclass(frozen=True)
+class _Ignored:
+    names: tuple[str, ...]
+    patterns: tuple[re.Pattern[str], ...]
+
+
+def _ignored(model: nn.Module, ignore: Sequence[str]) -> _Ignored:
+    modules = [name for name, _ in model.named_modules()]
+    names = [entry for entry in ignore if not entry.startswith("re:")]
+    patterns = [re.compile(entry.removeprefix("re:")) for entry in ignore if entry.startswith("re:")]
+    for name in names:
+        if name not in modules:
+            near = difflib.get_close_matches(name, modules, n=1)
+            raise PlanError(f"ignore names {name!r}, which is no module of the model", fix=f"ignore={near or modules}")
+    for pattern in patterns:
+        if not any(pattern.search(name) for name in modules):
+            raise PlanError(f"ignore pattern {pattern.pattern!r} matches no module", fix=f"modules: {modules[:20]}")
+    return _Ignored(tuple(names), tuple(patterns))
+
+
+def _within(tensor: str, ignored: _Ignored) -> bool:
+    owner = tensor.rpartition(".")[0]
+    if any(owner == name or owner.startswith(name + ".") for name in ignored.names):
+        return True
+    return any(pattern.search(owner) for pattern in ignored.patterns)
+
+
+# ------------------------------------------------------------------------------------------------ verification
+def _check_masked(plan: Analysis, kept: Kept, small: fx.GraphModule) -> float:
+    """Law 2 on the example inputs; the largest relative error."""
+    captured = plan.captured
+    if any(p.is_meta for p in small.parameters()):
+        return float("nan")
+    masked = InsertMasks(plan.coupling, list(kept))(captured.module)
+    set_masks(masked, list(kept), kept)
+    with torch.no_grad():
+        error = relative_error(masked(*captured.args, **captured.kwargs), small(*captured.args, **captured.kwargs))
+    if not error <= tolerance(small):
+        raise VerificationError(
+            "the sliced model does not compute what the masked model computes",
+            why=f"largest relative error {error:.1e}, allowed {tolerance(small):.0e}",
+            fix="please report the model; graphcomp.testing.check_law(model, inputs, groups=[…]) finds the group",
+        )
+    return error
+
+
+def _choose(found: NativeResult, small: fx.GraphModule | None, plan: Analysis) -> tuple[nn.Module, Any]:
+    if found.module is not None:
+        return found.module, "native"
+    if small is not None:
+        logger.info("the result is a graph, not a %s: %s", type(plan.model).__name__, found.reason)
+        return small, "graph"
+    raise VerificationError(
+        f"{type(plan.model).__name__} could only be recorded, and its own class could not be cut",
+        why=f"{found.reason}; torch.export refused: {plan.captured.reason}",
+        fix='scope="path.to.submodule" compresses a part that can be exported',
+    )
+
+
+# ------------------------------------------------------------------------------------------------ results
+def _report(
+    plan: Analysis, kept: Kept, groups: Sequence[ChannelGroup], verified: Mapping[str, float], found: NativeResult
+) -> Report:
+    counts = {factor: len(units) for factor, units in by_factor(kept).items()}
+    costs = CostModel(plan)
+    macs = Change(costs.macs({}), costs.macs(counts))
+    notes = [] if found.module is not None else [f"a graph, not the model's own class: {found.reason}"]
+    if plan.captured.producer == "record":
+        notes.append(f"recorded, since torch.export refused: {plan.captured.reason}")
+    return Report(
+        params=Change(costs.params({}), costs.params(counts)),
+        macs=macs,
+        bops=Change(macs.before * BITS_OF_FLOAT**2, macs.after * BITS_OF_FLOAT**2),
+        bytes=Change(param_bytes(plan, {}), param_bytes(plan, kept)),
+        units_removed=sum(group.size - len(units) for group, units in kept.items()),
+        units_total=sum(group.size for group in groups),
+        layers=layers(plan, kept_of_tensors(plan.coupling, kept)),
+        groups=tuple(group_dict(group, kept) for group in plan.groups),
+        frozen=plan.frozen,
+        unknown_ops=tuple(u.op for u in plan.unknown_ops),
+        verified=verified,
+        notes=tuple(notes),
+    )
+
+
+def _with_latency(report: Report, plan: Analysis, module: nn.Module) -> Report:
+    from dataclasses import replace
+
+    captured = plan.captured
+    before = latency(plan.model, captured.args, captured.kwargs)
+    after = latency(module, captured.args, captured.kwargs)
+    return replace(report, latency_ms=Change(before.median_ms, after.median_ms))
+
+
+def _into_whole(model: nn.Module, small: CompressedModel, scope: str) -> CompressedModel:
+    """The whole model, copied, with its submodule `scope` replaced."""
+    import copy
+
+    memo = {id(model.get_submodule(scope)): small.module}
+    whole = copy.deepcopy(model, memo)
+    return CompressedModel(
+        whole,
+        form=small.form,
+        kept={f"{scope}.{name}": dims for name, dims in small.kept.items()},
+        report=small.report,
+        reason=small.reason,
+        edits=tuple((f"{scope}.{path}".rstrip("."), name, value) for path, name, value in small.edits),
+        original_shapes={name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()},
+    )
+
+
+# ------------------------------------------------------------------------------------------------ later parts
+def load(folder: str | Path, *, model_factory: Callable[[], nn.Module] | None = None) -> CompressedModel:
+    """Rebuild what `CompressedModel.save` wrote, without the original weights.
+
+    Args:
+        folder: the checkpoint folder.
+        model_factory: returns the original architecture (any weights), for native models whose class and constructor
+            arguments could not be recorded.
+
+    Raises:
+        CheckpointError: not a checkpoint, truncated, written by a newer graphcomp, or a class that cannot be built.
+    """
+    from graphcomp.export.checkpoint import load as load_folder
+
+    return load_folder(folder, model_factory=model_factory)
+
+
+def prepare(model: nn.Module, example_inputs: Any, **options: Any) -> nn.Module:
+    """A module to train in your own loop, with fake-quant and mask nodes in place.
+
+    Raises:
+        NotBuiltError: always, in this version.
+    """
+    raise NotBuiltError("prepare() comes with quantization and is not built yet", fix="graphcomp.compress(…)")
+
+
+def finalize(ready: nn.Module) -> CompressedModel:
+    """Slice and lower a module that `prepare` made.
+
+    Raises:
+        NotBuiltError: always, in this version.
+    """
+    raise NotBuiltError("finalize() comes with quantization and is not built yet", fix="graphcomp.compress(…)")

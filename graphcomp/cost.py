@@ -1,0 +1,422 @@
+"""What a network costs: one definition each, with its unit.
+
+    params    scalars of the model's parameters: a tied one counts once, one that the graph never reads counts too
+    macs      multiply-accumulates of one forward on the example inputs (their batch, not one sample)
+    bytes     parameters and persistent buffers in their dtypes: the tensors of a safetensors file, without its header
+    latency   milliseconds of one forward, measured
+
+Convolutions, products of matrices, attention and recurrent layers have multiply-accumulates; no other op is counted.
+All but latency are read off the axes: no tensor is cut, and the meta device will do.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+from torch.fx import _pytree as fx_pytree
+
+from graphcomp.analysis import Analysis
+from graphcomp.capture import Captured
+from graphcomp.coupling.axis import Axes, Axis, Factor, Product, leaves, length, normal
+from graphcomp.coupling.groups import Kept
+from graphcomp.coupling.propagate import Coupling
+from graphcomp.errors import PlanError
+from graphcomp.graph import argument_at, attributes, bind, is_op, tensor_values
+from graphcomp.untouched import untouched
+
+aten = torch.ops.aten
+
+Counts: TypeAlias = Mapping[Factor, int]
+"""How many units of a group's factor stay; factors left out stay whole."""
+
+Kind: TypeAlias = Literal["convolution", "linear", "attention", "recurrent"]
+KINDS: tuple[Kind, ...] = ("convolution", "linear", "attention", "recurrent")
+"""`attention` is any product of two activations, fused attention included; `linear` one with a parameter."""
+
+
+def params(analysis: Analysis, kept: Kept | None = None) -> int:
+    """Scalars in the distinct parameters of the model when only the `kept` units stay."""
+    return CostModel(analysis).params(counts_of(kept or {}))
+
+
+def macs(analysis: Analysis, kept: Kept | None = None) -> int:
+    """Multiply-accumulates of one forward on the example inputs when only the `kept` units stay."""
+    return CostModel(analysis).macs(counts_of(kept or {}))
+
+
+def param_bytes(analysis: Analysis, kept: Kept | None = None) -> int:
+    """Bytes of the distinct parameters and persistent buffers when only the `kept` units stay."""
+    return CostModel(analysis).bytes(counts_of(kept or {}))
+
+
+def counts_of(kept: Kept) -> dict[Factor, int]:
+    """The number of units that stay, by factor."""
+    return {group.factor: len(units) for group, units in kept.items()}
+
+
+class CostModel:
+    """The costs of one analysed model as polynomials in the number of units kept, made once, evaluated often.
+
+    Attributes:
+        uncounted: ops that multiply but whose lengths are only known while the model runs (they depend on the data),
+            as "op at source"; they count 0.
+    """
+
+    def __init__(self, analysis: Analysis) -> None:
+        coupling = analysis.coupling
+        self._symbols = _symbol_values(analysis.captured)
+        self._variables = frozenset(group.factor for group in analysis.groups)
+        axes_of = {id(tensor): coupling.attributes[str(node.target)] for node, tensor in attributes(coupling.module)}
+        parameters = {id(p): p for p in analysis.model.parameters()}
+        stored = {id(t): t for t in analysis.model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
+        self._params, self._bytes = Polynomial(), Polynomial()
+        for key, tensor in (parameters | stored).items():
+            numel = self._size(axes_of[key]) if key in axes_of else Polynomial.constant(tensor.numel())
+            self._params += numel if key in parameters else Polynomial()
+            self._bytes += numel * Polynomial.constant(tensor.element_size())
+        self._macs = {kind: Polynomial() for kind in KINDS}
+        uncounted = []
+        for node in coupling.module.graph.nodes:
+            formula = _formula(node)
+            if formula is None or node not in coupling.axes:
+                continue
+            try:
+                kind, count = formula(_Operands(node, coupling, self._size))
+            except _UnknownLength:
+                uncounted.append(str(node.target))
+                continue
+            self._macs[kind] += count
+        self.uncounted = tuple(uncounted)
+
+    def params(self, counts: Counts) -> int:
+        """Scalars in the distinct parameters."""
+        return self._params(counts)
+
+    def macs(self, counts: Counts) -> int:
+        """Multiply-accumulates of one forward on the example inputs."""
+        return sum(self.macs_by_kind(counts).values())
+
+    def macs_by_kind(self, counts: Counts) -> dict[Kind, int]:
+        """`macs`, apart for each kind of op."""
+        return {kind: polynomial(counts) for kind, polynomial in self._macs.items()}
+
+    def bytes(self, counts: Counts) -> int:
+        """Bytes of the distinct parameters and persistent buffers."""
+        return self._bytes(counts)
+
+    def _size(self, axes: Iterable[Axis]) -> Polynomial:
+        """Number of elements of a value with these axes."""
+        result = Polynomial.constant(1)
+        for axis in axes:
+            result *= self._length(normal(axis))
+        return result
+
+    def _length(self, axis: Axis) -> Polynomial:
+        if isinstance(axis, Factor):
+            known = axis in self._variables
+            return Polynomial({(axis,): 1}) if known else Polynomial.constant(self._number(axis.size))
+        if not any(leaf in self._variables for leaf in leaves(axis)):
+            return Polynomial.constant(self._number(length(axis)))
+        parts = [self._length(part) for part in axis.parts]
+        if isinstance(axis, Product):
+            return math.prod(parts, start=Polynomial.constant(1))
+        return sum(parts, start=Polynomial())
+
+    def _number(self, size: Any) -> int:
+        """A length with the example inputs' batch and sequence in place of the symbols."""
+        if isinstance(size, int):
+            return size
+        value = size.subs(self._symbols)
+        if value.free_symbols:
+            raise _UnknownLength
+        return int(value)
+
+
+class _UnknownLength(Exception):
+    """A length depends on the data."""
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """Σ coefficient · Π factors, the factors standing for how many of their units stay."""
+
+    terms: Mapping[tuple[Factor, ...], int] = field(default_factory=dict)
+
+    @staticmethod
+    def constant(value: int) -> Polynomial:
+        """The polynomial that is `value` whatever stays."""
+        return Polynomial({(): value} if value else {})
+
+    def __add__(self, other: Polynomial) -> Polynomial:
+        terms = dict(self.terms)
+        for monomial, coefficient in other.terms.items():
+            terms[monomial] = terms.get(monomial, 0) + coefficient
+        return Polynomial(terms)
+
+    def __mul__(self, other: Polynomial) -> Polynomial:
+        terms: dict[tuple[Factor, ...], int] = {}
+        for left, a in self.terms.items():
+            for right, b in other.terms.items():
+                monomial = tuple(sorted((*left, *right), key=lambda factor: factor.serial))
+                terms[monomial] = terms.get(monomial, 0) + a * b
+        return Polynomial(terms)
+
+    def __call__(self, counts: Counts) -> int:
+        """The value when `counts` units stay."""
+        total = 0
+        for monomial, value in self.terms.items():
+            for factor in monomial:
+                value *= counts.get(factor, factor.size)
+            total += value
+        return total
+
+
+# ------------------------------------------------------------------------------------------------ multiply-accumulates
+@dataclass(frozen=True)
+class _Operands:
+    """The operands of one op, as its formula sees them."""
+
+    node: fx.Node
+    coupling: Coupling
+    size: Callable[[Iterable[Axis]], Polynomial]
+
+    @property
+    def result(self) -> Axes:
+        return self.coupling.axes[self.node][0]
+
+    def of(self, key: str) -> Axes:
+        """Axes of the argument `key` ("params.2": item 2 of a list)."""
+        return self.coupling.axes[argument_at(bind(self.node), key)][0]
+
+    def kind(self, *keys: str) -> Kind:
+        """Attention where every operand depends on the model's inputs."""
+        operands = [argument_at(bind(self.node), key) for key in keys]
+        return "linear" if any(operand in self.coupling.sources for operand in operands) else "attention"
+
+
+Count: TypeAlias = tuple[Kind, Polynomial]
+
+
+def _linear(op: _Operands) -> Count:
+    return op.kind("input", "weight"), op.size(op.of("input")[:-1]) * op.size(op.of("weight"))
+
+
+def _matmul(op: _Operands, left: str, right: str) -> Count:
+    """Each result is a sum over the last dim of `left`."""
+    return op.kind(left, right), op.size(op.result) * op.size(op.of(left)[-1:])
+
+
+def _bilinear(op: _Operands) -> Count:
+    return "linear", op.size(op.of("input1")[:-1]) * op.size(op.of("weight"))
+
+
+def _einsum(op: _Operands) -> Count:
+    """Operands are multiplied from left to right; a product that sums nothing away is pointwise and counts 0."""
+    arguments = bind(op.node)
+    left, _, result = arguments["equation"].replace(" ", "").partition("->")
+    names = left.split(",")
+    keys = [f"tensors.{k}" for k in range(len(names))]
+    axis_of = {letter: a for name, key in zip(names, keys, strict=True) for letter, a in _longer(name, op.of(key))}
+    total, done = Polynomial(), set(names[0])
+    for k in range(1, len(names)):
+        both = done | set(names[k])
+        done = both & set(result + "".join(names[k + 1 :]))
+        if done != both:
+            total += op.size(axis_of[letter] for letter in both)
+    return op.kind(*keys), total
+
+
+def _longer(letters: str, axes: Axes) -> list[tuple[str, Axis]]:
+    """Each letter with its axis; dims of length 1 stretch, so theirs is not the one that counts."""
+    return [(letter, a) for letter, a in zip(letters, axes, strict=True) if length(a) != 1]
+
+
+def _attention(op: _Operands) -> Count:
+    """(h s d)(h t d) and (h s t)(h t e): a causal mask saves nothing."""
+    scores = op.size(op.result[:-1]) * op.size(op.of("key")[-2:-1])
+    return "attention", scores * (op.size(op.of("query")[-1:]) + op.size(op.of("value")[-1:]))
+
+
+def _conv(op: _Operands, source: str = "input") -> Count:
+    """Every filter at every place of the result; of a transposed one, at every place of the input."""
+    weight = op.of("weight")
+    arguments = bind(op.node)
+    transposed = arguments.get("transposed") or "transpose" in op.node.target._schema.name  # type: ignore[union-attr]
+    places = op.of(source) if transposed else op.result
+    spatial = len(weight) - 2
+    sample = op.size(places[-spatial:]) * op.size(weight)
+    return "convolution", op.size(places[: -spatial - 1]) * sample
+
+
+def _conv_tbc(op: _Operands) -> Count:
+    return "convolution", op.size(op.result[:-1]) * op.size(op.of("weight"))
+
+
+def _recurrent(op: _Operands, source: str) -> Count:
+    """Every matrix meets every step of every sequence once."""
+    steps = op.size(op.of(source)[:-1])
+    matrices = [op.of(f"params.{k}") for k in range(len(bind(op.node)["params"]))]
+    return "recurrent", steps * sum((op.size(m) for m in matrices if len(m) == 2), start=Polynomial())
+
+
+def _cell(op: _Operands) -> Count:
+    return "recurrent", op.size(op.of("input")[:-1]) * (op.size(op.of("w_ih")) + op.size(op.of("w_hh")))
+
+
+def _grouped_mm(op: _Operands) -> Count:
+    """Every row of the first operand meets one matrix of the second."""
+    tokens, weight = list(bind(op.node))[:2]
+    return op.kind(tokens, weight), op.size(op.of(tokens)) * op.size(op.of(weight)[-1:])
+
+
+FORMULAS: dict[Any, Callable[[_Operands], Count]] = {
+    aten.linear.default: _linear,
+    aten.matmul.default: partial(_matmul, left="self", right="other"),
+    aten.mm.default: partial(_matmul, left="self", right="mat2"),
+    aten.bmm.default: partial(_matmul, left="self", right="mat2"),
+    aten.mv.default: partial(_matmul, left="self", right="vec"),
+    aten.dot.default: partial(_matmul, left="self", right="tensor"),
+    aten.addmm.default: partial(_matmul, left="mat1", right="mat2"),
+    aten.baddbmm.default: partial(_matmul, left="batch1", right="batch2"),
+    aten.bilinear.default: _bilinear,
+    aten.einsum.default: _einsum,
+    aten._grouped_mm.default: _grouped_mm,
+    "transformers::grouped_mm_fallback": _grouped_mm,
+    aten.scaled_dot_product_attention.default: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
+    aten._scaled_dot_product_flash_attention.default: _attention,
+    aten._scaled_dot_product_efficient_attention.default: _attention,
+    aten._scaled_dot_product_cudnn_attention.default: _attention,
+    aten.conv1d.default: _conv,
+    aten.conv2d.default: _conv,
+    aten.conv3d.default: _conv,
+    aten.conv1d.padding: _conv,
+    aten.conv2d.padding: _conv,
+    aten.conv3d.padding: _conv,
+    aten.convolution.default: _conv,
+    aten._convolution.default: _conv,
+    aten._convolution.deprecated: _conv,
+    aten.mkldnn_convolution.default: partial(_conv, source="self"),
+    aten.conv_transpose1d.default: _conv,
+    aten.conv_transpose2d.input: _conv,
+    aten.conv_transpose3d.input: _conv,
+    aten.conv_tbc.default: _conv_tbc,
+    "torchvision::deform_conv2d": _conv,
+    aten.lstm.input: partial(_recurrent, source="input"),
+    aten.lstm.data: partial(_recurrent, source="data"),
+    aten.gru.input: partial(_recurrent, source="input"),
+    aten.gru.data: partial(_recurrent, source="data"),
+    aten.rnn_tanh.input: partial(_recurrent, source="input"),
+    aten.rnn_tanh.data: partial(_recurrent, source="data"),
+    aten.rnn_relu.input: partial(_recurrent, source="input"),
+    aten.rnn_relu.data: partial(_recurrent, source="data"),
+    aten.lstm_cell.default: _cell,
+    aten.gru_cell.default: _cell,
+    aten.rnn_tanh_cell.default: _cell,
+    aten.rnn_relu_cell.default: _cell,
+}
+"""Op, or "library::name" of one that may not be there -> its multiply-accumulates."""
+
+
+def _formula(node: fx.Node) -> Callable[[_Operands], Count] | None:
+    if not is_op(node):
+        return None
+    return FORMULAS.get(node.target) or FORMULAS.get(node.target._schema.name)  # type: ignore[union-attr]
+
+
+# ------------------------------------------------------------------------------------------------ example inputs
+def flat_inputs(captured: Captured, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The leaves of the arguments in the order of the graph's placeholders, keywords in any order."""
+    spec = captured.module.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
+    flat: list[Any] = fx_pytree.tree_flatten_spec((tuple(args), dict(kwargs)), spec)
+    return flat
+
+
+def _symbol_values(captured: Captured) -> dict[sympy.Symbol, int]:
+    """What each symbolic length (batch, sequence) is for the example inputs."""
+    placeholders = captured.module.graph.find_nodes(op="placeholder")
+    found: dict[sympy.Symbol, int] = {}
+    for node, given in zip(placeholders, flat_inputs(captured, captured.args, captured.kwargs), strict=True):
+        for tensor in tensor_values(node):
+            for symbolic, actual in zip(tensor.shape, given.shape, strict=True):
+                found |= _solve(symbolic, actual)
+    return found
+
+
+def _solve(symbolic: int | torch.SymInt, actual: int) -> dict[sympy.Symbol, int]:
+    expression = symbolic.node.expr if isinstance(symbolic, torch.SymInt) else sympy.Integer(symbolic)
+    if len(expression.free_symbols) != 1:
+        return {}
+    (symbol,) = expression.free_symbols
+    if symbol is expression:
+        return {symbol: actual}
+    return {symbol: int(value) for value in sympy.solve(expression - actual, symbol)[:1]}
+
+
+# ------------------------------------------------------------------------------------------------ latency
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one forward: the median, the 10th and the 90th percentile of `runs` runs."""
+
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    runs: int
+
+
+def latency(
+    module: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    threads: int = 1,
+    warmup: int = 3,
+    repeats: int = 20,
+) -> Latency:
+    """Time `module(*args, **kwargs)` in eval mode, without gradients.
+
+    Args:
+        module: on the device to be timed, like the arguments. Its mode and its buffers are as before afterwards.
+        threads: of torch's CPU kernels while timing; set back afterwards.
+        warmup: runs that are not counted.
+        repeats: runs that are counted, at least 1.
+
+    Raises:
+        PlanError: the module has no values (meta device), or `repeats` or `threads` is below 1.
+    """
+    if repeats < 1 or threads < 1:
+        raise PlanError(f"latency over {repeats} runs on {threads} threads", fix="give at least one of each")
+    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        raise PlanError("a module on the meta device cannot be timed", fix="give it weights first")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with untouched(module, real=True), torch.no_grad():
+            times = [_seconds(module, args, kwargs or {}) for _ in range(warmup + repeats)][warmup:]
+    finally:
+        torch.set_num_threads(before)
+    tenths = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else [times[0]] * 9
+    return Latency(1e3 * statistics.median(times), 1e3 * tenths[0], 1e3 * tenths[-1], len(times))
+
+
+def _seconds(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
+    _wait()
+    start = time.perf_counter()
+    module(*args, **kwargs)
+    _wait()
+    return time.perf_counter() - start
+
+
+def _wait() -> None:
+    """Until the accelerator, if there is one, has done its work."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()

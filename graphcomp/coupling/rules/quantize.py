@@ -1,0 +1,57 @@
+"""Quantizers are pointwise; per channel, scale and zero point have the channel's axis."""
+
+from __future__ import annotations
+
+import torch
+
+from graphcomp.coupling.axis import Axes, couple, length
+from graphcomp.coupling.rules.index import whole
+from graphcomp.coupling.rules.pointwise import pointwise
+from graphcomp.coupling.table import Call, rule
+
+aten = torch.ops.aten
+
+
+@rule(
+    aten.fake_quantize_per_channel_affine.default, aten.fake_quantize_per_channel_affine_cachemask.default,
+    aten._fake_quantize_learnable_per_channel_affine.default,
+)  # fmt: skip
+def per_channel(self: Axes, scale: Axes, zero_point: Axes, axis: int, *, call: Call) -> list[Axes]:
+    """One scale and zero point per index of dim `axis`."""
+    return _per_channel(call, self, axis, scale, zero_point)
+
+
+@rule("quantized_decomposed::quantize_per_channel")
+@rule("quantized_decomposed::dequantize_per_channel")
+@rule("quantized_decomposed::fake_quant_per_channel")
+def decomposed_per_channel(input: Axes, scales: Axes, zero_points: Axes | None, axis: int, *, call: Call) -> list[Axes]:
+    """As `per_channel`, in the form that torch.ao and ExecuTorch exchange."""
+    return _per_channel(call, input, axis, scales, zero_points)
+
+
+@rule(aten.fused_moving_avg_obs_fake_quant.default, aten._fused_moving_avg_obs_fq_helper.default)
+def fused_observer(
+    self: Axes, running_min: Axes, running_max: Axes, scale: Axes, zero_point: Axes, ch_axis: int, *, call: Call
+) -> list[Axes]:
+    """Observer and fake quantizer of torch.ao in one; per tensor, its own tensors have length 1 (or 0 at first)."""
+    per_index = [axes for axes in (running_min, running_max, scale, zero_point) if axes and length(axes[0]) > 1]
+    return _per_channel(call, self, ch_axis, *per_index)
+
+
+def _per_channel(call: Call, axes: Axes, dim: int, *vectors: Axes | None) -> list[Axes]:
+    for vector in vectors:
+        if vector is not None:
+            couple(axes[dim], vector[0], call.why)
+    return [axes for _ in call.shapes]
+
+
+rule(
+    aten._fake_quantize_learnable_per_tensor_affine.default,
+    aten.fake_quantize_per_tensor_affine_cachemask.default,
+    aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams.default,
+)(pointwise)
+
+for _name in ("quantize_per_tensor", "dequantize_per_tensor", "convert_element_type"):
+    rule(f"quantized_decomposed::{_name}")(pointwise)
+for _name in ("choose_qparams", "choose_qparams_symmetric"):
+    rule(f"quantized_decomposed::{_name}")(whole)

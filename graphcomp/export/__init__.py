@@ -1,0 +1,1 @@
+"""What leaves graphcomp: the user's own class, a checkpoint folder."""

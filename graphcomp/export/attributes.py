@@ -1,0 +1,385 @@
+"""Which Python attributes of a model's modules hold a length that a cut changes, and what they must become.
+
+A model is run once with every int attribute replaced by a TracedInt, an int that remembers which attributes it was
+computed from. Where one arrives as an argument of a torch function, the captured graph says which axis that argument
+is the length of: the node is known by the user's source line and the module whose forward issued it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
+
+from graphcomp.coupling.axis import Axis, Concat, Factor, Product, kept_length, length, normal
+from graphcomp.coupling.propagate import Coupling
+from graphcomp.graph import source_line
+from graphcomp.untouched import untouched
+
+Site: TypeAlias = tuple[str, str, int | None]
+"""Path of a module, name of its attribute, position in it where it is a tuple or list of ints."""
+
+Values: TypeAlias = Mapping[Site, int]
+Place: TypeAlias = tuple[str, int]
+"""A user's source line: file name and number."""
+
+TORCH = str(Path(torch.__file__).parent)
+LINE = re.compile(r"^(.+):(\d+), in ")
+MAX_SOLUTIONS = 64
+
+
+# ------------------------------------------------------------------------------------------------ sites
+def sites(root: nn.Module) -> dict[Site, int]:
+    """Every int that a module of `root` holds as an attribute, or in an attribute that is a tuple or list of ints."""
+    found: dict[Site, int] = {}
+    for path, module in root.named_modules():
+        for name, value in vars(module).items():
+            if type(value) is int:
+                found[path, name, None] = value
+            elif type(value) in (tuple, list, torch.Size) and all(type(item) is int for item in value):
+                found.update({(path, name, k): item for k, item in enumerate(value)})
+    return found
+
+
+def put(root: nn.Module, site: Site, value: int) -> Any:
+    """Give the attribute its new value, past any __setattr__; what the whole attribute then is."""
+    path, name, position = site
+    module = root.get_submodule(path)
+    if position is None:
+        vars(module)[name] = value
+        return value
+    old = vars(module)[name]
+    items = [value if k == position else item for k, item in enumerate(old)]
+    vars(module)[name] = items if isinstance(old, list) else tuple(items)
+    return vars(module)[name]
+
+
+def describe(site: Site) -> str:
+    """'layer.0.attention.num_heads', 'norm.normalized_shape[0]'."""
+    path, name, position = site
+    text = f"{path}.{name}" if path else name
+    return text if position is None else f"{text}[{position}]"
+
+
+# ------------------------------------------------------------------------------------------------ tracing
+class TracedInt(int):
+    """An int that knows which attributes it comes from, and how to compute it from other values of these."""
+
+    attributes: frozenset[Site]
+    compute: Callable[[Values], int]
+
+    @staticmethod
+    def make(value: int, attributes: frozenset[Site], compute: Callable[[Values], int]) -> TracedInt:
+        """An int of this `value`."""
+        made = TracedInt(value)
+        made.attributes, made.compute = attributes, compute
+        return made
+
+    def __deepcopy__(self, memo: Any) -> TracedInt:
+        return self
+
+    def __reduce__(self) -> Any:
+        return int, (int(self),)
+
+
+def _arithmetic(name: str, apply: Callable[[int, int], int], swapped: bool) -> None:
+    plain = getattr(int, name)
+
+    def method(self: TracedInt, other: Any) -> Any:
+        value = plain(self, other)
+        if value is NotImplemented or not isinstance(other, int):
+            return value
+        known = other.attributes if isinstance(other, TracedInt) else frozenset()
+
+        def compute(values: Values) -> int:
+            mine = self.compute(values)
+            theirs = other.compute(values) if isinstance(other, TracedInt) else other
+            return apply(theirs, mine) if swapped else apply(mine, theirs)
+
+        return TracedInt.make(int(value), self.attributes | known, compute)
+
+    setattr(TracedInt, name, method)
+
+
+for _name, _apply in (
+    ("add", operator.add),
+    ("sub", operator.sub),
+    ("mul", operator.mul),
+    ("floordiv", operator.floordiv),
+):
+    _arithmetic(f"__{_name}__", _apply, swapped=False)
+    _arithmetic(f"__r{_name}__", _apply, swapped=True)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One call of a torch function that got lengths made from attributes.
+
+    `numbers` are all ints among its arguments, in order, traced or not.
+    """
+
+    place: Place
+    numbers: tuple[int, ...]
+
+    @property
+    def traced(self) -> list[tuple[int, TracedInt]]:
+        """(position among the numbers, number)"""
+        return [(k, n) for k, n in enumerate(self.numbers) if isinstance(n, TracedInt)]
+
+
+class _Listen(TorchFunctionMode):
+    """Notes every torch function that is handed a TracedInt, then calls it with plain ints."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.heard: list[Arrival] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        numbers = tuple(_ints((args, kwargs or {})))
+        if any(isinstance(n, TracedInt) for n in numbers):
+            self.heard.append(Arrival(_user_place(), numbers))
+        return func(*args, **(kwargs or {}))
+
+
+def _ints(value: Any) -> Iterator[int]:
+    if isinstance(value, int) and not isinstance(value, bool):
+        yield value
+    elif isinstance(value, slice):
+        yield from _ints((value.start, value.stop))
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _ints(item)
+    elif isinstance(value, dict):
+        yield from _ints(tuple(value.values()))
+
+
+def _user_place() -> Place:
+    """File name and line of the innermost frame outside torch."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(TORCH):
+        frame = frame.f_back
+    return Path(frame.f_code.co_filename).name, frame.f_lineno
+
+
+def trace(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Arrival]:
+    """Run `root` once on its example inputs with traced attributes; it is left as it was.
+
+    A model that does not run with them (it checks `type(n) is int`, say) yields what was heard until then.
+    """
+    listen = _Listen()
+    with untouched(root, real=True), torch.no_grad():
+        for site, value in sites(root).items():
+            put(root, site, TracedInt.make(value, frozenset([site]), operator.itemgetter(site)))
+        try:
+            with listen:
+                root(*args, **kwargs)
+        except Exception:  # the trace is a source of hints; the verification that follows decides
+            return listen.heard
+    return listen.heard
+
+
+# ------------------------------------------------------------------------------------------------ lengths
+Change: TypeAlias = tuple[int, int]
+"""A length before and after the cut."""
+
+
+@dataclass
+class Lengths:
+    """Lengths before and after the cut, by where in the user's code they are used."""
+
+    arguments: dict[Place, list[list[list[Change | None]]]] = field(default_factory=lambda: defaultdict(list))
+    """source line -> for each node: for each argument that holds lengths: the lengths (None: not one)."""
+    of_module: dict[str, set[Change]] = field(default_factory=lambda: defaultdict(set))
+    """module path -> lengths of the axes of what its forward computes, and of its own tensors, and their parts."""
+
+
+def find_lengths(coupling: Coupling, counts: Mapping[Factor, int]) -> Lengths:
+    """What the graph says of lengths; `counts` are the units that stay of each cut factor."""
+    found = Lengths()
+    for node in coupling.module.graph.nodes:
+        axes = [axis for value in coupling.axes.get(node, []) for axis in value]
+        changes = {change for axis in axes for change in _parts(axis, counts)}
+        for path in module_paths(node):
+            found.of_module[path] |= changes
+        if node in coupling.calls:
+            match = LINE.match(source_line(node))
+            constants = [_changes(axes, counts) for axes in coupling.calls[node].lengths.values()]
+            if match and constants:
+                found.arguments[match[1], int(match[2])].append(constants)
+    for name, axes in coupling.attributes.items():
+        owner = name.rpartition(".")[0]
+        for path in (owner, owner.rpartition(".")[0]):
+            found.of_module[path] |= {change for axis in axes for change in _parts(axis, counts)}
+    return found
+
+
+def module_paths(node: fx.Node) -> list[str]:
+    """Paths of the modules whose forward was running, outermost first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [re.sub(r"@\d+$", "", entry[0]) for entry in stack.values()]
+    return [path.removeprefix("L['self'].").removeprefix("L['self']") for path in paths]
+
+
+def _changes(axes: Axis | Sequence[Axis | None] | None, counts: Mapping[Factor, int]) -> list[Change | None]:
+    listed = axes if isinstance(axes, (list, tuple)) else [axes]
+    return [None if axis is None else _change(axis, counts) for axis in listed]
+
+
+def _change(axis: Axis, counts: Mapping[Factor, int]) -> Change | None:
+    before, after = length(axis), kept_length(axis, counts)
+    return (before, after) if isinstance(before, int) and isinstance(after, int) else None
+
+
+def _parts(axis: Axis, counts: Mapping[Factor, int]) -> Iterator[Change]:
+    """The lengths of `axis`, of its pieces, and of neighbouring pieces taken together."""
+    axis = normal(axis)
+    change = _change(axis, counts)
+    if change is not None:
+        yield change
+    if isinstance(axis, Factor):
+        return
+    for part in axis.parts:
+        yield from _parts(part, counts)
+    kind = type(axis)
+    for start, stop in itertools.combinations(range(len(axis.parts) + 1), 2):
+        if 1 < stop - start < len(axis.parts) and isinstance(axis, (Product, Concat)):
+            change = _change(kind(axis.parts[start:stop]), counts)
+            if change is not None:
+                yield change
+
+
+# ------------------------------------------------------------------------------------------------ solving
+@dataclass(frozen=True)
+class Constraint:
+    """A number made from attributes must be one of `allowed` after the cut."""
+
+    number: TracedInt
+    allowed: frozenset[int]
+    place: Place
+
+    def holds(self, values: Values) -> bool:
+        """Whether it does with these values of the attributes."""
+        try:
+            return self.number.compute(values) in self.allowed
+        except ZeroDivisionError:
+            return False
+
+
+@dataclass(frozen=True)
+class Solutions:
+    """Assignments of new values, those that change least first; or why there is none."""
+
+    candidates: tuple[dict[Site, int], ...]
+    conflict: str = ""
+
+
+def constraints(arrivals: Iterable[Arrival], lengths: Lengths) -> list[Constraint]:
+    """What each arrival says. The k-th call on a line is the k-th node of that line where their numbers agree."""
+    by_place: dict[Place, list[Arrival]] = defaultdict(list)
+    for arrival in arrivals:
+        by_place[arrival.place].append(arrival)
+    found: list[Constraint] = []
+    for place, calls in by_place.items():
+        for arrival, nodes in _matched(calls, lengths.arguments.get(place, [])):
+            for position, number in arrival.traced:
+                allowed = {after for node in nodes for after in _allowed(node, arrival.numbers, position)}
+                if nodes:
+                    found.append(Constraint(number, frozenset(allowed or {int(number)}), place))
+    return found
+
+
+Node: TypeAlias = list[list[Change | None]]
+
+
+def _matched(calls: Sequence[Arrival], nodes: Sequence[Node]) -> Iterator[tuple[Arrival, Sequence[Node]]]:
+    """Calls of one line with the nodes each may stand for: those that share a length; one each where counts agree."""
+    kinds: dict[tuple[int, ...], list[Arrival]] = defaultdict(list)
+    for call in calls:
+        kinds[tuple(int(n) for _, n in call.traced)].append(call)
+    for numbers, alike in kinds.items():
+        fitting = [node for node in nodes if _mentions(node, numbers)]
+        for k, call in enumerate(alike):
+            yield call, [fitting[k]] if len(fitting) == len(alike) else fitting or nodes
+
+
+def _mentions(node: Node, numbers: Sequence[int]) -> bool:
+    known = {change[0] for argument in node for change in argument if change is not None}
+    return any(n in known for n in numbers)
+
+
+def _allowed(node: Node, numbers: Sequence[int], position: int) -> set[int]:
+    """New values of the number at `position` of a call's numbers."""
+    wanted = numbers[position]
+    for argument in node:
+        if len(argument) == len(numbers):
+            change = argument[position]
+            if change is not None and change[0] == wanted:
+                return {change[1]}
+    return {change[1] for argument in node for change in argument if change is not None and change[0] == wanted}
+
+
+def solve(values: Values, found: Sequence[Constraint], lengths: Lengths) -> Solutions:
+    """Values of all attributes that meet the constraints; an attribute that need not change does not."""
+    chosen: list[list[dict[Site, int]]] = []
+    for names, bounds in _components(found):
+        options = _component(names, bounds, values, lengths)
+        if not options:
+            return Solutions((), _conflict(bounds))
+        chosen.append(options)
+    combined = itertools.islice(itertools.product(*chosen), MAX_SOLUTIONS)
+    merged = [{site: new for part in parts for site, new in part.items() if new != values[site]} for parts in combined]
+    return Solutions(tuple(merged))
+
+
+def _components(found: Sequence[Constraint]) -> list[tuple[list[Site], list[Constraint]]]:
+    """Constraints that share attributes, together."""
+    groups: list[tuple[set[Site], list[Constraint]]] = []
+    for constraint in found:
+        touching = [g for g in groups if g[0] & constraint.number.attributes]
+        groups = [g for g in groups if not g[0] & constraint.number.attributes]
+        names = set(constraint.number.attributes).union(*(g[0] for g in touching))
+        groups.append((names, [c for g in touching for c in g[1]] + [constraint]))
+    return [(sorted(names, key=describe), bounds) for names, bounds in groups]
+
+
+def _component(
+    names: Sequence[Site], bounds: Sequence[Constraint], values: Values, lengths: Lengths
+) -> list[dict[Site, int]]:
+    domains = [_domain(site, bounds, values[site], lengths) for site in names]
+    tried = itertools.islice(itertools.product(*domains), 4096)
+    found = [dict(zip(names, numbers, strict=True)) for numbers in tried]
+    return [option for option in found if all(bound.holds(option) for bound in bounds)]
+
+
+def _domain(site: Site, bounds: Sequence[Constraint], old: int, lengths: Lengths) -> list[int]:
+    """Values worth trying for one attribute: what it is, and what a length of that size becomes."""
+    direct = [
+        b.allowed for b in bounds if b.number.attributes == {site} and b.number.compute({site: old + 1}) == old + 1
+    ]
+    if direct:
+        return sorted(frozenset.intersection(*direct), key=lambda n: (n != old, n))
+    return options(site, old, lengths)
+
+
+def options(site: Site, old: int, lengths: Lengths) -> list[int]:
+    """`old`, and every length in the attribute's module that was `old` and is no more."""
+    return [old, *sorted({after for before, after in lengths.of_module.get(site[0], ()) if before == old != after})]
+
+
+def _conflict(bounds: Sequence[Constraint]) -> str:
+    names = ", ".join(sorted({describe(site) for bound in bounds for site in bound.number.attributes}))
+    needs = {(tuple(sorted(b.allowed)), int(b.number), f"{b.place[0]}:{b.place[1]}") for b in bounds}
+    text = "; ".join(
+        f"{before} has to become {' or '.join(map(str, after))} at {at}" for after, before, at in sorted(needs)
+    )
+    return f"no value of {names} fits: {text}"

@@ -1,0 +1,397 @@
+"""The user's own class with smaller parameters, verified against the sliced graph.
+
+The tensors are cut by name. Then the Python attributes that hold a sliced length are corrected (attributes.py finds
+them; a table does the merely descriptive ones of torch's own layers), and the result must give what the sliced graph
+gives. What cannot be verified is not returned.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from graphcomp.analysis import Analysis
+from graphcomp.capture import user_line
+from graphcomp.coupling.axis import Factor, all_leaves
+from graphcomp.coupling.groups import Kept
+from graphcomp.export.attributes import Lengths, Site, constraints, find_lengths, options, put, sites, solve, trace
+from graphcomp.graph import assign, bind, source_line
+from graphcomp.graph_module import leaf_names, tensor_names
+from graphcomp.pruning.slice import SliceGroups, by_factor, kept_of_tensors, select
+from graphcomp.untouched import untouched
+
+Edit: TypeAlias = tuple[str, str, Any]
+"""Module path, attribute, its new value."""
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+MAX_TRIES = 64
+
+
+@dataclass(frozen=True)
+class NativeResult:
+    """A smaller model of the user's class, or why there is none.
+
+    Attributes:
+        module: shares no memory with the user's model; same train/eval flags, same requires_grad. None: see `reason`.
+        reason: "" with a module.
+        edits: attributes that were corrected.
+        error: largest relative difference from the reference; nan where nothing was compared (meta device).
+    """
+
+    module: nn.Module | None
+    reason: str = ""
+    edits: tuple[Edit, ...] = ()
+    error: float = math.nan
+
+
+def native(analysis: Analysis, kept: Kept, reference: fx.GraphModule | None = None) -> NativeResult:
+    """Cut the user's own model.
+
+    Args:
+        kept: the units that stay of each cut group.
+        reference: the sliced graph, if it is there already.
+    """
+    model = analysis.model
+    cuts = kept_of_tensors(analysis.coupling, kept)
+    lost = sorted(set(cuts) - set(tensor_names(model)))
+    if lost:
+        return NativeResult(None, f"the model holds no tensor named {lost[0]!r} that could be cut")
+    try:
+        expected = _expected(analysis, kept, reference)
+        whole = _copy(model, share=True)
+    except Exception as error:  # whatever a user's class, or a path that data decides, raises
+        return NativeResult(None, _refusal(error))
+    arrivals = trace(whole, *_inputs(analysis))
+    counts = {factor: len(units) for factor, units in by_factor(kept).items()}
+    lengths = find_lengths(analysis.coupling, counts)
+    found = solve(sites(whole), constraints(arrivals, lengths), lengths)
+    if found.conflict:
+        return NativeResult(None, found.conflict)
+    search = _Search(analysis, cuts, lengths, expected)
+    for changes in found.candidates:
+        result = search.follow(changes)
+        if result is not None:
+            return result
+    return NativeResult(None, search.reason(counts))
+
+
+# ------------------------------------------------------------------------------------------------ building
+def _copy(model: nn.Module, *, share: bool) -> nn.Module:
+    """A copy of the module tree; with `share` it holds the very tensors of `model`."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensor_names(model).values()} if share else {}
+    return copy.deepcopy(model, memo)
+
+
+def _build(model: nn.Module, cuts: Mapping[str, Mapping[int, Tensor]], changes: Mapping[Site, int]) -> _Built:
+    """A copy of `model` with smaller tensors and corrected attributes."""
+    small = _copy(model, share=True)
+    named = tensor_names(model)
+    cut_of = {id(named[name]): dims for name, dims in cuts.items()}
+    new: dict[int, Tensor] = {}
+    for name, tensor in named.items():
+        if id(tensor) not in new:
+            data = select(tensor, cut_of.get(id(tensor), {}))
+            is_parameter = isinstance(tensor, nn.Parameter)
+            new[id(tensor)] = nn.Parameter(data, tensor.requires_grad) if is_parameter else data
+        assign(small, name, new[id(tensor)])
+    edits = {(site[0], site[1]): put(small, site, value) for site, value in changes.items()}
+    for path, module in small.named_modules():
+        _refresh_flat_weights(module)
+        for name, value in _described(model.get_submodule(path), module).items():
+            vars(module)[name] = value
+            edits[path, name] = value
+    return _Built(small, tuple((path, name, value) for (path, name), value in edits.items()))
+
+
+@dataclass(frozen=True)
+class _Built:
+    module: nn.Module
+    edits: tuple[Edit, ...]
+
+
+def _refresh_flat_weights(module: nn.Module) -> None:
+    """Recurrent layers keep a list of their weights beside the weights."""
+    if isinstance(module, nn.RNNBase):
+        module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
+
+
+# ------------------------------------------------------------------------------------------------ descriptive attributes
+def _linear(m: Any) -> dict[str, Any]:
+    return {"out_features": m.weight.shape[0], "in_features": m.weight.shape[1]}
+
+
+def _bilinear(m: Any) -> dict[str, Any]:
+    return dict(zip(("out_features", "in1_features", "in2_features"), m.weight.shape, strict=True))
+
+
+def _conv(m: Any) -> dict[str, Any]:
+    first, second = m.weight.shape[:2]
+    if m.transposed:
+        return {"in_channels": first, "out_channels": second * m.groups}
+    return {"out_channels": first, "in_channels": second * m.groups}
+
+
+def _embedding(m: Any) -> dict[str, Any]:
+    return {"num_embeddings": m.weight.shape[0], "embedding_dim": m.weight.shape[1]}
+
+
+def _features(m: Any) -> dict[str, Any]:
+    tensor = m.weight if m.weight is not None else m.running_mean
+    return {} if tensor is None else {"num_features": tensor.shape[0]}
+
+
+def _normalized(m: Any) -> dict[str, Any]:
+    return {} if m.weight is None else {"normalized_shape": tuple(m.weight.shape)}
+
+
+def _group_norm(m: Any) -> dict[str, Any]:
+    return {} if m.weight is None else {"num_channels": m.weight.shape[0]}
+
+
+def _recurrent(m: Any) -> dict[str, Any]:
+    gates = {"LSTM": 4, "GRU": 3}.get(m.mode, 1)
+    return {"hidden_size": m.weight_ih_l0.shape[0] // gates, "input_size": m.weight_ih_l0.shape[1]}
+
+
+def _recurrent_cell(m: Any) -> dict[str, Any]:
+    return {"hidden_size": m.weight_hh.shape[1], "input_size": m.weight_ih.shape[1]}
+
+
+def _attention(m: Any) -> dict[str, Any]:
+    if m.in_proj_weight is None:
+        return {"kdim": m.k_proj_weight.shape[1], "vdim": m.v_proj_weight.shape[1]}
+    width = m.in_proj_weight.shape[1]
+    return {"embed_dim": width, "kdim": width, "vdim": width, "head_dim": width // m.num_heads}
+
+
+def _prelu(m: Any) -> dict[str, Any]:
+    return {"num_parameters": m.weight.shape[0]}
+
+
+DESCRIBED: tuple[tuple[type[nn.Module], Callable[[Any], dict[str, Any]]], ...] = (
+    (nn.Linear, _linear),
+    (nn.Bilinear, _bilinear),
+    (nn.modules.conv._ConvNd, _conv),
+    (nn.Embedding, _embedding),
+    (nn.EmbeddingBag, _embedding),
+    (nn.modules.batchnorm._NormBase, _features),
+    (nn.LayerNorm, _normalized),
+    (nn.RMSNorm, _normalized),
+    (nn.GroupNorm, _group_norm),
+    (nn.RNNBase, _recurrent),
+    (nn.RNNCellBase, _recurrent_cell),
+    (nn.MultiheadAttention, _attention),
+    (nn.PReLU, _prelu),
+)
+"""Class -> what its attributes say of its tensors. `groups` and the like are no description: the forward uses them."""
+
+
+def _described(before: nn.Module, after: nn.Module) -> dict[str, Any]:
+    """Descriptive attributes that no longer fit the tensors of `after`.
+
+    A subclass may mean something else by a name: what did not describe `before` is left alone.
+    """
+    describe = next((function for kind, function in DESCRIBED if isinstance(before, kind)), None)
+    if describe is None:
+        return {}
+    old, new = describe(before), describe(after)
+    return {name: new[name] for name in new if getattr(before, name, None) == old[name] != new[name]}
+
+
+# ------------------------------------------------------------------------------------------------ verifying
+@dataclass(frozen=True)
+class _Failure:
+    """Why a candidate is not the answer: it raised, in some module, or its outputs differ."""
+
+    text: str
+    paths: tuple[str, ...] = ()  # modules whose forward was running, innermost first
+    line: str = ""
+
+
+class _Search:
+    """Builds candidates and tries them on the example inputs, a bounded number of times."""
+
+    def __init__(
+        self, analysis: Analysis, cuts: Mapping[str, Mapping[int, Tensor]], lengths: Lengths, expected: dict[str, Any]
+    ) -> None:
+        self.analysis, self.cuts, self.lengths, self.expected = analysis, cuts, lengths, expected
+        self.values = sites(analysis.model)
+        self.tries = 0
+        self.failure = _Failure("nothing was tried")
+
+    def follow(self, changes: dict[Site, int]) -> NativeResult | None:
+        """Try `changes`; where the model raises, try the attributes of the module that did, as long as that helps."""
+        result, failure = self.attempt(changes)
+        while result is None and failure.paths:
+            step = self._step(changes, failure)
+            if step is None:
+                break
+            changes, result, failure = step
+        self.failure = failure
+        return result
+
+    def _step(
+        self, changes: dict[Site, int], failure: _Failure
+    ) -> tuple[dict[Site, int], NativeResult | None, _Failure] | None:
+        for site, value in self._guesses(failure, changes):
+            if self.tries >= MAX_TRIES:
+                return None
+            wider = {**changes, site: value}
+            result, then = self.attempt(wider)
+            if result is not None or (then.line, then.paths) != (failure.line, failure.paths):
+                return wider, result, then
+        return None
+
+    def _guesses(self, failure: _Failure, changes: Mapping[Site, int]) -> Iterator[tuple[Site, int]]:
+        for path in failure.paths:
+            for site, old in self.values.items():
+                if site[0] == path and site not in changes:
+                    yield from ((site, new) for new in options(site, old, self.lengths) if new != old)
+
+    def attempt(self, changes: Mapping[Site, int]) -> tuple[NativeResult | None, _Failure]:
+        """Build and run one candidate."""
+        self.tries += 1
+        built = _build(self.analysis.model, self.cuts, changes)
+        try:
+            actual = _outputs(built.module, self.analysis)
+        except Exception as error:  # a length that does not fit shows as any exception
+            return None, _Failure(_refusal(error), _modules_of(error, built.module), user_line(error))
+        error = _difference(self.expected, actual)
+        if isinstance(error, str):
+            return None, _Failure(error)
+        return NativeResult(built.module, "", built.edits, error), _Failure("")
+
+    def reason(self, counts: Mapping[Factor, int]) -> str:
+        """Why the last candidate failed, with the op whose implied constant a cut would change, if there is one."""
+        coupling = self.analysis.coupling
+        for node, call in coupling.calls.items():
+            axes = [axis for n in node.all_input_nodes for value in coupling.axes.get(n, []) for axis in value[-1:]]
+            if call.pins and any(leaf in counts for leaf in all_leaves(axes)):
+                implied = ", ".join(name for name in call.pins if bind(node).get(name) is None)
+                return f"{self.failure.text}; {node.target} takes its {implied} from a length, at {source_line(node)}"
+        return self.failure.text
+
+
+def _inputs(analysis: Analysis) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copies of the example inputs: a model may write into them."""
+    copies: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
+        Tensor, lambda t: t.detach().clone(), (analysis.captured.args, dict(analysis.captured.kwargs))
+    )
+    return copies
+
+
+def _outputs(module: nn.Module, analysis: Analysis) -> dict[str, Any]:
+    """Name -> tensor, of one run in eval mode; the random state is the same each time."""
+    args, kwargs = _inputs(analysis)
+    with untouched(module, real=True), torch.no_grad():
+        torch.manual_seed(0)
+        return _named(module(*args, **kwargs))
+
+
+def _named(output: Any) -> dict[str, Any]:
+    leaves, spec = pytree.tree_flatten(output)
+    if all(leaf is None or isinstance(leaf, (Tensor, bool, int, float, str)) for leaf in leaves):
+        return {n: leaf for n, leaf in zip(leaf_names(spec), leaves, strict=True) if isinstance(leaf, Tensor)}
+    return dict(_inside(output, "", 0))
+
+
+def _inside(value: Any, name: str, depth: int) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in containers that pytree does not know."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif depth < 8:
+        pairs: Any = value.items() if isinstance(value, Mapping) else ()
+        pairs = enumerate(value) if isinstance(value, (list, tuple)) else pairs
+        pairs = vars(value).items() if hasattr(value, "__dict__") and not isinstance(value, (type, Mapping)) else pairs
+        for key, child in list(pairs):
+            yield from _inside(child, f"{name}.{key}", depth + 1)
+
+
+def _expected(analysis: Analysis, kept: Kept, reference: fx.GraphModule | None) -> dict[str, Any]:
+    """What the native model must return: by the sliced graph, or where the graph holds for one path only, by the
+    user's model with zeros where units go."""
+    captured = analysis.captured
+    if captured.producer == "record":
+        return _outputs(_masked(analysis, kept), analysis)
+    found = _outputs(reference or SliceGroups(analysis.coupling, kept)(captured.module), analysis)
+    return dict(zip(captured.output_names, found.values(), strict=True))
+
+
+def _masked(analysis: Analysis, kept: Kept) -> nn.Module:
+    """A copy of the user's model in which nothing reads the removed units."""
+    masked = _copy(analysis.model, share=False)
+    tensors = tensor_names(masked)
+    for group, units in kept.items():
+        gone = torch.ones(group.size, dtype=torch.bool)
+        gone[units] = False
+        for member in group.members:
+            if member.consumes:
+                tensor = tensors[member.name].detach()
+                tensor.index_fill_(member.dim, member.indices(gone.nonzero().flatten()).to(tensor.device), 0)
+    return masked
+
+
+def _difference(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> float | str:
+    """The largest relative difference, or in what way the outputs differ."""
+    worst, compared = 0.0, False
+    for name, wanted in expected.items():
+        got = actual.get(name)
+        if got is None:
+            return f"the smaller model returns no output '{name}'"
+        if got.shape != wanted.shape or got.dtype != wanted.dtype:
+            return f"output '{name}' is {_kind(got)} and has to be {_kind(wanted)}"
+        if wanted.is_meta or wanted.numel() == 0:
+            continue
+        error = _relative(wanted, got)
+        if not error <= TOLERANCE.get(wanted.dtype, 0.0):
+            return f"output '{name}' differs from the reference by {error:.1e} (relative)"
+        worst, compared = max(worst, error), True
+    return worst if compared else math.nan
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    if not a.is_floating_point() and not a.is_complex():
+        return 0.0 if torch.equal(a, b) else math.inf
+    finite = a.isfinite()
+    if not torch.equal(finite, b.isfinite()):
+        return math.inf
+    a, b = a[finite], b[finite]
+    if a.numel() == 0:
+        return 0.0
+    return float((a - b).abs().double().max() / a.abs().double().max().clamp(min=1e-30))
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _refusal(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    at = user_line(error)
+    return f"{text} at {at}" if at else text
+
+
+def _modules_of(error: Exception, root: nn.Module) -> tuple[str, ...]:
+    """Paths of the modules whose forward raised `error`, innermost first."""
+    paths = {id(module): path for path, module in root.named_modules()}
+    found: list[str] = []
+    for frame, _ in _frames(error):
+        path = paths.get(id(frame.f_locals.get("self")))
+        if path is not None and path not in found:
+            found.append(path)
+    return tuple(reversed(found))
+
+
+def _frames(error: Exception) -> Iterator[tuple[Any, int]]:
+    traceback = error.__traceback__
+    while traceback is not None:
+        yield traceback.tb_frame, traceback.tb_lineno
+        traceback = traceback.tb_next

@@ -1,0 +1,275 @@
+"""What a saliency may look at: weights, gradients of a loss, second moments of activations.
+
+Gradients and activations are computed when a scorer first asks for them, on a model left as it was found.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx
+
+from graphcomp.analysis import Analysis
+from graphcomp.capture import Captured
+from graphcomp.cost import flat_inputs
+from graphcomp.coupling.axis import Factor, coordinates, leaves
+from graphcomp.coupling.groups import ChannelGroup
+from graphcomp.coupling.propagate import Coupling
+from graphcomp.errors import PlanError
+from graphcomp.graph import argument_at, attributes, bind
+from graphcomp.untouched import untouched
+
+Loss: TypeAlias = Callable[[Any, Any], Tensor]
+"""loss(model output, batch) -> scalar tensor."""
+
+Scores: TypeAlias = Mapping[ChannelGroup, Tensor]
+"""For each group one number per unit: (size,) float32 on the CPU. Low: the unit can go."""
+
+Place: TypeAlias = tuple[fx.Node, int]
+"""One dim of one value of the graph."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What there is to judge the units of `groups` by.
+
+    Attributes:
+        analysis: of the model.
+        groups: the groups to score.
+        data: batches, each a tensor, a tuple that begins with the model's positional inputs, or a dict that holds its
+            keyword inputs; labels may follow. None: nothing that needs data can be computed.
+        loss: loss(model output, batch) -> scalar. None: no gradients.
+        seed: of scorers that draw at random.
+    """
+
+    analysis: Analysis
+    groups: Sequence[ChannelGroup]
+    data: Iterable[Any] | None = None
+    loss: Loss | None = None
+    seed: int = 0
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether `gradients` can be computed."""
+        return self.data is not None and self.loss is not None
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        return {str(node.target): tensor for node, tensor in attributes(self.analysis.coupling.module)}
+
+    def weight(self, name: str) -> Tensor:
+        """A parameter's values as float32, without gradient.
+
+        Raises:
+            PlanError: it is on the meta device.
+        """
+        tensor = self._tensors[name]
+        if tensor.is_meta:
+            raise PlanError(
+                "weights on the meta device cannot be scored",
+                at=f"parameter '{name}'",
+                fix='load the weights, or use saliency="random"',
+            )
+        return tensor.detach().float()
+
+    def gradient(self, name: str) -> Tensor:
+        """d loss / d parameter as float32, mean over the batches; zeros where the loss does not depend on it."""
+        found = self.gradients.get(name)
+        return torch.zeros_like(self._tensors[name], dtype=torch.float32) if found is None else found.float()
+
+    @cached_property
+    def gradients(self) -> dict[str, Tensor]:
+        """See the function `gradients`.
+
+        Raises:
+            PlanError: there is no data or no loss.
+        """
+        if self.data is None or self.loss is None:
+            missing = " and ".join(k for k, v in (("data", self.data), ("loss", self.loss)) if v is None)
+            raise PlanError(
+                f"this saliency needs gradients, and there is no {missing}",
+                fix="data=batches, loss=lambda output, batch: …, or a saliency that needs none, such as 'l2'",
+            )
+        return gradients(self.analysis.captured, self.loss, self.data)
+
+    @cached_property
+    def meetings(self) -> tuple[Meeting, ...]:
+        """Where the groups' units are summed away."""
+        return tuple(find_meetings(self.analysis.coupling, {group.factor for group in self.groups}))
+
+    @cached_property
+    def moments(self) -> dict[Place, Tensor]:
+        """Mean square of the activations at every meeting: (length of the dim,) float32.
+
+        Raises:
+            PlanError: there is no data, or the graph does not run on it.
+        """
+        if self.data is None:
+            raise PlanError("this saliency needs activations, and there is no data", fix="data=calibration batches")
+        sources = self.analysis.coupling.sources
+        places = {p for m in self.meetings for p in (m.left, m.right) if p[0] not in sources}
+        return mean_squares(self.analysis.captured, self.data, places)
+
+    def of(self, groups: Sequence[ChannelGroup]) -> Evidence:
+        """The same for other groups; what is known already is kept."""
+        other = replace(self, groups=groups)
+        if "gradients" in vars(self):
+            vars(other)["gradients"] = self.gradients
+        return other
+
+
+# ------------------------------------------------------------------------------------------------ batches
+def arguments_of(captured: Captured, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments and keyword arguments that a batch has for the model, by the form of its example inputs.
+
+    Raises:
+        PlanError: the batch has not what the example inputs have.
+    """
+    args, kwargs = captured.args, captured.kwargs
+    if isinstance(batch, Mapping):
+        names = list(inspect.signature(captured.original.forward).parameters)[: len(args)]
+        positional = tuple(_entry(batch, name, old) for name, old in zip(names, args, strict=False))
+        return positional, {name: _entry(batch, name, old) for name, old in kwargs.items()}
+    items = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+    if any(isinstance(old, Tensor) for old in kwargs.values()):
+        raise PlanError(
+            f"a batch of type {type(batch).__name__} for a model whose example inputs are keywords",
+            fix=f"let a batch be a dict with {', '.join(repr(name) for name in kwargs)}",
+        )
+    if len(items) < len(args) or not args:
+        raise PlanError(f"a batch has {len(items)} items and the model takes {len(args)} positional inputs")
+    return items[: len(args)], dict(kwargs)
+
+
+def _entry(batch: Mapping[str, Any], name: str, example: Any) -> Any:
+    if name in batch:
+        return batch[name]
+    if isinstance(example, Tensor):
+        raise PlanError(f"a batch has no {name!r}, which the example inputs have", why=f"it has {list(batch)}")
+    return example
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+def gradients(captured: Captured, loss: Loss, batches: Iterable[Any]) -> dict[str, Tensor]:
+    """d loss / d parameter by the parameter's first name, mean over `batches`; the model's own .grad stays as it is.
+
+    The model runs in eval mode. Parameters the loss does not depend on are left out; frozen ones (requires_grad=False)
+    are not.
+
+    Raises:
+        PlanError: there are no batches, or `loss` gives no scalar that depends on the parameters.
+    """
+    model = captured.original
+    free = {
+        name: parameter.detach().requires_grad_()
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point()
+    }
+    count = 0
+    with untouched(model, real=True), torch.enable_grad():
+        for batch in batches:
+            args, kwargs = arguments_of(captured, batch)
+            value = loss(torch.func.functional_call(model, free, args, kwargs), batch)
+            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+                raise PlanError("loss(output, batch) must return a scalar that depends on the parameters")
+            value.backward()  # type: ignore[no-untyped-call]
+            count += 1
+    if not count:
+        raise PlanError("there are no batches to take gradients on", fix="data=[batch, …]; an iterator runs only once")
+    return {name: tensor.grad / count for name, tensor in free.items() if tensor.grad is not None}
+
+
+# ------------------------------------------------------------------------------------------------ activations
+@dataclass(frozen=True)
+class Meeting:
+    """Two operands of an op whose dims, `left` and `right`, are multiplied index by index and summed away."""
+
+    left: Place
+    right: Place
+
+    def factors(self, coupling: Coupling) -> set[Factor]:
+        """What is summed away."""
+        return set(leaves(axis_at(coupling, self.left))) & set(leaves(axis_at(coupling, self.right)))
+
+
+def axis_at(coupling: Coupling, place: Place) -> Any:
+    """The axis of one dim of one value."""
+    return coupling.axes[place[0]][0][place[1]]
+
+
+def find_meetings(coupling: Coupling, factors: set[Factor]) -> Iterator[Meeting]:
+    """Every product in which a unit of one of `factors` is summed away. Statistics (norms, means) are none."""
+    for node, call in coupling.calls.items():
+        for key, dims in call.contracted.items():
+            operand = argument_at(bind(node), key)
+            for dim in dims:
+                summed = factors & set(leaves(axis_at(coupling, (operand, dim))))
+                yield from (Meeting(place, (operand, dim)) for place in _partners(coupling, node, operand, summed))
+
+
+def _partners(coupling: Coupling, node: fx.Node, operand: fx.Node, summed: set[Factor]) -> Iterator[Place]:
+    """Dims of the op's other operands that meet the summed one: of an activation where that one is a parameter."""
+    others = [n for n in node.all_input_nodes if n is not operand and coupling.axes.get(n)]
+    if operand in coupling.sources:
+        others = [n for n in others if n not in coupling.sources]
+    for other in others:
+        for dim, axis in enumerate(coupling.axes[other][0]):
+            if summed & set(leaves(axis)):
+                yield other, dim
+
+
+def mean_squares(captured: Captured, batches: Iterable[Any], places: Iterable[Place]) -> dict[Place, Tensor]:
+    """Mean of the squared values at each place over all other dims and all batches: (length of the dim,) float32.
+
+    Raises:
+        PlanError: there are no batches, or the graph does not run on one of them.
+    """
+    observer = _Observer(captured.module, places)
+    count = 0
+    for batch in batches:
+        args, kwargs = arguments_of(captured, batch)
+        try:
+            with torch.no_grad():
+                observer.run(*flat_inputs(captured, args, kwargs), enable_io_processing=False)
+        except Exception as error:  # whatever the ops raise on inputs of another shape
+            fix = "give batches of the shape of the example inputs" if captured.producer == "record" else ""
+            raise PlanError("the model does not run on a batch of data", why=str(error)[:300], fix=fix) from error
+        count += 1
+    if not count:
+        raise PlanError("there are no batches to observe", fix="data=[batch, …]; an iterator runs only once")
+    return {place: (total / observer.counts[place]).float() for place, total in observer.totals.items()}
+
+
+class _Observer(fx.Interpreter):
+    """Runs the graph and adds up squares at some places."""
+
+    def __init__(self, module: fx.GraphModule, places: Iterable[Place]) -> None:
+        super().__init__(module)
+        self.dims: dict[fx.Node, list[int]] = {}
+        for node, dim in places:
+            self.dims.setdefault(node, []).append(dim)
+        self.totals: dict[Place, Tensor] = {}
+        self.counts: dict[Place, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        for dim in self.dims.get(n, ()):
+            squares = result.detach().double().square()
+            total = squares.sum([d for d in range(squares.dim()) if d != dim]) if squares.dim() > 1 else squares
+            self.totals[n, dim] = self.totals.get((n, dim), 0) + total.cpu()
+            self.counts[n, dim] = self.counts.get((n, dim), 0) + squares.numel() // squares.shape[dim]
+        return result
+
+
+def units_at(coupling: Coupling, place: Place, group: ChannelGroup) -> Tensor:
+    """(length of the dim,) int64: the unit of `group` that an index belongs to, -1 where it belongs to none."""
+    rows = [row for factor, row in coordinates(axis_at(coupling, place)) if factor is group.factor]
+    result = rows[0]
+    for row in rows[1:]:
+        result = torch.maximum(result, row)
+    return result
