@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ import graphcomp as gc
 from benchmarks import digits
 
 SPARSITY = 0.5
-THREADS = 2
+THREADS = 1
 BATCH_SIZE = 64
 Batch = tuple[Tensor, Tensor]  # images (b, 1, 8, 8), labels (b,)
 
@@ -41,15 +42,21 @@ class Job:
     learning_rate: float
 
 
+class Costs(NamedTuple):
+    """Parameters, multiply-accumulates for one image, bytes of the stored weights."""
+
+    params: float
+    macs: float
+    bytes: float
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of the table."""
 
     stage: str
     accuracy: float  # share of the test images classified correctly
-    params: int
-    macs: int  # for one image
-    bytes: int  # of the weights on disk
+    costs: Costs
     latency_ms: tuple[float, float, float]  # for one image: lower quartile, median, upper quartile
 
 
@@ -85,11 +92,12 @@ def demo(folder: Path) -> int:
 def run(job: Job, data: digits.Digits, folder: Path) -> int:
     """Train, compress, fine-tune and save; then let a new process load the folder. Returns its exit status."""
     train(job.model, data, job.epochs, job.learning_rate, f"{job.name}: training")
-    small = gc.compress(job.model, data.test_x[:2], sparsity=SPARSITY)
-    cost = small.report.to_dict()
-    rows = [measure("before", job.model, data, cost, "before"), measure("after cutting", small, data, cost, "after")]
+    example = data.train_x[:2]
+    small = gc.compress(job.model, example, sparsity=SPARSITY)
+    before, after = (costs(small, when, images=len(example)) for when in ("before", "after"))
+    rows = [measure("before", job.model, data, before), measure("after cutting", small, data, after)]
     train(small, data, job.finetune_epochs, job.learning_rate / 3, f"{job.name}: fine-tuning")
-    rows.append(measure("after fine-tuning", small, data, cost, "after"))
+    rows.append(measure("after fine-tuning", small, data, after))
     print(f"\n{job.name}, sparsity {SPARSITY}\n{table(rows)}", flush=True)
 
     small.save(folder)
@@ -165,11 +173,16 @@ def progress(items: Iterator[Batch], total: int, title: str) -> Iterator[Batch]:
 # --------------------------------------------------------------------------------------------------- measuring
 
 
-def measure(stage: str, model: nn.Module, data: digits.Digits, cost: dict[str, dict[str, int]], when: str) -> Row:
-    """A row of the table. `cost` is the compression report's, `when` the side of it to read: before or after."""
+def costs(small: gc.CompressedModel, when: str, images: int) -> Costs:
+    """What the report says about `when`, "before" or "after"; it counts the MACs of `images` example images."""
+    report = small.report.to_dict()
+    return Costs(report["params"][when], report["macs"][when] / images, report["bytes"][when])
+
+
+def measure(stage: str, model: nn.Module, data: digits.Digits, costs: Costs) -> Row:
+    """A row of the table: what `model` costs, and what it is measured to do on the test images."""
     accuracy = (logits(model, data.test_x).argmax(1) == data.test_y).float().mean().item()
-    params, macs, size = (cost[key][when] for key in ("params", "macs", "bytes"))
-    return Row(stage, accuracy, params, macs, size, latency_ms(model, data.test_x[:1]))
+    return Row(stage, accuracy, costs, latency_ms(model, data.test_x[:1]))
 
 
 @torch.no_grad()
@@ -192,15 +205,14 @@ def latency_ms(model: nn.Module, image: Tensor, warmup: int = 30, runs: int = 30
 
 
 def table(rows: list[Row]) -> str:
-    """`rows` as text; a quantity the compression changed carries its share of the first row's."""
-    first = rows[0]
-    lines = [f"{'':17} {'accuracy':>8} {'params':>15} {'MACs':>17} {'bytes':>16} {'latency, ms (quartiles)':>25}"]
+    """`rows` as text; costs also as a share of the first row's."""
+    lines = [f"{'':17} {'accuracy':>8} {'params':>16} {'MACs':>16} {'bytes':>16} {'latency, ms (quartiles)':>25}"]
     for row in rows:
+        pairs = zip(row.costs, rows[0].costs, strict=True)
+        cells = " ".join(f"{f'{cost:,.0f} {cost / first:4.0%}':>16}" for cost, first in pairs)
         lower, median, upper = row.latency_ms
-        sizes = [(row.params, first.params, 15), (row.macs, first.macs, 17), (row.bytes, first.bytes, 16)]
-        cells = " ".join(f"{f'{value:,.0f} {100 * value / of:3.0f}%':>{width}}" for value, of, width in sizes)
         latency = f"{median:.2f} ({lower:.2f} to {upper:.2f})"
-        lines.append(f"{row.stage:17} {100 * row.accuracy:7.1f}% {cells} {latency:>25}")
+        lines.append(f"{row.stage:17} {row.accuracy:8.1%} {cells} {latency:>25}")
     return "\n".join(lines)
 
 

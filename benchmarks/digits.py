@@ -74,6 +74,9 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.head_dim = width // heads
+        self.scale = (
+            self.head_dim**-0.5
+        )  # kept as it is when head_dim is cut; by default it would follow the new length
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
@@ -81,7 +84,7 @@ class Attention(nn.Module):
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         return self.out(y.transpose(1, 2).reshape(batch, tokens, self.heads * self.head_dim))
 
 

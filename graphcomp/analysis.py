@@ -12,6 +12,7 @@ from torch import nn
 from graphcomp.capture import Captured
 from graphcomp.coupling.groups import ChannelGroup, FrozenAxis, find_frozen, find_groups
 from graphcomp.coupling.propagate import Coupling, UnknownOp, propagate
+from graphcomp.describe import analysis_graph, analysis_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,14 +62,10 @@ class Analysis:
 
     def report(self) -> str:
         """Groups, what is frozen and why, unknown ops with the fix, as text."""
-        from graphcomp.report import analysis_text
-
         return analysis_text(self)
 
     def to_networkx(self) -> networkx.DiGraph:
         """Nodes: ops, parameters and groups (attribute `kind`); edges: data flow, and membership in a group."""
-        from graphcomp.report import analysis_graph
-
         return analysis_graph(self)
 
 

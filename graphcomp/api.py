@@ -15,17 +15,18 @@ from torch import Tensor, fx, nn
 
 from graphcomp.analysis import Analysis, analyze_captured
 from graphcomp.capture import capture
+from graphcomp.compare import relative_error, tolerance_of
 from graphcomp.compressed import CompressedModel
-from graphcomp.cost import CostModel, latency, param_bytes
+from graphcomp.cost import CostModel, latency
 from graphcomp.coupling.groups import ROLES, ChannelGroup, Kept
 from graphcomp.errors import NotBuiltError, NothingToPrune, PlanError, VerificationError
 from graphcomp.export.native import NativeResult, native
-from graphcomp.pruning.allocation import Budget, allocate, allocate_budget
+from graphcomp.pruning.allocation import Budget, Scope, allocate, allocate_budget
 from graphcomp.pruning.mask import InsertMasks, set_masks
-from graphcomp.pruning.saliency import score
+from graphcomp.pruning.saliency import Saliency, score
 from graphcomp.pruning.slice import SliceGroups, by_factor, kept_of_tensors
-from graphcomp.report import Change, Report, group_dict, layers, why_nothing
-from graphcomp.testing import relative_error, tolerance
+from graphcomp.describe import why_nothing
+from graphcomp.report import Change, Report, group_dict, layers
 
 logger = logging.getLogger("graphcomp")
 
@@ -68,8 +69,8 @@ def compress(
     method: str | None = None,
     data: Iterable[Any] | None = None,
     loss: Callable[..., Tensor] | None = None,
-    saliency: str = "l2",
-    ranking: str = "global",
+    saliency: str | Saliency = "l2",
+    ranking: Scope = "global",
     ignore: str | Sequence[str] = (),
     prune: Sequence[str] | None = None,
     round_to: int = 1,
@@ -95,7 +96,8 @@ def compress(
         ranking: "global" ranks all units together, "local" removes the same share of every group.
         ignore: names, or "re:" patterns, of modules that keep their width.
         prune: roles to prune, of "channel", "head", "head_dim", "hidden", "width", "expert", "group". Default: all,
-            but for "width" in groups that layer, RMS or group norms take statistics over.
+            but for "head_dim" (queries and values would get heads of different sizes, which hardly any class of
+            model can hold) and "width" in groups that layer, RMS or group norms take statistics over.
         round_to: the number of units kept in each group is a multiple of it.
         budget: a target on parameters or MACs instead of `sparsity`.
         scope: compress one submodule; the result holds the whole model with that part replaced.
@@ -119,7 +121,7 @@ def compress(
     if budget is None:
         kept = allocate(groups, scores, sparsity=sparsity, scope=ranking, round_to=round_to)
     else:
-        kept = allocate_budget(analysis, groups, scores, budget, round_to=round_to)
+        kept = allocate_budget(analysis, groups, scores, budget, scope=ranking, round_to=round_to)
     small = slice_groups(analysis, kept, up_for_pruning=groups, verify=verify, measure_latency=measure_latency)
     return _into_whole(model, small, scope) if scope else small
 
@@ -153,7 +155,7 @@ def slice_groups(
         small = SliceGroups(plan.coupling, units)(captured.module)
         if verify:
             verified["masked == sliced"] = _check_masked(plan, units, small)
-    found = native(plan, units)
+    found = native(plan, units, small)
     module, form = _choose(found, small, plan)
     if found.module is not None:
         verified["native == sliced"] = found.error
@@ -186,7 +188,7 @@ def prunable_groups(
     ignored = _ignored(analysis.model, [ignore] if isinstance(ignore, str) else ignore)
     groups = [g for g in analysis.groups if not any(_within(m.name, ignored) for m in g.members)]
     if prune is None:
-        groups = [g for g in groups if not (g.role == "width" and g.normalized)]
+        groups = [g for g in groups if g.role != "head_dim" and not (g.role == "width" and g.normalized)]
     else:
         groups = [g for g in groups if g.role in prune]
     if groups:
@@ -219,7 +221,7 @@ def _check_arguments(sparsity: float, bits: Any, method: str | None, data: Any, 
             raise PlanError(f"prune holds {role!r}, which is no role", fix=f"one of {', '.join(near or ROLES)}")
 
 
-def _check_weights(analysis: Analysis, saliency: str) -> None:
+def _check_weights(analysis: Analysis, saliency: str | Saliency) -> None:
     """Weights that no score can be taken of: not there, or not numbers."""
     for name, parameter in analysis.model.named_parameters():
         if parameter.is_meta and saliency != "random":
@@ -272,11 +274,13 @@ def _check_masked(plan: Analysis, kept: Kept, small: fx.GraphModule) -> float:
     masked = InsertMasks(plan.coupling, list(kept))(captured.module)
     set_masks(masked, list(kept), kept)
     with torch.no_grad():
-        error = relative_error(masked(*captured.args, **captured.kwargs), small(*captured.args, **captured.kwargs))
-    if not error <= tolerance(small):
+        expected = masked(*captured.args, **captured.kwargs)
+        error = relative_error(expected, small(*captured.args, **captured.kwargs))
+    allowed = tolerance_of(expected)
+    if not error <= allowed:
         raise VerificationError(
             "the sliced model does not compute what the masked model computes",
-            why=f"largest relative error {error:.1e}, allowed {tolerance(small):.0e}",
+            why=f"largest relative error {error:.1e}, allowed {allowed:.0e}",
             fix="please report the model; graphcomp.testing.check_law(model, inputs, groups=[…]) finds the group",
         )
     return error
@@ -309,7 +313,7 @@ def _report(
         params=Change(costs.params({}), costs.params(counts)),
         macs=macs,
         bops=Change(macs.before * BITS_OF_FLOAT**2, macs.after * BITS_OF_FLOAT**2),
-        bytes=Change(param_bytes(plan, {}), param_bytes(plan, kept)),
+        bytes=Change(costs.bytes({}), costs.bytes(counts)),
         units_removed=sum(group.size - len(units) for group, units in kept.items()),
         units_total=sum(group.size for group in groups),
         layers=layers(plan, kept_of_tensors(plan.coupling, kept)),

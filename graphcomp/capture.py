@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import sympy  # type: ignore[import-untyped]
+import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
@@ -129,6 +129,8 @@ def capture(
         module, names = _record(model, args, kwargs, error)
         producer, reason = "record", _refusal(error)
         log.info("%s was recorded, as torch.export refused it: %s", type(model).__name__, reason)
+    if not names:
+        raise CaptureError(f"{type(model).__name__} returns no tensor", fix="compress a module that returns tensors")
     if outputs is not None:
         names = select_outputs(module.graph, names, [outputs] if isinstance(outputs, str) else outputs)
     canonicalize(module)
@@ -322,7 +324,7 @@ def _unlifted(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, tu
     results = module.graph.output_node().args[0]
     assert isinstance(results, (tuple, list))
     names = zip(leaf_names(spec), results, strict=True)
-    return module, tuple(name for name, result in names if isinstance(result, fx.Node))
+    return module, tuple(name for name, result in names if _is_tensor(result))
 
 
 # ---------------------------------------------------------------------------------------------- record
@@ -340,8 +342,6 @@ def _record(model: nn.Module, args: Args, kwargs: Kwargs, refusal: Exception) ->
             why=f"{_reason(refusal)}; recording: {_reason(error)}",
             fix=_fix(refusal),
         ) from refusal
-    if not recording.output_names:
-        raise CaptureError(f"{type(model).__name__} returns no tensor", fix="compress a module that returns tensors")
     return fx.GraphModule(recording.tensors, recording.graph), recording.output_names
 
 
@@ -409,13 +409,17 @@ def select_outputs(graph: fx.Graph, names: Sequence[str], wanted: Sequence[str])
             listed = ", ".join(repr(name) for name in names)
             raise CaptureError(f"the model has no output {want!r}", why=f"its outputs are {listed}", fix="name these")
     output = graph.output_node()
-    results = [result for result in pytree.tree_leaves(output.args[0]) if isinstance(result, fx.Node)]
+    results = [result for result in pytree.tree_leaves(output.args[0]) if _is_tensor(result)]
     kept = [(n, r) for n, r in zip(names, results, strict=True) if any(_fits(n, want) for want in wanted)]
     output.args = (tuple(result for _, result in kept),)
     one_or_tuple = 0 if len(kept) == 1 else tuple(range(len(kept)))
     info = graph._codegen.pytree_info  # type: ignore[attr-defined]
     graph.set_codegen(calling_convention(info.orig_args, info.in_spec, pytree.tree_structure(one_or_tuple)))
     return tuple(name for name, _ in kept)
+
+
+def _is_tensor(result: Any) -> bool:
+    return isinstance(result, fx.Node) and isinstance(result.meta.get("val"), torch.Tensor)
 
 
 def _fits(name: str, want: str) -> bool:

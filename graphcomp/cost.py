@@ -26,7 +26,7 @@ from torch.fx import _pytree as fx_pytree
 
 from graphcomp.analysis import Analysis
 from graphcomp.capture import Captured
-from graphcomp.coupling.axis import Axes, Axis, Factor, Product, leaves, length, normal
+from graphcomp.coupling.axis import UNIT, Axes, Axis, Factor, Product, leaves, length, normal
 from graphcomp.coupling.groups import Kept
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.errors import PlanError
@@ -225,7 +225,10 @@ def _einsum(op: _Operands) -> Count:
     left, _, result = arguments["equation"].replace(" ", "").partition("->")
     names = left.split(",")
     keys = [f"tensors.{k}" for k in range(len(names))]
-    axis_of = {letter: a for name, key in zip(names, keys, strict=True) for letter, a in _longer(name, op.of(key))}
+    axis_of: dict[str, Axis] = dict.fromkeys("".join(names), UNIT)
+    for name, key in zip(names, keys, strict=True):
+        # dims of length 1 stretch, so theirs is not the length that counts
+        axis_of |= {letter: a for letter, a in zip(name, op.of(key), strict=True) if length(a) != 1}
     total, done = Polynomial(), set(names[0])
     for k in range(1, len(names)):
         both = done | set(names[k])
@@ -233,11 +236,6 @@ def _einsum(op: _Operands) -> Count:
         if done != both:
             total += op.size(axis_of[letter] for letter in both)
     return op.kind(*keys), total
-
-
-def _longer(letters: str, axes: Axes) -> list[tuple[str, Axis]]:
-    """Each letter with its axis; dims of length 1 stretch, so theirs is not the one that counts."""
-    return [(letter, a) for letter, a in zip(letters, axes, strict=True) if length(a) != 1]
 
 
 def _attention(op: _Operands) -> Count:
@@ -359,7 +357,8 @@ def _solve(symbolic: int | torch.SymInt, actual: int) -> dict[sympy.Symbol, int]
     (symbol,) = expression.free_symbols
     if symbol is expression:
         return {symbol: actual}
-    return {symbol: int(value) for value in sympy.solve(expression - actual, symbol)[:1]}
+    solutions = sympy.solve(expression - actual, symbol)
+    return {symbol: int(solutions[0])} if solutions else {}
 
 
 # ------------------------------------------------------------------------------------------------ latency
@@ -418,5 +417,5 @@ def _seconds(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 
 def _wait() -> None:
     """Until the accelerator, if there is one, has done its work."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)(?:\n\s+(.*))?')
 
@@ -156,13 +163,14 @@ def set_argument_at(node: fx.Node, key: str, value: Any) -> None:
     set_argument(node, name, items)
 
 
-class ShapeInterpreter(fx.Interpreter):
-    """Runs a graph on the fake tensors of its placeholders and refreshes every meta["val"]."""
+class _ShapeInterpreter(fx.Interpreter):
+    """Runs a graph on fake tensors and notes what every node computes."""
 
     def __init__(self, module: fx.GraphModule, mode: FakeTensorMode) -> None:
         super().__init__(module)
         self.mode = mode
         self.fakes: dict[int, Any] = {}
+        self.found: dict[fx.Node, Any] = {}
 
     def fetch_attr(self, target: str) -> Any:
         tensor = fetch(self.module, target)
@@ -175,17 +183,52 @@ class ShapeInterpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n.op != "output":
-            n.meta["val"] = result
+            self.found[n] = result
         return result
 
 
-def propagate_shapes(module: fx.GraphModule) -> None:
-    """Recompute meta["val"] of every node from the placeholders' fake tensors.
+def run_shapes(module: fx.GraphModule) -> dict[fx.Node, Any]:
+    """What every node computes, as fake tensors, for inputs of the example's size.
+
+    Dynamic lengths take the example's value: over symbols every op is many times slower. Where an op's result has a
+    length that depends on data there is no way but over the symbols of the capture.
 
     Raises:
-        Whatever the op raises whose operands no longer fit; the message names the node.
+        Whatever the op raises whose operands do not fit.
     """
     inputs = [value(n) for n in module.graph.find_nodes(op="placeholder")]
-    mode = next((t.fake_mode for t in inputs if isinstance(t, FakeTensor)), None) or FakeTensorMode()
+    try:
+        return _run_fake(module, FakeTensorMode(), [_example_sized(t) for t in inputs])
+    except (DynamicOutputShapeException, DataDependentOutputException):
+        mode = next(t.fake_mode for t in inputs if isinstance(t, FakeTensor))
+        return _run_fake(module, mode, inputs)
+
+
+def _run_fake(module: fx.GraphModule, mode: FakeTensorMode, inputs: Sequence[Any]) -> dict[fx.Node, Any]:
     with mode, torch.no_grad():
-        ShapeInterpreter(module, mode).run(*inputs, enable_io_processing=False)
+        fakes = [t() if callable(t) and not isinstance(t, Tensor) else t for t in inputs]
+        interpreter = _ShapeInterpreter(module, mode)
+        interpreter.run(*fakes, enable_io_processing=False)
+    return interpreter.found
+
+
+def _example_sized(found: Any) -> Any:
+    """An input to be made inside a fake mode, or a number."""
+    if not isinstance(found, Tensor):
+        return example_size(found) if isinstance(found, torch.SymInt) else found
+    shape = [example_size(n) for n in found.shape]
+    return functools.partial(torch.empty, shape, dtype=found.dtype, device=found.device)
+
+
+def example_size(size: int | torch.SymInt) -> int:
+    """A length as it was for the example inputs (of the capture, which doubles a batch of 1)."""
+    return size.node.hint if isinstance(size, torch.SymInt) else size
+
+
+def example_values(module: fx.GraphModule) -> dict[sympy.Symbol, int]:
+    """Each symbol of the graph's dynamic lengths with the example's value."""
+    for node in module.graph.find_nodes(op="placeholder"):
+        found = value(node)
+        if isinstance(found, FakeTensor) and found.fake_mode.shape_env is not None:
+            return {symbol: int(n) for symbol, n in found.fake_mode.shape_env.backed_var_to_val.items()}
+    return {}

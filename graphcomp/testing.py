@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from graphcomp.analysis import Analysis, analyze_captured
 from graphcomp.capture import capture
+from graphcomp.compare import floating_tensors, relative_error, tolerance_of
 from graphcomp.coupling.axis import kept_indices
 from graphcomp.coupling.groups import ChannelGroup
 from graphcomp.errors import VerificationError
@@ -28,9 +29,6 @@ from graphcomp.graph import neighbourhood, source_line
 from graphcomp.pruning.mask import InsertMasks, set_masks
 from graphcomp.pruning.slice import SliceGroups, by_factor, select
 from graphcomp.untouched import untouched
-
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Largest relative error that rounding may cause, by the dtype of the output."""
 
 KeptUnits: TypeAlias = dict[ChannelGroup, Tensor]
 
@@ -75,7 +73,7 @@ def check_law(
         rounds: number of random choices.
         keep: each group keeps a share of its units that is drawn from this range, and at least one unit.
         groups: names of the groups to cut; None: all.
-        tolerance: largest relative error; None: by the dtype of the output, see `TOLERANCE`.
+        tolerance: largest relative error; None: by the dtype of the output, see `compare.TOLERANCE`.
 
     Raises:
         VerificationError: the law does not hold; the message shows the first node whose values differ.
@@ -87,7 +85,7 @@ def check_law(
     args, kwargs = captured.args, captured.kwargs
     with torch.no_grad(), untouched(captured.original, real=True):
         dense = captured.original(*args, **kwargs)
-        allowed = _tolerance(dense) if tolerance is None else tolerance
+        allowed = tolerance_of(dense) if tolerance is None else tolerance
         identity = relative_error(dense, masked(*args, **kwargs))
         if not identity <= allowed:
             raise VerificationError(
@@ -120,36 +118,6 @@ def random_kept(
     return kept
 
 
-def relative_error(expected: Any, actual: Any) -> float:
-    """max|a - b| / max|a|, the worst over the floating tensors of two nested outputs.
-
-    Infinite where the outputs differ in number, shape or in where they are not finite.
-    """
-    pairs = _floats(expected), _floats(actual)
-    if [t.shape for t in pairs[0]] != [t.shape for t in pairs[1]]:
-        return math.inf
-    return max((_error(a, b) for a, b in zip(*pairs, strict=True)), default=0.0)
-
-
-def _floats(output: Any) -> list[Tensor]:
-    return [t.detach() for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
-
-
-def _error(a: Tensor, b: Tensor) -> float:
-    a, b = a.double(), b.double()
-    finite = a.isfinite()
-    if not torch.equal(finite, b.isfinite()) or not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
-        return math.inf
-    a, b = a[finite], b[finite]
-    if a.numel() == 0:
-        return 0.0
-    return float((a - b).abs().max() / a.abs().max().clamp(min=torch.finfo(torch.float64).tiny))
-
-
-def _tolerance(output: Any) -> float:
-    return max((TOLERANCE.get(t.dtype, 1e-1) for t in _floats(output)), default=0.0)
-
-
 def _violated(
     error: float, allowed: float, analysis: Analysis, masked: fx.GraphModule, small: fx.GraphModule, kept: KeptUnits
 ) -> VerificationError:
@@ -171,7 +139,7 @@ def _first_difference(
     for node in captured.module.graph.nodes:
         if node.op != "call_function" or node.name not in expected or node.name not in actual:
             continue
-        tensors = zip(_floats(expected[node.name]), _floats(actual[node.name]), coupling.axes.get(node, []))
+        tensors = zip(floating_tensors(expected[node.name]), floating_tensors(actual[node.name]), coupling.axes.get(node, []))
         for full, cut, axes in tensors:
             found = {dim: kept_indices(axis, units) for dim, axis in enumerate(axes)}
             wanted = select(full, {dim: index for dim, index in found.items() if index is not None})

@@ -347,7 +347,7 @@ def test_the_model_is_left_as_it_was(model: nn.Sequential) -> None:
     model.train()
     model[0].eval()
     hook = model.register_forward_hook(lambda _module, _inputs, output: output * 2)
-    list(model.parameters())[0].requires_grad_(False)
+    next(iter(model.parameters())).requires_grad_(False)
     flags = {name: module.training for name, module in model.named_modules()}
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     grads = [p.requires_grad for p in model.parameters()]

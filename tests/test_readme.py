@@ -6,10 +6,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_quick_start() -> None:
+def test_quick_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     text = README.read_text(encoding="utf-8")
     (block,) = re.finditer(r"```python\n(.*?)```", text, re.DOTALL)
     lines_before = "\n" * text.count("\n", 0, block.start(1))  # so that a traceback shows the README's own line

@@ -324,17 +324,27 @@ def _try_split(axis: Axis, n: Size) -> tuple[Axis, Axis] | None:
 
 
 def _split_concat(axis: Concat, rest: Size) -> tuple[Axis, Axis] | None:
-    """[a | b] as ([a' | b'], rest), where each part is a whole number of `rest`: their rests are one and the same."""
+    """[a | b] as ([a' | b'], rest), where each part is a whole number of `rest`: their rests are one and the same.
+
+    Where a part is not, every row of `rest` indices is one piece, and no row can go without the others.
+    """
     counts = [divide(length(part), rest) for part in axis.parts]
-    if any(count is None for count in counts):
+    if not any(count is None for count in counts):
+        halves = [_try_split(part, count) for part, count in zip(axis.parts, counts, strict=True)]
+        known = [half for half in halves if half is not None]
+        if len(known) == len(halves):
+            return concat(*(left for left, _ in known)), _all_one([inner for _, inner in known])
+    if not isinstance(length(axis), int):
         return None
-    halves = [_try_split(part, count) for part, count in zip(axis.parts, counts, strict=True)]
-    if any(half is None for half in halves):
-        return None
-    known = [half for half in halves if half is not None]
-    for _, other in known[1:]:
-        couple(known[0][1], other, Reason("pieces of different make are read as one"))
-    return concat(*(left for left, _ in known)), known[0][1]
+    rows = length(axis) // rest
+    return Concat((UNIT,) * rows), _all_one(_cut_all(axis, [rest * k for k in range(1, rows)]))
+
+
+def _all_one(axes: Sequence[Axis]) -> Axis:
+    """Couple all of `axes`."""
+    for other in axes[1:]:
+        couple(axes[0], other, Reason("pieces of different make are read as one"))
+    return axes[0]
 
 
 def cut(axis: Axis, i: int) -> tuple[Axis, Axis]:

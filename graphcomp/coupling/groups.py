@@ -10,7 +10,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from graphcomp.coupling.axis import Axis, Factor, Reason, coordinates, is_frozen, leaves, normal
+from graphcomp.coupling.axis import Axes, Axis, Factor, Reason, coordinates, is_frozen, leaves, normal
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.graph import argument_at, attributes, bind
 
@@ -167,11 +167,16 @@ def _consumed_dims(coupling: Coupling) -> set[tuple[str, int]]:
         summed: list[Axis] = []
         for key, dims in call.contracted.items():
             axes = coupling.axes[argument_at(arguments, key)][0]
-            summed += [axes[dim] for dim in dims]
+            if not _same_axes(axes, coupling.axes[node][0]):  # else statistics, as a norm takes them: nothing is summed away
+                summed += [axes[dim] for dim in dims]
         for operand in node.all_input_nodes:
             for name in coupling.sources.get(operand, ()):
                 consumed |= {(canonical[name], dim) for dim in _dims_in(coupling.attributes[name], summed)}
     return consumed
+
+
+def _same_axes(a: Axes, b: Axes) -> bool:
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
 def _dims_in(axes: Sequence[Axis], summed: Sequence[Axis]) -> list[int]:
@@ -196,6 +201,7 @@ def _role(factor: Factor, members: Sequence[Member]) -> Role:
 
 def _name(role: Role, members: Sequence[Member]) -> str:
     """The module that makes the units first, and the role: 'layer1.0.conv1/channel'."""
-    made = next((m for m in members if not m.consumes and m.is_parameter), members[0])
-    owner = made.name.rpartition(".")[0] or made.name
+    made = [m for m in members if not m.consumes and m.is_parameter] or list(members)
+    made = [m for m in made if len(m.shape) > 1] or made  # rather a matrix than the scale of a norm
+    owner = made[0].name.rpartition(".")[0] or made[0].name
     return f"{owner}/{role}"

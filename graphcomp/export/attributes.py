@@ -141,7 +141,7 @@ class _Listen(TorchFunctionMode):
     """Notes every torch function that is handed a TracedInt, then calls it with plain ints."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.heard: list[Arrival] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -216,10 +216,10 @@ def find_lengths(coupling: Coupling, counts: Mapping[Factor, int]) -> Lengths:
             constants = [_changes(axes, counts) for axes in coupling.calls[node].lengths.values()]
             if match and constants:
                 found.arguments[match[1], int(match[2])].append(constants)
-    for name, axes in coupling.attributes.items():
+    for name, held in coupling.attributes.items():
         owner = name.rpartition(".")[0]
         for path in (owner, owner.rpartition(".")[0]):
-            found.of_module[path] |= {change for axis in axes for change in _parts(axis, counts)}
+            found.of_module[path] |= {change for axis in held for change in _parts(axis, counts)}
     return found
 
 
@@ -230,8 +230,9 @@ def module_paths(node: fx.Node) -> list[str]:
     return [path.removeprefix("L['self'].").removeprefix("L['self']") for path in paths]
 
 
-def _changes(axes: Axis | Sequence[Axis | None] | None, counts: Mapping[Factor, int]) -> list[Change | None]:
-    listed = axes if isinstance(axes, (list, tuple)) else [axes]
+def _changes(axes: Any, counts: Mapping[Factor, int]) -> list[Change | None]:
+    """Of what a Call says of one argument: an Axis, None, or a list of these."""
+    listed: Sequence[Axis | None] = axes if isinstance(axes, (list, tuple)) else [axes]
     return [None if axis is None else _change(axis, counts) for axis in listed]
 
 

@@ -71,10 +71,12 @@ def native(analysis: Analysis, kept: Kept, reference: fx.GraphModule | None = No
     arrivals = trace(whole, *_inputs(analysis))
     counts = {factor: len(units) for factor, units in by_factor(kept).items()}
     lengths = find_lengths(analysis.coupling, counts)
-    found = solve(sites(whole), constraints(arrivals, lengths), lengths)
+    bounds = constraints(arrivals, lengths)
+    found = solve(sites(whole), bounds, lengths)
     if found.conflict:
         return NativeResult(None, found.conflict)
-    search = _Search(analysis, cuts, lengths, expected)
+    settled = frozenset(site for bound in bounds for site in bound.number.attributes)
+    search = _Search(analysis, cuts, lengths, expected, settled)
     for changes in found.candidates:
         result = search.follow(changes)
         if result is not None:
@@ -122,7 +124,7 @@ def _refresh_flat_weights(module: nn.Module) -> None:
         module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
 
 
-# ------------------------------------------------------------------------------------------------ descriptive attributes
+# ------------------------------------------------------------------------------------------------ descriptions
 def _linear(m: Any) -> dict[str, Any]:
     return {"out_features": m.weight.shape[0], "in_features": m.weight.shape[1]}
 
@@ -219,22 +221,27 @@ class _Search:
     """Builds candidates and tries them on the example inputs, a bounded number of times."""
 
     def __init__(
-        self, analysis: Analysis, cuts: Mapping[str, Mapping[int, Tensor]], lengths: Lengths, expected: dict[str, Any]
+        self,
+        analysis: Analysis,
+        cuts: Mapping[str, Mapping[int, Tensor]],
+        lengths: Lengths,
+        expected: dict[str, Any],
+        settled: frozenset[Site],
     ) -> None:
         self.analysis, self.cuts, self.lengths, self.expected = analysis, cuts, lengths, expected
-        self.values = sites(analysis.model)
+        self.open = {site: value for site, value in sites(analysis.model).items() if site not in settled}
         self.tries = 0
         self.failure = _Failure("nothing was tried")
 
     def follow(self, changes: dict[Site, int]) -> NativeResult | None:
         """Try `changes`; where the model raises, try the attributes of the module that did, as long as that helps."""
         result, failure = self.attempt(changes)
+        self.failure = failure
         while result is None and failure.paths:
             step = self._step(changes, failure)
             if step is None:
                 break
             changes, result, failure = step
-        self.failure = failure
         return result
 
     def _step(
@@ -251,7 +258,7 @@ class _Search:
 
     def _guesses(self, failure: _Failure, changes: Mapping[Site, int]) -> Iterator[tuple[Site, int]]:
         for path in failure.paths:
-            for site, old in self.values.items():
+            for site, old in self.open.items():
                 if site[0] == path and site not in changes:
                     yield from ((site, new) for new in options(site, old, self.lengths) if new != old)
 
@@ -263,13 +270,13 @@ class _Search:
             actual = _outputs(built.module, self.analysis)
         except Exception as error:  # a length that does not fit shows as any exception
             return None, _Failure(_refusal(error), _modules_of(error, built.module), user_line(error))
-        error = _difference(self.expected, actual)
-        if isinstance(error, str):
-            return None, _Failure(error)
-        return NativeResult(built.module, "", built.edits, error), _Failure("")
+        found = _difference(self.expected, actual)
+        if isinstance(found, str):
+            return None, _Failure(found)
+        return NativeResult(built.module, "", built.edits, found), _Failure("")
 
     def reason(self, counts: Mapping[Factor, int]) -> str:
-        """Why the last candidate failed, with the op whose implied constant a cut would change, if there is one."""
+        """Why the last set of changes failed, with the op whose implied constant a cut would change, if there is one."""
         coupling = self.analysis.coupling
         for node, call in coupling.calls.items():
             axes = [axis for n in node.all_input_nodes for value in coupling.axes.get(n, []) for axis in value[-1:]]

@@ -33,6 +33,8 @@ Scores: TypeAlias = Mapping[ChannelGroup, Tensor]
 Place: TypeAlias = tuple[fx.Node, int]
 """One dim of one value of the graph."""
 
+aten = torch.ops.aten
+
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
@@ -212,15 +214,28 @@ def find_meetings(coupling: Coupling, factors: set[Factor]) -> Iterator[Meeting]
                 yield from (Meeting(place, (operand, dim)) for place in _partners(coupling, node, operand, summed))
 
 
+MEETS: dict[Any, str] = {
+    aten.addmm.default: "mat1",
+    aten.baddbmm.default: "batch1",
+    aten.scaled_dot_product_attention.default: "key",
+    aten._scaled_dot_product_flash_attention_for_cpu.default: "key",
+    aten._scaled_dot_product_flash_attention.default: "key",
+    aten._scaled_dot_product_efficient_attention.default: "key",
+}
+"""Op with operands that are not multiplied with the summed one -> the one that is. Of other ops, any other operand."""
+
+
 def _partners(coupling: Coupling, node: fx.Node, operand: fx.Node, summed: set[Factor]) -> Iterator[Place]:
     """Dims of the op's other operands that meet the summed one: of an activation where that one is a parameter."""
-    others = [n for n in node.all_input_nodes if n is not operand and coupling.axes.get(n)]
+    name = MEETS.get(node.target)
+    others = [n for n in node.all_input_nodes if n is not operand] if name is None else [bind(node)[name]]
     if operand in coupling.sources:
         others = [n for n in others if n not in coupling.sources]
     for other in others:
-        for dim, axis in enumerate(coupling.axes[other][0]):
-            if summed & set(leaves(axis)):
-                yield other, dim
+        axes = coupling.axes[other][0] if coupling.axes.get(other) else ()
+        dims = [dim for dim, axis in enumerate(axes) if summed & set(leaves(axis))]
+        if dims:
+            yield other, dims[-1]
 
 
 def mean_squares(captured: Captured, batches: Iterable[Any], places: Iterable[Place]) -> dict[Place, Tensor]:

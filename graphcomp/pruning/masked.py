@@ -64,6 +64,10 @@ def var_mean(
     return var(mask, self, dim, correction, keepdim), mean(mask, self, dim, keepdim)
 
 
+def _unbiased_var_mean(mask: Tensor, self: Tensor, *, unbiased: bool = True, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    return var_mean(mask, self, correction=int(unbiased), **kwargs)
+
+
 def layer_norm(
     mask: Tensor,
     input: Tensor,
@@ -95,9 +99,17 @@ def rms_norm(
     eps: float | None = None,
 ) -> Tensor:
     """RMS norm over the kept indices."""
+    return _fused_rms_norm(mask, input, normalized_shape, weight, eps)[0]
+
+
+def _fused_rms_norm(
+    mask: Tensor, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float | None
+) -> tuple[Tensor, Tensor]:
+    """RMS norm with its reciprocal root mean square, as aten._fused_rms_norm."""
     dims = list(range(input.dim() - len(normalized_shape), input.dim()))
     eps = torch.finfo(input.dtype).eps if eps is None else eps
-    return _affine(input * torch.rsqrt(mean(mask, input.square(), dims, True) + eps), weight, None)
+    scale = torch.rsqrt(mean(mask, input.square(), dims, True) + eps)
+    return _affine(input * scale, weight, None), scale
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -161,9 +173,11 @@ FORMS: dict[Any, Callable[..., Any]] = {
     aten.std.dim: _unbiased_std,
     aten.std.correction: std,
     aten.var_mean.correction: var_mean,
+    aten.var_mean.dim: _unbiased_var_mean,
     aten.layer_norm.default: layer_norm,
     aten.native_layer_norm.default: native_layer_norm,
     aten.rms_norm.default: rms_norm,
+    aten._fused_rms_norm.default: _fused_rms_norm,
     aten.group_norm.default: group_norm,
     aten.native_group_norm.default: native_group_norm,
 }

@@ -6,19 +6,22 @@ It knows no op. Tensors are index-selected by their axes; every shape constant i
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from graphcomp.coupling.axis import Axes, Axis, Factor, all_leaves, kept_indices, kept_length, length
 from graphcomp.coupling.groups import Kept
 from graphcomp.coupling.propagate import Coupling
-from graphcomp.coupling.size import size_of
+from graphcomp.coupling.size import Size, size_of
 from graphcomp.coupling.table import Call
 from graphcomp.errors import PlanError, VerificationError
 from graphcomp.graph import (
@@ -26,11 +29,12 @@ from graphcomp.graph import (
     assign,
     bind,
     clone,
+    example_values,
     neighbourhood,
-    propagate_shapes,
+    run_shapes,
     set_argument,
     source_line,
-    tensor_values,
+    value,
 )
 
 
@@ -111,18 +115,29 @@ class SliceGroups:
         return any(leaf in counts for leaf in all_leaves(axes))
 
     def _verify(self, small: fx.GraphModule, new_node: Mapping[fx.Node, fx.Node], counts: Mapping[Factor, int]) -> None:
-        """Every value has the shape that its axes say."""
+        """Every value has the shape that its axes say; its meta["val"] takes that shape."""
         try:
-            propagate_shapes(small)
+            found = run_shapes(small)
         except Exception as error:
             raise VerificationError("the sliced graph does not run", why=str(error)[:2000]) from error
+        example = example_values(small)
         for old, new in new_node.items():
-            for axes, tensor in zip(self.coupling.axes.get(old, []), tensor_values(new), strict=False):
-                _verify_shape(old, new, axes, tensor, counts)
+            actual = [t for t in pytree.tree_leaves(found.get(new)) if isinstance(t, Tensor)]
+            for axes, tensor in zip(self.coupling.axes.get(old, []), actual, strict=False):
+                _verify_shape(old, new, axes, tensor, counts, example)
+            _update_value(new, self.coupling.axes.get(old, []), counts)
 
 
-def _verify_shape(old: fx.Node, new: fx.Node, axes: Axes, tensor: Tensor, counts: Mapping[Factor, int]) -> None:
-    expected = [kept_length(axis, counts) for axis in axes]
+def _verify_shape(
+    old: fx.Node,
+    new: fx.Node,
+    axes: Axes,
+    tensor: Tensor,
+    counts: Mapping[Factor, int],
+    example: Mapping[sympy.Symbol, int],
+) -> None:
+    lengths = [kept_length(axis, counts) for axis in axes]
+    expected = [n if isinstance(n, int) else size_of(n.xreplace(example)) for n in lengths]
     actual = [size_of(n) for n in tensor.shape]
     if expected != actual and all(isinstance(n, int) for n in (*expected, *actual)):
         raise VerificationError(
@@ -130,6 +145,39 @@ def _verify_shape(old: fx.Node, new: fx.Node, axes: Axes, tensor: Tensor, counts
             at=source_line(old),
             why=neighbourhood(new),
         )
+
+
+def _update_value(node: fx.Node, axes: Sequence[Axes], counts: Mapping[Factor, int]) -> None:
+    """Give the fake tensors of meta["val"] their new shapes; dynamic lengths stay symbols."""
+    remaining = iter(axes)
+    old = value(node)
+    if isinstance(old, Tensor):
+        node.meta["val"] = _resized_fake(old, next(remaining, ()), counts)
+    elif isinstance(old, (list, tuple)):
+        node.meta["val"] = [
+            _resized_fake(v, next(remaining, ()), counts) if isinstance(v, Tensor) else v for v in old
+        ]
+
+
+def _resized_fake(fake: Tensor, axes: Axes, counts: Mapping[Factor, int]) -> Tensor:
+    before, after = [length(a) for a in axes], [kept_length(a, counts) for a in axes]
+    if before == after:
+        return fake
+    shape: list[Any] = []
+    for old, b, a in zip(fake.shape, before, after, strict=True):
+        if isinstance(a, int) or a == b:
+            shape.append(old if a == b else a)
+        else:
+            numerator, denominator = _ratio(b, a)
+            shape.append(old // denominator * numerator)
+    mode = fake.fake_mode if isinstance(fake, FakeTensor) else contextlib.nullcontext()
+    with mode:
+        return torch.empty(shape, dtype=fake.dtype, device=fake.device)
+
+
+def _ratio(before: Size, after: Size) -> tuple[int, int]:
+    numerator, denominator = (sympy.Rational(1) * after / before).as_numer_denom()
+    return int(numerator), int(denominator)
 
 
 def _resize(node: fx.Node, call: Call, counts: Mapping[Factor, int]) -> None:
@@ -152,8 +200,7 @@ def _resized(node: fx.Node, old: Any, axes: Axis | list[Axis | None], counts: Ma
         return old
     if isinstance(after, int):
         return after
-    ratio = sympy.Rational(1) * after / before
-    numerator, denominator = (int(n) for n in ratio.as_numer_denom())
+    numerator, denominator = _ratio(before, after)
     with node.graph.inserting_before(node):
         if denominator != 1:
             old = node.graph.call_function(operator.floordiv, (old, denominator))

@@ -287,6 +287,7 @@ def test_split_is_a_product(seed: int) -> None:
 
 
 @given(seeds)
+@settings(max_examples=50)
 def test_coupled_axes_keep_the_same_indices(seed: int) -> None:
     rng = random.Random(seed)
     a, b = random_axis(rng), random_axis(rng)
@@ -361,7 +362,7 @@ def add(tensors: list[Tensor], axes: list[tuple[Axis, ...]], rng: random.Random)
 
 
 @given(seeds, st.integers(1, 10))
-@settings(max_examples=300)
+@settings(max_examples=200)
 def test_slicing_commutes_with_views_cats_splits_and_permutations(seed: int, steps: int) -> None:
     """Replay the same moves on sliced tensors: every value must be its full value at the kept indices."""
     rng = random.Random(seed)
@@ -392,8 +393,12 @@ def removed(tensor: Tensor, axes: Sequence[Axis], kept: dict[Factor, Tensor]) ->
 
 
 @given(seeds)
+@settings(max_examples=30)
 def test_the_order_of_couplings_does_not_matter(seed: int) -> None:
-    """The same couplings in another order, and either way round, keep the same indices of everything."""
+    """The same couplings in another order, and either way round, keep the same indices of everything.
+
+    This holds where all products nest. Where two do not, both are frozen, and how far may depend on what was known.
+    """
     results = []
     for shuffle_seed in range(3):
         rng = random.Random(seed)
@@ -422,7 +427,8 @@ def partition(axes: Sequence[Axis]) -> frozenset[frozenset[tuple[int, int, int]]
     return frozenset(map(frozenset, owners.values()))
 
 
-@given(seeds, st.integers(2, 40))
+@given(seeds, st.integers(2, 25))
+@settings(max_examples=20)
 def test_couplings_end(seed: int, count: int) -> None:
     rng = random.Random(seed)
     pool: list[Axis] = [factor(24) for _ in range(4)]

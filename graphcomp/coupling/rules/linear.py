@@ -63,7 +63,7 @@ def _matmul(call: Call, left_name: str, left: Axes, right_name: str, right: Axes
     )
     if not result.startswith("..."):
         l_spec, r_spec = l_spec.removeprefix("... "), r_spec.removeprefix("... ")
-    found = call.einsum(f"{l_spec}, {r_spec} -> {result}", **{left_name: left, right_name: right})
+    found = call.einsum(f"{l_spec}, {r_spec} -> {result}", None, **{left_name: left, right_name: right})
     batch = found[0][: max(len(left), len(right)) - 2]
     if both and batch:
         call.mark(batch, "head")
@@ -103,9 +103,7 @@ def inner(self: Axes, other: Axes, *, call: Call) -> Axes:
 
 
 @rule(aten.tensordot.default)
-def tensordot(
-    self: Axes, other: Axes, dims_self: Sequence[int], dims_other: Sequence[int], *, call: Call
-) -> Axes:
+def tensordot(self: Axes, other: Axes, dims_self: Sequence[int], dims_other: Sequence[int], *, call: Call) -> Axes:
     """As `inner`, along any dims."""
     mine, theirs = [d % len(self) for d in dims_self], [d % len(other) for d in dims_other]
     for a, b in zip(mine, theirs, strict=True):
@@ -200,8 +198,11 @@ def scaled_dot_product_attention(
     for shape in call.shapes[1:]:  # logsumexp and bookkeeping of the fused kernels
         from graphcomp.coupling.axis import fresh
 
-        results.append(scores[: len(shape)] if tuple(map(length, scores[: len(shape)])) == shape
-                       else tuple(fresh(n, why) for n in shape))
+        results.append(
+            scores[: len(shape)]
+            if tuple(map(length, scores[: len(shape)])) == shape
+            else tuple(fresh(n, why) for n in shape)
+        )
     return results
 
 
@@ -209,7 +210,7 @@ def _attention_batch(query: Axes, key: Axes, value: Axes, grouped: bool, call: C
     q, k, v = query[:-2], key[:-2], value[:-2]
     if grouped and q and length(q[-1]) != length(k[-1]):
         heads = length(k[-1])
-        kv, repeat = regroup([q[-1]], [heads, divide(length(q[-1]), heads)], call.why)
+        kv, _ = regroup([q[-1]], [heads, divide(length(q[-1]), heads)], call.why)
         for other in (k[-1], v[-1]):
             couple(kv, other, call.why)
         return (*broadcast([q[:-1], k[:-1], v[:-1]], call.why), q[-1])

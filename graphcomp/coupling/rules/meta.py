@@ -1,9 +1,10 @@
-"""Ops that look at lengths, dtypes or single numbers and leave every index where it is."""
+"""Ops that ask a tensor for a length, a dtype or a number: no index of it is touched."""
 
 from __future__ import annotations
 
 import torch
 
+from graphcomp.coupling.axis import Axes
 from graphcomp.coupling.rules.create import overloads
 from graphcomp.coupling.table import rule
 
@@ -19,3 +20,9 @@ aten = torch.ops.aten
 )  # fmt: skip
 def look() -> None:
     """No tensor comes out, and what is asked is a length or one number."""
+
+
+@rule(aten.type_as.default, aten.to.other)
+def like(self: Axes) -> Axes:
+    """The other operand gives its dtype and device only."""
+    return self

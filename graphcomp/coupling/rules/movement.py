@@ -102,7 +102,7 @@ def permute(self: Axes, dims: Sequence[int]) -> Axes:
 )  # fmt: skip
 def transpose(self: Axes, call: Call, **dims: Any) -> Axes:
     """Two dims swapped."""
-    a, b = dims.get("dim0", dims.get("axis0")), dims.get("dim1", dims.get("axis1"))
+    a, b = (dims["dim0"], dims["dim1"]) if "dim0" in dims else (dims["axis0"], dims["axis1"])
     axes = list(self)
     if axes:
         axes[a], axes[b] = axes[b], axes[a]
@@ -380,7 +380,8 @@ def unfold(self: Axes, dimension: int, *, call: Call) -> Axes:
 
 @rule(
     aten.as_strided.default, aten.diagonal.default, aten.diag_embed.default, aten.tril_indices.default,
-    aten.diag.default, aten.diagflat.default, aten.linalg_diagonal.default, aten.fill_diagonal_.default,
+    aten.as_strided_.default, aten.diag.default, aten.diagflat.default, aten.linalg_diagonal.default,
+    aten.fill_diagonal_.default,
 )  # fmt: skip
 def strided(call: Call, self: Axes = ()) -> Axes:
     """Memory read by strides, or along a diagonal: frozen."""

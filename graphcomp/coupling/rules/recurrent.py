@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from graphcomp.coupling.axis import Axes, Axis, couple, fresh, product, split
+from graphcomp.coupling.axis import Axes, Axis, couple, fresh, length, product, split
 from graphcomp.coupling.rules.movement import all_frozen
 from graphcomp.coupling.table import Call, rule
 
@@ -126,7 +126,31 @@ def fused_cell(
     return [state] * results + all_frozen(call)[results:]
 
 
-@rule(aten.mkldnn_rnn_layer.default, aten._cudnn_rnn.default)
+@rule(aten.mkldnn_rnn_layer.default)
+def mkldnn_layer(
+    input: Axes,
+    weight0: Axes,
+    weight1: Axes,
+    weight2: Axes,
+    weight3: Axes,
+    hx_: Axes,
+    cx_: Axes,
+    hidden_size: int,
+    *,
+    call: Call,
+) -> list[Axes]:
+    """One layer in one direction, as a recorded run sees it: t b i -> t b h, states and a workspace."""
+    gates, h = length(weight0[0]) // hidden_size, hx_[-1]
+    _cell(call, gates, input[-1], h, [weight0, weight1, weight2, weight3])
+    call.contract("weight0", 1)
+    call.contract("weight1", 1)
+    call.freeze([*input[:-1], *hx_[:-1], *cx_[:-1]], "positions of a sequence, or its batch")
+    couple(cx_[-1], h, call.why)
+    call.lengths["hidden_size"] = h
+    return [(*input[:-1], h), hx_, cx_, *all_frozen(call)[3:]]
+
+
+@rule(aten._cudnn_rnn.default)
 def opaque(call: Call, **arguments: object) -> list[Axes]:
     """Weights in a layout of the library's own: frozen."""
     operands: list[Axes] = []

@@ -1,0 +1,54 @@
+"""graphcomp: make a trained network physically smaller, with nothing to annotate by hand.
+
+import graphcomp as gc
+small = gc.compress(model, example_inputs, sparsity=0.5)
+"""
+
+from graphcomp.analysis import Analysis
+from graphcomp.api import analyze, compress, finalize, load, prepare, prunable_groups, slice_groups
+from graphcomp.compressed import CompressedModel
+from graphcomp.coupling.groups import ChannelGroup, Member
+from graphcomp.coupling.table import rule
+from graphcomp.errors import (
+    BudgetError,
+    CaptureError,
+    CheckpointError,
+    GraphcompError,
+    InputError,
+    NotBuiltError,
+    NothingToPrune,
+    PlanError,
+    RuleError,
+    VerificationError,
+)
+from graphcomp.pruning.allocation import Budget
+from graphcomp.report import Report
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "Analysis",
+    "Budget",
+    "BudgetError",
+    "CaptureError",
+    "ChannelGroup",
+    "CheckpointError",
+    "CompressedModel",
+    "GraphcompError",
+    "InputError",
+    "Member",
+    "NotBuiltError",
+    "NothingToPrune",
+    "PlanError",
+    "Report",
+    "RuleError",
+    "VerificationError",
+    "analyze",
+    "compress",
+    "finalize",
+    "load",
+    "prepare",
+    "prunable_groups",
+    "rule",
+    "slice_groups",
+]

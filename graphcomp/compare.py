@@ -1,0 +1,45 @@
+"""How far two outputs are apart, and how far rounding may take them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Largest relative error that rounding may cause, by the dtype of the output."""
+
+
+def relative_error(expected: Any, actual: Any) -> float:
+    """max|a - b| / max|a|, the worst over the floating tensors of two nested outputs.
+
+    Infinite where the outputs differ in number, shape or in where they are not finite.
+    """
+    pairs = floating_tensors(expected), floating_tensors(actual)
+    if [t.shape for t in pairs[0]] != [t.shape for t in pairs[1]]:
+        return math.inf
+    return max((_error(a, b) for a, b in zip(*pairs, strict=True)), default=0.0)
+
+
+def floating_tensors(output: Any) -> list[Tensor]:
+    """The floating tensors of a nested output, in a fixed order."""
+    return [t.detach() for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _error(a: Tensor, b: Tensor) -> float:
+    a, b = a.double(), b.double()
+    finite = a.isfinite()
+    if not torch.equal(finite, b.isfinite()) or not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
+        return math.inf
+    a, b = a[finite], b[finite]
+    if a.numel() == 0:
+        return 0.0
+    return float((a - b).abs().max() / a.abs().max().clamp(min=torch.finfo(torch.float64).tiny))
+
+
+def tolerance_of(output: Any) -> float:
+    """The largest relative error that rounding may cause in `output`."""
+    return max((TOLERANCE.get(t.dtype, 1e-1) for t in floating_tensors(output)), default=0.0)

@@ -1,0 +1,481 @@
+"""From scores to kept units: how many of each group stay, so that a sparsity or a budget is met.
+
+Units leave in *blocks*: of one unit, or, where the number kept must be a multiple of `round_to`, of `round_to` units
+(the first block of a group brings it to a multiple). All blocks stand in one ranking, cheapest first, in which those of
+one group come in order: every prefix of the ranking is a legal choice, and a longer one removes more of everything.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from graphcomp.analysis import Analysis
+from graphcomp.cost import CostModel, Counts
+from graphcomp.coupling.groups import ChannelGroup, Kept
+from graphcomp.errors import BudgetError, NotBuiltError, NothingToPrune, PlanError
+from graphcomp.pruning.evidence import Scores
+from graphcomp.pruning.slice import check_kept
+
+Scope: TypeAlias = Literal["global", "local"]
+Normalize: TypeAlias = Literal["mean", "max", "l2", "none"]
+
+NORMALIZE: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda scores: scores.abs().mean(),
+    "max": lambda scores: scores.abs().max(),
+    "l2": lambda scores: scores.norm(),
+    "none": lambda scores: scores.new_ones(()),
+}
+"""What the scores of a group are divided by before groups are compared."""
+
+
+def allocate(
+    groups: Sequence[ChannelGroup],
+    scores: Scores,
+    *,
+    sparsity: float = 0.5,
+    scope: Scope = "global",
+    normalize: Normalize = "mean",
+    round_to: int = 1,
+    min_units: int = 1,
+    max_group_sparsity: float = 1.0,
+    already: Kept | None = None,
+) -> Kept:
+    """Remove exactly `units_to_remove(sparsity, total units)` units, those with the lowest scores.
+
+    Args:
+        groups: whose units count, and may be removed.
+        scores: (size,) per group, finite.
+        sparsity: fraction of all units to remove, 0 <= sparsity < 1.
+        scope: "global" ranks the units of all groups together; "local" removes the same share of every group, to the
+            nearest unit (divisor method of Webster, which makes the total exact), lowest scores first.
+        normalize: divide each group's scores by their mean, maximum or L2 norm before they are compared.
+        round_to: the number kept of each group is a multiple of it, or the whole group.
+        min_units: kept of each group, at least (smaller groups stay whole).
+        max_group_sparsity: fraction of each group that may be removed, at most.
+        already: an earlier choice: what it removed stays removed, and counts.
+
+    Returns:
+        For every group the units that stay: (k,) int64, ascending.
+
+    Raises:
+        BudgetError: no legal choice removes exactly that many units; the message says which numbers are possible.
+        PlanError: an argument out of range, or scores that are missing, of the wrong shape or not finite.
+        NothingToPrune: there are no groups.
+    """
+    total = sum(group.size for group in groups)
+    wanted = units_to_remove(sparsity, total)
+    if not groups:
+        raise NothingToPrune("there are no groups to prune")
+    ranking = rank(groups, scores, scope, normalize, round_to, min_units, max_group_sparsity, already)
+    gone = total - sum(ranking.left)
+    return ranking.keep(_exactly(ranking, wanted, gone, total))
+
+
+def units_to_remove(sparsity: float, total: int) -> int:
+    """`sparsity` of `total` units as a whole number: the nearest, a half rounds down.
+
+    Raises:
+        PlanError: sparsity outside [0, 1).
+    """
+    if isinstance(sparsity, bool) or not 0 <= sparsity < 1:
+        raise PlanError(
+            f"sparsity={sparsity!r} is outside [0, 1)",
+            why="it is the fraction of prunable units to remove, and at least one unit of each group stays",
+        )
+    exact = Fraction(str(float(sparsity))) * total  # the number as it is written: 0.07 * 50 is 3.5, not a bit more
+    return math.ceil(exact - Fraction(1, 2))
+
+
+def iterative(sparsity: float, steps: int, *, start: float = 0.0, power: float = 3.0) -> tuple[float, ...]:
+    """The sparsities to reach one after the other, fast at first: s(t) = end + (start - end) (1 - t/T)^power.
+
+    Hand each step's result to the next `allocate(…, already=…)`, so that what is removed stays removed.
+
+    Args:
+        sparsity: the last one, met exactly.
+        steps: T, at least 1.
+        start: where s(0) begins; it is not part of the result.
+        power: 3 is the cubic schedule, 1 a straight line.
+
+    Returns:
+        s(1), …, s(T), not decreasing.
+
+    Raises:
+        PlanError: an argument out of range.
+
+    Source: Zhu and Gupta, To Prune, or Not to Prune, 2017, eq. 1.
+    """
+    if steps < 1 or not 0 <= start <= sparsity < 1 or power <= 0:
+        raise PlanError(f"no schedule from {start} to {sparsity} in {steps} steps of power {power}")
+    found = [sparsity + (start - sparsity) * (1 - t / steps) ** power for t in range(1, steps)]
+    return (*found, sparsity)
+
+
+# ------------------------------------------------------------------------------------------------ ranking
+@dataclass(frozen=True)
+class Ranking:
+    """All blocks that may leave, cheapest first.
+
+    Attributes:
+        groups: the groups.
+        orders: for each group the units it has left, lowest score first, (n,) int64.
+        group: position of each block's group, (b,) int64.
+        units: units in each block, (b,) int64.
+        round_to: the size of a whole block; a group's first one may be smaller.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    orders: tuple[Tensor, ...]
+    group: Tensor
+    units: Tensor
+    round_to: int
+
+    @property
+    def left(self) -> list[int]:
+        """Units each group has left before anything is removed."""
+        return [len(order) for order in self.orders]
+
+    def left_after(self, blocks: Tensor) -> list[int]:
+        """Units each group has left when `blocks` (positions in the ranking) leave."""
+        removed = torch.zeros(len(self.groups), dtype=torch.int64)
+        removed.index_add_(0, self.group[blocks], self.units[blocks])
+        return [n - r for n, r in zip(self.left, removed.tolist(), strict=True)]
+
+    def keep(self, left: Sequence[int]) -> Kept:
+        """The units that stay when `left` of each group do."""
+        triples = zip(self.groups, self.orders, left, strict=True)
+        return {group: order[len(order) - n :].sort().values for group, order, n in triples}
+
+
+def rank(
+    groups: Sequence[ChannelGroup],
+    scores: Scores,
+    scope: Scope,
+    normalize: Normalize,
+    round_to: int,
+    min_units: int,
+    max_group_sparsity: float,
+    already: Kept | None,
+) -> Ranking:
+    """Rank the units of all groups; the arguments are those of `allocate`."""
+    _check_options(scope, normalize, round_to, min_units, max_group_sparsity)
+    check_kept(already or {})
+    orders, sizes, keys = [], [], []
+    for group in groups:
+        units = (already or {}).get(group, torch.arange(group.size)).cpu()
+        values = _checked(group, scores)
+        values = (values / NORMALIZE[normalize](values).clamp(min=torch.finfo(values.dtype).tiny))[units]
+        values, order = values.sort(stable=True)
+        most = math.floor(Fraction(str(float(max_group_sparsity))) * group.size)
+        least = max(1, min(min_units, group.size), group.size - most)
+        blocks = _blocks(len(units), least, round_to)
+        orders.append(units[order])
+        sizes.append(blocks)
+        local = scope == "local"
+        keys.append(_shares(blocks, group.size - len(units), group.size) if local else _means(values, blocks))
+    key = torch.cat([*keys, torch.empty(0, dtype=torch.float64)])
+    position = key.argsort(stable=True)
+    group_of = torch.arange(len(sizes)).repeat_interleave(torch.tensor([len(s) for s in sizes], dtype=torch.int64))
+    units_of = torch.cat([*sizes, torch.empty(0, dtype=torch.int64)])
+    return Ranking(tuple(groups), tuple(orders), group_of[position], units_of[position], round_to)
+
+
+def _blocks(left: int, least: int, round_to: int) -> Tensor:
+    """Sizes of the blocks that may leave a group with `left` units of which `least` stay: (b,) int64."""
+    least = -(-least // round_to) * round_to
+    first = left % round_to or round_to
+    if left - first < least:
+        return torch.empty(0, dtype=torch.int64)
+    sizes = torch.full((1 + (left - first - least) // round_to,), round_to)
+    sizes[0] = first
+    return sizes
+
+
+def _means(values: Tensor, blocks: Tensor) -> Tensor:
+    """Mean score of each block of ascending `values`: (b,) float64, ascending."""
+    ends = blocks.cumsum(0)
+    if len(blocks) == 0 or int(ends[-1]) == len(blocks):  # none, or one unit each
+        return values[: len(blocks)]
+    sums = torch.cat([values.new_zeros(1), values.cumsum(0)])
+    means = (sums[ends] - sums[ends - blocks]) / blocks
+    return means.cummax(0).values  # rounding must not change their order
+
+
+def _shares(blocks: Tensor, removed: int, size: int) -> Tensor:
+    """The share of the group that is gone when half of the block is: (b,) float64, ascending."""
+    return (removed + blocks.cumsum(0) - blocks / 2).double() / size
+
+
+def _checked(group: ChannelGroup, scores: Scores) -> Tensor:
+    """The group's scores: (size,) float64."""
+    found = scores.get(group)
+    if found is None or tuple(found.shape) != (group.size,):
+        shape = None if found is None else tuple(found.shape)
+        raise PlanError(f"{group.name} has {group.size} units and scores of shape {shape}")
+    bad = int((~torch.isfinite(found)).sum())
+    if bad:
+        raise PlanError(
+            f"{bad} of {group.size} scores of {group.name} are NaN or infinite",
+            why="a parameter, a gradient or an activation of the group is",
+            fix="check the weights with torch.isfinite",
+        )
+    return found.detach().double().cpu()
+
+
+def _check_options(scope: str, normalize: str, round_to: int, min_units: int, max_group_sparsity: float) -> None:
+    if scope not in get_args(Scope):
+        raise PlanError(f"scope={scope!r}", fix=f"one of {', '.join(get_args(Scope))}")
+    if normalize not in NORMALIZE:
+        raise PlanError(f"normalize={normalize!r}", fix=f"one of {', '.join(NORMALIZE)}")
+    if round_to < 1 or min_units < 1:
+        raise PlanError(f"round_to={round_to} and min_units={min_units} must be at least 1")
+    if not 0 <= max_group_sparsity <= 1:
+        raise PlanError(f"max_group_sparsity={max_group_sparsity!r} is outside [0, 1]")
+
+
+# ------------------------------------------------------------------------------------------------ exact numbers
+@dataclass(frozen=True)
+class _Odd:
+    """A group whose first block is smaller than the others. If it leaves, `more` whole blocks may follow."""
+
+    position: int  # of the first block in the ranking
+    units: int
+    more: int
+
+
+_Chosen: TypeAlias = tuple[int, "_Chosen"] | None
+"""Positions of odd blocks, as a linked list."""
+
+
+def _exactly(ranking: Ranking, wanted: int, gone: int, total: int) -> list[int]:
+    """Units left of each group when `wanted` units in all are gone, of which `gone` are already.
+
+    Whole blocks are taken in the order of the ranking. Which of the odd first blocks go decides whether the number can
+    be met; of the sets that do, the one is taken that differs least from the order of the ranking.
+    """
+    step, more = ranking.round_to, wanted - gone
+    odd = _odd_blocks(ranking)
+    after_odd = torch.zeros(len(ranking.groups), dtype=torch.bool)
+    after_odd[ranking.group[[o.position for o in odd]]] = True
+    free = int((~after_odd[ranking.group]).sum()) * step
+    threshold = int((ranking.units.cumsum(0) <= more).sum())
+    near = _subsets(odd, lambda o, taken: (1 + abs(o.position - threshold)) * (taken != (o.position < threshold)), step)
+    chosen = _positions(near.get(more % step, (0, None))[1])
+    low = sum(o.units for o in odd if o.position in chosen)
+    high = free + sum(o.units + o.more * step for o in odd if o.position in chosen)
+    if not _reaches((low, high), more, step):  # the number is impossible, or near the ends of what is possible
+        widest = _subsets(odd, lambda o, taken: -(o.units + o.more * step) * taken, None)
+        spans = {low: (low, free - int(cost)) for low, (cost, _) in widest.items()}
+        low = next((low for low, span in spans.items() if _reaches(span, more, step)), -1)
+        if low < 0:
+            raise _impossible(wanted, gone, total, step, list(spans.values()))
+        chosen = _positions(widest[low][1])
+    return ranking.left_after(_with_odd(ranking, odd, chosen, (more - low) // step))
+
+
+def _reaches(span: tuple[int, int], more: int, step: int) -> bool:
+    """Whether `more` is one of low, low + step, …, high."""
+    low, high = span
+    return low <= more <= high and (more - low) % step == 0
+
+
+def _odd_blocks(ranking: Ranking) -> list[_Odd]:
+    counts = torch.bincount(ranking.group, minlength=len(ranking.groups)).tolist()
+    positions = (ranking.units < ranking.round_to).nonzero().flatten().tolist()
+    groups, units = ranking.group.tolist(), ranking.units.tolist()
+    return [_Odd(p, units[p], counts[groups[p]] - 1) for p in positions]
+
+
+def _subsets(
+    odd: Sequence[_Odd], cost: Callable[[_Odd, bool], float], modulus: int | None
+) -> dict[int, tuple[float, _Chosen]]:
+    """For each sum of units (modulo `modulus`) that a set of odd blocks can have: the lowest cost, and the set."""
+    best: dict[int, tuple[float, _Chosen]] = {0: (0, None)}
+    for o in odd:
+        known, best = best, {}
+        for total, (value, chosen) in known.items():
+            with_it = total + o.units if modulus is None else (total + o.units) % modulus
+            for key, candidate in (
+                (total, (value + cost(o, False), chosen)),
+                (with_it, (value + cost(o, True), (o.position, chosen))),
+            ):
+                if key not in best or candidate[0] < best[key][0]:
+                    best[key] = candidate
+    return best
+
+
+def _positions(chosen: _Chosen) -> set[int]:
+    found = set()
+    while chosen is not None:
+        position, chosen = chosen
+        found.add(position)
+    return found
+
+
+def _with_odd(ranking: Ranking, odd: Sequence[_Odd], chosen: set[int], count: int) -> Tensor:
+    """The chosen odd blocks, and the first `count` whole blocks of groups that may lose one."""
+    stays = torch.zeros(len(ranking.groups), dtype=torch.bool)
+    stays[ranking.group[[o.position for o in odd if o.position not in chosen]]] = True
+    whole = ranking.units == ranking.round_to
+    candidates = (whole & ~stays[ranking.group]).nonzero().flatten()
+    return torch.cat([torch.tensor(sorted(chosen), dtype=torch.int64), candidates[:count]])
+
+
+def _impossible(wanted: int, gone: int, total: int, step: int, spans: Sequence[tuple[int, int]]) -> BudgetError:
+    """What was asked, and the nearest numbers that can be met."""
+    more = wanted - gone
+    below = [n - (n - low) % step for low, n in ((low, min(high, more)) for low, high in spans) if n >= low]
+    above = [n for n, high in ((max(low, more + (low - more) % step), high) for low, high in spans) if n <= high]
+    nearest = [gone + n for n in (*sorted(below)[-1:], *sorted(above)[:1])]
+    options = " or ".join(f"{n} (sparsity={_fraction(n, total)})" for n in nearest)
+    rules = f" in steps of {step}" if step > 1 else ""
+    already = f", {gone} of them gone already" if gone else ""
+    closest = min(nearest, key=lambda n: abs(n - wanted))
+    return BudgetError(
+        f"cannot remove exactly {wanted} of {total} units{rules}{already}",
+        why=f"possible are {options}, and at most {gone + max(high for _, high in spans)}",
+        fix=f"sparsity={_fraction(closest, total)}",
+    )
+
+
+def _fraction(count: int, total: int) -> float:
+    """The shortest sparsity that stands for `count` of `total` units."""
+    candidates = (round(count / total, digits) for digits in range(1, 18))
+    return next(c for c in candidates if 0 <= c < 1 and units_to_remove(c, total) == count)
+
+
+# ------------------------------------------------------------------------------------------------ budgets
+@dataclass(frozen=True)
+class Budget:
+    """What the smaller network may cost at most. All limits that are given hold together.
+
+    A float up to 1 is a fraction of the original cost, a number above 1 (or the int 1) the cost itself, in the units of
+    `graphcomp.cost`.
+
+    Raises:
+        PlanError: no limit, or one that is not positive.
+        NotBuiltError: bops or latency_ms, which are not built yet.
+    """
+
+    params: float | int | None = None
+    macs: float | int | None = None
+    bops: float | int | None = None
+    bytes: float | int | None = None
+    latency_ms: float | int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("bops", "latency_ms"):
+            if getattr(self, name) is not None:
+                raise NotBuiltError(f"Budget({name}=…) is not built yet", fix="Budget(params=…), macs=… or bytes=…")
+        if not self.limits():
+            raise PlanError("a budget without a limit", fix="Budget(macs=0.5)")
+        for name, value in self.limits().items():
+            if isinstance(value, bool) or not 0 < value < math.inf:
+                raise PlanError(f"Budget({name}={value!r}) is not a positive number", fix=f"Budget({name}=0.5)")
+
+    def limits(self) -> dict[str, float | int]:
+        """The limits that are given, by name."""
+        named = {"params": self.params, "macs": self.macs, "bytes": self.bytes}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+def allocate_budget(
+    analysis: Analysis,
+    groups: Sequence[ChannelGroup],
+    scores: Scores,
+    budget: Budget,
+    *,
+    scope: Scope = "global",
+    normalize: Normalize = "mean",
+    round_to: int = 1,
+    min_units: int = 1,
+    max_group_sparsity: float = 1.0,
+    already: Kept | None = None,
+) -> Kept:
+    """Remove as few of the lowest-scored units as bring the network within `budget`.
+
+    The ranking is cut at the shortest prefix that meets the budget; then units are put back, highest scores first, as
+    long as it still holds. So no block (unit, or `round_to` of them) of any group could come back on top.
+
+    Args:
+        analysis: of the whole model; its other groups count as they are.
+        groups, scores, scope, normalize, round_to, min_units, max_group_sparsity, already: as in `allocate`.
+
+    Returns:
+        For every group the units that stay: (k,) int64, ascending.
+
+    Raises:
+        BudgetError: the smallest network there is costs more.
+        PlanError, NothingToPrune: as in `allocate`.
+    """
+    if not groups:
+        raise NothingToPrune("there are no groups to prune")
+    ranking = rank(groups, scores, scope, normalize, round_to, min_units, max_group_sparsity, already)
+    meter = _Meter(CostModel(analysis), budget, ranking.groups)
+    blocks = torch.arange(len(ranking.group))
+    smallest = ranking.left_after(blocks)
+    if not meter.holds(smallest):
+        raise meter.exceeded(smallest)
+    count = bisect_left(range(len(blocks) + 1), True, key=lambda n: meter.holds(ranking.left_after(blocks[:n])))
+    left = ranking.left_after(blocks[:count])
+    _put_back(ranking, count, left, meter)
+    return ranking.keep(left)
+
+
+def _put_back(ranking: Ranking, count: int, left: list[int], meter: _Meter) -> None:
+    """Give `left` back what the budget allows of the first `count` blocks, the last ones first."""
+    full = [False] * len(left)
+    for group, units in zip(
+        reversed(ranking.group[:count].tolist()), reversed(ranking.units[:count].tolist()), strict=True
+    ):
+        if full[group]:
+            continue
+        left[group] += units
+        if not meter.holds(left):
+            left[group] -= units
+            full[group] = True
+
+
+class _Meter:
+    """Whether a choice is within the budget."""
+
+    def __init__(self, costs: CostModel, budget: Budget, groups: Sequence[ChannelGroup]) -> None:
+        self.groups = groups
+        self.measures: dict[str, Callable[[Counts], int]] = {
+            "params": costs.params,
+            "macs": costs.macs,
+            "bytes": costs.bytes,
+        }
+        self.limits = {name: self._absolute(name, value) for name, value in budget.limits().items()}
+
+    def _absolute(self, name: str, value: float | int) -> float:
+        return value * self.measures[name]({}) if isinstance(value, float) and value <= 1 else value
+
+    def holds(self, left: Sequence[int]) -> bool:
+        """Whether all limits hold when `left` units of each group stay."""
+        counts = self._counts(left)
+        return all(self.measures[name](counts) <= limit for name, limit in self.limits.items())
+
+    def exceeded(self, left: Sequence[int]) -> BudgetError:
+        """The error that says what the smallest network costs."""
+        counts = self._counts(left)
+        rows = [(name, self.measures[name](counts), limit) for name, limit in self.limits.items()]
+        over = [(name, cost, limit) for name, cost, limit in rows if cost > limit]
+        name, cost, limit = over[0]
+        share = cost / self.measures[name]({})
+        return BudgetError(
+            f"no choice of units meets the budget of {limit:,.0f} {name}",
+            why=f"with the fewest units that may stay there are {cost:,} ({share:.1%} of the original)",
+            fix=f"Budget({name}={math.ceil(share * 100) / 100}), more groups, or a smaller round_to",
+        )
+
+    def _counts(self, left: Sequence[int]) -> Counts:
+        return {group.factor: n for group, n in zip(self.groups, left, strict=True)}

@@ -1,0 +1,112 @@
+"""The registry: what rule() accepts, and what happens to an op without one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from graphcomp.coupling.notation import parse
+from graphcomp.coupling.table import find, forget, rule
+from graphcomp.errors import RuleError
+
+from .rule_walk import Walk, free, frozen, same
+
+aten = torch.ops.aten
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library() -> Iterator[None]:
+    lib = torch.library.Library("graphcomp_test", "DEF")
+    lib.define("scale(Tensor x, Tensor w) -> Tensor")
+    lib.impl("scale", lambda x, w: x * w, "CompositeExplicitAutograd")
+    lib.impl("scale", lambda x, w: torch.empty_like(x), "Meta")
+    yield
+    forget("graphcomp_test::scale")
+    lib._destroy()
+
+
+def scale(x: Tensor, w: Tensor) -> Tensor:
+    return torch.ops.graphcomp_test.scale(x, w)  # type: ignore[no-any-return]
+
+
+def test_unknown_op_freezes_and_is_named() -> None:
+    w = Walk(lambda x, w: scale(x, w) + 1, x=torch.randn(3, 4), w=torch.randn(4))
+    (unknown,) = w.coupling.unknown.values()
+    assert unknown.op == "graphcomp_test.scale.default"
+    assert "in forward" in unknown.source
+    assert 'graphcomp.rule("graphcomp_test::scale"' in unknown.fix
+    assert frozen(*w["x"], *w["w"], *w.result)
+
+
+def test_the_users_rule_lifts_it() -> None:
+    rule("graphcomp_test::scale", "n c, c -> n c")
+    w = Walk(lambda x, w: scale(x, w) + 1, x=torch.randn(3, 4), w=torch.randn(4))
+    assert not w.coupling.unknown
+    assert same(w["x"][1], w["w"][0], w.result[1])
+    assert free(*w["x"])
+    forget("graphcomp_test::scale")
+    assert find(torch.ops.graphcomp_test.scale.default) is None
+
+
+def test_a_rule_that_does_not_fit_is_unknown_not_a_crash() -> None:
+    rule("graphcomp_test::scale", "n c h, c -> n c h")
+    w = Walk(scale, x=torch.randn(3, 4), w=torch.randn(4))
+    forget("graphcomp_test::scale")
+    (unknown,) = w.coupling.unknown.values()
+    assert "expects 3 dims and the operand has 2" in unknown.why
+    assert frozen(*w["x"], *w["w"])
+
+
+def test_a_rule_of_the_wrong_shape_is_unknown() -> None:
+    rule("graphcomp_test::scale", "n c, c -> n")
+    w = Walk(scale, x=torch.randn(3, 4), w=torch.randn(4))
+    forget("graphcomp_test::scale")
+    (unknown,) = w.coupling.unknown.values()
+    assert "the rule gives shapes [(3,)] and the op [(3, 4)]" in unknown.why
+
+
+def test_second_registration_raises() -> None:
+    with pytest.raises(RuleError, match="has a coupling rule already"):
+        rule(aten.linear.default, "... i, o i, o -> ... o")
+
+
+def test_not_an_op() -> None:
+    with pytest.raises(RuleError, match="is not an op"):
+        rule("linear", "n c -> n c")
+    with pytest.raises(RuleError, match="at least one op"):
+        rule()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("n c, c", "exactly one '->'"),
+        ("n c -> n -> c", "exactly one '->'"),
+        ("n c -> n d", "stands only on the right"),
+        ("n c -> ... c", "stands only on the right"),
+        ("n (c) -> n", "two or more letters"),
+        ("n (c *s) -> n", "two or more letters"),
+        ("n ? -> n", "cannot read"),
+        ("... *s -> ...", "two dims of open number"),
+    ],
+)
+def test_malformed(text: str, message: str) -> None:
+    with pytest.raises(RuleError, match=message.replace("*", r"\*")):
+        parse(text)
+
+
+def test_lengths_are_looked_at_without_harm() -> None:
+    def reshape(x: Tensor) -> Tensor:
+        torch._check(x.shape[0] > 0)
+        return x * x.shape[1]
+
+    w = Walk(reshape, x=torch.randn(3, 4))
+    assert free(*w["x"])
+
+
+def test_every_rule_is_for_an_op() -> None:
+    for op in (aten.sym_size.int, aten._assert_scalar.default, aten.item.default):
+        assert find(op) is not None

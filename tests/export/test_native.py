@@ -1,0 +1,234 @@
+"""The user's own class, cut."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from graphcomp.capture import capture
+from graphcomp.export.native import native
+from graphcomp.pruning.slice import SliceGroups
+from tests.export import models
+from tests.export.models import INPUTS, analysed, import_transformers, some
+
+
+@pytest.mark.parametrize("name", ["Mlp", "Residual", "Attention", "Recurrent", "Tied", "Grouped", "Branching"])
+def test_is_of_the_users_class_and_computes_what_the_reference_does(name: str) -> None:
+    model = getattr(models, name)().eval()
+    analysis = analysed(model, *INPUTS[name])
+    result = native(analysis, some(analysis))
+    assert type(result.module) is type(model), result.reason
+    assert result.error <= 1e-5
+    assert sum(p.numel() for p in result.module.parameters()) < sum(p.numel() for p in model.parameters())
+    if analysis.captured.producer == "export":
+        small = SliceGroups(analysis.coupling, some(analysis))(analysis.captured.module)
+        torch.testing.assert_close(result.module(*INPUTS[name]), small(*INPUTS[name]))
+
+
+def test_attributes_of_torch_layers_follow() -> None:
+    analysis = analysed(models.Residual().eval(), *INPUTS["Residual"])
+    result = native(analysis, some(analysis))
+    assert result.module is not None
+    got = {name: m for name, m in result.module.named_modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))}
+    for conv in (m for m in got.values() if isinstance(m, nn.Conv2d)):
+        assert conv.out_channels == conv.weight.shape[0]
+        assert conv.in_channels == conv.weight.shape[1] * conv.groups
+    assert got["depthwise"].groups == got["depthwise"].weight.shape[0] < 16
+    assert got["bn"].num_features == 4
+    assert ("bn", "num_features", 4) in result.edits
+
+
+def test_attributes_with_equal_values_are_told_apart() -> None:
+    analysis = analysed(models.Attention(), *INPUTS["Attention"])
+    heads = next(g for g in analysis.groups if g.role == "head")
+    result = native(analysis, {heads: torch.tensor([1, 2, 3])})
+    assert result.module is not None, result.reason
+    assert (result.module.heads, result.module.head_dim) == (3, 4)
+    assert ("", "heads", 3) in result.edits
+
+
+def test_an_attribute_that_would_need_two_values_is_named() -> None:
+    analysis = analysed(models.Attention(), *INPUTS["Attention"])
+    dims = [g for g in analysis.groups if g.role == "head_dim"]
+    result = native(analysis, {dims[0]: torch.arange(2)})
+    assert result.module is None
+    assert "head_dim" in result.reason
+    assert "models.py:" in result.reason
+    both = native(analysis, {g: torch.arange(2) for g in dims})
+    assert both.module is not None
+    assert both.module.head_dim == 2
+
+
+def test_heads_of_torch_attention_cannot_be_said_in_its_class() -> None:
+    analysis = analysed(models.TorchAttention().eval(), *INPUTS["TorchAttention"])
+    heads = next(g for g in analysis.groups if g.role == "head")
+    result = native(analysis, {heads: torch.arange(2)})
+    assert result.module is None
+    assert result.reason
+
+
+def test_an_implied_constant_is_named() -> None:
+    class Implied(models.Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            n, s, _ = x.shape
+            q, k, v = (f(x).view(n, s, self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+            attended = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+            return self.out(attended.flatten(2))
+
+    analysis = analysed(Implied(), *INPUTS["Attention"])
+    dims = next(g for g in analysis.groups if g.role == "head_dim")
+    result = native(analysis, {dims: torch.arange(2)})
+    assert result.module is None
+    assert "takes its scale from a length" in result.reason
+
+
+def test_the_users_model_is_left_as_it_was() -> None:
+    model = models.Attention().train()
+    model.q.eval()
+    model.k.weight.requires_grad_(False)
+    before = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
+    attributes = {name: {k: v for k, v in vars(m).items() if type(v) is int} for name, m in model.named_modules()}
+    analysis = analysed(model, *INPUTS["Attention"])
+    result = native(analysis, some(analysis))
+    assert result.module is not None
+    for name, p in model.named_parameters():
+        assert id(p) == before[name][0]
+        assert torch.equal(p, before[name][1])
+    assert attributes == {n: {k: v for k, v in vars(m).items() if type(v) is int} for n, m in model.named_modules()}
+    held = [value for m in result.module.modules() for value in vars(m).values() if isinstance(value, int)]
+    assert {type(value) for value in held} <= {int, bool}
+    assert [m.training for m in result.module.modules()] == [m.training for m in model.modules()]
+    assert not result.module.k.weight.requires_grad
+    memory = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert not memory & {p.untyped_storage().data_ptr() for p in result.module.parameters()}
+
+
+def test_tied_parameters_stay_tied_and_buffers_follow() -> None:
+    analysis = analysed(models.Tied(), *INPUTS["Tied"])
+    result = native(analysis, some(analysis))
+    assert result.module is not None, result.reason
+    assert result.module.head.weight is result.module.embed.weight
+    assert result.module.position.shape == (32, 6)
+    assert "position" not in result.module.state_dict()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_precisions(dtype: torch.dtype) -> None:
+    model = models.Mlp().to(dtype)
+    analysis = analysed(model, INPUTS["Mlp"][0].to(dtype))
+    result = native(analysis, some(analysis))
+    assert result.module is not None
+    assert {p.dtype for p in result.module.parameters()} == {dtype}
+
+
+def test_a_model_without_weights() -> None:
+    with torch.device("meta"):
+        model, x = models.Attention(), torch.empty(2, 5, 16)
+    analysis = analysed(model, x)
+    result = native(analysis, some(analysis))
+    assert result.module is not None
+    assert result.module.q.weight.is_meta
+    assert result.module.q.weight.shape == (4, 16)
+    assert result.error != result.error  # nothing was compared
+
+
+def test_hooks_and_parametrizations_stay() -> None:
+    class Double(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    model = models.Mlp()
+    parametrize.register_parametrization(model.up, "weight", Double())
+    model.up.register_forward_hook(lambda _module, _inputs, output: output + 1)
+    analysis = analysed(model, *INPUTS["Mlp"])
+    assert analysis.groups
+    result = native(analysis, some(analysis))
+    assert result.module is not None, result.reason
+    assert parametrize.is_parametrized(result.module.up)
+    assert result.module.up.weight.shape == (8, 6)
+    assert len(result.module.up._forward_hooks) == 1
+
+
+def test_a_model_that_cannot_be_copied() -> None:
+    class Stubborn(models.Mlp):
+        def __deepcopy__(self, memo: object) -> Stubborn:
+            raise TypeError("one of a kind")
+
+    analysis = analysed(Stubborn(), *INPUTS["Mlp"])
+    result = native(analysis, some(analysis))
+    assert result.module is None
+    assert "one of a kind" in result.reason
+
+
+def test_a_shared_module_called_twice() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = models.Attention()
+            self.again = self.first
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.again(torch.tanh(self.first(x)))
+
+    analysis = analysed(Twice(), *INPUTS["Attention"])
+    heads = next(g for g in analysis.groups if g.role == "head")
+    result = native(analysis, {heads: torch.tensor([0, 3])})
+    assert result.module is not None, result.reason
+    assert result.module.first is result.module.again
+    assert result.module.first.heads == 2
+
+
+def test_dropped_outputs_are_not_compared() -> None:
+    class Two(models.Mlp):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+            h = torch.relu(self.up(x))
+            return {"out": self.down(h), "mean": h.mean(1)}
+
+    from graphcomp.analysis import analyze_captured
+
+    analysis = analyze_captured(capture(Two(), INPUTS["Mlp"], outputs="out"))
+    result = native(analysis, some(analysis))
+    assert result.module is not None, result.reason
+    assert set(result.module(*INPUTS["Mlp"])) == {"out", "mean"}
+
+
+# ---------------------------------------------------------------------------------------------- Hugging Face
+TINY = {"vocab_size": 37, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+
+
+@pytest.mark.slow
+def test_bert_keeps_its_class() -> None:
+    transformers = import_transformers()
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**TINY)).eval()
+    ids = {"input_ids": torch.randint(37, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    from graphcomp.analysis import analyze_captured
+
+    analysis = analyze_captured(capture(model, ids))
+    result = native(analysis, some(analysis))  # equal shares of the head dims of query, key and value
+    assert type(result.module) is type(model), result.reason
+    layer = result.module.bert.encoder.layer[0].attention.self
+    assert layer.attention_head_size == 4
+    assert layer.query.weight.shape == (8, 16)
+
+
+@pytest.mark.slow
+def test_llama_generates_after_the_cut() -> None:
+    transformers = import_transformers()
+    from graphcomp.analysis import analyze_captured
+
+    config = transformers.LlamaConfig(**TINY, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(3, 37, (2, 6))
+    analysis = analyze_captured(capture(model, {"input_ids": ids, "use_cache": False}))
+    result = native(analysis, some(analysis, "head_dim"))
+    assert isinstance(result.module, transformers.LlamaForCausalLM), result.reason
+    options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    cached = result.module.generate(ids, use_cache=True, **options)
+    plain = result.module.generate(ids, use_cache=False, **options)
+    assert cached.shape[1] > 6
+    assert torch.equal(cached, plain)
+    assert copy.deepcopy(result.module).generation_config == result.module.generation_config

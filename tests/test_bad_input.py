@@ -1,0 +1,291 @@
+"""Everything a user can get wrong ends in a typed error that says what, where, why and the fix."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import graphcomp as gc
+from graphcomp.testing import ResidualCNN, relative_error
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.width = width
+        self.up = nn.Linear(8, width)
+        self.down = nn.Linear(width, 4)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)))
+
+
+X = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_nothing_to_prune_says_why_each_axis_is_frozen():
+    with pytest.raises(gc.NothingToPrune) as caught:
+        gc.compress(nn.Linear(8, 4), X)
+    assert "model input" in str(caught.value) and "reaches output" in str(caught.value)
+
+
+def test_everything_ignored_is_nothing_to_prune():
+    with pytest.raises(gc.NothingToPrune, match="left out by ignore"):
+        gc.compress(MLP(), X, ignore=["up"])
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, True, float("nan")])
+def test_sparsity_outside_range(sparsity):
+    with pytest.raises(gc.PlanError, match=r"outside \[0, 1\)"):
+        gc.compress(MLP(), X, sparsity=sparsity)
+
+
+def test_sparsity_that_no_choice_meets_says_what_is_possible():
+    with pytest.raises(gc.BudgetError, match=r"1[0-9] "):
+        gc.compress(MLP(), X, sparsity=0.99)
+
+
+def test_round_to_that_cannot_be_met():
+    with pytest.raises(gc.BudgetError):
+        gc.compress(MLP(), X, sparsity=0.4, round_to=8)
+
+
+def test_sparsity_zero_returns_the_same_function():
+    model = MLP().eval()
+    small = gc.compress(model, X, sparsity=0.0)
+    assert torch.equal(small(X), model(X))
+    assert small.report.to_dict()["units"]["removed"] == 0
+
+
+def test_budget_below_the_smallest_network():
+    with pytest.raises(gc.BudgetError):
+        gc.compress(MLP(), X, budget=gc.Budget(params=3))
+
+
+def test_example_inputs_that_do_not_fit():
+    with pytest.raises(gc.InputError, match="8"):
+        gc.compress(MLP(), torch.randn(2, 9))
+
+
+def test_example_inputs_of_the_wrong_number():
+    with pytest.raises(gc.InputError):
+        gc.compress(MLP(), (X, X))
+
+
+class Branching(nn.Module):
+    """Data-dependent control flow: export refuses it, the recorder does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = MLP()
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return self.mlp(x) * 2
+        return self.mlp(x)
+
+
+def test_data_dependent_control_flow_is_recorded_and_cut():
+    model = Branching().eval()
+    small = gc.compress(model, X, sparsity=0.5)
+    assert small.form == "native" and isinstance(small.module, Branching)
+    assert small.module.mlp.up.out_features == 8
+    assert any("torch.export refused" in note for note in small.report.notes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions(dtype):
+    small = gc.compress(MLP().to(dtype).eval(), X.to(dtype), sparsity=0.5)
+    assert small.module.up.weight.dtype == dtype
+    assert small(X.to(dtype)).dtype == dtype
+
+
+def test_meta_device_has_no_weights_to_score():
+    with torch.device("meta"):
+        model = MLP()
+    with pytest.raises(gc.PlanError, match="meta device"):
+        gc.compress(model, torch.empty(2, 8, device="meta"))
+
+
+def test_meta_device_can_be_analysed_and_cut():
+    with torch.device("meta"):
+        model = MLP()
+    plan = gc.analyze(model, torch.empty(2, 8, device="meta"))
+    small = gc.slice_groups(plan, {plan.groups[0]: range(5)})
+    assert small.module.up.weight.shape == (5, 8) and small.module.up.weight.is_meta
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+        self.stem = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.inner(torch.relu(self.inner(self.stem(x))))))
+
+
+def test_shared_module_called_twice():
+    small = gc.compress(Twice().eval(), X, sparsity=0.5)
+    inner = small.module.inner
+    assert inner.weight.shape == (4, 4) and small.module.stem.weight.shape == (4, 8)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.mix = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(torch.relu(self.mix(self.embed(ids))))
+
+
+def test_tied_parameters_stay_tied():
+    model = Tied().eval()
+    small = gc.compress(model, torch.randint(0, 11, (2, 5)), sparsity=0.5)
+    assert small.module.head.weight is small.module.embed.weight
+    assert small.module.head.weight is not model.head.weight
+
+
+def test_non_contiguous_parameters():
+    model = MLP().eval()
+    model.up.weight = nn.Parameter(torch.randn(8, 16).t())
+    assert not model.up.weight.is_contiguous()
+    small = gc.compress(model, X, sparsity=0.5)
+    assert small.module.up.weight.shape == (8, 8)
+
+
+def test_parametrized_weight():
+    model = MLP().eval()
+    torch.nn.utils.parametrizations.weight_norm(model.up)
+    small = gc.compress(model, X, sparsity=0.5)
+    assert small(X).shape == (2, 4)
+    assert small.report.to_dict()["units"]["removed"] == 8
+
+
+def test_hooks_are_left_alone():
+    model, seen = MLP().eval(), []
+    model.up.register_forward_hook(lambda m, i, o: seen.append(o.shape))
+    gc.compress(model, X, sparsity=0.5)
+    assert len(model.up._forward_hooks) == 1
+    seen.clear()
+    model(X)
+    assert seen == [(2, 16)]
+
+
+@torch.library.custom_op("graphcomp_test::mystery", mutates_args=())
+def mystery(x: torch.Tensor) -> torch.Tensor:
+    return x.flip(-1).clone()
+
+
+@mystery.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+class Mysterious(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.c(torch.relu(self.b(mystery(self.a(x)))))
+
+
+def test_unknown_op_freezes_and_is_named():
+    plan = gc.analyze(Mysterious().eval(), X)
+    (unknown,) = plan.unknown_ops
+    assert "graphcomp_test" in unknown.op and 'graphcomp.rule("graphcomp_test::mystery"' in unknown.fix
+    assert "mystery(self.a(x))" in unknown.source
+    (group,) = plan.groups
+    assert {m.name for m in group.members} == {"b.weight", "b.bias", "c.weight"}
+    assert "graphcomp_test" in plan.report()
+
+
+def test_nan_weights():
+    model = MLP().eval()
+    with torch.no_grad():
+        model.down.weight[0, 0] = float("nan")
+    with pytest.raises(gc.PlanError, match=r"'down.weight' holds 1 values that are NaN"):
+        gc.compress(model, X)
+
+
+@pytest.mark.parametrize("kept", [[], [3, 99], [-1, 2]])
+def test_kept_units_that_are_none(kept):
+    plan = gc.analyze(MLP().eval(), X)
+    with pytest.raises(gc.PlanError):
+        gc.slice_groups(plan, {plan.groups[0]: torch.tensor(kept, dtype=torch.int64)})
+
+
+def test_quantization_is_refused_for_now():
+    with pytest.raises(gc.NotBuiltError, match="quantization is not built"):
+        gc.compress(MLP(), X, bits=8)
+    with pytest.raises(gc.NotBuiltError):
+        gc.prepare(MLP(), X)
+    with pytest.raises(gc.NotBuiltError):
+        gc.compress(MLP(), X, method="geta")
+
+
+def test_unknown_names_are_refused_with_the_nearest():
+    with pytest.raises(gc.PlanError, match="up"):
+        gc.compress(MLP(), X, ignore="upp")
+    with pytest.raises(gc.PlanError, match="channel"):
+        gc.compress(MLP(), X, prune=["chanel"])
+    with pytest.raises(gc.PlanError):
+        gc.compress(MLP(), X, saliency="l3")
+    with pytest.raises(TypeError):
+        gc.compress(MLP(), X, sparcity=0.5)
+
+
+def test_the_users_model_is_left_as_it_was():
+    model = ResidualCNN().train()
+    model.head.eval() if hasattr(model, "head") else None
+    before = copy.deepcopy(model)
+    flags = [m.training for m in model.modules()]
+    tensors = [id(p) for p in model.parameters()]
+    x = torch.randn(2, 3, 16, 16)
+    small = gc.compress(model, x, sparsity=0.5)
+    assert [m.training for m in model.modules()] == flags
+    assert [id(p) for p in model.parameters()] == tensors
+    for (name, a), (_, b) in zip(model.state_dict().items(), before.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert not storages & {p.untyped_storage().data_ptr() for p in small.parameters()}
+
+
+def test_deterministic_under_a_seed():
+    model, x = ResidualCNN().eval(), torch.randn(2, 3, 16, 16)
+    runs = [gc.compress(model, x, saliency="random", seed=s) for s in (1, 1, 2)]
+    kept = [{k: {d: i.tolist() for d, i in v.items()} for k, v in r.kept.items()} for r in runs]
+    assert kept[0] == kept[1] != kept[2]
+
+
+class Whole(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = MLP()
+
+    def forward(self, x):
+        if bool((x > 1e9).any()):
+            raise ValueError("too large")
+        return F.softmax(self.body(x), -1)
+
+
+def test_scope_replaces_one_submodule():
+    model = Whole().eval()
+    small = gc.compress(model, X, sparsity=0.5, scope="body")
+    assert isinstance(small.module, Whole) and small.module.body.up.out_features == 8
+    assert set(small.kept) == {"body.up.weight", "body.up.bias", "body.down.weight"}
+    assert model.body.up.out_features == 16
+    assert relative_error(small(X).sum(-1), torch.ones(2)) < 1e-6
+
+
+def test_scope_that_is_no_submodule():
+    with pytest.raises(gc.CaptureError, match="body"):
+        gc.compress(Whole(), X, scope="bodi")

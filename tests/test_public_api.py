@@ -1,0 +1,74 @@
+"""The public names, and who may import whom."""
+
+import ast
+from pathlib import Path
+
+import graphcomp
+
+PACKAGE = Path(graphcomp.__file__).parent
+
+# Lower never imports higher. A module not named here has the rank of its folder.
+RANKS = [
+    {"errors", "compare"},
+    {"graph"},
+    {"graph_module", "untouched", "passes"},
+    {"canonical", "record"},
+    {"capture", "coupling"},
+    {"describe", "analysis"},
+    {"cost"},
+    {"pruning"},
+    {"report", "testing"},
+    {"compressed"},
+    {"export"},
+    {"api"},
+    {"__init__"},
+]
+RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
+
+
+def test_public_names():
+    assert sorted(graphcomp.__all__) == graphcomp.__all__
+    assert {name for name in graphcomp.__all__ if not hasattr(graphcomp, name)} == set()
+    assert {"compress", "analyze", "prepare", "finalize", "load", "slice_groups", "rule", "Budget"} <= set(
+        graphcomp.__all__
+    )
+
+
+def _part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _imported(path: Path) -> set[str]:
+    """Parts of the package that a file imports when it is imported itself."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        node
+        for test in ast.walk(tree)
+        if isinstance(test, ast.If) and getattr(test.test, "id", "") == "TYPE_CHECKING"
+        for node in ast.walk(test)
+    }
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("graphcomp.") and node not in typing_only:
+            names.add(node.module.split(".")[1])
+    return names
+
+
+def test_lower_never_imports_higher():
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        own = _part(path)
+        assert own in RANK, f"{own} has no rank"
+        wrong += [f"{path.name} imports {name}" for name in _imported(path) if RANK[name] > RANK[own]]
+    # the one place that must reach up: a result knows how to write itself, from inside a method
+    assert [w for w in wrong if w != "compressed.py imports export"] == []
+
+
+def test_importing_has_no_side_effects():
+    """Importing sets up no logging handler and prints nothing."""
+    import subprocess
+    import sys
+
+    code = "import logging, graphcomp; print(len(logging.getLogger('graphcomp').handlers), end='')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "0"
