@@ -45,9 +45,8 @@ def commit() -> str:
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.check_output(
-        ["git", "-C", str(CHECKOUT), *arguments], text=True, stderr=subprocess.DEVNULL
-    ).strip()
+    command = ["git", "-C", str(CHECKOUT), *arguments]
+    return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
 
 
 def _processor() -> str:
@@ -80,17 +79,17 @@ def shared_module(*parts: str) -> ModuleType:
 
 # ------------------------------------------------------------------------------------------------ tables
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table, aligned: the first column to the left, the others to the right."""
+    """A Markdown table, aligned: columns of numbers to the right."""
     cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
-    widths = [max(len(line[k]) for line in [list(columns), *cells]) for k in range(len(columns))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join(_line(line, widths) for line in [list(columns), rule, *cells])
+    widths = [max(3, *(len(line[k]) for line in [list(columns), *cells])) for k in range(len(columns))]
+    right = [all(row[k][:1].isdigit() or row[k][:1] in ("–", "-", "n") for row in cells) for k in range(len(columns))]
+    rule = ["-" * (width - r) + ":" * r for width, r in zip(widths, right, strict=True)]
+    return "\n".join(_line(line, widths, right) for line in [list(columns), rule, *cells])
 
 
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first = cells[0].ljust(widths[0])
-    others = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-    return "| " + " | ".join([first, *others]) + " |"
+def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> str:
+    aligned = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True)]
+    return f"| {' | '.join(aligned)} |"
 
 
 def section(title: str, body: str) -> None:

@@ -170,10 +170,8 @@ def _takes_statistics(module: nn.Module, side: Side) -> bool:
     """Whether the module is a normalisation over channels: torch's, or a module that owns nothing but its scale."""
     if side != "parameter":
         return isinstance(module, NORMS)
-    leaf = not any(True for _ in module.children())
-    return (
-        leaf and all(p.dim() == 1 for p in module.parameters(recurse=False)) and "norm" in type(module).__name__.lower()
-    )
+    scales_only = all(p.dim() == 1 for p in module.parameters(recurse=False)) and not list(module.children())
+    return scales_only and "norm" in type(module).__name__.lower()
 
 
 def _mask(size: int, gone: set[int]) -> Tensor:

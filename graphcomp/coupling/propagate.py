@@ -147,7 +147,7 @@ def _op(coupling: Coupling, node: fx.Node) -> None:
     try:
         results = table.run(function, call, {k: _argument(coupling, v) for k, v in arguments.items()})
         _check(node, results, call)
-        _freeze_symbolic_sums(coupling, call, arguments)
+        _freeze_unmaskable_sums(coupling, call, arguments)
     except RuleError as error:
         logger.debug("rule of %s: %s", node.target, error)
         return _unknown(coupling, node, str(node.target), error.what)
@@ -186,13 +186,21 @@ def _check(node: fx.Node, results: list[Axes], call: Call) -> None:
         raise RuleError(f"the rule gives shapes {lengths} and the op {call.shapes}", at=call.why.source)
 
 
-def _freeze_symbolic_sums(coupling: Coupling, call: Call, arguments: dict[str, Any]) -> None:
-    """A sum over channels mixed with a dynamic length has no mask vector of fixed length."""
+def _freeze_unmaskable_sums(coupling: Coupling, call: Call, arguments: dict[str, Any]) -> None:
+    """A mask is a vector of fixed length of numbers: it cannot stand on a dynamic length, nor on whole numbers."""
     for key, dims in call.contracted.items():
-        axes = coupling.axes[argument_at(arguments, key)][0]
+        operand = argument_at(arguments, key)
+        axes, counts_things = coupling.axes[operand][0], not is_real(value(operand))
         for dim in dims:
             if not isinstance(length(axes[dim]), int):
                 freeze(axes[dim], call.because("summed over together with a dynamic length"))
+            elif counts_things:
+                freeze(axes[dim], call.because("a sum of whole numbers or truth values"))
+
+
+def is_real(tensor: Tensor) -> bool:
+    """Whether the elements are floating or complex numbers."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _unknown(coupling: Coupling, node: fx.Node, op: str, why: str) -> None:

@@ -13,20 +13,39 @@ from graphcomp.coupling.table import Call, rule
 aten = torch.ops.aten
 
 
-@rule(
-    aten.sum.default, aten.sum.dim_IntList, aten.nansum.default, aten.linalg_vector_norm.default,
-    aten.norm.ScalarOpt_dim, aten.mean.default, aten.mean.dim, aten.var.default, aten.var.dim, aten.var.correction,
-    aten.std.default, aten.std.dim, aten.std.correction, aten.var_mean.correction, aten.var_mean.dim,
-    aten.var_mean.default, aten.std_mean.default, aten.std_mean.dim, aten.std_mean.correction, aten.nanmean.default,
-    aten.frobenius_norm.dim, aten.norm.Scalar, aten.norm.ScalarOpt_dtype, aten.norm.ScalarOpt_dim_dtype,
-    aten.linalg_norm.default,
-)  # fmt: skip
-def reduce(self: Axes, dim: Any = None, keepdim: bool = False, *, call: Call) -> list[Axes]:
-    """The reduced dims go, or stay with length 1. Masked units are left out of sum, count and spread."""
+@rule(aten.sum.default, aten.sum.dim_IntList, aten.nansum.default)
+def total(self: Axes, dim: Any = None, keepdim: bool = False, *, call: Call) -> Axes:
+    """The reduced dims go, or stay with length 1; masked units add nothing."""
     dims = _dims(dim, len(self))
     call.contract("self", *dims)
-    call.mark([self[d] for d in dims], *([] if "sum" in str(call.node.target) else ["normalized"]))
+    return _reduced(self, dims, keepdim)
+
+
+@rule(
+    aten.mean.default, aten.mean.dim, aten.var.default, aten.var.dim, aten.var.correction, aten.std.default,
+    aten.std.dim, aten.std.correction, aten.var_mean.correction,
+)  # fmt: skip
+def statistic(self: Axes, dim: Any = None, keepdim: bool = False, *, call: Call) -> list[Axes]:
+    """As a sum, but masked units are left out of the count too: each of these ops has a masked form."""
+    dims = _dims(dim, len(self))
+    call.contract("self", *dims)
+    call.mark([self[d] for d in dims], "normalized")
     return [_reduced(self, dims, keepdim) for _ in call.shapes]
+
+
+@rule(
+    aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim, aten.norm.Scalar, aten.norm.ScalarOpt_dtype,
+    aten.norm.ScalarOpt_dim_dtype, aten.frobenius_norm.dim, aten.linalg_norm.default,
+)  # fmt: skip
+def norm(self: Axes, dim: Any = None, keepdim: bool = False, *, call: Call, **options: Any) -> Axes:
+    """Zeros add nothing to a norm, unless its order is negative: then the smallest counts."""
+    order = next((options[name] for name in ("ord", "p") if options.get(name) is not None), 2)
+    if not isinstance(order, (int, float)) or order < 0:
+        return pick(self, dim, keepdim, call=call)[0]
+    dims = _dims(dim, len(self))
+    call.contract("self", *dims)
+    call.mark([self[d] for d in dims], "normalized")
+    return _reduced(self, dims, keepdim)
 
 
 @rule(
@@ -34,7 +53,8 @@ def reduce(self: Axes, dim: Any = None, keepdim: bool = False, *, call: Call) ->
     aten.argmax.default, aten.argmin.default, aten.any.default, aten.any.dim, aten.all.default, aten.all.dim,
     aten.prod.default, aten.prod.dim_int, aten.logsumexp.default, aten.median.dim, aten.mode.default,
     aten.count_nonzero.default, aten.count_nonzero.dim_IntList, aten.aminmax.default, aten.any.dims, aten.all.dims,
-    aten.median.default, aten.nanmedian.default, aten.nanmedian.dim, aten.linalg_norm.ord_str,
+    aten.var_mean.default, aten.var_mean.dim, aten.std_mean.default, aten.std_mean.dim, aten.std_mean.correction,
+    aten.nanmean.default, aten.median.default, aten.nanmedian.default, aten.nanmedian.dim, aten.linalg_norm.ord_str,
 )  # fmt: skip
 def pick(self: Axes, dim: Any = None, keepdim: bool = False, *, call: Call) -> list[Axes]:
     """The result depends on which indices there are: the reduced dims are frozen."""
