@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,9 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from graphcomp.analysis import Analysis, analyze_captured
+from graphcomp.capture import capture
+from graphcomp.compare import relative_error
+from graphcomp.coupling import table
+from graphcomp.coupling.axis import Axes
+from graphcomp.coupling.groups import Kept
 from graphcomp.errors import VerificationError
+from graphcomp.pruning.mask import InsertMasks, set_masks
 from graphcomp.pruning.slice import SliceGroups
-from graphcomp.testing import Block, check_law, random_model, randomize, tiny_models
+from graphcomp.testing import Block, check_law, random_kept, random_model, randomize, tiny_models
 
 Run = Callable[[Any, Tensor], Tensor]
 
@@ -375,44 +381,49 @@ def test_keyword_inputs_and_nested_outputs() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ whole models
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", list(tiny_models()))
-def test_tiny_model(name: str, dtype: torch.dtype) -> None:
+def test_tiny_model(name: str) -> None:
+    """In float32, as models are; the families above are checked in float64."""
     model, inputs = tiny_models()[name]
-    inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
-    result = check_law(model.to(dtype), inputs, rounds=2)
+    result = check_law(model, inputs, rounds=2)
     assert result.moved > 0.05
     assert result.analysis.prunable_share > 0.99
 
 
-def test_every_group_by_itself() -> None:
-    model, inputs = tiny_models()["decoder"]
-    for group in check_law(model, inputs).groups:
-        alone = check_law(model, inputs, groups=[group.name])
-        assert [g.name for g in alone.groups] == [group.name]
-        assert alone.moved > 1e-3
+@pytest.fixture(scope="module")
+def decoder() -> Analysis:
+    return analyze_captured(capture(*tiny_models()["decoder"]))
+
+
+def sliced_and_masked(analysis: Analysis, kept: Kept) -> tuple[nn.Module, nn.Module]:
+    masked = InsertMasks(analysis.coupling, analysis.groups)(analysis.captured.module)
+    set_masks(masked, analysis.groups, kept)
+    return SliceGroups(analysis.coupling, kept)(analysis.captured.module), masked
+
+
+def test_every_group_by_itself(decoder: Analysis) -> None:
+    ids = torch.randint(11, (2, 6))
+    for group in decoder.groups:
+        small, masked = sliced_and_masked(decoder, random_kept([group], torch.Generator().manual_seed(0)))
+        assert relative_error(masked(ids), small(ids)) < 1e-5
+        assert relative_error(decoder.model(ids), small(ids)) > 1e-3
+
+
+def test_another_batch_and_length_than_the_captured_ones(decoder: Analysis) -> None:
+    small, masked = sliced_and_masked(decoder, random_kept(decoder.groups, torch.Generator().manual_seed(1)))
+    ids = torch.randint(11, (3, 9))
+    assert relative_error(masked(ids), small(ids)) < 1e-5
+
+
+def test_only_the_named_groups_are_cut() -> None:
+    model, inputs = FAMILIES["low rank"]()
+    name = check_law(model, inputs).groups[0].name
+    assert [group.name for group in check_law(model, inputs, groups=[name]).groups] == [name]
 
 
 def test_one_unit_of_each_group() -> None:
     model, inputs = tiny_models()["encoder"]
     check_law(model, inputs, keep=(0.0, 0.0))
-
-
-def test_a_batch_other_than_the_captured_one() -> None:
-    from graphcomp.analysis import analyze_captured
-    from graphcomp.capture import capture
-    from graphcomp.pruning.mask import InsertMasks, set_masks
-    from graphcomp.testing import random_kept, relative_error
-
-    model, (ids,) = tiny_models()["decoder"]
-    captured = capture(model, (ids,))
-    analysis = analyze_captured(captured)
-    kept = random_kept(analysis.groups, torch.Generator().manual_seed(1))
-    masked = InsertMasks(analysis.coupling, analysis.groups)(captured.module)
-    set_masks(masked, analysis.groups, kept)
-    small = SliceGroups(analysis.coupling, kept)(captured.module)
-    longer = torch.randint(11, (3, 9))
-    assert relative_error(masked(longer), small(longer)) < 1e-5
 
 
 # ------------------------------------------------------------------------------------------------ random networks
@@ -424,7 +435,7 @@ def check_random(seed: int, depth: int) -> None:
     assert not result.analysis.unknown_ops
 
 
-@given(st.integers(0, 10**6), st.integers(1, 4))
+@given(st.integers(0, 10**6), st.integers(1, 3))
 @settings(max_examples=25)
 def test_random_networks(seed: int, depth: int) -> None:
     check_random(seed, depth)
@@ -440,9 +451,6 @@ def test_many_random_networks(seed: int, depth: int) -> None:
 # ------------------------------------------------------------------------------------------------ the check itself
 def test_a_broken_law_is_seen_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule that lets a flip of channels pass makes a wrong cut."""
-    from graphcomp.coupling import table
-    from graphcomp.coupling.axis import Axes
-
     def flip(self: Axes) -> Axes:
         return self
 
@@ -470,4 +478,4 @@ def test_random_models_are_reproducible() -> None:
     pairs: Sequence[tuple[Tensor, Tensor]] = list(zip(first.parameters(), second.parameters(), strict=True))
     assert pairs
     assert all(torch.equal(a, b) for a, b in pairs)
-    assert math.isfinite(float(first(x).abs().max()))
+    assert first(x).isfinite().all()

@@ -167,7 +167,7 @@ def _consumed_dims(coupling: Coupling) -> set[tuple[str, int]]:
         summed: list[Axis] = []
         for key, dims in call.contracted.items():
             axes = coupling.axes[argument_at(arguments, key)][0]
-            if not _same_axes(axes, coupling.axes[node][0]):  # else statistics, as a norm takes them: nothing is summed away
+            if not _same_axes(axes, coupling.axes[node][0]):  # else a norm's statistics: nothing is summed away
                 summed += [axes[dim] for dim in dims]
         for operand in node.all_input_nodes:
             for name in coupling.sources.get(operand, ()):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import os
 import re
 import sys
 from collections import defaultdict
@@ -33,7 +34,7 @@ Values: TypeAlias = Mapping[Site, int]
 Place: TypeAlias = tuple[str, int]
 """A user's source line: file name and number."""
 
-TORCH = str(Path(torch.__file__).parent)
+TORCH = os.path.join(os.path.dirname(torch.__file__), "")
 LINE = re.compile(r"^(.+):(\d+), in ")
 MAX_SOLUTIONS = 64
 

@@ -31,7 +31,7 @@ Edit: TypeAlias = tuple[str, str, Any]
 """Module path, attribute, its new value."""
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-MAX_TRIES = 64
+MAX_TRIES = 16  # runs of the smaller model on the example inputs
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def native(analysis: Analysis, kept: Kept, reference: fx.GraphModule | None = No
         return NativeResult(None, found.conflict)
     settled = frozenset(site for bound in bounds for site in bound.number.attributes)
     search = _Search(analysis, cuts, lengths, expected, settled)
-    for changes in found.candidates:
+    for changes in found.candidates[:MAX_TRIES]:
         result = search.follow(changes)
         if result is not None:
             return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -145,10 +146,8 @@ def import_transformers() -> Any:
     """transformers; the test is skipped where it is not installed."""
     from tests.vision import import_torchvision
 
-    try:
-        import_torchvision()  # which transformers imports, too, and cannot where its compiled part does not fit
-    except ImportError:
-        pass
+    with suppress(ImportError):
+        import_torchvision()  # transformers imports it, too, and cannot where its compiled part does not fit
     return pytest.importorskip("transformers")
 
 

@@ -27,9 +27,9 @@ UNTAGGED = frozenset(
     absolute fake_quantize_per_tensor_affine requires_grad_ resolve_conj resolve_neg _assert_tensor_metadata
     special_expit complex polar real imag isreal conj chalf pin_memory abs_ absolute_ negative negative_ fix fix_
     copysign_ heaviside_ eq_ ne_ lt_ le_ gt_ ge_ not_equal not_equal_ less less_ less_equal less_equal_
-    greater greater_ greater_equal greater_equal_ _add_relu multiply_ subtract_ divide_ true_divide_ gcd_ lcm_ __irshift__ __ilshift__ mish_
-    arccos arccosh arcsin arcsinh arctan arctan2 arctanh alpha_dropout_ feature_alpha_dropout feature_alpha_dropout_
-    rrelu_ rrelu_with_noise_ xlogy_ _neg_view _lazy_clone _masked_scale
+    greater greater_ greater_equal greater_equal_ _add_relu multiply_ subtract_ divide_ true_divide_ gcd_ lcm_
+    __irshift__ __ilshift__ mish_ arccos arccosh arcsin arcsinh arctan arctan2 arctanh alpha_dropout_
+    feature_alpha_dropout feature_alpha_dropout_ rrelu_ rrelu_with_noise_ xlogy_ _neg_view _lazy_clone _masked_scale
 """.split()
 )
 
