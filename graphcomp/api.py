@@ -147,7 +147,7 @@ def slice_groups(
         PlanError: a group would lose all units, or an index is none of its units.
         VerificationError: the laws do not hold on the result.
     """
-    units: Kept = {group: torch.as_tensor(indices).unique() for group, indices in kept.items()}
+    units: Kept = {group: torch.unique(torch.as_tensor(indices)) for group, indices in kept.items()}
     captured = plan.captured
     small: fx.GraphModule | None = None
     verified: dict[str, float] = {}

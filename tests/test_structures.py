@@ -15,7 +15,7 @@ from graphcomp.coupling.groups import ChannelGroup, Member
 from graphcomp.testing import Block, LawResult, check_law, randomize, rotate_half
 
 
-def checked(model: nn.Module, *inputs: Tensor, frozen: tuple[str, ...] = ()) -> dict[str, ChannelGroup]:
+def checked(model: nn.Module, *inputs: Tensor) -> dict[str, ChannelGroup]:
     """The groups of the model by name; the law holds on it in float64, and cutting them changes the output."""
     result = law(model, *inputs)
     assert result.moved > 1e-3

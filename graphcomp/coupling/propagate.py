@@ -49,6 +49,8 @@ class Coupling:
     sources: dict[fx.Node, frozenset[str]] = field(default_factory=dict)
     """For values that depend on parameters and constants only: the get_attr targets they are made of."""
     unknown: dict[str, UnknownOp] = field(default_factory=dict)
+    origins: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
+    """For results of pointwise ops: the values that they were made of, element by element."""
 
 
 def propagate(
@@ -153,17 +155,19 @@ def _op(coupling: Coupling, node: fx.Node) -> None:
         return _unknown(coupling, node, str(node.target), error.what)
     coupling.axes[node] = results
     coupling.calls[node] = call
+    if table.is_elementwise(function) and not call.residual:
+        coupling.origins[node] = frozenset().union(*(coupling.origins.get(n, {n}) for n in operands))
 
 
 def _call(coupling: Coupling, node: fx.Node, arguments: dict[str, Any]) -> Call:
     why = Reason("addressed by position", str(node.target), source_line(node))
-    activations = set()
+    origins = {}
     for name, argument in arguments.items():
-        nodes = [n for n in _flat(argument) if isinstance(n, fx.Node)]
-        if any(n in coupling.axes and n not in coupling.sources for n in nodes):
-            activations.add(name)
+        nodes = [n for n in _flat(argument) if n in coupling.axes and n not in coupling.sources]
+        if nodes:
+            origins[name] = frozenset().union(*(coupling.origins.get(n, {n}) for n in nodes))
     shapes = [tuple(size_of(n) for n in t.shape) for t in tensor_values(node)]
-    return Call(node, shapes, why, frozenset(activations))
+    return Call(node, shapes, why, origins)
 
 
 def _argument(coupling: Coupling, argument: Any) -> Any:

@@ -36,13 +36,20 @@ class Call:
     node: fx.Node
     shapes: list[tuple[Size, ...]]  # of the results
     why: Reason  # "<op> addresses it by position", the default reason to freeze
-    activations: frozenset[str]  # names of tensor arguments that depend on the model's inputs
+    origins: Mapping[str, frozenset[fx.Node]]
+    """tensor arguments that depend on the model's inputs -> the values each was made of by pointwise ops"""
     contracted: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """argument -> dims that are summed over: masked units must be zero there."""
     lengths: dict[str, Any] = field(default_factory=dict)
     """argument -> the Axis whose length it is (None: leave), or a list of these."""
     pins: dict[str, Any] = field(default_factory=dict)
     """argument -> the value that an implied constant had before any cut."""
+    residual: bool = False  # the op adds a branch to the stream it left
+
+    @property
+    def activations(self) -> frozenset[str]:
+        """Names of the tensor arguments that depend on the model's inputs."""
+        return frozenset(self.origins)
 
     @property
     def shape(self) -> tuple[Size, ...]:
@@ -137,6 +144,11 @@ def family(holds: Callable[[OpOverload], bool], function: RuleFunction) -> None:
     """One rule for every op that has none of its own and of which `holds` is true."""
     _FAMILIES.append((holds, function))
     _TAKES_CALL[function] = "call" in inspect.signature(function).parameters
+
+
+def is_elementwise(function: RuleFunction) -> bool:
+    """Whether the rule is a family's: each element of the result depends on the operands' elements at its place."""
+    return any(function is member for _, member in _FAMILIES)
 
 
 def find(op: OpOverload) -> RuleFunction | None:

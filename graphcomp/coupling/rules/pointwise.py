@@ -49,17 +49,18 @@ def pointwise(call: Call, **arguments: Any) -> Axes | list[Axes]:
     axes = broadcast(operands, call.because("pointwise operands differ in make"))
     rank = max((len(shape) for shape in call.shapes), default=0)
     axes = [UNIT] * (rank - len(axes)) + axes
-    if _is_sum_of_activations(call, operands):
+    call.residual = _is_residual(call, operands)
+    if call.residual:
         call.mark(axes, "residual")
     return [tuple(axes) for _ in call.shapes]
 
 
-def _is_sum_of_activations(call: Call, operands: list[AxesValue]) -> bool:
-    """A residual add: both operands depend on the input and none is stretched."""
+def _is_residual(call: Call, operands: list[AxesValue]) -> bool:
+    """A sum of two activations, none of them stretched, that are not two functions of the same value (as in GELU)."""
     if call.node.target not in (aten.add.Tensor, aten.add_.Tensor) or not {"self", "other"} <= call.activations:
         return False
     shapes = [tuple(map(length, axes)) for axes in operands]
-    return len(shapes) == 2 and shapes[0] == shapes[1]
+    return shapes[0] == shapes[1] and call.origins["self"] != call.origins["other"]
 
 
 family(is_pointwise, pointwise)

@@ -1,0 +1,339 @@
+"""Real weights: quality right after a one-shot cut, for three saliencies, and after a short fine-tuning.
+
+    python -m benchmarks.oneshot                                   # five models, 10 to 50 % of the units
+    python -m benchmarks.oneshot --finetune                        # and ResNet-20 after five short epochs
+    python -m benchmarks.oneshot --models resnet20,stories --saliencies l2,random
+
+Data and weights come from the shared folder beside the checkout. Calibration data (gradients, activations, batch norm
+statistics) are never test data: CIFAR-10's training images, every fifth of the 500 ImageNet images (the other 400 are the
+test), unlabelled sentences, other stories. Nothing else is trained, unless --finetune.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import common
+from benchmarks.common import append_json, section, table, timed
+from graphcomp.analysis import Analysis
+from graphcomp.api import analyze, prunable_groups, slice_groups
+from graphcomp.compressed import CompressedModel
+from graphcomp.pruning.allocation import allocate
+from graphcomp.pruning.evidence import Scores
+from graphcomp.pruning.saliency import score
+
+SPARSITIES = (0.1, 0.2, 0.3, 0.5)
+SALIENCIES = ("l2", "taylor", "activation")
+BATCH = 50
+CIFAR_CURVE, CIFAR_CALIBRATION = 2000, 512
+FINETUNE_IMAGES, FINETUNE_EPOCHS, FINETUNE_BATCH, LEARNING_RATE = 10_000, 5, 128, 0.01
+STORIES, CALIBRATION_STORIES = 200, 32
+
+Batch = tuple[Tensor, ...]  # the model's inputs, then labels
+
+
+@dataclass(frozen=True)
+class Score:
+    """One measured quality: `value` ± `error`, the standard error over `n` samples."""
+
+    metric: str
+    value: float
+    error: float
+    n: int
+
+    def __str__(self) -> str:
+        digits = 3 if "nats" in self.metric else 1
+        return f"{self.value:.{digits}f} ± {self.error:.{digits}f}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A trained model, what it is judged by, and what may be looked at before the cut."""
+
+    name: str
+    model: nn.Module
+    example: Batch
+    calibration: Sequence[Batch]
+    loss: Callable[[Tensor, Batch], Tensor]
+    evaluate: Callable[[nn.Module], list[Score]]
+    has_batch_norm: bool = False
+
+
+def main() -> None:
+    options = _options()
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    torch.set_num_threads(options.threads)
+    print(common.header(), flush=True)
+    if options.json:
+        options.json.unlink(missing_ok=True)
+    for name in options.models.split(","):
+        task = TASKS[name]()
+        rows, sizes = curves(task, options.saliencies.split(","), options.json)
+        columns = ["metric", "saliency", "0 %", *(f"{s:.0%}".replace("%", " %") for s in SPARSITIES)]
+        section(f"{task.name}: right after the cut, by share of units removed", table(columns, rows))
+        print("\n" + table(["saliency", "left", *columns[3:]], sizes), flush=True)
+    if options.finetune:
+        finetune_resnet20(options.saliencies.split(",")[0])
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(TASKS), metavar="A,B", help="default: %(default)s")
+    parser.add_argument("--saliencies", default=",".join(SALIENCIES), metavar="A,B", help="default: %(default)s")
+    parser.add_argument("--finetune", action="store_true", help="fine-tune ResNet-20 after the cut (first saliency)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: %(default)s")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write one line of JSON per measurement")
+    return parser.parse_args()
+
+
+# ------------------------------------------------------------------------------------------------ curves
+def curves(task: Task, saliencies: Sequence[str], file: Path | None) -> tuple[list[list[str]], list[list[str]]]:
+    """Rows of the table of qualities, and of the table of sizes."""
+    dense = task.evaluate(task.model)
+    with timed() as clock:
+        analysis = analyze(task.model, task.example)
+        groups = prunable_groups(analysis)
+    units = sum(group.size for group in groups)
+    print(f"\n{task.name}: {len(groups)} groups, {units} units, analysed in {clock.seconds:.1f} s; dense: "
+          + ", ".join(f"{s.metric} {s} (n = {s.n})" for s in dense), flush=True)  # fmt: skip
+    rows: list[list[str]] = []
+    sizes: list[list[str]] = []
+    for saliency in saliencies:
+        scores = score(saliency, analysis, groups, data=task.calibration, loss=task.loss)
+        cuts = [cut(analysis, scores, sparsity) for sparsity in SPARSITIES]
+        found = {saliency: [task.evaluate(small) for small in cuts]}
+        if task.has_batch_norm:
+            found[f"{saliency}, BN re-estimated"] = [task.evaluate(reestimated(s, task.calibration)) for s in cuts]
+        for label, results in found.items():
+            for k, whole in enumerate(dense):
+                rows.append([f"{whole.metric} (n = {whole.n})", label, str(whole), *(str(r[k]) for r in results)])
+                _note(file, task, label, [whole, *(r[k] for r in results)])
+        sizes += _sizes(saliency, cuts)
+        print(f"{saliency}: {', '.join(small.form for small in cuts)}", flush=True)
+    return rows, sizes
+
+
+def cut(analysis: Analysis, scores: Scores, sparsity: float) -> CompressedModel:
+    """Remove that share of all units, those with the lowest scores, in one go; the laws are checked."""
+    groups = tuple(scores)
+    kept = allocate(groups, scores, sparsity=sparsity)
+    return slice_groups(analysis, kept, up_for_pruning=groups).eval()
+
+
+def _sizes(saliency: str, cuts: Sequence[CompressedModel]) -> list[list[str]]:
+    reports = [small.report for small in cuts]
+    params = [f"{report.params.ratio:.1%}" for report in reports]
+    return [[saliency, "parameters", *params], [saliency, "MACs", *(f"{report.macs.ratio:.1%}" for report in reports)]]
+
+
+def _note(file: Path | None, task: Task, label: str, scores: Sequence[Score]) -> None:
+    for sparsity, found in zip((0.0, *SPARSITIES), scores, strict=True):
+        append_json(file, {"model": task.name, "saliency": label, "sparsity": sparsity, **vars(found)})
+
+
+def reestimated(model: nn.Module, batches: Sequence[Batch]) -> nn.Module:
+    """A copy whose batch norms have the statistics of `batches`: their mean over the batches, no weight is touched."""
+    model = copy.deepcopy(model).eval()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+            module.momentum = None
+            module.train()
+    with torch.no_grad():
+        for batch in batches:
+            model(batch[0])
+    return model.eval()
+
+
+# ------------------------------------------------------------------------------------------------ metrics
+def proportion(metric: str, hits: int, n: int) -> Score:
+    """Percent, with the binomial standard error."""
+    p = hits / n
+    return Score(metric, 100 * p, 100 * math.sqrt(p * (1 - p) / n), n)
+
+
+def top1(metric: str, images: Tensor, labels: Tensor) -> Callable[[nn.Module], list[Score]]:
+    """Share of the images whose highest logit is the label's."""
+
+    @torch.no_grad()
+    def evaluate(model: nn.Module) -> list[Score]:
+        pairs = zip(images.split(BATCH), labels.split(BATCH), strict=True)
+        hits = sum(int((model(x).argmax(1) == y).sum()) for x, y in pairs)
+        return [proportion(metric, hits, len(labels))]
+
+    return evaluate
+
+
+def spearman(metric: str, rho: float, n: int) -> Score:
+    """Times 100; standard error by Bonett and Wright, 2000."""
+    error = math.sqrt((1 + rho**2 / 2) / (n - 3)) * (1 - rho**2)
+    return Score(metric, 100 * rho, 100 * error, n)
+
+
+def nats_per_token(metric: str, sums: Sequence[float], counts: Sequence[int]) -> Score:
+    """Mean loss over all tokens; standard error over stories, of a ratio of means."""
+    losses, lengths = torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64)
+    mean = float(losses.sum() / lengths.sum())
+    spread = float((losses - mean * lengths).square().sum())
+    return Score(metric, mean, math.sqrt(spread) / float(lengths.sum()), len(counts))
+
+
+# ------------------------------------------------------------------------------------------------ tasks
+@cache
+def realdata() -> Any:
+    return common.shared_module("data", "realdata.py")
+
+
+def cross_entropy(output: Tensor, batch: Batch) -> Tensor:
+    return F.cross_entropy(output.flatten(0, -2), batch[-1].flatten())
+
+
+def _batches(images: Tensor, labels: Tensor) -> list[Batch]:
+    return list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
+
+
+@cache
+def cifar(split: str, limit: int | None) -> tuple[Tensor, Tensor]:
+    """Normalised images (n, 3, 32, 32), labels (n,)."""
+    images, labels = realdata().cifar10(split)
+    return realdata().prep(realdata().ResNetCifar, images[:limit]), labels[:limit]
+
+
+def resnet20() -> Task:
+    model = realdata().load("cifar10_resnet20")
+    images, labels = cifar("train_a", FINETUNE_IMAGES)
+    calibration = _batches(images[:CIFAR_CALIBRATION], labels[:CIFAR_CALIBRATION])
+    evaluate = top1("CIFAR-10 top-1 %", *cifar("test", CIFAR_CURVE))
+    return Task("ResNet-20", model, (images[:2],), calibration, cross_entropy, evaluate, has_batch_norm=True)
+
+
+def imagenet(name: str, weights: str) -> Task:
+    model = realdata().load(weights)
+    images, labels = realdata().images(common.shared("data", "imagenet_500_even.npz"), model.size)
+    x = realdata().prep(model, images)
+    held_out = torch.arange(len(x)) % 5 == 0
+    calibration = _batches(x[held_out], labels[held_out])
+    evaluate = top1("ImageNet top-1 %", x[~held_out], labels[~held_out])
+    return Task(name, model, (x[:2],), calibration, cross_entropy, evaluate, has_batch_norm=True)
+
+
+def minilm() -> Task:
+    """Gradients are those of an unlabelled loss: every sentence apart from the others of its batch."""
+    data = realdata()
+    path = common.shared("data", "text_minilm.npz")
+    arrays = np.load(path)
+    sentences = data.ragged(arrays, "calib")
+    calibration = [_padded(sentences[k : k + 32]) for k in range(0, 256, 32)]
+    n_sst2, n_stsb = len(arrays["sst2_dev_label"]), len(arrays["stsb_dev_score"])
+
+    def evaluate(model: nn.Module) -> list[Score]:
+        hits = round(data.sst2_acc(model, path) / 100 * n_sst2)
+        rho = data.stsb_spearman(model, path, "dev") / 100
+        sst2 = proportion("SST-2 accuracy %", hits, n_sst2)
+        return [sst2, spearman("STS-B Spearman x 100", float(np.nan_to_num(rho)), n_stsb)]
+
+    return Task("MiniLM", data.load("minilm_l6_v2"), calibration[0], calibration, apart, evaluate)
+
+
+def apart(embeddings: Tensor, _: Batch) -> Tensor:
+    """Cross-entropy of telling which sentence of the batch an embedding (b, d) belongs to, temperature 0.05."""
+    return F.cross_entropy(embeddings @ embeddings.T / 0.05, torch.arange(len(embeddings)))
+
+
+def _padded(sentences: Sequence[Any]) -> Batch:
+    """Token ids (b, t) and mask (b, t)."""
+    tokens = [torch.from_numpy(s.astype(np.int64)) for s in sentences]
+    ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones(len(t)) for t in tokens], batch_first=True)
+    return ids, mask
+
+
+def stories() -> Task:
+    data = realdata()
+    found = data.ragged(np.load(common.shared("data", "tinystories_600.npz")), "ids")
+    tokens = [torch.from_numpy(story.astype(np.int64)) for story in found]
+    calibration = [(t[None, :-1], t[None, 1:]) for t in tokens[STORIES : STORIES + CALIBRATION_STORIES]]
+    model = data.load("stories260k")
+
+    @torch.no_grad()
+    def evaluate(small: nn.Module) -> list[Score]:
+        losses = [float(F.cross_entropy(small(t[None, :-1])[0], t[1:], reduction="sum")) for t in tokens[:STORIES]]
+        return [nats_per_token("nats per token", losses, [len(t) - 1 for t in tokens[:STORIES]])]
+
+    return Task("stories260k Llama", model, (torch.stack([tokens[0][:64]] * 2),), calibration, cross_entropy, evaluate)
+
+
+TASKS: dict[str, Callable[[], Task]] = {
+    "resnet20": resnet20,
+    "efficientnet": lambda: imagenet("EfficientNet-Lite0", "imagenet_efficientnet_lite0"),
+    "mobilenet": lambda: imagenet("MobileNetV2", "imagenet_mobilenet_v2"),
+    "minilm": minilm,
+    "stories": stories,
+}
+
+
+# ------------------------------------------------------------------------------------------------ fine-tuning
+def finetune_resnet20(saliency: str) -> None:
+    """ResNet-20 after five short epochs on part of CIFAR-10's training images, on all 10 000 test images."""
+    task = resnet20()
+    evaluate = top1("top-1 %", *cifar("test", None))
+    analysis = analyze(task.model, task.example)
+    groups = prunable_groups(analysis)
+    scores = score(saliency, analysis, groups, data=task.calibration, loss=task.loss)
+    rows = []
+    for sparsity in (0.0, *SPARSITIES):
+        small = cut(analysis, scores, sparsity)
+        before = evaluate(small)[0]
+        with timed() as clock:
+            finetune(small, *cifar("train_a", FINETUNE_IMAGES))
+        after = evaluate(small.eval())[0]
+        ratios = [f"{small.report.params.ratio:.1%}", f"{small.report.macs.ratio:.1%}"]
+        rows.append([f"{sparsity:.0%}".replace("%", " %"), *ratios, str(before), str(after), f"{clock.seconds:.0f}"])
+        print(f"fine-tuned at {sparsity:.0%}: {before} -> {after}", flush=True)
+    columns = ["units removed", "parameters", "MACs", "after the cut", "after fine-tuning", "s"]
+    title = (
+        f"ResNet-20 on all {len(cifar('test', None)[1])} CIFAR-10 test images ({saliency}): {FINETUNE_EPOCHS} epochs of "
+        f"{FINETUNE_IMAGES} training images, SGD {LEARNING_RATE}, momentum 0.9, cosine"
+    )
+    section(title, table(columns, rows))
+
+
+def finetune(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Train in place, with shifts of up to four pixels and mirror images."""
+    torch.manual_seed(0)
+    steps = FINETUNE_EPOCHS * math.ceil(len(images) / FINETUNE_BATCH)
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    model.train()
+    for _ in range(FINETUNE_EPOCHS):
+        for chosen in torch.randperm(len(images)).split(FINETUNE_BATCH):
+            optimizer.zero_grad()
+            F.cross_entropy(model(augmented(images[chosen])), labels[chosen]).backward()
+            optimizer.step()
+            schedule.step()
+
+
+def augmented(images: Tensor, shift: int = 4) -> Tensor:
+    """(n, c, h, w): each mirrored with probability one half, all moved by up to `shift` pixels (black comes in)."""
+    mirrored = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
+    padded = F.pad(mirrored, [shift] * 4, value=float(images.min()))
+    top, left = torch.randint(2 * shift + 1, (2,)).tolist()
+    return padded[..., top : top + images.shape[-2], left : left + images.shape[-1]]
+
+
+if __name__ == "__main__":
+    main()
