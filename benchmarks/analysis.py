@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import common
-from benchmarks.common import best_of, bounded, peak_memory, section, table, timed
+from benchmarks.common import best_of, bounded, peak_memory, percent, section, table, timed
 from graphcomp.analysis import analyze_captured
 from graphcomp.capture import capture
 from graphcomp.coupling.groups import Kept
@@ -125,7 +125,7 @@ def _chain(make: Callable[[int], tuple[nn.Module, Tensor]], blocks: int) -> list
         f"{export:.1f}",
         f"{analysis:.3f}",
         f"{1000 * analysis / blocks:.2f}",
-        f"{analysis / export:.1%}",
+        percent(analysis / export),
     ]
 
 
@@ -154,7 +154,7 @@ def _llama_steps() -> Iterator[tuple[str, float]]:
     yield f"{captured.producer} ({len(captured.module.graph.nodes)} nodes)", clock.seconds
     with timed() as clock:
         analysis = analyze_captured(captured)
-    yield f"analysis ({len(analysis.groups)} groups, reach {analysis.prunable_share:.1%})", clock.seconds
+    yield f"analysis ({len(analysis.groups)} groups, reach {percent(analysis.prunable_share)})", clock.seconds
     with timed() as clock:
         kept: Kept = allocate(analysis.groups, score("random", analysis, analysis.groups), sparsity=0.5, scope="local")
     units = sum(group.size for group in analysis.groups)
@@ -213,8 +213,8 @@ def _summary(found: list[tuple[str, float, float, int]]) -> list[str]:
         str(len(found)),
         f"{statistics.median(export):.1f}",
         f"{statistics.median(analysis):.3f}",
-        f"{statistics.median(ratios):.1%}",
-        f"{ratios[most]:.1%} ({found[most][0]})",
+        percent(statistics.median(ratios)),
+        f"{percent(ratios[most])} ({found[most][0]})",
         f"{analysis[slowest]:.2f} ({found[slowest][0]})",
     ]
 

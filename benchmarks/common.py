@@ -82,7 +82,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table, aligned: columns of numbers to the right."""
     cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(3, *(len(line[k]) for line in [list(columns), *cells])) for k in range(len(columns))]
-    right = [all(row[k][:1].isdigit() or row[k][:1] in ("–", "-", "n") for row in cells) for k in range(len(columns))]
+    right = [
+        all(row[k][:1].isdigit() or row[k].startswith(("–", "-", "nan")) for row in cells) for k in range(len(columns))
+    ]
     rule = ["-" * (width - r) + ":" * r for width, r in zip(widths, right, strict=True)]
     return "\n".join(_line(line, widths, right) for line in [list(columns), rule, *cells])
 
@@ -97,9 +99,9 @@ def section(title: str, body: str) -> None:
     print(f"\n### {title}\n\n{body}", flush=True)
 
 
-def share(part: float, whole: float, digits: int = 1) -> str:
-    """part / whole in percent."""
-    return f"{100 * part / whole:.{digits}f} %" if whole else "–"
+def percent(ratio: float, digits: int = 1) -> str:
+    """0.5 as '50.0 %'."""
+    return f"{100 * ratio:.{digits}f} %"
 
 
 def append_json(path: Path | None, row: Mapping[str, Any]) -> None:

@@ -5,8 +5,8 @@
     python -m benchmarks.oneshot --models resnet20,stories --saliencies l2,random
 
 Data and weights come from the shared folder beside the checkout. Calibration data (gradients, activations, batch norm
-statistics) are never test data: CIFAR-10's training images, every fifth of the 500 ImageNet images (the other 400 are the
-test), unlabelled sentences, other stories. Nothing else is trained, unless --finetune.
+statistics) are never test data: CIFAR-10's training images, every fifth of the 500 ImageNet images (the other 400 are
+the test), unlabelled sentences, other stories. No weight is trained, unless --finetune.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import common
-from benchmarks.common import append_json, section, table, timed
+from benchmarks.common import append_json, percent, section, table, timed
 from graphcomp.analysis import Analysis
 from graphcomp.api import analyze, prunable_groups, slice_groups
 from graphcomp.compressed import CompressedModel
@@ -83,7 +83,7 @@ def main() -> None:
     for name in options.models.split(","):
         task = TASKS[name]()
         rows, sizes = curves(task, options.saliencies.split(","), options.json)
-        columns = ["metric", "saliency", "0 %", *(f"{s:.0%}".replace("%", " %") for s in SPARSITIES)]
+        columns = ["metric", "saliency", "0 %", *(percent(s, 0) for s in SPARSITIES)]
         section(f"{task.name}: right after the cut, by share of units removed", table(columns, rows))
         print("\n" + table(["saliency", "left", *columns[3:]], sizes), flush=True)
     if options.finetune:
@@ -123,7 +123,8 @@ def curves(task: Task, saliencies: Sequence[str], file: Path | None) -> tuple[li
                 rows.append([f"{whole.metric} (n = {whole.n})", label, str(whole), *(str(r[k]) for r in results)])
                 _note(file, task, label, [whole, *(r[k] for r in results)])
         sizes += _sizes(saliency, cuts)
-        print(f"{saliency}: {', '.join(small.form for small in cuts)}", flush=True)
+        forms = {small.form: small.reason for small in cuts}
+        print("\n".join(f"{saliency}: {form} {reason and f'({reason})'}" for form, reason in forms.items()), flush=True)
     return rows, sizes
 
 
@@ -136,8 +137,8 @@ def cut(analysis: Analysis, scores: Scores, sparsity: float) -> CompressedModel:
 
 def _sizes(saliency: str, cuts: Sequence[CompressedModel]) -> list[list[str]]:
     reports = [small.report for small in cuts]
-    params = [f"{report.params.ratio:.1%}" for report in reports]
-    return [[saliency, "parameters", *params], [saliency, "MACs", *(f"{report.macs.ratio:.1%}" for report in reports)]]
+    params = [percent(report.params.ratio) for report in reports]
+    return [[saliency, "parameters", *params], [saliency, "MACs", *(percent(report.macs.ratio) for report in reports)]]
 
 
 def _note(file: Path | None, task: Task, label: str, scores: Sequence[Score]) -> None:
@@ -301,14 +302,12 @@ def finetune_resnet20(saliency: str) -> None:
         with timed() as clock:
             finetune(small, *cifar("train_a", FINETUNE_IMAGES))
         after = evaluate(small.eval())[0]
-        ratios = [f"{small.report.params.ratio:.1%}", f"{small.report.macs.ratio:.1%}"]
-        rows.append([f"{sparsity:.0%}".replace("%", " %"), *ratios, str(before), str(after), f"{clock.seconds:.0f}"])
-        print(f"fine-tuned at {sparsity:.0%}: {before} -> {after}", flush=True)
+        ratios = [percent(small.report.params.ratio), percent(small.report.macs.ratio)]
+        rows.append([percent(sparsity, 0), *ratios, str(before), str(after), f"{clock.seconds:.0f}"])
+        print(f"fine-tuned at {percent(sparsity, 0)}: {before} -> {after}", flush=True)
     columns = ["units removed", "parameters", "MACs", "after the cut", "after fine-tuning", "s"]
-    title = (
-        f"ResNet-20 on all {len(cifar('test', None)[1])} CIFAR-10 test images ({saliency}): {FINETUNE_EPOCHS} epochs of "
-        f"{FINETUNE_IMAGES} training images, SGD {LEARNING_RATE}, momentum 0.9, cosine"
-    )
+    how = f"{FINETUNE_EPOCHS} epochs of {FINETUNE_IMAGES} training images, SGD {LEARNING_RATE}, momentum 0.9, cosine"
+    title = f"ResNet-20 on all {len(cifar('test', None)[1])} CIFAR-10 test images ({saliency}), fine-tuned for {how}"
     section(title, table(columns, rows))
 
 

@@ -1,6 +1,6 @@
 """The law as a function, tiny models to try things on, and random networks.
 
-    Law 2. For every choice of kept units, the sliced model and the masked model compute the same function.
+Law 2: for every choice of kept units, the sliced model and the masked model compute the same function.
 
     result = check_law(model, example_inputs)      # raises VerificationError where the law does not hold
     assert result.groups and result.moved > 0.01   # something was cut, and cutting it changed the output
@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from graphcomp.analysis import Analysis, analyze_captured
 from graphcomp.capture import capture
-from graphcomp.compare import floating_tensors, relative_error, tolerance_of
+from graphcomp.compare import relative_error, tolerance_of
 from graphcomp.coupling.axis import kept_indices
 from graphcomp.coupling.groups import ChannelGroup
 from graphcomp.errors import VerificationError
@@ -136,16 +136,22 @@ def _first_difference(
     captured, coupling, units = analysis.captured, analysis.coupling, by_factor(kept)
     inputs = pytree.tree_leaves((captured.args, captured.kwargs))
     expected, actual = _values(masked, inputs), _values(small, inputs)
-    for node in captured.module.graph.nodes:
+    nodes: list[fx.Node] = list(captured.module.graph.nodes)
+    for node in nodes:
         if node.op != "call_function" or node.name not in expected or node.name not in actual:
             continue
-        tensors = zip(floating_tensors(expected[node.name]), floating_tensors(actual[node.name]), coupling.axes.get(node, []))
-        for full, cut, axes in tensors:
+        for full, cut, axes in zip(
+            _tensors(expected[node.name]), _tensors(actual[node.name]), coupling.axes.get(node, []), strict=False
+        ):
             found = {dim: kept_indices(axis, units) for dim, axis in enumerate(axes)}
             wanted = select(full, {dim: index for dim, index in found.items() if index is not None})
             if not relative_error(wanted, cut) <= allowed:
                 return node
     return None
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
 
 
 def _values(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, Any]:
@@ -201,7 +207,8 @@ class ResidualCNN(nn.Module):
         x = self.stem(image)
         x = F.relu(x + self.first(x))
         x = F.relu(self.shortcut(x) + self.second(x))
-        return self.head(x.mean((2, 3)))
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
 
 
 class VisionTransformer(nn.Module):
@@ -225,7 +232,8 @@ class VisionTransformer(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).reshape(n, s, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, s, c))
         x = x + self.down(F.gelu(self.up(self.norm2(x))))
-        return self.head(self.norm(x)[:, 0])
+        logits: Tensor = self.head(self.norm(x)[:, 0])
+        return logits
 
 
 class Encoder(nn.Module):
@@ -248,11 +256,14 @@ class Encoder(nn.Module):
         attended = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
         x = self.norm1(x + self.dense(attended))
         x = self.norm2(x + self.down(F.gelu(self.up(x))))
-        return self.head(torch.tanh(self.pooler(x[:, 0])))
+        logits: Tensor = self.head(torch.tanh(self.pooler(x[:, 0])))
+        return logits
 
 
 class Decoder(nn.Module):
-    """As Llama: RMS norm, rotary grouped-query attention, gated feed-forward, tied head: (n, s) -> (n, s, vocabulary)."""
+    """As Llama: RMS norm, rotary grouped-query attention, gated feed-forward, tied head: (n, s) -> (n, s, 11)."""
+
+    frequency: Tensor
 
     def __init__(self, vocabulary: int = 11, width: int = 16, heads: int = 4, kv_heads: int = 2, dim: int = 8) -> None:
         super().__init__()
@@ -275,7 +286,8 @@ class Decoder(nn.Module):
         x = x + self.o(attended.transpose(1, 2).flatten(2))
         h = self.norm2(x)
         x = x + self.down(F.silu(self.gate(h)) * self.up(h))
-        return self.norm(x) @ self.embed.weight.t()
+        logits: Tensor = self.norm(x) @ self.embed.weight.t()
+        return logits
 
 
 def rotate_half(x: Tensor) -> Tensor:
@@ -300,17 +312,22 @@ def tiny_models() -> dict[str, tuple[nn.Module, tuple[Tensor, ...]]]:
 
 
 # ------------------------------------------------------------------------------------------------ random networks
+Run: TypeAlias = Callable[[Any, Any], Any]
+"""What a block does with itself, for its submodules, and with a value."""
+
+
 class Block(nn.Module):
     """One function of one value, with the submodules and parameters it uses under their own names."""
 
-    def __init__(self, kind: str, run: Callable[[Any, Tensor], Tensor], **parts: nn.Module | nn.Parameter) -> None:
+    def __init__(self, kind: str, run: Run, **parts: nn.Module | nn.Parameter) -> None:
         super().__init__()
         self.kind, self.run = kind, run
         for name, part in parts.items():
             setattr(self, name, part)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.run(self, x)
+        result: Tensor = self.run(self, x)
+        return result
 
     def extra_repr(self) -> str:
         return self.kind
@@ -375,8 +392,9 @@ def _divisor(rng: random.Random, c: int) -> int:
     return rng.choice([g for g in (2, 4) if c % g == 0] or [1])
 
 
-def _activation(rng: random.Random) -> Callable[[Tensor], Tensor]:
-    return rng.choice([F.relu, F.gelu, torch.sigmoid, F.hardswish, torch.cos])  # some do not map 0 to 0
+def _activation(rng: random.Random) -> Callable[[Any], Any]:
+    some_do_not_map_0_to_0: list[Callable[[Any], Any]] = [F.relu, F.gelu, torch.sigmoid, F.hardswish, torch.cos]
+    return rng.choice(some_do_not_map_0_to_0)
 
 
 # images: (n, c, h, w)
@@ -410,13 +428,13 @@ def _dense(rng: random.Random, c: int) -> Made:
 
 
 def _parts(rng: random.Random, c: int) -> Made:
-    def run(m: Any, x: Tensor) -> Tensor:
-        a, b = x.split([c // 4, c - c // 4], 1)
-        return torch.cat([b, m.conv(a)], 1) if m.swap else torch.cat([m.conv(a), b], 1)
+    swap = rng.random() < 0.5
 
-    block = Block("split and concat", run, conv=_conv(c // 4, 8))
-    block.swap = rng.random() < 0.5  # type: ignore[assignment]
-    return block, c - c // 4 + 8
+    def run(m: Any, x: Any) -> Any:
+        a, b = x.split([c // 4, c - c // 4], 1)
+        return torch.cat([b, m.conv(a)] if swap else [m.conv(a), b], 1)
+
+    return Block("split and concat", run, conv=_conv(c // 4, 8)), c - c // 4 + 8
 
 
 def _gate(rng: random.Random, c: int) -> Made:
@@ -450,7 +468,8 @@ def _squeeze_excite(rng: random.Random, c: int) -> Made:
 
 
 def _pool(rng: random.Random, c: int) -> Made:
-    pool = rng.choice([F.max_pool2d, F.avg_pool2d])
+    pools: list[Callable[..., Any]] = [F.max_pool2d, F.avg_pool2d]
+    pool = rng.choice(pools)
     return Block("pool", lambda m, x: pool(x, 2, ceil_mode=True) if x.shape[-1] > 1 else x), c
 
 
@@ -467,10 +486,11 @@ def _scaled(rng: random.Random, c: int) -> Made:
 
 def _folded(rng: random.Random, c: int) -> Made:
     g = _divisor(rng, c)
-    reduce = rng.choice([torch.sum, torch.mean, torch.amax])
+    reductions: list[Callable[..., Any]] = [torch.sum, torch.mean, torch.amax]
+    reduce = rng.choice(reductions)
     inner = rng.random() < 0.5
 
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Any) -> Any:
         shape = (c // g, g) if inner else (g, c // g)
         return reduce(x.reshape(x.shape[0], *shape, *x.shape[2:]), 2 if inner else 1)
 
@@ -508,7 +528,7 @@ def _gated_feed_forward(rng: random.Random, c: int) -> Made:
         return Block("gated feed-forward", lambda m, x: x + m.down(F.silu(m.gate(x)) * m.up(x)),
                      gate=nn.Linear(c, 12), up=nn.Linear(c, 12), down=nn.Linear(12, c)), c  # fmt: skip
 
-    def fused(m: Any, x: Tensor) -> Tensor:
+    def fused(m: Any, x: Any) -> Any:
         gate, up = m.both(x).chunk(2, -1)
         return x + m.down(F.silu(gate) * up)
 
@@ -521,7 +541,7 @@ def _rms_norm(rng: random.Random, c: int) -> Made:
 
 
 def _layer_norm(rng: random.Random, c: int) -> Made:
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Any) -> Any:
         centred = x - x.mean(-1, keepdim=True)
         return m.scale * centred / torch.sqrt(x.var(-1, keepdim=True, correction=0) + 1e-5)
 
@@ -533,17 +553,17 @@ def _attention(rng: random.Random, c: int) -> Made:
     h, d = rng.choice([(2, 4), (3, 4), (4, 2)])
     layout, by_hand = rng.choice(["separate", "(3 h d)", "[q | k | v]", "(h 3 d)"]), rng.random() < 0.4
 
-    def heads(m: Any, x: Tensor) -> Sequence[Tensor]:
+    def heads(m: Any, x: Any) -> Any:
         if layout == "separate":
             return [f(x).unflatten(-1, (h, d)).transpose(1, 2) for f in (m.q, m.k, m.v)]
         qkv = m.qkv(x)
         if layout == "(3 h d)":
-            return qkv.unflatten(-1, (3, h, d)).permute(2, 0, 3, 1, 4).unbind(0)  # type: ignore[no-any-return]
+            return qkv.unflatten(-1, (3, h, d)).permute(2, 0, 3, 1, 4).unbind(0)
         if layout == "(h 3 d)":
-            return qkv.unflatten(-1, (h, 3 * d)).transpose(1, 2).chunk(3, -1)  # type: ignore[no-any-return]
+            return qkv.unflatten(-1, (h, 3 * d)).transpose(1, 2).chunk(3, -1)
         return [t.unflatten(-1, (h, d)).transpose(1, 2) for t in qkv.split(h * d, -1)]
 
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Any) -> Any:
         q, k, v = heads(m, x)
         y = (q @ k.mT * d**-0.5).softmax(-1) @ v if by_hand else F.scaled_dot_product_attention(q, k, v)
         return x + m.o(y.transpose(1, 2).flatten(2))
@@ -556,7 +576,7 @@ def _grouped_query(rng: random.Random, c: int) -> Made:
     g, r, d = 2, rng.choice([2, 3]), 4
     expanded = rng.random() < 0.5
 
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Any) -> Any:
         q = m.q(x).unflatten(-1, (g * r, d)).transpose(1, 2)
         k, v = (f(x).unflatten(-1, (g, d)).transpose(1, 2) for f in (m.k, m.v))
         if expanded:
@@ -581,7 +601,7 @@ def _joined(rng: random.Random, c: int) -> Made:
 
 def _weights_by_hand(rng: random.Random, c: int) -> Made:
     weight = nn.Parameter(torch.randn(12, c) / c**0.5)
-    how: Callable[[Any, Tensor], Tensor] = rng.choice(
+    how: Run = rng.choice(
         [lambda m, x: x @ m.w.t(), lambda m, x: torch.einsum("nsc,oc->nso", x, m.w), lambda m, x: F.linear(x, m.w)]
     )
     return Block("weight by hand", how, w=weight), 12

@@ -232,7 +232,8 @@ FAMILIES: dict[str, Case] = {
     "index by a constant": lambda: image(lambda m, x: m.b(m.a(x))[:, [3, 1, 2]], 3, a=conv(12, 8), b=conv(8, 5)),
     "index by a mask of positions": lambda: sequence(lambda m, x: x[:, torch.tensor([True, False] * 3)]),
     "sort and gather": lambda: sequence(lambda m, x: x.gather(1, x.sort(1).indices)),
-    "sort channels": lambda: sequence(lambda m, x: m.b(m.a(x)).sort(-1).values, 5, a=nn.Linear(12, 8), b=nn.Linear(8, 5)),
+    "sort channels": lambda: sequence(lambda m, x: m.b(m.a(x)).sort(-1).values, 5,
+                                      a=nn.Linear(12, 8), b=nn.Linear(8, 5)),
     "top-k positions": lambda: sequence(lambda m, x: x.topk(3, 1).values),
     "where": lambda: image(lambda m, x: torch.where(x > m.part(x), x, 0.5), part=conv(12, 12)),
     "masked_fill": lambda: image(lambda m, x: x.masked_fill(x < 0, -1.0)),
@@ -451,6 +452,7 @@ def test_many_random_networks(seed: int, depth: int) -> None:
 # ------------------------------------------------------------------------------------------------ the check itself
 def test_a_broken_law_is_seen_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule that lets a flip of channels pass makes a wrong cut."""
+
     def flip(self: Axes) -> Axes:
         return self
 

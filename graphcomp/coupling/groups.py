@@ -120,10 +120,11 @@ def find_groups(coupling: Coupling) -> tuple[ChannelGroup, ...]:
         name = _name(role, found_in)
         names[name] += 1
         unique = name if names[name] == 1 else f"{name}#{names[name]}"
-        groups.append(
-            ChannelGroup(unique, factor.size, role, tuple(found_in), factor, "normalized" in factor.marks)
-        )
+        groups.append(ChannelGroup(unique, factor.size, role, tuple(found_in), factor, "normalized" in factor.marks))
     return tuple(groups)
+
+
+_ALONE = Reason("cut until every index stands alone: the ops that read it group it in ways that do not nest")
 
 
 def find_frozen(coupling: Coupling) -> tuple[FrozenAxis, ...]:
@@ -137,7 +138,9 @@ def find_frozen(coupling: Coupling) -> tuple[FrozenAxis, ...]:
             for leaf in leaves(axis):
                 if leaf.frozen:
                     reasons[leaf.frozen] += leaf.size
-            if is_frozen(axis) and reasons:  # all of it: one line, the first reason
+            if tensor.shape[dim] > 1 and not any(True for _ in leaves(axis)):
+                found.append(FrozenAxis(name, dim, tensor.shape[dim], _ALONE))
+            elif is_frozen(axis) and reasons:  # all of it: one line, the first reason
                 found.append(FrozenAxis(name, dim, tensor.shape[dim], next(iter(reasons))))
             else:
                 found += [FrozenAxis(name, dim, count, reason) for reason, count in reasons.items()]

@@ -78,12 +78,21 @@ class TracedInt(int):
 
     attributes: frozenset[Site]
     compute: Callable[[Values], int]
+    direct: bool  # an attribute as it is
+    mixed: bool  # plain ints took part, which may be lengths that change, too
 
     @staticmethod
-    def make(value: int, attributes: frozenset[Site], compute: Callable[[Values], int]) -> TracedInt:
-        """An int of this `value`."""
+    def of(site: Site, value: int) -> TracedInt:
+        """The attribute at `site`."""
+        made = TracedInt.make(value, frozenset([site]), operator.itemgetter(site), mixed=False)
+        made.direct = True
+        return made
+
+    @staticmethod
+    def make(value: int, attributes: frozenset[Site], compute: Callable[[Values], int], mixed: bool) -> TracedInt:
+        """An int of this `value`, computed from attributes."""
         made = TracedInt(value)
-        made.attributes, made.compute = attributes, compute
+        made.attributes, made.compute, made.direct, made.mixed = attributes, compute, False, mixed
         return made
 
     def __deepcopy__(self, memo: Any) -> TracedInt:
@@ -107,7 +116,8 @@ def _arithmetic(name: str, apply: Callable[[int, int], int], swapped: bool) -> N
             theirs = other.compute(values) if isinstance(other, TracedInt) else other
             return apply(theirs, mine) if swapped else apply(mine, theirs)
 
-        return TracedInt.make(int(value), self.attributes | known, compute)
+        mixed = self.mixed or not isinstance(other, TracedInt) or other.mixed
+        return TracedInt.make(int(value), self.attributes | known, compute, mixed)
 
     setattr(TracedInt, name, method)
 
@@ -180,7 +190,7 @@ def trace(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     listen = _Listen()
     with untouched(root, real=True), torch.no_grad():
         for site, value in sites(root).items():
-            put(root, site, TracedInt.make(value, frozenset([site]), operator.itemgetter(site)))
+            put(root, site, TracedInt.of(site, value))
         try:
             with listen:
                 root(*args, **kwargs)
@@ -194,12 +204,34 @@ Change: TypeAlias = tuple[int, int]
 """A length before and after the cut."""
 
 
+@dataclass(frozen=True)
+class OpLengths:
+    """The arguments of one node that hold lengths: for each the lengths in order, None for what is not one."""
+
+    arguments: tuple[tuple[Change | None, ...], ...]
+    modules: frozenset[str]  # paths of the modules whose forward was running
+
+    def known(self) -> set[int]:
+        """All lengths before the cut."""
+        return {change[0] for argument in self.arguments for change in argument if change is not None}
+
+    def like(self, numbers: Sequence[int]) -> bool:
+        """Whether one argument is these numbers."""
+        return any(
+            len(argument) == len(numbers)
+            and all(
+                change is None or change[0] in (n, -1) or n == -1 for change, n in zip(argument, numbers, strict=True)
+            )
+            for argument in self.arguments
+        )
+
+
 @dataclass
 class Lengths:
     """Lengths before and after the cut, by where in the user's code they are used."""
 
-    arguments: dict[Place, list[list[list[Change | None]]]] = field(default_factory=lambda: defaultdict(list))
-    """source line -> for each node: for each argument that holds lengths: the lengths (None: not one)."""
+    arguments: dict[Place, list[OpLengths]] = field(default_factory=lambda: defaultdict(list))
+    """source line -> its nodes, in the order of the graph."""
     of_module: dict[str, set[Change]] = field(default_factory=lambda: defaultdict(set))
     """module path -> lengths of the axes of what its forward computes, and of its own tensors, and their parts."""
 
@@ -214,9 +246,9 @@ def find_lengths(coupling: Coupling, counts: Mapping[Factor, int]) -> Lengths:
             found.of_module[path] |= changes
         if node in coupling.calls:
             match = LINE.match(source_line(node))
-            constants = [_changes(axes, counts) for axes in coupling.calls[node].lengths.values()]
+            constants = tuple(_changes(axes, counts) for axes in coupling.calls[node].lengths.values())
             if match and constants:
-                found.arguments[match[1], int(match[2])].append(constants)
+                found.arguments[match[1], int(match[2])].append(OpLengths(constants, frozenset(module_paths(node))))
     for name, held in coupling.attributes.items():
         owner = name.rpartition(".")[0]
         for path in (owner, owner.rpartition(".")[0]):
@@ -231,10 +263,10 @@ def module_paths(node: fx.Node) -> list[str]:
     return [path.removeprefix("L['self'].").removeprefix("L['self']") for path in paths]
 
 
-def _changes(axes: Any, counts: Mapping[Factor, int]) -> list[Change | None]:
+def _changes(axes: Any, counts: Mapping[Factor, int]) -> tuple[Change | None, ...]:
     """Of what a Call says of one argument: an Axis, None, or a list of these."""
     listed: Sequence[Axis | None] = axes if isinstance(axes, (list, tuple)) else [axes]
-    return [None if axis is None else _change(axis, counts) for axis in listed]
+    return tuple(None if axis is None else _change(axis, counts) for axis in listed)
 
 
 def _change(axis: Axis, counts: Mapping[Factor, int]) -> Change | None:
@@ -300,41 +332,47 @@ def constraints(arrivals: Iterable[Arrival], lengths: Lengths) -> list[Constrain
     return found
 
 
-Node: TypeAlias = list[list[Change | None]]
-
-
-def _matched(calls: Sequence[Arrival], nodes: Sequence[Node]) -> Iterator[tuple[Arrival, Sequence[Node]]]:
-    """Calls of one line with the nodes each may stand for: those that share a length; one each where counts agree."""
-    kinds: dict[tuple[int, ...], list[Arrival]] = defaultdict(list)
+def _matched(calls: Sequence[Arrival], nodes: Sequence[OpLengths]) -> Iterator[tuple[Arrival, Sequence[OpLengths]]]:
+    """Calls of one line with the nodes each may stand for, the fewest that can be told: the k-th of those calls that
+    look alike is the k-th of as many nodes."""
+    kinds: dict[tuple[Any, ...], list[Arrival]] = defaultdict(list)
     for call in calls:
-        kinds[tuple(int(n) for _, n in call.traced)].append(call)
-    for numbers, alike in kinds.items():
-        fitting = [node for node in nodes if _mentions(node, numbers)]
+        owners = frozenset(site[0] for _, number in call.traced for site in number.attributes)
+        kinds[owners, tuple(map(int, call.numbers))].append(call)
+    for (owners, numbers), alike in kinds.items():
+        fitting = _fitting(nodes, owners, numbers, alike[0])
         for k, call in enumerate(alike):
-            yield call, [fitting[k]] if len(fitting) == len(alike) else fitting or nodes
+            yield call, [fitting[k]] if len(fitting) == len(alike) else fitting
 
 
-def _mentions(node: Node, numbers: Sequence[int]) -> bool:
-    known = {change[0] for argument in node for change in argument if change is not None}
-    return any(n in known for n in numbers)
+def _fitting(
+    nodes: Sequence[OpLengths], owners: frozenset[str], numbers: Sequence[int], call: Arrival
+) -> Sequence[OpLengths]:
+    """The nodes that a call with such numbers, made from attributes of `owners`, can be."""
+    traced = {int(number) for _, number in call.traced}
+    nodes = [node for node in nodes if owners & node.modules] or nodes
+    nodes = [node for node in nodes if node.like(numbers)] or nodes
+    return [node for node in nodes if traced <= node.known()] or [n for n in nodes if traced & n.known()] or nodes
 
 
-def _allowed(node: Node, numbers: Sequence[int], position: int) -> set[int]:
+def _allowed(node: OpLengths, numbers: Sequence[int], position: int) -> set[int]:
     """New values of the number at `position` of a call's numbers."""
     wanted = numbers[position]
-    for argument in node:
+    for argument in node.arguments:
         if len(argument) == len(numbers):
             change = argument[position]
             if change is not None and change[0] == wanted:
                 return {change[1]}
-    return {change[1] for argument in node for change in argument if change is not None and change[0] == wanted}
+    return {change[1] for argument in node.arguments for change in argument if change and change[0] == wanted}
 
 
 def solve(values: Values, found: Sequence[Constraint], lengths: Lengths) -> Solutions:
     """Values of all attributes that meet the constraints; an attribute that need not change does not."""
     chosen: list[list[dict[Site, int]]] = []
     for names, bounds in _components(found):
-        options = _component(names, bounds, values, lengths)
+        options = _component(names, bounds, values, lengths) or _component(
+            names, [bound for bound in bounds if not bound.number.mixed], values, lengths
+        )
         if not options:
             return Solutions((), _conflict(bounds))
         chosen.append(options)
@@ -365,9 +403,7 @@ def _component(
 
 def _domain(site: Site, bounds: Sequence[Constraint], old: int, lengths: Lengths) -> list[int]:
     """Values worth trying for one attribute: what it is, and what a length of that size becomes."""
-    direct = [
-        b.allowed for b in bounds if b.number.attributes == {site} and b.number.compute({site: old + 1}) == old + 1
-    ]
+    direct = [b.allowed for b in bounds if b.number.direct and b.number.attributes == {site}]
     if direct:
         return sorted(frozenset.intersection(*direct), key=lambda n: (n != old, n))
     return options(site, old, lengths)
@@ -379,9 +415,10 @@ def options(site: Site, old: int, lengths: Lengths) -> list[int]:
 
 
 def _conflict(bounds: Sequence[Constraint]) -> str:
-    names = ", ".join(sorted({describe(site) for bound in bounds for site in bound.number.attributes}))
-    needs = {(tuple(sorted(b.allowed)), int(b.number), f"{b.place[0]}:{b.place[1]}") for b in bounds}
-    text = "; ".join(
-        f"{before} has to become {' or '.join(map(str, after))} at {at}" for after, before, at in sorted(needs)
-    )
-    return f"no value of {names} fits: {text}"
+    """The numbers that have to change, and those made of the same attributes."""
+    changing = [b for b in bounds if int(b.number) not in b.allowed]
+    names = {site for bound in changing for site in bound.number.attributes}
+    shown = {b for b in bounds if b.number.attributes & names}
+    needs = sorted({(f"{b.place[0]}:{b.place[1]}", int(b.number), tuple(sorted(b.allowed))) for b in shown})
+    text = "; ".join(f"{n} has to become {' or '.join(map(str, allowed))} at {at}" for at, n, allowed in needs)
+    return f"no value of {', '.join(sorted(map(describe, names)))} fits: {text}"

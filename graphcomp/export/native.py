@@ -276,7 +276,7 @@ class _Search:
         return NativeResult(built.module, "", built.edits, found), _Failure("")
 
     def reason(self, counts: Mapping[Factor, int]) -> str:
-        """Why the last set of changes failed, with the op whose implied constant a cut would change, if there is one."""
+        """Why the last set of changes failed, and the op whose implied constant a cut would change, if there is one."""
         coupling = self.analysis.coupling
         for node, call in coupling.calls.items():
             axes = [axis for n in node.all_input_nodes for value in coupling.axes.get(n, []) for axis in value[-1:]]

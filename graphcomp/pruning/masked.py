@@ -157,9 +157,7 @@ def _group_norm(
     scale = torch.rsqrt(spread + eps)
     y = ((x - centre) * scale).reshape(input.shape)
     shape = (1, c, *[1] * (input.dim() - 2))
-    y = _affine(
-        y, None if weight is None else weight.reshape(shape), None if bias is None else bias.reshape(shape)
-    )
+    y = _affine(y, None if weight is None else weight.reshape(shape), None if bias is None else bias.reshape(shape))
     return y, centre.flatten(1), scale.flatten(1)
 
 

@@ -17,7 +17,6 @@ from graphcomp.coupling.axis import (
     EMPTY,
     UNIT,
     Axis,
-    Concat,
     Factor,
     Product,
     Reason,

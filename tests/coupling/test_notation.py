@@ -17,9 +17,7 @@ def axes(*sizes: int) -> Axes:
     return tuple(map(fresh, sizes))
 
 
-def run(
-    text: str, *operands: Axes | None, shape: Sequence[int] = (), **sizes: int
-) -> tuple[Axes, list[Contraction]]:
+def run(text: str, *operands: Axes | None, shape: Sequence[int] = (), **sizes: int) -> tuple[Axes, list[Contraction]]:
     (result,), contracted = apply(parse(text), operands, [shape], WHY, sizes)
     return result, contracted
 

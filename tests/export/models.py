@@ -159,3 +159,15 @@ def analysed(model: nn.Module, *inputs: Tensor) -> Analysis:
 def some(analysis: Analysis, *leave: str) -> dict[ChannelGroup, Tensor]:
     """Every second unit of each group, the first one always; roles in `leave` stay whole."""
     return {g: torch.arange(0, g.size, 2) for g in analysis.groups if g.role not in leave}
+
+
+class Outer(nn.Module):
+    """(n, 6) -> (n, 2), around an Mlp."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner: nn.Module = Mlp()
+        self.last = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.inner(x))

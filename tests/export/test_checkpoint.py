@@ -108,6 +108,17 @@ def test_a_loaded_graph_switches_modes_and_trains(tmp_path: Path) -> None:
     assert torch.equal(found.bn.running_mean, after)
 
 
+def test_a_model_that_holds_a_graph(tmp_path: Path) -> None:
+    whole = models.Outer()
+    part = analysed(whole.inner, *INPUTS["Mlp"])
+    whole.inner = SliceGroups(part.coupling, some(part))(part.captured.module)
+    write(tmp_path / "out", whole, form="graph", kept={}, report={})
+    found = read(tmp_path / "out").module
+    assert isinstance(found, models.Outer)
+    assert isinstance(found.inner, CapturedModule)
+    assert same(found, whole, INPUTS["Mlp"])
+
+
 def test_dtypes_are_kept(tmp_path: Path) -> None:
     module = models.Mlp().bfloat16()
     write(tmp_path / "out", module, form="native", kept={}, report={})

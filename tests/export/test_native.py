@@ -51,6 +51,25 @@ def test_attributes_with_equal_values_are_told_apart() -> None:
     assert ("", "heads", 3) in result.edits
 
 
+def test_a_length_computed_from_an_attribute_and_another_length() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = 10
+            self.up, self.a, self.b = nn.Linear(6, 16), nn.Linear(10, 3), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.up(x))
+            left, right = torch.split(h, [self.first, h.shape[1] - self.first], 1)
+            return self.a(left) + self.b(right)
+
+    analysis = analysed(Halves(), *INPUTS["Mlp"])
+    sizes = {g.size: g for g in analysis.groups}
+    result = native(analysis, {sizes[10]: torch.arange(7), sizes[6]: torch.arange(2)})
+    assert result.module is not None, result.reason
+    assert result.module.first == 7
+
+
 def test_an_attribute_that_would_need_two_values_is_named() -> None:
     analysis = analysed(models.Attention(), *INPUTS["Attention"])
     dims = [g for g in analysis.groups if g.role == "head_dim"]
