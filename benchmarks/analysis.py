@@ -14,7 +14,6 @@ import argparse
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -168,20 +167,12 @@ def _llama_steps() -> Iterator[tuple[str, float]]:
 
 def meta_llama() -> tuple[nn.Module, Tensor]:
     """The model without memory, and token ids."""
-    _import_torchvision()
+    common.import_torchvision()
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**LLAMA, use_cache=False)).eval()
         return model, torch.zeros(2, 32, dtype=torch.long)
-
-
-def _import_torchvision() -> None:
-    """transformers imports it where it is installed, and it does not always fit a CPU-only torch."""
-    from tests.vision import import_torchvision
-
-    with suppress(ImportError):
-        import_torchvision()
 
 
 # ------------------------------------------------------------------------------------------------ the zoo

@@ -77,6 +77,14 @@ def shared_module(*parts: str) -> ModuleType:
     return importlib.import_module(path.stem)
 
 
+def import_torchvision() -> None:
+    """Before transformers, which imports torchvision where there is one: it does not always fit a CPU-only torch."""
+    from tests.vision import import_torchvision
+
+    with suppress(ImportError):
+        import_torchvision()
+
+
 # ------------------------------------------------------------------------------------------------ tables
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table, aligned: columns of numbers to the right."""

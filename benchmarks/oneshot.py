@@ -38,6 +38,7 @@ from graphcomp.pruning.saliency import score
 SPARSITIES = (0.1, 0.2, 0.3, 0.5)
 SALIENCIES = ("l2", "taylor", "activation")
 BATCH = 50
+BN_BATCH, MOMENTUM = 256, 0.1  # images at once to re-estimate from; the momentum of the models' batch norms
 CIFAR_CURVE, CIFAR_CALIBRATION = 2000, 512
 FINETUNE_IMAGES, FINETUNE_EPOCHS, FINETUNE_BATCH, LEARNING_RATE = 10_000, 5, 128, 0.01
 STORIES, CALIBRATION_STORIES = 200, 32
@@ -146,17 +147,21 @@ def _note(file: Path | None, task: Task, label: str, scores: Sequence[Score]) ->
         append_json(file, {"model": task.name, "saliency": label, "sparsity": sparsity, **vars(found)})
 
 
+@torch.no_grad()
 def reestimated(model: nn.Module, batches: Sequence[Batch]) -> nn.Module:
-    """A copy whose batch norms have the statistics of `batches`: their mean over the batches, no weight is touched."""
-    model = copy.deepcopy(model).eval()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.reset_running_stats()
-            module.momentum = None
-            module.train()
-    with torch.no_grad():
-        for batch in batches:
-            model(batch[0])
+    """A copy whose batch norms have the statistics of all inputs in `batches`. No weight is touched."""
+    model = copy.deepcopy(model).train()
+    statistics = [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    totals = [torch.zeros_like(buffer) for buffer in statistics]
+    parts = torch.cat([batch[0] for batch in batches]).split(BN_BATCH)
+    for images in parts:
+        for buffer in statistics:
+            buffer.zero_()
+        model(images)  # leaves MOMENTUM times the batch's statistics
+        for buffer, total in zip(statistics, totals, strict=True):
+            total += buffer / MOMENTUM
+    for buffer, total in zip(statistics, totals, strict=True):
+        buffer.copy_(total / len(parts))
     return model.eval()
 
 
@@ -234,6 +239,7 @@ def imagenet(name: str, weights: str) -> Task:
 
 def minilm() -> Task:
     """Gradients are those of an unlabelled loss: every sentence apart from the others of its batch."""
+    common.import_torchvision()
     data = realdata()
     path = common.shared("data", "text_minilm.npz")
     arrays = np.load(path)

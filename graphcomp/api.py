@@ -19,13 +19,14 @@ from graphcomp.compare import relative_error, tolerance_of
 from graphcomp.compressed import CompressedModel
 from graphcomp.cost import CostModel, latency
 from graphcomp.coupling.groups import ROLES, ChannelGroup, Kept
+from graphcomp.describe import why_nothing
 from graphcomp.errors import NotBuiltError, NothingToPrune, PlanError, VerificationError
 from graphcomp.export.native import NativeResult, native
+from graphcomp.progress import progress as show_progress
 from graphcomp.pruning.allocation import Budget, Scope, allocate, allocate_budget
 from graphcomp.pruning.mask import InsertMasks, set_masks
 from graphcomp.pruning.saliency import Saliency, score
 from graphcomp.pruning.slice import SliceGroups, by_factor, kept_of_tensors
-from graphcomp.describe import why_nothing
 from graphcomp.report import Change, Report, group_dict, layers
 
 logger = logging.getLogger("graphcomp")
@@ -102,9 +103,10 @@ def compress(
         budget: a target on parameters or MACs instead of `sparsity`.
         scope: compress one submodule; the result holds the whole model with that part replaced.
         outputs: names of the outputs that matter.
-        verify: check the laws on the example inputs; their errors stand in the report.
+        verify: check on the example inputs that sliced equals masked; the error stands in the report. (That the
+            user's class equals the sliced graph is always checked: an unverified one is never returned.)
         measure_latency: time the model before and after (one thread, milliseconds).
-        progress: show a progress bar where there is something to wait for (silent off a terminal).
+        progress: show a progress line on the terminal (silent elsewhere).
         seed: of random saliency.
 
     Raises:
@@ -114,15 +116,20 @@ def compress(
         NotBuiltError: bits, or a method, that this version does not have.
     """
     _check_arguments(sparsity, bits, method, data, prune)
-    analysis = analyze(model, example_inputs, example_kwargs, scope=scope, outputs=outputs)
-    groups = prunable_groups(analysis, ignore=ignore, prune=prune)
-    _check_weights(analysis, saliency)
-    scores = score(saliency, analysis, groups, data=data, loss=loss, seed=seed)
-    if budget is None:
-        kept = allocate(groups, scores, sparsity=sparsity, scope=ranking, round_to=round_to)
-    else:
-        kept = allocate_budget(analysis, groups, scores, budget, scope=ranking, round_to=round_to)
-    small = slice_groups(analysis, kept, up_for_pruning=groups, verify=verify, measure_latency=measure_latency)
+    with show_progress(4, progress) as bar:
+        bar.step("capturing and coupling")
+        analysis = analyze(model, example_inputs, example_kwargs, scope=scope, outputs=outputs)
+        groups = prunable_groups(analysis, ignore=ignore, prune=prune)
+        _check_weights(analysis, saliency)
+        bar.step(f"scoring {sum(group.size for group in groups)} units")
+        scores = score(saliency, analysis, groups, data=data, loss=loss, seed=seed)
+        bar.step("choosing")
+        if budget is None:
+            kept = allocate(groups, scores, sparsity=sparsity, scope=ranking, round_to=round_to)
+        else:
+            kept = allocate_budget(analysis, groups, scores, budget, scope=ranking, round_to=round_to)
+        bar.step("cutting and verifying")
+        small = slice_groups(analysis, kept, up_for_pruning=groups, verify=verify, measure_latency=measure_latency)
     return _into_whole(model, small, scope) if scope else small
 
 

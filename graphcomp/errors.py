@@ -1,15 +1,15 @@
 """Every exception graphcomp raises on purpose.
 
-    GraphcompError
-    ├── CaptureError          the model could not be turned into a graph
-    │   └── InputError        the example inputs do not fit the model
-    ├── RuleError             a coupling rule is malformed or registered twice
-    ├── PlanError             what was asked cannot be planned
-    │   ├── NothingToPrune    no axis is free; the message says why each one is frozen
-    │   └── BudgetError       a sparsity or budget no choice of units can meet
-    ├── VerificationError     a law does not hold on the result: a bug of ours, never handed on in silence
-    ├── CheckpointError       a folder cannot be written or read back
-    └── NotBuiltError         an option that exists in the design and not yet in the code
+GraphcompError
+├── CaptureError          the model could not be turned into a graph
+│   └── InputError        the example inputs do not fit the model
+├── RuleError             a coupling rule is malformed or registered twice
+├── PlanError             what was asked cannot be planned
+│   ├── NothingToPrune    no axis is free; the message says why each one is frozen
+│   └── BudgetError       a sparsity or budget no choice of units can meet
+├── VerificationError     a law does not hold on the result: a bug of ours, never handed on in silence
+├── CheckpointError       a folder cannot be written or read back
+└── NotBuiltError         an option that exists in the design and not yet in the code
 """
 
 from __future__ import annotations

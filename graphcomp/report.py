@@ -9,6 +9,7 @@ from typing import Any
 from graphcomp.analysis import Analysis
 from graphcomp.coupling.groups import ChannelGroup, FrozenAxis, Kept
 
+
 @dataclass(frozen=True)
 class Change:
     """One cost before and after."""

@@ -9,7 +9,7 @@ PACKAGE = Path(graphcomp.__file__).parent
 
 # Lower never imports higher. A module not named here has the rank of its folder.
 RANKS = [
-    {"errors", "compare"},
+    {"errors", "compare", "progress"},
     {"graph"},
     {"graph_module", "untouched", "passes"},
     {"canonical", "record"},
@@ -49,7 +49,11 @@ def _imported(path: Path) -> set[str]:
     }
     names = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("graphcomp.") and node not in typing_only:
+        if (
+            isinstance(node, ast.ImportFrom)
+            and (node.module or "").startswith("graphcomp.")
+            and node not in typing_only
+        ):
             names.add(node.module.split(".")[1])
     return names
 

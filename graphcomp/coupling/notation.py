@@ -109,14 +109,13 @@ def apply(
     Of several operands that hold a contracted letter by itself, the last is the one reported.
     """
     bound = _Binding(why, dict(sizes or {}))
-    present = [
-        (k, pattern, axes) for k, (pattern, axes) in enumerate(zip(notation.operands, operands)) if axes is not None
-    ]
+    given = zip(notation.operands, operands, strict=True)
+    present = [(k, pattern, axes) for k, (pattern, axes) in enumerate(given) if axes is not None]
     for _, pattern, axes in present:
         bound.learn_sizes(pattern, axes)
     for _, pattern, axes in present:
         bound.take(pattern, axes)
-    results = [bound.give(p, shape) for p, shape in zip(notation.results, result_shapes)]
+    results = [bound.give(p, shape) for p, shape in zip(notation.results, result_shapes, strict=False)]
     kept = set().union(*(p.letters() for p in notation.results))
     return results, _contractions(present, kept)
 
@@ -182,9 +181,7 @@ class _Binding:
                 axes.append(self.axes[item])
         return tuple(axes)
 
-    def _items(
-        self, pattern: Pattern, axes: Axes
-    ) -> list[tuple[str | tuple[str, ...], Axis | tuple[Axis, ...]]]:
+    def _items(self, pattern: Pattern, axes: Axes) -> list[tuple[str | tuple[str, ...], Axis | tuple[Axis, ...]]]:
         """Each item of the pattern with its axis, or the tuple of axes of an item of open number."""
         rank, fixed = len(axes), len(pattern.dims)
         open_at = next((k for k, d in enumerate(pattern.dims) if d == "..." or str(d).startswith("*")), None)

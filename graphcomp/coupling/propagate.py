@@ -101,19 +101,16 @@ def _place_attributes(coupling: Coupling) -> None:
 
 
 def _inputs(node: fx.Node, tensor: Tensor) -> Axes:
-    return tuple(
-        fresh(size_of(n), Reason(f"model input '{node.target}', dim {k}")) for k, n in enumerate(tensor.shape)
-    )
+    return tuple(fresh(size_of(n), Reason(f"model input '{node.target}', dim {k}")) for k, n in enumerate(tensor.shape))
 
 
 def _freeze_outputs(coupling: Coupling, node: fx.Node, names: Sequence[str]) -> None:
-    position = 0
-    for result in node.all_input_nodes and _flat(node.args):
-        for axes in coupling.axes.get(result, []) if isinstance(result, fx.Node) else []:
-            name = names[position] if position < len(names) else str(position)
+    results = [n for n in _flat(node.args) if n in coupling.axes]
+    for position, result in enumerate(results):
+        name = names[position] if position < len(names) else str(position)
+        for axes in coupling.axes.get(result, []):
             for k, axis in enumerate(axes):
                 freeze(axis, Reason(f"reaches output '{name}', dim {k}", source=source_line(result)))
-        position += 1
 
 
 def _flat(args: Any) -> list[Any]:
@@ -135,7 +132,7 @@ def _getitem(coupling: Coupling, node: fx.Node) -> None:
 
 
 def _op(coupling: Coupling, node: fx.Node) -> None:
-    operands = [n for n in node.all_input_nodes if n in coupling.axes and coupling.axes[n]]
+    operands = [n for n in node.all_input_nodes if coupling.axes.get(n)]
     if not tensor_values(node) and not operands:
         return
     if all(n in coupling.sources for n in operands):

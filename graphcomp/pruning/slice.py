@@ -154,9 +154,7 @@ def _update_value(node: fx.Node, axes: Sequence[Axes], counts: Mapping[Factor, i
     if isinstance(old, Tensor):
         node.meta["val"] = _resized_fake(old, next(remaining, ()), counts)
     elif isinstance(old, (list, tuple)):
-        node.meta["val"] = [
-            _resized_fake(v, next(remaining, ()), counts) if isinstance(v, Tensor) else v for v in old
-        ]
+        node.meta["val"] = [_resized_fake(v, next(remaining, ()), counts) if isinstance(v, Tensor) else v for v in old]
 
 
 def _resized_fake(fake: Tensor, axes: Axes, counts: Mapping[Factor, int]) -> Tensor:

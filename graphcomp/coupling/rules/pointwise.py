@@ -14,8 +14,7 @@ from graphcomp.coupling.table import AxesValue, Call, family, rule
 aten = torch.ops.aten
 
 # Ops that keep every index where it is but do not carry the `pointwise` tag.
-UNTAGGED = frozenset(
-    """
+_UNTAGGED = """
     dropout dropout_ feature_dropout feature_dropout_ alpha_dropout native_dropout contiguous clone alias detach detach_
     lift_fresh lift_fresh_copy to _to_copy type_as _conj hardswish hardswish_ silu silu_ mish gelu gelu_ elu elu_ celu
     selu selu_ rrelu rrelu_with_noise hardsigmoid hardtanh hardtanh_ relu6 relu6_ leaky_relu leaky_relu_ relu relu_
@@ -30,8 +29,8 @@ UNTAGGED = frozenset(
     greater greater_ greater_equal greater_equal_ _add_relu multiply_ subtract_ divide_ true_divide_ gcd_ lcm_
     __irshift__ __ilshift__ mish_ arccos arccosh arcsin arcsinh arctan arctan2 arctanh alpha_dropout_
     feature_alpha_dropout feature_alpha_dropout_ rrelu_ rrelu_with_noise_ xlogy_ _neg_view _lazy_clone _masked_scale
-""".split()
-)
+"""
+UNTAGGED = frozenset(_UNTAGGED.split())
 
 
 def is_pointwise(op: OpOverload) -> bool:

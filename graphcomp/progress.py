@@ -1,0 +1,53 @@
+"""A progress line on the terminal; nothing where there is none."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+WIDTH = 24
+
+
+class Progress:
+    """One line that is rewritten in place: how far, what is being done, seconds so far.
+
+    Args:
+        total: number of steps.
+        enabled: False keeps it silent on a terminal too.
+        stream: where to write; stderr by default.
+    """
+
+    def __init__(self, total: int, enabled: bool = True, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.total = total
+        self.shown = enabled and self.stream.isatty()
+        self.done = 0
+        self.start = time.monotonic()
+
+    def step(self, text: str) -> None:
+        """Say what begins now."""
+        if self.shown:
+            filled = WIDTH * self.done // self.total
+            bar = "#" * filled + "-" * (WIDTH - filled)
+            self.stream.write(f"\r\x1b[K[{bar}] {text} ({time.monotonic() - self.start:.0f} s)")
+            self.stream.flush()
+        self.done = min(self.done + 1, self.total)
+
+    def close(self) -> None:
+        """Wipe the line."""
+        if self.shown:
+            self.stream.write("\r\x1b[K")
+            self.stream.flush()
+
+
+@contextmanager
+def progress(total: int, enabled: bool = True, stream: TextIO | None = None) -> Iterator[Progress]:
+    """A Progress that is wiped at the end, whatever happens."""
+    bar = Progress(total, enabled, stream)
+    try:
+        yield bar
+    finally:
+        bar.close()

@@ -1,0 +1,40 @@
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import graphcomp as gc
+from graphcomp.progress import progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_silent_off_a_terminal():
+    stream = io.StringIO()
+    with progress(3, stream=stream) as bar:
+        bar.step("capture")
+    assert stream.getvalue() == ""
+
+
+def test_shown_and_wiped_on_a_terminal():
+    stream = Terminal()
+    with pytest.raises(ValueError), progress(2, stream=stream) as bar:
+        bar.step("capture")
+        bar.step("cut")
+        raise ValueError
+    shown = stream.getvalue()
+    assert "capture" in shown and "[############------------] cut" in shown
+    assert shown.endswith("\r\x1b[K")
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_compress_shows_it_where_wanted(monkeypatch, wanted):
+    stream = Terminal()
+    monkeypatch.setattr("sys.stderr", stream)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    gc.compress(model, torch.randn(2, 4), progress=wanted)
+    assert ("scoring" in stream.getvalue()) is wanted
