@@ -156,6 +156,8 @@ FAMILIES: dict[str, Case] = {
     "variance over channels": lambda: image(lambda m, x: x * x.var(1, keepdim=True)),
     "deviation over all but the batch": lambda: image(lambda m, x: x / x.std((1, 2, 3), keepdim=True)),
     "var_mean": lambda: image(lambda m, x: torch.add(*torch.var_mean(x, 1, keepdim=True)) * x),
+    "var_mean of all": lambda: image(lambda m, x: torch.mul(*torch.var_mean(x)) * x),
+    "var_mean, own correction": lambda: image(lambda m, x: torch.var_mean(x, 1, correction=2)[0][:, None] * x),
     "norm over channels": lambda: image(lambda m, x: x / torch.linalg.vector_norm(x, dim=1, keepdim=True)),
     "mean of all": lambda: image(lambda m, x: x - x.mean()),
     "max over channels": lambda: image(lambda m, x: m.b(m.a(x)) * m.c(x).amax(1, True),

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from graphcomp.coupling import rules as _rules  # noqa: F401  (fills the table)
 from graphcomp.coupling import table
-from graphcomp.coupling.axis import Axes, Axis, Reason, freeze, fresh, leaves, length
+from graphcomp.coupling.axis import Axes, Reason, freeze, fresh, length
 from graphcomp.coupling.size import size_of
 from graphcomp.coupling.table import AxesValue, Call
 from graphcomp.errors import RuleError
@@ -141,6 +141,8 @@ def _op(coupling: Coupling, node: fx.Node) -> None:
     function = table.find(node.target)
     if function is None:
         return _unknown(coupling, node, str(node.target), "no coupling rule")
+    if any(0 in t.shape for n in operands for t in tensor_values(n)) and not _is_cat(node):
+        return _unreached(coupling, node)
     arguments = bind(node)
     call = _call(coupling, node, arguments)
     try:
@@ -204,17 +206,27 @@ def is_real(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
+def _is_cat(node: fx.Node) -> bool:
+    """Joining nothing to something is how lists are often begun, and couples as ever."""
+    return node.target is torch.ops.aten.cat.default
+
+
+def _unreached(coupling: Coupling, node: fx.Node) -> None:
+    """An op on an empty tensor: it shows nothing of what it would do, and no run on these inputs can verify it."""
+    _freeze_around(coupling, node, Reason("the example inputs send nothing here", str(node.target), source_line(node)))
+
+
 def _unknown(coupling: Coupling, node: fx.Node, op: str, why: str) -> None:
     reason = Reason(f"{why} for {op}" if why.startswith("no ") else f"{op}: {why}", op, source_line(node))
+    _freeze_around(coupling, node, reason)
+    known = coupling.unknown.get(op)
+    coupling.unknown[op] = UnknownOp(op, reason.source, 1 + (known.count if known else 0), why)
+
+
+def _freeze_around(coupling: Coupling, node: fx.Node, reason: Reason) -> None:
+    """Freeze what the op reads and what it returns."""
     for operand in node.all_input_nodes:
         for axes in coupling.axes.get(operand, []):
             for axis in axes:
                 freeze(axis, reason)
     coupling.axes[node] = [tuple(fresh(size_of(n), reason) for n in t.shape) for t in tensor_values(node)]
-    known = coupling.unknown.get(op)
-    coupling.unknown[op] = UnknownOp(op, reason.source, 1 + (known.count if known else 0), why)
-
-
-def unfrozen(axes: Sequence[Axis]) -> bool:
-    """Whether some index of the value may go."""
-    return any(not leaf.frozen for axis in axes for leaf in leaves(axis))

@@ -136,10 +136,11 @@ for _name, _apply in (
 class Arrival:
     """One call of a torch function that got lengths made from attributes.
 
-    `numbers` are all ints among its arguments, in order, traced or not.
+    `numbers` are all ints among its arguments, in order, traced or not. `places` are the user's lines on the stack,
+    innermost first: export knows the ops of a helper function by the line of the `forward` that called it.
     """
 
-    place: Place
+    places: tuple[Place, ...]
     numbers: tuple[int, ...]
 
     @property
@@ -158,7 +159,7 @@ class _Listen(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         numbers = tuple(_ints((args, kwargs or {})))
         if any(isinstance(n, TracedInt) for n in numbers):
-            self.heard.append(Arrival(_user_place(), numbers))
+            self.heard.append(Arrival(tuple(_user_places()), numbers))
         return func(*args, **(kwargs or {}))
 
 
@@ -174,12 +175,13 @@ def _ints(value: Any) -> Iterator[int]:
         yield from _ints(tuple(value.values()))
 
 
-def _user_place() -> Place:
-    """File name and line of the innermost frame outside torch."""
+def _user_places() -> Iterator[Place]:
+    """File name and line of the frames outside torch, innermost first, up to the run of the model."""
     frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(TORCH):
+    while frame.f_back is not None and frame.f_code is not trace.__code__:
+        if not frame.f_code.co_filename.startswith(TORCH):
+            yield Path(frame.f_code.co_filename).name, frame.f_lineno
         frame = frame.f_back
-    return Path(frame.f_code.co_filename).name, frame.f_lineno
 
 
 def trace(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Arrival]:
@@ -318,17 +320,18 @@ class Solutions:
 
 
 def constraints(arrivals: Iterable[Arrival], lengths: Lengths) -> list[Constraint]:
-    """What each arrival says. The k-th call on a line is the k-th node of that line where their numbers agree."""
+    """What each arrival says, where a node is known by its line."""
     by_place: dict[Place, list[Arrival]] = defaultdict(list)
     for arrival in arrivals:
-        by_place[arrival.place].append(arrival)
+        place = next((place for place in arrival.places if place in lengths.arguments), None)
+        if place is not None:
+            by_place[place].append(arrival)
     found: list[Constraint] = []
     for place, calls in by_place.items():
-        for arrival, nodes in _matched(calls, lengths.arguments.get(place, [])):
+        for arrival, nodes in _matched(calls, lengths.arguments[place]):
             for position, number in arrival.traced:
                 allowed = {after for node in nodes for after in _allowed(node, arrival.numbers, position)}
-                if nodes:
-                    found.append(Constraint(number, frozenset(allowed or {int(number)}), place))
+                found.append(Constraint(number, frozenset(allowed or {int(number)}), place))
     return found
 
 

@@ -24,6 +24,7 @@ from graphcomp.coupling.groups import Kept
 from graphcomp.export.attributes import Lengths, Site, constraints, find_lengths, options, put, sites, solve, trace
 from graphcomp.graph import assign, bind, source_line
 from graphcomp.graph_module import leaf_names, tensor_names
+from graphcomp.pruning import masked
 from graphcomp.pruning.slice import SliceGroups, by_factor, kept_of_tensors, select
 from graphcomp.untouched import untouched
 
@@ -64,10 +65,13 @@ def native(analysis: Analysis, kept: Kept, reference: fx.GraphModule | None = No
     if lost:
         return NativeResult(None, f"the model holds no tensor named {lost[0]!r} that could be cut")
     try:
-        expected = _expected(analysis, kept, reference)
         whole = _copy(model, share=True)
-    except Exception as error:  # whatever a user's class, or a path that data decides, raises
-        return NativeResult(None, _refusal(error))
+    except Exception as error:  # a class may refuse to be copied in any way
+        return NativeResult(None, f"the model cannot be copied: {_refusal(error)}")
+    try:
+        expected = _expected(analysis, kept, reference)
+    except Exception as error:  # a path that data decides may end anywhere
+        return NativeResult(None, f"the masked model to compare with does not run: {_refusal(error)}")
     arrivals = trace(whole, *_inputs(analysis))
     counts = {factor: len(units) for factor, units in by_factor(kept).items()}
     lengths = find_lengths(analysis.coupling, counts)
@@ -332,17 +336,39 @@ def _expected(analysis: Analysis, kept: Kept, reference: fx.GraphModule | None) 
 
 
 def _masked(analysis: Analysis, kept: Kept) -> nn.Module:
-    """A copy of the user's model in which nothing reads the removed units."""
-    masked = _copy(analysis.model, share=False)
-    tensors = tensor_names(masked)
+    """A copy of the user's model in which nothing reads the removed units, statistics of norm layers included."""
+    small = _copy(analysis.model, share=False)
+    tensors = tensor_names(small)
+    scales: dict[int, Tensor] = {}  # id of a tensor that makes units -> 0/1 per index of its last dim
     for group, units in kept.items():
-        gone = torch.ones(group.size, dtype=torch.bool)
-        gone[units] = False
+        stays = torch.zeros(group.size, dtype=torch.bool)
+        stays[units] = True
         for member in group.members:
+            tensor = tensors[member.name].detach()
+            gone = member.indices((~stays).nonzero().flatten()).to(tensor.device)
             if member.consumes:
-                tensor = tensors[member.name].detach()
-                tensor.index_fill_(member.dim, member.indices(gone.nonzero().flatten()).to(tensor.device), 0)
-    return masked
+                tensor.index_fill_(member.dim, gone, 0)
+            elif tensor.dim() == 1:
+                scale = scales.setdefault(id(tensors[member.name]), torch.ones_like(tensor))
+                scale.index_fill_(0, gone, 0)
+    for module in small.modules():
+        mask = scales.get(id(module._parameters.get("weight")))
+        forward = None if mask is None else _with_mask(module, mask)
+        if forward is not None:
+            vars(module)["forward"] = forward
+    return small
+
+
+def _with_mask(module: nn.Module, mask: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """The forward of a norm layer with statistics over the units that stay; `mask` is (channels,) of 0 and 1."""
+    if isinstance(module, nn.GroupNorm):
+        groups, weight, bias, eps = module.num_groups, module.weight, module.bias, module.eps
+        return lambda x: masked.group_norm(mask.view(-1, *[1] * (x.dim() - 2)), x, groups, weight, bias, eps)
+    if isinstance(module, nn.LayerNorm):
+        return lambda x: masked.layer_norm(mask, x, mask.shape, module.weight, module.bias, module.eps)
+    if isinstance(module, nn.RMSNorm):
+        return lambda x: masked.rms_norm(mask, x, mask.shape, module.weight, module.eps)
+    return None
 
 
 def _difference(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> float | str:

@@ -171,6 +171,7 @@ FORMS: dict[Any, Callable[..., Any]] = {
     aten.std.dim: _unbiased_std,
     aten.std.correction: std,
     aten.var_mean.correction: var_mean,
+    aten.var_mean.default: _unbiased_var_mean,
     aten.var_mean.dim: _unbiased_var_mean,
     aten.layer_norm.default: layer_norm,
     aten.native_layer_norm.default: native_layer_norm,

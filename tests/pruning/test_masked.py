@@ -1,0 +1,93 @@
+"""The masked forms of ops that take statistics: what the op gives on the kept indices alone."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from graphcomp.coupling.table import find
+from graphcomp.pruning.masked import FORMS
+
+aten = torch.ops.aten
+KEPT = [0, 2, 3, 6]
+
+
+def x() -> Tensor:
+    return torch.randn(3, 8, 5, dtype=torch.float64)
+
+
+def mask(*shape: int) -> Tensor:
+    kept = torch.zeros(8, dtype=torch.float64)
+    kept[KEPT] = 1
+    return kept.view(shape)
+
+
+@pytest.mark.parametrize("dims", [(1,), (1, 2), (0, 1)])
+@pytest.mark.parametrize("keepdim", [False, True])
+@pytest.mark.parametrize(
+    "op", [aten.mean.dim, aten.var.dim, aten.std.dim, aten.var.correction, aten.std.correction, aten.var_mean.dim,
+           aten.var_mean.correction], ids=str
+)  # fmt: skip
+def test_reductions(op: Callable[..., Any], dims: Sequence[int], keepdim: bool) -> None:
+    value = x()
+    expected = op(value[:, KEPT], dims, keepdim=keepdim)
+    torch.testing.assert_close(FORMS[op](mask(1, 8, 1), self=value, dim=dims, keepdim=keepdim), expected)
+
+
+@pytest.mark.parametrize("correction", [0, 1, 2, None])
+def test_corrections(correction: float | None) -> None:
+    value = x()
+    expected = torch.var_mean(value[:, KEPT], 1, correction=1 if correction is None else correction)
+    form = FORMS[aten.var_mean.correction]
+    torch.testing.assert_close(form(mask(1, 8, 1), self=value, dim=[1], correction=correction), expected)
+
+
+@pytest.mark.parametrize("op", [aten.mean.default, aten.var.default, aten.std.default, aten.var_mean.default], ids=str)
+def test_reductions_of_everything(op: Callable[..., Any]) -> None:
+    value = x()
+    torch.testing.assert_close(FORMS[op](mask(1, 8, 1), self=value), op(value[:, KEPT]))
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_norms_over_the_last_dim(affine: bool) -> None:
+    value = x().mT
+    weight, bias = (torch.randn(8).double(), torch.randn(8).double()) if affine else (None, None)
+    cut = [None if t is None else t[KEPT] for t in (weight, bias)]
+    kept = value[..., KEPT]
+    layer = FORMS[aten.layer_norm.default](mask(8), value, [8], weight, bias)
+    torch.testing.assert_close(layer[..., KEPT], F.layer_norm(kept, [4], *cut))
+    native = FORMS[aten.native_layer_norm.default](mask(8), value, [8], weight, bias, 1e-5)
+    expected = torch.native_layer_norm(kept, [4], *cut, 1e-5)
+    torch.testing.assert_close((native[0][..., KEPT], *native[1:]), expected)
+    rms = FORMS[aten.rms_norm.default](mask(8), value, [8], weight)
+    torch.testing.assert_close(rms[..., KEPT], F.rms_norm(kept, [4], cut[0]))
+    fused = FORMS[aten._fused_rms_norm.default](mask(8), value, [8], weight, 1e-6)
+    torch.testing.assert_close(
+        (fused[0][..., KEPT], fused[1]), aten._fused_rms_norm(kept, [4], cut[0], 1e-6), check_dtype=False
+    )
+
+
+def test_group_norm_over_kept_channels_of_each_group() -> None:
+    value, weight, bias = x(), torch.randn(8).double(), torch.randn(8).double()
+    kept = [0, 2, 5, 7]  # two of each half
+    own = torch.zeros(8).double().index_fill(0, torch.tensor(kept), 1).view(1, 8, 1)
+    found = FORMS[aten.group_norm.default](own, value, 2, weight, bias)
+    torch.testing.assert_close(found[:, kept], F.group_norm(value[:, kept], 2, weight[kept], bias[kept]))
+    native = FORMS[aten.native_group_norm.default](own, value, weight, bias, 3, 8, 5, 2, 1e-5)
+    expected = torch.native_group_norm(value[:, kept].contiguous(), weight[kept], bias[kept], 3, 4, 5, 2, 1e-5)
+    torch.testing.assert_close((native[0][:, kept], *native[1:]), expected)
+
+
+@pytest.mark.parametrize("op", FORMS, ids=str)
+def test_every_form_takes_the_arguments_of_its_op(op: Any) -> None:
+    assert find(op) is not None
+    names = {a.name for a in op._schema.arguments}
+    parameters = dict(list(inspect.signature(FORMS[op]).parameters.items())[1:])
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    assert open_ended or names <= set(parameters), "the mask pass hands over every argument by its name"
