@@ -141,7 +141,7 @@ def _op(coupling: Coupling, node: fx.Node) -> None:
     function = table.find(node.target)
     if function is None:
         return _unknown(coupling, node, str(node.target), "no coupling rule")
-    if any(0 in t.shape for n in operands for t in tensor_values(n)) and not _is_cat(node):
+    if any(0 in map(size_of, t.shape) for n in operands for t in tensor_values(n)) and not _is_cat(node):
         return _unreached(coupling, node)
     arguments = bind(node)
     call = _call(coupling, node, arguments)

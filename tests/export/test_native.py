@@ -201,6 +201,27 @@ def test_a_shared_module_called_twice() -> None:
     assert result.module.first.heads == 2
 
 
+@pytest.mark.parametrize(
+    "norm", [nn.GroupNorm(2, 16), nn.LayerNorm(16), nn.RMSNorm(16)], ids=lambda n: type(n).__name__
+)
+def test_a_recorded_model_with_statistics_over_what_is_cut(norm: nn.Module) -> None:
+    class Normed(models.Branching):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(torch.relu(self.up(x)))
+            return self.down(h) if float(x.sum()) > -1e9 else x
+
+    analysis = analysed(Normed(), *INPUTS["Branching"])
+    assert analysis.captured.producer == "record"
+    assert any(group.normalized for group in analysis.groups)
+    result = native(analysis, some(analysis))
+    assert result.module is not None, result.reason
+    assert result.error <= 1e-5
+
+
 def test_dropped_outputs_are_not_compared() -> None:
     class Two(models.Mlp):
         def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
