@@ -11,6 +11,7 @@ import copy
 import random
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
@@ -88,7 +89,7 @@ def _run(zoo: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         pruned = _output(model, args, kwargs)
         result.runs = True
         expected = _output(cuts.reference(dense, model), args, kwargs)
-    worst, compared, misfits = zoo.rel_diff(expected, pruned)
+    worst, compared, misfits = zoo.rel_diff(zoo.main_outputs(expected), zoo.main_outputs(pruned))
     result.error = worst if compared and not misfits else float("inf")
 
 
@@ -202,10 +203,12 @@ def _on_kept(small: nn.Module, kept: Tensor, size: int) -> Callable[..., Any]:
     """A normalisation on the kept channels only, by the pruned model's own layer; zeros elsewhere."""
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = inputs[0]
-        dim = 1 if isinstance(module, NORMS[1:]) or x.shape[-1] != size else -1
-        result = torch.zeros_like(output)
-        return result.index_copy(dim, kept, small(x.index_select(dim, kept)).to(result.dtype))
+        for dim in (-1, 1):  # where its channels are, only the layer knows
+            if inputs[0].shape[dim] == size:
+                with suppress(RuntimeError):
+                    part = small(inputs[0].index_select(dim, kept))
+                    return torch.zeros_like(output).index_copy(dim, kept, part.to(output.dtype))
+        raise ValueError(f"{type(module).__name__} has no dim of {size} channels")
 
     return hook
 

@@ -1,4 +1,4 @@
-"""Every test starts from the same seed, on at most two threads, and downloads nothing."""
+"""Every test starts from the same seed, on one thread, and downloads nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ hypothesis.settings.load_profile("fixed")
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(1)  # the tests run in parallel, one process a core
 
 
 @pytest.fixture(autouse=True)

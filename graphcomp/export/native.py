@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from graphcomp.analysis import Analysis
 from graphcomp.capture import user_line
+from graphcomp.compare import TOLERANCE
 from graphcomp.coupling.axis import Factor, all_leaves
 from graphcomp.coupling.groups import Kept
 from graphcomp.export.attributes import Lengths, Site, constraints, find_lengths, options, put, sites, solve, trace
@@ -31,7 +32,6 @@ from graphcomp.untouched import untouched
 Edit: TypeAlias = tuple[str, str, Any]
 """Module path, attribute, its new value."""
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 MAX_TRIES = 16  # runs of the smaller model on the example inputs
 
 
