@@ -24,6 +24,7 @@ from graphcomp.coupling.axis import (
 from graphcomp.coupling.notation import broadcast
 from graphcomp.coupling.size import Size, divide, multiply
 from graphcomp.coupling.table import Call, rule
+from graphcomp.graph import bind
 
 aten = torch.ops.aten
 
@@ -427,14 +428,24 @@ def _broadcast_to(self: Axes, call: Call) -> Axes:
 @rule(aten.repeat.default, aten.tile.default)
 def repeat(self: Axes, *, call: Call) -> Axes:
     """Copies end to end: (r d), where r is a free factor whose length is a constant of the op."""
-    new = len(call.shape) - len(self)
-    own: Axes = (*[UNIT] * new, *self)
-    copies = [fresh(divide(n, length(a)) if length(a) != n else 1) for a, n in zip(own, call.shape, strict=True)]
-    if all(isinstance(length(c), int) for c in copies):
-        call.lengths["repeats" if "repeats" in _names(call) else "dims"] = copies
-        return tuple(product(c, a) for c, a in zip(copies, own, strict=True))
-    call.freeze(self, "repeated a symbolic number of times")
-    return tuple(fresh(n, call.why) for n in call.shape)
+    own: Axes = (*[UNIT] * (len(call.shape) - len(self)), *self)
+    pairs = [_copies(axis, n, call) for axis, n in zip(own, call.shape, strict=True)]
+    argument = "repeats" if "repeats" in _names(call) else "dims"
+    given = len(bind(call.node)[argument])  # tile may name the last dims only
+    call.lengths[argument] = [times for times, _ in pairs][len(pairs) - given :]
+    return tuple(axis for _, axis in pairs)
+
+
+def _copies(axis: Axis, total: Size, call: Call) -> tuple[Axis | None, Axis]:
+    """How many copies of `axis` end to end make `total` (None: a symbolic number), and the result's axis."""
+    if length(axis) == total:
+        return UNIT, axis
+    times = divide(total, length(axis))
+    if isinstance(times, int):
+        copies = fresh(times)
+        return copies, product(copies, axis)
+    call.freeze(axis, "repeated a symbolic number of times")
+    return None, fresh(total, call.why)
 
 
 @rule(aten.repeat_interleave.self_int)
