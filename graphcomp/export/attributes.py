@@ -142,6 +142,7 @@ class Arrival:
 
     places: tuple[Place, ...]
     numbers: tuple[int, ...]
+    sequences: tuple[range | None, ...]  # for each number the positions of the tuple or list it came in, if it did
 
     @property
     def traced(self) -> list[tuple[int, TracedInt]]:
@@ -157,10 +158,22 @@ class _Listen(TorchFunctionMode):
         self.heard: list[Arrival] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        numbers = tuple(_ints((args, kwargs or {})))
+        numbers, sequences = _numbers((*args, *(kwargs or {}).values()))
         if any(isinstance(n, TracedInt) for n in numbers):
-            self.heard.append(Arrival(tuple(_user_places()), numbers))
+            self.heard.append(Arrival(tuple(_user_places()), numbers, sequences))
         return func(*args, **(kwargs or {}))
+
+
+def _numbers(arguments: tuple[Any, ...]) -> tuple[tuple[int, ...], tuple[range | None, ...]]:
+    """All ints among the arguments of a call, and for each the positions of the sequence it is part of."""
+    numbers: list[int] = []
+    sequences: list[range | None] = []
+    for argument in arguments:
+        found = list(_ints(argument))
+        together = range(len(numbers), len(numbers) + len(found)) if isinstance(argument, (tuple, list)) else None
+        numbers += found
+        sequences += [together] * len(found)
+    return tuple(numbers), tuple(sequences)
 
 
 def _ints(value: Any) -> Iterator[int]:
@@ -211,6 +224,7 @@ class OpLengths:
     """The arguments of one node that hold lengths: for each the lengths in order, None for what is not one."""
 
     arguments: tuple[tuple[Change | None, ...], ...]
+    lists: tuple[bool, ...]  # for each argument whether it is a list of lengths, or one length
     modules: frozenset[str]  # paths of the modules whose forward was running
 
     def known(self) -> set[int]:
@@ -248,9 +262,12 @@ def find_lengths(coupling: Coupling, counts: Mapping[Factor, int]) -> Lengths:
             found.of_module[path] |= changes
         if node in coupling.calls:
             match = LINE.match(source_line(node))
-            constants = tuple(_changes(axes, counts) for axes in coupling.calls[node].lengths.values())
+            said = coupling.calls[node].lengths.values()
+            constants = tuple(_changes(axes, counts) for axes in said)
+            lists = tuple(isinstance(axes, (list, tuple)) for axes in said)
             if match and constants:
-                found.arguments[match[1], int(match[2])].append(OpLengths(constants, frozenset(module_paths(node))))
+                op = OpLengths(constants, lists, frozenset(module_paths(node)))
+                found.arguments[match[1], int(match[2])].append(op)
     for name, held in coupling.attributes.items():
         owner = name.rpartition(".")[0]
         for path in (owner, owner.rpartition(".")[0]):
@@ -330,7 +347,7 @@ def constraints(arrivals: Iterable[Arrival], lengths: Lengths) -> list[Constrain
     for place, calls in by_place.items():
         for arrival, nodes in _matched(calls, lengths.arguments[place]):
             for position, number in arrival.traced:
-                allowed = {after for node in nodes for after in _allowed(node, arrival.numbers, position)}
+                allowed = {after for node in nodes for after in _allowed(node, arrival, position)}
                 found.append(Constraint(number, frozenset(allowed or {int(number)}), place))
     return found
 
@@ -358,11 +375,19 @@ def _fitting(
     return [node for node in nodes if traced <= node.known()] or [n for n in nodes if traced & n.known()] or nodes
 
 
-def _allowed(node: OpLengths, numbers: Sequence[int], position: int) -> set[int]:
-    """New values of the number at `position` of a call's numbers."""
-    wanted = numbers[position]
+def _allowed(node: OpLengths, arrival: Arrival, position: int) -> set[int]:
+    """New values of the number at `position` of a call's numbers.
+
+    A number that came in a sequence (a stride, a shape) is a length only of an argument that is a list as long.
+    """
+    wanted, together = arrival.numbers[position], arrival.sequences[position]
+    if together is not None:
+        lists = [
+            a for a, is_list in zip(node.arguments, node.lists, strict=True) if is_list and len(a) == len(together)
+        ]
+        return {change[1] for a in lists if (change := a[position - together.start]) and change[0] == wanted}
     for argument in node.arguments:
-        if len(argument) == len(numbers):
+        if len(argument) == len(arrival.numbers):
             change = argument[position]
             if change is not None and change[0] == wanted:
                 return {change[1]}

@@ -272,3 +272,25 @@ def test_llama_generates_after_the_cut() -> None:
     assert cached.shape[1] > 6
     assert torch.equal(cached, plain)
     assert copy.deepcopy(result.module).generation_config == result.module.generation_config
+
+
+class StridedGroups(nn.Module):
+    """The stride, the padding and the number of groups are one and the same number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.grouped = nn.Conv2d(8, 8, 3, stride=2, padding=2, groups=2)
+        self.head = nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.grouped(torch.relu(self.stem(x)))))
+
+
+def test_a_stride_that_equals_the_number_of_groups_stays() -> None:
+    plan = analysed(StridedGroups().eval(), torch.randn(2, 3, 9, 9))
+    (group,) = [g for g in plan.groups if g.role == "group"]
+    result = native(plan, {group: torch.tensor([1])})
+    assert result.module is not None, result.reason
+    conv = result.module.grouped
+    assert (conv.groups, conv.stride, conv.padding) == (1, (2, 2), (2, 2))
