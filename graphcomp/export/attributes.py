@@ -235,6 +235,7 @@ class OpLengths:
         """Whether one argument is these numbers."""
         return any(
             len(argument) == len(numbers)
+            and any(argument)
             and all(
                 change is None or change[0] in (n, -1) or n == -1 for change, n in zip(argument, numbers, strict=True)
             )

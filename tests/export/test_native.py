@@ -294,3 +294,19 @@ def test_a_stride_that_equals_the_number_of_groups_stays() -> None:
     assert result.module is not None, result.reason
     conv = result.module.grouped
     assert (conv.groups, conv.stride, conv.padding) == (1, (2, 2), (2, 2))
+
+
+class PaddedByHand(nn.Conv2d):
+    """Pads and convolves in one line, as ports of other frameworks' "same" padding do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(nn.functional.pad(x, (0, 1, 0, 1)), self.weight, self.bias, 2, 0, 1, self.groups)
+
+
+def test_two_ops_on_one_line() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), PaddedByHand(8, 8, 3, groups=8), nn.Conv2d(8, 3, 1)).eval()
+    plan = analysed(model, torch.randn(2, 3, 8, 8))
+    (group,) = plan.groups
+    result = native(plan, {group: torch.arange(5)})
+    assert result.module is not None, result.reason
+    assert result.module[2].groups == 5
