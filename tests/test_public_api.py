@@ -11,7 +11,7 @@ PACKAGE = Path(graphcomp.__file__).parent
 RANKS = [
     {"errors", "compare", "progress"},
     {"graph"},
-    {"graph_module", "untouched", "passes"},
+    {"graph_module", "untouched"},
     {"canonical", "record"},
     {"capture", "coupling"},
     {"describe", "analysis"},

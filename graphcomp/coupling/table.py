@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeAlias, TypeVar, overload
 
 from torch import fx
@@ -88,7 +89,6 @@ class Call:
 
 _RULES: dict[OpKey, RuleFunction] = {}
 _FAMILIES: list[tuple[Callable[[OpOverload], bool], RuleFunction]] = []
-_TAKES_CALL: dict[RuleFunction, bool] = {}
 
 
 @overload
@@ -132,7 +132,6 @@ def _register(op: OpKey, function: RuleFunction) -> None:
     if op in _RULES:
         raise RuleError(f"{op} has a coupling rule already", fix="graphcomp.coupling.table.forget(op) first")
     _RULES[op] = function
-    _TAKES_CALL[function] = "call" in inspect.signature(function).parameters
 
 
 def forget(op: OpKey) -> None:
@@ -143,7 +142,6 @@ def forget(op: OpKey) -> None:
 def family(holds: Callable[[OpOverload], bool], function: RuleFunction) -> None:
     """One rule for every op that has none of its own and of which `holds` is true."""
     _FAMILIES.append((holds, function))
-    _TAKES_CALL[function] = "call" in inspect.signature(function).parameters
 
 
 def is_elementwise(function: RuleFunction) -> bool:
@@ -159,21 +157,19 @@ def find(op: OpOverload) -> RuleFunction | None:
 
 def run(function: RuleFunction, call: Call, arguments: Mapping[str, Any]) -> list[Axes]:
     """Axes of each result of the op."""
-    if _TAKES_CALL[function]:
-        result = function(**_accepted(function, arguments), call=call)
-    else:
-        result = function(**_accepted(function, arguments))
+    names, takes_all = _parameters(function)
+    accepted = dict(arguments) if takes_all else {name: arguments[name] for name in names if name in arguments}
+    result = function(**accepted, call=call) if "call" in names else function(**accepted)
     if result is None:
         return []
     return result if isinstance(result, list) else [result]
 
 
-def _accepted(function: RuleFunction, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema's arguments that the rule names; the others do not matter to it."""
+@cache
+def _parameters(function: RuleFunction) -> tuple[tuple[str, ...], bool]:
+    """The arguments that a rule names (the op's others do not matter to it), and whether it takes any."""
     parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return dict(arguments)
-    return {p.name: arguments[p.name] for p in parameters if p.name in arguments}
+    return tuple(p.name for p in parameters), any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _from_notation(text: str) -> RuleFunction:
@@ -192,8 +188,3 @@ _TENSOR_TYPES = ("Tensor", "Optional[Tensor]")
 
 class AxesValue(tuple[Axis, ...]):
     """The axes of one tensor argument; a class of its own, so that it is not taken for a tuple of numbers."""
-
-
-def known_ops() -> list[OpKey]:
-    """Every op that has a rule."""
-    return list(_RULES)
