@@ -22,7 +22,7 @@ from graphcomp.coupling.axis import (
     split,
 )
 from graphcomp.coupling.notation import broadcast
-from graphcomp.coupling.size import Size, divide
+from graphcomp.coupling.size import Size, divide, multiply
 from graphcomp.coupling.table import Call, rule
 from graphcomp.graph import bind
 
@@ -492,3 +492,31 @@ def _padded(
 def all_frozen(call: Call) -> list[Axes]:
     """Results that share nothing and must stay whole."""
     return [tuple(fresh(n, call.why) for n in shape) for shape in call.shapes]
+
+
+def numel(axes: Axes) -> Size:
+    """Number of elements."""
+    return multiply(map(length, axes))
+
+
+# ------------------------------------------------------------------------------------------------ elements re-read
+@rule(aten.view_as_complex.default)
+def view_as_complex(self: Axes, *, call: Call) -> Axes:
+    """(..., 2) -> (...): real and imaginary part."""
+    call.freeze(self[-1], "real and imaginary part")
+    return self[:-1]
+
+
+@rule(aten.view_as_real.default)
+def view_as_real(self: Axes, *, call: Call) -> Axes:
+    """(...) -> (..., 2): real and imaginary part."""
+    return (*self, fresh(2, call.because("real and imaginary part")))
+
+
+@rule(aten.view.dtype)
+def view_dtype(self: Axes, *, call: Call) -> Axes:
+    """The same bytes as another dtype: of another width, the last dim is frozen."""
+    if tuple(map(length, self)) == call.shape:
+        return self
+    call.freeze(self[-1], "its bytes are read as another dtype")
+    return _with(self, -1, fresh(call.shape[-1], call.why))
