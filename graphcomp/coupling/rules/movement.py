@@ -22,7 +22,7 @@ from graphcomp.coupling.axis import (
     split,
 )
 from graphcomp.coupling.notation import broadcast
-from graphcomp.coupling.size import Size, divide, multiply
+from graphcomp.coupling.size import Size, divide
 from graphcomp.coupling.table import Call, rule
 from graphcomp.graph import bind
 
@@ -492,11 +492,6 @@ def _padded(
 def all_frozen(call: Call) -> list[Axes]:
     """Results that share nothing and must stay whole."""
     return [tuple(fresh(n, call.why) for n in shape) for shape in call.shapes]
-
-
-def numel(axes: Axes) -> Size:
-    """Number of elements."""
-    return multiply(map(length, axes))
 
 
 # ------------------------------------------------------------------------------------------------ elements re-read
