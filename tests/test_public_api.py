@@ -16,7 +16,7 @@ RANKS = [
     {"capture", "coupling"},
     {"describe", "analysis"},
     {"cost"},
-    {"pruning"},
+    {"pruning", "quantization"},
     {"report", "testing"},
     {"compressed"},
     {"export"},

@@ -1,0 +1,1 @@
+"""Quantization as rewrite passes: specs, quantizers, placement, calibration, lowering to integers."""

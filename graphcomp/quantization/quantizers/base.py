@@ -1,0 +1,118 @@
+"""What every quantizer is: a module from floats to the nearest floats that integers stand for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from graphcomp.coupling.axis import Axes, Reason, couple
+from graphcomp.quantization.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class Integers:
+    """A tensor as integers: value = (values - zero_point) * scale, bit for bit what the quantizer's forward returns.
+
+    Attributes:
+        values: codes from quant_min to quant_max, in the smallest of uint8, int8, uint16, int16 that holds them.
+        scale: () float, or (c,) along `dim`, or (c, groups) where `groups` is set. Units of the tensor per code.
+        zero_point: as `scale`, int32; the code of 0.
+        quant_min, quant_max: the lowest and highest code.
+        dim: which dim of `values` has one scale per index; None: one scale for all.
+        groups: (i,) int64, for each index of the dim after `dim` (the last) the column of `scale`; None without groups.
+    """
+
+    values: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    quant_min: int
+    quant_max: int
+    dim: int | None = None
+    groups: Tensor | None = None
+
+    def dequantize(self) -> Tensor:
+        """The floats, in the dtype of `scale`."""
+        scale, zero = (spread(t, self.values.dim(), self.dim, self.groups) for t in (self.scale, self.zero_point))
+        return (self.values.to(self.scale.dtype) - zero) * scale
+
+
+def spread(parameter: Tensor, rank: int, dim: int | None, groups: Tensor | None = None) -> Tensor:
+    """A per-tensor (), per-channel (c,) or per-group (c, g) parameter, viewed to broadcast with a tensor of `rank`.
+
+    Per group, `dim` is 0 and the groups divide the last dim.
+    """
+    if dim is None:
+        return parameter
+    if groups is not None:
+        return parameter[:, groups].view(parameter.shape[0], *[1] * (rank - 2), groups.shape[0])
+    return parameter.view([-1 if d == dim else 1 for d in range(rank)])
+
+
+def container(quant_min: int, quant_max: int) -> torch.dtype:
+    """The smallest integer dtype that holds the codes."""
+    for dtype in (torch.uint8, torch.int8, torch.uint16, torch.int16):
+        info = torch.iinfo(dtype)
+        if info.min <= quant_min and quant_max <= info.max:
+            return dtype
+    return torch.int32
+
+
+class Quantizer(nn.Module, ABC):
+    """Fake quantization with exact straight-through gradients.
+
+    A quantizer is elementwise: it couples nothing but its per-channel tensors with the channel (see `couple_axes`).
+
+    Attributes:
+        spec: bits, symmetry, granularity.
+        dim: the dim with one step per index; None: one step for the whole tensor.
+        enabled: False passes the tensor through unchanged (while ranges are being calibrated).
+    """
+
+    def __init__(self, spec: QuantSpec, dim: int | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.dim = dim
+        self.enabled = True
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """The floats nearest to `x` that the codes stand for; shape and dtype of `x`."""
+
+    @abstractmethod
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Choose step (and zero point, range) so that the codes span `low` … `high`.
+
+        Args:
+            low, high: () or (c,) or (c, groups), in the units of the tensor. Degenerate ranges (all zero, empty of
+                width) give a positive step all the same.
+        """
+
+    @abstractmethod
+    def to_integers(self, x: Tensor) -> Integers:
+        """The codes of `x`: `to_integers(x).dequantize()` equals `forward(x)` bit for bit."""
+
+    @property
+    @abstractmethod
+    def bits(self) -> Tensor:
+        """() float: how many bits the codes take. Constant but for quantizers that learn it."""
+
+    def project(self) -> None:
+        """Bring parameters that an optimizer moved back to where they are valid; in place, without gradients."""
+
+    def couple_axes(self, x: Axes, own: Mapping[str, Axes], why: Reason) -> Axes:
+        """How the axes of the result follow from those of `x`.
+
+        Args:
+            x: axes of the operand.
+            own: axes of the quantizer's parameters and buffers, by name.
+            why: what to freeze with.
+        """
+        if self.dim is not None:
+            for axes in own.values():
+                if axes and self.spec.granularity != "tensor":
+                    couple(x[self.dim], axes[0], why)
+        return x

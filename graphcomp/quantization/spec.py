@@ -1,0 +1,120 @@
+"""QuantSpec: how one tensor is quantized. QuantConfig: which spec goes where."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from graphcomp.errors import PlanError
+
+MIN_BITS, MAX_BITS = 2, 16
+
+Granularity = Literal["tensor", "channel", "group"]
+Kind = Literal["uniform", "geta"]
+Observer = Literal["minmax", "percentile", "mse", "entropy"]
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one tensor is quantized.
+
+    Attributes:
+        bits: 2 to 16.
+        symmetric: levels -(2^(bits-1) - 1) … 2^(bits-1) - 1 about 0; else 0 … 2^bits - 1 with a zero point.
+        granularity: one step per tensor, per output channel, or per `group_size` input indices of each channel.
+        group_size: input indices per step, for granularity "group".
+        kind: "uniform" (a step, LSQ; with a zero point, LSQ+), or "geta" (step, range, exponent; symmetric, per tensor).
+        observer: how the first range is read off data.
+    """
+
+    bits: int = 8
+    symmetric: bool = True
+    granularity: Granularity = "tensor"
+    group_size: int = 0
+    kind: Kind = "uniform"
+    observer: Observer = "minmax"
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        if (self.granularity == "group") != (self.group_size > 0):
+            raise PlanError(
+                f"granularity={self.granularity!r} with group_size={self.group_size}",
+                why="group_size counts the input indices that share a step, and belongs to granularity 'group'",
+                fix='QuantSpec(granularity="group", group_size=32)',
+            )
+        if self.kind == "geta" and (self.granularity != "tensor" or not self.symmetric):
+            raise PlanError(
+                "GETA's quantizer is symmetric and has one step per tensor",
+                why=f"got granularity={self.granularity!r}, symmetric={self.symmetric}",
+                fix='QuantSpec(kind="geta")',
+            )
+
+    @property
+    def quant_min(self) -> int:
+        """The lowest code."""
+        return -(2 ** (self.bits - 1) - 1) if self.symmetric else 0
+
+    @property
+    def quant_max(self) -> int:
+        """The highest code."""
+        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+
+
+def check_bits(bits: int) -> None:
+    """Raise PlanError unless `bits` is a whole number from 2 to 16."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+        raise PlanError(
+            f"bits={bits!r} is not a whole number from {MIN_BITS} to {MAX_BITS}",
+            why="one bit leaves no symmetric level but 0, and above 16 nothing is gained over float16",
+            fix="bits=8",
+        )
+
+
+WEIGHTS = QuantSpec(8, symmetric=True, granularity="channel")
+ACTIVATIONS = QuantSpec(8, symmetric=False)
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Which tensors are quantized, and how.
+
+    Attributes:
+        weights: for weights of convolutions, linear layers and matrix products; None leaves them float.
+        activations: for what those ops read, and for what convolutions return; None: weights only.
+        embeddings: for embedding tables, which are stored as integers and looked up; None leaves them float.
+        first_and_last_bits: the first and the last quantized layer get at least this many bits.
+        overrides: module name, or "re:" pattern -> (weights, activations) of the ops inside; (None, None) leaves them
+            float. The last that matches counts.
+        share_concat: inputs and result of a concatenation get one common scale, so that an integer kernel only copies.
+        share_add: the same for the two sides of an addition, for runtimes whose integer addition does not rescale.
+    """
+
+    weights: QuantSpec | None = WEIGHTS
+    activations: QuantSpec | None = ACTIVATIONS
+    embeddings: QuantSpec | None = QuantSpec(8, symmetric=True, granularity="channel")
+    first_and_last_bits: int = 8
+    overrides: Mapping[str, tuple[QuantSpec | None, QuantSpec | None]] = field(default_factory=dict)
+    share_concat: bool = True
+    share_add: bool = False
+
+    def specs(self, module_path: str) -> tuple[QuantSpec | None, QuantSpec | None]:
+        """The specs of weights and activations for an op that the module at `module_path` makes."""
+        found = (self.weights, self.activations)
+        for name, specs in self.overrides.items():
+            if matches(name, module_path):
+                found = specs
+        return found
+
+
+def matches(name: str, module_path: str) -> bool:
+    """Whether `module_path` is, or lies in, the module `name`; or the pattern after "re:" is found in it."""
+    if name.startswith("re:"):
+        return re.search(name.removeprefix("re:"), module_path) is not None
+    return module_path == name or module_path.startswith(name + ".")
+
+
+def with_bits(spec: QuantSpec | None, bits: int) -> QuantSpec | None:
+    """The same spec with other bits."""
+    return replace(spec, bits=bits) if spec else None
