@@ -25,7 +25,7 @@ class QuantSpec:
         symmetric: levels -(2^(bits-1) - 1) … 2^(bits-1) - 1 about 0; else 0 … 2^bits - 1 with a zero point.
         granularity: one step per tensor, per output channel, or per `group_size` input indices of each channel.
         group_size: input indices per step, for granularity "group".
-        kind: "uniform" (a step, LSQ; with a zero point, LSQ+), or "geta" (step, range, exponent; symmetric, per tensor).
+        kind: "uniform" (a step, LSQ; with a zero point, LSQ+), or "geta" (step, range, exponent; per tensor).
         observer: how the first range is read off data.
     """
 
