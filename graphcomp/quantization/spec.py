@@ -54,12 +54,12 @@ class QuantSpec:
     @property
     def quant_min(self) -> int:
         """The lowest code."""
-        return -(2 ** (self.bits - 1) - 1) if self.symmetric else 0
+        return 1 - (1 << (self.bits - 1)) if self.symmetric else 0
 
     @property
     def quant_max(self) -> int:
         """The highest code."""
-        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+        return (1 << (self.bits - 1 if self.symmetric else self.bits)) - 1
 
 
 def check_bits(bits: int) -> None:
