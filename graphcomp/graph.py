@@ -169,13 +169,19 @@ class _ShapeInterpreter(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, mode: FakeTensorMode) -> None:
         super().__init__(module)
         self.mode = mode
-        self.fakes: dict[int, Any] = {}
+        self.fakes: dict[int, Tensor] = {}
         self.found: dict[fx.Node, Any] = {}
 
     def fetch_attr(self, target: str) -> Any:
         tensor = fetch(self.module, target)
-        if not isinstance(tensor, Tensor):
-            return tensor
+        return self._fake(tensor) if isinstance(tensor, Tensor) else tensor
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        called = self.module.get_submodule(target)
+        tensors = {name: self._fake(t) for name, t in (*called.named_parameters(), *called.named_buffers())}
+        return torch.func.functional_call(called, tensors, args, kwargs)
+
+    def _fake(self, tensor: Tensor) -> Tensor:
         if id(tensor) not in self.fakes:
             self.fakes[id(tensor)] = self.mode.from_tensor(tensor, static_shapes=True)
         return self.fakes[id(tensor)]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from graphcomp.coupling import rules as _rules  # noqa: F401  (fills the table)
 from graphcomp.coupling import table
@@ -36,6 +36,17 @@ class UnknownOp:
         """The line that lifts it, to complete."""
         name = self.op.rpartition(".")[0].replace(".", "::", 1) if "::" not in self.op else self.op
         return f'graphcomp.rule("{name}", "n c ..., ... -> n c ...")'
+
+
+@runtime_checkable
+class Coupled(Protocol):
+    """A module that stands in a graph as one node and says itself how its operand's axes couple: a quantizer.
+
+    It must be elementwise: what it returns has the shape and the axes of what it reads.
+    """
+
+    def couple_axes(self, x: Axes, own: Mapping[str, Axes], why: Reason) -> Axes:
+        """Axes of the result, from those of the operand; `own`: of the module's parameters and buffers, by name."""
 
 
 @dataclass
@@ -78,6 +89,8 @@ def propagate(
             _getitem(coupling, node)
         elif is_op(node):
             _op(coupling, node)
+        elif isinstance(found := _called(module, node), Coupled):
+            _module(coupling, node, found)
         elif tensor_values(node) or any(coupling.axes.get(n) for n in node.all_input_nodes):
             _unknown(coupling, node, str(node.target), "not an op of a library")
     return coupling
@@ -129,6 +142,25 @@ def _getitem(coupling: Coupling, node: fx.Node) -> None:
     coupling.axes[node] = [coupling.axes[source][tensors_before]] if isinstance(found[index], Tensor) else []
     if source in coupling.sources:
         coupling.sources[node] = coupling.sources[source]
+
+
+def _called(module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _module(coupling: Coupling, node: fx.Node, called: Coupled) -> None:
+    """A call of an elementwise module, whose tensors are attributes of the graph as any other."""
+    (operand,) = node.all_input_nodes
+    assert isinstance(called, nn.Module)
+    own = {}
+    for name, tensor in (*called.named_parameters(), *called.named_buffers()):
+        axes = coupling.attributes.get(f"{node.target}.{name}") or tuple(fresh(n) for n in tensor.shape)
+        own[name] = coupling.attributes[f"{node.target}.{name}"] = axes
+    why = Reason("quantized on one scale together with others", str(node.target), source_line(node))
+    coupling.axes[node] = [called.couple_axes(coupling.axes[operand][0], own, why)]
+    coupling.origins[node] = coupling.origins.get(operand, frozenset([operand]))
+    if operand in coupling.sources:
+        coupling.sources[node] = coupling.sources[operand]
 
 
 def _op(coupling: Coupling, node: fx.Node) -> None:

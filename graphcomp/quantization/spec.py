@@ -96,7 +96,7 @@ class QuantConfig:
     embeddings: QuantSpec | None = QuantSpec(8, symmetric=True, granularity="channel")
     first_and_last_bits: int = 8
     overrides: Mapping[str, tuple[QuantSpec | None, QuantSpec | None]] = field(default_factory=dict)
-    share_concat: bool = True
+    share_concat: bool = False
     share_add: bool = False
 
     def specs(self, module_path: str) -> tuple[QuantSpec | None, QuantSpec | None]:

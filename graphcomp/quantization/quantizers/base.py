@@ -100,6 +100,11 @@ class Quantizer(nn.Module, ABC):
     def bits(self) -> Tensor:
         """() float: how many bits the codes take. Constant but for quantizers that learn it."""
 
+    @property
+    def exponent(self) -> float:
+        """What is rounded is sign(x) |x|^exponent: 1 but for quantizers that learn it."""
+        return 1.0
+
     def project(self) -> None:
         """Bring parameters that an optimizer moved back to where they are valid; in place, without gradients."""
 

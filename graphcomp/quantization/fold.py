@@ -1,0 +1,222 @@
+"""Batch norm becomes part of the convolution or linear layer in front of it.
+
+    FoldBatchNorm          for good, in eval mode: new weights, the norm leaves the graph
+    FoldForTraining        the weights are scaled as they will be once folded, quantized so, and scaled back before the
+                           norm, which goes on learning (Krishnamoorthi 2018, section 3.2.2; Jacob et al. 2018)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphcomp.graph import bind, clone, fetch, set_argument, value
+from graphcomp.quantization.placement import COMPUTE
+
+aten = torch.ops.aten
+SCALED = frozenset(op for op, operands in COMPUTE.items() if operands.bias and operands.weight and op is not aten.addmm.default)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A compute op and the batch norm that alone reads its result."""
+
+    compute: fx.Node
+    norm: fx.Node
+
+
+def pairs(graph: fx.Graph) -> Iterator[Pair]:
+    """Batch norms that can be folded: right behind a convolution or linear layer, over its output channels."""
+    for norm in graph.find_nodes(op="call_function", target=aten.batch_norm.default):
+        compute = norm.args[0]
+        if not isinstance(compute, fx.Node) or compute.target not in SCALED or len(compute.users) != 1:
+            continue
+        if compute.target is aten.linear.default and value(compute).dim() != 2:
+            continue  # the norm's channels are dim 1, the layer's are the last
+        arguments = bind(compute)
+        if arguments["weight"].op != "get_attr" or (arguments["bias"] and arguments["bias"].op != "get_attr"):
+            continue
+        grouped = COMPUTE[compute.target].dim == 1 and arguments["groups"] != 1
+        # a grouped transposed convolution holds the channels of all its groups in one dim of the weight
+        if isinstance(bind(norm)["running_mean"], fx.Node) and not grouped:
+            yield Pair(compute, norm)
+
+
+@dataclass(frozen=True)
+class FoldBatchNorm:
+    """Fold every batch norm in eval mode into the op in front of it."""
+
+    def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
+        """A new module; tensors that no fold changes are shared with `module`."""
+        folded, _ = clone(module)
+        with torch.no_grad():
+            for pair in list(pairs(folded.graph)):
+                if bind(pair.norm)["training"] is False:
+                    _fold(folded, pair)
+        folded.graph.eliminate_dead_code()
+        drop_unread(folded)
+        folded.recompile()
+        return folded
+
+
+def _fold(module: fx.GraphModule, pair: Pair) -> None:
+    arguments, norm = bind(pair.compute), bind(pair.norm)
+    weight = fetch(module, arguments["weight"].target)
+    factor, shift = _affine(module, norm, weight)
+    old_bias = fetch(module, arguments["bias"].target) if arguments["bias"] else None
+    bias = shift if old_bias is None else shift + old_bias.double() * factor
+    scaled = (weight.double() * factor.view(_along(pair.compute, weight, factor))).to(weight.dtype)
+    stem = str(arguments["weight"].target).removesuffix("weight").rstrip("._") or "folded"
+    _replace(module, pair.compute, "weight", scaled, str(arguments["weight"].target))
+    name = str(arguments["bias"].target) if arguments["bias"] else f"{stem}.bias"
+    _replace(module, pair.compute, "bias", bias.to(weight.dtype), name)
+    pair.norm.replace_all_uses_with(pair.compute)
+    module.graph.erase_node(pair.norm)
+
+
+def _affine(module: fx.GraphModule, norm: dict[str, Any], like: Tensor) -> tuple[Tensor, Tensor]:
+    """(factor, shift), (c,) float64 each, of a batch norm in eval mode: y = x * factor + shift."""
+    mean, var = (fetch(module, norm[key].target).double() for key in ("running_mean", "running_var"))
+    factor = torch.rsqrt(var + norm["eps"])
+    if norm["weight"] is not None:
+        factor = factor * fetch(module, norm["weight"].target).double()
+    shift = -mean * factor
+    if norm["bias"] is not None:
+        shift = shift + fetch(module, norm["bias"].target).double()
+    return factor.to(like.device), shift.to(like.device)
+
+
+def _along(compute: fx.Node, weight: Tensor, channels: Tensor) -> list[int]:
+    """The shape in which (c,) broadcasts with the weight along its output channels."""
+    dim = COMPUTE[compute.target].dim
+    return [-1 if d == dim else 1 for d in range(weight.dim())]
+
+
+def _replace(module: fx.GraphModule, node: fx.Node, argument: str, tensor: Tensor, name: str) -> None:
+    """Give `node` a new parameter under `name`, or under a free name where others still read the one there."""
+    old = bind(node)[argument]
+    shared = isinstance(old, fx.Node) and _read_by_others(module, old, node)
+    if shared or (old is None and _exists(module, name)):
+        name = _free(module, name)
+    owner_name, _, last = name.rpartition(".")
+    module.add_submodule(owner_name, nn.Module()) if owner_name and not _is_module(module, owner_name) else None
+    owner = module.get_submodule(owner_name)
+    if last in owner._buffers:
+        del owner._buffers[last]
+    setattr(owner, last, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+    with module.graph.inserting_before(node):
+        fresh = module.graph.get_attr(name)
+    fresh.meta = dict(old.meta) if isinstance(old, fx.Node) else {"val": _fake_like(node, tensor)}
+    set_argument(node, argument, fresh)
+    if isinstance(old, fx.Node) and not old.users:
+        module.graph.erase_node(old)
+
+
+def _read_by_others(module: fx.GraphModule, attribute: fx.Node, node: fx.Node) -> bool:
+    tensor = fetch(module, str(attribute.target))
+    readers = [
+        user
+        for other in module.graph.find_nodes(op="get_attr")
+        if fetch(module, str(other.target)) is tensor
+        for user in other.users
+    ]
+    return any(user is not node for user in readers)
+
+
+def _exists(module: nn.Module, name: str) -> bool:
+    owner: Any = module
+    for part in name.split("."):
+        if not hasattr(owner, part):
+            return False
+        owner = getattr(owner, part)
+    return owner is not None
+
+
+def _is_module(module: nn.Module, name: str) -> bool:
+    try:
+        return isinstance(module.get_submodule(name), nn.Module)
+    except AttributeError:
+        return False
+
+
+def _free(module: nn.Module, name: str) -> str:
+    k = 1
+    while _exists(module, f"{name}_{k}"):
+        k += 1
+    return f"{name}_{k}"
+
+
+def _fake_like(node: fx.Node, tensor: Tensor) -> Any:
+    mode = getattr(value(node), "fake_mode", None)
+    return mode.from_tensor(tensor, static_shapes=True) if mode else tensor
+
+
+def drop_unread(module: fx.GraphModule) -> None:
+    """Delete the parameters and buffers that no node reads."""
+    read = {str(n.target) for n in module.graph.find_nodes(op="get_attr")}
+    called = tuple(str(n.target) + "." for n in module.graph.find_nodes(op="call_module"))
+    for name in [n for n, _ in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))]:
+        if name in read or name.startswith(called):
+            continue
+        owner_name, _, last = name.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        owner._parameters.pop(last, None)
+        owner._buffers.pop(last, None)
+    module.delete_all_unused_submodules()
+
+
+# ------------------------------------------------------------------------------------------------ training
+@dataclass(frozen=True)
+class FoldForTraining:
+    """Scale each weight by gamma / sqrt(running_var + eps) in front of its quantizer, and the result back behind it.
+
+    Run before the quantizers are inserted: they then see the weights as they will be once folded. In eval mode the
+    graph computes what `FoldBatchNorm` gives; in training the norm takes its statistics of the unscaled result.
+    """
+
+    def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
+        """A new module that shares the tensors of `module`."""
+        folded, _ = clone(module)
+        for pair in list(pairs(folded.graph)):
+            _scale(folded, pair)
+        folded.graph.lint()
+        folded.recompile()
+        return folded
+
+
+def _scale(module: fx.GraphModule, pair: Pair) -> None:
+    graph, norm, arguments = module.graph, bind(pair.norm), bind(pair.compute)
+    weight, rank = arguments["weight"], value(pair.compute).dim()
+    shape = _along(pair.compute, value(weight), fetch(module, norm["running_var"].target))
+
+    def op(target: Any, *args: Any, like: fx.Node) -> fx.Node:
+        node = graph.call_function(target, args)
+        node.meta = {k: v for k, v in pair.compute.meta.items() if k in ("stack_trace", "nn_module_stack")}
+        node.meta["val"] = value(like)
+        return node
+
+    variance = norm["running_var"]
+    with graph.inserting_before(pair.compute):
+        inverse = op(aten.rsqrt.default, op(aten.add.Tensor, variance, norm["eps"], like=variance), like=variance)
+        factor = inverse if norm["weight"] is None else op(aten.mul.Tensor, inverse, norm["weight"], like=inverse)
+        # a channel with gamma 0 cannot be scaled back: it is left as it is
+        zero = op(aten.eq.Scalar, factor, 0, like=factor)
+        factor = op(aten.masked_fill.Scalar, factor, zero, 1.0, like=factor)
+        scaled = op(aten.mul.Tensor, weight, op(aten.view.default, factor, shape, like=factor), like=weight)
+    set_argument(pair.compute, "weight", scaled)
+    bias = arguments["bias"]
+    set_argument(pair.compute, "bias", None)
+    channels = [1, -1] + [1] * (rank - 2)
+    users = list(pair.compute.users)
+    with graph.inserting_before(pair.norm):
+        back = op(
+            aten.div.Tensor, pair.compute, op(aten.view.default, factor, channels, like=factor), like=pair.compute
+        )
+        if bias is not None:
+            back = op(aten.add.Tensor, back, op(aten.view.default, bias, channels, like=bias), like=pair.compute)
+    for user in users:
+        user.replace_input_with(pair.compute, back)

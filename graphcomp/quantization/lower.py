@@ -1,0 +1,343 @@
+"""The lowering pass: fake-quant nodes become integers with quantize and dequantize nodes.
+
+    weight      integer buffer -> dequantize          four bits and fewer: packed, two codes per byte
+    embedding   the integer table is looked up, then its rows' scales; the table is never made float
+    activation  quantize -> dequantize
+    bias        int32 buffer on the scale of the products, so that an integer kernel adds it as it is
+    clip        gone where the quantizer behind it saturates at the same codes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphcomp.graph import bind, clone, fetch, module_path, set_argument, value
+from graphcomp.quantization import ops
+from graphcomp.quantization.fold import drop_unread
+from graphcomp.quantization.insert import quantizer_nodes
+from graphcomp.quantization.placement import CLIPS, COMPUTE, EMBEDDINGS, constants
+from graphcomp.quantization.quantizers.base import Integers, Quantizer
+
+aten = torch.ops.aten
+
+PACKED_BITS = 4
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class LoweredLayer:
+    """One compute op or embedding: the bits of its weight and of what it reads (32: float)."""
+
+    name: str  # of its weight, or of the op
+    op: str
+    weight_bits: int = 32
+    activation_bits: int = 32
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """An integer graph, and where its values stand in the fake-quant graph it came from.
+
+    Attributes:
+        module: the lowered graph.
+        activations: name of a fake-quant node of an activation -> name of the dequantize node in its place.
+        weights: name of a fake-quant node of a weight -> its integers.
+        layers: what each layer is stored and fed with.
+    """
+
+    module: fx.GraphModule
+    activations: Mapping[str, str]
+    weights: Mapping[str, Integers]
+    layers: tuple[LoweredLayer, ...] = field(default=())
+
+
+def lower(fake: fx.GraphModule) -> Lowered:
+    """The integer graph of a fake-quant graph in eval mode; `fake` is not changed."""
+    with torch.no_grad():
+        return _Lowering(fake).run()
+
+
+class _Lowering:
+    def __init__(self, fake: fx.GraphModule) -> None:
+        self.module, new_node = clone(fake)
+        self.graph = self.module.graph
+        self.fake_name = {new: old.name for old, new in new_node.items()}
+        self.constants = constants_with_quantizers(self.module)
+        self.values: dict[fx.Node, Any] = {}
+        self.integers: dict[fx.Node, Integers] = {}  # dequantized value -> its integers
+        self.activations: dict[str, str] = {}
+        self.weights: dict[str, Integers] = {}
+        self.scales: dict[fx.Node, Integers] = {}  # dequantized activation -> scale and zero point
+        self.layers: dict[fx.Node, LoweredLayer] = {}
+
+    def run(self) -> Lowered:
+        found = list(quantizer_nodes(self.module))
+        self._note_layers(dict(found))
+        for node, quantizer in found:
+            if node in self.constants:
+                self._weight(node, quantizer)
+        for node, quantizer in found:
+            if node not in self.constants:
+                self._activation(node, quantizer)
+        for node in list(self.graph.nodes):
+            if node.target in COMPUTE:
+                self._bias(node)
+        self.graph.eliminate_dead_code()
+        drop_unread(self.module)
+        self.graph.lint()
+        self.module.recompile()
+        return Lowered(self.module, self.activations, self.weights, tuple(self.layers.values()))
+
+    # ------------------------------------------------------------------------------------------ what is quantized
+    def _note_layers(self, quantizers: Mapping[fx.Node, Quantizer]) -> None:
+        for node in self.graph.nodes:
+            if node.target not in COMPUTE and node.target not in EMBEDDINGS:
+                continue
+            arguments = bind(node)
+            operands = COMPUTE.get(node.target)
+            weight = arguments[operands.weight] if operands and operands.weight else arguments.get("weight")
+            data = [arguments[name] for name in operands.data if arguments[name] is not weight] if operands else []
+            if weight is not None and weight not in self.constants:
+                data.append(weight)
+            bits = [_bits(quantizers.get(d)) for d in data]
+            self.layers[node] = LoweredLayer(
+                self._layer_name(node, weight),
+                str(node.target),
+                _bits(quantizers.get(weight)) if weight in self.constants else 32,
+                max(bits, default=32),
+            )
+
+    def _layer_name(self, node: fx.Node, weight: fx.Node | None) -> str:
+        while weight is not None and weight.op != "get_attr":
+            weight = next((n for n in weight.all_input_nodes if n in self.constants), None)
+        if weight is not None:
+            return str(weight.target).removesuffix(".weight")
+        return f"{module_path(node)}.{node.name}".lstrip(".")
+
+    # ------------------------------------------------------------------------------------------ weights
+    def _weight(self, node: fx.Node, quantizer: Quantizer) -> None:
+        (source,) = node.args
+        assert isinstance(source, fx.Node)
+        integers = quantizer.to_integers(self._evaluate(source))
+        integers = _with_safe_scales(integers)
+        self.weights[self.fake_name[node]] = integers
+        stem = self._stem(source)
+        lookups = [user for user in node.users if user.target in EMBEDDINGS]
+        codes = None
+        with self.graph.inserting_before(node):
+            codes = self._codes(stem, integers, node)
+            scale = self._buffer(f"{stem}_scale", integers.scale, node)
+            zero = self._buffer(f"{stem}_zero_point", integers.zero_point.to(torch.int32), node)
+            if len(lookups) < len(node.users):
+                dequantized = self._dequantize(stem, codes, scale, zero, integers, node)
+                self.integers[dequantized] = integers
+                for user in [u for u in node.users if u not in lookups]:
+                    user.replace_input_with(node, dequantized)
+        for user in lookups:
+            self._lookup(user, codes, scale, zero, integers)
+        self.graph.erase_node(node)
+
+    def _codes(self, stem: str, integers: Integers, like: fx.Node) -> fx.Node:
+        """The node that yields the codes, unpacked."""
+        low, high = integers.quant_min, integers.quant_max
+        signed = low < 0
+        fits = -8 <= low and high <= 7 if signed else high <= 15
+        if not fits:
+            return self._buffer(f"{stem}_codes", integers.values, like)
+        packed = self._buffer(f"{stem}_codes", ops.pack_int4(integers.values), like)
+        shape = list(integers.values.shape)
+        return self._call(torch.ops.graphcomp.unpack_int4.default, (packed, shape, signed), like)
+
+    def _dequantize(
+        self, stem: str, codes: fx.Node, scale: fx.Node, zero: fx.Node, integers: Integers, like: fx.Node
+    ) -> fx.Node:
+        bounds = (integers.quant_min, integers.quant_max, integers.values.dtype)
+        if integers.groups is not None:
+            groups = self._buffer(f"{stem}_groups", integers.groups, like)
+            return self._call(torch.ops.graphcomp.dequantize_grouped.default, (codes, scale, zero, groups), like)
+        if integers.dim is not None:
+            return self._call(ops.dequantize_per_channel, (codes, scale, zero, integers.dim, *bounds), like)
+        numbers = (float(integers.scale), int(integers.zero_point))
+        return self._call(ops.dequantize_per_tensor, (codes, *numbers, *bounds), like)
+
+    def _lookup(self, user: fx.Node, codes: fx.Node, scale: fx.Node, zero: fx.Node, integers: Integers) -> None:
+        """embedding(dequantized table, ids) -> (embedding(codes, ids) - zero point) * scale of the row."""
+        assert integers.groups is None, "an embedding has one scale per row or one in all"
+        arguments = bind(user)
+        rest = tuple(arguments[a.name] for a in user.target._schema.arguments[1:])  # type: ignore[union-attr]
+        with self.graph.inserting_before(user):
+            row = self._call(user.target, (codes, *rest), user)
+            row = self._call(aten.to.dtype, (row, integers.scale.dtype), user)
+            if bool((integers.zero_point != 0).any()):
+                row = self._call(aten.sub.Tensor, (row, self._row(zero, integers, rest, user)), user)
+            row = self._call(aten.mul.Tensor, (row, self._row(scale, integers, rest, user)), user)
+        user.replace_all_uses_with(row)
+        self.graph.erase_node(user)
+
+    def _row(self, parameter: fx.Node, integers: Integers, rest: tuple[Any, ...], user: fx.Node) -> fx.Node:
+        if integers.dim is None:
+            return parameter
+        column = self._call(aten.view.default, (parameter, [-1, 1]), parameter)
+        return self._call(user.target, (column, *rest), user)
+
+    # ------------------------------------------------------------------------------------------ activations
+    def _activation(self, node: fx.Node, quantizer: Quantizer) -> None:
+        (source,) = node.args
+        assert isinstance(source, fx.Node)
+        integers = quantizer.to_integers(torch.zeros((), dtype=_dtype(quantizer)))
+        numbers = (float(integers.scale), int(integers.zero_point))
+        arguments = (*numbers, integers.quant_min, integers.quant_max, integers.values.dtype)
+        if source.target in CLIPS and all(user is node for user in source.users) and _saturates(source, integers):
+            source = source.all_input_nodes[0]
+        with self.graph.inserting_before(node):
+            source = self._transformed(source, quantizer, node)
+            codes = self._call(ops.quantize_per_tensor, (source, *arguments), node)
+            result = self._call(ops.dequantize_per_tensor, (codes, *arguments), node)
+        node.replace_all_uses_with(result)
+        self.activations[self.fake_name[node]] = result.name
+        self.scales[result] = integers
+        self.graph.erase_node(node)
+
+    def _transformed(self, source: fx.Node, quantizer: Quantizer, like: fx.Node) -> fx.Node:
+        """What is rounded: the value itself, but for quantizers with an exponent."""
+        exponent = quantizer.exponent
+        if exponent == 1.0:
+            return source
+        sign = self._call(aten.sign.default, (source,), like)
+        power = self._call(aten.pow.Tensor_Scalar, (self._call(aten.abs.default, (source,), like), exponent), like)
+        return self._call(aten.mul.Tensor, (sign, power), like)
+
+    # ------------------------------------------------------------------------------------------ biases
+    def _bias(self, node: fx.Node) -> None:
+        operands, arguments = COMPUTE[node.target], bind(node)
+        bias = arguments.get(operands.bias) if operands.bias else None
+        weight, data = self.integers.get(arguments[operands.weight]), self.scales.get(arguments[operands.data[0]])
+        if bias is None or weight is None or data is None or bias not in self.constants:
+            return
+        if weight.groups is not None or bool((weight.zero_point != 0).any()):
+            return  # the products have no one scale per channel
+        if node.target is aten.addmm.default and (arguments["beta"] != 1 or arguments["alpha"] != 1):
+            return
+        floats = self._evaluate(bias)
+        scale = (weight.scale * data.scale).to(weight.scale.dtype).expand(floats.shape[-1:]).contiguous()
+        codes = torch.round(floats / scale)
+        if floats.dim() != 1 or not bool((codes.abs() <= INT32_MAX).all()):
+            return
+        stem = self._stem(bias)
+        with self.graph.inserting_before(node):
+            buffers = (
+                self._buffer(f"{stem}_codes", codes.to(torch.int32), bias),
+                self._buffer(f"{stem}_scale", scale, bias),
+                self._buffer(f"{stem}_zero_point", torch.zeros_like(codes, dtype=torch.int32), bias),
+            )
+            bounds = (0, -INT32_MAX - 1, INT32_MAX, torch.int32)
+            set_argument(node, operands.bias, self._call(ops.dequantize_per_channel, (*buffers, *bounds), bias))
+
+    # ------------------------------------------------------------------------------------------ nodes and tensors
+    def _call(self, target: Any, arguments: tuple[Any, ...], like: fx.Node) -> fx.Node:
+        node = self.graph.call_function(target, arguments)
+        node.meta = {key: like.meta[key] for key in ("stack_trace", "nn_module_stack") if key in like.meta}
+        shown = [a.meta.get("val") if isinstance(a, fx.Node) else a for a in arguments]
+        node.meta["val"] = target(*shown)
+        return node
+
+    def _buffer(self, name: str, tensor: Tensor, like: fx.Node) -> fx.Node:
+        owner_name, _, last = name.rpartition(".")
+        owner: nn.Module = self.module
+        for part in owner_name.split(".") if owner_name else ():
+            if not isinstance(getattr(owner, part, None), nn.Module):
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        k = 0
+        while hasattr(owner, last if not k else f"{last}_{k}"):
+            k += 1
+        last = last if not k else f"{last}_{k}"
+        owner.register_buffer(last, tensor.detach().clone())
+        node = self.graph.get_attr(f"{owner_name}.{last}".lstrip("."))
+        mode = getattr(value(like), "fake_mode", None)
+        node.meta["val"] = mode.from_tensor(tensor, static_shapes=True) if mode else tensor
+        return node
+
+    def _stem(self, source: fx.Node) -> str:
+        """The name of the parameter that a constant is made of; the node's where it is made of several."""
+        read = [n for n in _ancestors(source) if n.op == "get_attr"]
+        return str(read[0].target) if len(read) == 1 else source.name
+
+    def _evaluate(self, node: fx.Node) -> Tensor:
+        """What a constant node computes."""
+        if node not in self.values:
+            if node.op == "get_attr":
+                self.values[node] = fetch(self.module, str(node.target))
+            else:
+                arguments, keywords = fx.map_arg((node.args, node.kwargs), self._evaluate)  # type: ignore[arg-type]
+                called = self.module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+                self.values[node] = called(*arguments, **keywords)  # type: ignore[operator]
+        found: Tensor = self.values[node]
+        return found
+
+
+def constants_with_quantizers(module: fx.GraphModule) -> set[fx.Node]:
+    """As `constants`, quantizers of constants included."""
+    found = constants(module.graph)
+    for node, _ in quantizer_nodes(module):
+        if found.issuperset(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _ancestors(node: fx.Node) -> Iterator[fx.Node]:
+    waiting, seen = [node], {node}
+    while waiting:
+        found = waiting.pop()
+        yield found
+        new = [n for n in found.all_input_nodes if n not in seen]
+        seen.update(new)
+        waiting += new
+
+
+def _bits(quantizer: Quantizer | None) -> int:
+    return 32 if quantizer is None else round(float(quantizer.bits))
+
+
+def _dtype(quantizer: Quantizer) -> torch.dtype:
+    return next((p.dtype for p in quantizer.parameters()), torch.float32)
+
+
+def _with_safe_scales(integers: Integers) -> Integers:
+    """The same values; a channel of zeros has the scale 1, so that a bias on that scale fits into int32."""
+    if integers.dim is None or integers.groups is not None or bool((integers.zero_point != 0).any()):
+        return integers
+    empty = (integers.values == 0).transpose(0, integers.dim).flatten(1).all(dim=1)
+    return replace(integers, scale=torch.where(empty, torch.ones_like(integers.scale), integers.scale))
+
+
+def _saturates(clip: fx.Node, integers: Integers) -> bool:
+    """Whether every value the clip would change has the code of the bound it is clipped to."""
+    low, high = _bounds(clip)
+    if low is None and high is None:
+        return False
+
+    def code(x: float) -> int:
+        scale = float(integers.scale)
+        return max(integers.quant_min, min(integers.quant_max, round(x / scale) + int(integers.zero_point)))
+
+    return (low is None or code(low) == integers.quant_min) and (high is None or code(high) == integers.quant_max)
+
+
+def _bounds(clip: fx.Node) -> tuple[float | None, float | None]:
+    arguments = bind(clip)
+    if clip.target is aten.relu.default:
+        return 0.0, None
+    if clip.target is aten.relu6.default:
+        return 0.0, 6.0
+    if clip.target is aten.hardtanh.default:
+        return float(arguments["min_val"]), float(arguments["max_val"])
+    bounds = arguments.get("min"), arguments.get("max")
+    if any(isinstance(bound, fx.Node) for bound in bounds):
+        return None, None
+    return tuple(None if b is None else float(b) for b in bounds)  # type: ignore[return-value]

@@ -1,0 +1,67 @@
+"""Run a graph on several batches at once, node by node: what a method needs that sets one layer after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphcomp.graph import fetch
+
+Visit = Callable[[fx.Node, list[tuple[tuple[Any, ...], dict[str, Any]]]], None]
+
+
+class Lockstep:
+    """The values of a graph's nodes for several batches, computed in the order of the graph and dropped after use.
+
+    Args:
+        module: the graph.
+        batches: flat inputs of each batch, in the order of the placeholders.
+    """
+
+    def __init__(self, module: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> None:
+        self.module = module
+        self.inputs = [iter(batch) for batch in batches]
+        self.values: list[dict[fx.Node, Any]] = [{} for _ in batches]
+        self.last_user: dict[fx.Node, fx.Node] = {}
+        for node in module.graph.nodes:
+            for operand in node.all_input_nodes:
+                self.last_user[operand] = node
+
+    def arguments(self, node: fx.Node) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """What `node` is called with, per batch."""
+        for values in self.values:
+            yield fx.map_arg((node.args, node.kwargs), values.__getitem__)  # type: ignore[arg-type]
+
+    def of(self, node: fx.Node) -> list[Any]:
+        """What `node` computed, per batch; there until its last user has run."""
+        return [values[node] for values in self.values]
+
+    @torch.no_grad()
+    def step(self, node: fx.Node) -> None:
+        """Compute `node`, and drop the values that nothing later reads."""
+        if node.op == "output":
+            return
+        for values, inputs, (args, kwargs) in zip(self.values, self.inputs, list(self.arguments(node)), strict=True):
+            values[node] = self._run(node, inputs, args, kwargs)
+
+    def drop(self, node: fx.Node) -> None:
+        """Forget the operands that `node` was the last to read, and `node` itself where nothing reads it."""
+        for operand in node.all_input_nodes:
+            if self.last_user[operand] is node:
+                for values in self.values:
+                    values.pop(operand, None)
+        if node not in self.last_user:
+            for values in self.values:
+                values.pop(node, None)
+
+    def _run(self, node: fx.Node, inputs: Iterator[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if node.op == "placeholder":
+            return next(inputs)
+        if node.op == "get_attr":
+            return fetch(self.module, str(node.target))
+        if node.op == "call_module":
+            return self.module.get_submodule(str(node.target))(*args, **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
