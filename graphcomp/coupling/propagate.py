@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from graphcomp.coupling import rules as _rules  # noqa: F401  (fills the table)
 from graphcomp.coupling import table
@@ -89,8 +89,8 @@ def propagate(
             _getitem(coupling, node)
         elif is_op(node):
             _op(coupling, node)
-        elif isinstance(found := _called(module, node), Coupled):
-            _module(coupling, node, found)
+        elif _is_coupled(module, node):
+            _module(coupling, node, module.get_submodule(str(node.target)))
         elif tensor_values(node) or any(coupling.axes.get(n) for n in node.all_input_nodes):
             _unknown(coupling, node, str(node.target), "not an op of a library")
     return coupling
@@ -144,14 +144,13 @@ def _getitem(coupling: Coupling, node: fx.Node) -> None:
         coupling.sources[node] = coupling.sources[source]
 
 
-def _called(module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    return module.get_submodule(str(node.target)) if node.op == "call_module" else None
+def _is_coupled(module: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), Coupled)
 
 
-def _module(coupling: Coupling, node: fx.Node, called: Coupled) -> None:
+def _module(coupling: Coupling, node: fx.Node, called: Any) -> None:
     """A call of an elementwise module, whose tensors are attributes of the graph as any other."""
     (operand,) = node.all_input_nodes
-    assert isinstance(called, nn.Module)
     own = {}
     for name, tensor in (*called.named_parameters(), *called.named_buffers()):
         axes = coupling.attributes.get(f"{node.target}.{name}") or tuple(fresh(n) for n in tensor.shape)

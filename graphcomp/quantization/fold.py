@@ -1,8 +1,8 @@
 """Batch norm becomes part of the convolution or linear layer in front of it.
 
-    FoldBatchNorm          for good, in eval mode: new weights, the norm leaves the graph
-    FoldForTraining        the weights are scaled as they will be once folded, quantized so, and scaled back before the
-                           norm, which goes on learning (Krishnamoorthi 2018, section 3.2.2; Jacob et al. 2018)
+FoldBatchNorm          for good, in eval mode: new weights, the norm leaves the graph
+FoldForTraining        the weights are scaled as they will be once folded, quantized so, and scaled back before the
+                       norm, which goes on learning (Krishnamoorthi 2018, section 3.2.2; Jacob et al. 2018)
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from graphcomp.graph import bind, clone, fetch, set_argument, value
 from graphcomp.quantization.placement import COMPUTE
 
 aten = torch.ops.aten
-SCALED = frozenset(op for op, operands in COMPUTE.items() if operands.bias and operands.weight and op is not aten.addmm.default)
+SCALED = frozenset(
+    op for op, operands in COMPUTE.items() if operands.bias and operands.weight and op is not aten.addmm.default
+)
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,9 @@ def drop_unread(module: fx.GraphModule) -> None:
     """Delete the parameters and buffers that no node reads."""
     read = {str(n.target) for n in module.graph.find_nodes(op="get_attr")}
     called = tuple(str(n.target) + "." for n in module.graph.find_nodes(op="call_module"))
-    for name in [n for n, _ in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))]:
+    for name in [
+        n for n, _ in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    ]:
         if name in read or name.startswith(called):
             continue
         owner_name, _, last = name.rpartition(".")

@@ -58,7 +58,9 @@ def check_lowering(fake: fx.GraphModule, lowered: Lowered, flat_inputs: Sequence
         weights, worst = max((weights, worst), (difference, name))
     found = LoweringError(weights, follower.steps, follower.where, _output_error(expected, actual))
     if weights > 0:
-        raise VerificationError(f"the integers of {worst} are not its fake-quantized weight", why=f"off by {weights:.1e}")
+        raise VerificationError(
+            f"the integers of {worst} are not its fake-quantized weight", why=f"off by {weights:.1e}"
+        )
     if not found.steps <= STEPS_ALLOWED + _ROUNDING:
         raise VerificationError(
             "the integer graph does not compute what the fake-quant graph computes",

@@ -1,10 +1,10 @@
 """The lowering pass: fake-quant nodes become integers with quantize and dequantize nodes.
 
-    weight      integer buffer -> dequantize          four bits and fewer: packed, two codes per byte
-    embedding   the integer table is looked up, then its rows' scales; the table is never made float
-    activation  quantize -> dequantize
-    bias        int32 buffer on the scale of the products, so that an integer kernel adds it as it is
-    clip        gone where the quantizer behind it saturates at the same codes
+weight      integer buffer -> dequantize          four bits and fewer: packed, two codes per byte
+embedding   the integer table is looked up, then its rows' scales; the table is never made float
+activation  quantize -> dequantize
+bias        int32 buffer on the scale of the products, so that an integer kernel adds it as it is
+clip        gone where the quantizer behind it saturates at the same codes
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class _Lowering:
         """The node that yields the codes, unpacked."""
         low, high = integers.quant_min, integers.quant_max
         signed = low < 0
-        fits = -8 <= low and high <= 7 if signed else high <= 15
+        fits = low >= -8 and high <= 7 if signed else high <= 15
         if not fits:
             return self._buffer(f"{stem}_codes", integers.values, like)
         packed = self._buffer(f"{stem}_codes", ops.pack_int4(integers.values), like)
@@ -274,7 +274,7 @@ class _Lowering:
             if node.op == "get_attr":
                 self.values[node] = fetch(self.module, str(node.target))
             else:
-                arguments, keywords = fx.map_arg((node.args, node.kwargs), self._evaluate)  # type: ignore[arg-type]
+                arguments, keywords = fx.map_arg((node.args, node.kwargs), self._evaluate)
                 called = self.module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
                 self.values[node] = called(*arguments, **keywords)  # type: ignore[operator]
         found: Tensor = self.values[node]

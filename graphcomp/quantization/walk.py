@@ -33,7 +33,7 @@ class Lockstep:
     def arguments(self, node: fx.Node) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         """What `node` is called with, per batch."""
         for values in self.values:
-            yield fx.map_arg((node.args, node.kwargs), values.__getitem__)  # type: ignore[arg-type]
+            yield fx.map_arg((node.args, node.kwargs), values.__getitem__)
 
     def of(self, node: fx.Node) -> list[Any]:
         """What `node` computed, per batch; there until its last user has run."""
