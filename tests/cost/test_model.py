@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,9 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from graphcomp.analysis import Analysis, analyze_captured
 from graphcomp.capture import capture
-from graphcomp.cost import CostModel, counts_of, latency, macs, param_bytes, params
+from graphcomp.cost import CostModel, counts_of, macs, param_bytes, params
 from graphcomp.coupling.groups import Kept
-from graphcomp.errors import PlanError
 from graphcomp.pruning.slice import SliceGroups
 
 
@@ -207,28 +204,3 @@ def test_counts_of() -> None:
     analysis = analysed(Mlp(), torch.randn(5, 4))
     (group,) = analysis.groups
     assert counts_of({group: torch.tensor([1, 3, 4])}) == {group.factor: 3}
-
-
-# ------------------------------------------------------------------------------------------------ latency
-def test_latency_leaves_threads_and_mode_as_they_were() -> None:
-    seen: list[tuple[int, bool]] = []
-
-    class Watched(nn.Module):
-        def forward(self, x: Tensor, *, scale: float) -> Tensor:
-            seen.append((torch.get_num_threads(), self.training))
-            return x * scale
-
-    module, threads = Watched().train(), torch.get_num_threads()
-    found = latency(module, (torch.ones(3),), {"scale": 2.0}, threads=1, warmup=2, repeats=5)
-    assert seen == [(1, False)] * 7
-    assert (torch.get_num_threads(), module.training) == (threads, True)
-    assert 0 < found.p10_ms <= found.median_ms <= found.p90_ms
-    assert found.runs == 5
-    assert math.isfinite(latency(module, (torch.ones(3),), {"scale": 2.0}, repeats=1).p90_ms)
-
-
-def test_latency_needs_weights_and_runs() -> None:
-    with pytest.raises(PlanError, match="meta device"):
-        latency(nn.Linear(2, 2, device="meta"), (torch.ones(1, 2, device="meta"),))
-    with pytest.raises(PlanError, match="0 runs"):
-        latency(nn.Identity(), (torch.ones(1),), repeats=0)
