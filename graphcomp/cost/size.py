@@ -78,10 +78,11 @@ class Codes:
         low, high = (int(raw.min()), int(raw.max())) if self.total else (0, 0)
         least, most = (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if low < 0 else (0, 2**self.bits - 1)
         if low < least or high > most:
+            enough = max(high.bit_length(), (-low - 1).bit_length()) + (low < 0)
             raise PlanError(
                 f"codes from {low} to {high} do not fit {self.bits} bits",
                 why=f"{self.bits} bits hold {least} to {most} here",
-                fix=f"bits={max(high.bit_length(), (-low - 1).bit_length()) + (low < 0)}",
+                fix=f"bits={enough}" if enough <= 16 else "codes of at most 16 bits",
             )
         _ = self.nonzero  # raises where the zero point does not broadcast
 

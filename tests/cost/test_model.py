@@ -192,6 +192,51 @@ def test_attention_stands_apart(fused: bool) -> None:
     assert sum(kinds.values()) == costs.macs({})
 
 
+# ------------------------------------------------------------------------------------------------ by op and by layer
+def test_macs_of_each_layer_before_and_after_a_cut() -> None:
+    analysis = analysed(Mlp(), torch.randn(5, 4))
+    (group,) = analysis.groups
+    costs = CostModel(analysis)
+    assert costs.macs_by_layer() == {"up": 5 * 24, "down": 5 * 18}
+    assert costs.macs_by_layer({group.factor: 2}) == {"up": 5 * 8, "down": 5 * 6}
+    assert costs.macs_by_op({group.factor: 2}) == {o.node: 5 * {"up": 8, "down": 6}[o.layer] for o in costs.operations}
+    assert costs.layers == {"up", "up.bias", "norm", "norm.bias", "down", "unread"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ops_and_layers_sum_up_to_the_whole(name: str) -> None:
+    build, inputs = MODELS[name]
+    analysis = analysed(build(), inputs())
+    costs, counts = CostModel(analysis), counts_of(halved(analysis))
+    by_op, by_layer = costs.macs_by_op(counts), costs.macs_by_layer(counts)
+    assert sum(by_op.values()) == sum(by_layer.values()) == costs.macs(counts)
+    assert [costs.operations[k].node for k in range(len(by_op))] == list(by_op)
+    weights = {n.removesuffix(".weight") for n, p in analysis.model.named_parameters() if p.dim() > 1} - {"embed"}
+    assert weights == {o.layer for o in costs.operations if o.kind != "attention"}
+
+
+def test_names_of_layers() -> None:
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(10, 6)
+            self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 8))
+            self.rnn = nn.LSTM(8, 6, batch_first=True)
+            self.head = nn.Linear(6, 10, bias=False)
+            self.head.weight = self.embed.weight
+            self.matrix = nn.Parameter(torch.randn(10, 3))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.rnn(self.normed(self.embed(ids)))[0]) @ self.matrix
+
+    costs = CostModel(analysed(Layers(), torch.randint(0, 10, (2, 3))))
+    normed, rnn, head, matrix = costs.macs_by_layer()
+    assert normed == "normed.parametrizations.weight.original1"
+    assert rnn.startswith("rnn/")
+    assert (head, matrix) == ("embed", "matrix")  # a tied weight has one name
+    assert [o.kind for o in costs.operations] == ["linear", "recurrent", "linear", "linear"]
+
+
 def test_the_meta_device_will_do() -> None:
     with torch.device("meta"):
         analysis = analysed(Residual(), torch.randn(2, 3, 16, 16))
