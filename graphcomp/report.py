@@ -140,9 +140,7 @@ def _bits_text(layers: Sequence[LayerReport]) -> list[str]:
     found = Counter((layer.weight_bits, layer.activation_bits) for layer in layers)
     if set(found) <= {(FLOAT_BITS, FLOAT_BITS)}:
         return []
-    return [
-        f"{count} layers with weights of {w} and activations of {a} bits" for (w, a), count in sorted(found.items())
-    ]
+    return [f"{w} for weights, {a} for activations: {n} of {len(layers)} layers" for (w, a), n in sorted(found.items())]
 
 
 def frozen_dict(frozen: FrozenAxis) -> dict[str, Any]:

@@ -90,8 +90,8 @@ def test_text(report: Report) -> None:
 
 def test_text_of_a_quantized_model(report: Report) -> None:
     lines = [" ".join(line.split()) for line in str(quantized(report)).splitlines()]
-    assert "bits 1 layers with weights of 4 and activations of 8 bits" in lines
-    assert "bits 2 layers with weights of 8 and activations of 8 bits" in lines
+    assert "bits 4 for weights, 8 for activations: 1 of 3 layers" in lines
+    assert "bits 8 for weights, 8 for activations: 2 of 3 layers" in lines
     assert "weights, bytes C0 1,234, C4 2,346" in lines
     assert "quantization largest relative error 3.0e-02, of up" in lines
     assert "kernels MatMulInteger: 2" in lines

@@ -144,7 +144,8 @@ def relative_index_bits(codes: Codes, index_bits: int = INDEX_BITS) -> int:
     Args:
         index_bits: r, 1 to 16.
     """
-    return len(_gaps(codes, index_bits)) * (codes.bits + index_bits)
+    zeros = _zeros_before(codes, index_bits)
+    return (len(zeros) + int((zeros >> index_bits).sum())) * (codes.bits + index_bits)
 
 
 def csr_bits(codes: Codes) -> int:
@@ -354,14 +355,19 @@ def _encode_relative(codes: Codes, index_bits: int) -> dict[str, Field]:
 
 def _gaps(codes: Codes, index_bits: int) -> Numbers:
     """(entries,) int64: zeros between each entry of C1 and the one before it, 0 … 2^r - 1."""
+    zeros, longest = _zeros_before(codes, index_bits), 2**index_bits - 1
+    fillers = zeros >> index_bits
+    gaps = np.full(len(zeros) + int(fillers.sum()), longest, dtype=np.int64)
+    gaps[np.cumsum(fillers + 1) - 1] = zeros & longest
+    return gaps
+
+
+def _zeros_before(codes: Codes, index_bits: int) -> Numbers:
+    """(n,) int64: zeros between each nonzero and the one before it."""
     if not 1 <= index_bits <= 16:
         raise PlanError(f"index_bits={index_bits!r} is outside 1 to 16", fix=f"index_bits={INDEX_BITS}")
-    reach = 2**index_bits
-    zeros = np.diff(np.flatnonzero(codes.nonzero), prepend=-1) - 1
-    fillers = zeros // reach
-    gaps = np.full(len(zeros) + int(fillers.sum()), reach - 1, dtype=np.int64)
-    gaps[np.cumsum(fillers + 1) - 1] = zeros % reach
-    return gaps
+    found: Numbers = np.diff(np.flatnonzero(codes.nonzero), prepend=-1) - 1
+    return found
 
 
 def _encode_csr(codes: Codes) -> dict[str, Field]:
