@@ -17,7 +17,7 @@ from graphcomp.analysis import Analysis, analyze_captured
 from graphcomp.capture import capture
 from graphcomp.compare import relative_error, tolerance_of
 from graphcomp.compressed import CompressedModel
-from graphcomp.cost import CostModel, latency
+from graphcomp.cost import Bops, CostModel, latency
 from graphcomp.coupling.groups import ROLES, ChannelGroup, Kept
 from graphcomp.describe import why_nothing
 from graphcomp.errors import NotBuiltError, NothingToPrune, PlanError, VerificationError
@@ -30,8 +30,6 @@ from graphcomp.pruning.slice import SliceGroups, by_factor, kept_of_tensors
 from graphcomp.report import Change, Report, group_dict, layers
 
 logger = logging.getLogger("graphcomp")
-
-BITS_OF_FLOAT = 32
 
 
 def analyze(
@@ -100,7 +98,7 @@ def compress(
             but for "head_dim" (queries and values would get heads of different sizes, which hardly any class of
             model can hold) and "width" in groups that layer, RMS or group norms take statistics over.
         round_to: the number of units kept in each group is a multiple of it.
-        budget: a target on parameters or MACs instead of `sparsity`.
+        budget: a target on parameters, MACs, bit operations or bytes instead of `sparsity`.
         scope: compress one submodule; the result holds the whole model with that part replaced.
         outputs: names of the outputs that matter.
         verify: check on the example inputs that sliced equals masked; the error stands in the report. (That the
@@ -312,15 +310,16 @@ def _report(
 ) -> Report:
     counts = {factor: len(units) for factor, units in by_factor(kept).items()}
     costs = CostModel(plan)
-    macs = Change(costs.macs({}), costs.macs(counts))
+    bops = Bops(costs)
     notes = [] if found.module is not None else [f"a graph, not the model's own class: {found.reason}"]
     if plan.captured.producer == "record":
         notes.append(f"recorded, since torch.export refused: {plan.captured.reason}")
     return Report(
-        params=Change(costs.params({}), costs.params(counts)),
-        macs=macs,
-        bops=Change(macs.before * BITS_OF_FLOAT**2, macs.after * BITS_OF_FLOAT**2),
-        bytes=Change(costs.bytes({}), costs.bytes(counts)),
+        params=Change(costs.params(), costs.params(counts)),
+        macs=Change(costs.macs(), costs.macs(counts)),
+        bops=Change(bops.layers(), bops.layers(counts)),
+        bops_attention=Change(bops.attention(), bops.attention(counts)),
+        bytes=Change(costs.bytes(), costs.bytes(counts)),
         units_removed=sum(group.size - len(units) for group, units in kept.items()),
         units_total=sum(group.size for group in groups),
         layers=layers(plan, kept_of_tensors(plan.coupling, kept)),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from graphcomp.analysis import Analysis
+from graphcomp.cost import FLOAT_BITS
 from graphcomp.coupling.groups import ChannelGroup, FrozenAxis, Kept
 
 
@@ -34,8 +36,8 @@ class LayerReport:
     name: str
     units_kept: int
     units_total: int
-    weight_bits: int = 32
-    activation_bits: int = 32
+    weight_bits: int = FLOAT_BITS
+    activation_bits: int = FLOAT_BITS
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -51,13 +53,19 @@ class LayerReport:
 class Report:
     """What compression did to a model.
 
-    `bops` counts 32 x 32 bits per multiply-accumulate where nothing is quantized; `bytes` are those of the stored
-    tensors; `verified` maps each law that was checked to its largest relative error.
+    Attributes:
+        params, macs, bops, bytes, latency_ms: as `graphcomp.cost` defines them.
+        bops_attention: bit operations of products of two activations, which `bops` leaves out.
+        verified: each law that was checked -> its largest relative error.
+        sizes: storage convention (see `graphcomp.cost.size`) -> bytes of the integer weights; empty without any.
+        quantization_errors: layer -> relative error that quantization makes in its output.
+        kernels: which integer kernels the exported model runs with, as plain data; None: not exported.
     """
 
     params: Change
     macs: Change
     bops: Change
+    bops_attention: Change
     bytes: Change
     units_removed: int
     units_total: int
@@ -67,6 +75,9 @@ class Report:
     unknown_ops: tuple[str, ...]
     verified: Mapping[str, float]
     latency_ms: Change | None = None
+    sizes: Mapping[str, float] = field(default_factory=dict)
+    quantization_errors: Mapping[str, float] = field(default_factory=dict)
+    kernels: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -80,8 +91,12 @@ class Report:
             "params": self.params.to_dict(),
             "macs": self.macs.to_dict(),
             "bops": self.bops.to_dict(),
+            "bops_attention": self.bops_attention.to_dict(),
             "bytes": self.bytes.to_dict(),
             "latency_ms": self.latency_ms.to_dict() if self.latency_ms else None,
+            "sizes": dict(self.sizes),
+            "quantization_errors": dict(self.quantization_errors),
+            "kernels": dict(self.kernels) if self.kernels is not None else None,
             "sparsity": self.sparsity,
             "units": {"removed": self.units_removed, "total": self.units_total},
             "layers": [layer.to_dict() for layer in self.layers],
@@ -93,16 +108,39 @@ class Report:
         }
 
     def __str__(self) -> str:
-        rows = [
-            f"{name:<10} {change.before:>16,.0f} -> {change.after:>16,.0f}   ({change.ratio:.1%})"
-            for name, change in (("params", self.params), ("macs", self.macs), ("bytes", self.bytes))
-        ]
+        costs = {"params": self.params, "macs": self.macs, "bops": self.bops, "bytes": self.bytes}
+        if self.bops_attention.before:
+            costs["attention bops"] = self.bops_attention
+        rows = [_row(name, f"{_change(change, '20,.0f')}") for name, change in costs.items()]
         if self.latency_ms:
-            before, after = self.latency_ms.before, self.latency_ms.after
-            rows.append(f"{'latency':<10} {before:>13.3f} ms -> {after:>13.3f} ms   ({self.latency_ms.ratio:.1%})")
-        rows.append(f"{'units':<10} {self.units_removed} of {self.units_total} removed ({self.sparsity:.1%})")
-        rows += [f"verified   {law}: largest relative error {error:.1e}" for law, error in self.verified.items()]
-        return "\n".join([*rows, *(f"note       {note}" for note in self.notes)])
+            rows.append(_row("latency, ms", _change(self.latency_ms, "20,.3f")))
+        rows.append(_row("units", f"{self.units_removed} of {self.units_total} removed ({self.sparsity:.1%})"))
+        rows += [_row("bits", text) for text in _bits_text(self.layers)]
+        if self.sizes:
+            sizes = ", ".join(f"{name} {size:,.0f}" for name, size in self.sizes.items())
+            rows.append(_row("weights, bytes", sizes))
+        if self.quantization_errors:
+            worst, error = max(self.quantization_errors.items(), key=lambda item: item[1])
+            rows.append(_row("quantization", f"largest relative error {error:.1e}, of {worst}"))
+        rows += [_row("kernels", f"{name}: {value}") for name, value in (self.kernels or {}).items()]
+        rows += [_row("verified", f"{law}: largest relative error {error:.1e}") for law, error in self.verified.items()]
+        return "\n".join([*rows, *(_row("note", note) for note in self.notes)])
+
+
+def _row(name: str, text: str) -> str:
+    return f"{name:<15} {text}"
+
+
+def _change(change: Change, number: str) -> str:
+    return f"{change.before:>{number}} -> {change.after:>{number}}   ({change.ratio:.1%})"
+
+
+def _bits_text(layers: Sequence[LayerReport]) -> list[str]:
+    """How many layers have which bits; nothing where all are float."""
+    found = Counter((layer.weight_bits, layer.activation_bits) for layer in layers)
+    if set(found) <= {(FLOAT_BITS, FLOAT_BITS)}:
+        return []
+    return [f"{w} for weights, {a} for activations: {n} of {len(layers)} layers" for (w, a), n in sorted(found.items())]
 
 
 def frozen_dict(frozen: FrozenAxis) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from graphcomp.analysis import Analysis
-from graphcomp.cost import CostModel, Counts
+from graphcomp.cost import BitsOf, Bops, CostModel, Counts
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import BudgetError, NotBuiltError, NothingToPrune, PlanError
 from graphcomp.pruning.evidence import Scores
@@ -358,11 +358,12 @@ class Budget:
     """What the smaller network may cost at most. All limits that are given hold together.
 
     A float up to 1 is a fraction of the original cost, a number above 1 (or the int 1) the cost itself, in the units of
-    `graphcomp.cost`.
+    `graphcomp.cost`. Bit operations are those of convolutions, linear and recurrent layers; the original cost of `bops`
+    is that of the float network, 32 x 32 bits.
 
     Raises:
         PlanError: no limit, or one that is not positive.
-        NotBuiltError: bops or latency_ms, which are not built yet.
+        NotBuiltError: latency_ms, which is not built yet.
     """
 
     params: float | int | None = None
@@ -372,9 +373,10 @@ class Budget:
     latency_ms: float | int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("bops", "latency_ms"):
-            if getattr(self, name) is not None:
-                raise NotBuiltError(f"Budget({name}=…) is not built yet", fix="Budget(params=…), macs=… or bytes=…")
+        if self.latency_ms is not None:
+            raise NotBuiltError(
+                "Budget(latency_ms=…) is not built yet", fix="Budget(params=…), macs=…, bops=… or bytes=…"
+            )
         if not self.limits():
             raise PlanError("a budget without a limit", fix="Budget(macs=0.5)")
         for name, value in self.limits().items():
@@ -383,7 +385,7 @@ class Budget:
 
     def limits(self) -> dict[str, float | int]:
         """The limits that are given, by name."""
-        named = {"params": self.params, "macs": self.macs, "bytes": self.bytes}
+        named = {"params": self.params, "macs": self.macs, "bops": self.bops, "bytes": self.bytes}
         return {name: value for name, value in named.items() if value is not None}
 
 
@@ -399,6 +401,7 @@ def allocate_budget(
     min_units: int = 1,
     max_group_sparsity: float = 1.0,
     already: Kept | None = None,
+    bits: BitsOf | None = None,
 ) -> Kept:
     """Remove as few of the lowest-scored units as bring the network within `budget`.
 
@@ -408,18 +411,20 @@ def allocate_budget(
     Args:
         analysis: of the whole model; its other groups count as they are.
         groups, scores, scope, normalize, round_to, min_units, max_group_sparsity, already: as in `allocate`.
+        bits: what the layers will be quantized to, for a budget on bit operations; layers left out are float.
 
     Returns:
         For every group the units that stay: (k,) int64, ascending.
 
     Raises:
         BudgetError: the smallest network there is costs more.
-        PlanError, NothingToPrune: as in `allocate`.
+        PlanError: as in `allocate`, or `bits` names no layer.
+        NothingToPrune: as in `allocate`.
     """
     if not groups:
         raise NothingToPrune("there are no groups to prune")
     ranking = rank(groups, scores, scope, normalize, round_to, min_units, max_group_sparsity, already)
-    meter = _Meter(CostModel(analysis), budget, ranking.groups)
+    meter = _Meter(CostModel(analysis), budget, ranking.groups, bits)
     blocks = torch.arange(len(ranking.group))
     smallest = ranking.left_after(blocks)
     if not meter.holds(smallest):
@@ -447,17 +452,26 @@ def _put_back(ranking: Ranking, count: int, left: list[int], meter: _Meter) -> N
 class _Meter:
     """Whether a choice is within the budget."""
 
-    def __init__(self, costs: CostModel, budget: Budget, groups: Sequence[ChannelGroup]) -> None:
+    def __init__(
+        self, costs: CostModel, budget: Budget, groups: Sequence[ChannelGroup], bits: BitsOf | None = None
+    ) -> None:
         self.groups = groups
         self.measures: dict[str, Callable[[Counts], int]] = {
             "params": costs.params,
             "macs": costs.macs,
+            "bops": Bops(costs, bits).layers,
             "bytes": costs.bytes,
+        }
+        self.original = {
+            "params": costs.params(),
+            "macs": costs.macs(),
+            "bops": Bops(costs).layers(),
+            "bytes": costs.bytes(),
         }
         self.limits = {name: self._absolute(name, value) for name, value in budget.limits().items()}
 
     def _absolute(self, name: str, value: float | int) -> float:
-        return value * self.measures[name]({}) if isinstance(value, float) and value <= 1 else value
+        return value * self.original[name] if isinstance(value, float) and value <= 1 else value
 
     def holds(self, left: Sequence[int]) -> bool:
         """Whether all limits hold when `left` units of each group stay."""
@@ -470,7 +484,7 @@ class _Meter:
         rows = [(name, self.measures[name](counts), limit) for name, limit in self.limits.items()]
         over = [(name, cost, limit) for name, cost, limit in rows if cost > limit]
         name, cost, limit = over[0]
-        share = cost / self.measures[name]({})
+        share = cost / self.original[name]
         return BudgetError(
             f"no choice of units meets the budget of {limit:,.0f} {name}",
             why=f"with the fewest units that may stay there are {cost:,} ({share:.1%} of the original)",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,9 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from graphcomp.analysis import Analysis, analyze_captured
 from graphcomp.capture import capture
-from graphcomp.cost import CostModel, counts_of, latency, macs, param_bytes, params
+from graphcomp.cost import CostModel, counts_of, macs, param_bytes, params
 from graphcomp.coupling.groups import Kept
-from graphcomp.errors import PlanError
 from graphcomp.pruning.slice import SliceGroups
 
 
@@ -195,6 +192,51 @@ def test_attention_stands_apart(fused: bool) -> None:
     assert sum(kinds.values()) == costs.macs({})
 
 
+# ------------------------------------------------------------------------------------------------ by op and by layer
+def test_macs_of_each_layer_before_and_after_a_cut() -> None:
+    analysis = analysed(Mlp(), torch.randn(5, 4))
+    (group,) = analysis.groups
+    costs = CostModel(analysis)
+    assert costs.macs_by_layer() == {"up": 5 * 24, "down": 5 * 18}
+    assert costs.macs_by_layer({group.factor: 2}) == {"up": 5 * 8, "down": 5 * 6}
+    assert costs.macs_by_op({group.factor: 2}) == {o.node: 5 * {"up": 8, "down": 6}[o.layer] for o in costs.operations}
+    assert costs.layers == {"up", "up.bias", "norm", "norm.bias", "down", "unread"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ops_and_layers_sum_up_to_the_whole(name: str) -> None:
+    build, inputs = MODELS[name]
+    analysis = analysed(build(), inputs())
+    costs, counts = CostModel(analysis), counts_of(halved(analysis))
+    by_op, by_layer = costs.macs_by_op(counts), costs.macs_by_layer(counts)
+    assert sum(by_op.values()) == sum(by_layer.values()) == costs.macs(counts)
+    assert [costs.operations[k].node for k in range(len(by_op))] == list(by_op)
+    weights = {n.removesuffix(".weight") for n, p in analysis.model.named_parameters() if p.dim() > 1} - {"embed"}
+    assert weights == {o.layer for o in costs.operations if o.kind != "attention"}
+
+
+def test_names_of_layers() -> None:
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(10, 6)
+            self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 8))
+            self.rnn = nn.LSTM(8, 6, batch_first=True)
+            self.head = nn.Linear(6, 10, bias=False)
+            self.head.weight = self.embed.weight
+            self.matrix = nn.Parameter(torch.randn(10, 3))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.rnn(self.normed(self.embed(ids)))[0]) @ self.matrix
+
+    costs = CostModel(analysed(Layers(), torch.randint(0, 10, (2, 3))))
+    normed, rnn, head, matrix = costs.macs_by_layer()
+    assert normed == "normed.parametrizations.weight.original1"
+    assert rnn.startswith("rnn/")
+    assert (head, matrix) == ("embed", "matrix")  # a tied weight has one name
+    assert [o.kind for o in costs.operations] == ["linear", "recurrent", "linear", "linear"]
+
+
 def test_the_meta_device_will_do() -> None:
     with torch.device("meta"):
         analysis = analysed(Residual(), torch.randn(2, 3, 16, 16))
@@ -207,28 +249,3 @@ def test_counts_of() -> None:
     analysis = analysed(Mlp(), torch.randn(5, 4))
     (group,) = analysis.groups
     assert counts_of({group: torch.tensor([1, 3, 4])}) == {group.factor: 3}
-
-
-# ------------------------------------------------------------------------------------------------ latency
-def test_latency_leaves_threads_and_mode_as_they_were() -> None:
-    seen: list[tuple[int, bool]] = []
-
-    class Watched(nn.Module):
-        def forward(self, x: Tensor, *, scale: float) -> Tensor:
-            seen.append((torch.get_num_threads(), self.training))
-            return x * scale
-
-    module, threads = Watched().train(), torch.get_num_threads()
-    found = latency(module, (torch.ones(3),), {"scale": 2.0}, threads=1, warmup=2, repeats=5)
-    assert seen == [(1, False)] * 7
-    assert (torch.get_num_threads(), module.training) == (threads, True)
-    assert 0 < found.p10_ms <= found.median_ms <= found.p90_ms
-    assert found.runs == 5
-    assert math.isfinite(latency(module, (torch.ones(3),), {"scale": 2.0}, repeats=1).p90_ms)
-
-
-def test_latency_needs_weights_and_runs() -> None:
-    with pytest.raises(PlanError, match="meta device"):
-        latency(nn.Linear(2, 2, device="meta"), (torch.ones(1, 2, device="meta"),))
-    with pytest.raises(PlanError, match="0 runs"):
-        latency(nn.Identity(), (torch.ones(1),), repeats=0)

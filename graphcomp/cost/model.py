@@ -1,27 +1,21 @@
-"""What a network costs: one definition each, with its unit.
-
-    params    scalars of the model's parameters: a tied one counts once, one that the graph never reads counts too
-    macs      multiply-accumulates of one forward on the example inputs (their batch, not one sample)
-    bytes     parameters and persistent buffers in their dtypes: the tensors of a safetensors file, without its header
-    latency   milliseconds of one forward, measured
+"""Parameters, multiply-accumulates and bytes, as polynomials in the number of units kept.
 
 Convolutions, products of matrices, attention and recurrent layers have multiply-accumulates; no other op is counted.
-All but latency are read off the axes: no tensor is cut, and the meta device will do.
+All is read off the axes: no tensor is cut, and the meta device will do.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 import sympy
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx import _pytree as fx_pytree
 
 from graphcomp.analysis import Analysis
@@ -29,9 +23,7 @@ from graphcomp.capture import Captured
 from graphcomp.coupling.axis import UNIT, Axes, Axis, Factor, Product, leaves, length, normal
 from graphcomp.coupling.groups import Kept
 from graphcomp.coupling.propagate import Coupling
-from graphcomp.errors import PlanError
-from graphcomp.graph import argument_at, attributes, bind, is_op, tensor_values
-from graphcomp.untouched import untouched
+from graphcomp.graph import argument_at, attributes, bind, is_op, module_path, tensor_values
 
 aten = torch.ops.aten
 
@@ -41,6 +33,10 @@ Counts: TypeAlias = Mapping[Factor, int]
 Kind: TypeAlias = Literal["convolution", "linear", "attention", "recurrent"]
 KINDS: tuple[Kind, ...] = ("convolution", "linear", "attention", "recurrent")
 """`attention` is any product of two activations, fused attention included; `linear` one with a parameter."""
+
+
+WHOLE: Counts = MappingProxyType({})
+"""Every group whole: the network before a cut."""
 
 
 def params(analysis: Analysis, kept: Kept | None = None) -> int:
@@ -63,10 +59,30 @@ def counts_of(kept: Kept) -> dict[Factor, int]:
     return {group.factor: len(units) for group, units in kept.items()}
 
 
+@dataclass(frozen=True)
+class Operation:
+    """One op that has multiply-accumulates.
+
+    Attributes:
+        node: in the analysed graph.
+        layer: the largest parameter that the op multiplies with, without ".weight", by the name that
+            `named_parameters` gives it: "encoder.0.linear1". Of attention and recurrent layers "module/node".
+        kind: what multiplies what.
+        macs: multiply-accumulates of one forward on the example inputs.
+    """
+
+    node: fx.Node
+    layer: str
+    kind: Kind
+    macs: Polynomial
+
+
 class CostModel:
     """The costs of one analysed model as polynomials in the number of units kept, made once, evaluated often.
 
     Attributes:
+        operations: what multiply-accumulates are counted of, in the order of the graph.
+        layers: the name without ".weight" of every parameter, and the layer of every operation.
         uncounted: ops that multiply but whose lengths are only known while the model runs (they depend on the data),
             as "op at source"; they count 0.
     """
@@ -84,7 +100,8 @@ class CostModel:
             self._params += numel if key in parameters else Polynomial()
             self._bytes += numel * Polynomial.constant(tensor.element_size())
         self._macs = {kind: Polynomial() for kind in KINDS}
-        uncounted = []
+        layers = _Layers(analysis)
+        operations, uncounted = [], []
         for node in coupling.module.graph.nodes:
             formula = _formula(node)
             if formula is None or node not in coupling.axes:
@@ -94,22 +111,36 @@ class CostModel:
             except _UnknownLength:
                 uncounted.append(str(node.target))
                 continue
+            operations.append(Operation(node, layers.of(node, kind), kind, count))
             self._macs[kind] += count
+        self.operations = tuple(operations)
+        self.layers = frozenset(layers.parameters) | {operation.layer for operation in operations}
         self.uncounted = tuple(uncounted)
 
-    def params(self, counts: Counts) -> int:
+    def params(self, counts: Counts = WHOLE) -> int:
         """Scalars in the distinct parameters."""
         return self._params(counts)
 
-    def macs(self, counts: Counts) -> int:
+    def macs(self, counts: Counts = WHOLE) -> int:
         """Multiply-accumulates of one forward on the example inputs."""
         return sum(self.macs_by_kind(counts).values())
 
-    def macs_by_kind(self, counts: Counts) -> dict[Kind, int]:
+    def macs_by_kind(self, counts: Counts = WHOLE) -> dict[Kind, int]:
         """`macs`, apart for each kind of op."""
         return {kind: polynomial(counts) for kind, polynomial in self._macs.items()}
 
-    def bytes(self, counts: Counts) -> int:
+    def macs_by_op(self, counts: Counts = WHOLE) -> dict[fx.Node, int]:
+        """`macs`, apart for each op of the analysed graph, in its order."""
+        return {operation.node: operation.macs(counts) for operation in self.operations}
+
+    def macs_by_layer(self, counts: Counts = WHOLE) -> dict[str, int]:
+        """`macs`, apart for each layer (see `Operation.layer`); one that is called twice counts twice."""
+        found: dict[str, int] = {}
+        for operation in self.operations:
+            found[operation.layer] = found.get(operation.layer, 0) + operation.macs(counts)
+        return found
+
+    def bytes(self, counts: Counts = WHOLE) -> int:
         """Bytes of the distinct parameters and persistent buffers."""
         return self._bytes(counts)
 
@@ -143,6 +174,29 @@ class CostModel:
 
 class _UnknownLength(Exception):
     """A length depends on the data."""
+
+
+class _Layers:
+    """What the layers of a model are called."""
+
+    def __init__(self, analysis: Analysis) -> None:
+        self._coupling = analysis.coupling
+        self._tensors = {str(node.target): tensor for node, tensor in attributes(analysis.coupling.module)}
+        names = {id(p): name.removesuffix(".weight") for name, p in analysis.model.named_parameters()}
+        self.parameters = tuple(names.values())
+        self._names = {t: names.get(id(tensor), t.removesuffix(".weight")) for t, tensor in self._tensors.items()}
+
+    def of(self, node: fx.Node, kind: Kind) -> str:
+        """The layer that `node` is, or is part of."""
+        weights = [] if kind in ("attention", "recurrent") else self._read(node)
+        if weights:
+            return self._names[max(weights, key=lambda target: self._tensors[target].numel())]
+        return f"{module_path(node)}/{node.name}".removeprefix("/")
+
+    def _read(self, node: fx.Node) -> list[str]:
+        """Tensors of the model that the op's operands are computed from."""
+        sources = (self._coupling.sources.get(operand, frozenset()) for operand in node.all_input_nodes)
+        return sorted(target for targets in sources for target in targets)
 
 
 @dataclass(frozen=True)
@@ -359,63 +413,3 @@ def _solve(symbolic: int | torch.SymInt, actual: int) -> dict[sympy.Symbol, int]
         return {symbol: actual}
     solutions = sympy.solve(expression - actual, symbol)
     return {symbol: int(solutions[0])} if solutions else {}
-
-
-# ------------------------------------------------------------------------------------------------ latency
-@dataclass(frozen=True)
-class Latency:
-    """Milliseconds of one forward: the median, the 10th and the 90th percentile of `runs` runs."""
-
-    median_ms: float
-    p10_ms: float
-    p90_ms: float
-    runs: int
-
-
-def latency(
-    module: nn.Module,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    threads: int = 1,
-    warmup: int = 3,
-    repeats: int = 20,
-) -> Latency:
-    """Time `module(*args, **kwargs)` in eval mode, without gradients.
-
-    Args:
-        module: on the device to be timed, like the arguments. Its mode and its buffers are as before afterwards.
-        threads: of torch's CPU kernels while timing; set back afterwards.
-        warmup: runs that are not counted.
-        repeats: runs that are counted, at least 1.
-
-    Raises:
-        PlanError: the module has no values (meta device), or `repeats` or `threads` is below 1.
-    """
-    if repeats < 1 or threads < 1:
-        raise PlanError(f"latency over {repeats} runs on {threads} threads", fix="give at least one of each")
-    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
-        raise PlanError("a module on the meta device cannot be timed", fix="give it weights first")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with untouched(module, real=True), torch.no_grad():
-            times = [_seconds(module, args, kwargs or {}) for _ in range(warmup + repeats)][warmup:]
-    finally:
-        torch.set_num_threads(before)
-    tenths = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else [times[0]] * 9
-    return Latency(1e3 * statistics.median(times), 1e3 * tenths[0], 1e3 * tenths[-1], len(times))
-
-
-def _seconds(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
-    _wait()
-    start = time.perf_counter()
-    module(*args, **kwargs)
-    _wait()
-    return time.perf_counter() - start
-
-
-def _wait() -> None:
-    """Until the accelerator, if there is one, has done its work."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
