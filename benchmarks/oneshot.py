@@ -265,7 +265,7 @@ def _padded(sentences: Sequence[Any]) -> Batch:
     """Token ids (b, t) and mask (b, t)."""
     tokens = [torch.from_numpy(s.astype(np.int64)) for s in sentences]
     ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
-    mask = nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones(len(t)) for t in tokens], batch_first=True)
     return ids, mask
 
 

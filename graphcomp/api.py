@@ -163,7 +163,7 @@ def slice_groups(
     found = native(plan, units, small)
     module, form = _choose(found, small, plan)
     if found.module is not None:
-        verified["native == sliced"] = found.error
+        verified[_law_of_native(plan, found)] = found.error
     cuts = kept_of_tensors(plan.coupling, units)
     report = _report(plan, units, up_for_pruning or plan.groups, verified, found)
     if measure_latency:
@@ -291,6 +291,12 @@ def _check_masked(plan: Analysis, kept: Kept, small: fx.GraphModule) -> float:
     return error
 
 
+def _law_of_native(plan: Analysis, found: NativeResult) -> str:
+    """What the user's class was compared with, and in which precision."""
+    law = "native == masked" if plan.captured.producer == "record" else "native == sliced"
+    return f"{law}, in float64" if found.rounding else law
+
+
 def _choose(found: NativeResult, small: fx.GraphModule | None, plan: Analysis) -> tuple[nn.Module, Any]:
     if found.module is not None:
         return found.module, "native"
@@ -314,6 +320,8 @@ def _report(
     notes = [] if found.module is not None else [f"a graph, not the model's own class: {found.reason}"]
     if plan.captured.producer == "record":
         notes.append(f"recorded, since torch.export refused: {plan.captured.reason}")
+    if found.rounding:
+        notes.append(f"verified in float64, since in the model's own precision rounding shows: {found.rounding}")
     return Report(
         params=Change(costs.params(), costs.params(counts)),
         macs=Change(costs.macs(), costs.macs(counts)),

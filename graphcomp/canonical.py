@@ -21,11 +21,12 @@ from torch import fx, nn
 from torch._ops import OpOverload
 
 from graphcomp.graph import bind, fetch
+from graphcomp.record import OP_SITE, READS
 
 log = logging.getLogger("graphcomp.capture")
 aten = torch.ops.aten
 
-KEPT_META = ("val", "stack_trace", "nn_module_stack", "torch_fn")
+KEPT_META = ("val", "stack_trace", "nn_module_stack", "torch_fn", OP_SITE)
 
 
 def canonicalize(module: fx.GraphModule) -> None:
@@ -35,7 +36,12 @@ def canonicalize(module: fx.GraphModule) -> None:
     make_functional(module.graph)
     rewrite(module.graph)
     tidy_meta(module.graph)
-    module.graph.eliminate_dead_code()
+    module.graph.eliminate_dead_code(lambda node: node.is_impure() or _is_read(node))
+
+
+def _is_read(node: fx.Node) -> bool:
+    """Whether a recorded model took a number from tensors here: what the run did then depends on them."""
+    return OP_SITE in node.meta and node.target in READS
 
 
 # ---------------------------------------------------------------------------------------------- regions

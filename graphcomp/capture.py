@@ -110,7 +110,7 @@ def capture(
         outputs: names of the outputs that matter, or prefixes of names up to a dot; the graph returns only these, as
             a flat tuple (or one tensor). None: all, in the model's own structure.
         dynamic: leave the batch (dim 0 of the inputs that share the first one's length) and the sequence (dim 1 of
-            integer inputs) symbolic where the model allows it.
+            integer inputs, and of inputs that are as long there) symbolic where the model allows it.
 
     Raises:
         InputError: the example inputs do not fit the model.
@@ -254,14 +254,14 @@ def _export_dynamic(model: nn.Module, args: Args, kwargs: Kwargs) -> torch.expor
         # export takes a length of 1 for a constant, so it is shown two copies of the sample
         args, kwargs = pytree.tree_map_only(torch.Tensor, _twice, (args, kwargs))
     shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
-    length = 2 if doubled else batch
-    for tensor in tensor_leaves((args, kwargs)):
-        shapes[tensor] = _symbolic_dims(tensor, length)
+    inputs = tensor_leaves((args, kwargs))
+    lengths = {t.shape[1] for t in inputs if t.dim() > 1 and _is_integer(t)}
+    for tensor in inputs:
+        shapes[tensor] = _symbolic_dims(tensor, 2 if doubled else batch, lengths)
     program = _program(model, args, kwargs, shapes)
     values = [n.meta.get("val") for n in program.graph.find_nodes(op="placeholder")]
-    count = len(tensor_leaves((args, kwargs)))
-    inputs = [v for v in values if isinstance(v, torch.Tensor)][-count:]
-    tied = any(v.dim() > 0 and type(v.shape[0]) is int and v.shape[0] == 2 for v in inputs)
+    fakes = [v for v in values if isinstance(v, torch.Tensor)][-len(inputs) :]
+    tied = any(v.dim() > 0 and type(v.shape[0]) is int and v.shape[0] == 2 for v in fakes)
     return None if doubled and tied else program
 
 
@@ -274,12 +274,18 @@ def _twice(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat([tensor, tensor]) if tensor.dim() > 0 and tensor.shape[0] == 1 else tensor
 
 
-def _symbolic_dims(tensor: torch.Tensor, batch: int | None) -> dict[int, Any] | None:
-    """Dim 0 where it is the batch, dim 1 of token inputs; lengths of 0 and 1 are constants to export."""
-    token = not tensor.is_floating_point() and not tensor.is_complex()
+def _symbolic_dims(tensor: torch.Tensor, batch: int | None, lengths: set[int]) -> dict[int, Any] | None:
+    """Dim 0 where it is the batch, dim 1 where it is as long as that of a token input (one of `lengths`).
+
+    Lengths of 0 and 1 are constants to export.
+    """
     dims = [0] if tensor.dim() > 0 and tensor.shape[0] == batch else []
-    dims += [1] if token and tensor.dim() > 1 else []
+    dims += [1] if tensor.dim() > 1 and tensor.shape[1] in lengths else []
     return {dim: Dim.AUTO for dim in dims if tensor.shape[dim] > 1} or None
+
+
+def _is_integer(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() and not tensor.is_complex()
 
 
 def _program(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any) -> torch.export.ExportedProgram:

@@ -12,12 +12,13 @@ import linecache
 import operator
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
@@ -32,7 +33,11 @@ from graphcomp.graph_module import calling_convention, canonical_names, leaf_nam
 
 aten = torch.ops.aten
 
+READS = frozenset({aten._local_scalar_dense.default, aten.equal.default})
+"""Ops that hand numbers to Python: their nodes stay, without users, as the path hangs on them."""
+
 ModuleStack = dict[str, tuple[str, str]]
+OP_SITE = "op_site"  # node.meta: the OpSite of a recorded op, before canonical.py rewrites it
 TORCH_LAYERS = os.path.join(os.path.dirname(nn.__file__), "")
 SKIPPED_FRAMES = (*(os.path.join(os.path.dirname(file), "") for file in (torch.__file__, __file__)), "<")
 
@@ -66,13 +71,65 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     names = _argument_names(model, args, kwargs)
     for name, leaf in zip(leaf_names(in_spec), in_leaves, strict=True):
         recorder.add_input(_input_name(name, names), leaf)
-    with torch.no_grad(), _no_fused_attention_layers(), recorder.following_modules(), recorder:
+    with op_by_op(), recorder.sites.following(), recorder:
         outputs = model(*args, **kwargs)
     output_names, out_spec = recorder.add_outputs(outputs)
     # a model without inputs in its graph would need no calling convention, but it keeps one, as export does
     recorder.graph.set_codegen(calling_convention(names, in_spec, out_spec))
     recorder.graph.lint()
     return Recording(recorder.graph, recorder.tensors, output_names)
+
+
+class OpSite(NamedTuple):
+    """An op of a run by where it stands in the model: the `number`-th call of `op` by the module at `path` itself.
+
+    It names the same op in another run of the model, even if that takes another path in some other module.
+    """
+
+    path: str
+    op: Any
+    number: int
+
+
+class OpSites:
+    """Knows at each op of a run which modules are running, and the op's site."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules: ModuleStack = {}
+        self._paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
+        self._stack: list[tuple[str, tuple[str, str]]] = []
+        self._seen: Counter[tuple[str, Any]] = Counter()
+
+    def next(self, op: Any) -> OpSite:
+        """The site of `op`, which is called now."""
+        path = self._stack[-1][1][0] if self._stack else ""
+        self._seen[path, op] += 1
+        return OpSite(path, op, self._seen[path, op] - 1)
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Follow the modules of the run inside. Hooks are global, so the model's own stay as they are."""
+        hooks = (
+            register_module_forward_pre_hook(lambda module, _inputs: self._enter(module)),
+            register_module_forward_hook(lambda module, _inputs, _outputs: self._leave(module)),
+        )
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _enter(self, module: nn.Module) -> None:
+        path = self._paths.get(id(module))
+        if path is not None:
+            kind = type(module)
+            self._stack.append((f"L__self__{path}", (path, f"{kind.__module__}.{kind.__qualname__}")))
+            self.modules = dict(self._stack)
+
+    def _leave(self, module: nn.Module) -> None:
+        if id(module) in self._paths and self._stack:
+            self._stack.pop()
+            self.modules = dict(self._stack)
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -91,18 +148,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._memory: dict[int, _Memory] = {}
         self._names = canonical_names(model)
         self._held = tensor_names(model)
-        self._paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
-        self._stack: list[tuple[str, tuple[str, str]]] = []
-        self._stack_meta: ModuleStack = {}
+        self.sites = OpSites(model)
         for tensor in self._held.values():
             self._remember_memory(tensor, node=None)
 
     # ------------------------------------------------------------------------------------------ the dispatch mode
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        site = self.sites.next(func)
         operands = pytree.tree_map_only(torch.Tensor, self.node_of, (args, kwargs))
         result = func(*args, **kwargs)
-        if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(result)):
+        if func in READS or any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(result)):
             node_args, node_kwargs = pytree.tree_map_only(torch.Generator, lambda _: None, operands)
             # torch.tensor(...): the value is fresh memory, so it must not share that of the constant
             target = aten.clone.default if func is aten.lift_fresh.default else func
@@ -110,6 +166,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             node = self.graph.create_node("call_function", target, tuple(node_args), dict(node_kwargs), name)
             self._describe(node, result)
             self._bind(node, result)
+            node.meta[OP_SITE] = site
         return result
 
     def _bind(self, node: fx.Node, result: Any) -> None:
@@ -129,7 +186,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _describe(self, node: fx.Node, result: Any) -> None:
         node.meta["val"] = pytree.tree_map_only(torch.Tensor, self._value, result)
         node.meta["stack_trace"] = _user_line()
-        node.meta["nn_module_stack"] = self._stack_meta
+        node.meta["nn_module_stack"] = self.sites.modules
 
     # ------------------------------------------------------------------------------------------ tensors and nodes
     def node_of(self, tensor: torch.Tensor) -> fx.Node:
@@ -229,32 +286,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.graph.output(results)
         return tuple(n for n, leaf in zip(names, leaves, strict=True) if isinstance(leaf, torch.Tensor)), spec
 
-    # ------------------------------------------------------------------------------------------ the module stack
-    @contextmanager
-    def following_modules(self) -> Iterator[None]:
-        """Know at each op which modules are running. Hooks are global, so the model's own stay as they are."""
-        hooks = (
-            register_module_forward_pre_hook(lambda module, _inputs: self._enter(module)),
-            register_module_forward_hook(lambda module, _inputs, _outputs: self._leave(module)),
-        )
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _enter(self, module: nn.Module) -> None:
-        path = self._paths.get(id(module))
-        if path is not None:
-            kind = type(module)
-            self._stack.append((f"L__self__{path}", (path, f"{kind.__module__}.{kind.__qualname__}")))
-            self._stack_meta = dict(self._stack)
-
-    def _leave(self, module: nn.Module) -> None:
-        if id(module) in self._paths and self._stack:
-            self._stack.pop()
-            self._stack_meta = dict(self._stack)
-
 
 @dataclass
 class _Memory:
@@ -282,12 +313,13 @@ def _geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 @contextmanager
-def _no_fused_attention_layers() -> Iterator[None]:
-    """Keep torch's encoder layers from running as one opaque op, which they do in eval mode without gradients."""
+def op_by_op() -> Iterator[None]:
+    """No gradients, and torch's encoder layers do not run as one opaque op, which they else do in eval mode."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
 

@@ -16,9 +16,12 @@ import torch.nn.functional as F
 import torch.nn.utils.parametrizations as parametrizations
 from torch import Tensor, fx, nn
 
+import graphcomp as gc
 from graphcomp.capture import Captured, capture
 from graphcomp.errors import CaptureError, InputError
 from graphcomp.graph_module import CapturedModule
+from graphcomp.pruning.slice import SliceGroups
+from graphcomp.testing import Encoder, random_kept, randomize
 
 aten = torch.ops.aten
 
@@ -85,6 +88,21 @@ def test_captured_module_computes_the_model_on_any_batch() -> None:
         assert torch.equal(captured.module(x), model(x))
     assert (captured.producer, captured.reason, captured.scope) == ("export", "", "")
     assert captured.args[0].shape == (1, 3, 8, 8), "the batch is doubled for export only"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+def test_the_sequence_is_as_dynamic_as_the_ids_whatever_the_mask_is_made_of(dtype: torch.dtype) -> None:
+    """And what is made of the graph runs at another batch and length."""
+    torch.manual_seed(0)
+    model = randomize(Encoder())
+    ids, mask = torch.randint(11, (2, 6)), torch.ones(2, 6).tril(3).to(dtype)
+    plan = gc.analyze(model, (ids, mask))
+    shapes = [n.meta["val"].shape for n in plan.captured.module.graph.find_nodes(op="placeholder")]
+    assert all(isinstance(length, torch.SymInt) for shape in shapes for length in shape)
+    kept = random_kept(gc.prunable_groups(plan), torch.Generator().manual_seed(0))
+    native, graph = gc.slice_groups(plan, kept).module, SliceGroups(plan.coupling, kept)(plan.captured.module)
+    ids, mask = torch.randint(11, (3, 9)), torch.ones(3, 9).tril(5).to(dtype)
+    torch.testing.assert_close(graph(ids, mask), native(ids, mask))
 
 
 def test_static_capture_has_plain_sizes() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as hooks
 
+import graphcomp as gc
 from graphcomp.record import Recording, record
 
 aten = torch.ops.aten
@@ -95,6 +96,21 @@ def test_numbers_read_from_tensors_are_constants() -> None:
     recording = record(Model(lambda _self, x: x * x.max().item()), (torch.tensor([1.0, 3.0]),), {})
     mul = next(node for node in recording.graph.nodes if node.target is aten.mul.Tensor)
     assert mul.args[1] == 3.0
+
+
+def test_what_python_reads_stays_in_the_graph() -> None:
+    """What a run does next hangs on it, though no node uses it."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.up(x)
+        return self.down(h if h[0, 2] > 0 or torch.equal(h[0], h[1]) else -h)
+
+    model = Model(forward, up=nn.Linear(3, 6), down=nn.Linear(6, 2)).eval()
+    analysis = gc.analyze(model, torch.randn(2, 3))
+    assert analysis.captured.producer == "record"
+    assert analysis.groups == ()
+    reasons = {str(frozen.reason) for frozen in analysis.frozen if frozen.name == "up.weight" and frozen.dim == 0}
+    assert reasons == {"one index is selected by number (aten.select.int)"}
 
 
 def test_data_windows_and_nested_inputs() -> None:

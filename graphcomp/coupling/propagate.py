@@ -21,6 +21,9 @@ from graphcomp.graph import argument_at, attributes, bind, is_op, source_line, t
 
 logger = logging.getLogger("graphcomp.coupling")
 
+MAX_ORIGINS = 8
+"""A value made of more values than these is one of its own: a chain of gates would else drag along all before it."""
+
 
 @dataclass(frozen=True)
 class UnknownOp:
@@ -61,7 +64,13 @@ class Coupling:
     """For values that depend on parameters and constants only: the get_attr targets they are made of."""
     unknown: dict[str, UnknownOp] = field(default_factory=dict)
     origins: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
-    """For results of pointwise ops: the values that they were made of, element by element."""
+    """For results of pointwise ops: the values that they were made of, element by element; at most MAX_ORIGINS."""
+    many: dict[frozenset[fx.Node], fx.Node] = field(default_factory=dict)
+    """More origins than that -> the first value made of them, which stands for them."""
+
+    def origins_of(self, nodes: Sequence[fx.Node]) -> frozenset[fx.Node]:
+        """The values that `nodes` were made of by pointwise ops."""
+        return frozenset().union(*(self.origins.get(n, (n,)) for n in nodes))
 
 
 def propagate(
@@ -186,7 +195,9 @@ def _op(coupling: Coupling, node: fx.Node) -> None:
     coupling.axes[node] = results
     coupling.calls[node] = call
     if table.is_elementwise(function) and not call.residual:
-        coupling.origins[node] = frozenset().union(*(coupling.origins.get(n, {n}) for n in operands))
+        made_of = coupling.origins_of(operands)
+        few = len(made_of) <= MAX_ORIGINS
+        coupling.origins[node] = made_of if few else frozenset([coupling.many.setdefault(made_of, node)])
 
 
 def _call(coupling: Coupling, node: fx.Node, arguments: dict[str, Any]) -> Call:
@@ -195,7 +206,7 @@ def _call(coupling: Coupling, node: fx.Node, arguments: dict[str, Any]) -> Call:
     for name, argument in arguments.items():
         nodes = [n for n in _flat(argument) if n in coupling.axes and n not in coupling.sources]
         if nodes:
-            origins[name] = frozenset().union(*(coupling.origins.get(n, {n}) for n in nodes))
+            origins[name] = coupling.origins_of(nodes)
     shapes = [tuple(size_of(n) for n in t.shape) for t in tensor_values(node)]
     return Call(node, shapes, why, origins)
 

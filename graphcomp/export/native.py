@@ -2,7 +2,8 @@
 
 The tensors are cut by name. Then the Python attributes that hold a sliced length are corrected (attributes.py finds
 them; a table does the merely descriptive ones of torch's own layers), and the result must give what the sliced graph
-gives. What cannot be verified is not returned.
+gives; where the graph holds for one path only, what the masked model gives (masked_run.py). What cannot be verified
+is not returned.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -23,9 +25,9 @@ from graphcomp.compare import TOLERANCE
 from graphcomp.coupling.axis import Factor, all_leaves
 from graphcomp.coupling.groups import Kept
 from graphcomp.export.attributes import Lengths, Site, constraints, find_lengths, options, put, sites, solve, trace
+from graphcomp.export.masked_run import masked_model
 from graphcomp.graph import assign, bind, source_line
 from graphcomp.graph_module import leaf_names, tensor_names
-from graphcomp.pruning import masked
 from graphcomp.pruning.slice import SliceGroups, by_factor, kept_of_tensors, select
 from graphcomp.untouched import untouched
 
@@ -33,6 +35,7 @@ Edit: TypeAlias = tuple[str, str, Any]
 """Module path, attribute, its new value."""
 
 MAX_TRIES = 16  # runs of the smaller model on the example inputs
+EXACT = 1e-6  # largest relative error in float64; some models compute in float32 inside, whatever they are given
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,15 @@ class NativeResult:
         reason: "" with a module.
         edits: attributes that were corrected.
         error: largest relative difference from the reference; nan where nothing was compared (meta device).
+        rounding: how the two differ in the model's own precision, where only float64 shows that they are one
+            function (`error` is then that of float64); else "".
     """
 
     module: nn.Module | None
     reason: str = ""
     edits: tuple[Edit, ...] = ()
     error: float = math.nan
+    rounding: str = ""
 
 
 def native(analysis: Analysis, kept: Kept, reference: fx.GraphModule | None = None) -> NativeResult:
@@ -69,7 +75,7 @@ def native(analysis: Analysis, kept: Kept, reference: fx.GraphModule | None = No
     except Exception as error:  # a class may refuse to be copied in any way
         return NativeResult(None, f"the model cannot be copied: {_refusal(error)}")
     try:
-        expected = _expected(analysis, kept, reference)
+        expected = _Reference(analysis, kept, reference)
     except Exception as error:  # a path that data decides may end anywhere
         return NativeResult(None, f"the masked model to compare with does not run: {_refusal(error)}")
     arrivals = trace(whole, *_inputs(analysis))
@@ -229,7 +235,7 @@ class _Search:
         analysis: Analysis,
         cuts: Mapping[str, Mapping[int, Tensor]],
         lengths: Lengths,
-        expected: dict[str, Any],
+        expected: _Reference,
         settled: frozenset[Site],
     ) -> None:
         self.analysis, self.cuts, self.lengths, self.expected = analysis, cuts, lengths, expected
@@ -271,13 +277,12 @@ class _Search:
         self.tries += 1
         built = _build(self.analysis.model, self.cuts, changes)
         try:
-            actual = _outputs(built.module, self.analysis)
+            found = self.expected.compare(built.module)
         except Exception as error:  # a length that does not fit shows as any exception
             return None, _Failure(_refusal(error), _modules_of(error, built.module), user_line(error))
-        found = _difference(self.expected, actual)
-        if isinstance(found, str):
-            return None, _Failure(found)
-        return NativeResult(built.module, "", built.edits, found), _Failure("")
+        if found.difference:
+            return None, _Failure(found.difference)
+        return NativeResult(built.module, "", built.edits, found.error, found.rounding), _Failure("")
 
     def reason(self, counts: Mapping[Factor, int]) -> str:
         """Why the last set of changes failed, and the op whose implied constant a cut would change, if there is one."""
@@ -290,6 +295,60 @@ class _Search:
         return self.failure.text
 
 
+@dataclass(frozen=True)
+class _Verdict:
+    """How far a model is from the reference; `difference` says in what way it is not the same, "" where it is."""
+
+    error: float = math.nan
+    difference: str = ""
+    rounding: str = ""
+
+
+class _Reference:
+    """What the native model must return: by the sliced graph, or where the graph holds for one path only, by the
+    user's model with everything masked that goes.
+
+    Two runs of the latter may differ by no more than rounding and still take different paths (which of two boxes that
+    score alike survives). So what differs is run again in float64, both sides.
+    """
+
+    def __init__(self, analysis: Analysis, kept: Kept, graph: fx.GraphModule | None) -> None:
+        self.analysis = analysis
+        self.masked: nn.Module | None = None
+        self.exact: dict[str, Any] | None = None
+        captured = analysis.captured
+        if captured.producer == "record":
+            self.masked = masked_model(analysis, kept)
+            self.expected = _outputs(self.masked, analysis)
+        else:
+            found = _outputs(graph or SliceGroups(analysis.coupling, kept)(captured.module), analysis)
+            self.expected = dict(zip(captured.output_names, found.values(), strict=True))
+
+    def compare(self, module: nn.Module) -> _Verdict:
+        """Run `module` on the example inputs.
+
+        Raises:
+            Whatever the module raises.
+        """
+        found = _difference(self.expected, _outputs(module, self.analysis))
+        if not isinstance(found, str):
+            return _Verdict(found)
+        if self.masked is None or not any(_is_coarse(p) for p in module.parameters()):
+            return _Verdict(difference=found)
+        try:
+            self.exact = self.exact or _outputs(self.masked, self.analysis, exactly=True)
+            exact = _difference(self.exact, _outputs(module, self.analysis, exactly=True), EXACT)
+        except Exception as error:  # a model may insist on its dtype in any way
+            return _Verdict(difference=f"{found}; in float64 the comparison does not run: {_refusal(error)}")
+        if isinstance(exact, str):
+            return _Verdict(difference=f"{found}, and in float64: {exact}")
+        return _Verdict(exact, rounding=found)
+
+
+def _is_coarse(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype != torch.float64 and not tensor.is_meta
+
+
 def _inputs(analysis: Analysis) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Copies of the example inputs: a model may write into them."""
     copies: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
@@ -298,12 +357,43 @@ def _inputs(analysis: Analysis) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return copies
 
 
-def _outputs(module: nn.Module, analysis: Analysis) -> dict[str, Any]:
-    """Name -> tensor, of one run in eval mode; the random state is the same each time."""
+def _outputs(module: nn.Module, analysis: Analysis, *, exactly: bool = False) -> dict[str, Any]:
+    """Name -> tensor, of one run in eval mode; the random state is the same each time.
+
+    `exactly`: a copy of `module` runs in float64.
+    """
     args, kwargs = _inputs(analysis)
-    with untouched(module, real=True), torch.no_grad():
+    if exactly:
+        module = _as_float64(module)
+        args, kwargs = pytree.tree_map_only(Tensor, _to_float64, (args, kwargs))
+    with untouched(module, real=True), torch.no_grad(), _default_dtype(torch.float64 if exactly else None):
         torch.manual_seed(0)
         return _named(module(*args, **kwargs))
+
+
+def _as_float64(module: nn.Module) -> nn.Module:
+    """A copy whose floating tensors are float64: parameters, buffers and plain attributes."""
+    exact = _copy(module, share=False).double()
+    for part in exact.modules():
+        for name, tensor in [(n, t) for n, t in vars(part).items() if isinstance(t, Tensor)]:
+            vars(part)[name] = _to_float64(tensor)
+        _refresh_flat_weights(part)
+    return exact
+
+
+def _to_float64(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """What tensors made without a dtype are, inside; None: as outside."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _named(output: Any) -> dict[str, Any]:
@@ -325,54 +415,10 @@ def _inside(value: Any, name: str, depth: int) -> Iterator[tuple[str, Tensor]]:
             yield from _inside(child, f"{name}.{key}", depth + 1)
 
 
-def _expected(analysis: Analysis, kept: Kept, reference: fx.GraphModule | None) -> dict[str, Any]:
-    """What the native model must return: by the sliced graph, or where the graph holds for one path only, by the
-    user's model with zeros where units go."""
-    captured = analysis.captured
-    if captured.producer == "record":
-        return _outputs(_masked(analysis, kept), analysis)
-    found = _outputs(reference or SliceGroups(analysis.coupling, kept)(captured.module), analysis)
-    return dict(zip(captured.output_names, found.values(), strict=True))
-
-
-def _masked(analysis: Analysis, kept: Kept) -> nn.Module:
-    """A copy of the user's model in which nothing reads the removed units, statistics of norm layers included."""
-    small = _copy(analysis.model, share=False)
-    tensors = tensor_names(small)
-    scales: dict[int, Tensor] = {}  # id of a tensor that makes units -> 0/1 per index of its last dim
-    for group, units in kept.items():
-        stays = torch.zeros(group.size, dtype=torch.bool)
-        stays[units] = True
-        for member in group.members:
-            tensor = tensors[member.name].detach()
-            gone = member.indices((~stays).nonzero().flatten()).to(tensor.device)
-            if member.consumes:
-                tensor.index_fill_(member.dim, gone, 0)
-            elif tensor.dim() == 1:
-                scale = scales.setdefault(id(tensors[member.name]), torch.ones_like(tensor))
-                scale.index_fill_(0, gone, 0)
-    for module in small.modules():
-        mask = scales.get(id(module._parameters.get("weight")))
-        forward = None if mask is None else _with_mask(module, mask)
-        if forward is not None:
-            vars(module)["forward"] = forward
-    return small
-
-
-def _with_mask(module: nn.Module, mask: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """The forward of a norm layer with statistics over the units that stay; `mask` is (channels,) of 0 and 1."""
-    if isinstance(module, nn.GroupNorm):
-        groups, weight, bias, eps = module.num_groups, module.weight, module.bias, module.eps
-        return lambda x: masked.group_norm(mask.view(-1, *[1] * (x.dim() - 2)), x, groups, weight, bias, eps)
-    if isinstance(module, nn.LayerNorm):
-        return lambda x: masked.layer_norm(mask, x, mask.shape, module.weight, module.bias, module.eps)
-    if isinstance(module, nn.RMSNorm):
-        return lambda x: masked.rms_norm(mask, x, mask.shape, module.weight, module.eps)
-    return None
-
-
-def _difference(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> float | str:
-    """The largest relative difference, or in what way the outputs differ."""
+def _difference(
+    expected: Mapping[str, Tensor], actual: Mapping[str, Tensor], allowed: float | None = None
+) -> float | str:
+    """The largest relative difference, or in what way the outputs differ; `allowed` is by the dtype if None."""
     worst, compared = 0.0, False
     for name, wanted in expected.items():
         got = actual.get(name)
@@ -383,7 +429,7 @@ def _difference(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) ->
         if wanted.is_meta or wanted.numel() == 0:
             continue
         error = _relative(wanted, got)
-        if not error <= TOLERANCE.get(wanted.dtype, 0.0):
+        if not error <= (TOLERANCE.get(wanted.dtype, 0.0) if allowed is None else allowed):
             return f"output '{name}' differs from the reference by {error:.1e} (relative)"
         worst, compared = max(worst, error), True
     return worst if compared else math.nan

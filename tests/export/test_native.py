@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+import graphcomp as gc
 from graphcomp.capture import capture
+from graphcomp.errors import VerificationError
 from graphcomp.export.native import native
 from graphcomp.pruning.slice import SliceGroups
 from tests.export import models
@@ -220,6 +224,76 @@ def test_a_recorded_model_with_statistics_over_what_is_cut(norm: nn.Module) -> N
     result = native(analysis, some(analysis))
     assert result.module is not None, result.reason
     assert result.error <= 1e-5
+
+
+class Branched(models.Branching):
+    """A recorded model whose hidden units are put to use by `use`."""
+
+    def __init__(self, use: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.use = use
+        self.other = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self, torch.sigmoid(self.up(x))) if float(x.sum()) > -1e9 else x
+
+
+OVER_ACTIVATIONS = {
+    "normalize": lambda m, h: m.down(nn.functional.normalize(h, dim=-1)),
+    "mean": lambda m, h: m.down(h - h.mean(-1, keepdim=True)),
+    "standard deviation": lambda m, h: m.down(h / torch.std(h, -1, keepdim=True)),
+    "sum": lambda m, h: m.down(h) + h.sum(-1, keepdim=True),
+    "product of activations": lambda m, h: m.down(h) * (h @ m.other(h).t()).mean(),
+    "more often than recorded": lambda m, h: sum(
+        (m.down(nn.functional.normalize(h + k, dim=-1)) for k in range(40 - int(h.sum()))), torch.zeros(())
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OVER_ACTIVATIONS)
+def test_a_recorded_model_that_sums_over_what_is_cut(name: str) -> None:
+    """No parameter reads the removed units there: the reference has to leave them out of the op itself."""
+    torch.manual_seed(0)
+    analysis = analysed(Branched(OVER_ACTIVATIONS[name]).eval(), *INPUTS["Branching"])
+    assert analysis.captured.producer == "record"
+    result = native(analysis, some(analysis))
+    assert result.module is not None, result.reason
+    assert result.module.up.weight.shape[0] == 8
+    assert result.error <= 1e-5
+    assert result.rounding == ""
+
+
+def test_what_rounding_decides_is_verified_in_float64() -> None:
+    torch.manual_seed(0)
+    model = Branched(lambda m, h: torch.sin(m.down(h) * 1e6)).eval()
+    analysis = analysed(model, *INPUTS["Branching"])
+    result = native(analysis, some(analysis))
+    assert result.module is not None, result.reason
+    assert "differs from the reference" in result.rounding
+    assert result.error <= 1e-6
+    assert next(result.module.parameters()).dtype == torch.float32
+    assert torch.get_default_dtype() == torch.float32
+    report = gc.slice_groups(analysis, some(analysis)).report
+    assert list(report.verified) == ["native == masked, in float64"]
+    assert any(note.startswith("verified in float64") for note in report.notes)
+
+
+def test_what_differs_in_float64_too_is_refused() -> None:
+    analysis = analysed(Branched(lambda m, h: m.down(h) / len(h[0])).eval(), *INPUTS["Branching"])
+    with pytest.raises(VerificationError, match=r"differs from the reference by .*, and in float64: output"):
+        gc.slice_groups(analysis, some(analysis))
+
+
+def test_what_cannot_run_in_float64_is_refused() -> None:
+    def use(m: Any, h: Tensor) -> Tensor:
+        if h.dtype != torch.float32:
+            raise TypeError("single precision only")
+        return torch.sin(m.down(h) * 1e6)
+
+    torch.manual_seed(0)
+    analysis = analysed(Branched(use).eval(), *INPUTS["Branching"])
+    with pytest.raises(VerificationError, match="in float64 the comparison does not run: .*single precision"):
+        gc.slice_groups(analysis, some(analysis))
 
 
 def test_dropped_outputs_are_not_compared() -> None:
