@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from graphcomp.analysis import Analysis, analyze_captured
+from graphcomp.assemble import as_integers, as_model, cut_groups, into_whole, post_training
 from graphcomp.capture import capture
-from graphcomp.compare import relative_error, tolerance_of
 from graphcomp.compressed import CompressedModel
-from graphcomp.cost import Bops, CostModel, latency
 from graphcomp.coupling.groups import ROLES, ChannelGroup, Kept
 from graphcomp.describe import why_nothing
-from graphcomp.errors import NotBuiltError, NothingToPrune, PlanError, VerificationError
-from graphcomp.export.native import NativeResult, native
+from graphcomp.errors import NotBuiltError, NothingToPrune, PlanError
 from graphcomp.progress import progress as show_progress
 from graphcomp.pruning.allocation import Budget, Scope, allocate, allocate_budget
-from graphcomp.pruning.mask import InsertMasks, set_masks
 from graphcomp.pruning.saliency import Saliency, score
-from graphcomp.pruning.slice import SliceGroups, by_factor, kept_of_tensors
-from graphcomp.report import Change, Report, group_dict, layers
-
-logger = logging.getLogger("graphcomp")
+from graphcomp.quantization.ptq import PostTraining, Rounding
 
 
 def analyze(
@@ -65,6 +58,11 @@ def compress(
     *,
     sparsity: float = 0.5,
     bits: int | tuple[int, int] | None = None,
+    activation_bits: int | Literal["same"] | None = "same",
+    group_size: int = 0,
+    calibration: Iterable[Any] | None = None,
+    rounding: Rounding = "nearest",
+    quantization: PostTraining | None = None,
     method: str | None = None,
     data: Iterable[Any] | None = None,
     loss: Callable[..., Tensor] | None = None,
@@ -88,7 +86,13 @@ def compress(
         example_inputs: a tensor, a tuple, or a dict of keyword tensors; `example_kwargs` adds keywords to a tuple.
         sparsity: fraction of the prunable units (channels, heads, features) to remove, 0 <= sparsity < 1; met to the
             nearest whole unit.
-        bits: None; quantization is not built yet.
+        bits: of weights and activations, 2 to 16; None: no quantization. The first and the last layer get 8 at least.
+        activation_bits: where they differ from `bits`; None: weights only, activations stay float.
+        group_size: so many input indices of a weight share a step; 0: one step per output channel.
+        calibration: batches in the form of the example inputs, off which the ranges of activations are read. Without
+            it they are read off the example inputs, and the report says so.
+        rounding: of weights: "nearest", or "second_order" (GPTQ), which needs calibration data.
+        quantization: all options of post-training quantization at once, in place of the four above.
         method: "oneshot" (score, cut, done).
         data: batches for saliencies that need them; with `loss(model_output, batch)` for those that need gradients.
         saliency: how units are ranked; see `graphcomp.pruning.saliency`.
@@ -111,24 +115,34 @@ def compress(
         NothingToPrune: every axis is frozen; the message says why.
         PlanError, BudgetError: arguments that cannot be met; the message says what can.
         VerificationError: the result does not compute what it should. Nothing is returned then.
-        NotBuiltError: bits, or a method, that this version does not have.
+        CalibrationError: calibration data that do not fit, or are not finite.
+        NotBuiltError: a range of bits, or a method, that this version does not have.
     """
     _check_arguments(sparsity, bits, method, data, prune)
-    with show_progress(4, progress) as bar:
+    quantization = quantization or post_training(bits, activation_bits, group_size, rounding, ignore)
+    with show_progress(4 if quantization is None else 5, progress) as bar:
         bar.step("capturing and coupling")
         analysis = analyze(model, example_inputs, example_kwargs, scope=scope, outputs=outputs)
-        groups = prunable_groups(analysis, ignore=ignore, prune=prune)
-        _check_weights(analysis, saliency)
-        bar.step(f"scoring {sum(group.size for group in groups)} units")
-        scores = score(saliency, analysis, groups, data=data, loss=loss, seed=seed)
-        bar.step("choosing")
-        if budget is None:
-            kept = allocate(groups, scores, sparsity=sparsity, scope=ranking, round_to=round_to)
-        else:
-            kept = allocate_budget(analysis, groups, scores, budget, scope=ranking, round_to=round_to)
+        groups: tuple[ChannelGroup, ...] = ()
+        kept: Kept = {}
+        if sparsity or budget is not None or quantization is None:
+            groups = prunable_groups(analysis, ignore=ignore, prune=prune)
+            _check_weights(analysis, saliency)
+            bar.step(f"scoring {sum(group.size for group in groups)} units")
+            scores = score(saliency, analysis, groups, data=data, loss=loss, seed=seed)
+            bar.step("choosing")
+            if budget is None:
+                kept = allocate(groups, scores, sparsity=sparsity, scope=ranking, round_to=round_to)
+            else:
+                kept = allocate_budget(analysis, groups, scores, budget, scope=ranking, round_to=round_to)
         bar.step("cutting and verifying")
-        small = slice_groups(analysis, kept, up_for_pruning=groups, verify=verify, measure_latency=measure_latency)
-    return _into_whole(model, small, scope) if scope else small
+        cut = cut_groups(analysis, kept, groups, verify=verify)
+        if quantization is None:
+            small = as_model(cut, measure_latency=measure_latency)
+        else:
+            bar.step("calibrating and lowering")
+            small = as_integers(cut, quantization, calibration, verify=verify, measure_latency=measure_latency)
+    return into_whole(model, small, scope) if scope else small
 
 
 def slice_groups(
@@ -153,32 +167,8 @@ def slice_groups(
         VerificationError: the laws do not hold on the result.
     """
     units: Kept = {group: torch.unique(torch.as_tensor(indices)) for group, indices in kept.items()}
-    captured = plan.captured
-    small: fx.GraphModule | None = None
-    verified: dict[str, float] = {}
-    if captured.producer == "export":
-        small = SliceGroups(plan.coupling, units)(captured.module)
-        if verify:
-            verified["masked == sliced"] = _check_masked(plan, units, small)
-    found = native(plan, units, small)
-    module, form = _choose(found, small, plan)
-    if found.module is not None:
-        verified[_law_of_native(plan, found)] = found.error
-    cuts = kept_of_tensors(plan.coupling, units)
-    report = _report(plan, units, up_for_pruning or plan.groups, verified, found)
-    if measure_latency:
-        report = _with_latency(report, plan, module)
-    module.train(plan.model.training)
-    shapes = {name: tuple(t.shape) for name, t in plan.model.state_dict(keep_vars=True).items()}
-    return CompressedModel(
-        module,
-        form=form,
-        kept=cuts,
-        report=report,
-        reason="" if form == "native" else found.reason,
-        edits=found.edits if form == "native" else (),
-        original_shapes=shapes,
-    )
+    cut = cut_groups(plan, units, up_for_pruning or plan.groups, verify=verify)
+    return as_model(cut, measure_latency=measure_latency)
 
 
 def prunable_groups(
@@ -209,8 +199,10 @@ def prunable_groups(
 
 # ------------------------------------------------------------------------------------------------ checks of arguments
 def _check_arguments(sparsity: float, bits: Any, method: str | None, data: Any, prune: Sequence[str] | None) -> None:
-    if bits is not None:
-        raise NotBuiltError(f"bits={bits!r}: quantization is not built yet", fix="bits=None")
+    if isinstance(bits, tuple):
+        raise NotBuiltError(
+            f"bits={bits!r}: bits between two bounds are learned in training, which is not built yet", fix="bits=8"
+        )
     if isinstance(sparsity, bool) or not 0 <= sparsity < 1:
         raise PlanError(
             f"sparsity={sparsity!r} is outside [0, 1)",
@@ -268,101 +260,6 @@ def _within(tensor: str, ignored: _Ignored) -> bool:
     if any(owner == name or owner.startswith(name + ".") for name in ignored.names):
         return True
     return any(pattern.search(owner) for pattern in ignored.patterns)
-
-
-# ------------------------------------------------------------------------------------------------ verification
-def _check_masked(plan: Analysis, kept: Kept, small: fx.GraphModule) -> float:
-    """Law 2 on the example inputs; the largest relative error."""
-    captured = plan.captured
-    if any(p.is_meta for p in small.parameters()):
-        return float("nan")
-    masked = InsertMasks(plan.coupling, list(kept))(captured.module)
-    set_masks(masked, list(kept), kept)
-    with torch.no_grad():
-        expected = masked(*captured.args, **captured.kwargs)
-        error = relative_error(expected, small(*captured.args, **captured.kwargs))
-    allowed = tolerance_of(expected)
-    if not error <= allowed:
-        raise VerificationError(
-            "the sliced model does not compute what the masked model computes",
-            why=f"largest relative error {error:.1e}, allowed {allowed:.0e}",
-            fix="please report the model; graphcomp.testing.check_law(model, inputs, groups=[…]) finds the group",
-        )
-    return error
-
-
-def _law_of_native(plan: Analysis, found: NativeResult) -> str:
-    """What the user's class was compared with, and in which precision."""
-    law = "native == masked" if plan.captured.producer == "record" else "native == sliced"
-    return f"{law}, in float64" if found.rounding else law
-
-
-def _choose(found: NativeResult, small: fx.GraphModule | None, plan: Analysis) -> tuple[nn.Module, Any]:
-    if found.module is not None:
-        return found.module, "native"
-    if small is not None:
-        logger.info("the result is a graph, not a %s: %s", type(plan.model).__name__, found.reason)
-        return small, "graph"
-    raise VerificationError(
-        f"{type(plan.model).__name__} could only be recorded, and its own class could not be cut",
-        why=f"{found.reason}; torch.export refused: {plan.captured.reason}",
-        fix='scope="path.to.submodule" compresses a part that can be exported',
-    )
-
-
-# ------------------------------------------------------------------------------------------------ results
-def _report(
-    plan: Analysis, kept: Kept, groups: Sequence[ChannelGroup], verified: Mapping[str, float], found: NativeResult
-) -> Report:
-    counts = {factor: len(units) for factor, units in by_factor(kept).items()}
-    costs = CostModel(plan)
-    bops = Bops(costs)
-    notes = [] if found.module is not None else [f"a graph, not the model's own class: {found.reason}"]
-    if plan.captured.producer == "record":
-        notes.append(f"recorded, since torch.export refused: {plan.captured.reason}")
-    if found.rounding:
-        notes.append(f"verified in float64, since in the model's own precision rounding shows: {found.rounding}")
-    return Report(
-        params=Change(costs.params(), costs.params(counts)),
-        macs=Change(costs.macs(), costs.macs(counts)),
-        bops=Change(bops.layers(), bops.layers(counts)),
-        bops_attention=Change(bops.attention(), bops.attention(counts)),
-        bytes=Change(costs.bytes(), costs.bytes(counts)),
-        units_removed=sum(group.size - len(units) for group, units in kept.items()),
-        units_total=sum(group.size for group in groups),
-        layers=layers(plan, kept_of_tensors(plan.coupling, kept)),
-        groups=tuple(group_dict(group, kept) for group in plan.groups),
-        frozen=plan.frozen,
-        unknown_ops=tuple(u.op for u in plan.unknown_ops),
-        verified=verified,
-        notes=tuple(notes),
-    )
-
-
-def _with_latency(report: Report, plan: Analysis, module: nn.Module) -> Report:
-    from dataclasses import replace
-
-    captured = plan.captured
-    before = latency(plan.model, captured.args, captured.kwargs)
-    after = latency(module, captured.args, captured.kwargs)
-    return replace(report, latency_ms=Change(before.median_ms, after.median_ms))
-
-
-def _into_whole(model: nn.Module, small: CompressedModel, scope: str) -> CompressedModel:
-    """The whole model, copied, with its submodule `scope` replaced."""
-    import copy
-
-    memo = {id(model.get_submodule(scope)): small.module}
-    whole = copy.deepcopy(model, memo)
-    return CompressedModel(
-        whole,
-        form=small.form,
-        kept={f"{scope}.{name}": dims for name, dims in small.kept.items()},
-        report=small.report,
-        reason=small.reason,
-        edits=tuple((f"{scope}.{path}".rstrip("."), name, value) for path, name, value in small.edits),
-        original_shapes={name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()},
-    )
 
 
 # ------------------------------------------------------------------------------------------------ later parts

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from graphcomp.errors import NotBuiltError
+from graphcomp.quantization.ptq import Quantized
 from graphcomp.report import Report
 
 Form = Literal["native", "graph"]
@@ -22,6 +23,8 @@ class CompressedModel(nn.Module):
         kept: parameter or buffer name -> dim -> the indices that were kept ((k,) int64), sliced dims only.
         report: what was removed, what it saves, what was verified.
         reason: for "graph", why it is not the user's class; else "".
+        quantized: the float, fake-quant and integer graphs of a model that was quantized; None otherwise, and after
+            `load`.
         edits: Python attributes of the user's class that were corrected, as (module path, attribute, value).
     """
 
@@ -44,6 +47,7 @@ class CompressedModel(nn.Module):
         self.reason = reason
         self.edits = edits
         self.original_shapes = dict(original_shapes or {})
+        self.quantized: Quantized | None = None
         self.train(module.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

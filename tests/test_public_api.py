@@ -20,6 +20,7 @@ RANKS = [
     {"report", "testing"},
     {"compressed"},
     {"export"},
+    {"assemble"},
     {"api"},
     {"__init__"},
 ]

@@ -34,7 +34,7 @@ class LoweredLayer:
     """One compute op or embedding: the bits of its weight and of what it reads (32: float)."""
 
     name: str  # of its weight, or of the op
-    op: str
+    node: str  # of the graph, as in the float graph
     weight_bits: int = 32
     activation_bits: int = 32
 
@@ -107,7 +107,7 @@ class _Lowering:
             bits = [_bits(quantizers.get(d)) for d in data]
             self.layers[node] = LoweredLayer(
                 self._layer_name(node, weight),
-                str(node.target),
+                node.name,
                 _bits(quantizers.get(weight)) if weight in self.constants else 32,
                 max(bits, default=32),
             )

@@ -33,6 +33,9 @@ Rounding = Literal["nearest", "second_order"]
 BIAS_LIMIT = 2.0**30
 """A bias on the scale of its layer's products stays below this, half of what an int32 accumulator holds."""
 
+FEWEST_SAMPLES = 16
+"""Of each channel, to tell a mean error from chance."""
+
 
 @dataclass(frozen=True)
 class PostTraining:
@@ -44,13 +47,15 @@ class PostTraining:
         equalize: scale channels between layers so that all use their range (Nagel et al. 2019).
         correct_bias: add the mean error of each output channel to the bias (Nagel et al. 2019, section 4.2).
         rounding: "nearest", or "second_order": each weight's error is made up for by those after it (GPTQ).
+        walk_batches: ranges are read off all calibration batches; rounding and correction see at most so many.
     """
 
     config: QuantConfig = field(default_factory=QuantConfig)
     ignore: tuple[str, ...] = ()
-    equalize: bool = True
+    equalize: bool = False
     correct_bias: bool = True
     rounding: Rounding = "nearest"
+    walk_batches: int = 8
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ def quantize(module: fx.GraphModule, batches: Sequence[Sequence[Any]], options: 
     fake = InsertQuantizers(placement)(own_bias)
     calibrate_activations(fake, batches)
     calibrate_weights(fake)
-    errors = _Setting(own_bias, fake, options).walk(batches)
+    errors = _Setting(own_bias, fake, options).walk(batches[: options.walk_batches])
     fit_biases(fake)
     left = {node.name: reason for node, reason in placement.left_float.items()}
     return Quantized(folded, fake, lower(fake), errors, left, tuple(notes))
@@ -278,10 +283,7 @@ class _Setting:
         if not isinstance(bias, fx.Node) or bias.op != "get_attr":
             return
         channels = 1 if node.target in CONVOLUTIONS else exact[0].dim() - 1
-        count = sum(e.numel() // max(e.shape[channels], 1) for e in exact)
-        dims = [d for d in range(exact[0].dim()) if d != channels]
-        mean = sum((e.double() - r.double()).sum(dims) for e, r in zip(exact, rough, strict=True)) / max(count, 1)
-        assert isinstance(mean, Tensor)
+        mean = significant_mean([e.double() - r.double() for e, r in zip(exact, rough, strict=True)], channels)
         name = self._own_parameter(bias, node)
         old = fetch(self.fake, name)
         _set(self.fake, name, (old.double() + mean).to(old.dtype))
@@ -333,6 +335,20 @@ class _Setting:
             reader.replace_input_with(attribute, fresh)
             self.fake.recompile()
         return own
+
+
+def significant_mean(errors: Sequence[Tensor], channels: int) -> Tensor:
+    """(c,) float64: the mean over all dims but `channels`, 0 where it is within twice its standard error.
+
+    What few samples say of the mean is mostly chance, and correcting for chance makes the model worse.
+    """
+    rows = torch.cat([e.movedim(channels, 0).flatten(1) for e in errors], dim=1)
+    count = rows.shape[1]
+    if count < FEWEST_SAMPLES:
+        return rows.new_zeros(rows.shape[0])
+    mean = rows.mean(dim=1)
+    standard_error = rows.std(dim=1) / count**0.5
+    return torch.where(mean.abs() > 2 * standard_error, mean, 0.0)
 
 
 class Constants:

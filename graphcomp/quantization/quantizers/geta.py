@@ -101,6 +101,11 @@ class GetaQuantizer(Quantizer):
         d, q_m, t = self._valid(self._wide(self.d))
         return torch.log2(q_m.pow(t) / d + 1) + 1
 
+    @property
+    def exponent(self) -> float:
+        """t."""
+        return float(self._valid(torch.float64)[2])
+
     @torch.no_grad()
     def project_bits(self, low: float, high: float) -> None:
         """Move d, and only d, so that low <= bits <= high; in place, without waiting for the device.

@@ -1,0 +1,322 @@
+"""From what is kept to what is handed back: cut, verify, quantize, count, and put it together."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphcomp.analysis import Analysis
+from graphcomp.compare import relative_error, tolerance_of
+from graphcomp.compressed import CompressedModel
+from graphcomp.cost import Bits, Bops, Codes, CostModel, SizeModel, flat_inputs, latency
+from graphcomp.coupling.groups import ChannelGroup, Kept
+from graphcomp.errors import PlanError, VerificationError
+from graphcomp.export.native import NativeResult, native
+from graphcomp.pruning.evidence import arguments_of
+from graphcomp.pruning.mask import InsertMasks, set_masks
+from graphcomp.pruning.slice import SliceGroups, by_factor, kept_of_tensors
+from graphcomp.quantization.law import check_lowering
+from graphcomp.quantization.lower import Lowered
+from graphcomp.quantization.ptq import PostTraining, Quantized, Rounding, quantize
+from graphcomp.quantization.quantizers.base import spread
+from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, QuantSpec, check_bits
+from graphcomp.report import Change, LayerReport, Report, group_dict, layers
+
+logger = logging.getLogger("graphcomp")
+
+
+# ------------------------------------------------------------------------------------------------ cutting
+@dataclass(frozen=True)
+class Cut:
+    """A plan carried out.
+
+    Attributes:
+        plan: of the model before.
+        kept: the units that stay; groups left out stay whole.
+        groups: whose units were up for pruning.
+        graph: the sliced graph; None for a recorded model, which has none that can be run.
+        verified: law -> largest relative error.
+    """
+
+    plan: Analysis
+    kept: Kept
+    groups: Sequence[ChannelGroup]
+    graph: fx.GraphModule | None
+    verified: Mapping[str, float]
+
+
+def cut_groups(plan: Analysis, kept: Kept, groups: Sequence[ChannelGroup], *, verify: bool) -> Cut:
+    """Slice the captured graph.
+
+    Raises:
+        PlanError: a group would lose all units, or an index is none of its units.
+        VerificationError: the sliced model does not compute what the masked one does.
+    """
+    if plan.captured.producer != "export":
+        return Cut(plan, kept, groups, None, {})
+    graph = SliceGroups(plan.coupling, kept)(plan.captured.module)
+    verified = {"masked == sliced": _check_masked(plan, kept, graph)} if verify and kept else {}
+    return Cut(plan, kept, groups, graph, verified)
+
+
+def as_model(cut: Cut, *, measure_latency: bool) -> CompressedModel:
+    """The cut model in floats: of the user's own class where that can be verified, else the graph."""
+    plan = cut.plan
+    found = native(plan, cut.kept, cut.graph)
+    module, form = _choose(found, cut.graph, plan)
+    verified = dict(cut.verified)
+    if found.module is not None:
+        verified[_law_of_native(plan, found)] = found.error
+    report = _report(cut, verified, _native_notes(plan, found))
+    module.train(plan.model.training)
+    return _model(
+        cut,
+        module,
+        _with_latency(report, plan, module) if measure_latency else report,
+        form=form,
+        reason="" if form == "native" else found.reason,
+        edits=found.edits if form == "native" else (),
+    )
+
+
+def _model(cut: Cut, module: nn.Module, report: Report, **about: Any) -> CompressedModel:
+    model = cut.plan.model
+    return CompressedModel(
+        module,
+        kept=kept_of_tensors(cut.plan.coupling, cut.kept),
+        report=report,
+        original_shapes={name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()},
+        **about,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ quantizing
+def post_training(
+    bits: int | tuple[int, int] | None,
+    activation_bits: int | Literal["same"] | None,
+    group_size: int,
+    rounding: Rounding,
+    ignore: str | Sequence[str],
+) -> PostTraining | None:
+    """The options that `compress` was given one by one; None where nothing is to be quantized.
+
+    Raises:
+        PlanError: bits outside 2 to 16, or options of a quantization that was not asked for.
+    """
+    if not isinstance(bits, int) or isinstance(bits, bool):
+        if bits is None and (activation_bits not in ("same", None) or group_size or rounding != "nearest"):
+            raise PlanError("activation_bits, group_size and rounding need bits", fix="bits=8")
+        if bits is not None:
+            check_bits(bits)  # type: ignore[arg-type]
+        return None
+    check_bits(bits)
+    if rounding not in ("nearest", "second_order"):
+        raise PlanError(f"rounding={rounding!r}", fix='rounding="nearest" or rounding="second_order"')
+    acts = bits if activation_bits == "same" else activation_bits
+    weights = QuantSpec(bits, granularity="group", group_size=group_size) if group_size else replace(WEIGHTS, bits=bits)
+    if acts is not None:
+        check_bits(acts)
+    config = QuantConfig(
+        weights=weights,
+        activations=None if acts is None else replace(ACTIVATIONS, bits=acts),
+        embeddings=QuantSpec(max(bits, 8), granularity="channel"),
+    )
+    return PostTraining(config, (ignore,) if isinstance(ignore, str) else tuple(ignore), rounding=rounding)
+
+
+def as_integers(
+    cut: Cut,
+    options: PostTraining,
+    calibration: Iterable[Any] | None,
+    *,
+    verify: bool,
+    measure_latency: bool,
+) -> CompressedModel:
+    """The cut model with integer weights, calibrated on batches, or on the example inputs where there are none.
+
+    Raises:
+        PlanError: the model could only be recorded.
+        CalibrationError: the data do not fit, or are not finite.
+        VerificationError: the integers do not compute what the fake-quant graph does.
+    """
+    plan, captured = cut.plan, cut.plan.captured
+    if cut.graph is None:
+        raise PlanError(
+            f"{type(plan.model).__name__} cannot be quantized: it could only be recorded",
+            why=f"torch.export refused: {captured.reason}",
+            fix='scope="path.to.submodule" compresses a part that can be exported',
+        )
+    notes = []
+    if calibration is None:
+        batches = [flat_inputs(captured, captured.args, captured.kwargs)]
+        if options.config.activations is not None:
+            notes.append("calibrated on the example inputs alone, as no calibration= was given")
+    else:
+        batches = [flat_inputs(captured, *arguments_of(captured, batch)) for batch in calibration]
+    quantized = quantize(cut.graph, batches, options)
+    verified = dict(cut.verified)
+    if verify and batches:
+        found = check_lowering(quantized.fake, quantized.lowered, batches[0])
+        verified["integers == fake-quant, in steps"] = found.steps
+    report = _quantized_report(_report(cut, verified, (*notes, *quantized.notes)), cut, quantized)
+    module = quantized.lowered.module
+    result = _model(
+        cut,
+        module,
+        _with_latency(report, plan, module) if measure_latency else report,
+        form="graph",
+        reason="integer weights and quantize nodes stand in a graph",
+    )
+    result.quantized = quantized
+    return result
+
+
+def _quantized_report(report: Report, cut: Cut, quantized: Quantized) -> Report:
+    """The float report with what the integers change in it."""
+    lowered = quantized.lowered
+    costs = CostModel(cut.plan)
+    counts = {factor: len(units) for factor, units in by_factor(cut.kept).items()}
+    nodes = {node.name: node for node in cut.plan.coupling.module.graph.nodes}
+    counted = {operation.node for operation in costs.operations}
+    bits = {
+        nodes[layer.node]: Bits(layer.weight_bits, layer.activation_bits)
+        for layer in lowered.layers
+        if nodes.get(layer.node) in counted
+    }
+    bops = Bops(costs, bits)
+    stored = sum(t.numel() * t.element_size() for t in _stored(lowered.module))
+    by_name = {layer.name: layer for layer in lowered.layers}
+    return replace(
+        report,
+        bops=Change(report.bops.before, bops.layers(counts)),
+        bops_attention=Change(report.bops_attention.before, bops.attention(counts)),
+        bytes=Change(report.bytes.before, stored),
+        layers=tuple(_with_bits(layer, by_name) for layer in report.layers),
+        sizes=_sizes(lowered),
+        quantization_errors=quantized.errors,
+    )
+
+
+def _with_bits(layer: LayerReport, found: Mapping[str, Any]) -> LayerReport:
+    if layer.name not in found:
+        return layer
+    return replace(layer, weight_bits=found[layer.name].weight_bits, activation_bits=found[layer.name].activation_bits)
+
+
+def _stored(module: nn.Module) -> list[Tensor]:
+    return list({id(t): t for t in (*module.parameters(), *module.buffers())}.values())
+
+
+def _sizes(lowered: Lowered) -> dict[str, float]:
+    """The conventions' sizes of the quantized weights; what stays float is in the remainder."""
+    tensors = {
+        name: Codes(
+            i.values,
+            (i.quant_max - i.quant_min).bit_length(),
+            spread(i.zero_point, i.values.dim(), i.dim, i.groups),
+            i.scale.numel(),
+        )
+        for name, i in lowered.weights.items()
+    }
+    floats = sum(p.numel() for p in lowered.module.parameters())
+    return {name: float(size) for name, size in SizeModel(tensors, floats).sizes().items()}
+
+
+# ------------------------------------------------------------------------------------------------ verification
+def _check_masked(plan: Analysis, kept: Kept, small: fx.GraphModule) -> float:
+    """Law 2 on the example inputs; the largest relative error."""
+    captured = plan.captured
+    if any(p.is_meta for p in small.parameters()):
+        return float("nan")
+    masked = InsertMasks(plan.coupling, list(kept))(captured.module)
+    set_masks(masked, list(kept), kept)
+    with torch.no_grad():
+        expected = masked(*captured.args, **captured.kwargs)
+        error = relative_error(expected, small(*captured.args, **captured.kwargs))
+    allowed = tolerance_of(expected)
+    if not error <= allowed:
+        raise VerificationError(
+            "the sliced model does not compute what the masked model computes",
+            why=f"largest relative error {error:.1e}, allowed {allowed:.0e}",
+            fix="please report the model; graphcomp.testing.check_law(model, inputs, groups=[…]) finds the group",
+        )
+    return error
+
+
+def _law_of_native(plan: Analysis, found: NativeResult) -> str:
+    """What the user's class was compared with, and in which precision."""
+    law = "native == masked" if plan.captured.producer == "record" else "native == sliced"
+    return f"{law}, in float64" if found.rounding else law
+
+
+def _choose(found: NativeResult, small: fx.GraphModule | None, plan: Analysis) -> tuple[nn.Module, Any]:
+    if found.module is not None:
+        return found.module, "native"
+    if small is not None:
+        logger.info("the result is a graph, not a %s: %s", type(plan.model).__name__, found.reason)
+        return small, "graph"
+    raise VerificationError(
+        f"{type(plan.model).__name__} could only be recorded, and its own class could not be cut",
+        why=f"{found.reason}; torch.export refused: {plan.captured.reason}",
+        fix='scope="path.to.submodule" compresses a part that can be exported',
+    )
+
+
+# ------------------------------------------------------------------------------------------------ results
+def _native_notes(plan: Analysis, found: NativeResult) -> tuple[str, ...]:
+    notes = [] if found.module is not None else [f"a graph, not the model's own class: {found.reason}"]
+    if plan.captured.producer == "record":
+        notes.append(f"recorded, since torch.export refused: {plan.captured.reason}")
+    if found.rounding:
+        notes.append(f"verified in float64, since in the model's own precision rounding shows: {found.rounding}")
+    return tuple(notes)
+
+
+def _report(cut: Cut, verified: Mapping[str, float], notes: Sequence[str]) -> Report:
+    plan, kept, groups = cut.plan, cut.kept, cut.groups
+    counts = {factor: len(units) for factor, units in by_factor(kept).items()}
+    costs = CostModel(plan)
+    bops = Bops(costs)
+    return Report(
+        params=Change(costs.params(), costs.params(counts)),
+        macs=Change(costs.macs(), costs.macs(counts)),
+        bops=Change(bops.layers(), bops.layers(counts)),
+        bops_attention=Change(bops.attention(), bops.attention(counts)),
+        bytes=Change(costs.bytes(), costs.bytes(counts)),
+        units_removed=sum(group.size - len(units) for group, units in kept.items()),
+        units_total=sum(group.size for group in groups),
+        layers=layers(plan, kept_of_tensors(plan.coupling, kept)),
+        groups=tuple(group_dict(group, kept) for group in plan.groups),
+        frozen=plan.frozen,
+        unknown_ops=tuple(u.op for u in plan.unknown_ops),
+        verified=verified,
+        notes=tuple(notes),
+    )
+
+
+def _with_latency(report: Report, plan: Analysis, module: nn.Module) -> Report:
+    captured = plan.captured
+    before = latency(plan.model, captured.args, captured.kwargs)
+    after = latency(module, captured.args, captured.kwargs)
+    return replace(report, latency_ms=Change(before.median_ms, after.median_ms))
+
+
+def into_whole(model: nn.Module, small: CompressedModel, scope: str) -> CompressedModel:
+    """The whole model, copied, with its submodule `scope` replaced."""
+    memo = {id(model.get_submodule(scope)): small.module}
+    whole = copy.deepcopy(model, memo)
+    return CompressedModel(
+        whole,
+        form=small.form,
+        kept={f"{scope}.{name}": dims for name, dims in small.kept.items()},
+        report=small.report,
+        reason=small.reason,
+        edits=tuple((f"{scope}.{path}".rstrip("."), name, value) for path, name, value in small.edits),
+        original_shapes={name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()},
+    )
