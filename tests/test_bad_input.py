@@ -223,13 +223,96 @@ def test_kept_units_that_are_none(kept):
         gc.slice_groups(plan, {plan.groups[0]: torch.tensor(kept, dtype=torch.int64)})
 
 
-def test_quantization_is_refused_for_now():
-    with pytest.raises(gc.NotBuiltError, match="quantization is not built"):
-        gc.compress(MLP(), X, bits=8)
+def test_training_is_refused_for_now():
+    with pytest.raises(gc.NotBuiltError, match="learned in training"):
+        gc.compress(MLP(), X, bits=(4, 8))
     with pytest.raises(gc.NotBuiltError):
         gc.prepare(MLP(), X)
     with pytest.raises(gc.NotBuiltError):
         gc.compress(MLP(), X, method="geta")
+
+
+@pytest.mark.parametrize("bits", [1, 0, -4, 17, 8.0, True, "8"])
+def test_bits_outside_range(bits):
+    with pytest.raises(gc.PlanError, match="bits"):
+        gc.compress(MLP(), X, bits=bits)
+    with pytest.raises(gc.PlanError, match="bits"):
+        gc.compress(MLP(), X, bits=8, activation_bits=bits)
+
+
+def test_options_of_a_quantization_that_was_not_asked_for():
+    for options in ({"activation_bits": 8}, {"group_size": 4}, {"rounding": "second_order"}):
+        with pytest.raises(gc.PlanError, match="need bits"):
+            gc.compress(MLP(), X, **options)
+    with pytest.raises(gc.PlanError, match="rounding"):
+        gc.compress(MLP(), X, bits=8, rounding="up")
+
+
+@pytest.mark.parametrize(
+    ("calibration", "says"),
+    [
+        ([], "no batch"),
+        ([torch.randn(2, 9)], "does not run on batch 0"),
+        ([X, torch.randn(3, 7)], "does not run on batch 1"),
+        ([torch.full((2, 8), float("nan"))], "not finite"),
+        ([torch.full((2, 8), float("inf"))], "not finite"),
+        ([torch.randn(0, 8)], "empty"),
+    ],
+)
+def test_calibration_data_that_do_not_fit(calibration, says):
+    with pytest.raises(gc.CalibrationError, match=says):
+        gc.compress(MLP(), X, bits=8, calibration=calibration)
+
+
+@pytest.mark.parametrize("constant", [0.0, 3.0, -2.0])
+def test_constant_calibration_data_give_a_valid_step(constant):
+    small = gc.compress(MLP(), X, bits=8, calibration=[torch.full((2, 8), constant)])
+    assert torch.isfinite(small(X)).all()
+
+
+def test_an_activation_that_is_always_zero():
+    model = MLP()
+    model.up.bias.data.fill_(-100)
+    small = gc.compress(model, X, sparsity=0, bits=8)
+    assert torch.allclose(small(X), model(X), atol=1e-2)
+
+
+def test_a_weight_channel_of_zeros():
+    model = MLP()
+    model.up.weight.data[3] = 0
+    model.down.weight.data[1] = 0
+    small = gc.compress(model, X, sparsity=0, bits=8)
+    assert gc.testing.relative_error(model(X), small(X)) < 0.05
+
+
+def test_whole_numbers_in_a_product_stay_as_they_are():
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 4)
+
+        def forward(self, x, counts):
+            return self.down(torch.relu(self.up(x))), counts @ counts.transpose(0, 1)
+
+    counts = torch.arange(6).view(2, 3)
+    model = Counts().eval()
+    small = gc.compress(model, (X, counts), bits=8)
+    assert torch.equal(small(X, counts)[1], model(X, counts)[1])
+    assert {layer.weight_bits for layer in small.report.layers} == {8}
+
+
+def test_a_recorded_model_cannot_be_quantized():
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 4)
+
+        def forward(self, x):
+            y = torch.relu(self.up(x))
+            return self.down(y if float(x.sum()) > 0 else y + 1)
+
+    with pytest.raises(gc.PlanError, match="could only be recorded"):
+        gc.compress(Branching(), X, bits=8)
 
 
 def test_unknown_names_are_refused_with_the_nearest():

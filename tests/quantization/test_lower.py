@@ -1,0 +1,173 @@
+"""Law 3: weights bit for bit, activations within one step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphcomp.capture import capture
+from graphcomp.compare import relative_error
+from graphcomp.cost import flat_inputs
+from graphcomp.errors import VerificationError
+from graphcomp.quantization import ops
+from graphcomp.quantization.law import check_lowering
+from graphcomp.quantization.ptq import PostTraining, Quantized, quantize
+from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, QuantSpec, with_bits
+from tests.quantization.models import encoder, residual
+
+aten = torch.ops.aten
+MODELS = {"residual": residual, "encoder": encoder}
+
+
+def quantized(model: nn.Module, x: Tensor, config: QuantConfig, **options: Any) -> tuple[Quantized, list[Any]]:
+    captured = capture(model, x)
+    flat = flat_inputs(captured, captured.args, captured.kwargs)
+    return quantize(captured.module, [flat], PostTraining(config, **options)), flat
+
+
+def config(bits: int, activations: int | None = None, **more: Any) -> QuantConfig:
+    acts = with_bits(ACTIVATIONS, activations or bits)
+    return QuantConfig(with_bits(WEIGHTS, bits), acts, first_and_last_bits=2, **more)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8, 12, 16])
+@pytest.mark.parametrize("name", MODELS)
+def test_law_3(name: str, bits: int) -> None:
+    found, flat = quantized(*MODELS[name](), config(bits))
+    error = check_lowering(found.fake, found.lowered, flat)
+    assert error.weights == 0 and error.steps <= 1.001
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_law_3_for_every_granularity(name: str, symmetric: bool, granularity: Any) -> None:
+    spec = QuantSpec(6, symmetric, granularity, 4 if granularity == "group" else 0)
+    found, flat = quantized(*MODELS[name](), QuantConfig(spec, ACTIVATIONS, embeddings=None))
+    error = check_lowering(found.fake, found.lowered, flat)
+    assert error.weights == 0 and error.steps <= 1.001
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_law_3_for_geta(name: str) -> None:
+    spec = QuantSpec(5, kind="geta")
+    found, flat = quantized(*MODELS[name](), QuantConfig(spec, spec, embeddings=None))
+    with torch.no_grad():
+        for module in found.fake.modules():
+            if hasattr(module, "t"):
+                module.t.fill_(0.8)
+    from graphcomp.quantization.lower import lower
+
+    error = check_lowering(found.fake, lower(found.fake), flat)
+    assert error.weights == 0 and error.steps <= 1.001
+
+
+def test_law_3_fails_where_a_code_is_wrong():
+    found, flat = quantized(*residual(), config(8))
+    name = next(iter(found.lowered.weights))
+    found.lowered.weights[name].values.view(-1)[0] += 1
+    with pytest.raises(VerificationError, match="integers of"):
+        check_lowering(found.fake, found.lowered, flat)
+
+
+def test_law_3_fails_where_a_scale_is_wrong():
+    found, flat = quantized(*residual(), config(8))
+    buffer = found.lowered.module.get_buffer("stem.weight_scale")
+    buffer *= 1.2
+    with pytest.raises(VerificationError, match="steps off"):
+        check_lowering(found.fake, found.lowered, flat)
+
+
+def test_stored_dtypes():
+    found, _ = quantized(*residual(), config(8))
+    state = found.lowered.module.state_dict()
+    assert state["stem.weight_codes"].dtype is torch.int8
+    assert state["stem.bias_codes"].dtype is torch.int32
+    assert not [name for name, t in state.items() if t.is_floating_point() and not name.endswith("_scale")]
+
+
+def test_four_bits_are_packed():
+    found, _ = quantized(*residual(), config(4))
+    codes = found.lowered.module.get_buffer("block.conv1.weight_codes")
+    assert codes.dtype is torch.uint8 and codes.numel() == 8 * 8 * 9 // 2
+    assert found.lowered.module.graph.find_nodes(op="call_function", target=torch.ops.graphcomp.unpack_int4.default)
+
+
+def test_clips_in_front_of_a_quantizer_go():
+    found, _ = quantized(*residual(), config(8))
+    targets = [n.target for n in found.lowered.module.graph.nodes]
+    assert aten.relu.default not in targets and aten.hardtanh.default not in targets
+    assert aten.relu.default in [n.target for n in found.fake.graph.nodes]
+
+
+def test_a_clip_inside_the_range_stays():
+    class Clipped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(2, 3, 1), nn.Conv2d(3, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.clamp(self.a(x), -0.1, 0.1))
+
+    torch.manual_seed(0)
+    found, flat = quantized(Clipped().eval(), torch.randn(4, 2, 5, 5), config(8))
+    node = next(n for n, _ in _quantizers(found) if "clamp" in str(n.target))
+    found.fake.get_submodule(str(node.target)).set_range(torch.tensor(-0.5), torch.tensor(0.5))
+    from graphcomp.quantization.lower import lower
+
+    lowered = lower(found.fake)
+    assert aten.clamp.default in [n.target for n in lowered.module.graph.nodes]
+    assert check_lowering(found.fake, lowered, flat).steps <= 1.001
+
+
+def _quantizers(found: Quantized) -> Any:
+    from graphcomp.quantization.insert import quantizer_nodes
+
+    return quantizer_nodes(found.fake)
+
+
+def test_embedding_table_is_looked_up_as_integers():
+    found, flat = quantized(*encoder(), config(8))
+    graph = found.lowered.module.graph
+    tables = [n.args[0].meta["val"].dtype for n in graph.find_nodes(op="call_function", target=aten.embedding.default)]
+    assert torch.int8 in tables
+    assert relative_error(found.fake(*flat), found.lowered.module(*flat)) < 0.05
+
+
+def test_tied_table_is_stored_once():
+    found, _ = quantized(*encoder(), config(8))
+    tables = [name for name, t in found.lowered.module.state_dict().items() if tuple(t.shape) == (40, 16)]
+    assert len(tables) == 1
+
+
+def test_a_channel_with_a_tiny_weight_and_a_large_bias():
+    model, x = residual()
+    model.depthwise.weight.data[0] = 1e-12
+    model.depthwise.bias.data[0] = 3.0
+    found, flat = quantized(model, x, config(8), correct_bias=False)
+    assert check_lowering(found.fake, found.lowered, flat).steps <= 1.001
+    assert "depthwise.bias_codes" in found.lowered.module.state_dict()
+
+
+def test_fake_quant_graph_shares_nothing_with_the_model():
+    model, x = residual()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    quantized(model, x, config(4), correct_bias=True)
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compiles(name: str) -> None:
+    found, flat = quantized(*MODELS[name](), config(8))
+    compiled = torch.compile(found.lowered.module, backend="aot_eager")
+    with torch.no_grad():
+        assert relative_error(found.lowered.module(*flat), compiled(*flat)) < 1e-4
+
+
+def test_ops_are_those_that_torch_exchanges():
+    found, _ = quantized(*residual(), config(8))
+    used = {n.target for n in found.lowered.module.graph.nodes if "quantized_decomposed" in str(n.target)}
+    assert used == {ops.quantize_per_tensor, ops.dequantize_per_tensor, ops.dequantize_per_channel}

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from graphcomp.capture import capture
+from graphcomp.quantization.fold import FoldBatchNorm
+from graphcomp.quantization.placement import Placement, place
+from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, with_bits
+from tests.quantization.models import encoder, residual
+
+
+def placed(model: nn.Module, inputs: Any, config: QuantConfig = QuantConfig(), ignore: Any = ()) -> Placement:  # noqa: B008
+    return place(FoldBatchNorm()(capture(model.eval(), inputs).module), config, ignore)
+
+
+def names(placement: Placement, weights: bool = False) -> dict[str, list[str]]:
+    return {s.value.name: [u.name for u in s.users] for s in placement.sites if s.is_weight == weights}
+
+
+class Of(nn.Module):
+    """A convolution, then whatever a test says, then another."""
+
+    def __init__(self, between: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.between = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 2, 1), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.between(self.a(x)))
+
+
+X = torch.randn(2, 2, 6, 6)
+
+
+def test_residual_network():
+    found = names(placed(*residual()))
+    assert found == {
+        "x": ["conv2d"],
+        "relu6": ["max_pool2d"],  # behind the clip, not between convolution and clip
+        "max_pool2d": ["conv2d_1", "add"],
+        "relu": ["conv2d_2"],
+        "conv2d_2": ["add"],
+        "relu_1": ["conv2d_3"],
+        "relu_2": ["conv2d_4"],
+        "conv2d_4": ["adaptive_avg_pool2d"],
+        "adaptive_avg_pool2d": ["flatten"],
+        "flatten": ["linear"],
+    }
+
+
+def test_every_weight_has_a_step_per_output_channel():
+    sites = [s for s in placed(*residual()).sites if s.is_weight]
+    assert len(sites) == 6
+    assert {s.dim for s in sites} == {0}
+
+
+def test_moves_keep_the_scale():
+    shares = {s.value.name: s.shares for s in placed(*residual()).sites}
+    assert shares["max_pool2d"] is shares["relu6"]
+    assert shares["flatten"] is shares["adaptive_avg_pool2d"]
+    assert shares["adaptive_avg_pool2d"] is not shares["conv2d_4"]
+
+
+def test_transformer_residuals_stay_float():
+    found = names(placed(*encoder()))
+    assert "add" not in found and "add_1" not in str(found.get("layer_norm"))
+    assert found["layer_norm"] == ["linear_4"]
+    # attention's products of activations: queries, transposed keys, probabilities, values
+    assert {"linear", "transpose", "softmax", "linear_2"} <= set(found)
+
+
+def test_tied_weight_is_quantized_once():
+    weights = [s for s in placed(*encoder()).sites if s.is_weight and s.value.target in ("embed.weight", "head.weight")]
+    assert sorted(u.name for s in weights for u in s.users) == ["embedding", "linear_6"]
+    assert len({s.shares for s in weights}) == 1
+
+
+@pytest.mark.parametrize(
+    ("between", "quantized"),
+    [
+        (functional.relu, {"relu"}),
+        (functional.relu6, {"relu6"}),
+        (functional.silu, {"conv2d", "silu"}),
+        (lambda x: functional.relu(x).transpose(2, 3), {"relu", "transpose"}),
+        (lambda x: functional.pad(x, (1, 1)), {"conv2d", "pad"}),
+        (lambda x: functional.pad(x, (1, 1), value=3.0), {"conv2d", "pad"}),
+        (lambda x: torch.cat(functional.relu(x).chunk(2, 1), 1), {"relu", "getitem", "getitem_1", "cat"}),
+        (lambda x: x * torch.sigmoid(x.mean((2, 3), keepdim=True)), {"conv2d", "mul"}),
+    ],
+)
+def test_what_stands_between_convolutions(between: Any, quantized: set[str]) -> None:
+    # what goes in and what comes out is quantized in each case
+    assert set(names(placed(Of(between), X))) - {"x", "conv2d_1"} == quantized
+
+
+def test_padding_with_a_number_is_no_move():
+    shares = [s.shares for s in placed(Of(lambda x: functional.pad(x, (1, 1), value=3.0)), X).sites if not s.is_weight]
+    assert len(set(shares)) == 4
+
+
+class Two(nn.Module):
+    """Two convolutions end to end into a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(2, 4, 1), nn.Conv2d(2, 4, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.cat([functional.relu(self.a(x)), functional.relu(self.b(x))], 1))
+
+
+@pytest.mark.parametrize(("share", "count"), [(False, 3), (True, 1)])
+def test_share_concat(share: bool, count: int) -> None:
+    sites = placed(Two(), X, QuantConfig(share_concat=share)).sites
+    around = {s.shares for s in sites if s.value.name in ("relu", "relu_1", "cat")}
+    assert len(around) == count
+
+
+def test_share_add():
+    both = {}
+    for share in (False, True):
+        sites = placed(*residual(), QuantConfig(share_add=share)).sites
+        shares = {s.value.name: s.shares for s in sites}
+        both[share] = shares["conv2d_2"] is shares["max_pool2d"]
+    assert both == {False: False, True: True}
+
+
+def test_first_and_last_layer_have_eight_bits():
+    config = QuantConfig(with_bits(WEIGHTS, 4), with_bits(ACTIVATIONS, 4))
+    bits = {u.name: s.spec.bits for s in placed(*residual(), config).sites if s.is_weight for u in s.users}
+    assert bits["conv2d"] == bits["linear"] == 8
+    assert {bits[f"conv2d_{k}"] for k in range(1, 5)} == {4}
+
+
+def test_ignored_layers_stay_float():
+    placement = placed(*residual(), ignore=["block", "re:^fc$"])
+    readers = {u.name for s in placement.sites if s.is_weight for u in s.users}
+    assert readers == {"conv2d", "conv2d_3", "conv2d_4"}
+    assert {n.name: why for n, why in placement.left_float.items()} == {
+        "conv2d_1": "ignored", "conv2d_2": "ignored", "linear": "ignored",
+    }  # fmt: skip
+
+
+def test_overrides_set_bits_by_module():
+    config = QuantConfig(
+        overrides={
+            "block.conv1": (with_bits(WEIGHTS, 3), ACTIVATIONS),
+            "block.conv2": (None, None),
+            "fc": (WEIGHTS, None),
+        }
+    )
+    placement = placed(*residual(), config)
+    bits = {u.name: s.spec.bits for s in placement.sites if s.is_weight for u in s.users}
+    assert bits["conv2d_1"] == 3 and "conv2d_2" not in bits and bits["conv2d_3"] == 8
+    assert "linear" in bits and "linear" not in {u.name for s in placement.sites if not s.is_weight for u in s.users}
+
+
+def test_weights_only():
+    sites = placed(*residual(), QuantConfig(activations=None)).sites
+    assert sites and all(s.is_weight for s in sites)
+
+
+def test_whole_numbers_are_left_alone():
+    class Counts(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ x.transpose(0, 1)
+
+    placement = placed(Counts(), torch.ones(3, 3, dtype=torch.int64))
+    assert not placement.sites
+    assert set(placement.left_float.values()) == {"computes on whole numbers"}
