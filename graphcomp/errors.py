@@ -6,7 +6,8 @@ GraphcompError
 ├── RuleError             a coupling rule is malformed or registered twice
 ├── PlanError             what was asked cannot be planned
 │   ├── NothingToPrune    no axis is free; the message says why each one is frozen
-│   └── BudgetError       a sparsity or budget no choice of units can meet
+│   ├── BudgetError       a sparsity or budget no choice of units can meet
+│   └── CalibrationError  no range can be read off the data
 ├── VerificationError     a law does not hold on the result: a bug of ours, never handed on in silence
 ├── CheckpointError       a folder cannot be written or read back
 └── NotBuiltError         an option that exists in the design and not yet in the code
@@ -53,6 +54,10 @@ class NothingToPrune(PlanError):
 
 class BudgetError(PlanError):
     """No choice of units meets the sparsity or the budget."""
+
+
+class CalibrationError(PlanError):
+    """No range can be read off the data: none was seen, or it is not finite."""
 
 
 class VerificationError(GraphcompError):

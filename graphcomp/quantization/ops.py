@@ -28,14 +28,14 @@ def _register_decomposed() -> Any:
 
 
 def define_decomposed(namespace: str) -> None:
-    """Define the four ops that a lowered graph uses, with the schemas and results of torch's own."""
+    """Define the three ops that a lowered graph uses, with the schemas and results of torch's own."""
     signature = "int quant_min, int quant_max, ScalarType dtype"
-    library = torch.library.Library(namespace, "FRAGMENT")
+    library = torch.library.Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
     _LIBRARIES.append(library)  # an op lives as long as its library
 
     def define(name: str, schema: str, function: Any) -> None:
-        library.define(f"{name}{schema}")
-        library.impl(name, function, "CompositeExplicitAutograd")
+        library.define(f"{name}{schema}")  # type: ignore[no-untyped-call]
+        library.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
     define("quantize_per_tensor", f"(Tensor input, float scale, int zero_point, {signature}) -> Tensor", _quantize)
     define(

@@ -25,7 +25,8 @@ class QuantSpec:
         symmetric: levels -(2^(bits-1) - 1) … 2^(bits-1) - 1 about 0; else 0 … 2^bits - 1 with a zero point.
         granularity: one step per tensor, per output channel, or per `group_size` input indices of each channel.
         group_size: input indices per step, for granularity "group".
-        kind: "uniform" (a step, LSQ; with a zero point, LSQ+), or "geta" (step, range, exponent; symmetric, per tensor).
+        kind: "uniform" (a step, LSQ; with a zero point, LSQ+), or "geta" (step, range and exponent; symmetric, per
+            tensor).
         observer: how the first range is read off data.
     """
 
@@ -54,12 +55,12 @@ class QuantSpec:
     @property
     def quant_min(self) -> int:
         """The lowest code."""
-        return -(2 ** (self.bits - 1) - 1) if self.symmetric else 0
+        return 1 - (1 << (self.bits - 1)) if self.symmetric else 0
 
     @property
     def quant_max(self) -> int:
         """The highest code."""
-        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+        return (1 << (self.bits - 1 if self.symmetric else self.bits)) - 1
 
 
 def check_bits(bits: int) -> None:

@@ -1,0 +1,189 @@
+"""GETA's quantizer: a learnable step, range and exponent, and so a learnable number of bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphcomp.errors import PlanError
+from graphcomp.quantization.quantizers.base import Integers, Quantizer, container
+from graphcomp.quantization.quantizers.gradients import bounded
+from graphcomp.quantization.quantizers.uniform import step_and_zero
+from graphcomp.quantization.spec import QuantSpec
+
+RANGE_LIMITS = (1e-15, 1e18)
+"""Of q_m: with them q_m^t, for t up to 2, and its smallest step are normal float32 numbers."""
+
+EXPONENT_LIMITS = (0.5, 2.0)
+"""Of t."""
+
+MOST_CODES = 2.0**23
+"""q_m^t / d is at most this, so that float32 holds every code; 24 bits, where 16 is the most that is ever asked for."""
+
+STEEPEST = 10.0
+"""Ceiling of t a^(t-1), which has none at a = 0 for t < 1."""
+
+
+class GetaQuantizer(Quantizer):
+    """x̂ = sign(x) d round(c / d), with c = min(|x|, q_m)^t.
+
+    Attributes:
+        d: parameter (), the step, in units of the tensor to the power t.
+        q_m: parameter (), the range: larger magnitudes saturate. Units of the tensor.
+        t: parameter (), the exponent; 1 spaces the levels evenly.
+        steep: whether the gradient of x has the factor t a^(t-1), clamped to STEEPEST; else it is passed on as is.
+
+    Before `set_range` the range is 1. Parameters that an optimizer drove out of their limits count as the limit, with
+    a gradient that can bring them back, until `project` sets them to it.
+
+    Raises:
+        PlanError: the spec is of another kind.
+
+    Source: GETA (Qu et al. 2025, arXiv 2502.16638), after DJPQ (Wang et al. 2020, arXiv 2007.10463) with its lower
+    threshold at 0. The authors' code passes gradients of x where |x| < 2, whatever q_m is; here it is where
+    |x| <= q_m, the elements whose output follows them.
+    """
+
+    d: Tensor
+    q_m: Tensor
+    t: Tensor
+
+    def __init__(self, spec: QuantSpec, *, steep: bool = False) -> None:
+        if spec.kind != "geta":
+            raise PlanError(f"GetaQuantizer was given a spec of kind {spec.kind!r}", fix='QuantSpec(kind="geta")')
+        super().__init__(spec)
+        self.steep = steep
+        self.d = nn.Parameter(torch.tensor(1.0 / spec.quant_max))
+        self.q_m = nn.Parameter(torch.tensor(1.0))
+        self.t = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The nearest level of each element: shape and dtype of `x`."""
+        if not self.enabled:
+            return x
+        dtype = self._wide(x)
+        d, q_m, t = self._valid(dtype)
+        return _Geta.apply(x.to(dtype), d, q_m, t, self.steep).to(x.dtype)  # type: ignore[no-any-return, no-untyped-call]
+
+    @torch.no_grad()
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """q_m reaches the farther of `low` and `high`, t = 1, and d gives exactly the spec's bits.
+
+        Where both are 0 the step is 1.
+        """
+        device = self.d.device
+        step, _ = step_and_zero(low.to(device, torch.float64), high.to(device, torch.float64), self.spec)
+        q_m = (step * self.spec.quant_max).clamp(*_storable(RANGE_LIMITS, self.q_m.dtype))
+        self.q_m.copy_(q_m)
+        self.t.fill_(1.0)
+        self.d.copy_(self.q_m.double() / self.spec.quant_max)
+
+    @torch.no_grad()
+    def to_integers(self, x: Tensor) -> Integers:
+        """The codes of `x`, whether or not the quantizer is enabled.
+
+        The highest code is round(q_m^t / d), which need not be one less than a power of 2. For t != 1 the integers of
+        a weight stand for it as well as ever, but those of an activation come from x^t, not from x.
+        """
+        dtype = self._wide(x)
+        d, q_m, t = self._valid(dtype)
+        magnitudes = _magnitudes(x.to(dtype), d, q_m, t)
+        most = int(torch.cat([magnitudes.reshape(-1), _magnitudes(q_m.view(1), d, q_m, t)]).amax())
+        codes = x.to(dtype).sign() * magnitudes
+        zero = torch.zeros_like(d, dtype=torch.int32)
+        return Integers(codes.to(container(-most, most)), d, zero, -most, most)
+
+    @property
+    def bits(self) -> Tensor:
+        """() float, differentiable: b = log2(q_m^t / d + 1) + 1."""
+        d, q_m, t = self._valid(self._wide(self.d))
+        return torch.log2(q_m.pow(t) / d + 1) + 1
+
+    @torch.no_grad()
+    def project_bits(self, low: float, high: float) -> None:
+        """Move d, and only d, so that low <= bits <= high; in place, without waiting for the device.
+
+        For fixed q_m and t the bits allow one interval of d, d = q_m^t / (2^(bits - 1) - 1).
+
+        Raises:
+            PlanError: not 1 < low <= high.
+        """
+        if not 1 < low <= high:
+            raise PlanError(f"bits from {low} to {high}", why="needs 1 < low <= high", fix="project_bits(4, 8)")
+        d, q_m, t = self._valid(torch.float64)
+        widest = q_m.pow(t)
+        self.d.copy_(d.clamp(widest / (2.0 ** (high - 1) - 1), widest / (2.0 ** (low - 1) - 1)))
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Clamp q_m and t to their limits, and d to what q_m^t allows."""
+        self.q_m.clamp_(*_storable(RANGE_LIMITS, self.q_m.dtype))
+        self.t.clamp_(*EXPONENT_LIMITS)
+        self.d.copy_(self._valid(torch.float64)[0])
+
+    def _wide(self, x: Tensor) -> torch.dtype:
+        """The dtype to compute in: float32, or float64 where `x` or `d` has it. Half floats hold too few codes."""
+        return torch.promote_types(torch.promote_types(x.dtype, self.d.dtype), torch.float32)
+
+    def _valid(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """d, q_m and t within their limits; those of d are constants to autograd."""
+        q_m = bounded(self.q_m.to(dtype), *RANGE_LIMITS)
+        t = bounded(self.t.to(dtype), *EXPONENT_LIMITS)
+        widest = q_m.detach().pow(t.detach())
+        return bounded(self.d.to(dtype), widest / MOST_CODES, widest * MOST_CODES), q_m, t
+
+
+def _storable(limits: tuple[float, float], dtype: torch.dtype) -> tuple[float, float]:
+    """`limits`, as far as `dtype` can hold them."""
+    info = torch.finfo(dtype)
+    return max(limits[0], info.tiny), min(limits[1], info.max)
+
+
+def _magnitudes(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor) -> Tensor:
+    """round(c / d), halves to even."""
+    return torch.minimum(x.abs(), q_m).pow(t).div(d).round()
+
+
+class _Geta(torch.autograd.Function):
+    """The forward, and the straight-through gradients with R = round(c / d) - c / d:
+
+        dx̂/dd   = s R
+        dx̂/dq_m = s t q_m^(t-1) above q_m, else 0
+        dx̂/dt   = s c ln min(a, q_m), 0 at x = 0
+        dx̂/dx   = 1, or t a^(t-1), up to q_m, else 0
+
+    where a = |x| and s = sign(x).
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor, steep: bool) -> Tensor:
+        return (x.sign() * _magnitudes(x, d, q_m, t) + 0.0) * d  # adding 0 turns -0 into 0, as integers have it
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
+        *tensors, ctx.steep = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:
+        x, d, q_m, t = ctx.saved_tensors
+        clipped = torch.minimum(x.abs(), q_m)
+        c = clipped.pow(t)
+        saturated = x.abs() > q_m
+        signed = grad * x.sign()
+        grad_x = grad_d = grad_q_m = grad_t = None
+        if ctx.needs_input_grad[0]:
+            slope = (t * clipped.pow(t - 1)).clamp(max=STEEPEST) if ctx.steep else 1.0
+            grad_x = (grad * slope).masked_fill(saturated, 0)
+        if ctx.needs_input_grad[1]:
+            v = c / d
+            grad_d = (signed * (v.round() - v)).sum()
+        if ctx.needs_input_grad[2]:
+            grad_q_m = signed.masked_fill(~saturated, 0).sum() * t * q_m.pow(t - 1)
+        if ctx.needs_input_grad[3]:
+            grad_t = (signed * torch.special.xlogy(c, clipped)).sum()
+        return grad_x, grad_d, grad_q_m, grad_t, None
