@@ -87,7 +87,7 @@ def calibrate_weight(quantizer: Quantizer, weight: Tensor, name: str = "") -> No
     else:
         groups = quantizer.get_buffer("groups")
         lows, highs = (torch.zeros_like(quantizer.get_parameter("scale"), dtype=torch.float64) for _ in range(2))
-        for group in groups.unique().tolist():  # a group that slicing emptied keeps the range 0
+        for group in sorted(set(groups.tolist())):  # a group that slicing emptied keeps the range 0
             lows[:, group], highs[:, group] = _ranges(weight[..., groups == group].flatten(1), spec)
         quantizer.set_range(lows, highs)
 
@@ -95,7 +95,7 @@ def calibrate_weight(quantizer: Quantizer, weight: Tensor, name: str = "") -> No
 def _ranges(rows: Tensor, spec: QuantSpec) -> Range:
     """The range (r,) of each row of (r, n) values, which are finite."""
     found = []
-    for part in rows.split(ROWS_AT_ONCE):
+    for part in torch.split(rows, ROWS_AT_ONCE):
         if spec.observer == "mse":  # from the values themselves: closer than a histogram, and cheaper
             found.append(_least_squares(spec, _extent(part), _Values(part, spec)))
             continue
@@ -387,8 +387,8 @@ def _least_divergence(magnitudes: Tensor, levels: int) -> Tensor:
     rows, bins = magnitudes.shape
     best = torch.full((rows,), torch.inf, dtype=torch.float64, device=magnitudes.device)
     kept = torch.full_like(best, bins)
-    candidates = torch.linspace(bins, min(levels, bins), CLIPS).round().int().unique().flip(0).tolist()
-    for count in candidates:
+    candidates = torch.linspace(min(levels, bins), bins, CLIPS).round().int().tolist()
+    for count in sorted(set(candidates), reverse=True):
         found = _divergence(magnitudes, count, levels)
         better = found < best
         best, kept = torch.where(better, found, best), torch.where(better, float(count), kept)
