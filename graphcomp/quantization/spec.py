@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from graphcomp.errors import PlanError
 
@@ -39,7 +40,9 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
-        if (self.granularity == "group") != (self.group_size > 0):
+        for name, words in (("granularity", Granularity), ("kind", Kind), ("observer", Observer)):
+            _check_word(name, getattr(self, name), get_args(words))
+        if self.group_size < 0 or (self.granularity == "group") != (self.group_size > 0):
             raise PlanError(
                 f"granularity={self.granularity!r} with group_size={self.group_size}",
                 why="group_size counts the input indices that share a step, and belongs to granularity 'group'",
@@ -71,6 +74,13 @@ def check_bits(bits: int) -> None:
             why="one bit leaves no symmetric level but 0, and above 16 nothing is gained over float16",
             fix="bits=8",
         )
+
+
+def _check_word(name: str, value: Any, words: tuple[str, ...]) -> None:
+    """Raise PlanError unless `value` is one of `words`."""
+    if value not in words:
+        near = difflib.get_close_matches(str(value).lower(), words, 1, 0.0)[0]
+        raise PlanError(f"{name}={value!r} is not known", why=f"one of {', '.join(words)}", fix=f"{name}={near!r}")
 
 
 WEIGHTS = QuantSpec(8, symmetric=True, granularity="channel")
