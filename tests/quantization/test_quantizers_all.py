@@ -262,6 +262,13 @@ def test_the_kinds() -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
+def test_printed(symmetric: bool) -> None:
+    quantizer = make_quantizer(QuantSpec(4, symmetric, "group", 3), shape=(4, 7), dim=0)
+    assert quantizer.extra_repr() == f"4 bits, {'symmetric' if symmetric else 'affine'}, per group of 3, dim=0"
+    assert make_quantizer(QuantSpec(kind="geta")).extra_repr() == "8 bits, symmetric, per tensor"
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
 def test_parameter_shapes(symmetric: bool) -> None:
     shape = (4, 3, 7)
     per_channel = make_quantizer(QuantSpec(symmetric=symmetric, granularity="channel"), shape=shape, dim=-2)
