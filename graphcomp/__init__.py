@@ -11,6 +11,7 @@ from graphcomp.coupling.groups import ChannelGroup, Member
 from graphcomp.coupling.table import rule
 from graphcomp.errors import (
     BudgetError,
+    CalibrationError,
     CaptureError,
     CheckpointError,
     GraphcompError,
@@ -22,6 +23,8 @@ from graphcomp.errors import (
     VerificationError,
 )
 from graphcomp.pruning.allocation import Budget
+from graphcomp.quantization.ptq import PostTraining
+from graphcomp.quantization.spec import QuantConfig, QuantSpec
 from graphcomp.report import Report
 
 __version__ = "0.1.0.dev0"
@@ -30,6 +33,7 @@ __all__ = [
     "Analysis",
     "Budget",
     "BudgetError",
+    "CalibrationError",
     "CaptureError",
     "ChannelGroup",
     "CheckpointError",
@@ -40,6 +44,9 @@ __all__ = [
     "NotBuiltError",
     "NothingToPrune",
     "PlanError",
+    "PostTraining",
+    "QuantConfig",
+    "QuantSpec",
     "Report",
     "RuleError",
     "VerificationError",

@@ -28,7 +28,7 @@ def _register_decomposed() -> Any:
 
 
 def define_decomposed(namespace: str) -> None:
-    """Define the four ops that a lowered graph uses, with the schemas and results of torch's own."""
+    """Define the three ops that a lowered graph uses, with the schemas and results of torch's own."""
     signature = "int quant_min, int quant_max, ScalarType dtype"
     library = torch.library.Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
     _LIBRARIES.append(library)  # an op lives as long as its library
@@ -55,6 +55,7 @@ _LIBRARIES: list[torch.library.Library] = []
 
 
 def _quantize(x: Tensor, scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype) -> Tensor:
+    x = x.to(torch.float32)  # half floats hold too few codes
     return torch.clamp(torch.round(x * (1.0 / scale)) + zero_point, low, high).to(dtype)
 
 
@@ -83,10 +84,8 @@ def _dequantize_channels(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     shape = [-1 if d == axis else 1 for d in range(x.dim())]
-    shifted = x.to(out_dtype or torch.float32)
-    if zero_points is not None:
-        shifted = shifted - zero_points.view(shape)
-    return shifted * scales.view(shape).to(shifted.dtype)
+    shifted = x if zero_points is None else x.to(torch.int32) - zero_points.view(shape)
+    return (shifted * scales.view(shape)).to(out_dtype or torch.float32)
 
 
 DECOMPOSED = _register_decomposed()

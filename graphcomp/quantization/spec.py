@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from graphcomp.errors import PlanError
 
@@ -25,7 +26,8 @@ class QuantSpec:
         symmetric: levels -(2^(bits-1) - 1) … 2^(bits-1) - 1 about 0; else 0 … 2^bits - 1 with a zero point.
         granularity: one step per tensor, per output channel, or per `group_size` input indices of each channel.
         group_size: input indices per step, for granularity "group".
-        kind: "uniform" (a step, LSQ; with a zero point, LSQ+), or "geta" (step, range, exponent; per tensor).
+        kind: "uniform" (a step, LSQ; with a zero point, LSQ+), or "geta" (step, range and exponent; symmetric, per
+            tensor).
         observer: how the first range is read off data.
     """
 
@@ -38,7 +40,9 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
-        if (self.granularity == "group") != (self.group_size > 0):
+        for name, words in (("granularity", Granularity), ("kind", Kind), ("observer", Observer)):
+            _check_word(name, getattr(self, name), get_args(words))
+        if self.group_size < 0 or (self.granularity == "group") != (self.group_size > 0):
             raise PlanError(
                 f"granularity={self.granularity!r} with group_size={self.group_size}",
                 why="group_size counts the input indices that share a step, and belongs to granularity 'group'",
@@ -70,6 +74,13 @@ def check_bits(bits: int) -> None:
             why="one bit leaves no symmetric level but 0, and above 16 nothing is gained over float16",
             fix="bits=8",
         )
+
+
+def _check_word(name: str, value: Any, words: tuple[str, ...]) -> None:
+    """Raise PlanError unless `value` is one of `words`."""
+    if value not in words:
+        near = difflib.get_close_matches(str(value).lower(), words, 1, 0.0)[0]
+        raise PlanError(f"{name}={value!r} is not known", why=f"one of {', '.join(words)}", fix=f"{name}={near!r}")
 
 
 WEIGHTS = QuantSpec(8, symmetric=True, granularity="channel")

@@ -105,6 +105,14 @@ class Quantizer(nn.Module, ABC):
         """What is rounded is sign(x) |x|^exponent: 1 but for quantizers that learn it."""
         return 1.0
 
+    def extra_repr(self) -> str:
+        """What a printed model shows."""
+        spec = self.spec
+        size = f" of {spec.group_size}" if spec.granularity == "group" else ""
+        where = "" if self.dim is None else f", dim={self.dim}"
+        symmetry = "symmetric" if spec.symmetric else "affine"
+        return f"{spec.bits} bits, {symmetry}, per {spec.granularity}{size}{where}"
+
     def project(self) -> None:
         """Bring parameters that an optimizer moved back to where they are valid; in place, without gradients."""
 
