@@ -65,14 +65,14 @@ def export_onnx(
         _save(model, fresh)
 
 
-def need(what: str, packages: Sequence[str]) -> None:
+def need(what: str, packages: Sequence[str], fix: str = "pip install 'graphcomp[onnx]'") -> None:
     """Raise ExportError unless all `packages` can be imported."""
     missing = [name for name in packages if not _there(name)]
     if missing:
         raise ExportError(
             f"{what} needs {', '.join(missing)}",
             why="not installed" if len(missing) == 1 else "they are not installed",
-            fix="pip install 'graphcomp[onnx]'",
+            fix=fix,
         )
 
 

@@ -15,12 +15,11 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import onnx_ir as ir
 
-PREFIX = "pkg.torch"
 COMPUTE = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 def prepare(model: ir.Model) -> None:
-    """Constants where weights are; no op of our own left.
+    """Constants where weights are. Of our own ops those stay that the optimizer would compute beforehand.
 
     Raises:
         ExportError: codes or groups of a weight are computed rather than stored.
@@ -30,12 +29,12 @@ def prepare(model: ir.Model) -> None:
     for node in _nodes(model, UNPACK, DOMAIN):
         _unpack(model.graph, node)
     for node in _nodes(model, GROUPED, DOMAIN):
-        _grouped(model.graph, node)
+        _as_matmul(node)
+        _blocks(model.graph, node)
     for node in _nodes(model, "DequantizeLinear"):
         _set_zero_points(model.graph, node)
     for node in _nodes(model, "Transpose"):
         _transpose_weight(model.graph, node)
-    model.opset_imports.pop(DOMAIN, None)
     common.RemoveUnusedNodesPass()(model)
 
 
@@ -43,6 +42,9 @@ def finish(model: ir.Model) -> None:
     """Four-bit weights of integer layers, shared constants, and no traces of the machine that wrote the file."""
     import onnx_ir.passes.common as common
 
+    for node in _nodes(model, GROUPED, DOMAIN):
+        _gathered(node)
+    model.opset_imports.pop(DOMAIN, None)
     for node in _nodes(model, "DequantizeLinear"):
         _widen_for_integer_kernels(model.graph, node)
     _share_weights(model.graph)
@@ -130,7 +132,7 @@ def _widen_for_integer_kernels(graph: ir.Graph, node: ir.Node) -> None:
 
     codes = node.inputs[0]
     four = {ir.DataType.INT4: ir.DataType.INT8, ir.DataType.UINT4: ir.DataType.UINT8}
-    if codes is None or codes.dtype not in four or "block_size" in node.attributes:
+    if codes is None or codes.dtype not in four or _block_size(node) > 0:
         return
     if not any(user.op_type in COMPUTE and _quantized_input(user) for user, _ in node.outputs[0].uses()):
         return
@@ -148,6 +150,10 @@ def _widen_for_integer_kernels(graph: ir.Graph, node: ir.Node) -> None:
     node.replace_input_with(2, _add(graph, f"{codes.name}_zero_points", zeros.astype(wide.numpy())))
 
 
+def _block_size(node: ir.Node) -> int:
+    return node.attributes["block_size"].as_int() if "block_size" in node.attributes else 0
+
+
 def _quantized_input(layer: ir.Node) -> bool:
     """Whether the layer's data comes from a dequantization, through ops that only move it."""
     value = layer.inputs[0]
@@ -159,8 +165,30 @@ def _quantized_input(layer: ir.Node) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ groups
-def _grouped(graph: ir.Graph, node: ir.Node) -> None:
-    """Runs of equal length become blocks of one DequantizeLinear; other groups gather their scales."""
+def _as_matmul(node: ir.Node) -> None:
+    """Let a Gemm that reads this weight be MatMul and Add.
+
+    onnxruntime has a kernel for MatMul with a weight in blocks (MatMulNBits), and none for Gemm; and it would quantize
+    the float weight of a Gemm between quantized values a second time, on its own. On three dims, as it makes a Gemm of
+    what has two.
+    """
+    import numpy as np
+    import onnx_ir as ir
+
+    for gemm, place in list(node.outputs[0].uses()):
+        if gemm.op_type != "Gemm" or place != 1 or gemm.attributes["transB"].as_int() != 1:
+            continue
+        tape = _tape()
+        turned = tape.op("Transpose", [gemm.inputs[1]], {"perm": [1, 0]})
+        first = tape.op("Constant", [], {"value": ir.tensor(np.array([0], np.int64))})
+        result = tape.op("MatMul", [tape.op("Unsqueeze", [gemm.inputs[0], first]), turned])
+        if len(gemm.inputs) > 2 and gemm.inputs[2] is not None:
+            result = tape.op("Add", [result, gemm.inputs[2]])
+        _insert(gemm, tape, tape.op("Squeeze", [result, first]))
+
+
+def _blocks(graph: ir.Graph, node: ir.Node) -> None:
+    """Runs of equal length become blocks of one DequantizeLinear; other groups wait for `_gathered`."""
     import numpy as np
     import onnx_ir as ir
 
@@ -169,24 +197,33 @@ def _grouped(graph: ir.Graph, node: ir.Node) -> None:
     index = _constant(groups, "the groups of a weight")
     count = int(index.max()) + 1
     length = len(index) // count
+    if values.shape is None or len(values.shape) != 2 or not np.array_equal(index, np.arange(len(index)) // length):
+        return
+    points = _constant(zeros, "zero points")
+    inputs = [values, scales]
+    four = values.dtype in (ir.DataType.INT4, ir.DataType.UINT4)
+    if points.any() or not four:  # see _set_zero_points
+        name = _free_name(graph, f"{zeros.name}_blocks")
+        kind = values.dtype
+        assert kind is not None
+        held = _packed(points, kind, name) if four else ir.Tensor(points.astype(kind.numpy()), kind, name=name)
+        inputs.append(_add_tensor(graph, held))
     tape = _tape()
-    equal = length * count == len(index) and np.array_equal(index, np.arange(len(index)) // length)
+    _insert(node, tape, tape.op("DequantizeLinear", inputs, {"axis": 1, "block_size": length}))
+
+
+def _gathered(node: ir.Node) -> None:
+    """One scale and zero point per index, gathered by its group: computed once, when the runtime loads the file."""
+    values, scales, zeros, groups = node.inputs
+    assert values is not None and scales is not None and zeros is not None and groups is not None
     rank = len(values.shape) if values.shape is not None else 2
-    if equal and rank == 2:
-        zero_points = [] if not _constant(zeros, "zero points").any() else [_narrow(tape, zeros, values.dtype)]
-        result = tape.op("DequantizeLinear", [values, scales, *zero_points], {"axis": 1, "block_size": length})
-    else:
-        spread = [
-            _between(tape, tape.op("Gather", [tape.op("Cast", [t], {"to": scales.dtype}), groups], {"axis": 1}), rank)
-            for t in (zeros, scales)
-        ]
-        wide = tape.op("Cast", [values], {"to": scales.dtype})
-        result = tape.op("Mul", [tape.op("Sub", [wide, spread[0]]), spread[1]])
-    _insert(node, tape, result)
-
-
-def _narrow(tape: Any, zeros: ir.Value, kind: Any) -> Any:
-    return tape.op("Cast", [zeros], {"to": kind})
+    to = {"to": scales.dtype}
+    tape = _tape()
+    zero, scale = (
+        _between(tape, tape.op("Gather", [table, groups], {"axis": 1}), rank)
+        for table in (tape.op("Cast", [zeros], to), scales)
+    )
+    _insert(node, tape, tape.op("Mul", [tape.op("Sub", [tape.op("Cast", [values], to), zero]), scale]))
 
 
 def _between(tape: Any, value: ir.Value, rank: int) -> Any:
@@ -232,9 +269,6 @@ def _transpose_weight(graph: ir.Graph, node: ir.Node) -> None:
 
     A constant that has other users, too (a tied table), stays one: there a MatMul becomes a Gemm that transposes.
     """
-    import numpy as np
-    import onnx_ir as ir
-
     value = node.inputs[0]
     source = value.producer() if value is not None else None
     if source is None or source.op_type != "DequantizeLinear":
@@ -248,22 +282,27 @@ def _transpose_weight(graph: ir.Graph, node: ir.Node) -> None:
             for user, place in list(node.outputs[0].uses()):
                 _gemm(user, place, source.outputs[0])
         return
-    name = _free_name(graph, f"{codes.name}_t")
-    turned = np.ascontiguousarray(codes.const_value.numpy().transpose(order))
-    fresh = _add_tensor(graph, ir.Tensor(turned, codes.const_value.dtype, name=name))
-    if codes.const_value.dtype.bitwidth == 4:
-        graph.initializers.pop(name)
-        fresh = _add_tensor(graph, _packed(turned, codes.const_value.dtype, name))
-    inputs: list[Any] = [fresh]
+    fresh = _turned(graph, codes, order)
+    inputs: list[ir.Value | None] = [fresh]
     attributes = {k: v.value for k, v in source.attributes.items()}
-    block = int(attributes.get("block_size", 0))
-    tape = _tape()
     for extra in source.inputs[1:]:
-        swap = block > 0 and extra is not None
-        inputs.append(tape.op("Transpose", [extra], {"perm": order}) if swap else extra)
+        swap = _block_size(source) > 0 and extra is not None
+        inputs.append(_turned(graph, extra, order) if swap and extra is not None else extra)
+    tape = _tape()
     attributes["axis"] = order.index(int(attributes.get("axis", 1)) % len(order)) if len(order) > 0 else 0
     result = tape.op("DequantizeLinear", inputs, attributes)
-    _insert(node, tape, result, source.outputs[0].dtype, ir.Shape(turned.shape))
+    _insert(node, tape, result, source.outputs[0].dtype, fresh.shape)
+
+
+def _turned(graph: ir.Graph, value: ir.Value, order: Sequence[int]) -> ir.Value:
+    """A constant with its dims in another order."""
+    import numpy as np
+    import onnx_ir as ir
+
+    turned = np.ascontiguousarray(_constant(value, "scales").transpose(order))
+    name, kind = _free_name(graph, f"{value.name}_t"), value.dtype
+    assert kind is not None
+    return _add_tensor(graph, _packed(turned, kind, name) if kind.bitwidth == 4 else ir.Tensor(turned, kind, name=name))
 
 
 def _packed(values: npt.NDArray[Any], kind: Any, name: str) -> Any:
@@ -353,13 +392,22 @@ def _own_zero_points(model: ir.Model) -> None:
     taken: set[ir.Value] = set()
     for node in _nodes(model, "DequantizeLinear"):
         zeros = node.inputs[2] if len(node.inputs) > 2 else None
-        if zeros is None or zeros.const_value is None or len(zeros.const_value.shape) == 0:
+        if zeros is None or zeros.const_value is None or not _stored(node):
             continue
         if zeros in taken:
             name = _free_name(model.graph, f"{node.name}_zero_points")
             copied = ir.Tensor(zeros.const_value.numpy(), zeros.const_value.dtype, name=name)
             node.replace_input_with(2, _add_tensor(model.graph, copied))
         taken.add(zeros)
+
+
+def _stored(node: ir.Node) -> bool:
+    """Whether a DequantizeLinear reads a constant, widened or not."""
+    codes = node.inputs[0]
+    producer = codes.producer() if codes is not None else None
+    if producer is not None and producer.op_type == "Cast":
+        codes = producer.inputs[0]
+    return codes is not None and codes.is_initializer()
 
 
 def _constant(value: ir.Value, what: str) -> npt.NDArray[Any]:
