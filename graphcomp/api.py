@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphcomp.analysis import Analysis, analyze_captured
-from graphcomp.capture import capture
+from graphcomp.capture import capture, example_arguments
 from graphcomp.compare import relative_error, tolerance_of
 from graphcomp.compressed import CompressedModel
 from graphcomp.cost import CostModel, latency
@@ -130,7 +130,11 @@ def compress(
             kept = allocate_budget(analysis, groups, scores, budget, scope=ranking, round_to=round_to)
         bar.step("cutting and verifying")
         small = slice_groups(analysis, kept, up_for_pruning=groups, verify=verify, measure_latency=measure_latency)
-    return _into_whole(model, small, scope) if scope else small
+    if not scope:
+        return small
+    whole = _into_whole(model, small, scope)
+    whole.example_args, whole.example_kwargs = example_arguments(example_inputs, example_kwargs)
+    return whole
 
 
 def slice_groups(
@@ -180,6 +184,8 @@ def slice_groups(
         reason="" if form == "native" else found.reason,
         edits=found.edits if form == "native" else (),
         original_shapes=shapes,
+        example_args=captured.args,
+        example_kwargs=captured.kwargs,
     )
 
 

@@ -34,7 +34,9 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(made, path.with_name(made.name))
     except OSError as error:
         raise ExportError(
-            f"cannot write {path}", why=f"{type(error).__name__}: {error}", fix="give a path in a folder you may write to"
+            f"cannot write {path}",
+            why=f"{type(error).__name__}: {error}",
+            fix="give a path in a folder you may write to",
         ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

@@ -16,18 +16,48 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 INTEGER_LAYERS = frozenset(
-    "QLinearConv QGemm QLinearMatMul MatMulIntegerToFloat MatMulInteger DynamicQuantizeMatMul ConvInteger MatMulNBits "
-    "ConvTransposeInteger QAttention".split()
+    [
+        "QLinearConv",
+        "QGemm",
+        "QLinearMatMul",
+        "MatMulIntegerToFloat",
+        "MatMulInteger",
+        "DynamicQuantizeMatMul",
+        "ConvInteger",
+        "MatMulNBits",
+        "ConvTransposeInteger",
+        "QAttention",
+    ]
 )
 """Kernels of layers with weights, or of products of activations, that multiply integers."""
 
 INTEGER_OTHERS = frozenset(
-    "QLinearAdd QLinearMul QLinearConcat QLinearAveragePool QLinearGlobalAveragePool QLinearReduceMean QLinearSigmoid "
-    "QLinearLeakyRelu QLinearSoftmax QLinearWhere".split()
+    [
+        "QLinearAdd",
+        "QLinearMul",
+        "QLinearConcat",
+        "QLinearAveragePool",
+        "QLinearGlobalAveragePool",
+        "QLinearReduceMean",
+        "QLinearSigmoid",
+        "QLinearLeakyRelu",
+        "QLinearSoftmax",
+        "QLinearWhere",
+    ]
 )
 FLOAT_LAYERS = frozenset(
-    "Conv FusedConv ConvTranspose Gemm FusedGemm MatMul FusedMatMul Attention MultiHeadAttention "
-    "TransposeMatMul".split()
+    [
+        "Conv",
+        "FusedConv",
+        "ConvTranspose",
+        "Gemm",
+        "FusedGemm",
+        "MatMul",
+        "FusedMatMul",
+        "Attention",
+        "MultiHeadAttention",
+        "TransposeMatMul",
+    ]
 )
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")

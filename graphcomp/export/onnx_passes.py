@@ -44,6 +44,8 @@ def finish(model: ir.Model) -> None:
 
     for node in _nodes(model, GROUPED, DOMAIN):
         _gathered(node)
+    for node in _nodes(model, UNPACK, DOMAIN):
+        _halve(node)
     model.opset_imports.pop(DOMAIN, None)
     for node in _nodes(model, "DequantizeLinear"):
         _widen_for_integer_kernels(model.graph, node)
@@ -70,8 +72,9 @@ def _unpack(graph: ir.Graph, node: ir.Node) -> None:
         for user, place in list(codes.uses()):
             if user.op_type == "Gather" and place == 0:
                 _look_up_packed(user, rows, shape[1], signed)
-        if codes.uses():  # the same table as a weight: unpacked once, when the runtime loads the file
-            codes.replace_all_uses_with(_unpacked(node, rows, shape, signed), replace_graph_outputs=True)
+        if codes.uses():  # the same table as a weight, too: see _halve
+            node.replace_input_with(0, rows)
+            return
     elif looked_up:
         flat = np.stack([data & 15, data >> 4], 1).reshape(-1)[: int(np.prod(shape))].reshape(shape)
         whole = ((flat.astype(np.int8) ^ 8) - 8).astype(np.int8) if signed else flat
@@ -95,12 +98,13 @@ def _look_up_packed(gather: ir.Node, rows: ir.Value, width: int, signed: bool) -
     _insert(gather, tape, _halves(tape, row, shape, signed, found.dtype))
 
 
-def _unpacked(node: ir.Node, rows: ir.Value, shape: Sequence[int], signed: bool) -> ir.Value:
+def _halve(node: ir.Node) -> None:
+    """Unpack bytes by arithmetic: once, when the runtime loads the file."""
+    packed, codes = node.inputs[0], node.outputs[0]
+    assert packed is not None
+    shape, signed = list(node.attributes["shape"].as_ints()), bool(node.attributes["signed"].as_int())
     tape = _tape()
-    result: ir.Value = _halves(tape, rows, shape, signed, node.outputs[0].dtype)
-    assert node.graph is not None
-    node.graph.insert_before(node, tape.nodes)
-    return result
+    _insert(node, tape, _halves(tape, packed, shape, signed, codes.dtype))
 
 
 def _halves(tape: Any, packed: ir.Value, shape: Sequence[int], signed: bool, kind: Any) -> Any:
@@ -205,7 +209,7 @@ def _blocks(graph: ir.Graph, node: ir.Node) -> None:
     if points.any() or not four:  # see _set_zero_points
         name = _free_name(graph, f"{zeros.name}_blocks")
         kind = values.dtype
-        assert kind is not None
+        assert isinstance(kind, ir.DataType)
         held = _packed(points, kind, name) if four else ir.Tensor(points.astype(kind.numpy()), kind, name=name)
         inputs.append(_add_tensor(graph, held))
     tape = _tape()
@@ -301,7 +305,7 @@ def _turned(graph: ir.Graph, value: ir.Value, order: Sequence[int]) -> ir.Value:
 
     turned = np.ascontiguousarray(_constant(value, "scales").transpose(order))
     name, kind = _free_name(graph, f"{value.name}_t"), value.dtype
-    assert kind is not None
+    assert isinstance(kind, ir.DataType)
     return _add_tensor(graph, _packed(turned, kind, name) if kind.bitwidth == 4 else ir.Tensor(turned, kind, name=name))
 
 
@@ -412,8 +416,10 @@ def _stored(node: ir.Node) -> bool:
 
 def _constant(value: ir.Value, what: str) -> npt.NDArray[Any]:
     if value.const_value is None:
-        raise ExportError(f"{what} are computed, not stored", at=str(value.name), fix="store them as buffers of the graph")
-    return value.const_value.numpy()  # type: ignore[no-any-return]
+        raise ExportError(
+            f"{what} are computed, not stored", at=str(value.name), fix="store them as buffers of the graph"
+        )
+    return value.const_value.numpy()
 
 
 def _free_name(graph: ir.Graph, name: str) -> str:

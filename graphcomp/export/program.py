@@ -88,7 +88,7 @@ def _dynamic(
         )
     symbolic = [_symbolic_dims(place, leaf) for place, leaf in zip(places, leaves, strict=True)]
     shown = [_twice(leaf, dims) for leaf, dims in zip(leaves, symbolic, strict=True)]
-    shapes = [{d: Dim.AUTO for d in dims} or None for dims in symbolic]
+    shapes = [dict.fromkeys(dims, Dim.AUTO) or None for dims in symbolic]
     args, kwargs = pytree.tree_unflatten(shown, spec)
     if not any(symbolic):
         return args, dict(kwargs), None
@@ -100,7 +100,7 @@ def _symbolic_dims(place: fx.Node, leaf: Any) -> list[int]:
     held = place.meta.get("val")
     if not isinstance(leaf, Tensor) or not isinstance(held, Tensor):
         return []
-    return [d for d, size in enumerate(held.shape) if isinstance(size, torch.SymInt)]
+    return [d for d, size in enumerate(held.shape) if type(size) is not int]
 
 
 def _twice(leaf: Any, dims: list[int]) -> Any:
@@ -110,14 +110,17 @@ def _twice(leaf: Any, dims: list[int]) -> Any:
 
 
 @contextmanager
-def evaluating(graph: nn.Module) -> Iterator[None]:
-    """The graph, its batch norms and dropouts in eval mode inside."""
-    training = graph.training
-    graph.eval()
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """A captured graph's batch norms and dropouts are in eval mode inside; other modules are left to `untouched`."""
+    if not isinstance(module, fx.GraphModule):
+        yield
+        return
+    training = module.training
+    module.eval()
     try:
         yield
     finally:
-        graph.train(training)
+        module.train(training)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from graphcomp.compare import floating_tensors, tolerance_of
 from graphcomp.cost import Latency
 from graphcomp.errors import ExportError
 from graphcomp.export.onnx import need
-from graphcomp.export.program import first_line
+from graphcomp.export.program import evaluating, first_line
 from graphcomp.graph_module import tensor_leaves
 from graphcomp.quantization.ops import dequantize_per_tensor, quantize_per_tensor
 from graphcomp.untouched import untouched
@@ -105,7 +105,9 @@ def _session(path: str | Path, options: Any, disabled: list[str]) -> onnxruntime
             os.fspath(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
         )
     except Exception as error:  # onnxruntime's exceptions have no public base class
-        raise ExportError(f"onnxruntime cannot load {path}", why=f"{type(error).__name__}: {first_line(error)}") from error
+        raise ExportError(
+            f"onnxruntime cannot load {path}", why=f"{type(error).__name__}: {first_line(error)}"
+        ) from error
 
 
 def feeds_of(session: onnxruntime.InferenceSession, args: Args, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -135,7 +137,9 @@ def run(path: str | Path, args: Args, kwargs: Mapping[str, Any] | None = None, *
     except ExportError:
         raise
     except Exception as error:  # onnxruntime's exceptions have no public base class
-        raise ExportError(f"onnxruntime cannot run {path}", why=f"{type(error).__name__}: {first_line(error)}") from error
+        raise ExportError(
+            f"onnxruntime cannot run {path}", why=f"{type(error).__name__}: {first_line(error)}"
+        ) from error
 
 
 def latency(
@@ -207,7 +211,7 @@ def agreement(
     Raises:
         ExportError: the outputs differ in number or shape.
     """
-    with untouched(module, real=True), torch.no_grad():
+    with evaluating(module), untouched(module, real=True), torch.no_grad():
         expected = tensor_leaves(module(*args, **dict(kwargs or {})))
     shapes = [tuple(t.shape) for t in expected], [tuple(t.shape) for t in actual]
     if shapes[0] != shapes[1]:
@@ -239,7 +243,7 @@ def output_steps(module: nn.Module, outputs: list[Tensor]) -> list[float]:
     for k, output in enumerate(outputs):
         result = results[k] if len(results) == len(outputs) else None
         if result is not None and result.target is dequantize_per_tensor:
-            found.append(float(result.args[1]))  # type: ignore[arg-type]
+            found.append(_scale(result))
         elif codes and output.is_floating_point() and output.numel():
             spread = float(output.max()) - min(0.0, float(output.min()))
             found.append(max(spread / min(codes), _rounding(output)))
@@ -253,6 +257,12 @@ def _levels(node: fx.Node) -> int:
     low, high = node.args[3], node.args[4]
     assert isinstance(low, int) and isinstance(high, int)
     return high - low
+
+
+def _scale(node: fx.Node) -> float:
+    scale = node.args[1]
+    assert isinstance(scale, float)
+    return scale
 
 
 def _leaves(value: Any) -> list[Any]:

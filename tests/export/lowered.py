@@ -230,6 +230,4 @@ class _Lowering:
         with self.graph.inserting_before(node):
             zeros = torch.zeros(value.shape[0], dtype=torch.int32)
             held = self.hold(name, codes), self.hold(f"{name}_scales", scales), self.hold(f"{name}_zeros", zeros)
-            return self.graph.call_function(
-                dequantize_per_channel, (*held, 0, -(2**31), 2**31 - 1, torch.int32)
-            )
+            return self.graph.call_function(dequantize_per_channel, (*held, 0, -(2**31), 2**31 - 1, torch.int32))
