@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 INTEGER_LAYERS = frozenset(
-    [
+    {
         "QLinearConv",
         "QGemm",
         "QLinearMatMul",
@@ -25,14 +25,13 @@ INTEGER_LAYERS = frozenset(
         "DynamicQuantizeMatMul",
         "ConvInteger",
         "MatMulNBits",
-        "ConvTransposeInteger",
         "QAttention",
-    ]
+    }
 )
-"""Kernels of layers with weights, or of products of activations, that multiply integers."""
+"""Kernels of convolutions and matrix products that read integers."""
 
 INTEGER_OTHERS = frozenset(
-    [
+    {
         "QLinearAdd",
         "QLinearMul",
         "QLinearConcat",
@@ -43,10 +42,10 @@ INTEGER_OTHERS = frozenset(
         "QLinearLeakyRelu",
         "QLinearSoftmax",
         "QLinearWhere",
-    ]
+    }
 )
 FLOAT_LAYERS = frozenset(
-    [
+    {
         "Conv",
         "FusedConv",
         "ConvTranspose",
@@ -56,8 +55,7 @@ FLOAT_LAYERS = frozenset(
         "FusedMatMul",
         "Attention",
         "MultiHeadAttention",
-        "TransposeMatMul",
-    ]
+    }
 )
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")
@@ -71,8 +69,8 @@ class KernelProof:
     Attributes:
         integer: integer kernels by name, additions and concatenations among them.
         float_: float kernels of convolutions and matrix products by name.
-        stayed_float: (layer, reason) for each layer with an integer weight that multiplies floats. A layer is called
-            like its weight.
+        stayed_float: (layer, reason) for each quantized layer that multiplies floats. A layer is called like its
+            weight; a product of two activations like its node.
         share: integer convolutions and matrix products, of all of them; 1.0 where there is none.
     """
 
@@ -113,9 +111,9 @@ def prove(path: str | Path) -> KernelProof:
     running = {_plain(name): kind for kind, name in kernels}
     stayed = []
     for node in written.graph.all_nodes():
-        weight = quantized_weight(node)
-        if weight is not None and running.get(str(node.name), "") not in INTEGER_LAYERS:
-            stayed.append((weight, _reason(node)))
+        layer = quantized_layer(node)
+        if layer is not None and running.get(str(node.name), "") not in INTEGER_LAYERS:
+            stayed.append((layer, _reason(node)))
     whole = sum(count for kind, count in integer.items() if kind in INTEGER_LAYERS)
     total = whole + sum(floating.values())
     return KernelProof(dict(integer), dict(floating), tuple(stayed), whole / total if total else 1.0)
@@ -128,11 +126,17 @@ def _plain(name: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ layers
-def quantized_weight(node: ir.Node) -> str | None:
-    """Name of the integer constant that a convolution or matrix product has as its weight; None if it has none."""
+def quantized_layer(node: ir.Node) -> str | None:
+    """What a convolution or matrix product is called that is quantized: as its integer weight, or as its node where it
+    multiplies two quantized activations. None for another node, or where nothing is quantized."""
     if node.op_type not in LAYERS or node.domain != "" or len(node.inputs) < 2:
         return None
-    return _integers(node.inputs[1])
+    weight = _integers(node.inputs[1])
+    if weight is not None:
+        return weight
+    sources = [_through_moves(value) for value in node.inputs[:2]]
+    both = all(source is not None and source.op_type == "DequantizeLinear" for source in sources)
+    return str(node.name) if both else None
 
 
 def _integers(value: ir.Value | None) -> str | None:
@@ -150,17 +154,12 @@ def _integers(value: ir.Value | None) -> str | None:
 
 
 def _reason(node: ir.Node) -> str:
-    """Why onnxruntime has no integer kernel for a layer with a quantized weight."""
-    data, weight = node.inputs[0], node.inputs[1]
-    source = _through_moves(data)
-    producer = weight.producer() if weight is not None else None
+    """Why onnxruntime has no integer kernel for a quantized layer."""
+    source, producer = _through_moves(node.inputs[0]), _through_moves(node.inputs[1])
     if node.op_type == "ConvTranspose":
         return "onnxruntime has no integer kernel for ConvTranspose"
     if source is None or source.op_type != "DequantizeLinear":
         return "the activation is not quantized (weight-only)"
-    while producer is not None and producer.op_type == "Transpose":
-        value = producer.inputs[0]
-        producer = value.producer() if value is not None else None
     if producer is None or producer.op_type != "DequantizeLinear":
         return "group-wise weights of unequal groups are made float when the file is loaded"
     if "block_size" in producer.attributes and producer.attributes["block_size"].as_int() > 0:

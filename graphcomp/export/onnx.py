@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from graphcomp.errors import ExportError
+from graphcomp.errors import ExportError, GraphcompError
 from graphcomp.export.files import replacing
 from graphcomp.export.program import export_program, first_line, quiet
 
@@ -113,7 +113,9 @@ def _translate(
             onnx_passes.prepare(written.model)
             written.optimize()
             onnx_passes.finish(written.model)
-    except torch.onnx.errors.OnnxExporterError as error:
+    except GraphcompError:
+        raise
+    except Exception as error:  # the exporter, its optimizer and onnx-ir's passes share no base class
         raise ExportError(
             f"{type(module).__name__} cannot be written as ONNX",
             why=_cause(error),

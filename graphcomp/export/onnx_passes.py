@@ -1,4 +1,4 @@
-"""Rewrites of an exported ONNX graph, on onnx-ir: what onnxruntime turns into integer kernels, and no larger than needed.
+"""Rewrites of an exported ONNX graph, on onnx-ir, to what onnxruntime turns into integer kernels.
 
 `prepare` runs before onnxscript's optimizer, `finish` after it.
 """
@@ -356,7 +356,7 @@ def _tape() -> Any:
     return Tape()
 
 
-def _insert(node: ir.Node, tape: Any, result: ir.Value, dtype: Any = None, shape: Any = None) -> None:
+def _insert(node: ir.Node, tape: Any, result: Any, dtype: Any = None, shape: Any = None) -> None:
     """Put the tape's nodes in the place of `node`, whose only output becomes `result`."""
     old = node.outputs[0]
     result.dtype, result.shape, result.name = dtype or old.dtype, shape or old.shape, old.name

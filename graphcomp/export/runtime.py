@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from graphcomp.compare import floating_tensors, tolerance_of
@@ -211,8 +212,10 @@ def agreement(
     Raises:
         ExportError: the outputs differ in number or shape.
     """
+    # copies, as a model may write into its inputs
+    args, given = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, dict(kwargs or {})))
     with evaluating(module), untouched(module, real=True), torch.no_grad():
-        expected = tensor_leaves(module(*args, **dict(kwargs or {})))
+        expected = tensor_leaves(module(*args, **given))
     shapes = [tuple(t.shape) for t in expected], [tuple(t.shape) for t in actual]
     if shapes[0] != shapes[1]:
         raise ExportError(
@@ -238,7 +241,7 @@ def output_steps(module: nn.Module, outputs: list[Tensor]) -> list[float]:
     if not isinstance(module, fx.GraphModule):
         return [_rounding(output) for output in outputs]
     codes = [_levels(node) for node in module.graph.find_nodes(op="call_function", target=quantize_per_tensor)]
-    results = [r for r in _leaves(module.graph.output_node().args[0]) if _is_tensor(r)]
+    results = [r for r in pytree.tree_leaves(module.graph.output_node().args[0]) if _is_tensor(r)]
     found = []
     for k, output in enumerate(outputs):
         result = results[k] if len(results) == len(outputs) else None
@@ -263,12 +266,6 @@ def _scale(node: fx.Node) -> float:
     scale = node.args[1]
     assert isinstance(scale, float)
     return scale
-
-
-def _leaves(value: Any) -> list[Any]:
-    import torch.utils._pytree as pytree
-
-    return pytree.tree_leaves(value)
 
 
 def _is_tensor(value: Any) -> bool:

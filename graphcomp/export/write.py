@@ -86,8 +86,8 @@ def write_file(module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: Map
         log.warning("%s is %.3g quantization steps off on the example inputs", path.name, found.steps)
     elif as_run is not None and as_run.steps > SATURATED:
         log.warning(
-            "onnxruntime's default kernels for uint8 times int8 saturate on this CPU: %s is %.3g quantization steps off "
-            'here; SessionOptions.add_session_config_entry("session.x64quantprecision", "1") makes it exact',
+            "onnxruntime's default kernels for uint8 times int8 saturate on this CPU: %s is %.3g quantization steps "
+            'off here; SessionOptions.add_session_config_entry("session.x64quantprecision", "1") makes it exact',
             path.name,
             as_run.steps,
         )

@@ -49,7 +49,7 @@ class Quantization:
 
 
 def lower(model: nn.Module, inputs: Any, how: Quantization | None = None) -> CapturedModule:
-    """`model` captured and quantized on `inputs`: every conv and linear; activations where an integer kernel needs it."""
+    """`model` captured and quantized on `inputs`: each conv and linear; activations where integer kernels need it."""
     how = how or Quantization()
     module = capture(model, inputs).module
     assert isinstance(module, CapturedModule)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 pytest.importorskip("onnxruntime")
 
+from graphcomp.capture import capture
 from graphcomp.errors import ExportError
 from graphcomp.export.kernels import KernelProof, prove
 from graphcomp.export.onnx import export_onnx
 from graphcomp.graph import set_argument
-from graphcomp.quantization.ops import quantize_per_tensor
+from graphcomp.quantization.ops import dequantize_per_tensor, quantize_per_tensor
 from tests.export.lowered import Quantization, lower
 
 
@@ -153,6 +154,32 @@ def test_a_transposed_convolution(tmp_path: Path) -> None:
     found = prove(tmp_path / "m.onnx")
     assert [said for _, said in found.stayed_float] == ["onnxruntime has no integer kernel for ConvTranspose"]
     assert found.float_ == {"ConvTranspose": 1}
+
+
+class Product(nn.Module):
+    """(n, s, 12), (n, s, 12) -> (n, s, s)"""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a @ b.transpose(1, 2)
+
+
+@pytest.mark.parametrize(("dtype", "stays"), [(torch.uint8, False), (torch.uint16, True)])
+def test_a_product_of_activations(tmp_path: Path, dtype: torch.dtype, stays: bool) -> None:
+    inputs = torch.rand(2, 3, 12), torch.rand(2, 3, 12)
+    module = capture(Product(), inputs).module
+    parameters = (0.01, 0, 0, torch.iinfo(dtype).max, dtype)
+    for place in module.graph.find_nodes(op="placeholder"):
+        with module.graph.inserting_after(place):
+            codes = module.graph.call_function(quantize_per_tensor, (place, *parameters))
+        with module.graph.inserting_after(codes):
+            back = module.graph.call_function(dequantize_per_tensor, (codes, *parameters))
+        place.replace_all_uses_with(back)
+        codes.args = (place, *parameters)
+    module.recompile()
+    export_onnx(module, inputs, None, tmp_path / "m.onnx")
+    found = prove(tmp_path / "m.onnx")
+    assert found.share == (0.0 if stays else 1.0)
+    assert ["integers of 16 bits" in reason for _, reason in found.stayed_float] == [True] * stays
 
 
 def test_a_float_model_and_json(tmp_path: Path) -> None:
