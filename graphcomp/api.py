@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from graphcomp.analysis import Analysis, analyze_captured
 from graphcomp.assemble import as_integers, as_model, cut_groups, into_whole, post_training
-from graphcomp.capture import capture
+from graphcomp.capture import capture, example_arguments
 from graphcomp.compressed import CompressedModel
 from graphcomp.coupling.groups import ROLES, ChannelGroup, Kept
 from graphcomp.describe import why_nothing
@@ -142,7 +142,11 @@ def compress(
         else:
             bar.step("calibrating and lowering")
             small = as_integers(cut, quantization, calibration, verify=verify, measure_latency=measure_latency)
-    return into_whole(model, small, scope) if scope else small
+    if not scope:
+        return small
+    whole = into_whole(model, small, scope)
+    whole.example_args, whole.example_kwargs = example_arguments(example_inputs, example_kwargs)
+    return whole
 
 
 def slice_groups(

@@ -92,6 +92,8 @@ def _model(cut: Cut, module: nn.Module, report: Report, **about: Any) -> Compres
         kept=kept_of_tensors(cut.plan.coupling, cut.kept),
         report=report,
         original_shapes={name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()},
+        example_args=cut.plan.captured.args,
+        example_kwargs=cut.plan.captured.kwargs,
         **about,
     )
 

@@ -116,7 +116,7 @@ def capture(
         InputError: the example inputs do not fit the model.
         CaptureError: neither export nor the recorder could follow the model; no such scope; no such output.
     """
-    args, kwargs = _arguments(example_inputs, example_kwargs)
+    args, kwargs = example_arguments(example_inputs, example_kwargs)
     _check_initialized(model)
     if scope:
         model, args, kwargs = _scoped(model, scope, args, kwargs)
@@ -139,8 +139,12 @@ def capture(
 
 
 # ---------------------------------------------------------------------------------------------- inputs
-def _arguments(example_inputs: Any, example_kwargs: Mapping[str, Any] | None) -> tuple[Args, Kwargs]:
-    """Positional and keyword arguments of the forward."""
+def example_arguments(example_inputs: Any, example_kwargs: Mapping[str, Any] | None) -> tuple[Args, Kwargs]:
+    """Positional and keyword arguments of the forward.
+
+    Raises:
+        InputError: there is no tensor among them.
+    """
     kwargs = dict(example_kwargs or {})
     if isinstance(example_inputs, torch.Tensor):
         args: Args = (example_inputs,)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from graphcomp.errors import NotBuiltError
+from graphcomp.capture import example_arguments
 from graphcomp.quantization.ptq import Quantized
 from graphcomp.report import Report
+
+if TYPE_CHECKING:
+    from graphcomp.export.write import ExportReport
 
 Form = Literal["native", "graph"]
 
@@ -26,6 +29,8 @@ class CompressedModel(nn.Module):
         quantized: the float, fake-quant and integer graphs of a model that was quantized; None otherwise, and after
             `load`.
         edits: Python attributes of the user's class that were corrected, as (module path, attribute, value).
+        example_args, example_kwargs: inputs it was made with; not stored in a checkpoint, so empty after `load`.
+        export_report: how the last exported file ran; None before.
     """
 
     def __init__(
@@ -38,6 +43,8 @@ class CompressedModel(nn.Module):
         reason: str = "",
         edits: tuple[tuple[str, str, Any], ...] = (),
         original_shapes: Mapping[str, tuple[int, ...]] | None = None,
+        example_args: tuple[Any, ...] = (),
+        example_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.module = module
@@ -48,6 +55,9 @@ class CompressedModel(nn.Module):
         self.edits = edits
         self.original_shapes = dict(original_shapes or {})
         self.quantized: Quantized | None = None
+        self.example_args = tuple(example_args)
+        self.example_kwargs = dict(example_kwargs or {})
+        self.export_report: ExportReport | None = None
         self.train(module.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -64,16 +74,31 @@ class CompressedModel(nn.Module):
 
         save(self, folder)
 
-    def export(self, path: str | Path) -> None:
+    def export(
+        self, path: str | Path, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
         """Write the model for another runtime, chosen by the suffix; a path without suffix is a checkpoint folder.
 
+        `.onnx` (onnxruntime, OpenVINO; needs the `onnx` extra) and `.pt2` (torch.export) files are run on the example
+        inputs before they are put in place, and `export_report` then says how that went. Batches of any size may be fed
+        to them where the model allows it.
+
+        Args:
+            path: a file `.onnx` or `.pt2`, or a folder.
+            example_inputs, example_kwargs: as for `compress`; by default those the model was compressed with.
+
         Raises:
-            NotBuiltError: `.onnx` and `.pt2` come with quantization.
+            CaptureError: the model cannot be captured.
+            ExportError: no example inputs; an op the format lacks; the path cannot be written.
+            CheckpointError: the folder holds something else, or cannot be written.
         """
+        from graphcomp.export.write import FORMATS, write_file
+
         path = Path(path)
-        if path.suffix in (".onnx", ".pt2"):
-            raise NotBuiltError(
-                f"export to {path.suffix} is not built yet",
-                fix="torch.onnx.export(small.module, …, dynamo=True) or torch.export.export(small.module, …)",
-            )
-        self.save(path)
+        if path.suffix not in FORMATS:
+            self.save(path)
+            return
+        args, kwargs = self.example_args, self.example_kwargs
+        if example_inputs is not None or example_kwargs is not None:
+            args, kwargs = example_arguments(() if example_inputs is None else example_inputs, example_kwargs)
+        self.export_report = write_file(self.module, path, args, kwargs)

@@ -10,6 +10,7 @@ GraphcompError
 │   └── CalibrationError  no range can be read off the data
 ├── VerificationError     a law does not hold on the result: a bug of ours, never handed on in silence
 ├── CheckpointError       a folder cannot be written or read back
+├── ExportError           a model cannot be written for, or run by, another runtime
 └── NotBuiltError         an option that exists in the design and not yet in the code
 """
 
@@ -66,6 +67,10 @@ class VerificationError(GraphcompError):
 
 class CheckpointError(GraphcompError):
     """A checkpoint folder cannot be written or read back."""
+
+
+class ExportError(GraphcompError):
+    """A model cannot be written for another runtime, or does not run there."""
 
 
 class NotBuiltError(GraphcompError, NotImplementedError):

@@ -1,0 +1,157 @@
+"""ONNX: a captured or lowered graph as one file that onnxruntime runs with integer kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from graphcomp.errors import ExportError, GraphcompError
+from graphcomp.export.files import replacing
+from graphcomp.export.program import export_program, first_line, quiet
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+OPSET = 21  # the first with 16-bit and 4-bit integers, and with blocks
+EXTERNAL_ABOVE = 2**31 - 2**20
+"""Bytes of weights above which they go to a file of their own: protobuf holds 2 GiB, the graph needs some of it."""
+
+PACKAGES = ("onnx", "onnxscript", "onnx_ir")
+
+
+def export_onnx(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    path: str | Path,
+    *,
+    opset: int = OPSET,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> None:
+    """Write `module` in eval mode as an ONNX file, whole or not at all.
+
+    Quantized values are integers: QuantizeLinear and DequantizeLinear around every layer, weights and biases as
+    integer constants (four-bit ones packed), in the form that onnxruntime fuses to integer kernels. The dims that
+    capture left symbolic, the batch above all, are dynamic.
+
+    Args:
+        module: a graph that `capture` made, lowered or not; or any module, which is captured first. Not modified.
+        args, kwargs: example inputs.
+        path: where to write. Above 2 GiB the weights are in a second file beside it, `<name>.data`.
+        opset: 21 or more.
+        input_names, output_names: one for each tensor; by default those of the graph.
+
+    Raises:
+        CaptureError: `module` cannot be captured.
+        ExportError: the `onnx` extra is not installed; an op has no ONNX form; the path cannot be written.
+    """
+    need("writing ONNX", PACKAGES)
+    if opset < OPSET:
+        raise ExportError(
+            f"opset {opset} is too old",
+            why="integers of 4 and 16 bits, and one scale per block, came with opset 21",
+            fix=f"opset={OPSET}",
+        )
+    model = _translate(module, args, dict(kwargs or {}), opset, input_names, output_names)
+    with replacing(Path(path)) as fresh:
+        _save(model, fresh)
+
+
+def need(what: str, packages: Sequence[str], fix: str = "pip install 'graphcomp[onnx]'") -> None:
+    """Raise ExportError unless all `packages` can be imported."""
+    missing = [name for name in packages if not _there(name)]
+    if missing:
+        raise ExportError(
+            f"{what} needs {', '.join(missing)}",
+            why="not installed" if len(missing) == 1 else "they are not installed",
+            fix=fix,
+        )
+
+
+def _there(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:  # a module that is blocked, or set up by hand, has no spec
+        return False
+
+
+def _translate(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    opset: int,
+    input_names: Sequence[str] | None,
+    output_names: Sequence[str] | None,
+) -> ir.Model:
+    import torch
+
+    from graphcomp.export import onnx_passes
+    from graphcomp.export.onnx_ops import translation_table
+
+    program = export_program(module, args, kwargs)
+    try:
+        with _silent():
+            written = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                input_names=input_names,
+                output_names=output_names,
+                custom_translation_table=translation_table(opset),
+                optimize=False,
+                verbose=False,
+            )
+            assert written is not None
+            onnx_passes.prepare(written.model)
+            written.optimize()
+            onnx_passes.finish(written.model)
+    except GraphcompError:
+        raise
+    except Exception as error:  # the exporter, its optimizer and onnx-ir's passes share no base class
+        raise ExportError(
+            f"{type(module).__name__} cannot be written as ONNX",
+            why=_cause(error),
+            fix="export to .pt2, or replace the op",
+        ) from error
+    model: ir.Model = written.model
+    return model
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost exception in one line: torch's own message is a page on how to report it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """The exporter prints its progress and logs what it tries; the result or the exception says it all."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with quiet(), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    import onnx
+    import onnx_ir as ir
+
+    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    model.producer_name = "graphcomp"
+    ir.save(model, path, external_data=f"{path.name}.data" if weights > EXTERNAL_ABOVE else None)
+    onnx.checker.check_model(path)

@@ -1,0 +1,136 @@
+"""A captured or lowered graph as torch.export's ExportedProgram, and as a .pt2 file."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from graphcomp.capture import capture
+from graphcomp.errors import ExportError
+from graphcomp.export.files import replacing
+from graphcomp.quantization import ops as _ops  # noqa: F401 (the graph may hold these ops)
+from graphcomp.untouched import untouched
+
+Args = tuple[Any, ...]
+
+
+def export_program(
+    module: nn.Module, args: Args, kwargs: Mapping[str, Any] | None = None, path: str | Path | None = None
+) -> ExportedProgram:
+    """The ExportedProgram of `module` in eval mode, with the dims left dynamic that capture left symbolic.
+
+    Args:
+        module: a graph that `capture` made, lowered or not; or any module, which is captured first. Not modified.
+        args, kwargs: example inputs. The batch may be 1; the program takes every batch where the model allows it.
+        path: also write it there (.pt2), whole or not at all. `torch.export.load(path)` reads it back; a graph that
+            holds weights of four bits needs `import graphcomp` before that.
+
+    Raises:
+        CaptureError: `module` cannot be captured.
+        ExportError: torch.export refuses the graph; the path cannot be written.
+    """
+    kwargs = dict(kwargs or {})
+    graph = as_graph(module, args, kwargs)
+    args, kwargs, shapes = _dynamic(graph, args, kwargs)
+    with evaluating(graph), untouched(graph, real=False), quiet():
+        try:
+            program = torch.export.export(graph, args, kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception as error:  # export has no base class for its refusals
+            raise ExportError(
+                f"torch.export refuses the graph of {type(module).__name__}",
+                why=f"{type(error).__name__}: {first_line(error)}",
+                fix="please report the model",
+            ) from error
+    if path is not None:
+        save_program(program, path)
+    return program
+
+
+def save_program(program: ExportedProgram, path: str | Path) -> None:
+    """Write `program` to a .pt2 file, whole or not at all.
+
+    Raises:
+        ExportError: the path cannot be written.
+    """
+    with replacing(Path(path)) as fresh, quiet():
+        try:
+            torch.export.save(program, fresh)
+        except RuntimeError as error:  # torch's zip writer raises no OSError
+            raise ExportError(f"cannot write {path}", why=first_line(error)) from error
+
+
+def as_graph(module: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> fx.GraphModule:
+    """`module` if it is a captured graph, else its graph."""
+    return module if isinstance(module, fx.GraphModule) else capture(module, args, kwargs).module
+
+
+def _dynamic(
+    graph: fx.GraphModule, args: Args, kwargs: Mapping[str, Any]
+) -> tuple[Args, dict[str, Any], tuple[Any, ...] | None]:
+    """Example inputs and dynamic shapes for torch.export: a dim is dynamic where the placeholder's shape is symbolic.
+
+    Export takes a length of 1 for a constant, so such dims are shown to it twice as long.
+    """
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    places = graph.graph.find_nodes(op="placeholder")
+    if len(places) != len(leaves):
+        raise ExportError(
+            f"the graph has {len(places)} inputs, the example inputs are {len(leaves)}",
+            fix="give the example inputs that the model was captured with",
+        )
+    symbolic = [_symbolic_dims(place, leaf) for place, leaf in zip(places, leaves, strict=True)]
+    shown = [_twice(leaf, dims) for leaf, dims in zip(leaves, symbolic, strict=True)]
+    shapes = [dict.fromkeys(dims, Dim.AUTO) or None for dims in symbolic]
+    args, kwargs = pytree.tree_unflatten(shown, spec)
+    if not any(symbolic):
+        return args, dict(kwargs), None
+    by_argument, by_name = pytree.tree_unflatten(shapes, spec)
+    return args, dict(kwargs), (*by_argument, *by_name.values())
+
+
+def _symbolic_dims(place: fx.Node, leaf: Any) -> list[int]:
+    held = place.meta.get("val")
+    if not isinstance(leaf, Tensor) or not isinstance(held, Tensor):
+        return []
+    return [d for d, size in enumerate(held.shape) if type(size) is not int]
+
+
+def _twice(leaf: Any, dims: list[int]) -> Any:
+    for dim in dims:
+        leaf = torch.cat([leaf, leaf], dim) if leaf.shape[dim] == 1 else leaf
+    return leaf
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """A captured graph's batch norms and dropouts are in eval mode inside; other modules are left to `untouched`."""
+    if not isinstance(module, fx.GraphModule):
+        yield
+        return
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings: those that torch gives on every export are about its own code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that is not empty."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")

@@ -1,0 +1,94 @@
+"""CompressedModel.export: one file for another runtime, run there before it is handed over."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from graphcomp.errors import ExportError
+from graphcomp.export.files import replacing
+from graphcomp.export.kernels import KernelProof, prove
+from graphcomp.export.onnx import export_onnx
+from graphcomp.export.program import export_program, quiet
+from graphcomp.export.runtime import Agreement, agreement, compare
+from graphcomp.graph_module import tensor_leaves
+
+log = logging.getLogger("graphcomp.export")
+
+Format = Literal["onnx", "program"]
+SATURATED = 2.0
+"""Quantization steps that rounding in other places cannot explain."""
+
+FORMATS: dict[str, Format] = {".onnx": "onnx", ".pt2": "program"}
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and how it ran on the example inputs.
+
+    Attributes:
+        path: the file.
+        format: "onnx" or "program".
+        bytes: of the file and of the weights beside it, if they have a file of their own.
+        agreement: with the module, in onnxruntime with exact integer sums or from the reloaded program.
+        as_run: the same in onnxruntime as users run it by default, on this CPU; it is off where the CPU's fast integer
+            kernels saturate (see `graphcomp.export.runtime.open_session`). None for a program.
+        kernels: which layers onnxruntime runs on integers; None for a program.
+    """
+
+    path: str
+    format: Format
+    bytes: int
+    agreement: Agreement
+    as_run: Agreement | None
+    kernels: KernelProof | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {**asdict(self), "kernels": self.kernels and self.kernels.to_dict()}
+
+
+def write_file(module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExportReport:
+    """Write `module` to a .onnx or .pt2 file and run the file on the example inputs; nothing is left if either fails.
+
+    Where the file is more than a quantization step off, that is in the report and logged as a warning.
+
+    Raises:
+        CaptureError: the module cannot be captured.
+        ExportError: there are no example inputs; the module cannot be written, or the file does not run.
+    """
+    if not tensor_leaves((args, dict(kwargs))):
+        raise ExportError(
+            f"no example inputs to export to {path.suffix} with",
+            why="a model that was loaded from a checkpoint folder comes without them",
+            fix=f"small.export({path.name!r}, example_inputs=torch.randn(1, 3, 224, 224))",
+        )
+    proof = as_run = None
+    with replacing(path) as fresh:
+        if FORMATS[path.suffix] == "onnx":
+            export_onnx(module, args, kwargs, fresh)
+            found = compare(fresh, module, args, kwargs)
+            as_run = compare(fresh, module, args, kwargs, exact=False)
+            proof = prove(fresh)
+        else:
+            export_program(module, args, kwargs, fresh)
+            with quiet(), torch.no_grad():
+                result = torch.export.load(fresh).module()(*args, **kwargs)
+            found = agreement(module, tensor_leaves(result), args, kwargs)
+        size = sum(made.stat().st_size for made in fresh.parent.iterdir())
+    if not found.within_a_step:
+        log.warning("%s is %.3g quantization steps off on the example inputs", path.name, found.steps)
+    elif as_run is not None and as_run.steps > SATURATED:
+        log.warning(
+            "onnxruntime's default kernels for uint8 times int8 saturate on this CPU: %s is %.3g quantization steps "
+            'off here; SessionOptions.add_session_config_entry("session.x64quantprecision", "1") makes it exact',
+            path.name,
+            as_run.steps,
+        )
+    return ExportReport(str(path), FORMATS[path.suffix], size, found, as_run, proof)

@@ -1,0 +1,101 @@
+"""CompressedModel.export: files by suffix, run before they are put in place."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("onnxruntime")
+
+import graphcomp as gc
+from graphcomp.compressed import CompressedModel
+from graphcomp.errors import ExportError
+from graphcomp.export import write
+from graphcomp.export.runtime import Agreement, run
+from tests.export.lowered import Quantization, lower
+from tests.export.models import Mlp, Residual
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "m.pt2"])
+def test_a_pruned_model_of_its_own_class(tmp_path: Path, name: str) -> None:
+    small = gc.compress(Residual().eval(), torch.randn(1, 3, 8, 8), sparsity=0.5)
+    assert small.form == "native" and small.export_report is None
+    small.export(tmp_path / name)
+    report = small.export_report
+    assert report is not None and report.agreement.within_a_step
+    assert report.bytes == (tmp_path / name).stat().st_size and report.to_dict()["path"].endswith(name)
+    x = torch.randn(3, 3, 8, 8)
+    if name == "m.onnx":
+        (found,) = run(tmp_path / name, (x,))
+        assert report.kernels is not None and report.kernels.share == 0
+    else:
+        found = torch.export.load(tmp_path / name).module()(x)
+    assert torch.allclose(found, small(x), atol=1e-5)
+
+
+def test_a_lowered_graph(tmp_path: Path) -> None:
+    x = torch.randn(2, 6)
+    module = lower(Mlp().eval(), x, Quantization(4, 8))
+    small = CompressedModel(module, form="graph", kept={}, report={}, example_args=(x,))
+    assert list(small.state_dict()) == [f"module.{name}" for name in module.state_dict()]
+    small.export(tmp_path / "m.onnx")
+    report = small.export_report
+    assert report is not None and report.agreement.within_a_step
+    assert report.kernels is not None and report.kernels.share == 1.0
+
+
+def test_a_scope_is_exported_with_the_whole_model(tmp_path: Path) -> None:
+    x = torch.randn(2, 6)
+    whole = nn.Sequential(nn.Linear(6, 6), Mlp()).eval()
+    small = gc.compress(whole, x, sparsity=0.5, scope="1")
+    small.export(tmp_path / "m.pt2")
+    assert torch.allclose(torch.export.load(tmp_path / "m.pt2").module()(x), small(x))
+
+
+def test_a_folder_and_example_inputs_after_loading(tmp_path: Path) -> None:
+    x = torch.randn(2, 6)
+    small = gc.compress(Mlp().eval(), x, sparsity=0.5)
+    small.export(tmp_path / "folder")
+    assert small.export_report is None
+    loaded = gc.load(tmp_path / "folder")
+    with pytest.raises(ExportError, match=r"no example inputs"):
+        loaded.export(tmp_path / "m.onnx")
+    loaded.export(tmp_path / "m.onnx", example_inputs=x)
+    assert loaded.export_report is not None and loaded.export_report.agreement.within_a_step
+
+
+def test_nothing_is_left_of_a_file_that_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = gc.compress(Mlp().eval(), torch.randn(2, 6), sparsity=0.5)
+
+    def fail(*_args: object, **_kwargs: object) -> None:
+        raise ExportError("it does not run")
+
+    monkeypatch.setattr(write, "compare", fail)
+    with pytest.raises(ExportError, match="does not run"):
+        small.export(tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == [] and small.export_report is None
+
+
+@pytest.mark.parametrize(("exact", "default", "said"), [(3.0, 3.0, "3 quantization steps"), (0.1, 9.0, "saturate")])
+def test_a_file_that_is_off_is_logged(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    exact: float,
+    default: float,
+    said: str,
+) -> None:
+    small = gc.compress(Mlp().eval(), torch.randn(2, 6), sparsity=0.5)
+
+    def off(*_args: object, **options: bool) -> Agreement:
+        return Agreement(1.0, exact if options.get("exact", True) else default)
+
+    monkeypatch.setattr(write, "compare", off)
+    with caplog.at_level(logging.WARNING, "graphcomp.export"):
+        small.export(tmp_path / "m.onnx")
+    messages = [record.getMessage() for record in caplog.records if record.name == "graphcomp.export"]
+    assert len(messages) == 1 and said in messages[0]
