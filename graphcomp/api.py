@@ -62,6 +62,7 @@ def compress(
     group_size: int = 0,
     calibration: Iterable[Any] | None = None,
     rounding: Rounding = "nearest",
+    reduce_range: bool = False,
     quantization: PostTraining | None = None,
     method: str | None = None,
     data: Iterable[Any] | None = None,
@@ -92,7 +93,9 @@ def compress(
         calibration: batches in the form of the example inputs, off which the ranges of activations are read. Without
             it they are read off the example inputs, and the report says so.
         rounding: of weights: "nearest", or "second_order" (GPTQ), which needs calibration data.
-        quantization: all options of post-training quantization at once, in place of the four above.
+        reduce_range: weights of 7 bits at most, the first and last layer included, stored as int8: for x86 CPUs without
+            VNNI, where onnxruntime's fast kernels add products in 16 bits and saturate.
+        quantization: all options of post-training quantization at once, in place of the six above.
         method: "oneshot" (score, cut, done).
         data: batches for saliencies that need them; with `loss(model_output, batch)` for those that need gradients.
         saliency: how units are ranked; see `graphcomp.pruning.saliency`.
@@ -119,7 +122,7 @@ def compress(
         NotBuiltError: a range of bits, or a method, that this version does not have.
     """
     _check_arguments(sparsity, bits, method, data, prune)
-    quantization = quantization or post_training(bits, activation_bits, group_size, rounding, ignore)
+    quantization = quantization or post_training(bits, activation_bits, group_size, rounding, ignore, reduce_range)
     with show_progress(4 if quantization is None else 5, progress) as bar:
         bar.step("capturing and coupling")
         analysis = analyze(model, example_inputs, example_kwargs, scope=scope, outputs=outputs)

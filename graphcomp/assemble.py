@@ -99,12 +99,17 @@ def _model(cut: Cut, module: nn.Module, report: Report, **about: Any) -> Compres
 
 
 # ------------------------------------------------------------------------------------------------ quantizing
+REDUCED_BITS = 7
+"""Of weights whose products with 8-bit activations, added in pairs, fit into 16 bits: 2 · 63 · 255 < 2^15."""
+
+
 def post_training(
     bits: int | tuple[int, int] | None,
     activation_bits: int | Literal["same"] | None,
     group_size: int,
     rounding: Rounding,
     ignore: str | Sequence[str],
+    reduce_range: bool = False,
 ) -> PostTraining | None:
     """The options that `compress` was given one by one; None where nothing is to be quantized.
 
@@ -112,8 +117,9 @@ def post_training(
         PlanError: bits outside 2 to 16, or options of a quantization that was not asked for.
     """
     if not isinstance(bits, int) or isinstance(bits, bool):
-        if bits is None and (activation_bits not in ("same", None) or group_size or rounding != "nearest"):
-            raise PlanError("activation_bits, group_size and rounding need bits", fix="bits=8")
+        others = activation_bits not in ("same", None) or group_size or rounding != "nearest" or reduce_range
+        if bits is None and others:
+            raise PlanError("activation_bits, group_size, rounding and reduce_range need bits", fix="bits=8")
         if bits is not None:
             check_bits(bits)  # type: ignore[arg-type]
         return None
@@ -121,6 +127,9 @@ def post_training(
     if rounding not in ("nearest", "second_order"):
         raise PlanError(f"rounding={rounding!r}", fix='rounding="nearest" or rounding="second_order"')
     acts = bits if activation_bits == "same" else activation_bits
+    least = 8
+    if reduce_range:
+        bits, least = min(bits, REDUCED_BITS), REDUCED_BITS
     weights = QuantSpec(bits, granularity="group", group_size=group_size) if group_size else replace(WEIGHTS, bits=bits)
     if acts is not None:
         check_bits(acts)
@@ -128,6 +137,7 @@ def post_training(
         weights=weights,
         activations=None if acts is None else replace(ACTIVATIONS, bits=acts),
         embeddings=QuantSpec(max(bits, 8), granularity="channel"),
+        first_and_last_bits=least,
     )
     return PostTraining(config, (ignore,) if isinstance(ignore, str) else tuple(ignore), rounding=rounding)
 

@@ -241,7 +241,7 @@ def test_bits_outside_range(bits):
 
 
 def test_options_of_a_quantization_that_was_not_asked_for():
-    for options in ({"activation_bits": 8}, {"group_size": 4}, {"rounding": "second_order"}):
+    for options in ({"activation_bits": 8}, {"group_size": 4}, {"rounding": "second_order"}, {"reduce_range": True}):
         with pytest.raises(gc.PlanError, match="need bits"):
             gc.compress(MLP(), X, **options)
     with pytest.raises(gc.PlanError, match="rounding"):

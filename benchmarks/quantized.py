@@ -1,0 +1,304 @@
+"""Integer ONNX files: size, speed, kernels and quality, beside onnxruntime's own quantization and torch's PT2E.
+
+    python -m benchmarks.quantized                              # all models: about half an hour on two quiet cores
+    python -m benchmarks.quantized --models resnet50,minilm
+    python -m benchmarks.quantized --no-latency                 # quality and kernels alone
+
+All files of a model are timed in one run, taking turns, so that ratios hold whatever else the machine does; they run
+in onnxruntime as users run it by default. Quality is that of a session with exact integer sums: the default kernels
+saturate on x86 without VNNI (`graphcomp.export.runtime.open_session`), but for weights of reduced range (7 bits).
+
+Data and weights come from the shared folder beside the checkout. Calibration data are never test data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import graphcomp as gc
+from benchmarks import common, oneshot
+from benchmarks.common import append_json, percent, section, table
+from graphcomp.cost import file_bytes
+from graphcomp.export.kernels import prove
+from graphcomp.export.onnx import export_onnx
+from graphcomp.export.runtime import feeds_of, open_session
+
+ROUNDS = 40
+CALIBRATION_BATCHES = 4
+
+Inputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model to quantize.
+
+    Attributes:
+        example: inputs of the size that is timed (batch 1).
+        calibration: batches of inputs.
+        test: one batch of inputs that outputs are compared on.
+        evaluate: qualities of a module that is called like the model; None where there are no trained weights.
+    """
+
+    name: str
+    model: nn.Module
+    example: Inputs
+    calibration: Sequence[Inputs]
+    test: Inputs
+    evaluate: Callable[[nn.Module], list[oneshot.Score]] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class File:
+    """One exported model."""
+
+    label: str
+    path: Path
+    failure: str = ""
+    share: float | None = None
+    stayed_float: tuple[tuple[str, str], ...] = ()
+
+
+def main() -> None:
+    options = _options()
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    print(common.header(), flush=True)
+    for name in options.models.split(","):
+        case = CASES[name]()
+        with tempfile.TemporaryDirectory() as folder:
+            report(case, list(files(case, Path(folder))), options)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(CASES), metavar="A,B", help="default: %(default)s")
+    parser.add_argument("--no-latency", action="store_true", help="do not time")
+    parser.add_argument("--no-quality", action="store_true", help="do not evaluate on data")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write one line of JSON per file")
+    return parser.parse_args()
+
+
+# ------------------------------------------------------------------------------------------------ files
+def files(case: Case, folder: Path) -> Iterator[File]:
+    """Each way to a file, the float original first."""
+    ways: dict[str, Callable[[Path], None]] = {
+        "float": lambda path: export_onnx(case.model, case.example, {}, path),
+        "PT2E, exported": lambda path: pt2e(case, path),
+        "onnxruntime static": lambda path: static(case, folder / "0.onnx", path),
+        "ours int8": lambda path: ours(case, path, sparsity=0.0, bits=8),
+        "ours int8, reduced range": lambda path: ours(case, path, sparsity=0.0, bits=8, reduce_range=True),
+        "ours half the units": lambda path: ours(case, path, sparsity=0.5),
+        "ours half, int8": lambda path: ours(case, path, sparsity=0.5, bits=8),
+        "ours half, int8, reduced range": lambda path: ours(case, path, sparsity=0.5, bits=8, reduce_range=True),
+    }
+    for k, (label, way) in enumerate(ways.items()):
+        path = folder / f"{k}.onnx"
+        start = time.process_time()
+        try:
+            way(path)
+            proof = prove(path)
+            yield File(label, path, "", proof.share, proof.stayed_float)
+        except Exception as error:
+            if label.startswith("ours") or label == "float":
+                raise
+            yield File(label, path, f"{type(error).__name__}: {str(error).splitlines()[0][:80]}")
+        print(f"{case.name}: {label} in {time.process_time() - start:.0f} s", flush=True)
+
+
+def ours(case: Case, path: Path, **options: Any) -> None:
+    calibration = case.calibration if len(options) > 1 else None
+    small = gc.compress(
+        case.model, case.example, calibration=calibration, ranking="local", progress=False, **case.options, **options
+    )
+    small.export(path)
+
+
+def static(case: Case, source: Path, path: Path) -> None:
+    """onnxruntime's static quantization with its own preparation: QDQ, per channel, uint8 activations."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared = path.with_suffix(".prepared.onnx")
+    quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+    session = open_session(source)
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.feeds = iter([feeds_of(session, batch, {}) for batch in case.calibration])
+
+        def get_next(self) -> Any:
+            return next(self.feeds, None)
+
+    quantize_static(
+        str(prepared), str(path), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+    )  # fmt: skip
+
+
+def pt2e(case: Case, path: Path) -> None:
+    """torch's own route: torchao's quantizer for x86, its passes, and the exporter as they are."""
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+        X86InductorQuantizer,
+        get_default_x86_inductor_quantization_config,
+    )
+
+    quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
+    program = torch.export.export(case.model, case.example)
+    prepared = prepare_pt2e(program.module(), quantizer)
+    for batch in case.calibration:
+        for parts in zip(*(t.split(1) for t in batch), strict=True):
+            if all(a.shape == b.shape for a, b in zip(parts, case.example, strict=True)):
+                prepared(*parts)
+    converted = convert_pt2e(prepared)
+    torch.onnx.export(torch.export.export(converted, case.example), (), dynamo=True, verbose=False).save(str(path))
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+class Runtime(nn.Module):
+    """An ONNX file, called like the model it came from."""
+
+    def __init__(self, path: Path, exact: bool) -> None:
+        super().__init__()
+        self.session = open_session(path, exact=exact, threads=2)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return torch.from_numpy(self.session.run(None, feeds_of(self.session, inputs, {}))[0])
+
+
+def report(case: Case, found: Sequence[File], options: argparse.Namespace) -> None:
+    """Print the table of one model."""
+    ready = [f for f in found if not f.failure]
+    times = {n: {} if options.no_latency else latencies(case, ready, n) for n in (1, 2)}
+    wanted = Runtime(found[0].path, exact=True)(*case.test).double()
+    rows, size = [], file_bytes(found[0].path)
+    for file in found:
+        if file.failure:
+            rows.append([file.label, file.failure, *["–"] * 6])
+            continue
+        exact, default = (distance(wanted, Runtime(file.path, mode)(*case.test)) for mode in (True, False))
+        scores = [] if case.evaluate is None or options.no_quality else case.evaluate(Runtime(file.path, exact=True))
+        row = {
+            "model": case.name, "file": file.label, "bytes": file_bytes(file.path), "share": file.share,
+            "error": exact, "default": default, "scores": [f"{s.metric} {s}" for s in scores],
+            "ms": {n: found_times.get(file.label) for n, found_times in times.items()},
+        }  # fmt: skip
+        append_json(options.json, row)
+        rows.append([
+            file.label,
+            f"{row['bytes'] / 2**20:.2f} MiB",
+            f"{size / row['bytes']:.1f}×",
+            *(_speed(times[n], file.label) for n in (1, 2)),
+            "–" if file.share is None or file.label == "float" else percent(file.share, 0),
+            f"{exact:.1e}" + (f" ({default:.1e})" if default > 1.5 * exact + 1e-6 else ""),
+            ", ".join(f"{s}" for s in scores) or "–",
+        ])  # fmt: skip
+    quality = ", ".join(s.metric for s in (case.evaluate(case.model) if case.evaluate else [])) or "quality"
+    columns = [
+        "file",
+        "bytes",
+        "smaller",
+        "1 thread",
+        "2 threads",
+        "integer kernels",
+        "error (default kernels)",
+        quality,
+    ]
+    section(f"{case.name}, in onnxruntime", table(columns, rows))
+    for file in ready:
+        if file.label.startswith("ours") and "int8" in file.label:
+            for name, why in file.stayed_float:
+                print(f"{file.label}: {name} stayed float: {why}")
+
+
+def latencies(case: Case, found: Sequence[File], threads: int) -> dict[str, float]:
+    """Median milliseconds of each file; the files take turns."""
+    sessions = {f.label: open_session(f.path, threads=threads) for f in found}
+    feeds = {label: feeds_of(session, case.example, {}) for label, session in sessions.items()}
+    times: dict[str, list[float]] = {label: [] for label in sessions}
+    for k in range(ROUNDS + 5):
+        for label, session in sessions.items():
+            start = time.perf_counter()
+            session.run(None, feeds[label])
+            if k >= 5:
+                times[label].append(1e3 * (time.perf_counter() - start))
+    return {label: statistics.median(values) for label, values in times.items()}
+
+
+def _speed(times: Mapping[str, float], label: str) -> str:
+    return f"{times[label]:.1f} ms, {times['float'] / times[label]:.2f}×" if label in times else "–"
+
+
+def distance(wanted: Tensor, given: Tensor) -> float:
+    """||a - b|| / ||a||."""
+    return float((wanted - given.double()).norm() / wanted.norm())
+
+
+# ------------------------------------------------------------------------------------------------ cases
+def _vision(task: oneshot.Task) -> Case:
+    images = [batch[:1] for batch in task.calibration[:CALIBRATION_BATCHES]]
+    return Case(task.name, task.model, (task.example[0][:1],), images, (task.calibration[-1][0][:8],), task.evaluate)
+
+
+def _torchvision(name: str) -> Case:
+    """Seeded random weights: sizes and speed, and how far outputs are off, but no accuracy."""
+    common.import_torchvision()
+    import torchvision
+
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, name)(weights=None).eval()
+    # random images are further from one another than real ones; batch norms see them first, as in training
+    batches = [(torch.randn(8, 3, 224, 224),) for _ in range(2)]
+    model.train()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None  # the mean over the batches
+                module.reset_running_stats()
+        for (batch,) in batches:
+            model(batch)
+    return Case(name, model.eval(), (torch.randn(1, 3, 224, 224),), batches, (torch.randn(8, 3, 224, 224),))
+
+
+def minilm() -> Case:
+    """All sentences padded to 128 tokens for the time; embeddings compared by their mean cosine."""
+    task = oneshot.minilm()
+    ids, mask = task.calibration[0]
+    example = tuple(nn.functional.pad(t[:1], (0, 128 - t.shape[1])) for t in (ids, mask))
+    example = (example[0], torch.ones(1, 128))
+    test = task.calibration[-1]
+    wanted = task.model(*test).detach()
+
+    def evaluate(model: nn.Module) -> list[oneshot.Score]:
+        with torch.no_grad():
+            cosine = nn.functional.cosine_similarity(wanted, model(*test)).mean()
+        return [oneshot.Score("cosine", float(cosine), 0.0, len(wanted)), *task.evaluate(model)]
+
+    return Case("MiniLM-L6", task.model, example, task.calibration[:CALIBRATION_BATCHES], test, evaluate)
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "efficientnet": lambda: _vision(oneshot.TASKS["efficientnet"]()),
+    "mobilenet": lambda: _vision(oneshot.TASKS["mobilenet"]()),
+    "minilm": minilm,
+    "resnet18": lambda: _torchvision("resnet18"),
+    "resnet50": lambda: _torchvision("resnet50"),
+    "resnet20": lambda: _vision(oneshot.TASKS["resnet20"]()),
+}
+
+if __name__ == "__main__":
+    main()
