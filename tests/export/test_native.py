@@ -292,7 +292,7 @@ def test_what_cannot_run_in_float64_is_refused() -> None:
 
     torch.manual_seed(0)
     analysis = analysed(Branched(use).eval(), *INPUTS["Branching"])
-    with pytest.raises(VerificationError, match="in float64 the comparison does not run: .*single precision"):
+    with pytest.raises(VerificationError, match=r"in float64 the comparison does not run: .*single precision"):
         gc.slice_groups(analysis, some(analysis))
 
 
