@@ -324,6 +324,26 @@ def test_family(name: str) -> None:
     assert not result.analysis.unknown_ops
 
 
+IN_HALF = [
+    "conv2d strided", "conv grouped", "conv depthwise", "batch norm", "group norm", "layer norm", "rms norm",
+    "layer norm written out", "rms norm written out", "mean over channels", "normalize", "std_mean", "concat and sum",
+    "sdpa", "grouped-query by repeat_interleave", "nn.MultiheadAttention", "LSTM", "einsum", "GLU", "dtype casts",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("name", IN_HALF)
+def test_family_in_half_precision(name: str, dtype: torch.dtype) -> None:
+    """The masked forms keep the model's dtype, and differ by no more than its rounding."""
+    torch.manual_seed(0)
+    model, inputs = FAMILIES[name]()
+    randomize(model).to(dtype)
+    result = check_law(model, tuple(x.to(dtype) for x in inputs))
+    assert result.groups
+    assert result.moved > 0.05
+    assert not result.analysis.unknown_ops
+
+
 class Embedded(nn.Module):
     """Two tables, one of them tied to the head, or a bag."""
 
