@@ -255,7 +255,20 @@ def _sizes(node: fx.Node, dim: int) -> list[int] | None:
 def _split(node: fx.Node) -> Rewrite:
     """Any way to cut a dim into parts -> split_with_sizes."""
     arguments = bind(node)
-    source, dim = arguments.get("self", arguments.get("input")), arguments["dim"]
+    return _into_parts(node, arguments.get("self", arguments.get("input")), arguments["dim"])
+
+
+def _split_dim(dim: int) -> Callable[[fx.Node], Rewrite]:
+    """hsplit and its kin, which cut dim `dim` (hsplit the only one, where there is but one) -> split_with_sizes."""
+
+    def rewritten(node: fx.Node) -> Rewrite:
+        source = _as_node(bind(node)["self"])
+        return _into_parts(node, source, min(dim, source.meta["val"].dim() - 1))
+
+    return rewritten
+
+
+def _into_parts(node: fx.Node, source: Any, dim: int) -> Rewrite:
     sizes = _sizes(node, dim)
     return None if sizes is None else (aten.split_with_sizes.default, (source, sizes, dim))
 
@@ -290,6 +303,12 @@ REWRITES: dict[Any, Callable[[fx.Node], Rewrite]] = {
     aten.unsafe_split_with_sizes.default: _split,
     aten.tensor_split.sections: _split,
     aten.tensor_split.indices: _split,
+    aten.hsplit.int: _split_dim(1),
+    aten.hsplit.array: _split_dim(1),
+    aten.vsplit.int: _split_dim(0),
+    aten.vsplit.array: _split_dim(0),
+    aten.dsplit.int: _split_dim(2),
+    aten.dsplit.array: _split_dim(2),
     aten.narrow.default: _narrow,
     aten.slice.Tensor: _slice,
     aten._unsafe_view.default: _same_arguments(aten.view.default),

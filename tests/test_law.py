@@ -159,6 +159,9 @@ FAMILIES: dict[str, Case] = {
     "var_mean of all": lambda: image(lambda m, x: torch.mul(*torch.var_mean(x)) * x),
     "var_mean, own correction": lambda: image(lambda m, x: torch.var_mean(x, 1, correction=2)[0][:, None] * x),
     "norm over channels": lambda: image(lambda m, x: x / torch.linalg.vector_norm(x, dim=1, keepdim=True)),
+    "std_mean": lambda: image(lambda m, x: torch.add(*torch.std_mean(x, 1, keepdim=True)) * x),
+    "std_mean of all": lambda: image(lambda m, x: torch.mul(*torch.std_mean(x)) * x),
+    "std_mean, own correction": lambda: image(lambda m, x: torch.std_mean(x, 1, correction=2)[0][:, None] * x),
     "mean of all": lambda: image(lambda m, x: x - x.mean()),
     "max over channels": lambda: image(lambda m, x: m.b(m.a(x)) * m.c(x).amax(1, True),
                                         a=conv(12, 8), b=conv(8, 12), c=conv(12, 5)),
@@ -195,6 +198,11 @@ FAMILIES: dict[str, Case] = {
     "concat": lambda: image(lambda m, x: torch.cat([x, m.part(x), x], 1), 32, part=conv(12, 8)),
     "concat and sum": lambda: image(lambda m, x: torch.cat([x, m.a(x)], 1) + m.b(x), 20, a=conv(12, 8), b=conv(12, 20)),
     "chunk": lambda: image(lambda m, x: m.part(x.chunk(2, 1)[0]) * x.chunk(2, 1)[1], 6, part=conv(6, 6)),
+    "hsplit": lambda: image(lambda m, x: torch.cat([x.hsplit([3, 7])[k].relu() for k in (2, 0, 1)], 1)),
+    "hsplit of one dim": lambda: sequence(lambda m, x: x * torch.cat(torch.hsplit(m.scale, 3)[::-1]),
+                                          scale=parameter(12)),
+    "vsplit": lambda: image(lambda m, x: torch.cat(x.transpose(0, 1).vsplit([3, 7])[::-1]).transpose(0, 1)),
+    "dsplit": lambda: sequence(lambda m, x: torch.cat([y.relu() for y in reversed(x.dsplit([3, 7]))], 2)),
     "split": lambda: image(lambda m, x: torch.cat([y.relu() for y in reversed(x.split([3, 4, 5], 1))], 1)),
     "unbind": lambda: image(lambda m, x: torch.cat(x.unbind(-1), -1)[..., None]),
     "select": lambda: image(lambda m, x: x[..., 0, :, None] * m.part(x)[:, 3:4], part=conv(12, 8)),
@@ -313,6 +321,26 @@ def test_family(name: str) -> None:
     result = check_law(model, tuple(x.double() for x in inputs))
     assert result.groups
     assert result.moved > 1e-3
+    assert not result.analysis.unknown_ops
+
+
+IN_HALF = [
+    "conv2d strided", "conv grouped", "conv depthwise", "batch norm", "group norm", "layer norm", "rms norm",
+    "layer norm written out", "rms norm written out", "mean over channels", "normalize", "std_mean", "concat and sum",
+    "sdpa", "grouped-query by repeat_interleave", "nn.MultiheadAttention", "LSTM", "einsum", "GLU", "dtype casts",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("name", IN_HALF)
+def test_family_in_half_precision(name: str, dtype: torch.dtype) -> None:
+    """The masked forms keep the model's dtype, and differ by no more than its rounding."""
+    torch.manual_seed(0)
+    model, inputs = FAMILIES[name]()
+    randomize(model).to(dtype)
+    result = check_law(model, tuple(x.to(dtype) for x in inputs))
+    assert result.groups
+    assert result.moved > 0.05
     assert not result.analysis.unknown_ops
 
 

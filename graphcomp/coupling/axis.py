@@ -11,6 +11,7 @@ everything that shares the factor. Nothing here raises on a model: what does not
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -247,7 +248,10 @@ def _cut_all(axis: Axis, bounds: Sequence[int]) -> list[Axis]:
 def _align(a: Sequence[Axis], b: Sequence[Axis]) -> tuple[list[tuple[Axis, Axis]], list[Axis], list[Axis]]:
     """Split two row-major sequences of the same total at their common boundaries.
 
-    Returns pairs of equal length, and the blocks (one list a side) in which no boundary is common.
+    Returns pairs of equal length, and the blocks (one list a side) in which no boundary is common. A boundary lies
+    behind the outermost n indices of all; two that do not nest (4 and 6 of 12) leave what is outside of both (2) and
+    inside of both (12, here nothing) to be paired. So what is in a block depends on the set of all boundaries that
+    were ever asked for, not on their order.
     """
     pairs: list[tuple[Axis, Axis]] = []
     blocks_a, blocks_b = [], []
@@ -262,19 +266,76 @@ def _align(a: Sequence[Axis], b: Sequence[Axis]) -> tuple[list[tuple[Axis, Axis]
         elif (parts := _try_split(y, length(x))) is not None:
             pairs.append((x, parts[0]))
             ys.insert(0, parts[1])
+        elif (outer := _outside_of_both(x, y)) is not None:
+            pairs.append((outer[0][0], outer[1][0]))
+            xs.insert(0, outer[0][1])
+            ys.insert(0, outer[1][1])
         else:
-            block_x, block_y = _smallest_block([x, *xs], [y, *ys])
-            blocks_a.append(product(x, *xs[: block_x - 1]))
-            blocks_b.append(product(y, *ys[: block_y - 1]))
-            del xs[: block_x - 1], ys[: block_y - 1]
+            (block_x, xs), (block_y, ys) = _block([x, *xs], [y, *ys])
+            blocks_a.append(product(*block_x))
+            blocks_b.append(product(*block_y))
     if xs or ys:  # only with symbolic lengths, whose totals may not be seen to agree
         blocks_a.append(product(*xs))
         blocks_b.append(product(*ys))
     return pairs, blocks_a, blocks_b
 
 
+def _outside_of_both(x: Axis, y: Axis) -> tuple[tuple[Axis, Axis], tuple[Axis, Axis]] | None:
+    """Two factors, each as (n, rest) with the largest n that divides both; None where that is 1."""
+    if not (isinstance(x, Factor) and isinstance(y, Factor) and isinstance(x.size, int) and isinstance(y.size, int)):
+        return None
+    common = math.gcd(x.size, y.size)
+    if common == 1:
+        return None
+    known, new = _try_split(x, common), _try_split(y, common)
+    assert known is not None and new is not None, "a factor can be split by what divides it"
+    return known, new
+
+
+def _block(
+    xs: Sequence[Axis], ys: Sequence[Axis]
+) -> tuple[tuple[list[Axis], list[Axis]], tuple[list[Axis], list[Axis]]]:
+    """Each side as the shortest leading block that ends where a boundary nests with all of both sides, and the rest."""
+    if not all(isinstance(length(axis), int) for axis in (*xs, *ys)):
+        i, k = _smallest_block(xs, ys)
+        return (list(xs[:i]), list(xs[i:])), (list(ys[:k]), list(ys[k:]))
+    end, grown = 1, math.lcm(length(xs[0]), length(ys[0]))
+    while grown != end:
+        end = grown
+        grown = math.lcm(end, *_not_nested(xs, end), *_not_nested(ys, end))
+    return _cut_at(xs, end), _cut_at(ys, end)
+
+
+def _not_nested(parts: Sequence[Axis], end: int) -> Iterator[int]:
+    """Boundaries of `parts` that a boundary at `end` has to nest with, but may not."""
+    before = 1
+    for part in parts:
+        after = before * length(part)
+        splits = isinstance(part, Factor) and after % end == 0 and end % before == 0
+        if not (after > end and splits):
+            yield after
+        if after >= end:
+            return
+        before = after
+
+
+def _cut_at(parts: Sequence[Axis], end: int) -> tuple[list[Axis], list[Axis]]:
+    """Row-major `parts` as the outermost `end` indices and the rest."""
+    block: list[Axis] = []
+    for k, part in enumerate(parts):
+        inside = end // length(product(*block))
+        if inside == 1:
+            return block, list(parts[k:])
+        if inside < length(part):
+            halves = _try_split(part, inside)
+            assert halves is not None, "a factor can be split by what divides it"
+            return [*block, halves[0]], [halves[1], *parts[k + 1 :]]
+        block.append(part)
+    return block, []
+
+
 def _smallest_block(xs: Sequence[Axis], ys: Sequence[Axis]) -> tuple[int, int]:
-    """How many leading axes of each side have the same total length."""
+    """How many leading axes of each side have the same total length; all where that cannot be seen."""
     by_total = {total: i for i, total in enumerate(itertools.accumulate(map(length, ys), _times), 1)}
     for i, total in enumerate(itertools.accumulate(map(length, xs), _times), 1):
         if total in by_total:
@@ -288,15 +349,15 @@ def _times(a: Size, b: Size) -> Size:
 
 # ------------------------------------------------------------------------------------------------ looking inside
 def split(axis: Axis, n: Size, why: Reason) -> tuple[Axis, Axis]:
-    """`axis` as `(n, rest)`. Where its structure does not allow that it is frozen and two frozen axes come back.
+    """`axis` as `(n, rest)`. Where its structure does not allow that, what does not nest is frozen.
 
     `n` must divide the length.
     """
     parts = _try_split(axis, n)
     if parts is not None:
         return parts
-    freeze(axis, why)
-    return fresh(n, why), fresh(divide(length(axis), n), why)
+    left, right = regroup([axis], [n, divide(length(axis), n)], why)
+    return left, right
 
 
 def _try_split(axis: Axis, n: Size) -> tuple[Axis, Axis] | None:

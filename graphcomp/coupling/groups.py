@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from graphcomp.coupling.axis import Axes, Axis, Factor, Reason, coordinates, is_frozen, leaves, normal
+from graphcomp.coupling.axis import Axes, Axis, Factor, Reason, coordinates, freeze, is_frozen, leaves, normal
 from graphcomp.coupling.propagate import Coupling
+from graphcomp.coupling.table import Call
 from graphcomp.graph import argument_at, attributes, bind
 
 Role = Literal["channel", "head", "head_dim", "hidden", "width", "expert", "group"]
@@ -97,8 +98,11 @@ class FrozenAxis:
 
 
 def find_groups(coupling: Coupling) -> tuple[ChannelGroup, ...]:
-    """Every unfrozen factor that occurs in at least one parameter, in the order of the parameters."""
-    consumed = _consumed_dims(coupling)
+    """Every unfrozen factor that occurs in at least one parameter, in the order of the parameters.
+
+    Units that parameters read and nothing makes (the copies that `repeat` lays end to end) are frozen here.
+    """
+    consumed, made = _consumed_and_made(coupling)
     members: dict[Factor, list[Member]] = {}
     for name, tensor in _distinct(coupling):
         is_parameter = isinstance(tensor, torch.nn.Parameter)
@@ -116,6 +120,9 @@ def find_groups(coupling: Coupling) -> tuple[ChannelGroup, ...]:
     for factor, found_in in members.items():
         if not any(m.is_parameter for m in found_in):
             continue
+        if not any((m.name, m.dim) in made for m in found_in):
+            freeze(factor, _NOT_MADE)
+            continue
         role = _role(factor, found_in)
         name = _name(role, found_in)
         names[name] += 1
@@ -124,6 +131,7 @@ def find_groups(coupling: Coupling) -> tuple[ChannelGroup, ...]:
     return tuple(groups)
 
 
+_NOT_MADE = Reason("copies that the forward makes, as many as it says: no parameter or buffer holds what they are")
 _ALONE = Reason("cut until every index stands alone: the ops that read it group it in ways that do not nest")
 
 
@@ -158,24 +166,35 @@ def _distinct(coupling: Coupling) -> list[tuple[str, Tensor]]:
     return found
 
 
-def _consumed_dims(coupling: Coupling) -> set[tuple[str, int]]:
-    """(parameter, dim) pairs that some op sums over."""
+def _consumed_and_made(coupling: Coupling) -> tuple[set[tuple[str, int]], set[tuple[str, int]]]:
+    """(tensor, dim) pairs that some op sums over, and those that some op reads and does not sum over."""
     first_name = {id(tensor): name for name, tensor in _distinct(coupling)}
     canonical = {str(n.target): first_name[id(t)] for n, t in attributes(coupling.module)}
     consumed: set[tuple[str, int]] = set()
+    made: set[tuple[str, int]] = set()
     for node, call in coupling.calls.items():
-        if not call.contracted:
-            continue
-        arguments = bind(node)
-        summed: list[Axis] = []
-        for key, dims in call.contracted.items():
-            axes = coupling.axes[argument_at(arguments, key)][0]
-            if not _same_axes(axes, coupling.axes[node][0]):  # else a norm's statistics: nothing is summed away
-                summed += [axes[dim] for dim in dims]
+        summed = _summed(coupling, node, call)
         for operand in node.all_input_nodes:
             for name in coupling.sources.get(operand, ()):
-                consumed |= {(canonical[name], dim) for dim in _dims_in(coupling.attributes[name], summed)}
-    return consumed
+                axes = coupling.attributes[name]
+                here = _dims_in(axes, summed) if summed else []
+                consumed |= {(canonical[name], dim) for dim in here}
+                if node not in coupling.sources:
+                    made |= {(canonical[name], dim) for dim in range(len(axes)) if dim not in here}
+    return consumed, made
+
+
+def _summed(coupling: Coupling, node: fx.Node, call: Call) -> list[Axis]:
+    """The axes that the op sums away."""
+    if not call.contracted:
+        return []
+    arguments = bind(node)
+    summed: list[Axis] = []
+    for key, dims in call.contracted.items():
+        axes = coupling.axes[argument_at(arguments, key)][0]
+        if not _same_axes(axes, coupling.axes[node][0]):  # else a norm's statistics: nothing is summed away
+            summed += [axes[dim] for dim in dims]
+    return summed
 
 
 def _same_axes(a: Axes, b: Axes) -> bool:

@@ -68,6 +68,17 @@ def _unbiased_var_mean(mask: Tensor, self: Tensor, *, unbiased: bool = True, **k
     return var_mean(mask, self, correction=int(unbiased), **kwargs)
 
 
+def std_mean(
+    mask: Tensor, self: Tensor, dim: Any = None, correction: float | None = 1, keepdim: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Both, as aten.std_mean."""
+    return var(mask, self, dim, correction, keepdim).sqrt(), mean(mask, self, dim, keepdim)
+
+
+def _unbiased_std_mean(mask: Tensor, self: Tensor, *, unbiased: bool = True, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    return std_mean(mask, self, correction=int(unbiased), **kwargs)
+
+
 def layer_norm(
     mask: Tensor,
     input: Tensor,
@@ -173,6 +184,9 @@ FORMS: dict[Any, Callable[..., Any]] = {
     aten.var_mean.correction: var_mean,
     aten.var_mean.default: _unbiased_var_mean,
     aten.var_mean.dim: _unbiased_var_mean,
+    aten.std_mean.correction: std_mean,
+    aten.std_mean.default: _unbiased_std_mean,
+    aten.std_mean.dim: _unbiased_std_mean,
     aten.layer_norm.default: layer_norm,
     aten.native_layer_norm.default: native_layer_norm,
     aten.rms_norm.default: rms_norm,

@@ -113,8 +113,9 @@ def test_couple_a_product_with_equal_parts_couples_every_part() -> None:
 def test_couple_what_does_not_nest_freezes_both_sides_and_says_why() -> None:
     a, b = product(factor(4), factor(6)), product(factor(3), factor(8))
     couple(a, b, WHY)
-    assert is_frozen(a)
-    assert is_frozen(b)
+    assert [(leaf.size, bool(leaf.frozen)) for leaf in leaves(a)] == [(4, True), (3, True), (2, False)]
+    assert [(leaf.size, bool(leaf.frozen)) for leaf in leaves(b)] == [(3, True), (4, True), (2, False)]
+    assert list(leaves(a))[-1] is list(leaves(b))[-1]
     assert "grouped in two ways" in str(next(leaves(a)).frozen)
 
 
@@ -159,11 +160,53 @@ def test_split_between_and_inside_the_parts_of_a_product() -> None:
 
 
 def test_split_where_no_boundary_fits_freezes() -> None:
-    a = product(factor(4), factor(6))
+    a = product(factor(4), factor(3))
     outer, inner = split(a, 3, WHY)
     assert is_frozen(a)
     assert is_frozen(outer)
     assert is_frozen(inner)
+
+
+def test_split_freezes_no_more_than_what_does_not_nest() -> None:
+    a = product(factor(8), factor(9))
+    outer, inner = split(a, 12, WHY)
+    assert [(leaf.size, bool(leaf.frozen)) for leaf in leaves(a)] == [(4, False), (2, True), (3, True), (3, False)]
+    assert [(leaf.size, bool(leaf.frozen)) for leaf in leaves(outer)] == [(4, False), (3, True)]
+    assert [(leaf.size, bool(leaf.frozen)) for leaf in leaves(inner)] == [(2, True), (3, False)]
+
+
+def test_views_that_do_not_nest_leave_what_all_of_them_share() -> None:
+    for order in itertools.permutations([2, 4, 6]):
+        assert free_rows(12, order) == {tuple([0] * 6 + [1] * 6)}
+
+
+@given(st.sampled_from([12, 24, 36, 48, 60, 72]), st.data())
+def test_the_order_of_views_does_not_matter(total: int, data: st.DataObject) -> None:
+    """What stays free is known beforehand: the boundaries that nest with all others, and nothing else between."""
+    divisors = [n for n in range(1, total + 1) if total % n == 0]
+    order = data.draw(st.lists(st.sampled_from(divisors), max_size=5))
+    assert free_rows(total, order) == free_by_definition(total, order)
+
+
+def free_rows(total: int, boundaries: Sequence[int]) -> set[tuple[int, ...]]:
+    """Unit of every index, for each factor that stays free when an axis is viewed as (n, total / n) for each n."""
+    axis = fresh(total)
+    for n in boundaries:
+        regroup([axis], [n, total // n], WHY)
+    return {tuple(row.tolist()) for _, row in coordinates(axis)}
+
+
+def free_by_definition(total: int, boundaries: Sequence[int]) -> set[tuple[int, ...]]:
+    asked = {1, total, *boundaries}
+    implied = set(asked)
+    while True:
+        wider = implied | {f(a, b) for f in (math.gcd, math.lcm) for a in implied for b in implied}
+        if wider == implied:
+            break
+        implied = wider
+    cuts = sorted(n for n in implied if all(n % other == 0 or other % n == 0 for other in asked))
+    free = [(a, b) for a, b in itertools.pairwise(cuts) if not any(a < n < b for n in asked)]
+    return {tuple(i // (total // b) % (b // a) for i in range(total)) for a, b in free}
 
 
 def test_split_of_a_concat_couples_the_inner_parts() -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import heapq
 import random
+from collections.abc import Sequence
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from graphcomp.capture import Captured, capture
 from graphcomp.coupling.groups import find_groups
 from graphcomp.coupling.propagate import propagate
-from graphcomp.testing import random_model, tiny_models
+from graphcomp.testing import check_law, random_model, tiny_models
 
 Fingerprint = frozenset[frozenset[tuple[str, int, tuple[int, ...]]]]
 
@@ -50,6 +52,30 @@ def check(model: nn.Module, inputs: object, shuffles: int) -> None:
     for seed in range(shuffles):
         order = another_order(captured.module.graph, random.Random(seed))
         assert groups_of(captured, order) == expected
+
+
+class Views(nn.Module):
+    """The hidden units of several branches, added up, each branch grouped in its own way: (n, 5) -> (n, 3)."""
+
+    def __init__(self, width: int, boundaries: Sequence[int]) -> None:
+        super().__init__()
+        self.boundaries = boundaries
+        self.up, self.down = nn.Linear(5, width), nn.Linear(width, 3)
+        self.scales = nn.ParameterList(nn.Parameter(torch.randn(n, width // n)) for n in boundaries)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        parts = [(h.view(-1, *scale.shape) * scale).tanh().flatten(1) for scale in self.scales]
+        return self.down(sum(parts[1:], parts[0]))
+
+
+@pytest.mark.parametrize(
+    ("width", "boundaries"), [(12, (2, 4, 6)), (12, (4, 6)), (24, (4, 6, 2)), (36, (4, 6, 9, 12)), (36, (2, 12, 18))]
+)
+def test_views_that_do_not_nest(width: int, boundaries: tuple[int, ...]) -> None:
+    model = Views(width, boundaries)
+    check(model, torch.randn(2, 5), shuffles=24)
+    check_law(model.double(), torch.randn(2, 5).double(), rounds=2)
 
 
 @pytest.mark.parametrize("name", list(tiny_models()))

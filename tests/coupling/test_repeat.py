@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+import graphcomp as gc
 from graphcomp.testing import check_law
 
 
@@ -36,5 +37,16 @@ class Tiled(nn.Module):
 
 def test_tile_that_names_the_last_dim_only():
     result = check_law(Tiled().eval(), torch.randn(2, 5, 4))
-    assert {m.name for group in result.groups for m in group.members} == {"a.weight", "a.bias", "b.weight"}
+    (group,) = result.groups
+    assert {m.name for m in group.members} == {"a.weight", "a.bias", "b.weight"}
     assert result.moved > 0.01
+
+
+def test_copies_are_no_units_of_their_own():
+    """No parameter makes them, and the model's own class says how many there are."""
+    plan = gc.analyze(Tiled().eval(), torch.randn(2, 5, 4))
+    assert [(group.size, group.role) for group in plan.groups] == [(6, "hidden")]
+    assert [(f.name, f.dim) for f in plan.frozen if "copies" in f.reason.text] == [("b.weight", 1)]
+    small = gc.compress(Tiled().eval(), torch.randn(2, 5, 4), sparsity=0.5, progress=False)
+    assert small.form == "native"
+    assert small.module.b.weight.shape == (3, 6)

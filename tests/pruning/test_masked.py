@@ -32,7 +32,7 @@ def mask(*shape: int) -> Tensor:
 @pytest.mark.parametrize("keepdim", [False, True])
 @pytest.mark.parametrize(
     "op", [aten.mean.dim, aten.var.dim, aten.std.dim, aten.var.correction, aten.std.correction, aten.var_mean.dim,
-           aten.var_mean.correction], ids=str
+           aten.var_mean.correction, aten.std_mean.dim, aten.std_mean.correction], ids=str
 )  # fmt: skip
 def test_reductions(op: Callable[..., Any], dims: Sequence[int], keepdim: bool) -> None:
     value = x()
@@ -48,7 +48,11 @@ def test_corrections(correction: float | None) -> None:
     torch.testing.assert_close(form(mask(1, 8, 1), self=value, dim=[1], correction=correction), expected)
 
 
-@pytest.mark.parametrize("op", [aten.mean.default, aten.var.default, aten.std.default, aten.var_mean.default], ids=str)
+@pytest.mark.parametrize(
+    "op",
+    [aten.mean.default, aten.var.default, aten.std.default, aten.var_mean.default, aten.std_mean.default],
+    ids=str,
+)
 def test_reductions_of_everything(op: Callable[..., Any]) -> None:
     value = x()
     torch.testing.assert_close(FORMS[op](mask(1, 8, 1), self=value), op(value[:, KEPT]))

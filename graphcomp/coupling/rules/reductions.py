@@ -24,6 +24,7 @@ def total(self: Axes, dim: Any = None, keepdim: bool = False, *, call: Call) -> 
 @rule(
     aten.mean.default, aten.mean.dim, aten.var.default, aten.var.dim, aten.var.correction, aten.std.default,
     aten.std.dim, aten.std.correction, aten.var_mean.default, aten.var_mean.dim, aten.var_mean.correction,
+    aten.std_mean.default, aten.std_mean.dim, aten.std_mean.correction,
 )  # fmt: skip
 def statistic(self: Axes, dim: Any = None, keepdim: bool = False, *, call: Call) -> list[Axes]:
     """As a sum, but masked units are left out of the count too: each of these ops has a masked form."""
@@ -53,7 +54,6 @@ def norm(self: Axes, dim: Any = None, keepdim: bool = False, *, call: Call, **op
     aten.argmax.default, aten.argmin.default, aten.any.default, aten.any.dim, aten.all.default, aten.all.dim,
     aten.prod.default, aten.prod.dim_int, aten.logsumexp.default, aten.median.dim, aten.mode.default,
     aten.count_nonzero.default, aten.count_nonzero.dim_IntList, aten.aminmax.default, aten.any.dims, aten.all.dims,
-    aten.std_mean.default, aten.std_mean.dim, aten.std_mean.correction,
     aten.nanmean.default, aten.median.default, aten.nanmedian.default, aten.nanmedian.dim, aten.linalg_norm.ord_str,
 )  # fmt: skip
 def pick(self: Axes, dim: Any = None, keepdim: bool = False, *, call: Call) -> list[Axes]:
