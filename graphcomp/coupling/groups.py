@@ -164,8 +164,8 @@ def _consumed_dims(coupling: Coupling) -> set[tuple[str, int]]:
     canonical = {str(n.target): first_name[id(t)] for n, t in attributes(coupling.module)}
     consumed: set[tuple[str, int]] = set()
     for node, call in coupling.calls.items():
-        if not call.contracted:
-            continue
+        if not call.contracted or (node in coupling.sources and len(node.all_input_nodes) == 1):
+            continue  # the range or the norm of a parameter is a property of it, not what is computed with it
         arguments = bind(node)
         summed: list[Axis] = []
         for key, dims in call.contracted.items():
