@@ -78,7 +78,7 @@ def _patches(node: fx.Node, x: Tensor) -> Iterator[Tensor]:
     x = x if x.dim() == space + 2 else x[None]
     x = F.pad(x, _padding(arguments["padding"], kernel, dilation))
     at_once = max(1, ELEMENTS_AT_ONCE // max(1, x[0].numel() * torch.Size(kernel).numel()))
-    for part in x.split(at_once):
+    for part in torch.split(x, at_once):
         for dim, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), 2):
             part = part.unfold(dim, (k - 1) * d + 1, s)[..., ::d]
         # (n, c, *positions, *kernel) -> (n, *positions, c, *kernel)
