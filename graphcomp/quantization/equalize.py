@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphcomp.graph import assign, attributes, bind, clone, fetch, is_op, value
-from graphcomp.quantization.placement import CLIPS, CONVOLUTIONS
+from graphcomp.quantization.placement import CLIPS, CONVOLUTIONS, TRANSPOSED
 
 aten = torch.ops.aten
 
@@ -28,7 +28,6 @@ ROUNDS = 50
 SETTLED = 1e-3  # of a logarithm: a tenth of a percent
 MOST = 1e3
 
-TRANSPOSED = frozenset({aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input})
 LAYERS = (CONVOLUTIONS - TRANSPOSED) | {aten.linear.default}
 
 KEEPS_DIMS = frozenset(

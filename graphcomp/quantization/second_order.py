@@ -18,14 +18,12 @@ from torch import Tensor, fx
 from graphcomp.errors import CalibrationError, PlanError
 from graphcomp.graph import bind
 from graphcomp.quantization.calibrate import calibrate_weight
-from graphcomp.quantization.placement import CONVOLUTIONS
+from graphcomp.quantization.placement import CONVOLUTIONS, TRANSPOSED
 from graphcomp.quantization.quantizers.base import Integers, Quantizer
 from graphcomp.quantization.quantizers.gradients import multiples
 from graphcomp.quantization.quantizers.make import make_quantizer
 
 aten = torch.ops.aten
-
-TRANSPOSED = frozenset({aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input})
 
 ELEMENTS_AT_ONCE = 1 << 24
 """Of unfolded patches: 64 MiB in float32."""
