@@ -28,6 +28,8 @@ from graphcomp.errors import VerificationError
 from graphcomp.graph import neighbourhood, source_line
 from graphcomp.pruning.mask import InsertMasks, set_masks
 from graphcomp.pruning.slice import SliceGroups, by_factor, select
+from graphcomp.quantization.integers import IntegerInterpreter as IntegerInterpreter
+from graphcomp.quantization.integers import check_integers as check_integers
 from graphcomp.untouched import untouched
 
 KeptUnits: TypeAlias = dict[ChannelGroup, Tensor]

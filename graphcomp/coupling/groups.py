@@ -186,8 +186,8 @@ def _consumed_and_made(coupling: Coupling) -> tuple[set[tuple[str, int]], set[tu
 
 def _summed(coupling: Coupling, node: fx.Node, call: Call) -> list[Axis]:
     """The axes that the op sums away."""
-    if not call.contracted:
-        return []
+    if not call.contracted or (node in coupling.sources and len(node.all_input_nodes) == 1):
+        return []  # the range or the norm of a parameter is a property of it, not what is computed with it
     arguments = bind(node)
     summed: list[Axis] = []
     for key, dims in call.contracted.items():

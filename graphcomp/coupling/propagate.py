@@ -151,6 +151,8 @@ def _getitem(coupling: Coupling, node: fx.Node) -> None:
     coupling.axes[node] = [coupling.axes[source][tensors_before]] if isinstance(found[index], Tensor) else []
     if source in coupling.sources:
         coupling.sources[node] = coupling.sources[source]
+    if source in coupling.origins:  # an elementwise op with two results, such as a quantizer with its mask
+        coupling.origins[node] = coupling.origins[source]
 
 
 def _is_coupled(module: fx.GraphModule, node: fx.Node) -> bool:
@@ -195,7 +197,7 @@ def _op(coupling: Coupling, node: fx.Node) -> None:
     coupling.axes[node] = results
     coupling.calls[node] = call
     if table.is_elementwise(function) and not call.residual:
-        made_of = coupling.origins_of(operands)
+        made_of = coupling.origins_of([n for n in operands if n not in coupling.sources])
         few = len(made_of) <= MAX_ORIGINS
         coupling.origins[node] = made_of if few else frozenset([coupling.many.setdefault(made_of, node)])
 

@@ -89,6 +89,7 @@ class Call:
 
 _RULES: dict[OpKey, RuleFunction] = {}
 _FAMILIES: list[tuple[Callable[[OpOverload], bool], RuleFunction]] = []
+_ELEMENTWISE: list[RuleFunction] = []
 
 
 @overload
@@ -144,9 +145,15 @@ def family(holds: Callable[[OpOverload], bool], function: RuleFunction) -> None:
     _FAMILIES.append((holds, function))
 
 
+def elementwise(function: F) -> F:
+    """Note of a rule that is no family's that it is elementwise, too."""
+    _ELEMENTWISE.append(function)
+    return function
+
+
 def is_elementwise(function: RuleFunction) -> bool:
-    """Whether the rule is a family's: each element of the result depends on the operands' elements at its place."""
-    return any(function is member for _, member in _FAMILIES)
+    """Whether each element of the result depends on the operands' elements at its place: a family's rule, mostly."""
+    return any(function is member for member in (*_ELEMENTWISE, *(member for _, member in _FAMILIES)))
 
 
 def find(op: OpOverload) -> RuleFunction | None:

@@ -79,6 +79,40 @@ def _unbiased_std_mean(mask: Tensor, self: Tensor, *, unbiased: bool = True, **k
     return std_mean(mask, self, correction=int(unbiased), **kwargs)
 
 
+def _filled(mask: Tensor, x: Tensor, value: float) -> Tensor:
+    return x.masked_fill(mask == 0, value)
+
+
+def amax(mask: Tensor, self: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
+    """The largest of the kept indices."""
+    return aten.amax.default(_filled(mask, self, -math.inf), _dims(dim, self.dim()), keepdim)  # type: ignore[no-any-return]
+
+
+def amin(mask: Tensor, self: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
+    """The smallest of the kept indices."""
+    return aten.amin.default(_filled(mask, self, math.inf), _dims(dim, self.dim()), keepdim)  # type: ignore[no-any-return]
+
+
+def max_dim(mask: Tensor, self: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    """The largest of the kept indices, and where it stands among all."""
+    return torch.max(_filled(mask, self, -math.inf), dim, keepdim)
+
+
+def min_dim(mask: Tensor, self: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    """The smallest of the kept indices, and where it stands among all."""
+    return torch.min(_filled(mask, self, math.inf), dim, keepdim)
+
+
+def aminmax(mask: Tensor, self: Tensor, *, dim: int | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    """Both extremes of the kept indices."""
+    return amin(mask, self, dim, keepdim), amax(mask, self, dim, keepdim)
+
+
+def logsumexp(mask: Tensor, self: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
+    """log Σ exp over the kept indices."""
+    return torch.logsumexp(_filled(mask, self, -math.inf), _dims(dim, self.dim()), keepdim)
+
+
 def layer_norm(
     mask: Tensor,
     input: Tensor,
@@ -187,6 +221,14 @@ FORMS: dict[Any, Callable[..., Any]] = {
     aten.std_mean.correction: std_mean,
     aten.std_mean.default: _unbiased_std_mean,
     aten.std_mean.dim: _unbiased_std_mean,
+    aten.amax.default: amax,
+    aten.amin.default: amin,
+    aten.max.default: amax,
+    aten.min.default: amin,
+    aten.max.dim: max_dim,
+    aten.min.dim: min_dim,
+    aten.aminmax.default: aminmax,
+    aten.logsumexp.default: logsumexp,
     aten.layer_norm.default: layer_norm,
     aten.native_layer_norm.default: native_layer_norm,
     aten.rms_norm.default: rms_norm,

@@ -20,7 +20,7 @@ from graphcomp.graph import bind, clone, fetch, module_path, set_argument, value
 from graphcomp.quantization import ops
 from graphcomp.quantization.fold import drop_unread
 from graphcomp.quantization.insert import quantizer_nodes
-from graphcomp.quantization.placement import CLIPS, COMPUTE, EMBEDDINGS, constants
+from graphcomp.quantization.placement import CLIPS, COMPUTE, EMBEDDINGS, TRANSPOSED, constants
 from graphcomp.quantization.quantizers.base import Integers, Quantizer
 
 aten = torch.ops.aten
@@ -224,7 +224,10 @@ class _Lowering:
         if node.target is aten.addmm.default and (arguments["beta"] != 1 or arguments["alpha"] != 1):
             return
         floats = self._evaluate(bias)
-        scale = (weight.scale * data.scale).to(weight.scale.dtype).expand(floats.shape[-1:]).contiguous()
+        scale = (weight.scale * data.scale).to(weight.scale.dtype)
+        if scale.dim() and node.target in TRANSPOSED:  # its weight holds one group's outputs, and every group has them
+            scale = scale.repeat(arguments["groups"])
+        scale = scale.expand(floats.shape[-1:]).contiguous()
         codes = torch.round(floats / scale)
         if floats.dim() != 1 or not bool((codes.abs() <= INT32_MAX).all()):
             return

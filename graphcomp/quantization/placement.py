@@ -56,6 +56,8 @@ COMPUTE: dict[object, Operands] = {
 
 CONVOLUTIONS = frozenset(op for op, operands in COMPUTE.items() if operands.data == ("input",)) - {aten.linear.default}
 
+TRANSPOSED = frozenset(op for op, operands in COMPUTE.items() if operands is _TRANSPOSED)
+
 EMBEDDINGS = frozenset({aten.embedding.default})
 
 # op -> the argument whose elements it moves

@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 from graphcomp.coupling.axis import Axes, Axis, Factor, is_frozen, kept_indices, leaves, length, normal
 from graphcomp.coupling.propagate import Coupling, propagate
 from graphcomp.coupling.table import Call
-from graphcomp.graph import is_op, tensor_values
+from graphcomp.graph import argument_at, bind, is_op, tensor_values
+from graphcomp.pruning.masked import FORMS
 
 
 class OneOp(nn.Module):
@@ -70,12 +71,19 @@ class Walk:
         """Unfrozen factors of the operands that take part in no statistics."""
         axes = [axis for name in self.tensors for axis in self[name]]
         found = {leaf: None for axis in axes for leaf in leaves(axis)}
-        return [leaf for leaf in found if not leaf.frozen and "normalized" not in leaf.marks]
+        # zeros are not all that a masked form does
+        formed = {
+            leaf
+            for node, call in self.coupling.calls.items()
+            if node.target in FORMS
+            for argument, dims in call.contracted.items()
+            for dim in dims
+            for leaf in leaves(self.coupling.axes[argument_at(bind(node), argument)][0][dim])
+        }
+        return [leaf for leaf in found if not leaf.frozen and "normalized" not in leaf.marks and leaf not in formed]
 
 
 def _operand(node: fx.Node, argument: str) -> str:
-    from graphcomp.graph import bind
-
     name, _, index = argument.partition(".")
     found = bind(node)[name]
     return str((found[int(index)] if index else found).target)

@@ -65,7 +65,7 @@ LAW: dict[str, tuple[int, Callable[..., Any], dict[str, Tensor]]] = {
     "median": (0, lambda a: a.median(), A),
     "softmax": (1, lambda a: a.softmax(1), A),
     "cumprod": (1, lambda a: a.cumprod(1), A),
-    "norm": (0, lambda a: a.norm(), A),  # both dims take part in statistics
+    "norm": (2, lambda a: a.norm(), A),
     "std_mean": (1, lambda a: torch.std_mean(a, dim=1), A),
     "nanmean": (1, lambda a: a.nanmean(0), A),
 }  # fmt: skip

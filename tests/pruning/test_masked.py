@@ -32,7 +32,8 @@ def mask(*shape: int) -> Tensor:
 @pytest.mark.parametrize("keepdim", [False, True])
 @pytest.mark.parametrize(
     "op", [aten.mean.dim, aten.var.dim, aten.std.dim, aten.var.correction, aten.std.correction, aten.var_mean.dim,
-           aten.var_mean.correction, aten.std_mean.dim, aten.std_mean.correction], ids=str
+           aten.var_mean.correction, aten.std_mean.dim, aten.std_mean.correction,
+           aten.amax.default, aten.amin.default, aten.logsumexp.default], ids=str
 )  # fmt: skip
 def test_reductions(op: Callable[..., Any], dims: Sequence[int], keepdim: bool) -> None:
     value = x()
@@ -48,11 +49,23 @@ def test_corrections(correction: float | None) -> None:
     torch.testing.assert_close(form(mask(1, 8, 1), self=value, dim=[1], correction=correction), expected)
 
 
+@pytest.mark.parametrize("keepdim", [False, True])
+def test_extremes_of_one_dim(keepdim: bool) -> None:
+    value, kept = x(), x()[:, KEPT]
+    value[:, KEPT] = kept
+    for op in (aten.max.dim, aten.min.dim):
+        torch.testing.assert_close(
+            FORMS[op](mask(1, 8, 1), self=value, dim=1, keepdim=keepdim)[0], op(kept, 1, keepdim)[0]
+        )
+    found = FORMS[aten.aminmax.default](mask(1, 8, 1), self=value, dim=1, keepdim=keepdim)
+    torch.testing.assert_close(found, tuple(torch.aminmax(kept, dim=1, keepdim=keepdim)))
+
+
 @pytest.mark.parametrize(
-    "op",
-    [aten.mean.default, aten.var.default, aten.std.default, aten.var_mean.default, aten.std_mean.default],
-    ids=str,
-)
+    "op", [aten.mean.default, aten.var.default, aten.std.default, aten.var_mean.default, aten.std_mean.default,
+           aten.max.default,
+           aten.min.default], ids=str
+)  # fmt: skip
 def test_reductions_of_everything(op: Callable[..., Any]) -> None:
     value = x()
     torch.testing.assert_close(FORMS[op](mask(1, 8, 1), self=value), op(value[:, KEPT]))

@@ -55,11 +55,15 @@ def pointwise(call: Call, **arguments: Any) -> Axes | list[Axes]:
 
 
 def _is_residual(call: Call, operands: list[AxesValue]) -> bool:
-    """A sum of two activations, none of them stretched, that are not two functions of the same value (as in GELU)."""
+    """A sum of two activations, none of them stretched, of which neither is a function of the other's value alone.
+
+    GELU is none, nor is x + (quantized(x, range of x) - x): what scales a value is no other branch.
+    """
     if call.node.target not in (aten.add.Tensor, aten.add_.Tensor) or not {"self", "other"} <= call.activations:
         return False
     shapes = [tuple(map(length, axes)) for axes in operands]
-    return shapes[0] == shapes[1] and call.origins["self"] != call.origins["other"]
+    one, other = call.origins["self"], call.origins["other"]
+    return shapes[0] == shapes[1] and not (one <= other or other <= one)
 
 
 family(is_pointwise, pointwise)

@@ -7,7 +7,7 @@ import torch
 from graphcomp.coupling.axis import Axes, couple, length
 from graphcomp.coupling.rules.index import whole
 from graphcomp.coupling.rules.pointwise import pointwise
-from graphcomp.coupling.table import Call, rule
+from graphcomp.coupling.table import Call, elementwise, rule
 
 aten = torch.ops.aten
 
@@ -16,6 +16,7 @@ aten = torch.ops.aten
     aten.fake_quantize_per_channel_affine.default, aten.fake_quantize_per_channel_affine_cachemask.default,
     aten._fake_quantize_learnable_per_channel_affine.default,
 )  # fmt: skip
+@elementwise
 def per_channel(self: Axes, scale: Axes, zero_point: Axes, axis: int, *, call: Call) -> list[Axes]:
     """One scale and zero point per index of dim `axis`."""
     return _per_channel(call, self, axis, scale, zero_point)
@@ -24,12 +25,14 @@ def per_channel(self: Axes, scale: Axes, zero_point: Axes, axis: int, *, call: C
 @rule("quantized_decomposed::quantize_per_channel")
 @rule("quantized_decomposed::dequantize_per_channel")
 @rule("quantized_decomposed::fake_quant_per_channel")
+@elementwise
 def decomposed_per_channel(input: Axes, scales: Axes, zero_points: Axes | None, axis: int, *, call: Call) -> list[Axes]:
     """As `per_channel`, in the form that torch.ao and ExecuTorch exchange."""
     return _per_channel(call, input, axis, scales, zero_points)
 
 
 @rule(aten.fused_moving_avg_obs_fake_quant.default, aten._fused_moving_avg_obs_fq_helper.default)
+@elementwise
 def fused_observer(
     self: Axes, running_min: Axes, running_max: Axes, scale: Axes, zero_point: Axes, ch_axis: int, *, call: Call
 ) -> list[Axes]:

@@ -1,7 +1,12 @@
-"""Reductions: sums contract, means and variances are statistics, everything that picks a winner freezes."""
+"""Reductions: sums contract, means, variances and extremes are statistics, a winner's position freezes.
+
+Statistics of a parameter itself (the range of a weight that is quantized, say) are masked like any other, but say
+nothing of the network: no axis counts as normalized for them.
+"""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,8 +34,20 @@ def total(self: Axes, dim: Any = None, keepdim: bool = False, *, call: Call) -> 
 def statistic(self: Axes, dim: Any = None, keepdim: bool = False, *, call: Call) -> list[Axes]:
     """As a sum, but masked units are left out of the count too: each of these ops has a masked form."""
     dims = _dims(dim, len(self))
+    _statistic(call, self, dims)
+    return [_reduced(self, dims, keepdim) for _ in call.shapes]
+
+
+@rule(
+    aten.amax.default, aten.amin.default, aten.max.default, aten.min.default, aten.max.dim, aten.min.dim,
+    aten.aminmax.default, aten.logsumexp.default,
+)  # fmt: skip
+def extreme(self: Axes, dim: Any = None, keepdim: bool = False, *, call: Call) -> list[Axes]:
+    """Of the kept units: each of these ops has a masked form. Where someone reads which index won, as `pick`."""
+    if _reads_positions(call):
+        return pick(self, dim, keepdim, call=call)
+    dims = _dims(dim, len(self))
     call.contract("self", *dims)
-    call.mark([self[d] for d in dims], "normalized")
     return [_reduced(self, dims, keepdim) for _ in call.shapes]
 
 
@@ -44,16 +61,14 @@ def norm(self: Axes, dim: Any = None, keepdim: bool = False, *, call: Call, **op
     if not isinstance(order, (int, float)) or order < 0:
         return pick(self, dim, keepdim, call=call)[0]
     dims = _dims(dim, len(self))
-    call.contract("self", *dims)
-    call.mark([self[d] for d in dims], "normalized")
+    _statistic(call, self, dims)
     return _reduced(self, dims, keepdim)
 
 
 @rule(
-    aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim, aten.max.default, aten.min.default,
     aten.argmax.default, aten.argmin.default, aten.any.default, aten.any.dim, aten.all.default, aten.all.dim,
-    aten.prod.default, aten.prod.dim_int, aten.logsumexp.default, aten.median.dim, aten.mode.default,
-    aten.count_nonzero.default, aten.count_nonzero.dim_IntList, aten.aminmax.default, aten.any.dims, aten.all.dims,
+    aten.prod.default, aten.prod.dim_int, aten.median.dim, aten.mode.default,
+    aten.count_nonzero.default, aten.count_nonzero.dim_IntList, aten.any.dims, aten.all.dims,
     aten.nanmean.default, aten.median.default, aten.nanmedian.default, aten.nanmedian.dim, aten.linalg_norm.ord_str,
 )  # fmt: skip
 def pick(self: Axes, dim: Any = None, keepdim: bool = False, *, call: Call) -> list[Axes]:
@@ -83,6 +98,19 @@ def cosine_similarity(x1: Axes, x2: Axes, dim: int = 1, *, call: Call) -> Axes:
     call.contract("x1", dim % len(x1))
     call.contract("x2", dim % len(x2))
     return _reduced(x1, [dim % len(x1)], keepdim=False)
+
+
+def _statistic(call: Call, self: Axes, dims: Sequence[int]) -> None:
+    call.contract("self", *dims)
+    if "self" in call.activations:
+        call.mark([self[d] for d in dims], "normalized")
+
+
+def _reads_positions(call: Call) -> bool:
+    """Whether the second result of max.dim or min.dim, the positions, is used."""
+    if call.node.target not in (aten.max.dim, aten.min.dim):
+        return False
+    return any(user.target is not operator.getitem or (user.args[1] == 1 and user.users) for user in call.node.users)
 
 
 def _dims(dim: Any, rank: int) -> list[int]:
