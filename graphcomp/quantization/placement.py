@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
 
-from graphcomp.graph import bind, is_op, module_path, tensor_values, value
+from graphcomp.graph import bind, module_path, tensor_values, value
 from graphcomp.quantization.spec import QuantConfig, QuantSpec, matches
 
 aten = torch.ops.aten
@@ -203,9 +203,9 @@ class _Planner:
     def _weight(self, operand: fx.Node, user: fx.Node, dim: int, spec: QuantSpec) -> None:
         rank = value(operand).dim()
         where = dim % rank if spec.granularity != "tensor" else None
-        if spec.granularity == "group" and where != 0:
+        if spec.granularity == "group" and (where != 0 or rank != 2):
             # groups run along the last dim of a matrix whose rows are channels; elsewhere, one step per channel
-            spec = QuantSpec(spec.bits, spec.symmetric, "channel", 0, spec.kind, spec.observer)
+            spec = replace(spec, granularity="channel", group_size=0)
         key = (self._tensor_key(operand), where, spec)
         for site in self.weights:
             if site.value is operand and site.shares == key:
@@ -353,14 +353,9 @@ class _Classes:
 def _at_least(spec: QuantSpec | None, bits: int) -> QuantSpec | None:
     if spec is None or spec.bits >= bits:
         return spec
-    return QuantSpec(bits, spec.symmetric, spec.granularity, spec.group_size, spec.kind, spec.observer)
+    return replace(spec, bits=bits)
 
 
 def _is_float(node: fx.Node) -> bool:
     found = value(node)
     return isinstance(found, torch.Tensor) and found.is_floating_point()
-
-
-def quantizable(module: fx.GraphModule) -> list[fx.Node]:
-    """The compute ops of a graph."""
-    return [n for n in module.graph.nodes if is_op(n) and n.target in COMPUTE]

@@ -17,11 +17,13 @@ from torch import Tensor, fx, nn
 from graphcomp.errors import CalibrationError
 from graphcomp.graph import bind, clone, fetch, set_argument, value
 from graphcomp.quantization.calibrate import RangeObserver, calibrate_weight, make_observer
+from graphcomp.quantization.equalize import equalize
 from graphcomp.quantization.fold import FoldBatchNorm
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.lower import Lowered, constants_with_quantizers, lower
 from graphcomp.quantization.placement import COMPUTE, CONVOLUTIONS, place
 from graphcomp.quantization.quantizers.base import Quantizer
+from graphcomp.quantization.second_order import round_second_order, second_moments
 from graphcomp.quantization.spec import QuantConfig
 from graphcomp.quantization.walk import Lockstep
 
@@ -44,7 +46,8 @@ class PostTraining:
     Attributes:
         config: which tensors are quantized, and how.
         ignore: module names or "re:" patterns that stay float.
-        equalize: scale channels between layers so that all use their range (Nagel et al. 2019).
+        equalize: scale channels between layers so that all use their range (Nagel et al. 2019); None: where weights
+            have one step per tensor, which is where it matters.
         correct_bias: add the mean error of each output channel to the bias (Nagel et al. 2019, section 4.2).
         rounding: "nearest", or "second_order": each weight's error is made up for by those after it (GPTQ).
         walk_batches: ranges are read off all calibration batches; rounding and correction see at most so many.
@@ -52,7 +55,7 @@ class PostTraining:
 
     config: QuantConfig = field(default_factory=QuantConfig)
     ignore: tuple[str, ...] = ()
-    equalize: bool = False
+    equalize: bool | None = None
     correct_bias: bool = True
     rounding: Rounding = "nearest"
     walk_batches: int = 8
@@ -92,8 +95,9 @@ def quantize(module: fx.GraphModule, batches: Sequence[Sequence[Any]], options: 
     """
     notes: list[str] = []
     folded = FoldBatchNorm()(module)
-    if options.equalize:
-        folded, found = _equalized(folded)
+    weights = options.config.weights
+    if options.equalize or (options.equalize is None and weights is not None and weights.granularity == "tensor"):
+        folded, found = equalize(folded)
         notes += found
     own_bias = _with_biases(folded) if options.correct_bias else folded
     placement = place(own_bias, options.config, options.ignore)
@@ -104,12 +108,6 @@ def quantize(module: fx.GraphModule, batches: Sequence[Sequence[Any]], options: 
     fit_biases(fake)
     left = {node.name: reason for node, reason in placement.left_float.items()}
     return Quantized(folded, fake, lower(fake), errors, left, tuple(notes))
-
-
-def _equalized(folded: fx.GraphModule) -> tuple[fx.GraphModule, list[str]]:
-    from graphcomp.quantization.equalize import equalize
-
-    return equalize(folded)
 
 
 # ------------------------------------------------------------------------------------------------ tensors of its own
@@ -227,8 +225,12 @@ def fit_biases(fake: fx.GraphModule) -> None:
             continue
         step = data.to_integers(torch.zeros((), dtype=scale.dtype)).scale
         needed = values.of(arguments[operands.bias]).detach().abs() / (step * BIAS_LIMIT)
+        if weight.dim is None:
+            needed = needed.amax()
+        elif needed.numel() != scale.numel():  # the groups of a transposed convolution share the weight's channels
+            needed = needed.view(-1, scale.numel()).amax(0)
         with torch.no_grad():
-            scale.copy_(torch.maximum(scale, needed.amax() if weight.dim is None else needed.to(scale)))
+            scale.copy_(torch.maximum(scale, needed.to(scale)))
 
 
 # ------------------------------------------------------------------------------------------------ setting
@@ -283,7 +285,7 @@ class _Setting:
         if not isinstance(bias, fx.Node) or bias.op != "get_attr":
             return
         channels = 1 if node.target in CONVOLUTIONS else exact[0].dim() - 1
-        mean = significant_mean([e.double() - r.double() for e, r in zip(exact, rough, strict=True)], channels)
+        mean = significant_mean(exact, rough, channels)
         name = self._own_parameter(bias, node)
         old = fetch(self.fake, name)
         _set(self.fake, name, (old.double() + mean).to(old.dtype))
@@ -293,12 +295,10 @@ class _Setting:
 
     def _round(self, node: fx.Node, rough: Lockstep) -> None:
         """Give the layer's weight the values on its grid that its operands make least of."""
-        from graphcomp.quantization.second_order import round_second_order, second_moments
-
         operands, arguments = COMPUTE[node.target], bind(node)
         wrapped = arguments[operands.weight]
         quantizer = self.quantizers.get(wrapped)
-        if quantizer is None or wrapped not in self.constant or len(wrapped.users) > 1:
+        if quantizer is None or wrapped not in self.constant or len(wrapped.users) > 1 or quantizer.dim not in (None, 0):
             return
         (source,) = wrapped.all_input_nodes
         if source.op != "get_attr":
@@ -337,18 +337,24 @@ class _Setting:
         return own
 
 
-def significant_mean(errors: Sequence[Tensor], channels: int) -> Tensor:
-    """(c,) float64: the mean over all dims but `channels`, 0 where it is within twice its standard error.
+def significant_mean(exact: Sequence[Tensor], rough: Sequence[Tensor], channels: int) -> Tensor:
+    """(c,) float64: the mean of exact - rough over all dims but `channels`, 0 within twice its standard error.
 
     What few samples say of the mean is mostly chance, and correcting for chance makes the model worse.
     """
-    rows = torch.cat([e.movedim(channels, 0).flatten(1) for e in errors], dim=1)
-    count = rows.shape[1]
+    dims = [d for d in range(exact[0].dim()) if d != channels]
+    count = sum(e.numel() for e in exact) // max(exact[0].shape[channels], 1)
+    total = torch.zeros(exact[0].shape[channels], dtype=torch.float64, device=exact[0].device)
+    squares = torch.zeros_like(total)
     if count < FEWEST_SAMPLES:
-        return rows.new_zeros(rows.shape[0])
-    mean = rows.mean(dim=1)
-    standard_error = rows.std(dim=1) / count**0.5
-    return torch.where(mean.abs() > 2 * standard_error, mean, 0.0)
+        return total
+    for e, r in zip(exact, rough, strict=True):
+        difference = e - r
+        total += difference.sum(dims, dtype=torch.float64)
+        squares += difference.square_().sum(dims, dtype=torch.float64)
+    mean = total / count
+    variance = (squares / count - mean.square()).clamp(min=0)
+    return torch.where(mean.abs() > 2 * (variance / count).sqrt(), mean, 0.0)
 
 
 class Constants:
@@ -381,8 +387,8 @@ def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _relative(exact: list[Tensor], rough: list[Tensor]) -> float:
-    error = sum(float((e.double() - r.double()).square().sum()) for e, r in zip(exact, rough, strict=True))
-    norm = sum(float(e.double().square().sum()) for e in exact)
+    error = sum(float((e - r).square_().sum(dtype=torch.float64)) for e, r in zip(exact, rough, strict=True))
+    norm = sum(float(e.square().sum(dtype=torch.float64)) for e in exact)
     return float((error / norm) ** 0.5) if norm > 0 else 0.0
 
 

@@ -50,7 +50,7 @@ class Lockstep:
     def drop(self, node: fx.Node) -> None:
         """Forget the operands that `node` was the last to read, and `node` itself where nothing reads it."""
         for operand in node.all_input_nodes:
-            if self.last_user[operand] is node:
+            if self.last_user.get(operand) is node:  # a node that was added on the way has none
                 for values in self.values:
                     values.pop(operand, None)
         if node not in self.last_user:
