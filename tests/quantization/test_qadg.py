@@ -26,7 +26,7 @@ from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.uniform import UniformQuantizer
 from graphcomp.quantization.spec import QuantConfig, QuantSpec
 from graphcomp.quantization.walk import Lockstep
-from graphcomp.testing import Encoder, VisionTransformer, random_kept, randomize
+from graphcomp.testing import Encoder, ResidualCNN, VisionTransformer, random_kept, randomize
 from tests.export.models import import_transformers
 
 from .written import WRITTEN, Make, quantize_in_place
@@ -69,6 +69,7 @@ class Bert(nn.Module):
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "cnn": (DepthwiseResidual, (IMAGE,)),
+    "residual": (ResidualCNN, (IMAGE,)),
     "vit": (VisionTransformer, (IMAGE,)),
     "encoder": (Encoder, (IDS, torch.ones_like(IDS).tril(3))),
     "bert": (Bert, (IDS,)),
@@ -146,8 +147,10 @@ def set_range(quantizer: Quantizer, x: Tensor) -> None:
         calibrate_weight(quantizer, x)
 
 
-@pytest.mark.parametrize("kind", SPECS)
-@pytest.mark.parametrize("name", ["cnn", "vit", "encoder"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((name, kind) for name in ("cnn", "vit", "encoder") for kind in SPECS), ("bert", "channel"), ("bert", "geta")],
+)
 def test_our_quantizers_change_no_group(name: str, kind: str) -> None:
     model, inputs = build(name)
     captured = capture(model, inputs)
@@ -187,6 +190,19 @@ def assert_sliced(quantized: fx.GraphModule, small: fx.GraphModule) -> None:
             assert quantizer.scale.shape[1] == old.scale.shape[1]
         shorter += len(quantizer.scale) < len(old.scale)
     assert shorter > 0 or all(q.dim is None for q in before.values())
+
+
+def test_a_quantizer_shared_by_several_values_couples_nothing() -> None:
+    model, inputs = build("residual")
+    captured = capture(model, inputs)
+    plain = FoldBatchNorm()(captured.module)
+    shared = InsertQuantizers(place(plain, QuantConfig(share_add=True, share_concat=True)))(plain)
+    nodes = [quantizer for _, quantizer in quantizer_nodes(shared)]
+    assert len({id(quantizer) for quantizer in nodes}) < len(nodes)
+    own = {str(node.target) for node in plain.graph.find_nodes(op="get_attr")}
+    assert picture(propagate(shared, captured.output_names), own) == picture(
+        propagate(plain, captured.output_names), own
+    )
 
 
 def test_steps_of_kept_units_stay() -> None:
