@@ -298,7 +298,12 @@ class _Setting:
         operands, arguments = COMPUTE[node.target], bind(node)
         wrapped = arguments[operands.weight]
         quantizer = self.quantizers.get(wrapped)
-        if quantizer is None or wrapped not in self.constant or len(wrapped.users) > 1 or quantizer.dim not in (None, 0):
+        if (
+            quantizer is None
+            or wrapped not in self.constant
+            or len(wrapped.users) > 1
+            or quantizer.dim not in (None, 0)
+        ):
             return
         (source,) = wrapped.all_input_nodes
         if source.op != "get_attr":

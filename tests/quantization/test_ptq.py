@@ -21,7 +21,7 @@ from tests.quantization.models import encoder, residual
 
 def run(model: nn.Module, x: Tensor, **options: Any) -> tuple[Quantized, list[list[Any]]]:
     captured = capture(model, x)
-    batches = [flat_inputs(captured, (part,), {}) for part in x.split(2)]
+    batches = [flat_inputs(captured, (part,), {}) for part in x.split(max(2, len(x) // 4))]
     return quantize(captured.module, batches, PostTraining(**options)), batches
 
 
@@ -44,7 +44,7 @@ def test_eight_bits_are_close():
 
 def test_ranges_are_those_of_all_batches():
     model, x = residual()
-    x[4:] *= 10
+    x[5:] *= 10
     found, _ = run(model, x)
     quantizer = next(q for n, q in quantizer_nodes(found.fake) if str(n.target).endswith(".x"))
     scale = quantizer.get_parameter("scale")
@@ -54,7 +54,7 @@ def test_ranges_are_those_of_all_batches():
 def test_bias_correction_removes_the_mean_error():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
-    x = correlated(64, 32) + 1
+    x = correlated(1024, 32) + 1
     errors = {}
     for correct in (False, True):
         found, _ = run(model, x, config=low(2), correct_bias=correct)
