@@ -84,7 +84,7 @@ def demo(folder: Path) -> int:
     data = digits.load()
     jobs = [
         Job("residual CNN", digits.ResidualCNN(), epochs=10, finetune_epochs=5, learning_rate=3e-3),
-        Job("transformer", digits.DigitTransformer(), epochs=40, finetune_epochs=12, learning_rate=4e-3),
+        Job("transformer", digits.DigitTransformer(), epochs=45, finetune_epochs=20, learning_rate=4e-3),
     ]
     print(
         f"{len(data.train_y)} digits to train, {len(data.test_y)} to test; {THREADS} thread; torch {torch.__version__}"
