@@ -217,7 +217,7 @@ def measure(stage: str, file: Path, costs: dict[str, Any], when: str, data: digi
     """A row of the table: what the report says about `when`, "before" or "after", and how `file` runs."""
     accuracy = accuracy_of(file, data, exact=True)
     feeds = feeds_of(open_session(file), (data.test_x[:1],), None)
-    time_taken = latency(file, feeds, threads=THREADS, warmup=50, repeats=500)
+    time_taken = latency(file, feeds, threads=THREADS, warmup=50, repeats=4000)
     macs = costs["macs"][when] / EXAMPLES
     return Row(stage, accuracy, costs["params"][when], macs, file.stat().st_size, time_taken)
 
