@@ -1,4 +1,4 @@
-# make demo    train, compress, fine-tune, save and reload two small models
+# make demo    train, compress, fine-tune, quantize, export and reload two small models
 # make test    the default tests
 # make check   everything CI runs
 # make clean   remove what the others made

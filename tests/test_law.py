@@ -467,7 +467,7 @@ def check_random(seed: int, depth: int) -> None:
 
 
 @given(st.integers(0, 10**6), st.integers(1, 3))
-@settings(max_examples=25)
+@settings(max_examples=15)
 def test_random_networks(seed: int, depth: int) -> None:
     check_random(seed, depth)
 

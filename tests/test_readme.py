@@ -11,13 +11,31 @@ import pytest
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_quick_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_blocks_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = README.read_text(encoding="utf-8")
-    (block,) = re.finditer(r"```python\n(.*?)```", text, re.DOTALL)
-    lines_before = "\n" * text.count("\n", 0, block.start(1))  # so that a traceback shows the README's own line
+    quick_start, integers, *others = re.finditer(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict[str, Any] = {}
-    exec(compile(lines_before + block[1], str(README), "exec"), names)
+
+    def run(block: re.Match[str]) -> None:
+        lines_before = "\n" * text.count("\n", 0, block.start(1))  # so that a traceback shows the README's own line
+        exec(compile(lines_before + block[1], str(README), "exec"), names)
+
+    run(quick_start)
     before, after = ([p.numel() for p in names[model].parameters()] for model in ("model", "small"))
     assert sum(after) < sum(before)
     assert names["logits"].shape == (2, 10)
+
+    pytest.importorskip("onnxruntime", reason="the other blocks export ONNX")
+    run(integers)
+    found = names["integers"].export_report
+    assert found.kernels.share == 1 and found.agreement.within_a_step
+    seven_bits, weights_only = others
+    run(seven_bits)
+    layers = [layer.weight_bits for layer in names["integers"].report.layers]
+    assert layers == [7, 7, 7]
+    # with VNNI or without it
+    assert names["integers"].export_report.as_run.within_a_step
+    run(weights_only)
+    found = names["words"].export_report
+    assert found.kernels.integer == {"MatMulNBits": 3} and found.agreement.within_a_step

@@ -20,6 +20,7 @@ from graphcomp.export.onnx import export_onnx
 from graphcomp.graph import set_argument
 from graphcomp.quantization.ops import dequantize_per_tensor, quantize_per_tensor
 from tests.export.lowered import Quantization, lower
+from tests.marks import slow
 
 
 class Block(nn.Module):
@@ -49,7 +50,7 @@ def proof(folder: Path, model: nn.Module, shape: tuple[int, ...], how: Quantizat
     return prove(folder / "m.onnx")
 
 
-@pytest.mark.parametrize("bits", [(8, 8), (4, 8), (8, 4), (3, 2)])
+@pytest.mark.parametrize("bits", [(8, 8), (4, 2), *slow((4, 8), (8, 4), (3, 2))])
 def test_every_layer_of_a_residual_convnet(tmp_path: Path, bits: tuple[int, int]) -> None:
     found = proof(tmp_path, Block(), IMAGE, Quantization(*bits))
     assert (found.integer["QLinearConv"], found.integer["QGemm"]) == (3, 1)
@@ -57,7 +58,7 @@ def test_every_layer_of_a_residual_convnet(tmp_path: Path, bits: tuple[int, int]
 
 
 @pytest.mark.parametrize("shape", [ROWS, TOKENS])
-@pytest.mark.parametrize("bits", [(8, 8), (4, 6)])
+@pytest.mark.parametrize("bits", [(8, 8), *slow((4, 6))])
 def test_every_layer_of_an_mlp(tmp_path: Path, shape: tuple[int, ...], bits: tuple[int, int]) -> None:
     found = proof(tmp_path, mlp(), shape, Quantization(*bits))
     assert (found.share, dict(found.float_), found.stayed_float) == (1.0, {}, ())
