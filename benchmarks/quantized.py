@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 import graphcomp as gc
 from benchmarks import common, oneshot
-from benchmarks.common import append_json, percent, section, table
+from benchmarks.common import append_json, section, table
 from graphcomp.cost import file_bytes
-from graphcomp.export.kernels import prove
+from graphcomp.export.kernels import INTEGER_LAYERS, KernelProof, prove
 from graphcomp.export.onnx import export_onnx
 from graphcomp.export.runtime import feeds_of, open_session
 
@@ -67,8 +67,7 @@ class File:
     label: str
     path: Path
     failure: str = ""
-    share: float | None = None
-    stayed_float: tuple[tuple[str, str], ...] = ()
+    proof: KernelProof | None = None
 
 
 def main() -> None:
@@ -111,7 +110,7 @@ def files(case: Case, folder: Path) -> Iterator[File]:
         try:
             way(path)
             proof = prove(path)
-            yield File(label, path, "", proof.share, proof.stayed_float)
+            yield File(label, path, "", proof)
         except Exception as error:
             if label.startswith("ours") or label == "float":
                 raise
@@ -198,7 +197,8 @@ def report(case: Case, found: Sequence[File], options: argparse.Namespace) -> No
         exact, default = (distance(wanted, Runtime(file.path, mode)(*case.test)) for mode in (True, False))
         scores = [] if case.evaluate is None or options.no_quality else case.evaluate(Runtime(file.path, exact=True))
         row = {
-            "model": case.name, "file": file.label, "bytes": file_bytes(file.path), "share": file.share,
+            "model": case.name, "file": file.label, "bytes": file_bytes(file.path),
+            "kernels": file.proof and file.proof.to_dict(),
             "error": exact, "default": default, "scores": [f"{s.metric} {s}" for s in scores],
             "ms": {n: found_times.get(file.label) for n, found_times in times.items()},
         }  # fmt: skip
@@ -208,7 +208,7 @@ def report(case: Case, found: Sequence[File], options: argparse.Namespace) -> No
             f"{row['bytes'] / 2**20:.2f} MiB",
             f"{size / row['bytes']:.1f}×",
             *(_speed(times[n], file.label) for n in (1, 2)),
-            "–" if file.share is None or file.label == "float" else percent(file.share, 0),
+            _kernels(file),
             f"{exact:.1e}" + (f" ({default:.1e})" if default > 1.5 * exact + 1e-6 else ""),
             ", ".join(f"{s}" for s in scores) or "–",
         ])  # fmt: skip
@@ -225,8 +225,8 @@ def report(case: Case, found: Sequence[File], options: argparse.Namespace) -> No
     ]
     section(f"{case.name}, in onnxruntime", table(columns, rows))
     for file in ready:
-        if file.label.startswith("ours") and "int8" in file.label:
-            for name, why in file.stayed_float:
+        if file.label.startswith("ours") and file.proof is not None:
+            for name, why in file.proof.stayed_float:
                 print(f"{file.label}: {name} stayed float: {why}")
 
 
@@ -246,6 +246,17 @@ def latencies(case: Case, found: Sequence[File], threads: int) -> dict[str, floa
 
 def _speed(times: Mapping[str, float], label: str) -> str:
     return f"{times[label]:.1f} ms, {times['float'] / times[label]:.2f}×" if label in times else "–"
+
+
+def _kernels(file: File) -> str:
+    """Of the quantized layers, how many run in integers; what else multiplies runs in floats."""
+    proof = file.proof
+    integer = sum(n for name, n in proof.integer.items() if name in INTEGER_LAYERS) if proof else 0
+    if proof is None or not integer:
+        return "–"
+    stayed, floats = len(proof.stayed_float), sum(proof.float_.values())
+    others = f" (and {floats - stayed} float products)" if floats > stayed else ""
+    return f"{integer} of {integer + stayed}{others}"
 
 
 def distance(wanted: Tensor, given: Tensor) -> float:
@@ -291,7 +302,7 @@ def minilm() -> Case:
     def evaluate(model: nn.Module) -> list[oneshot.Score]:
         with torch.no_grad():
             cosine = nn.functional.cosine_similarity(wanted, model(*test)).mean()
-        return [oneshot.Score("cosine", float(cosine), 0.0, len(wanted)), *task.evaluate(model)]
+        return [oneshot.Score("100 - 100 x cosine", 100 - 100 * float(cosine), 0.0, len(wanted)), *task.evaluate(model)]
 
     return Case("MiniLM-L6", task.model, example, task.calibration[:CALIBRATION_BATCHES], test, evaluate)
 
