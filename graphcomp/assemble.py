@@ -323,7 +323,7 @@ def into_whole(model: nn.Module, small: CompressedModel, scope: str) -> Compress
     """The whole model, copied, with its submodule `scope` replaced."""
     memo = {id(model.get_submodule(scope)): small.module}
     whole = copy.deepcopy(model, memo)
-    return CompressedModel(
+    found = CompressedModel(
         whole,
         form=small.form,
         kept={f"{scope}.{name}": dims for name, dims in small.kept.items()},
@@ -332,3 +332,5 @@ def into_whole(model: nn.Module, small: CompressedModel, scope: str) -> Compress
         edits=tuple((f"{scope}.{path}".rstrip("."), name, value) for path, name, value in small.edits),
         original_shapes={name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()},
     )
+    found.quantized = small.quantized
+    return found

@@ -69,3 +69,14 @@ def test_detection_models_are_recorded_and_cut(name):
     assert small.form == "native" and type(small.module) is type(model)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
     assert after < 0.8 * before
+
+
+QUANTIZED = {"tv/mobilenet_v3_small", "tv/shufflenet_v2_x0_5", "hf/bert", "hf/llama-gqa4", "hf/t5", "hf/swin"}
+
+
+@pytest.mark.parametrize("name", _parameters(EXPORTED, QUANTIZED))
+def test_integers_are_fake_quant(name):
+    model, args, kwargs = CASES[name].build()
+    small = gc.compress(model, args, kwargs, bits=8, saliency="random", progress=False)
+    assert small.report.verified["integers == fake-quant, in steps"] <= 1.001  # and weights bit for bit, or it raises
+    assert any(layer.weight_bits == 8 for layer in small.report.layers)

@@ -25,6 +25,16 @@ Format = Literal["onnx", "program"]
 SATURATED = 2.0
 """Quantization steps that rounding in other places cannot explain."""
 
+SATURATES = (
+    "%s is %.3g quantization steps off in onnxruntime's default kernels: on this CPU they add products of uint8 and "
+    "int8 in 16 bits and saturate; compress(…, reduce_range=True) avoids it, and so does "
+    'SessionOptions.add_session_config_entry("session.x64quantprecision", "1")'
+)
+WEIGHT_ONLY = (
+    "%s is %.3g quantization steps off in onnxruntime's default kernels: MatMulNBits rounds its activations to int8; "
+    'SessionOptions.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1") keeps them float'
+)
+
 FORMATS: dict[str, Format] = {".onnx": "onnx", ".pt2": "program"}
 
 
@@ -85,10 +95,6 @@ def write_file(module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: Map
     if not found.within_a_step:
         log.warning("%s is %.3g quantization steps off on the example inputs", path.name, found.steps)
     elif as_run is not None and as_run.steps > SATURATED:
-        log.warning(
-            "onnxruntime's default kernels for uint8 times int8 saturate on this CPU: %s is %.3g quantization steps "
-            'off here; SessionOptions.add_session_config_entry("session.x64quantprecision", "1") makes it exact',
-            path.name,
-            as_run.steps,
-        )
+        weight_only = proof is not None and "MatMulNBits" in proof.integer
+        log.warning(WEIGHT_ONLY if weight_only else SATURATES, path.name, as_run.steps)
     return ExportReport(str(path), FORMATS[path.suffix], size, found, as_run, proof)

@@ -1,0 +1,119 @@
+"""Law 3 on the shared zoo: cut, quantize, lower, and compare the integers with the fake-quant graph.
+
+    python -m benchmarks.integers                               # every model that can be exported: an hour on two cores
+    python -m benchmarks.integers --families hf --bits 4
+    python -m benchmarks.integers --json law3.jsonl --resume    # go on where it was stopped
+
+Each model is cut at unequal random sparsities, calibrated on its example inputs and lowered. Weights must be equal bit
+for bit and each quantized activation within one step of the fake-quant graph's, on the operands that that graph has
+there. Each model runs in a process of its own, on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import common
+from benchmarks.common import append_json, bounded, brief, section, table, timed
+from graphcomp.analysis import analyze_captured
+from graphcomp.capture import capture
+from graphcomp.cost import flat_inputs
+from graphcomp.pruning.slice import SliceGroups
+from graphcomp.quantization.law import check_lowering
+from graphcomp.quantization.ptq import PostTraining, quantize
+from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig
+from graphcomp.testing import random_kept
+
+FAMILIES = ("hf", "tv_classification", "tv_segmentation", "tv_video", "tv_flow")
+SECONDS = 600
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", default=",".join(FAMILIES), metavar="A,B", help="default: %(default)s")
+    parser.add_argument("--names", metavar="A,B", help="only these models, such as tv/resnet18,hf/bert")
+    parser.add_argument("--bits", type=int, default=8, help="of weights and activations (default: 8)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write one line of JSON per model")
+    parser.add_argument("--resume", action="store_true", help="skip the models that --json FILE holds")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    print(common.header(), flush=True)
+    zoo = common.shared_module("zoo.py")
+    rows = common.read_json(options.json) if options.json and options.resume else []
+    done = {row["name"] for row in rows}
+    names = options.names.split(",") if options.names else None
+    for case in zoo.cases(names=names, families=None if names else options.families.split(",")):
+        if case.name in done:
+            continue
+        found = bounded(law_3, case, options.bits, seconds=SECONDS)
+        row = {"name": case.name, "family": case.family, **(found.value or {"failure": found.error})}
+        print(_line(row), flush=True)
+        append_json(options.json, row)
+        rows.append(row)
+    report(rows)
+
+
+def law_3(case: Any, bits: int) -> Row:
+    """Cut and quantize one model; the largest differences."""
+    model, args, kwargs = case.build()
+    analysis = analyze_captured(capture(model, args, kwargs))
+    captured = analysis.captured
+    kept = random_kept(analysis.groups, torch.Generator().manual_seed(0), (0.3, 0.9))
+    small = SliceGroups(analysis.coupling, kept)(captured.module)
+    config = QuantConfig(replace(WEIGHTS, bits=bits), replace(ACTIVATIONS, bits=bits))
+    flat = flat_inputs(captured, captured.args, captured.kwargs)
+    try:
+        with timed() as clock:
+            quantized = quantize(small, [flat], PostTraining(config))
+        error = check_lowering(quantized.fake, quantized.lowered, flat)
+    except Exception as error_:
+        return {"failure": brief(error_)}
+    layers = quantized.lowered.layers
+    return {
+        "weights": error.weights,
+        "steps": error.steps,
+        "layers": len(layers),
+        "quantized": sum(layer.weight_bits < 32 for layer in layers),
+        "fed": sum(layer.activation_bits < 32 for layer in layers),
+        "activations": len(quantized.lowered.activations),
+        "seconds": clock.seconds,
+    }
+
+
+def _line(row: Row) -> str:
+    if "failure" in row:
+        return f"{row['name']:36} {row['failure']}"
+    return (
+        f"{row['name']:36} weights {row['weights']:.0e} off, activations {row['steps']:.3f} steps "
+        f"({row['activations']} quantizers), weights quantized in {row['quantized']} of {row['layers']} layers, {row['seconds']:.1f} s"
+    )
+
+
+def report(rows: Sequence[Row]) -> None:
+    """One line per family."""
+    lines = []
+    for family in FAMILIES:
+        mine = [row for row in rows if row["family"] == family]
+        good = [row for row in mine if "failure" not in row]
+        if mine:
+            worst = (max((row[key] for row in good), default=float("nan")) for key in ("weights", "steps"))
+            share = sum(r["quantized"] for r in good) / max(sum(r["layers"] for r in good), 1)
+            lines.append([family, len(mine), len(good), *(f"{w:.4g}" for w in worst), f"{share:.0%}"])
+    section(
+        "Integers are the fake-quant graph",
+        table(["family", "models", "law 3 holds", "weights off", "steps off", "layers with integer weights"], lines),
+    )
+
+
+if __name__ == "__main__":
+    main()
