@@ -93,10 +93,9 @@ def law_3(case: Any, bits: int) -> Row:
 def _line(row: Row) -> str:
     if "failure" in row:
         return f"{row['name']:36} {row['failure']}"
-    return (
-        f"{row['name']:36} weights {row['weights']:.0e} off, activations {row['steps']:.3f} steps "
-        f"({row['activations']} quantizers), weights quantized in {row['quantized']} of {row['layers']} layers, {row['seconds']:.1f} s"
-    )
+    found = f"weights {row['weights']:.0e} off, activations {row['steps']:.3f} steps ({row['activations']} quantizers)"
+    layers = f"weights quantized in {row['quantized']} of {row['layers']} layers"
+    return f"{row['name']:36} {found}, {layers}, {row['seconds']:.1f} s"
 
 
 def report(rows: Sequence[Row]) -> None:
