@@ -147,9 +147,24 @@ def set_range(quantizer: Quantizer, x: Tensor) -> None:
         calibrate_weight(quantizer, x)
 
 
+DEFAULT = {("vit", "channel"), ("encoder", "group")}
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [*((name, kind) for name in ("cnn", "vit", "encoder") for kind in SPECS), ("bert", "channel"), ("bert", "geta")],
+    [
+        *(("cnn", kind) for kind in SPECS),
+        ("vit", "channel"),
+        ("encoder", "group"),
+        ("bert", "geta"),
+        *(
+            pytest.param(name, kind, marks=pytest.mark.slow)
+            for name in ("vit", "encoder")
+            for kind in SPECS
+            if (name, kind) not in DEFAULT
+        ),
+        pytest.param("bert", "channel", marks=pytest.mark.slow),
+    ],
 )
 def test_our_quantizers_change_no_group(name: str, kind: str) -> None:
     model, inputs = build(name)
@@ -257,8 +272,22 @@ def test_written_quantizers_change_no_group(kind: str) -> None:
     check_written("cnn", WRITTEN[kind], WRITTEN[kind])
 
 
-@pytest.mark.parametrize(("weight", "activation"), [("Geta", "Pact"), ("DoReFa", "ChannelLsq"), ("ChannelMax", "Lsq")])
-@pytest.mark.parametrize("name", ["vit", "bert"])
+@pytest.mark.parametrize(
+    ("name", "weight", "activation"),
+    [
+        ("vit", "Geta", "Pact"),
+        ("bert", "ChannelMax", "Lsq"),
+        *(
+            pytest.param(name, *pair, marks=pytest.mark.slow)
+            for name, pair in (
+                ("vit", ("DoReFa", "ChannelLsq")),
+                ("vit", ("ChannelMax", "Lsq")),
+                ("bert", ("Geta", "Pact")),
+                ("bert", ("DoReFa", "ChannelLsq")),
+            )
+        ),
+    ],
+)
 def test_written_quantizers_in_transformers(name: str, weight: str, activation: str) -> None:
     check_written(name, WRITTEN[weight], WRITTEN[activation])
 
