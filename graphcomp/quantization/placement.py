@@ -183,6 +183,9 @@ class _Planner:
         if weights is None and activations is None:
             self.left_float.setdefault(node, "no spec")
             return
+        if node in self.constants:
+            self.left_float[node] = "depends on no input"
+            return
         operands, arguments = COMPUTE[node.target], bind(node)
         read = [arguments[name] for name in (*operands.data, operands.weight) if name and arguments.get(name)]
         if not all(t.is_floating_point() for n in read for t in tensor_values(n)):

@@ -221,7 +221,13 @@ def fit_biases(fake: fx.GraphModule) -> None:
         arguments = bind(node)
         weight, data = found.get(arguments[operands.weight]), found.get(arguments[operands.data[0]])
         scale = getattr(weight, "scale", None)
-        if data is None or not isinstance(scale, Tensor) or weight is None or weight.spec.granularity == "group":
+        if (
+            data is None
+            or data.dim is not None
+            or not isinstance(scale, Tensor)
+            or weight is None
+            or weight.spec.granularity == "group"
+        ):
             continue
         step = data.to_integers(torch.zeros((), dtype=scale.dtype)).scale
         needed = values.of(arguments[operands.bias]).detach().abs() / (step * BIAS_LIMIT)

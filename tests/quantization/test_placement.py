@@ -172,3 +172,21 @@ def test_whole_numbers_are_left_alone():
     placement = placed(Counts(), torch.ones(3, 3, dtype=torch.int64))
     assert not placement.sites
     assert set(placement.left_float.values()) == {"computes on whole numbers"}
+
+
+def test_products_of_constants_are_left_alone():
+    class Table(nn.Module):
+        """A bias that a small network makes of a fixed table, as in Swin v2."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp, self.fc = nn.Linear(2, 4), nn.Linear(3, 4)
+            self.register_buffer("table", torch.randn(4, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) + self.mlp(self.table).mean(0)
+
+    model, x = Table(), torch.randn(5, 3)
+    placement = placed(model, x)
+    assert list(placement.left_float.values()) == ["depends on no input"]
+    assert {u.name for s in placement.sites for u in s.users} == {"linear"}
