@@ -208,13 +208,14 @@ def calibrate_weights(fake: fx.GraphModule) -> None:
 
 
 def fit_biases(fake: fx.GraphModule) -> None:
-    """Widen the steps of weights so much that each bias, in units of the products, fits into an int32.
+    """Give each bias a value that an integer kernel adds as it is: a multiple of the layer's step of products.
 
-    It matters for channels whose weights are next to nothing beside their bias.
+    Steps of weights are widened so much that the multiple fits into an int32, which matters for channels whose weights
+    are next to nothing beside their bias.
     """
     found = dict(quantizer_nodes(fake))
     values = Constants(fake)
-    for node in fake.graph.nodes:
+    for node in list(fake.graph.nodes):
         operands = COMPUTE.get(node.target)
         if operands is None or not operands.bias or not isinstance(bind(node)[operands.bias], fx.Node):
             continue
@@ -237,6 +238,29 @@ def fit_biases(fake: fx.GraphModule) -> None:
             needed = needed.view(-1, scale.numel()).amax(0)
         with torch.no_grad():
             scale.copy_(torch.maximum(scale, needed.to(scale)))
+            floats = values.of(arguments[operands.bias])
+            if weight.spec.symmetric and scale.numel() in (1, floats.numel()):
+                product = scale * step
+                _replace_bias(fake, node, operands.bias, torch.round(floats / product) * product)
+    fake.recompile()
+
+
+def _replace_bias(fake: fx.GraphModule, node: fx.Node, argument: str, tensor: Tensor) -> None:
+    """A bias that `node` alone reads: in its own place where no other reads that, else under a new name."""
+    old = bind(node)[argument]
+    if old.op == "get_attr":
+        found = fetch(fake, str(old.target))
+        readers = [n for n in fake.graph.find_nodes(op="get_attr") if fetch(fake, str(n.target)) is found]
+        is_parameter = isinstance(found, nn.Parameter)
+        if is_parameter and [user for reader in readers for user in reader.users] == [node]:
+            _set(fake, str(old.target), tensor)
+            return
+    name = f"graphcomp_{node.name}_bias"
+    fake.register_parameter(name, nn.Parameter(tensor))
+    with fake.graph.inserting_before(node):
+        fresh = fake.graph.get_attr(name)
+    fresh.meta = {key: found for key, found in old.meta.items() if key != "follows_mode"}
+    set_argument(node, argument, fresh)
 
 
 # ------------------------------------------------------------------------------------------------ setting
