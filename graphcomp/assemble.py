@@ -176,7 +176,7 @@ def as_integers(
     if verify and batches:
         found = check_lowering(quantized.fake, quantized.lowered, batches[0])
         verified["integers == fake-quant, in steps"] = found.steps
-    report = _quantized_report(_report(cut, verified, (*notes, *quantized.notes)), cut, quantized)
+    report = _quantized_report(cut, verified, (*notes, *quantized.notes), quantized)
     module = quantized.lowered.module
     result = _model(
         cut,
@@ -189,25 +189,15 @@ def as_integers(
     return result
 
 
-def _quantized_report(report: Report, cut: Cut, quantized: Quantized) -> Report:
+def _quantized_report(cut: Cut, verified: Mapping[str, float], notes: Sequence[str], quantized: Quantized) -> Report:
     """The float report with what the integers change in it."""
     lowered = quantized.lowered
-    costs = CostModel(cut.plan)
-    counts = {factor: len(units) for factor, units in by_factor(cut.kept).items()}
-    nodes = {node.name: node for node in cut.plan.coupling.module.graph.nodes}
-    counted = {operation.node for operation in costs.operations}
-    bits = {
-        nodes[layer.node]: Bits(layer.weight_bits, layer.activation_bits)
-        for layer in lowered.layers
-        if nodes.get(layer.node) in counted
-    }
-    bops = Bops(costs, bits)
-    stored = sum(t.numel() * t.element_size() for t in _stored(lowered.module))
     by_name = {layer.name: layer for layer in lowered.layers}
+    by_node = {layer.node: Bits(layer.weight_bits, layer.activation_bits) for layer in lowered.layers}
+    report = _report(cut, verified, notes, by_node)
+    stored = sum(t.numel() * t.element_size() for t in _stored(lowered.module))
     return replace(
         report,
-        bops=Change(report.bops.before, bops.layers(counts)),
-        bops_attention=Change(report.bops_attention.before, bops.attention(counts)),
         bytes=Change(report.bytes.before, stored),
         layers=tuple(_with_bits(layer, by_name) for layer in report.layers),
         sizes=_sizes(lowered),
@@ -290,16 +280,22 @@ def _native_notes(plan: Analysis, found: NativeResult) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _report(cut: Cut, verified: Mapping[str, float], notes: Sequence[str]) -> Report:
+def _report(
+    cut: Cut, verified: Mapping[str, float], notes: Sequence[str], bits: Mapping[str, Bits] | None = None
+) -> Report:
+    """What was cut; `bits` are those of the ops after, by the name of their node, the others are float."""
     plan, kept, groups = cut.plan, cut.kept, cut.groups
     counts = {factor: len(units) for factor, units in by_factor(kept).items()}
     costs = CostModel(plan)
-    bops = Bops(costs)
+    nodes: dict[str | fx.Node, Bits] = {
+        op.node: bits[op.node.name] for op in costs.operations if bits and op.node.name in bits
+    }
+    before, after = Bops(costs), Bops(costs, nodes)
     return Report(
         params=Change(costs.params(), costs.params(counts)),
         macs=Change(costs.macs(), costs.macs(counts)),
-        bops=Change(bops.layers(), bops.layers(counts)),
-        bops_attention=Change(bops.attention(), bops.attention(counts)),
+        bops=Change(before.layers(), after.layers(counts)),
+        bops_attention=Change(before.attention(), after.attention(counts)),
         bytes=Change(costs.bytes(), costs.bytes(counts)),
         units_removed=sum(group.size - len(units) for group, units in kept.items()),
         units_total=sum(group.size for group in groups),

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from graphcomp.graph import bind, clone, fetch, set_argument, value
 from graphcomp.quantization.placement import COMPUTE
+from graphcomp.quantization.tensors import attribute_readers, replace_argument
 
 aten = torch.ops.aten
 SCALED = frozenset(
@@ -56,26 +57,27 @@ class FoldBatchNorm:
         """A new module; tensors that no fold changes are shared with `module`."""
         folded, _ = clone(module)
         with torch.no_grad():
+            readers = attribute_readers(folded)
             for pair in list(pairs(folded.graph)):
                 if bind(pair.norm)["training"] is False:
-                    _fold(folded, pair)
+                    _fold(folded, pair, readers)
         folded.graph.eliminate_dead_code()
         drop_unread(folded)
         folded.recompile()
         return folded
 
 
-def _fold(module: fx.GraphModule, pair: Pair) -> None:
+def _fold(module: fx.GraphModule, pair: Pair, readers: dict[str, list[fx.Node]]) -> None:
     arguments, norm = bind(pair.compute), bind(pair.norm)
     weight = fetch(module, arguments["weight"].target)
     factor, shift = _affine(module, norm, weight)
     old_bias = fetch(module, arguments["bias"].target) if arguments["bias"] else None
     bias = shift if old_bias is None else shift + old_bias.double() * factor
-    scaled = (weight.double() * factor.view(_along(pair.compute, weight, factor))).to(weight.dtype)
-    stem = str(arguments["weight"].target).removesuffix("weight").rstrip("._") or "folded"
-    _replace(module, pair.compute, "weight", scaled, str(arguments["weight"].target))
-    name = str(arguments["bias"].target) if arguments["bias"] else f"{stem}.bias"
-    _replace(module, pair.compute, "bias", bias.to(weight.dtype), name)
+    scaled = (weight.double() * factor.view(_along(pair.compute, weight))).to(weight.dtype)
+    name = str(arguments["weight"].target)
+    own_bias = f"{name.removesuffix('weight').rstrip('._') or 'folded'}.bias"
+    replace_argument(module, pair.compute, "weight", nn.Parameter(scaled), name, readers)
+    replace_argument(module, pair.compute, "bias", nn.Parameter(bias.to(weight.dtype)), own_bias, readers)
     pair.norm.replace_all_uses_with(pair.compute)
     module.graph.erase_node(pair.norm)
 
@@ -92,69 +94,10 @@ def _affine(module: fx.GraphModule, norm: dict[str, Any], like: Tensor) -> tuple
     return factor.to(like.device), shift.to(like.device)
 
 
-def _along(compute: fx.Node, weight: Tensor, channels: Tensor) -> list[int]:
+def _along(compute: fx.Node, weight: Tensor) -> list[int]:
     """The shape in which (c,) broadcasts with the weight along its output channels."""
     dim = COMPUTE[compute.target].dim
     return [-1 if d == dim else 1 for d in range(weight.dim())]
-
-
-def _replace(module: fx.GraphModule, node: fx.Node, argument: str, tensor: Tensor, name: str) -> None:
-    """Give `node` a new parameter under `name`, or under a free name where others still read the one there."""
-    old = bind(node)[argument]
-    shared = isinstance(old, fx.Node) and _read_by_others(module, old, node)
-    if shared or (old is None and _exists(module, name)):
-        name = _free(module, name)
-    owner_name, _, last = name.rpartition(".")
-    module.add_submodule(owner_name, nn.Module()) if owner_name and not _is_module(module, owner_name) else None
-    owner = module.get_submodule(owner_name)
-    if last in owner._buffers:
-        del owner._buffers[last]
-    setattr(owner, last, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
-    with module.graph.inserting_before(node):
-        fresh = module.graph.get_attr(name)
-    fresh.meta = dict(old.meta) if isinstance(old, fx.Node) else {"val": _fake_like(node, tensor)}
-    set_argument(node, argument, fresh)
-    if isinstance(old, fx.Node) and not old.users:
-        module.graph.erase_node(old)
-
-
-def _read_by_others(module: fx.GraphModule, attribute: fx.Node, node: fx.Node) -> bool:
-    tensor = fetch(module, str(attribute.target))
-    readers = [
-        user
-        for other in module.graph.find_nodes(op="get_attr")
-        if fetch(module, str(other.target)) is tensor
-        for user in other.users
-    ]
-    return any(user is not node for user in readers)
-
-
-def _exists(module: nn.Module, name: str) -> bool:
-    owner: Any = module
-    for part in name.split("."):
-        if not hasattr(owner, part):
-            return False
-        owner = getattr(owner, part)
-    return owner is not None
-
-
-def _is_module(module: nn.Module, name: str) -> bool:
-    try:
-        return isinstance(module.get_submodule(name), nn.Module)
-    except AttributeError:
-        return False
-
-
-def _free(module: nn.Module, name: str) -> str:
-    k = 1
-    while _exists(module, f"{name}_{k}"):
-        k += 1
-    return f"{name}_{k}"
-
-
-def _fake_like(node: fx.Node, tensor: Tensor) -> Any:
-    mode = getattr(value(node), "fake_mode", None)
-    return mode.from_tensor(tensor, static_shapes=True) if mode else tensor
 
 
 def drop_unread(module: fx.GraphModule) -> None:
@@ -195,7 +138,7 @@ class FoldForTraining:
 def _scale(module: fx.GraphModule, pair: Pair) -> None:
     graph, norm, arguments = module.graph, bind(pair.norm), bind(pair.compute)
     weight, rank = arguments["weight"], value(pair.compute).dim()
-    shape = _along(pair.compute, value(weight), fetch(module, norm["running_var"].target))
+    shape = _along(pair.compute, value(weight))
 
     def op(target: Any, *args: Any, like: fx.Node) -> fx.Node:
         node = graph.call_function(target, args)

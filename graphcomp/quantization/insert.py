@@ -70,7 +70,7 @@ class _Names:
 
 def quantizer_nodes(module: fx.GraphModule) -> Iterator[tuple[fx.Node, Quantizer]]:
     """Each fake-quant node of the graph with its quantizer."""
-    for node in module.graph.find_nodes(op="call_module") if module.graph else ():
+    for node in module.graph.find_nodes(op="call_module"):
         found = module.get_submodule(str(node.target))
         if isinstance(found, Quantizer):
             yield node, found

@@ -10,18 +10,20 @@ clip        gone where the quantizer behind it saturates at the same codes
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from graphcomp.graph import bind, clone, fetch, module_path, set_argument, value
+from graphcomp.graph import bind, clone, module_path, set_argument
 from graphcomp.quantization import ops
 from graphcomp.quantization.fold import drop_unread
 from graphcomp.quantization.insert import quantizer_nodes
-from graphcomp.quantization.placement import CLIPS, COMPUTE, EMBEDDINGS, TRANSPOSED, constants
+from graphcomp.quantization.placement import CLIPS, COMPUTE, EMBEDDINGS, TRANSPOSED, constants, layer_name
 from graphcomp.quantization.quantizers.base import Integers, Quantizer
+from graphcomp.quantization.tensors import add_tensor
+from graphcomp.quantization.walk import Constants
 
 aten = torch.ops.aten
 
@@ -68,7 +70,7 @@ class _Lowering:
         self.graph = self.module.graph
         self.fake_name = {new: old.name for old, new in new_node.items()}
         self.constants = constants_with_quantizers(self.module)
-        self.values: dict[fx.Node, Any] = {}
+        self.values = Constants(self.module)
         self.integers: dict[fx.Node, Integers] = {}  # dequantized value -> its integers
         self.activations: dict[str, str] = {}
         self.weights: dict[str, Integers] = {}
@@ -106,29 +108,20 @@ class _Lowering:
                 data.append(weight)
             bits = [_bits(quantizers.get(d)) for d in data]
             self.layers[node] = LoweredLayer(
-                self._layer_name(node, weight),
+                layer_name(weight, self.constants) or f"{module_path(node)}.{node.name}".lstrip("."),
                 node.name,
                 _bits(quantizers.get(weight)) if weight in self.constants else 32,
                 max(bits, default=32),
             )
 
-    def _layer_name(self, node: fx.Node, weight: fx.Node | None) -> str:
-        while weight is not None and weight.op != "get_attr":
-            weight = next((n for n in weight.all_input_nodes if n in self.constants), None)
-        if weight is not None:
-            return str(weight.target).removesuffix(".weight")
-        return f"{module_path(node)}.{node.name}".lstrip(".")
-
     # ------------------------------------------------------------------------------------------ weights
     def _weight(self, node: fx.Node, quantizer: Quantizer) -> None:
         (source,) = node.args
         assert isinstance(source, fx.Node)
-        integers = quantizer.to_integers(self._evaluate(source))
-        integers = _with_safe_scales(integers)
+        integers = quantizer.to_integers(self.values.of(source))
         self.weights[self.fake_name[node]] = integers
         stem = self._stem(source)
         lookups = [user for user in node.users if user.target in EMBEDDINGS]
-        codes = None
         with self.graph.inserting_before(node):
             codes = self._codes(stem, integers, node)
             scale = self._buffer(f"{stem}_scale", integers.scale, node)
@@ -223,7 +216,7 @@ class _Lowering:
             return  # the products have no one scale per channel
         if node.target is aten.addmm.default and (arguments["beta"] != 1 or arguments["alpha"] != 1):
             return
-        floats = self._evaluate(bias)
+        floats = self.values.of(bias)
         scale = (weight.scale * data.scale).to(weight.scale.dtype)
         if scale.dim() and node.target in TRANSPOSED:  # its weight holds one group's outputs, and every group has them
             scale = scale.repeat(arguments["groups"])
@@ -250,38 +243,12 @@ class _Lowering:
         return node
 
     def _buffer(self, name: str, tensor: Tensor, like: fx.Node) -> fx.Node:
-        owner_name, _, last = name.rpartition(".")
-        owner: nn.Module = self.module
-        for part in owner_name.split(".") if owner_name else ():
-            if not isinstance(getattr(owner, part, None), nn.Module):
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
-        k = 0
-        while hasattr(owner, last if not k else f"{last}_{k}"):
-            k += 1
-        last = last if not k else f"{last}_{k}"
-        owner.register_buffer(last, tensor.detach().clone())
-        node = self.graph.get_attr(f"{owner_name}.{last}".lstrip("."))
-        mode = getattr(value(like), "fake_mode", None)
-        node.meta["val"] = mode.from_tensor(tensor, static_shapes=True) if mode else tensor
-        return node
+        return add_tensor(self.module, name, tensor.detach().clone(), like)
 
     def _stem(self, source: fx.Node) -> str:
         """The name of the parameter that a constant is made of; the node's where it is made of several."""
         read = [n for n in _ancestors(source) if n.op == "get_attr"]
         return str(read[0].target) if len(read) == 1 else source.name
-
-    def _evaluate(self, node: fx.Node) -> Tensor:
-        """What a constant node computes."""
-        if node not in self.values:
-            if node.op == "get_attr":
-                self.values[node] = fetch(self.module, str(node.target))
-            else:
-                arguments, keywords = fx.map_arg((node.args, node.kwargs), self._evaluate)
-                called = self.module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
-                self.values[node] = called(*arguments, **keywords)  # type: ignore[operator]
-        found: Tensor = self.values[node]
-        return found
 
 
 def constants_with_quantizers(module: fx.GraphModule) -> set[fx.Node]:
@@ -309,14 +276,6 @@ def _bits(quantizer: Quantizer | None) -> int:
 
 def _dtype(quantizer: Quantizer) -> torch.dtype:
     return next((p.dtype for p in quantizer.parameters()), torch.float32)
-
-
-def _with_safe_scales(integers: Integers) -> Integers:
-    """The same values; a channel of zeros has the scale 1, so that a bias on that scale fits into int32."""
-    if integers.dim is None or integers.groups is not None or bool((integers.zero_point != 0).any()):
-        return integers
-    empty = (integers.values == 0).transpose(0, integers.dim).flatten(1).all(dim=1)
-    return replace(integers, scale=torch.where(empty, torch.ones_like(integers.scale), integers.scale))
 
 
 def _saturates(clip: fx.Node, integers: Integers) -> bool:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from graphcomp.graph import bind, module_path, tensor_values, value
+from graphcomp.graph import bind, fetch, module_path, tensor_values, value
 from graphcomp.quantization.spec import QuantConfig, QuantSpec, matches
 
 aten = torch.ops.aten
@@ -128,6 +128,13 @@ def constants(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
+def layer_name(weight: fx.Node | None, constants: set[fx.Node]) -> str:
+    """The name of the layer that a weight belongs to: of its (first) parameter, without '.weight'; '' without one."""
+    while weight is not None and weight.op != "get_attr":
+        weight = next((n for n in weight.all_input_nodes if n in constants), None)
+    return str(weight.target).removesuffix(".weight") if weight is not None else ""
+
+
 def place(module: fx.GraphModule, config: QuantConfig, ignore: Sequence[str] = ()) -> Placement:
     """Decide which values of a captured graph are quantized.
 
@@ -219,10 +226,7 @@ class _Planner:
     def _tensor_key(self, operand: fx.Node) -> object:
         """The same for every node that reads one tensor under any of its names."""
         if operand.op == "get_attr":
-            found: object = self.module
-            for part in str(operand.target).split("."):
-                found = getattr(found, part)
-            return id(found)
+            return id(fetch(self.module, str(operand.target)))
         return operand
 
     def _embedding(self, node: fx.Node) -> None:

@@ -6,8 +6,7 @@ layer, so that each is set on the operands it will get.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,14 +20,12 @@ from graphcomp.quantization.equalize import equalize
 from graphcomp.quantization.fold import FoldBatchNorm
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.lower import Lowered, constants_with_quantizers, lower
-from graphcomp.quantization.placement import COMPUTE, CONVOLUTIONS, place
-from graphcomp.quantization.quantizers.base import Quantizer
+from graphcomp.quantization.placement import COMPUTE, CONVOLUTIONS, layer_name, place
+from graphcomp.quantization.quantizers.uniform import UniformQuantizer
 from graphcomp.quantization.second_order import round_second_order, second_moments
 from graphcomp.quantization.spec import QuantConfig
-from graphcomp.quantization.walk import Lockstep
-
-logger = logging.getLogger("graphcomp.quantization")
-aten = torch.ops.aten
+from graphcomp.quantization.tensors import add_tensor, attribute_readers, put, read_by_others, replace_argument
+from graphcomp.quantization.walk import Constants, Lockstep
 
 Rounding = Literal["nearest", "second_order"]
 
@@ -114,32 +111,17 @@ def quantize(module: fx.GraphModule, batches: Sequence[Sequence[Any]], options: 
 def _with_biases(module: fx.GraphModule) -> fx.GraphModule:
     """A bias of zeros for each convolution that has none: there is then where to correct."""
     found, _ = clone(module)
-    for node in found.graph.nodes:
+    for node in list(found.graph.nodes):
         if node.target not in CONVOLUTIONS or bind(node)["bias"] is not None:
             continue
-        weight = value(bind(node)["weight"])
-        channels = value(node).shape[1]
-        path = str(bind(node)["weight"].target).rpartition(".")[0] if bind(node)["weight"].op == "get_attr" else ""
-        name = _free(found, f"{path}.bias".lstrip("."), node.name)
-        owner = found.get_submodule(name.rpartition(".")[0])
-        owner._parameters.pop(name.rpartition(".")[2], None)
+        weight = bind(node)["weight"]
+        path = str(weight.target).rpartition(".")[0] if weight.op == "get_attr" else node.name
         device = next(p.device for p in found.parameters())
-        owner.register_parameter(
-            name.rpartition(".")[2], nn.Parameter(torch.zeros(channels, dtype=weight.dtype, device=device))
-        )
+        zeros = torch.zeros(value(node).shape[1], dtype=value(weight).dtype, device=device)
         with found.graph.inserting_before(node):
-            bias = found.graph.get_attr(name)
-        bias.meta["val"] = weight.new_empty(channels)
-        set_argument(node, "bias", bias)
+            set_argument(node, "bias", add_tensor(found, f"{path}.bias".lstrip("."), nn.Parameter(zeros), node))
     found.recompile()
     return found
-
-
-def _free(module: nn.Module, name: str, otherwise: str) -> str:
-    owner: Any = module
-    for part in name.split("."):
-        owner = getattr(owner, part, None)
-    return name if owner is None and name != "bias" else f"{otherwise}_bias"
 
 
 # ------------------------------------------------------------------------------------------------ calibration
@@ -213,54 +195,40 @@ def fit_biases(fake: fx.GraphModule) -> None:
     Steps of weights are widened so much that the multiple fits into an int32, which matters for channels whose weights
     are next to nothing beside their bias.
     """
-    found = dict(quantizer_nodes(fake))
-    values = Constants(fake)
-    for node in list(fake.graph.nodes):
-        operands = COMPUTE.get(node.target)
-        if operands is None or not operands.bias or not isinstance(bind(node)[operands.bias], fx.Node):
-            continue
-        arguments = bind(node)
-        weight, data = found.get(arguments[operands.weight]), found.get(arguments[operands.data[0]])
-        scale = getattr(weight, "scale", None)
-        if (
-            data is None
-            or data.dim is not None
-            or not isinstance(scale, Tensor)
-            or weight is None
-            or weight.spec.granularity == "group"
-        ):
-            continue
-        step = data.to_integers(torch.zeros((), dtype=scale.dtype)).scale
-        needed = values.of(arguments[operands.bias]).detach().abs() / (step * BIAS_LIMIT)
-        if weight.dim is None:
-            needed = needed.amax()
-        elif needed.numel() != scale.numel():  # the groups of a transposed convolution share the weight's channels
-            needed = needed.view(-1, scale.numel()).amax(0)
-        with torch.no_grad():
-            scale.copy_(torch.maximum(scale, needed.to(scale)))
-            floats = values.of(arguments[operands.bias])
-            if weight.spec.symmetric and scale.numel() in (1, floats.numel()):
-                product = scale * step
-                _replace_bias(fake, node, operands.bias, torch.round(floats / product) * product)
+    values, readers = Constants(fake), attribute_readers(fake)
+    found = list(_biased(fake))
+    with torch.no_grad():
+        for _, bias, weight, step in found:  # all of them first: layers may share a quantizer
+            needed = values.of(bias).detach().abs() / (step * BIAS_LIMIT)
+            if weight.dim is None:
+                needed = needed.amax()
+            elif needed.numel() != weight.scale.numel():  # groups of a transposed convolution share the channels
+                needed = needed.view(-1, weight.scale.numel()).amax(0)
+            weight.scale.copy_(torch.maximum(weight.scale, needed.to(weight.scale)))
+        for node, bias, weight, step in found:
+            floats, product = values.of(bias), weight.scale * step
+            if weight.spec.symmetric and product.numel() in (1, floats.numel()):
+                rounded = nn.Parameter(torch.round(floats / product) * product)
+                argument = COMPUTE[node.target].bias
+                replace_argument(fake, node, argument, rounded, f"graphcomp_{node.name}_bias", readers)
     fake.recompile()
 
 
-def _replace_bias(fake: fx.GraphModule, node: fx.Node, argument: str, tensor: Tensor) -> None:
-    """A bias that `node` alone reads: in its own place where no other reads that, else under a new name."""
-    old = bind(node)[argument]
-    if old.op == "get_attr":
-        found = fetch(fake, str(old.target))
-        readers = [n for n in fake.graph.find_nodes(op="get_attr") if fetch(fake, str(n.target)) is found]
-        is_parameter = isinstance(found, nn.Parameter)
-        if is_parameter and [user for reader in readers for user in reader.users] == [node]:
-            _set(fake, str(old.target), tensor)
-            return
-    name = f"graphcomp_{node.name}_bias"
-    fake.register_parameter(name, nn.Parameter(tensor))
-    with fake.graph.inserting_before(node):
-        fresh = fake.graph.get_attr(name)
-    fresh.meta = {key: found for key, found in old.meta.items() if key != "follows_mode"}
-    set_argument(node, argument, fresh)
+def _biased(fake: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node, UniformQuantizer, Tensor]]:
+    """Each layer with a bias whose products have one step per channel: the bias, the weight's quantizer, the step of
+    the data."""
+    quantizers = dict(quantizer_nodes(fake))
+    for node in fake.graph.nodes:
+        operands = COMPUTE.get(node.target)
+        bias = bind(node)[operands.bias] if operands and operands.bias else None
+        if operands is None or not isinstance(bias, fx.Node):
+            continue
+        arguments = bind(node)
+        weight, data = quantizers.get(arguments[operands.weight]), quantizers.get(arguments[operands.data[0]])
+        if data is None or data.dim is not None or not isinstance(weight, UniformQuantizer):
+            continue
+        if weight.spec.granularity != "group":
+            yield node, bias, weight, data.to_integers(torch.zeros((), dtype=weight.scale.dtype)).scale
 
 
 # ------------------------------------------------------------------------------------------------ setting
@@ -271,6 +239,7 @@ class _Setting:
         self.folded, self.fake, self.options = folded, fake, options
         self.constant = constants_with_quantizers(fake)
         self.quantizers = dict(quantizer_nodes(fake))
+        self.readers = attribute_readers(fake)
         self.errors: dict[str, float] = {}
 
     def walk(self, batches: Sequence[Sequence[Any]]) -> dict[str, float]:
@@ -295,6 +264,7 @@ class _Setting:
                 rough.step(node)
             exact.drop(twin)
             rough.drop(node)
+        self.fake.recompile()
         return self.errors
 
     def _quantized(self, node: fx.Node) -> bool:
@@ -302,10 +272,7 @@ class _Setting:
 
     def _name(self, node: fx.Node) -> str:
         operands = COMPUTE[node.target]
-        weight = bind(node)[operands.weight] if operands.weight else None
-        while weight is not None and weight.op != "get_attr":
-            weight = next((n for n in weight.all_input_nodes if n in self.constant), None)
-        name = str(weight.target).removesuffix(".weight") if weight is not None else node.name
+        name = layer_name(bind(node)[operands.weight] if operands.weight else None, self.constant) or node.name
         return name if name not in self.errors else f"{name} ({node.name})"
 
     def _correct(self, node: fx.Node, exact: list[Tensor], rough: list[Tensor]) -> None:
@@ -316,9 +283,8 @@ class _Setting:
             return
         channels = 1 if node.target in CONVOLUTIONS else exact[0].dim() - 1
         mean = significant_mean(exact, rough, channels)
-        name = self._own_parameter(bias, node)
-        old = fetch(self.fake, name)
-        _set(self.fake, name, (old.double() + mean).to(old.dtype))
+        old = fetch(self.fake, str(bias.target))
+        self._give(node, operands.bias, (old.double() + mean).to(old.dtype))
         shape = [-1 if d == channels else 1 for d in range(exact[0].dim())]
         for r in rough:
             r += mean.view(shape).to(r.dtype)
@@ -341,35 +307,20 @@ class _Setting:
         moments = second_moments(node, rough.of(arguments[operands.data[0]]))
         if moments is None:
             return
-        name = self._own_parameter(source, wrapped)
-        weight = fetch(self.fake, name)
-        rounded = round_second_order(weight.detach().flatten(1), moments, quantizer)
-        _set(self.fake, name, rounded.view_as(weight))
+        weight = fetch(self.fake, str(source.target))
+        rounded = round_second_order(weight.detach().flatten(1), moments, quantizer).view_as(weight)
+        if read_by_others(self.readers, source, wrapped):
+            with self.fake.graph.inserting_before(wrapped):
+                own = f"graphcomp_{wrapped.name}_weight"
+                wrapped.replace_input_with(source, add_tensor(self.fake, own, nn.Parameter(rounded), source))
+        else:
+            put(self.fake, str(source.target), nn.Parameter(rounded))
         for values in rough.values:
-            values[wrapped] = quantizer(rounded.view_as(weight))
+            values[wrapped] = quantizer(rounded)
 
-    def _own_parameter(self, attribute: fx.Node, reader: fx.Node) -> str:
-        """The name of a parameter that `reader` alone reads: a new one where the tensor is tied."""
-        name = str(attribute.target)
-        tensor = fetch(self.fake, name)
-        tied = [
-            user
-            for other in self.fake.graph.find_nodes(op="get_attr")
-            if fetch(self.fake, str(other.target)) is tensor
-            for user in other.users
-            if user is not reader
-        ]
-        if not tied:
-            return name
-        own = f"graphcomp_{reader.name}_{name.rpartition('.')[2]}"
-        if not hasattr(self.fake, own):
-            self.fake.register_parameter(own, nn.Parameter(tensor.detach().clone()))
-            with self.fake.graph.inserting_before(reader):
-                fresh = self.fake.graph.get_attr(own)
-            fresh.meta = dict(attribute.meta)
-            reader.replace_input_with(attribute, fresh)
-            self.fake.recompile()
-        return own
+    def _give(self, node: fx.Node, argument: str, tensor: Tensor) -> None:
+        name = f"graphcomp_{node.name}_{argument}"
+        replace_argument(self.fake, node, argument, nn.Parameter(tensor), name, self.readers)
 
 
 def significant_mean(exact: Sequence[Tensor], rough: Sequence[Tensor], channels: int) -> Tensor:
@@ -392,41 +343,7 @@ def significant_mean(exact: Sequence[Tensor], rough: Sequence[Tensor], channels:
     return torch.where(mean.abs() > 2 * (variance / count).sqrt(), mean, 0.0)
 
 
-class Constants:
-    """What the constant nodes of a graph compute, each once."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        self.module = module
-        self.values: dict[fx.Node, Any] = {}
-
-    @torch.no_grad()
-    def of(self, node: fx.Node) -> Tensor:
-        """The value of a node that depends on parameters, buffers and numbers only."""
-        if node not in self.values:
-            arguments, keywords = fx.map_arg((node.args, node.kwargs), self.of)
-            if node.op == "get_attr":
-                self.values[node] = fetch(self.module, str(node.target))
-            elif node.op == "call_module":
-                self.values[node] = self.module.get_submodule(str(node.target))(*arguments, **keywords)
-            else:
-                self.values[node] = node.target(*arguments, **keywords)  # type: ignore[operator]
-        found: Tensor = self.values[node]
-        return found
-
-
-def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """A new parameter in place of the old: other modules may share that one's memory."""
-    owner_name, _, last = name.rpartition(".")
-    owner = module.get_submodule(owner_name)
-    owner._parameters[last] = nn.Parameter(tensor, requires_grad=owner._parameters[last].requires_grad)  # type: ignore[union-attr]
-
-
 def _relative(exact: list[Tensor], rough: list[Tensor]) -> float:
     error = sum(float((e - r).square_().sum(dtype=torch.float64)) for e, r in zip(exact, rough, strict=True))
     norm = sum(float(e.square().sum(dtype=torch.float64)) for e in exact)
     return float((error / norm) ** 0.5) if norm > 0 else 0.0
-
-
-def all_quantizers(fake: fx.GraphModule) -> dict[str, Quantizer]:
-    """Every quantizer of a fake-quant graph by its name in it."""
-    return {str(node.target): quantizer for node, quantizer in quantizer_nodes(fake)}

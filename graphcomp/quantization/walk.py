@@ -1,16 +1,14 @@
-"""Run a graph on several batches at once, node by node: what a method needs that sets one layer after the other."""
+"""Run a graph node by node: on several batches at once, or those nodes that depend on no input."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from graphcomp.graph import fetch
-
-Visit = Callable[[fx.Node, list[tuple[tuple[Any, ...], dict[str, Any]]]], None]
 
 
 class Lockstep:
@@ -41,11 +39,12 @@ class Lockstep:
 
     @torch.no_grad()
     def step(self, node: fx.Node) -> None:
-        """Compute `node`, and drop the values that nothing later reads."""
+        """Compute `node`."""
         if node.op == "output":
             return
         for values, inputs, (args, kwargs) in zip(self.values, self.inputs, list(self.arguments(node)), strict=True):
-            values[node] = self._run(node, inputs, args, kwargs)
+            is_input = node.op == "placeholder"
+            values[node] = next(inputs) if is_input else _compute(self.module, node, args, kwargs)
 
     def drop(self, node: fx.Node) -> None:
         """Forget the operands that `node` was the last to read, and `node` itself where nothing reads it."""
@@ -57,11 +56,27 @@ class Lockstep:
             for values in self.values:
                 values.pop(node, None)
 
-    def _run(self, node: fx.Node, inputs: Iterator[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if node.op == "placeholder":
-            return next(inputs)
-        if node.op == "get_attr":
-            return fetch(self.module, str(node.target))
-        if node.op == "call_module":
-            return self.module.get_submodule(str(node.target))(*args, **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+class Constants:
+    """What the constant nodes of a graph compute, each once."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+        self.values: dict[fx.Node, Any] = {}
+
+    @torch.no_grad()
+    def of(self, node: fx.Node) -> Tensor:
+        """The value of a node that depends on parameters, buffers and numbers only."""
+        if node not in self.values:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), self.of)
+            self.values[node] = _compute(self.module, node, args, kwargs)
+        found: Tensor = self.values[node]
+        return found
+
+
+def _compute(module: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if node.op == "get_attr":
+        return fetch(module, str(node.target))
+    if node.op == "call_module":
+        return module.get_submodule(str(node.target))(*args, **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]

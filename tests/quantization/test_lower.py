@@ -164,7 +164,9 @@ def test_a_channel_with_a_tiny_weight_and_a_large_bias():
     model.depthwise.bias.data[0] = 3.0
     found, flat = quantized(model, x, config(8), correct_bias=False)
     assert check_lowering(found.fake, found.lowered, flat).steps <= 1.001
-    assert "depthwise.bias_codes" in found.lowered.module.state_dict()
+    state = found.lowered.module.state_dict()
+    stored = state["depthwise.bias_codes"][0] * state["depthwise.bias_scale"][0]
+    assert float(stored) == pytest.approx(3.0, rel=1e-6)  # the channel's own step, though all its codes are 0
 
 
 def test_fake_quant_graph_shares_nothing_with_the_model():

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from graphcomp.errors import PlanError
 from graphcomp.quantization.quantizers.base import Integers, container
 from graphcomp.quantization.quantizers.gradients import fake_quantize, multiples, round_through
 from graphcomp.quantization.quantizers.uniform import UniformQuantizer
@@ -27,6 +26,7 @@ class AffineQuantizer(UniformQuantizer):
     Source: LSQ+ (Bhalgat et al. 2020, arXiv 2004.09576), with a whole zero point in place of its float offset.
     """
 
+    symmetric = False
     zero_point: Tensor
 
     def __init__(
@@ -37,10 +37,6 @@ class AffineQuantizer(UniformQuantizer):
         *,
         gradient_scale: bool = True,
     ) -> None:
-        if spec.symmetric:
-            raise PlanError(
-                "AffineQuantizer was given a symmetric spec", fix="SymmetricQuantizer, or QuantSpec(symmetric=False)"
-            )
         super().__init__(spec, shape, dim, gradient_scale=gradient_scale)
         self.zero_point = nn.Parameter(torch.full_like(self.scale, spec.quant_min))
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from graphcomp.errors import PlanError
 from graphcomp.quantization.quantizers.base import Integers, container
 from graphcomp.quantization.quantizers.gradients import fake_quantize, multiples
 from graphcomp.quantization.quantizers.uniform import UniformQuantizer
-from graphcomp.quantization.spec import QuantSpec
 
 
 class SymmetricQuantizer(UniformQuantizer):
@@ -23,19 +19,7 @@ class SymmetricQuantizer(UniformQuantizer):
     Source: LSQ (Esser et al. 2020, arXiv 1902.08153). The most negative code of two's complement is unused.
     """
 
-    def __init__(
-        self,
-        spec: QuantSpec,
-        shape: Sequence[int] | None = None,
-        dim: int | None = None,
-        *,
-        gradient_scale: bool = True,
-    ) -> None:
-        if not spec.symmetric:
-            raise PlanError(
-                "SymmetricQuantizer was given an asymmetric spec", fix="AffineQuantizer, or QuantSpec(symmetric=True)"
-            )
-        super().__init__(spec, shape, dim, gradient_scale=gradient_scale)
+    symmetric = True
 
     def forward(self, x: Tensor) -> Tensor:
         """The nearest level of each element: shape and dtype of `x`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +40,11 @@ class UniformQuantizer(Quantizer):
         dim: the channel dim, may be negative; ignored per tensor, must be 0 per group.
 
     Raises:
-        PlanError: the granularity does not fit `shape` and `dim`.
+        PlanError: the spec is not for this class, or its granularity does not fit `shape` and `dim`.
     """
+
+    symmetric: ClassVar[bool]
+    """Which specs the class is for."""
 
     scale: Tensor
     groups: Tensor | None
@@ -56,6 +60,11 @@ class UniformQuantizer(Quantizer):
         if spec.kind != "uniform":
             raise PlanError(
                 f"{type(self).__name__} was given a spec of kind {spec.kind!r}", fix="make_quantizer(spec, …)"
+            )
+        if spec.symmetric is not self.symmetric:
+            raise PlanError(
+                f"{type(self).__name__} was given {'a symmetric' if spec.symmetric else 'an asymmetric'} spec",
+                fix=f"make_quantizer(spec, …), or QuantSpec(symmetric={self.symmetric})",
             )
         dim = channel_dim(spec, shape, dim)
         super().__init__(spec, dim)
