@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +21,7 @@ from graphcomp.progress import progress as show_progress
 from graphcomp.pruning.allocation import Budget, Scope, allocate, allocate_budget
 from graphcomp.pruning.saliency import Saliency, score
 from graphcomp.quantization.ptq import PostTraining, Rounding
+from graphcomp.quantization.spec import matches
 
 
 def analyze(
@@ -126,6 +125,7 @@ def compress(
     with show_progress(4 if quantization is None else 5, progress) as bar:
         bar.step("capturing and coupling")
         analysis = analyze(model, example_inputs, example_kwargs, scope=scope, outputs=outputs)
+        _ignored(analysis.model, ignore)
         groups: tuple[ChannelGroup, ...] = ()
         kept: Kept = {}
         if sparsity or budget is not None or quantization is None:
@@ -187,8 +187,10 @@ def prunable_groups(
         PlanError: a name in `ignore` matches no module, or `prune` holds no role.
         NothingToPrune: none is left.
     """
-    ignored = _ignored(analysis.model, [ignore] if isinstance(ignore, str) else ignore)
-    groups = [g for g in analysis.groups if not any(_within(m.name, ignored) for m in g.members)]
+    ignored = _ignored(analysis.model, ignore)
+    owners = {member.name: member.name.rpartition(".")[0] for group in analysis.groups for member in group.members}
+    inside = {name for name, owner in owners.items() if any(matches(entry, owner) for entry in ignored)}
+    groups = [g for g in analysis.groups if not any(m.name in inside for m in g.members)]
     if prune is None:
         groups = [g for g in groups if g.role != "head_dim" and not (g.role == "width" and g.normalized)]
     else:
@@ -242,31 +244,22 @@ def _check_weights(analysis: Analysis, saliency: str | Saliency) -> None:
             )
 
 
-@dataclass(frozen=True)
-class _Ignored:
-    names: tuple[str, ...]
-    patterns: tuple[re.Pattern[str], ...]
+def _ignored(model: nn.Module, ignore: str | Sequence[str]) -> tuple[str, ...]:
+    """The names and patterns, each of which is of some module.
 
-
-def _ignored(model: nn.Module, ignore: Sequence[str]) -> _Ignored:
+    Raises:
+        PlanError: one is of none.
+    """
+    entries = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     modules = [name for name, _ in model.named_modules()]
-    names = [entry for entry in ignore if not entry.startswith("re:")]
-    patterns = [re.compile(entry.removeprefix("re:")) for entry in ignore if entry.startswith("re:")]
-    for name in names:
-        if name not in modules:
-            near = difflib.get_close_matches(name, modules, n=1)
-            raise PlanError(f"ignore names {name!r}, which is no module of the model", fix=f"ignore={near or modules}")
-    for pattern in patterns:
-        if not any(pattern.search(name) for name in modules):
-            raise PlanError(f"ignore pattern {pattern.pattern!r} matches no module", fix=f"modules: {modules[:20]}")
-    return _Ignored(tuple(names), tuple(patterns))
-
-
-def _within(tensor: str, ignored: _Ignored) -> bool:
-    owner = tensor.rpartition(".")[0]
-    if any(owner == name or owner.startswith(name + ".") for name in ignored.names):
-        return True
-    return any(pattern.search(owner) for pattern in ignored.patterns)
+    for entry in entries:
+        pattern = entry.removeprefix("re:")
+        if pattern != entry and not any(matches(entry, name) for name in modules):
+            raise PlanError(f"ignore pattern {pattern!r} matches no module", fix=f"modules: {modules[:20]}")
+        if pattern == entry and entry not in modules:
+            near = difflib.get_close_matches(entry, modules, n=1)
+            raise PlanError(f"ignore names {entry!r}, which is no module of the model", fix=f"ignore={near or modules}")
+    return entries
 
 
 # ------------------------------------------------------------------------------------------------ later parts

@@ -318,6 +318,8 @@ def test_a_recorded_model_cannot_be_quantized():
 def test_unknown_names_are_refused_with_the_nearest():
     with pytest.raises(gc.PlanError, match="up"):
         gc.compress(MLP(), X, ignore="upp")
+    with pytest.raises(gc.PlanError, match="up"):
+        gc.compress(MLP(), X, sparsity=0, bits=8, ignore="upp")
     with pytest.raises(gc.PlanError, match="channel"):
         gc.compress(MLP(), X, prune=["chanel"])
     with pytest.raises(gc.PlanError):
