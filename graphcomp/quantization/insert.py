@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from graphcomp.graph import clone, value
 from graphcomp.quantization.placement import Placement, Site
@@ -57,7 +57,7 @@ class _Names:
     """A name per quantizer that says what it quantizes: 'layer1_0_conv1_weight', 'relu_3'."""
 
     def __init__(self) -> None:
-        self.taken: set[str] = set()
+        self.taken = set(dir(nn.Module()))  # a node may be called like a method: 'to'
 
     def of(self, node: fx.Node) -> str:
         name = re.sub(r"\W", "_", str(node.target) if node.op in ("get_attr", "placeholder") else node.name)

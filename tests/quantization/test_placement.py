@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from graphcomp.capture import capture
 from graphcomp.quantization.fold import FoldBatchNorm
+from graphcomp.quantization.insert import InsertQuantizers
 from graphcomp.quantization.placement import Placement, place
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, with_bits
 from tests.quantization.models import encoder, residual
@@ -190,3 +191,12 @@ def test_products_of_constants_are_left_alone():
     placement = placed(model, x)
     assert list(placement.left_float.values()) == ["depends on no input"]
     assert {u.name for s in placement.sites for u in s.users} == {"linear"}
+
+
+def test_a_value_called_like_a_method_of_modules():
+    model = Of(lambda x: x * 2)
+    module = FoldBatchNorm()(capture(model.eval(), X).module)
+    (node,) = (n for n in module.graph.nodes if n.name == "mul")
+    node._rename("to")
+    quantized = InsertQuantizers(place(module, QuantConfig()))(module)
+    assert "graphcomp_quantizers.to_1" in dict(quantized.named_modules())
