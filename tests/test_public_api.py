@@ -17,6 +17,7 @@ RANKS = [
     {"describe", "analysis"},
     {"cost"},
     {"pruning", "quantization"},
+    {"methods"},
     {"report", "testing"},
     {"compressed"},
     {"export"},
