@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from graphcomp.graph import bind, clone, fetch, set_argument, value
 from graphcomp.quantization.placement import COMPUTE, constants
 from graphcomp.quantization.tensors import attribute_readers, replace_argument
+from graphcomp.quantization.walk import Constants
 
 aten = torch.ops.aten
 SCALED = frozenset(
@@ -99,22 +100,20 @@ class FoldBatchNorm:
         """A new module; tensors that no fold changes are shared with `module`."""
         folded, _ = clone(module)
         with torch.no_grad():
-            readers = attribute_readers(folded)
+            readers, values = attribute_readers(folded), Constants(folded)
             for pair in list(pairs(folded.graph)):
                 if bind(pair.norm)["training"] is False:
-                    _fold(folded, pair, readers)
+                    _fold(folded, pair, readers, values)
         folded.graph.eliminate_dead_code()
         drop_unread(folded)
         folded.recompile()
         return folded
 
 
-def _fold(module: fx.GraphModule, pair: Pair, readers: dict[str, list[fx.Node]]) -> None:
-    arguments, norm = bind(pair.compute), bind(pair.norm)
+def _fold(module: fx.GraphModule, pair: Pair, readers: dict[str, list[fx.Node]], values: Constants) -> None:
+    arguments = bind(pair.compute)
     weight = fetch(module, arguments["weight"].target)
-    factor, shift = _affine(module, norm, weight)
-    old_bias = fetch(module, arguments["bias"].target) if arguments["bias"] else None
-    bias = shift if old_bias is None else shift + old_bias.double() * factor
+    factor, bias = affine_of(pair, values)
     scaled = (weight.double() * factor.view(_along(pair.compute, weight))).to(weight.dtype)
     name = str(arguments["weight"].target)
     own_bias = f"{name.removesuffix('weight').rstrip('._') or 'folded'}.bias"
@@ -124,16 +123,36 @@ def _fold(module: fx.GraphModule, pair: Pair, readers: dict[str, list[fx.Node]])
     module.graph.erase_node(pair.norm)
 
 
-def _affine(module: fx.GraphModule, norm: dict[str, Any], like: Tensor) -> tuple[Tensor, Tensor]:
-    """(factor, shift), (c,) float64 each, of a batch norm in eval mode: y = x * factor + shift."""
-    mean, var = (fetch(module, norm[key].target).double() for key in ("running_mean", "running_var"))
-    factor = torch.rsqrt(var + norm["eps"])
-    if norm["weight"] is not None:
-        factor = factor * fetch(module, norm["weight"].target).double()
-    shift = -mean * factor
+def affine_of(pair: Pair, values: Constants) -> tuple[Tensor, Tensor]:
+    """What a batch norm in eval mode makes of the products of the op in front of it.
+
+    Returns:
+        (factor, shift), (c,) float64 each: the norm's result is products * factor + shift. The op's bias is in shift.
+    """
+
+    def of(node: Any) -> Any:
+        return values.of(node).double().flatten() if isinstance(node, fx.Node) else node
+
+    norm = bind(pair.norm)
+    factor = torch.rsqrt(of(norm["running_var"]) + norm["eps"]) * (
+        1.0 if norm["weight"] is None else of(norm["weight"])
+    )
+    inner, shift = torch.ones_like(factor), torch.zeros_like(factor)
+    if (bias := bind(pair.compute)["bias"]) is not None:
+        shift = shift + of(bias)
+    for node in pair.between:
+        by = of(node.args[1])
+        if node.target is aten.div.Tensor:
+            inner, shift = inner / by, shift / by
+        else:
+            shift = shift + by * bind(node)["alpha"]
+    shift = (shift - of(norm["running_mean"])) * factor
     if norm["bias"] is not None:
-        shift = shift + fetch(module, norm["bias"].target).double()
-    return factor.to(like.device), shift.to(like.device)
+        shift = shift + of(norm["bias"])
+    factor = inner * factor
+    if pair.between:  # a factor that was taken out again is 1, whatever rounding made of it
+        factor = torch.where((factor - 1).abs() < 8 * torch.finfo(value(pair.compute).dtype).eps, 1.0, factor)
+    return factor, shift
 
 
 def _along(compute: fx.Node, weight: Tensor) -> list[int]:
