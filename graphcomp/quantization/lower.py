@@ -10,7 +10,7 @@ clip        gone where the quantizer behind it saturates at the same codes
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -118,7 +118,7 @@ class _Lowering:
     def _weight(self, node: fx.Node, quantizer: Quantizer) -> None:
         (source,) = node.args
         assert isinstance(source, fx.Node)
-        integers = quantizer.to_integers(self.values.of(source))
+        integers = _signed(quantizer.to_integers(self.values.of(source)))
         self.weights[self.fake_name[node]] = integers
         stem = self._stem(source)
         lookups = [user for user in node.users if user.target in EMBEDDINGS]
@@ -258,6 +258,20 @@ def constants_with_quantizers(module: fx.GraphModule) -> set[fx.Node]:
         if found.issuperset(node.all_input_nodes):
             found.add(node)
     return found
+
+
+def _signed(integers: Integers) -> Integers:
+    """The same floats from int16 where the codes are uint16, which torch cannot subtract a zero point from."""
+    if integers.values.dtype is not torch.uint16:
+        return integers
+    offset = (integers.quant_max + 1) // 2
+    return replace(
+        integers,
+        values=(integers.values.to(torch.int32) - offset).to(torch.int16),
+        zero_point=integers.zero_point - offset,
+        quant_min=integers.quant_min - offset,
+        quant_max=integers.quant_max - offset,
+    )
 
 
 def _ancestors(node: fx.Node) -> Iterator[fx.Node]:

@@ -66,6 +66,18 @@ def test_law_3_for_every_granularity(name: str, symmetric: bool, granularity: An
     assert error.weights == 0 and error.steps <= 1.001
 
 
+@pytest.mark.parametrize("bits", [9, 16, *slow(12)])
+@pytest.mark.parametrize("granularity", ["channel", *slow("tensor", "group")])
+def test_law_3_for_wide_weights_with_a_zero_point(bits: int, granularity: Any) -> None:
+    spec = QuantSpec(bits, False, granularity, 4 if granularity == "group" else 0)
+    config = QuantConfig(spec, ACTIVATIONS, embeddings=QuantSpec(bits, False, "channel"))
+    found, flat = lowered(encoder, config)
+    error = check_lowering(found.fake, found.lowered, flat)
+    assert error.weights == 0 and error.steps <= 1.001
+    integers = found.lowered.weights.values()
+    assert all(i.values.dtype is torch.int16 for i in integers) and any(bool(i.zero_point.any()) for i in integers)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_law_3_for_geta(name: str) -> None:
     spec = QuantSpec(5, kind="geta")
