@@ -23,7 +23,7 @@ from graphcomp.export.onnx import export_onnx  # noqa: E402
 from graphcomp.export.runtime import compare, run  # noqa: E402
 from graphcomp.graph import fetch  # noqa: E402
 from graphcomp.graph_module import CapturedModule  # noqa: E402
-from graphcomp.quantization.ops import pack_int4  # noqa: E402
+from graphcomp.quantization.ops import pack  # noqa: E402
 from tests.export.lowered import Quantization, lower  # noqa: E402
 from tests.export.models import Attention, Residual  # noqa: E402
 from tests.marks import slow  # noqa: E402
@@ -193,14 +193,14 @@ def lower_embedding(model: nn.Module, ids: Tensor, bits: int) -> CapturedModule:
     top = 2 ** (bits - 1) - 1
     scales = value.abs().amax(1) / top
     codes = (value / scales[:, None]).round().to(torch.int8)
-    module.register_buffer("codes", pack_int4(codes) if bits == 4 else codes)
+    module.register_buffer("codes", pack(codes, 4) if bits == 4 else codes)
     module.register_buffer("scales", scales)
     module.register_buffer("column", scales[:, None].clone())
     module.register_buffer("zeros", torch.zeros(9, dtype=torch.int32))
     with graph.inserting_before(table):
         held: fx.Node = graph.get_attr("codes")
         if bits == 4:
-            held = graph.call_function(torch.ops.graphcomp.unpack_int4.default, (held, [9, 6], True))
+            held = graph.call_function(torch.ops.graphcomp.unpack.default, (held, [9, 6], 4, True))
         rest = graph.get_attr("scales"), graph.get_attr("zeros")
         weight = graph.call_function(
             torch.ops.quantized_decomposed.dequantize_per_channel.default, (held, *rest, 0, -top, top, torch.int8)

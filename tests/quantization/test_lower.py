@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -116,11 +117,13 @@ def test_stored_dtypes():
     assert not [name for name, t in state.items() if t.is_floating_point() and not name.endswith("_scale")]
 
 
-def test_four_bits_are_packed():
-    found, _ = lowered(residual, config(4))
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_few_bits_are_packed(bits: int, symmetric: bool) -> None:
+    found, _ = lowered(residual, QuantConfig(replace(WEIGHTS, bits=bits, symmetric=symmetric), None))
     codes = found.lowered.module.get_buffer("block.conv1.weight_codes")
-    assert codes.dtype is torch.uint8 and codes.numel() == 8 * 8 * 9 // 2
-    assert found.lowered.module.graph.find_nodes(op="call_function", target=torch.ops.graphcomp.unpack_int4.default)
+    assert codes.dtype is torch.uint8 and codes.numel() == 8 * 8 * 9 * bits // 8
+    assert found.lowered.module.graph.find_nodes(op="call_function", target=torch.ops.graphcomp.unpack.default)
 
 
 def test_clips_in_front_of_a_quantizer_go():
