@@ -1,6 +1,6 @@
 """Rewrites of an exported ONNX graph, on onnx-ir, to what onnxruntime turns into integer kernels.
 
-`prepare` runs before onnxscript's optimizer, `finish` after it.
+`prepare` runs before onnxscript's optimizer, `finish` after it, `narrow` after that.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 COMPUTE = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+IR_VERSION_OF_TWO_BITS = 13
 
 
 def prepare(model: ir.Model) -> None:
@@ -55,6 +56,37 @@ def finish(model: ir.Model) -> None:
     _own_zero_points(model)
     common.RemoveUnusedNodesPass()(model)
     common.ClearMetadataAndDocStringPass()(model)
+
+
+def narrow(model: ir.Model, opset: int) -> None:
+    """INT4 and UINT4 constants whose codes fit two bits become INT2 and UINT2, and the model of that opset.
+
+    Later versions of the ops in between differ in the types they take alone.
+    """
+    import onnx_ir as ir
+
+    to = {ir.DataType.INT4: ir.DataType.INT2, ir.DataType.UINT4: ir.DataType.UINT2}
+    for codes in [v for v in model.graph.initializers.values() if v.dtype in to]:
+        readers = [node for node, place in codes.uses() if place == 0]
+        zeros = [n.inputs[2] for n in readers if n.op_type == "DequantizeLinear" and len(n.inputs) > 2]
+        held = [codes, *(zero for zero in zeros if zero is not None)]
+        if not readers or not all(_fits(value) for value in held):
+            continue
+        for value in held:
+            assert isinstance(value.dtype, ir.DataType)
+            kind = to[value.dtype]
+            name = _free_name(model.graph, str(value.name).replace("_int4", "_int2"))
+            value.replace_all_uses_with(_add_tensor(model.graph, _packed(_constant(value, "codes"), kind, name)))
+            model.graph.initializers.pop(str(value.name))
+        model.opset_imports[""] = opset
+        model.ir_version = max(model.ir_version, IR_VERSION_OF_TWO_BITS)
+
+
+def _fits(value: ir.Value) -> bool:
+    """Whether codes, or zero points, fit two bits."""
+    numbers = _constant(value, "zero points").astype("int8")
+    low, high = (0, 3) if value.dtype is not None and not value.dtype.is_signed() else (-2, 1)
+    return bool((numbers >= low).all() and (numbers <= high).all())
 
 
 # ------------------------------------------------------------------------------------------------ four bits

@@ -205,10 +205,11 @@ class _Lowering:
         return found
 
     def codes(self, name: str, codes: Tensor) -> fx.Node:
-        if self.how.weight_bits > 4 or not self.how.pack:
+        bits = self.how.weight_bits
+        if bits > 4 or not self.how.pack:
             return self.hold(name, codes)
-        packed = self.hold(f"{name}_packed", pack(codes, 4))
-        return self.graph.call_function(torch.ops.graphcomp.unpack.default, (packed, list(codes.shape), 4, True))
+        packed = self.hold(f"{name}_packed", pack(codes, bits))
+        return self.graph.call_function(torch.ops.graphcomp.unpack.default, (packed, list(codes.shape), bits, True))
 
     def grouped(self, name: str, value: Tensor, top: int) -> tuple[fx.Node, Tensor]:
         groups = self.how.groups

@@ -212,7 +212,7 @@ def test_scope():
     assert [name for name, b in small.named_buffers() if name.endswith("codes")]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [3, 8])
 def test_saved_and_loaded(tmp_path: Any, bits: int) -> None:
     model, x = encoder()
     small = gc.compress(model, x, bits=bits)
