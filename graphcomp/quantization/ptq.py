@@ -323,12 +323,7 @@ class _Setting:
         operands, arguments = COMPUTE[node.target], bind(node)
         wrapped = arguments[operands.weight]
         quantizer = self.quantizers.get(wrapped)
-        if (
-            quantizer is None
-            or wrapped not in self.constant
-            or len(wrapped.users) > 1
-            or quantizer.dim not in (None, 0)
-        ):
+        if quantizer is None or wrapped not in self.constant or len(wrapped.users) > 1:
             return
         (source,) = wrapped.all_input_nodes
         if source.op != "get_attr":
@@ -337,7 +332,7 @@ class _Setting:
         if moments is None:
             return
         weight = fetch(self.fake, str(source.target))
-        rounded = round_second_order(weight.detach().flatten(1), moments, quantizer).view_as(weight)
+        rounded = round_second_order(weight, moments, quantizer, dim=operands.dim % weight.dim())
         if read_by_others(self.readers, source, wrapped):
             with self.fake.graph.inserting_before(wrapped):
                 own = f"graphcomp_{wrapped.name}_weight"
