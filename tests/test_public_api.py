@@ -22,6 +22,7 @@ RANKS = [
     {"compressed"},
     {"export"},
     {"assemble"},
+    {"trained"},
     {"api"},
     {"__init__"},
 ]

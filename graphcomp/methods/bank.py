@@ -13,6 +13,10 @@ FEWEST, MOST = torch.tensor(1.5, dtype=torch.float64), torch.tensor(24.0, dtype=
 """Bits that a step may stand for before bits are bounded: it stays positive, and float32 holds all codes."""
 
 
+DECAY = 0.99
+"""Per step, of a range that follows what is quantized: one outlier does not widen it for long."""
+
+
 class Bank:
     """Step d, range q_m and exponent t of l quantizers, each read and written as one (l,) float64 vector.
 
@@ -51,6 +55,28 @@ class Bank:
             torch._foreach_clamp_max_(self.exponents, EXPONENT_LIMITS[1])
         widest = self.widest()
         self.set_d(torch.clamp(self.d(), widest / levels(MOST), widest / levels(FEWEST)))
+
+    def follow(self, on: bool) -> None:
+        """Whether the ranges follow what is quantized (see `set_ranges`)."""
+        for quantizer in self.quantizers:
+            quantizer.follow = on
+            quantizer.peak.zero_()
+
+    @torch.no_grad()
+    def set_ranges(self) -> None:
+        """Let each range be the largest magnitude seen since the last call, or a little less than before where that is
+        larger; steps give `high` bits. Processes that train together agree on the largest."""
+        if not self.quantizers:
+            return
+        peaks = torch.stack([quantizer.peak for quantizer in self.quantizers]).double()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(peaks, torch.distributed.ReduceOp.MAX)
+        old = self.q_m()
+        q_m = torch.where(peaks > 0, torch.maximum(peaks, DECAY * old), old)
+        torch._foreach_copy_(self.ranges, list(q_m.to(self.ranges[0].dtype).unbind()))
+        torch._foreach_zero_([quantizer.peak for quantizer in self.quantizers])
+        self.clamp()
+        self.fix(self.high)
 
     def d(self) -> Tensor:
         """(l,) the steps."""

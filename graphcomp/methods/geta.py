@@ -57,7 +57,8 @@ class Movement(Evidence):
 class QASSO(Optimizer):
     """Reaches a sparsity and a range of bits exactly, by the end of a schedule.
 
-    Warm-up: the base optimizer alone. Projection: the bits of all quantizers are kept within a range whose upper end
+    Warm-up: the base optimizer alone; the ranges of the quantizers follow what they quantize, at the most bits.
+    Projection: the bits of all quantizers are kept within a range whose upper end
     goes down. Joint: in periods, the least salient units are chosen and forgotten step by step, their quantized values
     included, while the steps of their quantizers are set so that the whole stays a descent; they are exactly zero from
     the end of the period on. Cool-down: bits are fixed whole numbers, weights, ranges and exponents go on learning.
@@ -146,6 +147,7 @@ class QASSO(Optimizer):
         self._active: Forgetting | None = None
         self._zeros: list[tuple[Tensor, int, Tensor]] = []  # parameter, dim, indices of all that is gone
         self._fixed: Tensor | None = None  # bits of the cool-down
+        self.bank.follow(self.stage == Stage.WARMUP)
         if sparsity:
             self._allocate({group: torch.zeros(group.size) for group in self.groups}, self._target)  # raises now
 
@@ -171,15 +173,7 @@ class QASSO(Optimizer):
 
     def most_bits(self) -> Tensor:
         """(l,) the most bits that each quantizer of `bank` may have in the next step."""
-        moment = self.moment
-        if moment.stage == Stage.PROJECTION:
-            period = moment.period
-        else:
-            period = -1 if moment.stage == Stage.WARMUP else self.schedule.projection_periods - 1
-        if not self.schedule.lengths[Stage.PROJECTION]:
-            period = 0
-        lowered = self.bank.high - self.schedule.bit_reduction * max(period, 0)
-        return torch.maximum(self.bank.low, lowered)
+        return self.schedule.most_bits(self.steps, self.bank.low, self.bank.high)
 
     # ------------------------------------------------------------------------------------------ a step
     @overload
@@ -222,7 +216,12 @@ class QASSO(Optimizer):
 
     def _constrain(self, moment: Moment) -> None:
         """What the stage asks of the bits."""
-        if moment.stage == Stage.WARMUP or not len(self.bank):
+        if not len(self.bank):
+            return
+        if moment.stage == Stage.WARMUP:
+            self.bank.set_ranges()
+            if moment.last:
+                self.bank.follow(False)
             return
         if moment.stage != Stage.COOLDOWN:
             self.bank.project(self.most_bits())
@@ -337,6 +336,7 @@ class QASSO(Optimizer):
         self.kept = {group: own["kept"][group.name].cpu() for group in self.groups}
         self.chosen = {group: own["chosen"][group.name].cpu() for group in self.groups}
         self._fixed = None if own["fixed"] is None else own["fixed"].to(self.bank.device)
+        self.bank.follow(self.stage == Stage.WARMUP)
         self._index_zeros()
         self._activate()
 

@@ -15,6 +15,7 @@ from graphcomp.errors import CalibrationError, PlanError
 from graphcomp.graph import clone, fetch, module_path, set_argument
 from graphcomp.graph_module import CapturedModule
 from graphcomp.pruning.mask import KEEPS_ZEROS, PREFIX, InsertMasks, set_masks
+from graphcomp.quantization.fold import folded_nodes
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers
 from graphcomp.quantization.placement import layer_name, place
@@ -161,9 +162,11 @@ def unwrapped(module: nn.Module) -> Prepared:
 def training_config(bits: int, activations: bool, learn_exponent: bool) -> QuantConfig:
     """GETA's quantizers on weights and activations, `bits` at first. Embedding tables are looked up in floats: they are
     quantized when training is over."""
-    spec = QuantSpec(bits, kind="geta")
     return QuantConfig(
-        weights=spec, activations=spec if activations else None, embeddings=None, first_and_last_bits=bits
+        weights=QuantSpec(bits, kind="geta", learn_exponent=learn_exponent),
+        activations=QuantSpec(bits, kind="geta") if activations else None,
+        embeddings=None,
+        first_and_last_bits=bits,
     )
 
 
@@ -192,7 +195,8 @@ def prepare_graph(
     quantized = plan
     sites: tuple[Site, ...] = ()
     if bits is not None and config is not None:
-        graph = InsertQuantizers(place(plan.captured.module, config, ignore))(plan.captured.module)
+        floats = plan.captured.module
+        graph = InsertQuantizers(place(floats, config, ignore, folded_nodes(floats.graph)))(floats)
         _calibrate(graph, batches)
         calibrate_weights(graph)
         sites = _sites(graph, bits, layer_bits)

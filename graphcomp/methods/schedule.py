@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
+import torch
+from torch import Tensor
+
 from graphcomp.errors import PlanError
 
 
@@ -53,17 +56,18 @@ class Moment:
 class Schedule:
     """The stages of a run, in steps of the optimizer (not of batches, where gradients are accumulated).
 
-    Each length is a number of steps (int), or a fraction of all steps (float below 1); the rest is the cool-down, in which
-    accuracy comes back: 30 % of the run at least.
+    Each length is a number of steps (int), or a fraction of all steps (float below 1); the rest is the cool-down, in
+    which accuracy comes back: 30 % of the run at least.
 
     Attributes:
         steps: of the whole run.
-        warmup: nothing is constrained.
+        warmup: weights settle, and ranges follow what is quantized; bits are the most allowed.
         projection: the most bits allowed go down by `bit_reduction` at the start of each but the first of
             `projection_periods`.
         joint: units are forgotten while bits go on adapting, in `pruning_periods`, each of which ends with its share of
             the units gone.
-        bit_reduction: bits per period; never below the fewest bits of the range.
+        bit_reduction: bits per period; never below the fewest bits of the range. None: two thirds of the range in all,
+            which is 16, 14, 12, 10, 8 for 4 to 16 bits.
 
     Raises:
         PlanError: lengths that do not fit into the run, or a period without a step.
@@ -77,14 +81,14 @@ class Schedule:
     joint: int | float = 0.20
     projection_periods: int = 5
     pruning_periods: int = 5
-    bit_reduction: float = 2.0
+    bit_reduction: float | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise PlanError(f"Schedule(steps={self.steps})", why="a run has at least one step", fix="steps=1000")
         for name in ("warmup", "projection", "joint"):
             self._check_length(name)
-        if self.bit_reduction < 0:
+        if self.bit_reduction is not None and self.bit_reduction < 0:
             raise PlanError(f"Schedule(bit_reduction={self.bit_reduction})", fix="bit_reduction=2")
         self._check_periods("projection", self.projection_periods, self.ends[1] - self.ends[0])
         self._check_periods("pruning", self.pruning_periods, self.ends[2] - self.ends[1])
@@ -120,14 +124,9 @@ class Schedule:
     def of(cls, steps: int, *, transformer: bool = False) -> Schedule:
         """The default for a model with attention, or without.
 
-        Transformers lose more to fewer bits, and get them back more slowly: bits go down one by one, over more of the
-        run (spec of the paper's BERT runs; an independent reproduction found the same).
+        Transformers lose more when bits go down, and come back more slowly: each stage takes more of the run.
         """
-        if transformer:
-            found = cls._fitting(steps, warmup=0.10, projection=0.20, joint=0.25, bit_reduction=1.0)
-        else:
-            found = cls._fitting(steps)
-        return found
+        return cls._fitting(steps, warmup=0.10, projection=0.20, joint=0.25) if transformer else cls._fitting(steps)
 
     @classmethod
     def _fitting(cls, steps: int, **options: float) -> Schedule:
@@ -160,9 +159,19 @@ class Schedule:
             return _in_period(Stage.JOINT, step - projection, joint - projection, self.pruning_periods)
         return Moment(Stage.COOLDOWN, 0, step - joint, 0)
 
-    def most_bits(self, period: int, low: float, high: float) -> float:
-        """The most bits allowed in projection period `period`: they go down from `high`, not below `low`."""
-        return max(low, high - self.bit_reduction * period)
+    def most_bits(self, step: int, low: Tensor, high: Tensor) -> Tensor:
+        """The most bits allowed in a step, between `low` and `high`: they go down with the projection periods.
+
+        Args:
+            low, high: (l,) ranges.
+        """
+        warmup, projection, _ = self.ends
+        if step < warmup or warmup == projection:
+            return high
+        done = self.moment(step).period if step < projection else self.projection_periods - 1
+        if self.bit_reduction is not None:
+            return torch.maximum(low, high - self.bit_reduction * done)
+        return high - (high - low) * (2 / 3) * done / max(self.projection_periods - 1, 1)
 
 
 def _in_period(stage: Stage, step: int, length: int, periods: int) -> Moment:
