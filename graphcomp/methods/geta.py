@@ -22,7 +22,7 @@ from graphcomp.methods.bank import Bank
 from graphcomp.methods.forgetting import Entry, Forgetting, Rule
 from graphcomp.methods.prepared import Prepared, Session, Site, gone, unwrapped
 from graphcomp.methods.schedule import Moment, Schedule, Stage
-from graphcomp.pruning.allocation import allocate, units_to_remove
+from graphcomp.pruning.allocation import Normalize, allocate, units_to_remove
 from graphcomp.pruning.evidence import Evidence, Scores
 from graphcomp.pruning.saliency import Saliency, named
 from graphcomp.quantization.quantizers.base import Quantizer
@@ -79,6 +79,8 @@ class QASSO(Optimizer):
         bits: a narrower range than the one the module was prepared with.
         saliency: how units are ranked: GETA's mix, or any of `graphcomp.pruning.saliency` that needs weights and
             gradients at most.
+        normalize: what the scores of a group are divided by before groups are compared: "none" (GETA), "mean", "max",
+            "l2". Without, groups of small weights go first.
         forgetting: "descent" (GETA's rule), or "uniform" (equal shares in each step, as HESSO's).
         round_to: the number of units kept of each group is a multiple of it.
         max_group_sparsity: fraction of each group that may go, at most.
@@ -106,6 +108,7 @@ class QASSO(Optimizer):
         sparsity: float = 0.5,
         bits: tuple[int, int] | None = None,
         saliency: str | Saliency = "geta",
+        normalize: Normalize = "none",
         forgetting: Literal["descent", "uniform"] = "descent",
         round_to: int = 1,
         max_group_sparsity: float = 1.0,
@@ -120,7 +123,7 @@ class QASSO(Optimizer):
         self.schedule = Schedule.of(schedule, transformer=transformer) if isinstance(schedule, int) else schedule
         self.sparsity, self.round_to, self.max_group_sparsity = sparsity, round_to, max_group_sparsity
         self.saliency = named(saliency) if isinstance(saliency, str) else saliency
-        self.normalize: Literal["none", "mean"] = "none" if saliency == "geta" else "mean"
+        self.normalize = normalize
         self.max_quantizer_gradient = max_quantizer_gradient
         _check_options(eta, xi, forgetting, sparsity, max_quantizer_gradient, session)
         self.groups = _trainable(self.ready, session.groups)
