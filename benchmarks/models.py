@@ -42,6 +42,11 @@ def small_bert(classes: int = 2) -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(
-        hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024, num_labels=classes
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=1024,
+        num_labels=classes,
+        attention_probs_dropout_prob=0.0,
     )
     return BertForSequenceClassification(config)
