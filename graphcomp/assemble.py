@@ -172,16 +172,29 @@ def as_integers(
     else:
         batches = [flat_inputs(captured, *arguments_of(captured, batch)) for batch in calibration]
     quantized = quantize(cut.graph, batches, options)
+    return with_integers(
+        cut, quantized, (*notes, *quantized.notes), batches[0] if verify else None, measure_latency=measure_latency
+    )
+
+
+def with_integers(
+    cut: Cut, quantized: Quantized, notes: Sequence[str], inputs: Sequence[Any] | None, *, measure_latency: bool
+) -> CompressedModel:
+    """A cut and quantized model, Law 3 checked on flat `inputs` where there are some.
+
+    Raises:
+        VerificationError: the integers do not compute what the fake-quant graph does.
+    """
     verified = dict(cut.verified)
-    if verify and batches:
-        found = check_lowering(quantized.fake, quantized.lowered, batches[0])
+    if inputs is not None:
+        found = check_lowering(quantized.fake, quantized.lowered, inputs)
         verified["integers == fake-quant, in steps"] = found.steps
-    report = _quantized_report(cut, verified, (*notes, *quantized.notes), quantized)
+    report = _quantized_report(cut, verified, notes, quantized)
     module = quantized.lowered.module
     result = _model(
         cut,
         module,
-        _with_latency(report, plan, module) if measure_latency else report,
+        _with_latency(report, cut.plan, module) if measure_latency else report,
         form="graph",
         reason="integer weights and quantize nodes stand in a graph",
     )

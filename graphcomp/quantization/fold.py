@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphcomp.graph import bind, clone, fetch, set_argument, value
-from graphcomp.quantization.placement import COMPUTE
+from graphcomp.quantization.placement import COMPUTE, constants
 from graphcomp.quantization.tensors import attribute_readers, replace_argument
+from graphcomp.quantization.walk import Constants
 
 aten = torch.ops.aten
 SCALED = frozenset(
@@ -26,27 +27,69 @@ SCALED = frozenset(
 
 @dataclass(frozen=True)
 class Pair:
-    """A compute op and the batch norm that alone reads its result."""
+    """A compute op and the batch norm that alone reads its result.
+
+    Attributes:
+        between: what stands between the two where the graph went through `FoldForTraining`: a division by one number
+            per channel, and the bias. In the order of the graph.
+    """
 
     compute: fx.Node
     norm: fx.Node
+    between: tuple[fx.Node, ...] = ()
 
 
 def pairs(graph: fx.Graph) -> Iterator[Pair]:
     """Batch norms that can be folded: right behind a convolution or linear layer, over its output channels."""
+    for pair in chains(graph):
+        arguments = bind(pair.compute)
+        own = [arguments[name] for name in ("weight", "bias") if arguments[name]]
+        if not pair.between and all(tensor.op == "get_attr" for tensor in own):
+            yield pair
+
+
+def chains(graph: fx.Graph) -> Iterator[Pair]:
+    """As `pairs`, whatever the weight and the bias are made of, with or without what `FoldForTraining` put between."""
+    constant = constants(graph)
     for norm in graph.find_nodes(op="call_function", target=aten.batch_norm.default):
-        compute = norm.args[0]
-        if not isinstance(compute, fx.Node) or compute.target not in SCALED or len(compute.users) != 1:
-            continue
-        if compute.target is aten.linear.default and value(compute).dim() != 2:
-            continue  # the norm's channels are dim 1, the layer's are the last
-        arguments = bind(compute)
-        if arguments["weight"].op != "get_attr" or (arguments["bias"] and arguments["bias"].op != "get_attr"):
-            continue
-        grouped = COMPUTE[compute.target].dim == 1 and arguments["groups"] != 1
-        # a grouped transposed convolution holds the channels of all its groups in one dim of the weight
-        if isinstance(bind(norm)["running_mean"], fx.Node) and not grouped:
-            yield Pair(compute, norm)
+        if isinstance(bind(norm)["running_mean"], fx.Node):
+            between = _between(norm, constant)
+            compute = (between[0] if between else norm).args[0]
+            if isinstance(compute, fx.Node) and len(compute.users) == 1 and _channels_second(compute):
+                yield Pair(compute, norm, between)
+
+
+def folded_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that are folded into the op in front of them: batch norms and what belongs with them."""
+    return {node for pair in chains(graph) for node in (*pair.between, pair.norm)}
+
+
+def _between(norm: fx.Node, constant: set[fx.Node]) -> tuple[fx.Node, ...]:
+    """The nodes in front of `norm` that divide by constants per channel and add such."""
+    found: list[fx.Node] = []
+    node = norm.args[0]
+    while isinstance(node, fx.Node) and node.target in (aten.div.Tensor, aten.add.Tensor) and len(node.users) == 1:
+        other = node.args[1]
+        if not isinstance(other, fx.Node) or other not in constant or not _per_channel(other, value(node)):
+            break
+        found.append(node)
+        node = node.args[0]
+    return tuple(reversed(found))
+
+
+def _per_channel(constant: fx.Node, like: Tensor) -> bool:
+    found = value(constant)
+    return bool(found.dim() == like.dim() and found.numel() == found.shape[1] == like.shape[1])
+
+
+def _channels_second(compute: fx.Node) -> bool:
+    """Whether the channels that a batch norm scales, dim 1 of the result, are one dim of the op's weight."""
+    if compute.target not in SCALED:
+        return False
+    if compute.target is aten.linear.default:
+        return bool(value(compute).dim() == 2)
+    # a grouped transposed convolution holds the channels of all its groups in one dim of the weight
+    return COMPUTE[compute.target].dim == 0 or bind(compute)["groups"] == 1
 
 
 @dataclass(frozen=True)
@@ -57,22 +100,20 @@ class FoldBatchNorm:
         """A new module; tensors that no fold changes are shared with `module`."""
         folded, _ = clone(module)
         with torch.no_grad():
-            readers = attribute_readers(folded)
+            readers, values = attribute_readers(folded), Constants(folded)
             for pair in list(pairs(folded.graph)):
                 if bind(pair.norm)["training"] is False:
-                    _fold(folded, pair, readers)
+                    _fold(folded, pair, readers, values)
         folded.graph.eliminate_dead_code()
         drop_unread(folded)
         folded.recompile()
         return folded
 
 
-def _fold(module: fx.GraphModule, pair: Pair, readers: dict[str, list[fx.Node]]) -> None:
-    arguments, norm = bind(pair.compute), bind(pair.norm)
+def _fold(module: fx.GraphModule, pair: Pair, readers: dict[str, list[fx.Node]], values: Constants) -> None:
+    arguments = bind(pair.compute)
     weight = fetch(module, arguments["weight"].target)
-    factor, shift = _affine(module, norm, weight)
-    old_bias = fetch(module, arguments["bias"].target) if arguments["bias"] else None
-    bias = shift if old_bias is None else shift + old_bias.double() * factor
+    factor, bias = affine_of(pair, values)
     scaled = (weight.double() * factor.view(_along(pair.compute, weight))).to(weight.dtype)
     name = str(arguments["weight"].target)
     own_bias = f"{name.removesuffix('weight').rstrip('._') or 'folded'}.bias"
@@ -82,16 +123,36 @@ def _fold(module: fx.GraphModule, pair: Pair, readers: dict[str, list[fx.Node]])
     module.graph.erase_node(pair.norm)
 
 
-def _affine(module: fx.GraphModule, norm: dict[str, Any], like: Tensor) -> tuple[Tensor, Tensor]:
-    """(factor, shift), (c,) float64 each, of a batch norm in eval mode: y = x * factor + shift."""
-    mean, var = (fetch(module, norm[key].target).double() for key in ("running_mean", "running_var"))
-    factor = torch.rsqrt(var + norm["eps"])
-    if norm["weight"] is not None:
-        factor = factor * fetch(module, norm["weight"].target).double()
-    shift = -mean * factor
+def affine_of(pair: Pair, values: Constants) -> tuple[Tensor, Tensor]:
+    """What a batch norm in eval mode makes of the products of the op in front of it.
+
+    Returns:
+        (factor, shift), (c,) float64 each: the norm's result is products * factor + shift. The op's bias is in shift.
+    """
+
+    def of(node: Any) -> Any:
+        return values.of(node).double().flatten() if isinstance(node, fx.Node) else node
+
+    norm = bind(pair.norm)
+    factor = torch.rsqrt(of(norm["running_var"]) + norm["eps"]) * (
+        1.0 if norm["weight"] is None else of(norm["weight"])
+    )
+    inner, shift = torch.ones_like(factor), torch.zeros_like(factor)
+    if (bias := bind(pair.compute)["bias"]) is not None:
+        shift = shift + of(bias)
+    for node in pair.between:
+        by = of(node.args[1])
+        if node.target is aten.div.Tensor:
+            inner, shift = inner / by, shift / by
+        else:
+            shift = shift + by * bind(node)["alpha"]
+    shift = (shift - of(norm["running_mean"])) * factor
     if norm["bias"] is not None:
-        shift = shift + fetch(module, norm["bias"].target).double()
-    return factor.to(like.device), shift.to(like.device)
+        shift = shift + of(norm["bias"])
+    factor = inner * factor
+    if pair.between:  # a factor that was taken out again is 1, whatever rounding made of it
+        factor = torch.where((factor - 1).abs() < 8 * torch.finfo(value(pair.compute).dtype).eps, 1.0, factor)
+    return factor, shift
 
 
 def _along(compute: fx.Node, weight: Tensor) -> list[int]:
@@ -140,30 +201,28 @@ def _scale(module: fx.GraphModule, pair: Pair) -> None:
     weight, rank = arguments["weight"], value(pair.compute).dim()
     shape = _along(pair.compute, value(weight))
 
-    def op(target: Any, *args: Any, like: fx.Node) -> fx.Node:
+    def op(target: Any, *args: Any) -> fx.Node:
         node = graph.call_function(target, args)
         node.meta = {k: v for k, v in pair.compute.meta.items() if k in ("stack_trace", "nn_module_stack")}
-        node.meta["val"] = value(like)
+        node.meta["val"] = target(*(value(a) if isinstance(a, fx.Node) else a for a in args))
         return node
 
     variance = norm["running_var"]
     with graph.inserting_before(pair.compute):
-        inverse = op(aten.rsqrt.default, op(aten.add.Tensor, variance, norm["eps"], like=variance), like=variance)
-        factor = inverse if norm["weight"] is None else op(aten.mul.Tensor, inverse, norm["weight"], like=inverse)
+        factor = op(aten.rsqrt.default, op(aten.add.Tensor, variance, norm["eps"]))
+        if norm["weight"] is not None:
+            factor = op(aten.mul.Tensor, factor, norm["weight"])
         # a channel with gamma 0 cannot be scaled back: it is left as it is
-        zero = op(aten.eq.Scalar, factor, 0, like=factor)
-        factor = op(aten.masked_fill.Scalar, factor, zero, 1.0, like=factor)
-        scaled = op(aten.mul.Tensor, weight, op(aten.view.default, factor, shape, like=factor), like=weight)
+        factor = op(aten.masked_fill.Scalar, factor, op(aten.eq.Scalar, factor, 0), 1.0)
+        scaled = op(aten.mul.Tensor, weight, op(aten.view.default, factor, shape))
     set_argument(pair.compute, "weight", scaled)
     bias = arguments["bias"]
     set_argument(pair.compute, "bias", None)
     channels = [1, -1] + [1] * (rank - 2)
     users = list(pair.compute.users)
     with graph.inserting_before(pair.norm):
-        back = op(
-            aten.div.Tensor, pair.compute, op(aten.view.default, factor, channels, like=factor), like=pair.compute
-        )
+        back = op(aten.div.Tensor, pair.compute, op(aten.view.default, factor, channels))
         if bias is not None:
-            back = op(aten.add.Tensor, back, op(aten.view.default, bias, channels, like=bias), like=pair.compute)
+            back = op(aten.add.Tensor, back, op(aten.view.default, bias, channels))
     for user in users:
         user.replace_input_with(pair.compute, back)

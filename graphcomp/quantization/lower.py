@@ -1,6 +1,6 @@
 """The lowering pass: fake-quant nodes become integers with quantize and dequantize nodes.
 
-weight      integer buffer -> dequantize          four bits and fewer: packed, two codes per byte
+weight      integer buffer -> dequantize          four bits and fewer: packed end to end
 embedding   the integer table is looked up, then its rows' scales; the table is never made float
 activation  quantize -> dequantize
 bias        int32 buffer on the scale of the products, so that an integer kernel adds it as it is
@@ -10,7 +10,7 @@ clip        gone where the quantizer behind it saturates at the same codes
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,6 @@ from graphcomp.quantization.walk import Constants
 
 aten = torch.ops.aten
 
-PACKED_BITS = 4
 INT32_MAX = 2**31 - 1
 
 
@@ -118,7 +117,7 @@ class _Lowering:
     def _weight(self, node: fx.Node, quantizer: Quantizer) -> None:
         (source,) = node.args
         assert isinstance(source, fx.Node)
-        integers = quantizer.to_integers(self.values.of(source))
+        integers = _signed(quantizer.to_integers(self.values.of(source)))
         self.weights[self.fake_name[node]] = integers
         stem = self._stem(source)
         lookups = [user for user in node.users if user.target in EMBEDDINGS]
@@ -139,12 +138,12 @@ class _Lowering:
         """The node that yields the codes, unpacked."""
         low, high = integers.quant_min, integers.quant_max
         signed = low < 0
-        fits = low >= -8 and high <= 7 if signed else high <= 15
-        if not fits:
+        bits = max(max(high, -1 - low).bit_length() + signed, min(ops.PACKED_BITS))
+        if bits > max(ops.PACKED_BITS):
             return self._buffer(f"{stem}_codes", integers.values, like)
-        packed = self._buffer(f"{stem}_codes", ops.pack_int4(integers.values), like)
+        packed = self._buffer(f"{stem}_codes", ops.pack(integers.values, bits), like)
         shape = list(integers.values.shape)
-        return self._call(torch.ops.graphcomp.unpack_int4.default, (packed, shape, signed), like)
+        return self._call(torch.ops.graphcomp.unpack.default, (packed, shape, bits, signed), like)
 
     def _dequantize(
         self, stem: str, codes: fx.Node, scale: fx.Node, zero: fx.Node, integers: Integers, like: fx.Node
@@ -258,6 +257,20 @@ def constants_with_quantizers(module: fx.GraphModule) -> set[fx.Node]:
         if found.issuperset(node.all_input_nodes):
             found.add(node)
     return found
+
+
+def _signed(integers: Integers) -> Integers:
+    """The same floats from int16 where the codes are uint16, which torch cannot subtract a zero point from."""
+    if integers.values.dtype is not torch.uint16:
+        return integers
+    offset = (integers.quant_max + 1) // 2
+    return replace(
+        integers,
+        values=(integers.values.to(torch.int32) - offset).to(torch.int16),
+        zero_point=integers.zero_point - offset,
+        quant_min=integers.quant_min - offset,
+        quant_max=integers.quant_max - offset,
+    )
 
 
 def _ancestors(node: fx.Node) -> Iterator[fx.Node]:

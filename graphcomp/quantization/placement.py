@@ -12,7 +12,7 @@ A quantizer belongs to a value and to those of its users that read it on integer
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -135,22 +135,29 @@ def layer_name(weight: fx.Node | None, constants: set[fx.Node]) -> str:
     return str(weight.target).removesuffix(".weight") if weight is not None else ""
 
 
-def place(module: fx.GraphModule, config: QuantConfig, ignore: Sequence[str] = ()) -> Placement:
+def place(
+    module: fx.GraphModule, config: QuantConfig, ignore: Sequence[str] = (), folded: Collection[fx.Node] = ()
+) -> Placement:
     """Decide which values of a captured graph are quantized.
 
     Args:
         module: in canonical form, batch norms folded where they can be.
         ignore: module names or "re:" patterns that stay float.
+        folded: nodes that will be folded into the op in front of them (see `fold.folded_nodes`), for a graph that is
+            trained with its batch norms: what the op returns is quantized behind them.
     """
-    return _Planner(module, config, ignore).plan()
+    return _Planner(module, config, ignore, folded).plan()
 
 
 class _Planner:
-    def __init__(self, module: fx.GraphModule, config: QuantConfig, ignore: Sequence[str]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, config: QuantConfig, ignore: Sequence[str], folded: Collection[fx.Node]
+    ) -> None:
         self.graph = module.graph
         self.module = module
         self.config = config
         self.ignore = ignore
+        self.folded = folded
         self.constants = constants(module.graph)
         self.sites: dict[fx.Node, Site] = {}
         self.weights: list[Site] = []
@@ -249,7 +256,9 @@ class _Planner:
         site.spec = max(site.spec, spec, key=lambda s: s.bits)
 
     def _result(self, node: fx.Node) -> fx.Node:
-        """The value behind the clip that reads `node` alone, else `node`'s own."""
+        """The value behind what will be folded into `node`, and behind the clip that alone reads that."""
+        while user := next((u for u in node.users if u in self.folded), None):
+            node = user
         if len(node.users) == 1:
             (user,) = node.users
             if user.target in CLIPS:

@@ -189,29 +189,45 @@ def calibrate_weights(fake: fx.GraphModule) -> None:
             calibrate_weight(quantizer, values.of(node.all_input_nodes[0]), str(node.target))
 
 
-def fit_biases(fake: fx.GraphModule) -> None:
+def fit_biases(fake: fx.GraphModule, *, keep_codes: bool = False) -> None:
     """Give each bias a value that an integer kernel adds as it is: a multiple of the layer's step of products.
 
     Steps of weights are widened so much that the multiple fits into an int32, which matters for channels whose weights
     are next to nothing beside their bias.
+
+    Args:
+        keep_codes: widen only the steps of channels whose codes are all 0: any step will do there. A layer with another
+            such channel keeps its bias as it is.
     """
     values, readers = Constants(fake), attribute_readers(fake)
     found = list(_biased(fake))
     with torch.no_grad():
-        for _, bias, weight, step in found:  # all of them first: layers may share a quantizer
+        for node, bias, weight, step in found:  # all of them first: layers may share a quantizer
             needed = values.of(bias).detach().abs() / (step * BIAS_LIMIT)
             if weight.dim is None:
                 needed = needed.amax()
             elif needed.numel() != weight.scale.numel():  # groups of a transposed convolution share the channels
                 needed = needed.view(-1, weight.scale.numel()).amax(0)
+            if keep_codes:
+                needed = needed.masked_fill(_has_codes(values.of(bind(node)[COMPUTE[node.target].weight]), weight), 0)
             weight.scale.copy_(torch.maximum(weight.scale, needed.to(weight.scale)))
         for node, bias, weight, step in found:
             floats, product = values.of(bias), weight.scale * step
             if weight.spec.symmetric and product.numel() in (1, floats.numel()):
-                rounded = nn.Parameter(torch.round(floats / product) * product)
+                codes = torch.round(floats / product)
+                if keep_codes and bool((codes.abs() > BIAS_LIMIT).any()):
+                    continue
                 argument = COMPUTE[node.target].bias
-                replace_argument(fake, node, argument, rounded, f"graphcomp_{node.name}_bias", readers)
+                fitted = nn.Parameter(codes * product)
+                replace_argument(fake, node, argument, fitted, f"graphcomp_{node.name}_bias", readers)
     fake.recompile()
+
+
+def _has_codes(weight: Tensor, quantizer: UniformQuantizer) -> Tensor:
+    """Whether any code of a fake-quantized weight is not 0, in the shape of its steps."""
+    if quantizer.dim is None:
+        return weight.any()
+    return weight.movedim(quantizer.dim, 0).flatten(1).any(1)
 
 
 def _biased(fake: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node, UniformQuantizer, Tensor]]:
@@ -232,6 +248,19 @@ def _biased(fake: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node, UniformQua
 
 
 # ------------------------------------------------------------------------------------------------ setting
+def layer_errors(folded: fx.GraphModule, fake: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> Mapping[str, float]:
+    """How far each layer of a fake-quant graph is from its float twin.
+
+    Args:
+        folded: the nodes of `fake` but for the quantizers, in the same order.
+        batches: flat inputs, in the order of the placeholders.
+
+    Returns:
+        layer -> relative error of its output, ||fake - float|| / ||float||.
+    """
+    return _Setting(folded, fake, PostTraining(correct_bias=False)).walk(batches)
+
+
 class _Setting:
     """Rounds weights and corrects biases, layer after layer, and measures what is left."""
 
@@ -294,12 +323,7 @@ class _Setting:
         operands, arguments = COMPUTE[node.target], bind(node)
         wrapped = arguments[operands.weight]
         quantizer = self.quantizers.get(wrapped)
-        if (
-            quantizer is None
-            or wrapped not in self.constant
-            or len(wrapped.users) > 1
-            or quantizer.dim not in (None, 0)
-        ):
+        if quantizer is None or wrapped not in self.constant or len(wrapped.users) > 1:
             return
         (source,) = wrapped.all_input_nodes
         if source.op != "get_attr":
@@ -308,7 +332,7 @@ class _Setting:
         if moments is None:
             return
         weight = fetch(self.fake, str(source.target))
-        rounded = round_second_order(weight.detach().flatten(1), moments, quantizer).view_as(weight)
+        rounded = round_second_order(weight, moments, quantizer, dim=operands.dim % weight.dim())
         if read_by_others(self.readers, source, wrapped):
             with self.fake.graph.inserting_before(wrapped):
                 own = f"graphcomp_{wrapped.name}_weight"

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from graphcomp.capture import capture
-from graphcomp.quantization.fold import FoldBatchNorm
+from graphcomp.quantization.fold import FoldBatchNorm, FoldForTraining, chains, folded_nodes
 from graphcomp.quantization.insert import InsertQuantizers
 from graphcomp.quantization.placement import Placement, place
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, with_bits
 from tests.quantization.models import encoder, residual
+from tests.quantization.test_qadg import MODELS, build
 
 
 def placed(model: nn.Module, inputs: Any, config: QuantConfig = QuantConfig(), ignore: Any = ()) -> Placement:  # noqa: B008
@@ -200,3 +201,43 @@ def test_a_value_called_like_a_method_of_modules():
     node._rename("to")
     quantized = InsertQuantizers(place(module, QuantConfig()))(module)
     assert "graphcomp_quantizers.to_1" in dict(quantized.named_modules())
+
+
+# ------------------------------------------------------------------------------------------------ on training graphs
+def sites_by_name(placement: Placement, stands_for: dict[str, str]) -> set[Any]:
+    """Each site, and who shares its quantizer. A weight is called like its first user."""
+
+    def name(site: Any) -> str:
+        return f"weight of {site.users[0].name}" if site.is_weight else stands_for.get(site.value.name, site.value.name)
+
+    return {
+        (
+            name(s),
+            tuple(stands_for.get(u.name, u.name) for u in s.users),
+            s.spec,
+            s.dim,
+            frozenset(name(other) for other in placement.sites if other.shares == s.shares),
+        )
+        for s in placement.sites
+    }
+
+
+@pytest.mark.parametrize("form", [lambda module: module, FoldForTraining()], ids=["norms", "scaled weights"])
+@pytest.mark.parametrize("name", MODELS)
+def test_training_graphs_have_the_sites_of_folded_ones(name: str, form: Any) -> None:
+    model, inputs = build(name)
+    module = capture(model, inputs).module
+    trained = form(module)
+    expected = place(FoldBatchNorm()(module), QuantConfig())
+    found = place(trained, QuantConfig(), (), folded_nodes(trained.graph))
+    pairs = list(chains(trained.graph))
+    assert len(pairs) == {"cnn": 3, "residual": 5}.get(name, 0)
+    norms = {pair.norm.name: pair.compute.name for pair in pairs}
+    assert sites_by_name(found, norms) == sites_by_name(expected, {})
+
+
+def test_norms_that_stay_are_not_skipped():
+    """A batch norm behind a clip is not folded: what the convolution returns is quantized in front of it."""
+    module = capture(Of(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4))).eval(), X).module
+    assert folded_nodes(module.graph) == set()
+    assert "relu" in names(place(module, QuantConfig(), (), folded_nodes(module.graph)))

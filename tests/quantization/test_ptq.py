@@ -87,6 +87,25 @@ def test_second_order_rounding_beats_nearest(group_size: int) -> None:
     assert error["second_order"] < 0.6 * error["nearest"]
 
 
+def test_second_order_rounding_of_a_weight_whose_outputs_are_dim_1() -> None:
+    class Conv1D(nn.Module):  # as GPT-2 has it
+        def __init__(self, inputs: int, outputs: int) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.zeros(outputs))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.bias, x, self.weight)
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Conv1D(32, 24), nn.ReLU(), Conv1D(24, 4)).eval(), correlated(128, 32)
+    error = {}
+    for rounding in ("nearest", "second_order"):
+        found, batches = run(model, x, config=low(3), rounding=rounding, correct_bias=False)
+        assert check_lowering(found.fake, found.lowered, batches[0]).weights == 0
+        error[rounding] = float((model(x) - found.fake(x)).detach().norm())
+    assert error["second_order"] < 0.6 * error["nearest"]
+
+
 def test_equalization_is_for_weights_with_one_step():
     model, x = residual()
     with torch.no_grad():  # channels of very different size, which the next layer makes up for
@@ -193,7 +212,7 @@ def test_scope():
     assert [name for name, b in small.named_buffers() if name.endswith("codes")]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [3, 8])
 def test_saved_and_loaded(tmp_path: Any, bits: int) -> None:
     model, x = encoder()
     small = gc.compress(model, x, bits=bits)

@@ -34,6 +34,8 @@ class GetaQuantizer(Quantizer):
         q_m: parameter (), the range: larger magnitudes saturate. Units of the tensor.
         t: parameter (), the exponent; 1 spaces the levels evenly. Where the spec's `learn_exponent` is False it is not
             trained, and counts as 1 whatever it holds: nothing is raised to a power.
+        follow: note the largest magnitude of what is quantized in training, for whoever sets the range to it.
+        peak: buffer (), that magnitude since it was last set to 0.
         steep: whether the gradient of x has the factor t a^(t-1), clamped to STEEPEST; else it is passed on as is.
 
     Before `set_range` the range is 1. Parameters that an optimizer drove out of their limits count as the limit, with
@@ -50,12 +52,15 @@ class GetaQuantizer(Quantizer):
     d: Tensor
     q_m: Tensor
     t: Tensor
+    peak: Tensor
 
     def __init__(self, spec: QuantSpec, *, steep: bool = False) -> None:
         if spec.kind != "geta":
             raise PlanError(f"GetaQuantizer was given a spec of kind {spec.kind!r}", fix='QuantSpec(kind="geta")')
         super().__init__(spec)
         self.steep = steep
+        self.follow = False
+        self.register_buffer("peak", torch.tensor(0.0), persistent=False)
         self.d = nn.Parameter(torch.tensor(1.0 / spec.quant_max))
         self.q_m = nn.Parameter(torch.tensor(1.0))
         self.t = nn.Parameter(torch.tensor(1.0), requires_grad=spec.learn_exponent)
@@ -64,6 +69,9 @@ class GetaQuantizer(Quantizer):
         """The nearest level of each element: shape and dtype of `x`."""
         if not self.enabled:
             return x
+        if self.follow and self.training:
+            with torch.no_grad():
+                torch.maximum(self.peak, torch.linalg.vector_norm(x, torch.inf), out=self.peak)
         dtype = self._wide(x)
         if self.spec.learn_exponent:
             result: Tensor = _Power.apply(x.to(dtype), *self._valid(dtype), self.steep)  # type: ignore[no-untyped-call]
