@@ -4,7 +4,9 @@
     python -m benchmarks.training --models resnet20 --threads 1 --rounds 40
     python -m benchmarks.training --compiled                     # the same through torch.compile (needs a C++ compiler)
 
-A step is forward, backward and SGD with momentum. The variants take turns, one step each, so that whatever else the
+A step is forward, backward and SGD with momentum. The fake-quantized variants are what
+`graphcomp.prepare` returns, first with SGD as it is, then with QASSO in each of its stages (weights and activations,
+4 to 8 bits, half of the units to go). The variants take turns, one step each, so that whatever else the
 machine does meets all of them: ratios are those of neighbouring steps, their median and their quartiles. With one
 thread CPU time counts, with more the time on the clock. Memory is what a step holds at most when the backward pass
 starts: tensors saved for it (each storage once), parameters, gradients, and the optimizer's state.
@@ -24,22 +26,18 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+import graphcomp
 from benchmarks import common, models
 from benchmarks.common import section, table
-from graphcomp.capture import capture
-from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
-from graphcomp.quantization.placement import CONVOLUTIONS, Placement, place
-from graphcomp.quantization.ptq import calibrate_activations, calibrate_weights
-from graphcomp.quantization.spec import QuantConfig, QuantSpec
+from graphcomp.methods.schedule import Schedule, Stage
 
-SPEC = QuantSpec(8, kind="geta")
-LEARNING_RATE, QUANTIZER_LEARNING_RATE, MOMENTUM = 1e-3, 1e-6, 0.9
+LEARNING_RATE, MOMENTUM = 1e-3, 0.9
+QUANTIZER_LEARNING_RATE = 1e-6  # how well they learn does not matter here; that ranges stay sensible does
 WARM_UP = 3  # rounds that do not count
 MIB = 2**20
 
@@ -72,6 +70,14 @@ class Variant:
         found = self.module(inputs)
         return F.cross_entropy(found if isinstance(found, Tensor) else found["logits"], labels)
 
+
+LONG = 100_000  # steps: longer than any run here, which so stays in one stage
+STAGES = {
+    Stage.WARMUP: Schedule(LONG, warmup=0.5),
+    Stage.PROJECTION: Schedule(LONG, warmup=0, projection=0.5),
+    Stage.JOINT: Schedule(LONG, warmup=0, projection=0, joint=0.5),
+    Stage.COOLDOWN: Schedule(LONG, warmup=0, projection=0, joint=1, pruning_periods=1),
+}
 
 CASES = {
     "resnet20": Case("ResNet-20, 32 x 32, batch 128", models.resnet20, lambda: images(128)),
@@ -130,43 +136,22 @@ def tokens(n: int, length: int) -> tuple[Tensor, Tensor]:
 def variants(case: Case, inputs: Tensor) -> list[Variant]:
     """The same model and weights in each, with tensors of its own."""
     model = case.model()
-    found = [Variant("float", *_with_optimizer(copy.deepcopy(model)))]
-    for name, activations in (("weights", None), ("weights and activations", SPEC)):
-        found.append(Variant(name, *_with_optimizer(fake_quantized(copy.deepcopy(model), inputs, activations))))
+    plain = copy.deepcopy(model).train()
+    found = [Variant("float", plain, torch.optim.SGD(plain.parameters(), LEARNING_RATE, MOMENTUM))]
+    for name, activation_bits in (("weights", None), ("weights and activations", "same")):
+        ready = graphcomp.prepare(model, (inputs,), bits=8, activation_bits=activation_bits, prune=()).train()
+        own = {id(p) for _, quantizer in ready.quantizers() for p in quantizer.parameters()}
+        rest = [p for p in ready.parameters() if id(p) not in own]
+        learned = {"params": [p for _, q in ready.quantizers() for p in q.parameters()], "lr": QUANTIZER_LEARNING_RATE}
+        found.append(Variant(name, ready, torch.optim.SGD([{"params": rest}, learned], LEARNING_RATE, MOMENTUM)))
+    for stage, schedule in STAGES.items():
+        ready = graphcomp.prepare(model, (inputs,), bits=(4, 8)).train()
+        optimizer = graphcomp.QASSO(
+            ready, torch.optim.SGD, lr=LEARNING_RATE, momentum=MOMENTUM, lr_quant=QUANTIZER_LEARNING_RATE, sparsity=0.5,
+            schedule=schedule,
+        )  # fmt: skip
+        found.append(Variant(f"QASSO, {stage.name.lower()}", ready, optimizer))
     return found
-
-
-def fake_quantized(model: nn.Module, inputs: Tensor, activations: QuantSpec | None) -> fx.GraphModule:
-    """The captured model, in training mode, with quantizers on the weights and, if asked for, on what layers read."""
-    module = capture(model, (inputs,)).module
-    config = QuantConfig(SPEC, activations, embeddings=None)
-    fake = InsertQuantizers(_without_norms(place(module, config)))(module)
-    if activations is not None:
-        calibrate_activations(fake, [(inputs,)])
-    calibrate_weights(fake)
-    return fake.train()
-
-
-def _without_norms(placement: Placement) -> Placement:
-    """No quantizer between a convolution and its batch norm, which is folded only after training."""
-    norm = torch.ops.aten.batch_norm.default
-    kept = (s for s in placement.sites if s.value.target not in CONVOLUTIONS or any(u.target != norm for u in s.users))
-    return Placement(tuple(kept), placement.left_float)
-
-
-def _with_optimizer(module: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Quantizers learn slowly: how far they are does not matter here, but that they stay where they are does."""
-    own = {id(p) for _, q in quantizer_nodes(module) for p in q.parameters()} if _is_graph(module) else set()
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if id(p) not in own]},
-        {"params": [p for p in trained if id(p) in own], "lr": QUANTIZER_LEARNING_RATE},
-    ]
-    return module.train(), torch.optim.SGD(groups, LEARNING_RATE, MOMENTUM)
-
-
-def _is_graph(module: nn.Module) -> bool:
-    return isinstance(module, fx.GraphModule)
 
 
 # ------------------------------------------------------------------------------------------------ measuring
