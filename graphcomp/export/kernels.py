@@ -164,10 +164,20 @@ def _reason(node: ir.Node) -> str:
         return "group-wise weights of unequal groups are made float when the file is loaded"
     if "block_size" in producer.attributes and producer.attributes["block_size"].as_int() > 0:
         return "group-wise weights with quantized activations have no integer kernel"
-    bits = [v.dtype.bitwidth for v in (source.inputs[0], producer.inputs[0]) if v is not None and v.dtype is not None]
+    codes = (source.inputs[0], producer.inputs[0], *_codes_of_output(node))
+    bits = [v.dtype.bitwidth for v in codes if v is not None and v.dtype is not None]
     if max(bits, default=8) > 8:
         return f"integers of {max(bits)} bits have no kernel"
     return _reason_of_output(node)
+
+
+def _codes_of_output(node: ir.Node) -> Iterator[ir.Value]:
+    """What the output is quantized to, clipped or not."""
+    for user, _ in node.outputs[0].uses():
+        if user.op_type == "QuantizeLinear":
+            yield user.outputs[0]
+        elif user.op_type in ("Relu", "Clip"):
+            yield from _codes_of_output(user)
 
 
 def _reason_of_output(node: ir.Node) -> str:

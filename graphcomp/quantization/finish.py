@@ -12,7 +12,7 @@ it into the step does not.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from graphcomp.graph import bind, clone, fetch, value
 from graphcomp.quantization.fold import Pair, affine_of, chains, drop_unread
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers, lower
-from graphcomp.quantization.placement import COMPUTE
+from graphcomp.quantization.placement import COMPUTE, layer_name
 from graphcomp.quantization.ptq import Quantized, fit_biases, layer_errors
 from graphcomp.quantization.quantizers.affine import AffineQuantizer
 from graphcomp.quantization.quantizers.base import Integers, Quantizer, spread
@@ -68,8 +68,10 @@ class Finish:
 def from_training(fake: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> Quantized:
     """The integers of a trained fake-quant graph, and what `quantize` gives beside them.
 
-    Biases are rounded to multiples of their layer's step of products, as an integer kernel adds them. A layer with a
-    bias too large for that keeps it float: its step is not widened, since codes would change.
+    Biases are rounded to multiples of their layer's step of products, as an integer kernel adds them. Where the weights
+    of a channel are next to nothing beside its bias, that multiple does not fit into an int32: the step is widened and
+    the codes are rounded again, the only ones that are not those that were trained. `notes` names the layer. (Left
+    float, such a bias would be rounded by onnxruntime itself, which lets it overflow.)
 
     Args:
         fake: in eval mode, not changed.
@@ -80,8 +82,27 @@ def from_training(fake: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> Qua
     """
     finished, twin = Finish()(fake), Finish(rounded=False)(fake)
     errors = layer_errors(twin, finished, batches)
-    fit_biases(finished, keep_codes=True)
-    return Quantized(twin, finished, lower(finished), errors, _left_float(finished))
+    trained = _weight_codes(finished)
+    fit_biases(finished)
+    notes = tuple(_rounded_again(trained, _weight_codes(finished)))
+    return Quantized(twin, finished, lower(finished), errors, _left_float(finished), notes)
+
+
+@torch.no_grad()
+def _weight_codes(fake: fx.GraphModule) -> dict[str, Integers]:
+    """Layer -> the integers of its weight."""
+    constant, values = constants_with_quantizers(fake), Constants(fake)
+    return {
+        layer_name(node, constant): quantizer.to_integers(values.of(node.all_input_nodes[0]))
+        for node, quantizer in quantizer_nodes(fake)
+        if node in constant
+    }
+
+
+def _rounded_again(trained: Mapping[str, Integers], fitted: Mapping[str, Integers]) -> Iterator[str]:
+    for layer, integers in trained.items():
+        if not torch.equal(integers.values, fitted[layer].values):
+            yield f"{layer}: weights next to nothing beside their bias were rounded again, so that it fits into 32 bits"
 
 
 def _left_float(fake: fx.GraphModule) -> dict[str, str]:

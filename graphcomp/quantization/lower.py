@@ -2,13 +2,15 @@
 
 weight      integer buffer -> dequantize          four bits and fewer: packed end to end
 embedding   the integer table is looked up, then its rows' scales; the table is never made float
-activation  quantize -> dequantize
+activation  quantize -> dequantize, unsigned: kernels ask for one integer type in and out, and for 0 as the lowest code
+            behind a clip at 0
 bias        int32 buffer on the scale of the products, so that an integer kernel adds it as it is
 clip        gone where the quantizer behind it saturates at the same codes
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphcomp.graph import bind, clone, module_path, set_argument
+from graphcomp.graph import bind, clone, module_path, set_argument, tensor_values
 from graphcomp.quantization import ops
 from graphcomp.quantization.fold import drop_unread
 from graphcomp.quantization.insert import quantizer_nodes
-from graphcomp.quantization.placement import CLIPS, COMPUTE, EMBEDDINGS, TRANSPOSED, constants, layer_name
-from graphcomp.quantization.quantizers.base import Integers, Quantizer
+from graphcomp.quantization.placement import CLIPS, COMPUTE, EMBEDDINGS, SAME, TRANSPOSED, constants, layer_name
+from graphcomp.quantization.quantizers.base import Integers, Quantizer, container
 from graphcomp.quantization.tensors import add_tensor
 from graphcomp.quantization.walk import Constants
 
@@ -82,9 +84,11 @@ class _Lowering:
         for node, quantizer in found:
             if node in self.constants:
                 self._weight(node, quantizer)
-        for node, quantizer in found:
-            if node not in self.constants:
-                self._activation(node, quantizer)
+        activations = [(node, quantizer) for node, quantizer in found if node not in self.constants]
+        positive = _clipped_at_zero(self.graph, dict(found))
+        signed = {quantizer for node, quantizer in activations if node not in positive}
+        for node, quantizer in activations:
+            self._activation(node, quantizer, quantizer in signed)
         for node in list(self.graph.nodes):
             if node.target in COMPUTE:
                 self._bias(node)
@@ -178,10 +182,10 @@ class _Lowering:
         return self._call(user.target, (column, *rest), user)
 
     # ------------------------------------------------------------------------------------------ activations
-    def _activation(self, node: fx.Node, quantizer: Quantizer) -> None:
+    def _activation(self, node: fx.Node, quantizer: Quantizer, signed: bool) -> None:
         (source,) = node.args
         assert isinstance(source, fx.Node)
-        integers = quantizer.to_integers(torch.zeros((), dtype=_dtype(quantizer)))
+        integers = _unsigned(quantizer.to_integers(torch.zeros((), dtype=_dtype(quantizer))), signed)
         numbers = (float(integers.scale), int(integers.zero_point))
         arguments = (*numbers, integers.quant_min, integers.quant_max, integers.values.dtype)
         if source.target in CLIPS and all(user is node for user in source.users) and _saturates(source, integers):
@@ -271,6 +275,30 @@ def _signed(integers: Integers) -> Integers:
         quant_min=integers.quant_min - offset,
         quant_max=integers.quant_max - offset,
     )
+
+
+def _unsigned(integers: Integers, signed: bool) -> Integers:
+    """The same levels as codes from 0 up; without those below 0 for values that are not `signed`."""
+    low, high = integers.quant_min, integers.quant_max
+    if low >= 0:
+        return integers
+    offset = high + 1 if signed else 0
+    low, high = (low + offset if signed else 0), high + offset
+    values = (integers.values.to(torch.int32) + offset).to(container(low, high))
+    return replace(integers, values=values, zero_point=integers.zero_point + offset, quant_min=low, quant_max=high)
+
+
+def _clipped_at_zero(graph: fx.Graph, quantizers: Mapping[fx.Node, Quantizer]) -> set[fx.Node]:
+    """What clips that let nothing below 0 through return, moved and joined."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        low = _bounds(node)[0] if node.target in CLIPS else None
+        moves = node in quantizers or node.target in (*SAME, aten.cat.default, operator.getitem)
+        operands = [n for n in node.all_input_nodes if tensor_values(n)]
+        pads_below = node.target is aten.constant_pad_nd.default and bind(node)["value"] < 0
+        if (low is not None and low >= 0) or (moves and operands and found.issuperset(operands) and not pads_below):
+            found.add(node)
+    return found
 
 
 def _ancestors(node: fx.Node) -> Iterator[fx.Node]:

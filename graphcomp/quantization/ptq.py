@@ -189,45 +189,29 @@ def calibrate_weights(fake: fx.GraphModule) -> None:
             calibrate_weight(quantizer, values.of(node.all_input_nodes[0]), str(node.target))
 
 
-def fit_biases(fake: fx.GraphModule, *, keep_codes: bool = False) -> None:
+def fit_biases(fake: fx.GraphModule) -> None:
     """Give each bias a value that an integer kernel adds as it is: a multiple of the layer's step of products.
 
     Steps of weights are widened so much that the multiple fits into an int32, which matters for channels whose weights
     are next to nothing beside their bias.
-
-    Args:
-        keep_codes: widen only the steps of channels whose codes are all 0: any step will do there. A layer with another
-            such channel keeps its bias as it is.
     """
     values, readers = Constants(fake), attribute_readers(fake)
     found = list(_biased(fake))
     with torch.no_grad():
-        for node, bias, weight, step in found:  # all of them first: layers may share a quantizer
+        for _, bias, weight, step in found:  # all of them first: layers may share a quantizer
             needed = values.of(bias).detach().abs() / (step * BIAS_LIMIT)
             if weight.dim is None:
                 needed = needed.amax()
             elif needed.numel() != weight.scale.numel():  # groups of a transposed convolution share the channels
                 needed = needed.view(-1, weight.scale.numel()).amax(0)
-            if keep_codes:
-                needed = needed.masked_fill(_has_codes(values.of(bind(node)[COMPUTE[node.target].weight]), weight), 0)
             weight.scale.copy_(torch.maximum(weight.scale, needed.to(weight.scale)))
         for node, bias, weight, step in found:
             floats, product = values.of(bias), weight.scale * step
             if weight.spec.symmetric and product.numel() in (1, floats.numel()):
-                codes = torch.round(floats / product)
-                if keep_codes and bool((codes.abs() > BIAS_LIMIT).any()):
-                    continue
+                rounded = nn.Parameter(torch.round(floats / product) * product)
                 argument = COMPUTE[node.target].bias
-                fitted = nn.Parameter(codes * product)
-                replace_argument(fake, node, argument, fitted, f"graphcomp_{node.name}_bias", readers)
+                replace_argument(fake, node, argument, rounded, f"graphcomp_{node.name}_bias", readers)
     fake.recompile()
-
-
-def _has_codes(weight: Tensor, quantizer: UniformQuantizer) -> Tensor:
-    """Whether any code of a fake-quantized weight is not 0, in the shape of its steps."""
-    if quantizer.dim is None:
-        return weight.any()
-    return weight.movedim(quantizer.dim, 0).flatten(1).any(1)
 
 
 def _biased(fake: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node, UniformQuantizer, Tensor]]:
