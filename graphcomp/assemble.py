@@ -18,9 +18,11 @@ from graphcomp.cost import Bits, Bops, Codes, CostModel, SizeModel, flat_inputs,
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import PlanError, VerificationError
 from graphcomp.export.native import NativeResult, native
+from graphcomp.graph import bind, value
 from graphcomp.pruning.evidence import arguments_of
 from graphcomp.pruning.mask import InsertMasks, set_masks
 from graphcomp.pruning.slice import SliceGroups, by_factor, kept_of_tensors
+from graphcomp.quantization import ops
 from graphcomp.quantization.law import check_lowering
 from graphcomp.quantization.lower import Lowered
 from graphcomp.quantization.ptq import PostTraining, Quantized, Rounding, quantize
@@ -216,7 +218,7 @@ def _stored(module: nn.Module) -> list[Tensor]:
 
 
 def _sizes(lowered: Lowered) -> dict[str, float]:
-    """The conventions' sizes of the quantized weights; what stays float is in the remainder."""
+    """The conventions' sizes of the quantized weights; floats and biases, of 32 bits each, are in the remainder."""
     tensors = {
         name: Codes(
             i.values,
@@ -226,8 +228,10 @@ def _sizes(lowered: Lowered) -> dict[str, float]:
         )
         for name, i in lowered.weights.items()
     }
+    nodes = lowered.module.graph.find_nodes(op="call_function", target=ops.dequantize_per_channel)
+    biases = sum(value(node).numel() for node in nodes if bind(node)["dtype"] is torch.int32)
     floats = sum(p.numel() for p in lowered.module.parameters())
-    return {name: float(size) for name, size in SizeModel(tensors, floats).sizes().items()}
+    return {name: float(size) for name, size in SizeModel(tensors, floats + biases).sizes().items()}
 
 
 # ------------------------------------------------------------------------------------------------ verification
@@ -299,7 +303,7 @@ def _report(
         bytes=Change(costs.bytes(), costs.bytes(counts)),
         units_removed=sum(group.size - len(units) for group, units in kept.items()),
         units_total=sum(group.size for group in groups),
-        layers=layers(plan, kept_of_tensors(plan.coupling, kept)),
+        layers=layers(plan, kept_of_tensors(plan.coupling, kept), costs.weights),
         groups=tuple(group_dict(group, kept) for group in plan.groups),
         frozen=plan.frozen,
         unknown_ops=tuple(u.op for u in plan.unknown_ops),
