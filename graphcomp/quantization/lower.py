@@ -71,16 +71,15 @@ class _Lowering:
         self.graph = self.module.graph
         self.fake_name = {new: old.name for old, new in new_node.items()}
         self.constants = constants_with_quantizers(self.module)
+        self.layers = layers_of(self.module)
         self.values = Constants(self.module)
         self.integers: dict[fx.Node, Integers] = {}  # dequantized value -> its integers
         self.activations: dict[str, str] = {}
         self.weights: dict[str, Integers] = {}
         self.scales: dict[fx.Node, Integers] = {}  # dequantized activation -> scale and zero point
-        self.layers: dict[fx.Node, LoweredLayer] = {}
 
     def run(self) -> Lowered:
         found = list(quantizer_nodes(self.module))
-        self._note_layers(dict(found))
         for node, quantizer in found:
             if node in self.constants:
                 self._weight(node, quantizer)
@@ -96,26 +95,7 @@ class _Lowering:
         drop_unread(self.module)
         self.graph.lint()
         self.module.recompile()
-        return Lowered(self.module, self.activations, self.weights, tuple(self.layers.values()))
-
-    # ------------------------------------------------------------------------------------------ what is quantized
-    def _note_layers(self, quantizers: Mapping[fx.Node, Quantizer]) -> None:
-        for node in self.graph.nodes:
-            if node.target not in COMPUTE and node.target not in EMBEDDINGS:
-                continue
-            arguments = bind(node)
-            operands = COMPUTE.get(node.target)
-            weight = arguments[operands.weight] if operands and operands.weight else arguments.get("weight")
-            data = [arguments[name] for name in operands.data if arguments[name] is not weight] if operands else []
-            if weight is not None and weight not in self.constants:
-                data.append(weight)
-            bits = [_bits(quantizers.get(d)) for d in data]
-            self.layers[node] = LoweredLayer(
-                layer_name(weight, self.constants) or f"{module_path(node)}.{node.name}".lstrip("."),
-                node.name,
-                _bits(quantizers.get(weight)) if weight in self.constants else 32,
-                max(bits, default=32),
-            )
+        return Lowered(self.module, self.activations, self.weights, self.layers)
 
     # ------------------------------------------------------------------------------------------ weights
     def _weight(self, node: fx.Node, quantizer: Quantizer) -> None:
@@ -254,6 +234,26 @@ class _Lowering:
         return str(read[0].target) if len(read) == 1 else source.name
 
 
+def layers_of(fake: fx.GraphModule) -> tuple[LoweredLayer, ...]:
+    """The compute ops and embeddings of a fake-quant graph, calibrated or not, and their bits."""
+    quantizers, constant = dict(quantizer_nodes(fake)), constants_with_quantizers(fake)
+    found = []
+    for node in fake.graph.nodes:
+        if node.target not in COMPUTE and node.target not in EMBEDDINGS:
+            continue
+        arguments = bind(node)
+        operands = COMPUTE.get(node.target)
+        weight = arguments[operands.weight] if operands and operands.weight else arguments.get("weight")
+        data = [arguments[name] for name in operands.data if arguments[name] is not weight] if operands else []
+        if weight is not None and weight not in constant:
+            data.append(weight)
+        bits = [_bits(quantizers.get(d)) for d in data]
+        name = layer_name(weight, constant) or f"{module_path(node)}.{node.name}".lstrip(".")
+        weight_bits = _bits(quantizers.get(weight)) if weight in constant else 32
+        found.append(LoweredLayer(name, node.name, weight_bits, max(bits, default=32)))
+    return tuple(found)
+
+
 def constants_with_quantizers(module: fx.GraphModule) -> set[fx.Node]:
     """As `constants`, quantizers of constants included."""
     found = constants(module.graph)
@@ -312,7 +312,7 @@ def _ancestors(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _bits(quantizer: Quantizer | None) -> int:
-    return 32 if quantizer is None else round(float(quantizer.bits))
+    return 32 if quantizer is None else round(float(quantizer.bits.detach()))
 
 
 def _dtype(quantizer: Quantizer) -> torch.dtype:

@@ -19,7 +19,7 @@ from graphcomp.quantization.calibrate import RangeObserver, calibrate_weight, ma
 from graphcomp.quantization.equalize import equalize
 from graphcomp.quantization.fold import FoldBatchNorm
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
-from graphcomp.quantization.lower import Lowered, constants_with_quantizers, lower
+from graphcomp.quantization.lower import Lowered, LoweredLayer, constants_with_quantizers, layers_of, lower
 from graphcomp.quantization.placement import COMPUTE, CONVOLUTIONS, layer_name, place
 from graphcomp.quantization.quantizers.uniform import UniformQuantizer
 from graphcomp.quantization.second_order import round_second_order, second_moments
@@ -105,6 +105,12 @@ def quantize(module: fx.GraphModule, batches: Sequence[Sequence[Any]], options: 
     fit_biases(fake)
     left = {node.name: reason for node, reason in placement.left_float.items()}
     return Quantized(folded, fake, lower(fake), errors, left, tuple(notes))
+
+
+def planned_layers(module: fx.GraphModule, options: PostTraining) -> tuple[LoweredLayer, ...]:
+    """The bits that `quantize` will give each layer; it takes no data."""
+    folded = FoldBatchNorm()(module)
+    return layers_of(InsertQuantizers(place(folded, options.config, options.ignore))(folded))
 
 
 # ------------------------------------------------------------------------------------------------ tensors of its own
