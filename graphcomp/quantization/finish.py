@@ -106,9 +106,16 @@ def _rounded_again(trained: Mapping[str, Integers], fitted: Mapping[str, Integer
 
 
 def _left_float(fake: fx.GraphModule) -> dict[str, str]:
+    """The compute ops with a float weight; of those that multiply two activations, with two float ones."""
     quantized, constant = dict(quantizer_nodes(fake)), constants_with_quantizers(fake)
-    compute = (node for node in fake.graph.nodes if node.target in COMPUTE and node not in constant)
-    return {n.name: "trained in floats" for n in compute if not any(i in quantized for i in n.all_input_nodes)}
+    found = {}
+    for node in fake.graph.nodes:
+        if node.target in COMPUTE and node not in constant:
+            weight = bind(node)[COMPUTE[node.target].weight]
+            operands = [weight] if weight in constant else node.all_input_nodes
+            if quantized.keys().isdisjoint(operands):
+                found[node.name] = "trained in floats"
+    return found
 
 
 @dataclass(frozen=True)
