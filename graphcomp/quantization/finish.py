@@ -35,8 +35,6 @@ from graphcomp.quantization.spec import MAX_BITS, MIN_BITS, QuantSpec
 from graphcomp.quantization.tensors import add_tensor, attribute_readers, put, replace_argument
 from graphcomp.quantization.walk import Constants
 
-aten = torch.ops.aten
-
 
 @dataclass(frozen=True)
 class Finish:
@@ -179,7 +177,7 @@ class _Finishing:
                 fix="train activations with QuantSpec(learn_exponent=False)",
             )
         spec = replace(quantizer.spec, kind="uniform", bits=_whole_bits(node, quantizer))
-        return _quantizer_of(quantizer.to_integers(torch.zeros((), dtype=quantizer.d.dtype)), spec)
+        return _quantizer_of(quantizer.to_integers(quantizer.d.new_zeros(())), spec)
 
     # ------------------------------------------------------------------------------------------ weights, values
     def _folds(self, pair: Pair) -> bool:
@@ -303,9 +301,9 @@ class _Finishing:
             self.graph.erase_node(node)
 
 
-def _whole_bits(node: fx.Node, quantizer: Quantizer) -> int:
+def _whole_bits(node: fx.Node, quantizer: GetaQuantizer) -> int:
     """The bits that were learned, from the codes."""
-    most = quantizer.to_integers(torch.zeros(())).quant_max
+    most = quantizer.to_integers(quantizer.d.new_zeros(())).quant_max
     bits = most.bit_length() + 1
     if most != 2 ** (bits - 1) - 1 or not MIN_BITS <= bits <= MAX_BITS:
         raise PlanError(
