@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import graphcomp as gc
-from benchmarks import common, oneshot
+from benchmarks import common, demo, digits, oneshot
 from benchmarks.common import append_json, section, table
 from graphcomp.cost import file_bytes
 from graphcomp.export.kernels import INTEGER_LAYERS, KernelProof, prove
@@ -307,7 +307,25 @@ def minilm() -> Case:
     return Case("MiniLM-L6", task.model, example, task.calibration[:CALIBRATION_BATCHES], test, evaluate)
 
 
+def _digits(name: str, make: Callable[[], nn.Module], epochs: int, learning_rate: float) -> Case:
+    """Trained here, as in the demo; calibrated on 512 of the training images."""
+    torch.manual_seed(0)
+    model, data = make(), digits.load()
+    demo.train(model, data, epochs, learning_rate, f"{name}: training")
+
+    @torch.no_grad()
+    def evaluate(given: nn.Module) -> list[oneshot.Score]:
+        hits = int((given(data.test_x).argmax(1) == data.test_y).sum())
+        return [oneshot.proportion("accuracy %", hits, len(data.test_y))]
+
+    calibration = [(images,) for images in data.train_x[: demo.CALIBRATION].split(64)]
+    held_out = (data.train_x[demo.CALIBRATION :][:64],)
+    return Case(name, model, (data.test_x[:1],), calibration, held_out, evaluate)
+
+
 CASES: dict[str, Callable[[], Case]] = {
+    "digits-cnn": lambda: _digits("digits, residual CNN", digits.ResidualCNN, 10, 3e-3),
+    "digits-transformer": lambda: _digits("digits, transformer", digits.DigitTransformer, 45, 4e-3),
     "efficientnet": lambda: _vision(oneshot.TASKS["efficientnet"]()),
     "mobilenet": lambda: _vision(oneshot.TASKS["mobilenet"]()),
     "minilm": minilm,

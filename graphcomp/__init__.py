@@ -22,6 +22,9 @@ from graphcomp.errors import (
     RuleError,
     VerificationError,
 )
+from graphcomp.methods.geta import QASSO
+from graphcomp.methods.prepared import Prepared
+from graphcomp.methods.schedule import Schedule, Stage
 from graphcomp.pruning.allocation import Budget
 from graphcomp.quantization.ptq import PostTraining
 from graphcomp.quantization.spec import QuantConfig, QuantSpec
@@ -30,6 +33,7 @@ from graphcomp.report import Report
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "QASSO",
     "Analysis",
     "Budget",
     "BudgetError",
@@ -45,10 +49,13 @@ __all__ = [
     "NothingToPrune",
     "PlanError",
     "PostTraining",
+    "Prepared",
     "QuantConfig",
     "QuantSpec",
     "Report",
     "RuleError",
+    "Schedule",
+    "Stage",
     "VerificationError",
     "analyze",
     "compress",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,17 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from graphcomp.analysis import Analysis, analyze_captured
-from graphcomp.assemble import as_integers, as_model, cut_groups, into_whole, post_training
+from graphcomp.assemble import as_integers, as_model, cut_groups, into_whole, planned_bits, post_training
 from graphcomp.capture import capture, example_arguments
 from graphcomp.compressed import CompressedModel
+from graphcomp.cost import flat_inputs
 from graphcomp.coupling.groups import ROLES, ChannelGroup, Kept
 from graphcomp.describe import why_nothing
-from graphcomp.errors import NotBuiltError, NothingToPrune, PlanError
+from graphcomp.errors import CaptureError, NotBuiltError, NothingToPrune, PlanError
+from graphcomp.methods.prepared import Prepared, prepare_graph, training_config, unwrapped
 from graphcomp.progress import progress as show_progress
 from graphcomp.pruning.allocation import Budget, Scope, allocate, allocate_budget
+from graphcomp.pruning.evidence import arguments_of
 from graphcomp.pruning.saliency import Saliency, score
 from graphcomp.quantization.ptq import PostTraining, Rounding
-from graphcomp.quantization.spec import matches
+from graphcomp.quantization.spec import check_bits, matches
+from graphcomp.trained import as_trained
 
 
 def analyze(
@@ -104,7 +109,8 @@ def compress(
             but for "head_dim" (queries and values would get heads of different sizes, which hardly any class of
             model can hold) and "width" in groups that layer, RMS or group norms take statistics over.
         round_to: the number of units kept in each group is a multiple of it.
-        budget: a target on parameters, MACs, bit operations or bytes instead of `sparsity`.
+        budget: a target on parameters, MACs, bit operations or bytes instead of `sparsity`. Bit operations count the
+            bits that the layers are quantized to; bytes are those of the cut model in floats.
         scope: compress one submodule; the result holds the whole model with that part replaced.
         outputs: names of the outputs that matter.
         verify: check on the example inputs that sliced equals masked; the error stands in the report. (That the
@@ -126,6 +132,7 @@ def compress(
         bar.step("capturing and coupling")
         analysis = analyze(model, example_inputs, example_kwargs, scope=scope, outputs=outputs)
         _ignored(analysis.model, ignore)
+        layer_bits = None if quantization is None else planned_bits(analysis, quantization)
         groups: tuple[ChannelGroup, ...] = ()
         kept: Kept = {}
         if sparsity or budget is not None or quantization is None:
@@ -137,7 +144,9 @@ def compress(
             if budget is None:
                 kept = allocate(groups, scores, sparsity=sparsity, scope=ranking, round_to=round_to)
             else:
-                kept = allocate_budget(analysis, groups, scores, budget, scope=ranking, round_to=round_to)
+                kept = allocate_budget(
+                    analysis, groups, scores, budget, scope=ranking, round_to=round_to, bits=layer_bits
+                )
         bar.step("cutting and verifying")
         cut = cut_groups(analysis, kept, groups, verify=verify)
         if quantization is None:
@@ -279,19 +288,106 @@ def load(folder: str | Path, *, model_factory: Callable[[], nn.Module] | None = 
     return load_folder(folder, model_factory=model_factory)
 
 
-def prepare(model: nn.Module, example_inputs: Any, **options: Any) -> nn.Module:
-    """A module to train in your own loop, with fake-quant and mask nodes in place.
+def prepare(
+    model: nn.Module,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    bits: int | tuple[int, int] | None = (4, 8),
+    activation_bits: Literal["same"] | None = "same",
+    layer_bits: Mapping[str, tuple[int, int]] | None = None,
+    learn_exponent: bool = False,
+    calibration: Iterable[Any] | None = None,
+    ignore: str | Sequence[str] = (),
+    prune: Sequence[str] | None = None,
+    scope: str = "",
+    outputs: str | Sequence[str] | None = None,
+) -> Prepared:
+    """A copy of `model` to train in your own loop, with fake-quant and mask nodes in place.
+
+    It is called like the model, its parameters have the model's names, and it can be copied, saved by `state_dict`,
+    compiled and wrapped. `graphcomp.QASSO` trains it, `graphcomp.finalize` makes the small model of it.
+
+    Args:
+        model: not modified.
+        example_inputs, example_kwargs: as for `compress`.
+        bits: the range of bits that each layer's weight and activations end in; an int: exactly these; None: nothing
+            is quantized.
+        activation_bits: None: weights only, activations stay float.
+        layer_bits: module name or "re:" pattern -> a range of its own; the last that matches counts.
+        learn_exponent: let the levels of weights be unevenly spaced, x^t, with t learned. The integers stay integers.
+        calibration: batches that the first ranges of activations are read off; without it, the example inputs.
+        ignore: names, or "re:" patterns, of modules that keep their width and stay float.
+        prune: roles to prune, as for `compress`.
+        scope: prepare one submodule.
+        outputs: names of the outputs that matter.
 
     Raises:
-        NotBuiltError: always, in this version.
+        CaptureError, InputError: the model cannot be captured, or only be recorded, which cannot be trained.
+        PlanError: bits outside 2 to 16, a name that matches no module.
+        CalibrationError: calibration data that do not fit, or are not finite.
     """
-    raise NotBuiltError("prepare() comes with quantization and is not built yet", fix="graphcomp.compress(…)")
+    limits = _limits(bits)
+    copied = copy.deepcopy(model)
+    plan = analyze(copied, example_inputs, example_kwargs, scope=scope, outputs=outputs)
+    captured = plan.captured
+    if captured.producer == "record":
+        raise CaptureError(
+            f"{type(model).__name__} cannot be trained: it could only be recorded",
+            why=f"torch.export refused: {captured.reason}",
+            fix='scope="path.to.submodule" prepares a part that can be exported',
+        )
+    ignored = _ignored(copied if not scope else captured.original, ignore)
+    groups: tuple[ChannelGroup, ...] = ()
+    no_groups = ""
+    try:
+        groups = prunable_groups(plan, ignore=ignored, prune=prune)
+    except NothingToPrune as error:
+        no_groups = error.why  # it can still be quantized; QASSO says it where units are to go
+    batches = [flat_inputs(captured, captured.args, captured.kwargs)]
+    if calibration is not None:
+        batches = [flat_inputs(captured, *arguments_of(captured, batch)) for batch in calibration]
+    return prepare_graph(
+        plan,
+        groups,
+        bits=limits,
+        config=None if limits is None else training_config(limits[1], activation_bits is not None, learn_exponent),
+        layer_bits={name: _range(own) for name, own in (layer_bits or {}).items()},
+        ignore=ignored,
+        batches=batches,
+        no_groups=no_groups,
+    )
 
 
-def finalize(ready: nn.Module) -> CompressedModel:
-    """Slice and lower a module that `prepare` made.
+def _limits(bits: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    return None if bits is None else _range((bits, bits) if isinstance(bits, int) else bits)
+
+
+def _range(bits: tuple[int, int]) -> tuple[int, int]:
+    """`bits` as two whole numbers in order.
 
     Raises:
-        NotBuiltError: always, in this version.
+        PlanError: they are not.
     """
-    raise NotBuiltError("finalize() comes with quantization and is not built yet", fix="graphcomp.compress(…)")
+    low, high = bits
+    check_bits(low)
+    check_bits(high)
+    if low > high:
+        raise PlanError(f"bits={bits!r}: the fewest come first", fix=f"bits={(high, low)}")
+    return low, high
+
+
+def finalize(ready: nn.Module, *, verify: bool = True, measure_latency: bool = False) -> CompressedModel:
+    """The small model that training made of a prepared one: removed units are sliced out, batch norms folded, weights
+    stored as the integers they were trained to be. Embedding tables, trained in floats, get 8 bits per row.
+
+    Args:
+        ready: what `prepare` returned, after training; also inside wrappers. Not modified.
+        verify: check in float64 that trained, sliced and folded model compute the same, and Law 3.
+        measure_latency: time the model before and after.
+
+    Raises:
+        PlanError: it was not prepared, or not trained to the cool-down, in which bits become whole numbers.
+        VerificationError: the small model does not compute what the trained one does. Nothing is returned then.
+    """
+    return as_trained(unwrapped(ready), verify=verify, measure_latency=measure_latency)

@@ -17,10 +17,12 @@ RANKS = [
     {"describe", "analysis"},
     {"cost"},
     {"pruning", "quantization"},
+    {"methods"},
     {"report", "testing"},
     {"compressed"},
     {"export"},
     {"assemble"},
+    {"trained"},
     {"api"},
     {"__init__"},
 ]

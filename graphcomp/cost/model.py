@@ -83,6 +83,8 @@ class CostModel:
     Attributes:
         operations: what multiply-accumulates are counted of, in the order of the graph.
         layers: the name without ".weight" of every parameter, and the layer of every operation.
+        weights: the name without ".weight" of every parameter that an op multiplies with or looks up; others are added,
+            scaled with or fed in: norms, class tokens, tables of positions, biases of attention.
         uncounted: ops that multiply but whose lengths are only known while the model runs (they depend on the data),
             as "op at source"; they count 0.
     """
@@ -102,8 +104,11 @@ class CostModel:
         self._macs = {kind: Polynomial() for kind in KINDS}
         layers = _Layers(analysis)
         operations, uncounted = [], []
+        weights: set[str] = set()
         for node in coupling.module.graph.nodes:
             formula = _formula(node)
+            if node.target in LOOKUPS or formula not in (None, _attention):
+                weights.update(layers.read(node))
             if formula is None or node not in coupling.axes:
                 continue
             try:
@@ -115,6 +120,7 @@ class CostModel:
             self._macs[kind] += count
         self.operations = tuple(operations)
         self.layers = frozenset(layers.parameters) | {operation.layer for operation in operations}
+        self.weights = frozenset(weights)
         self.uncounted = tuple(uncounted)
 
     def params(self, counts: Counts = WHOLE) -> int:
@@ -188,13 +194,16 @@ class _Layers:
 
     def of(self, node: fx.Node, kind: Kind) -> str:
         """The layer that `node` is, or is part of."""
-        weights = [] if kind in ("attention", "recurrent") else self._read(node)
+        weights = [] if kind in ("attention", "recurrent") else self._targets(node)
         if weights:
             return self._names[max(weights, key=lambda target: self._tensors[target].numel())]
         return f"{module_path(node)}/{node.name}".removeprefix("/")
 
-    def _read(self, node: fx.Node) -> list[str]:
-        """Tensors of the model that the op's operands are computed from."""
+    def read(self, node: fx.Node) -> set[str]:
+        """Names of the tensors of the model that the op's operands are computed from."""
+        return {self._names[target] for target in self._targets(node)}
+
+    def _targets(self, node: fx.Node) -> list[str]:
         sources = (self._coupling.sources.get(operand, frozenset()) for operand in node.all_input_nodes)
         return sorted(target for targets in sources for target in targets)
 
@@ -377,6 +386,8 @@ FORMULAS: dict[Any, Callable[[_Operands], Count]] = {
     aten.rnn_relu_cell.default: _cell,
 }
 """Op, or "library::name" of one that may not be there -> its multiply-accumulates."""
+
+LOOKUPS = frozenset({aten.embedding.default, aten.embedding_bag.padding_idx, aten._embedding_bag.default})
 
 
 def _formula(node: fx.Node) -> Callable[[_Operands], Count] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
 import logging
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 OPSET = 21  # the first with 16-bit and 4-bit integers, and with blocks
+OPSET_OF_TWO_BITS = 25
 EXTERNAL_ABOVE = 2**31 - 2**20
 """Bytes of weights above which they go to a file of their own: protobuf holds 2 GiB, the graph needs some of it."""
 
@@ -32,21 +34,22 @@ def export_onnx(
     kwargs: Mapping[str, Any] | None,
     path: str | Path,
     *,
-    opset: int = OPSET,
+    opset: int | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
 ) -> None:
     """Write `module` in eval mode as an ONNX file, whole or not at all.
 
     Quantized values are integers: QuantizeLinear and DequantizeLinear around every layer, weights and biases as
-    integer constants (four-bit ones packed), in the form that onnxruntime fuses to integer kernels. The dims that
+    integer constants (those of few bits packed), in the form that onnxruntime fuses to integer kernels. The dims that
     capture left symbolic, the batch above all, are dynamic.
 
     Args:
         module: a graph that `capture` made, lowered or not; or any module, which is captured first. Not modified.
         args, kwargs: example inputs.
         path: where to write. Above 2 GiB the weights are in a second file beside it, `<name>.data`.
-        opset: 21 or more.
+        opset: 21 or more. By default 21, but 25 where there are weights of two bits and the installed onnxruntime runs
+            that: no earlier one has a type for them, and they take four bits, as those of three bits always do.
         input_names, output_names: one for each tensor; by default those of the graph.
 
     Raises:
@@ -54,7 +57,7 @@ def export_onnx(
         ExportError: the `onnx` extra is not installed; an op has no ONNX form; the path cannot be written.
     """
     need("writing ONNX", PACKAGES)
-    if opset < OPSET:
+    if opset is not None and opset < OPSET:
         raise ExportError(
             f"opset {opset} is too old",
             why="integers of 4 and 16 bits, and one scale per block, came with opset 21",
@@ -87,7 +90,7 @@ def _translate(
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    opset: int,
+    opset: int | None,
     input_names: Sequence[str] | None,
     output_names: Sequence[str] | None,
 ) -> ir.Model:
@@ -102,10 +105,10 @@ def _translate(
             written = torch.onnx.export(
                 program,
                 dynamo=True,
-                opset_version=opset,
+                opset_version=opset or OPSET,
                 input_names=input_names,
                 output_names=output_names,
-                custom_translation_table=translation_table(opset),
+                custom_translation_table=translation_table(opset or OPSET),
                 optimize=False,
                 verbose=False,
             )
@@ -113,6 +116,8 @@ def _translate(
             onnx_passes.prepare(written.model)
             written.optimize()
             onnx_passes.finish(written.model)
+            if opset is None and _runs_two_bits():
+                onnx_passes.narrow(written.model, OPSET_OF_TWO_BITS)
     except GraphcompError:
         raise
     except Exception as error:  # the exporter, its optimizer and onnx-ir's passes share no base class
@@ -123,6 +128,27 @@ def _translate(
         ) from error
     model: ir.Model = written.model
     return model
+
+
+@functools.cache
+def _runs_two_bits() -> bool:
+    """Whether the onnxruntime that is installed can dequantize INT2."""
+    if not _there("onnxruntime"):
+        return False
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        model = onnx.parser.parse_model(
+            f"""<ir_version: 13, opset_import: ["" : {OPSET_OF_TWO_BITS}]> probe (int8[4] x, float s) => (float[4] y)
+            {{ codes = Cast <to = {onnx.TensorProto.INT2}> (x) y = DequantizeLinear (codes, s) }}"""
+        )
+        onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception:  # onnxruntime's exceptions have no public base class; an older onnx has no INT2
+        return False
+    return True
 
 
 def _cause(error: BaseException) -> str:

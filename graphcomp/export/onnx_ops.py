@@ -14,7 +14,7 @@ import torch
 from graphcomp.quantization import ops
 
 DOMAIN = "graphcomp"
-UNPACK, GROUPED = "UnpackInt4", "DequantizeGrouped"
+UNPACK, GROUPED = "Unpack", "DequantizeGrouped"
 
 
 def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -39,7 +39,11 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
         inputs=[parameter("packed", "tensor(uint8)")],
         outputs=[parameter("codes", "T")],
         type_constraints=kinds[:1],
-        attributes=[attribute("shape", integers[1]), attribute("signed", integers[0])],
+        attributes=[
+            attribute("shape", integers[1]),
+            attribute("bits", integers[0]),
+            attribute("signed", integers[0]),
+        ],
     )
     grouped_schema = schema(
         GROUPED,
@@ -90,8 +94,8 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
             return op.DequantizeLinear(x, scales, axis=axis)
         return op.DequantizeLinear(x, scales, op.Cast(zero_points, to=dtype), axis=axis)
 
-    def unpack_int4(packed, shape, signed: bool):  # type: ignore[no-untyped-def]
-        return unpack_op(packed, shape=list(shape), signed=int(signed))
+    def unpack(packed, shape, bits: int, signed: bool):  # type: ignore[no-untyped-def]
+        return unpack_op(packed, shape=list(shape), bits=bits, signed=int(signed))
 
     def dequantize_grouped(values, scales, zero_points, groups):  # type: ignore[no-untyped-def]
         return grouped_op(values, scales, zero_points, groups)
@@ -100,6 +104,6 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
         ops.quantize_per_tensor: quantize_per_tensor,
         ops.dequantize_per_tensor: dequantize_per_tensor,
         ops.dequantize_per_channel: dequantize_per_channel,
-        torch.ops.graphcomp.unpack_int4.default: unpack_int4,
+        torch.ops.graphcomp.unpack.default: unpack,
         torch.ops.graphcomp.dequantize_grouped.default: dequantize_grouped,
     }

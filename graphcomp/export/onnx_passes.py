@@ -1,6 +1,6 @@
 """Rewrites of an exported ONNX graph, on onnx-ir, to what onnxruntime turns into integer kernels.
 
-`prepare` runs before onnxscript's optimizer, `finish` after it.
+`prepare` runs before onnxscript's optimizer, `finish` after it, `narrow` after that.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from graphcomp.errors import ExportError
 from graphcomp.export.onnx_ops import DOMAIN, GROUPED, UNPACK
+from graphcomp.quantization import ops
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     import onnx_ir as ir
 
 COMPUTE = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+IR_VERSION_OF_TWO_BITS = 13
 
 
 def prepare(model: ir.Model) -> None:
@@ -56,19 +58,54 @@ def finish(model: ir.Model) -> None:
     common.ClearMetadataAndDocStringPass()(model)
 
 
+def narrow(model: ir.Model, opset: int) -> None:
+    """INT4 and UINT4 constants whose codes fit two bits become INT2 and UINT2, and the model of that opset.
+
+    Later versions of the ops in between differ in the types they take alone.
+    """
+    import onnx_ir as ir
+
+    to = {ir.DataType.INT4: ir.DataType.INT2, ir.DataType.UINT4: ir.DataType.UINT2}
+    for codes in [v for v in model.graph.initializers.values() if v.dtype in to]:
+        readers = [node for node, place in codes.uses() if place == 0]
+        zeros = [n.inputs[2] for n in readers if n.op_type == "DequantizeLinear" and len(n.inputs) > 2]
+        held = [codes, *(zero for zero in zeros if zero is not None)]
+        if not readers or not all(_fits(value) for value in held):
+            continue
+        for value in held:
+            assert isinstance(value.dtype, ir.DataType)
+            kind = to[value.dtype]
+            name = _free_name(model.graph, str(value.name).replace("_int4", "_int2"))
+            value.replace_all_uses_with(_add_tensor(model.graph, _packed(_constant(value, "codes"), kind, name)))
+            model.graph.initializers.pop(str(value.name))
+        model.opset_imports[""] = opset
+        model.ir_version = max(model.ir_version, IR_VERSION_OF_TWO_BITS)
+
+
+def _fits(value: ir.Value) -> bool:
+    """Whether codes, or zero points, fit two bits."""
+    numbers = _constant(value, "zero points").astype("int8")
+    low, high = (0, 3) if value.dtype is not None and not value.dtype.is_signed() else (-2, 1)
+    return bool((numbers >= low).all() and (numbers <= high).all())
+
+
 # ------------------------------------------------------------------------------------------------ four bits
 def _unpack(graph: ir.Graph, node: ir.Node) -> None:
-    """The packed bytes as an INT4 or UINT4 constant; a table that is looked up stays bytes, as Gather takes no INT4."""
-    import numpy as np
+    """The packed bytes as an INT4 or UINT4 constant, whose codes may have fewer bits; see `_narrow`.
+
+    A table that is looked up stays bytes, as Gather takes no INT4.
+    """
     import onnx_ir as ir
+    import torch
 
     packed, codes = node.inputs[0], node.outputs[0]
     assert packed is not None
-    data = _constant(packed, "packed codes")
     shape, signed = list(node.attributes["shape"].as_ints()), bool(node.attributes["signed"].as_int())
+    data = torch.tensor(_constant(packed, "packed codes"))
+    whole = ops.unpack(data, shape, node.attributes["bits"].as_int(), signed)
     looked_up = any(user.op_type == "Gather" and place == 0 for user, place in codes.uses())
     if looked_up and len(shape) == 2 and shape[1] % 2 == 0:
-        rows = _add(graph, f"{packed.name}_rows", data.reshape(shape[0], shape[1] // 2))
+        rows = _add(graph, f"{packed.name}_rows", ops.pack(whole, 4).reshape(shape[0], shape[1] // 2).numpy())
         for user, place in list(codes.uses()):
             if user.op_type == "Gather" and place == 0:
                 _look_up_packed(user, rows, shape[1], signed)
@@ -76,14 +113,11 @@ def _unpack(graph: ir.Graph, node: ir.Node) -> None:
             node.replace_input_with(0, rows)
             return
     elif looked_up:
-        flat = np.stack([data & 15, data >> 4], 1).reshape(-1)[: int(np.prod(shape))].reshape(shape)
-        whole = ((flat.astype(np.int8) ^ 8) - 8).astype(np.int8) if signed else flat
-        codes.replace_all_uses_with(_add(graph, f"{packed.name}_codes", whole))
+        codes.replace_all_uses_with(_add(graph, f"{packed.name}_codes", whole.numpy()))
     else:
         kind = ir.DataType.INT4 if signed else ir.DataType.UINT4
         name = _free_name(graph, f"{packed.name}_int4")
-        tensor = ir.PackedTensor(np.ascontiguousarray(data), kind, shape=ir.Shape(shape), name=name)
-        codes.replace_all_uses_with(_add_tensor(graph, tensor))
+        codes.replace_all_uses_with(_add_tensor(graph, _packed(whole.numpy(), kind, name)))
     graph.remove(node, safe=True)
 
 
@@ -99,7 +133,7 @@ def _look_up_packed(gather: ir.Node, rows: ir.Value, width: int, signed: bool) -
 
 
 def _halve(node: ir.Node) -> None:
-    """Unpack bytes by arithmetic: once, when the runtime loads the file."""
+    """Unpack bytes of two codes by arithmetic: once, when the runtime loads the file."""
     packed, codes = node.inputs[0], node.outputs[0]
     assert packed is not None
     shape, signed = list(node.attributes["shape"].as_ints()), bool(node.attributes["signed"].as_int())
@@ -310,14 +344,13 @@ def _turned(graph: ir.Graph, value: ir.Value, order: Sequence[int]) -> ir.Value:
 
 
 def _packed(values: npt.NDArray[Any], kind: Any, name: str) -> Any:
-    """A constant of four bits from one value per element."""
+    """A constant of two or four bits from one value per element."""
     import numpy as np
     import onnx_ir as ir
+    import torch
 
-    flat = values.reshape(-1).astype(np.int8).view(np.uint8) & 15
-    flat = np.append(flat, np.uint8(0)) if flat.size % 2 else flat
-    packed = (flat[0::2] | (flat[1::2] << 4)).astype(np.uint8)
-    return ir.PackedTensor(packed, kind, shape=ir.Shape(values.shape), name=name)
+    data = ops.pack(torch.from_numpy(values.astype(np.int8)), kind.bitwidth)
+    return ir.PackedTensor(data.numpy(), kind, shape=ir.Shape(values.shape), name=name)
 
 
 def _gemm(matmul: ir.Node, place: int, weight: ir.Value) -> None:

@@ -30,8 +30,9 @@ def export_program(
     Args:
         module: a graph that `capture` made, lowered or not; or any module, which is captured first. Not modified.
         args, kwargs: example inputs. The batch may be 1; the program takes every batch where the model allows it.
-        path: also write it there (.pt2), whole or not at all. `torch.export.load(path)` reads it back; a graph that
-            holds weights of four bits needs `import graphcomp` before that.
+        path: also write it there (.pt2), whole or not at all. `torch.export.load(path)` reads it back. Where the graph
+            is quantized, only after `import graphcomp`, which registers its ops; torch fails without ("error when
+            deserializing the saved file") and names the op in a warning.
 
     Raises:
         CaptureError: `module` cannot be captured.

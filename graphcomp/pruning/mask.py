@@ -16,7 +16,7 @@ from graphcomp.coupling.axis import Axis, Factor, all_leaves, coordinates, lengt
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.coupling.table import Call
-from graphcomp.graph import argument_at, bind, clone, set_argument, set_argument_at, value
+from graphcomp.graph import argument_at, bind, clone, fetch, set_argument, set_argument_at, value
 from graphcomp.pruning.masked import FORMS
 from graphcomp.pruning.slice import check_kept
 
@@ -46,12 +46,28 @@ class AxisMask(nn.Module):
         return result.view(self.shape)
 
 
+aten = torch.ops.aten
+KEEPS_ZEROS = frozenset(
+    {
+        aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
+        aten.permute.default, aten.transpose.int, aten.t.default, aten.squeeze.dim, aten.unsqueeze.default,
+        aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.to.dtype,
+    }
+)  # fmt: skip
+"""Ops on a weight behind which its zeros are zeros still, in the same units."""
+
+
 @dataclass(frozen=True)
 class InsertMasks:
-    """Give the graph one mask buffer per group, all ones, and let every op that mixes units heed it."""
+    """Give the graph one mask buffer per group, all ones, and let every op that mixes units heed it.
+
+    With `held` the parameters of masked units are held at zero by whoever sets the masks (in training, where a mask on
+    every weight would cost time): what reads a weight then needs none.
+    """
 
     coupling: Coupling
     groups: Sequence[ChannelGroup]
+    held: bool = False
 
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
         """A new module that shares the tensors of `module`; `set_masks` says which units stay."""
@@ -70,7 +86,7 @@ class InsertMasks:
             operand = argument_at(arguments, key)
             axes = self.coupling.axes[operand][0]
             present = [dim for dim in dims if masks.has(axes[dim])]
-            if not present:
+            if not present or (self.held and self._is_weight(operand)):
                 continue
             with new.graph.inserting_before(new):
                 mask = masks.broadcast([(dim, axes[dim]) for dim in present], len(axes), value(operand).dtype)
@@ -82,6 +98,14 @@ class InsertMasks:
         if call.pins and any(leaf in masks.factors for node in old.all_input_nodes for leaf in self._leaves(node)):
             for name, constant in call.pins.items():
                 set_argument(new, name, constant)
+
+    def _is_weight(self, node: fx.Node) -> bool:
+        """Whether `node` is a parameter whose zeros nothing on the way has changed; quantizers keep them."""
+        while node.op != "get_attr":
+            if node not in self.coupling.sources or (node.op != "call_module" and node.target not in KEEPS_ZEROS):
+                return False
+            (node,) = node.all_input_nodes
+        return isinstance(fetch(self.coupling.module, str(node.target)), nn.Parameter)
 
     def _leaves(self, node: fx.Node) -> list[Factor]:
         return [leaf for axes in self.coupling.axes.get(node, []) for leaf in all_leaves(axes)]

@@ -26,7 +26,7 @@ class InsertQuantizers:
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
         """A new module that shares the tensors of `module`; the placement must be of `module`'s graph."""
         quantized, new_node = clone(module)
-        names = _Names()
+        names = _Names(quantized)
         by_share: dict[object, str] = {}
         for site in self.placement.sites:
             node = new_node[site.value]
@@ -56,8 +56,10 @@ def _quantizer(site: Site) -> Quantizer:
 class _Names:
     """A name per quantizer that says what it quantizes: 'layer1_0_conv1_weight', 'relu_3'."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: fx.GraphModule) -> None:
         self.taken = set(dir(nn.Module()))  # a node may be called like a method: 'to'
+        if isinstance(already := getattr(module, PREFIX, None), nn.Module):
+            self.taken.update(name for name, _ in already.named_children())
 
     def of(self, node: fx.Node) -> str:
         name = re.sub(r"\W", "_", str(node.target) if node.op in ("get_attr", "placeholder") else node.name)

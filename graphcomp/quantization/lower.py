@@ -1,6 +1,6 @@
 """The lowering pass: fake-quant nodes become integers with quantize and dequantize nodes.
 
-weight      integer buffer -> dequantize          four bits and fewer: packed, two codes per byte
+weight      integer buffer -> dequantize          four bits and fewer: packed end to end
 embedding   the integer table is looked up, then its rows' scales; the table is never made float
 activation  quantize -> dequantize, unsigned: kernels ask for one integer type in and out, and for 0 as the lowest code
             behind a clip at 0
@@ -29,7 +29,6 @@ from graphcomp.quantization.walk import Constants
 
 aten = torch.ops.aten
 
-PACKED_BITS = 4
 INT32_MAX = 2**31 - 1
 
 
@@ -72,16 +71,15 @@ class _Lowering:
         self.graph = self.module.graph
         self.fake_name = {new: old.name for old, new in new_node.items()}
         self.constants = constants_with_quantizers(self.module)
+        self.layers = layers_of(self.module)
         self.values = Constants(self.module)
         self.integers: dict[fx.Node, Integers] = {}  # dequantized value -> its integers
         self.activations: dict[str, str] = {}
         self.weights: dict[str, Integers] = {}
         self.scales: dict[fx.Node, Integers] = {}  # dequantized activation -> scale and zero point
-        self.layers: dict[fx.Node, LoweredLayer] = {}
 
     def run(self) -> Lowered:
         found = list(quantizer_nodes(self.module))
-        self._note_layers(dict(found))
         for node, quantizer in found:
             if node in self.constants:
                 self._weight(node, quantizer)
@@ -97,32 +95,13 @@ class _Lowering:
         drop_unread(self.module)
         self.graph.lint()
         self.module.recompile()
-        return Lowered(self.module, self.activations, self.weights, tuple(self.layers.values()))
-
-    # ------------------------------------------------------------------------------------------ what is quantized
-    def _note_layers(self, quantizers: Mapping[fx.Node, Quantizer]) -> None:
-        for node in self.graph.nodes:
-            if node.target not in COMPUTE and node.target not in EMBEDDINGS:
-                continue
-            arguments = bind(node)
-            operands = COMPUTE.get(node.target)
-            weight = arguments[operands.weight] if operands and operands.weight else arguments.get("weight")
-            data = [arguments[name] for name in operands.data if arguments[name] is not weight] if operands else []
-            if weight is not None and weight not in self.constants:
-                data.append(weight)
-            bits = [_bits(quantizers.get(d)) for d in data]
-            self.layers[node] = LoweredLayer(
-                layer_name(weight, self.constants) or f"{module_path(node)}.{node.name}".lstrip("."),
-                node.name,
-                _bits(quantizers.get(weight)) if weight in self.constants else 32,
-                max(bits, default=32),
-            )
+        return Lowered(self.module, self.activations, self.weights, self.layers)
 
     # ------------------------------------------------------------------------------------------ weights
     def _weight(self, node: fx.Node, quantizer: Quantizer) -> None:
         (source,) = node.args
         assert isinstance(source, fx.Node)
-        integers = quantizer.to_integers(self.values.of(source))
+        integers = _signed(quantizer.to_integers(self.values.of(source)))
         self.weights[self.fake_name[node]] = integers
         stem = self._stem(source)
         lookups = [user for user in node.users if user.target in EMBEDDINGS]
@@ -143,12 +122,12 @@ class _Lowering:
         """The node that yields the codes, unpacked."""
         low, high = integers.quant_min, integers.quant_max
         signed = low < 0
-        fits = low >= -8 and high <= 7 if signed else high <= 15
-        if not fits:
+        bits = max(max(high, -1 - low).bit_length() + signed, min(ops.PACKED_BITS))
+        if bits > max(ops.PACKED_BITS):
             return self._buffer(f"{stem}_codes", integers.values, like)
-        packed = self._buffer(f"{stem}_codes", ops.pack_int4(integers.values), like)
+        packed = self._buffer(f"{stem}_codes", ops.pack(integers.values, bits), like)
         shape = list(integers.values.shape)
-        return self._call(torch.ops.graphcomp.unpack_int4.default, (packed, shape, signed), like)
+        return self._call(torch.ops.graphcomp.unpack.default, (packed, shape, bits, signed), like)
 
     def _dequantize(
         self, stem: str, codes: fx.Node, scale: fx.Node, zero: fx.Node, integers: Integers, like: fx.Node
@@ -255,6 +234,26 @@ class _Lowering:
         return str(read[0].target) if len(read) == 1 else source.name
 
 
+def layers_of(fake: fx.GraphModule) -> tuple[LoweredLayer, ...]:
+    """The compute ops and embeddings of a fake-quant graph, calibrated or not, and their bits."""
+    quantizers, constant = dict(quantizer_nodes(fake)), constants_with_quantizers(fake)
+    found = []
+    for node in fake.graph.nodes:
+        if node.target not in COMPUTE and node.target not in EMBEDDINGS:
+            continue
+        arguments = bind(node)
+        operands = COMPUTE.get(node.target)
+        weight = arguments[operands.weight] if operands and operands.weight else arguments.get("weight")
+        data = [arguments[name] for name in operands.data if arguments[name] is not weight] if operands else []
+        if weight is not None and weight not in constant:
+            data.append(weight)
+        bits = [_bits(quantizers.get(d)) for d in data]
+        name = layer_name(weight, constant) or f"{module_path(node)}.{node.name}".lstrip(".")
+        weight_bits = _bits(quantizers.get(weight)) if weight in constant else 32
+        found.append(LoweredLayer(name, node.name, weight_bits, max(bits, default=32)))
+    return tuple(found)
+
+
 def constants_with_quantizers(module: fx.GraphModule) -> set[fx.Node]:
     """As `constants`, quantizers of constants included."""
     found = constants(module.graph)
@@ -262,6 +261,20 @@ def constants_with_quantizers(module: fx.GraphModule) -> set[fx.Node]:
         if found.issuperset(node.all_input_nodes):
             found.add(node)
     return found
+
+
+def _signed(integers: Integers) -> Integers:
+    """The same floats from int16 where the codes are uint16, which torch cannot subtract a zero point from."""
+    if integers.values.dtype is not torch.uint16:
+        return integers
+    offset = (integers.quant_max + 1) // 2
+    return replace(
+        integers,
+        values=(integers.values.to(torch.int32) - offset).to(torch.int16),
+        zero_point=integers.zero_point - offset,
+        quant_min=integers.quant_min - offset,
+        quant_max=integers.quant_max - offset,
+    )
 
 
 def _unsigned(integers: Integers, signed: bool) -> Integers:
@@ -299,7 +312,7 @@ def _ancestors(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _bits(quantizer: Quantizer | None) -> int:
-    return 32 if quantizer is None else round(float(quantizer.bits))
+    return 32 if quantizer is None else round(float(quantizer.bits.detach()))
 
 
 def _dtype(quantizer: Quantizer) -> torch.dtype:

@@ -1,6 +1,6 @@
 """The ops of a lowered graph: `quantized_decomposed` from torch, and two of our own that it lacks.
 
-Importing this module registers `graphcomp::unpack_int4` and `graphcomp::dequantize_grouped`, and makes sure that
+Importing this module registers `graphcomp::unpack` and `graphcomp::dequantize_grouped`, and makes sure that
 `quantized_decomposed` is there: torch registers it in a place that may move, so it is imported here and nowhere else.
 """
 
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _HOMES = ("torch.ao.quantization.fx._decomposed", "torchao.quantization.pt2e._decomposed")
@@ -94,35 +96,52 @@ dequantize_per_tensor = DECOMPOSED.dequantize_per_tensor.default
 dequantize_per_channel = DECOMPOSED.dequantize_per_channel.default
 
 
-# ------------------------------------------------------------------------------------------------ four bits
-def pack_int4(codes: Tensor) -> Tensor:
-    """Two codes per byte, row-major, the lower half first: the layout of ONNX's INT4 and UINT4.
+# ------------------------------------------------------------------------------------------------ few bits
+PACKED_BITS = (2, 3, 4)
+"""Widths below a byte that weights are packed in; codes of more bits have a byte or two of their own."""
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes end to end, row-major, the lowest bit first: for 2 and 4 bits as in ONNX's INT2, UINT2, INT4 and UINT4.
 
     Args:
-        codes: integers of any shape, all in -8 … 7 or all in 0 … 15.
+        codes: integers of any shape, all in -2^(bits-1) … 2^(bits-1) - 1 or all in 0 … 2^bits - 1.
+        bits: of each code, one of PACKED_BITS.
 
     Returns:
-        ((n + 1) // 2,) uint8.
+        (ceil(n bits / 8),) uint8.
     """
-    flat = codes.reshape(-1).to(torch.int16) & 15
-    if flat.numel() % 2:
-        flat = torch.cat([flat, flat.new_zeros(1)])
-    return (flat[0::2] | (flat[1::2] << 4)).to(torch.uint8)
+    dtype, shifts, places = _run(bits, codes.device)
+    flat = codes.reshape(-1).to(torch.int16) & (1 << bits) - 1
+    whole = F.pad(flat, (0, -flat.numel() % len(shifts))).to(dtype)
+    runs = (whole.view(-1, len(shifts)) << shifts).sum(1, dtype=dtype)
+    data = ((runs[:, None] >> places) & 255).to(torch.uint8)
+    return data.reshape(-1)[: -(-flat.numel() * bits // 8)].clone()
 
 
-@torch.library.custom_op("graphcomp::unpack_int4", mutates_args=())
-def unpack_int4(packed: Tensor, shape: Sequence[int], signed: bool) -> Tensor:
-    """The codes that `pack_int4` packed: int8 of `shape` where signed, else uint8."""
+@torch.library.custom_op("graphcomp::unpack", mutates_args=())
+def unpack(packed: Tensor, shape: Sequence[int], bits: int, signed: bool) -> Tensor:
+    """The codes that `pack` packed: int8 of `shape` where signed, else uint8."""
+    dtype, shifts, places = _run(bits, packed.device)
     n = int(torch.Size(shape).numel())
-    halves = torch.stack([packed & 15, packed >> 4], dim=1).reshape(-1)[:n]
-    if not signed:
-        return halves.reshape(list(shape)).clone()
-    return ((halves.to(torch.int8) ^ 8) - 8).reshape(list(shape))
+    whole = F.pad(packed, (0, -packed.numel() % len(places))).to(dtype)
+    runs = (whole.view(-1, len(places)) << places).sum(1, dtype=dtype)
+    codes = ((runs[:, None] >> shifts) & (1 << bits) - 1).reshape(-1)[:n].reshape(list(shape))
+    half = 1 << (bits - 1)
+    return (codes.to(torch.int8) ^ half) - half if signed else codes.to(torch.uint8, copy=True)
 
 
-@unpack_int4.register_fake
-def _(packed: Tensor, shape: Sequence[int], signed: bool) -> Tensor:
+@unpack.register_fake
+def _(packed: Tensor, shape: Sequence[int], bits: int, signed: bool) -> Tensor:
     return packed.new_empty(list(shape), dtype=torch.int8 if signed else torch.uint8)
+
+
+def _run(bits: int, device: torch.device) -> tuple[torch.dtype, Tensor, Tensor]:
+    """The shortest run of codes that ends at a byte: a dtype for all of it, where each code and each byte begins."""
+    length = math.lcm(bits, 8)
+    dtype = torch.uint8 if length == 8 else torch.int32
+    codes, data = (torch.arange(0, length, step, device=device).to(dtype) for step in (bits, 8))
+    return dtype, codes, data
 
 
 # ------------------------------------------------------------------------------------------------ groups

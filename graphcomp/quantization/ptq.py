@@ -19,7 +19,7 @@ from graphcomp.quantization.calibrate import RangeObserver, calibrate_weight, ma
 from graphcomp.quantization.equalize import equalize
 from graphcomp.quantization.fold import FoldBatchNorm
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
-from graphcomp.quantization.lower import Lowered, constants_with_quantizers, lower
+from graphcomp.quantization.lower import Lowered, LoweredLayer, constants_with_quantizers, layers_of, lower
 from graphcomp.quantization.placement import COMPUTE, CONVOLUTIONS, layer_name, place
 from graphcomp.quantization.quantizers.uniform import UniformQuantizer
 from graphcomp.quantization.second_order import round_second_order, second_moments
@@ -105,6 +105,12 @@ def quantize(module: fx.GraphModule, batches: Sequence[Sequence[Any]], options: 
     fit_biases(fake)
     left = {node.name: reason for node, reason in placement.left_float.items()}
     return Quantized(folded, fake, lower(fake), errors, left, tuple(notes))
+
+
+def planned_layers(module: fx.GraphModule, options: PostTraining) -> tuple[LoweredLayer, ...]:
+    """The bits that `quantize` will give each layer; it takes no data."""
+    folded = FoldBatchNorm()(module)
+    return layers_of(InsertQuantizers(place(folded, options.config, options.ignore))(folded))
 
 
 # ------------------------------------------------------------------------------------------------ tensors of its own
@@ -307,12 +313,7 @@ class _Setting:
         operands, arguments = COMPUTE[node.target], bind(node)
         wrapped = arguments[operands.weight]
         quantizer = self.quantizers.get(wrapped)
-        if (
-            quantizer is None
-            or wrapped not in self.constant
-            or len(wrapped.users) > 1
-            or quantizer.dim not in (None, 0)
-        ):
+        if quantizer is None or wrapped not in self.constant or len(wrapped.users) > 1:
             return
         (source,) = wrapped.all_input_nodes
         if source.op != "get_attr":
@@ -321,7 +322,7 @@ class _Setting:
         if moments is None:
             return
         weight = fetch(self.fake, str(source.target))
-        rounded = round_second_order(weight.detach().flatten(1), moments, quantizer).view_as(weight)
+        rounded = round_second_order(weight, moments, quantizer, dim=operands.dim % weight.dim())
         if read_by_others(self.readers, source, wrapped):
             with self.fake.graph.inserting_before(wrapped):
                 own = f"graphcomp_{wrapped.name}_weight"

@@ -16,14 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from graphcomp.errors import CalibrationError, PlanError
-from graphcomp.graph import bind
+from graphcomp.graph import bind, value
 from graphcomp.quantization.calibrate import calibrate_weight
-from graphcomp.quantization.placement import CONVOLUTIONS, TRANSPOSED
+from graphcomp.quantization.placement import COMPUTE, CONVOLUTIONS, TRANSPOSED
 from graphcomp.quantization.quantizers.base import Integers, Quantizer
 from graphcomp.quantization.quantizers.gradients import multiples
 from graphcomp.quantization.quantizers.make import make_quantizer
 
 aten = torch.ops.aten
+
+PRODUCTS = frozenset({aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default})
 
 ELEMENTS_AT_ONCE = 1 << 24
 """Of unfolded patches: 64 MiB in float32."""
@@ -38,17 +40,17 @@ def second_moments(node: fx.Node, batches: Sequence[Tensor]) -> Tensor | None:
     """The mean of x xᵀ over everything that the layer `node` multiplies its weight with.
 
     Args:
-        node: a linear layer or a convolution.
+        node: a linear layer, a product with a weight (inputs, outputs), or a convolution.
         batches: what it reads, (…, i) or (n, c, *space) each.
 
     Returns:
-        (i, i) float64, i the columns of `weight.flatten(1)`; None where the layer is not one matrix product with rows
-        of outputs: grouped and transposed convolutions, products that hold their weight as (inputs, outputs).
+        (i, i) float64, i the elements of the weight that make one output, row-major; None where the layer is not one
+        product with a matrix: grouped and transposed convolutions, products of batches of matrices.
 
     Raises:
         CalibrationError: there is no data, or not all are finite.
     """
-    if node.target is aten.linear.default:
+    if node.target in PRODUCTS and value(bind(node)[COMPUTE[node.target].weight]).dim() == 2:
         rows: Iterator[Tensor] = (x.flatten(0, -2) if x.dim() > 1 else x[None] for x in batches)
     elif node.target in CONVOLUTIONS - TRANSPOSED and bind(node)["groups"] == 1:
         rows = (patches for x in batches for patches in _patches(node, x))
@@ -105,6 +107,7 @@ def round_second_order(
     hessian: Tensor,
     quantizer: Quantizer,
     *,
+    dim: int = 0,
     damping: float = 0.01,
     order: bool = False,
     refit: bool = False,
@@ -113,9 +116,10 @@ def round_second_order(
     """The levels of `quantizer` for which Σ (w - ŵ) H (w - ŵ)ᵀ is small: the error of the layer's output.
 
     Args:
-        weight: (o, i), or (o, …) with i elements each; finite. Not changed.
+        weight: (o, i), or (o, …) with i elements each, or with the outputs at `dim`; finite. Not changed.
         hessian: (i, i) symmetric, positive semidefinite: the mean of x xᵀ (`second_moments`).
-        quantizer: of the weight, its range set. With steps per channel they belong to dim 0.
+        quantizer: of the weight, its range set. With steps per channel they belong to `dim`.
+        dim: which one of the weight's counts the outputs.
         damping: this share of the mean of H's diagonal is added to it.
         order: start with the inputs of the largest second moments; else from the first to the last.
         refit: with steps per group, read each group's range off the weights as they have become by its turn, and set it
@@ -127,12 +131,13 @@ def round_second_order(
         error than rounding to nearest, unless ranges are refit.
 
     Raises:
-        PlanError: the quantizer's levels are not evenly spaced, its steps do not belong to dim 0, `hessian` does not
+        PlanError: the quantizer's levels are not evenly spaced, its steps do not belong to `dim`, `hessian` does not
             fit, or `order` and `refit` are both asked for.
         CalibrationError: `hessian` or `weight` is not finite, or `hessian` is not positive semidefinite.
     """
-    matrix = weight.detach().flatten(1)
-    _check(matrix, hessian, quantizer, order and refit)
+    rows = weight.detach().movedim(dim, 0)
+    matrix = rows.flatten(1)
+    _check(matrix, hessian, quantizer, dim, order and refit)
     grid = _Grid(quantizer, matrix)
     h = hessian.to(matrix.device, torch.float64)
     dead = h.diagonal() <= 0
@@ -145,7 +150,7 @@ def round_second_order(
         nearest = grid.nearest(matrix)
         better = _error(matrix, nearest, hessian) < _error(matrix, rounded, hessian)
         rounded = torch.where(better[:, None], nearest, rounded)
-    return rounded.to(weight.dtype).view(weight.shape)
+    return rounded.to(weight.dtype).view(rows.shape).movedim(0, dim).contiguous()
 
 
 def _rounded(work: Tensor, columns: Tensor, upper: Tensor, grid: _Grid, refit: bool, block: int) -> Tensor:
@@ -197,7 +202,7 @@ def _error(exact: Tensor, rough: Tensor, hessian: Tensor) -> Tensor:
     return ((difference @ hessian.to(difference)) * difference).sum(1)
 
 
-def _check(matrix: Tensor, hessian: Tensor, quantizer: Quantizer, both: bool) -> None:
+def _check(matrix: Tensor, hessian: Tensor, quantizer: Quantizer, dim: int, both: bool) -> None:
     if hessian.shape != (matrix.shape[1], matrix.shape[1]):
         raise PlanError(
             f"second moments of shape {tuple(hessian.shape)} for a weight with {matrix.shape[1]} inputs",
@@ -209,8 +214,8 @@ def _check(matrix: Tensor, hessian: Tensor, quantizer: Quantizer, both: bool) ->
             why="its levels are not values of the weight",
             fix='QuantSpec(kind="uniform"), or t = 1',
         )
-    if quantizer.dim not in (None, 0):
-        raise PlanError(f"the quantizer's steps belong to dim {quantizer.dim}", why="outputs are dim 0 here")
+    if quantizer.dim not in (None, dim):
+        raise PlanError(f"the quantizer's steps belong to dim {quantizer.dim}", why=f"outputs are dim {dim} here")
     if both:
         raise PlanError(
             "order=True with refit=True",
@@ -240,7 +245,7 @@ class _Grid:
     def read(self) -> None:
         """Take the steps from the quantizer; an element shows them as well as the whole weight."""
         rows = self.matrix.new_zeros(len(self.matrix), 1 if self.grouped is None else len(self.grouped))
-        self.integers: Integers = self.quantizer.to_integers(rows)
+        self.integers: Integers = self.quantizer.to_integers(rows.T if self.quantizer.dim else rows)
 
     @property
     def grouped(self) -> Tensor | None:

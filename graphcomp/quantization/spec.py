@@ -26,9 +26,10 @@ class QuantSpec:
         symmetric: levels -(2^(bits-1) - 1) … 2^(bits-1) - 1 about 0; else 0 … 2^bits - 1 with a zero point.
         granularity: one step per tensor, per output channel, or per `group_size` input indices of each channel.
         group_size: input indices per step, for granularity "group".
-        kind: "uniform" (a step, LSQ; with a zero point, LSQ+), or "geta" (step, range and exponent; symmetric, per
-            tensor).
+        kind: "uniform" (a step, LSQ; with a zero point, LSQ+), or "geta" (step and range; symmetric, per tensor).
         observer: how the first range is read off data.
+        learn_exponent: kind "geta" learns an exponent, too, so that levels need not be evenly spaced. Integer kernels
+            can read weights so quantized, but no activations.
     """
 
     bits: int = 8
@@ -37,6 +38,7 @@ class QuantSpec:
     group_size: int = 0
     kind: Kind = "uniform"
     observer: Observer = "minmax"
+    learn_exponent: bool = False
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
@@ -53,6 +55,12 @@ class QuantSpec:
                 "GETA's quantizer is symmetric and has one step per tensor",
                 why=f"got granularity={self.granularity!r}, symmetric={self.symmetric}",
                 fix='QuantSpec(kind="geta")',
+            )
+        if self.learn_exponent and self.kind != "geta":
+            raise PlanError(
+                f"learn_exponent=True with kind={self.kind!r}",
+                why="only GETA's quantizer has an exponent",
+                fix='QuantSpec(kind="geta", learn_exponent=True)',
             )
 
     @property

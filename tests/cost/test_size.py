@@ -26,7 +26,7 @@ from graphcomp.cost.size import (
     relative_index_bits,
 )
 from graphcomp.errors import PlanError
-from graphcomp.quantization.ops import pack_int4
+from graphcomp.quantization.ops import PACKED_BITS, pack
 
 STORED = ("C1", "C2", "C3", "C5")
 
@@ -191,10 +191,11 @@ def test_more_codes_than_are_packed_at_a_time(monkeypatch: pytest.MonkeyPatch) -
         assert torch.equal(decode(encoded), codes.values)
 
 
-def test_four_bits_are_packed_as_in_a_lowered_graph() -> None:
-    values = torch.arange(-8, 8, dtype=torch.int8)
-    every = Codes(values, 4, zero_point=100)  # no code stands for 0, so all are stored
-    assert encode(every, "C3").fields["values"].data == pack_int4(values).numpy().tobytes()
+@pytest.mark.parametrize("bits", PACKED_BITS)
+def test_codes_are_packed_as_in_a_lowered_graph(bits: int) -> None:
+    values = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), dtype=torch.int8)
+    every = Codes(values, bits, zero_point=100)  # no code stands for 0, so all are stored
+    assert encode(every, "C3").fields["values"].data == pack(values, bits).numpy().tobytes()
 
 
 def test_the_code_of_zero_may_differ_by_channel() -> None:

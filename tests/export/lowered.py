@@ -15,7 +15,7 @@ from graphcomp.graph_module import CapturedModule
 from graphcomp.quantization.ops import (
     dequantize_per_channel,
     dequantize_per_tensor,
-    pack_int4,
+    pack,
     quantize_per_tensor,
 )
 
@@ -205,10 +205,11 @@ class _Lowering:
         return found
 
     def codes(self, name: str, codes: Tensor) -> fx.Node:
-        if self.how.weight_bits > 4 or not self.how.pack:
+        bits = self.how.weight_bits
+        if bits > 4 or not self.how.pack:
             return self.hold(name, codes)
-        packed = self.hold(f"{name}_packed", pack_int4(codes))
-        return self.graph.call_function(torch.ops.graphcomp.unpack_int4.default, (packed, list(codes.shape), True))
+        packed = self.hold(f"{name}_packed", pack(codes, bits))
+        return self.graph.call_function(torch.ops.graphcomp.unpack.default, (packed, list(codes.shape), bits, True))
 
     def grouped(self, name: str, value: Tensor, top: int) -> tuple[fx.Node, Tensor]:
         groups = self.how.groups

@@ -19,11 +19,14 @@ import onnx_ir as ir  # noqa: E402
 import graphcomp.export.onnx as onnx_module  # noqa: E402
 from graphcomp.capture import capture  # noqa: E402
 from graphcomp.errors import ExportError  # noqa: E402
+from graphcomp.export.kernels import prove  # noqa: E402
 from graphcomp.export.onnx import export_onnx  # noqa: E402
 from graphcomp.export.runtime import compare, run  # noqa: E402
 from graphcomp.graph import fetch  # noqa: E402
 from graphcomp.graph_module import CapturedModule  # noqa: E402
-from graphcomp.quantization.ops import pack_int4  # noqa: E402
+from graphcomp.quantization.ops import pack  # noqa: E402
+from graphcomp.quantization.ptq import PostTraining, quantize  # noqa: E402
+from graphcomp.quantization.spec import QuantConfig, QuantSpec  # noqa: E402
 from tests.export.lowered import Quantization, lower  # noqa: E402
 from tests.export.models import Attention, Residual  # noqa: E402
 from tests.marks import slow  # noqa: E402
@@ -139,6 +142,47 @@ def test_four_bits_are_stored_in_four_bits(tmp_path: Path) -> None:
     assert sizes[0] - sizes[1] == pytest.approx(weights / 2, rel=0.05)
 
 
+def test_two_bits_are_stored_in_two_bits(tmp_path: Path) -> None:
+    x = torch.randn(2, 12)
+    module = lower(mlp(2048), x, Quantization(2, 8))
+    paths = {opset: tmp_path / f"{opset}.onnx" for opset in (21, None)}
+    for opset, path in paths.items():
+        export_onnx(module, (x,), None, path, opset=opset)
+        assert compare(path, module, (torch.randn(5, 12) * 3,)).within_a_step
+    kinds = {opset: {v.dtype for v in initializers(path).values()} for opset, path in paths.items()}
+    assert ir.DataType.INT2 in kinds[None] and ir.DataType.INT4 not in kinds[None]
+    assert ir.DataType.INT2 not in kinds[21] and ir.DataType.INT4 in kinds[21]
+    assert [ir.load(path).opset_imports[""] for path in paths.values()] == [21, 25]
+    sizes = [path.stat().st_size for path in paths.values()]
+    assert sizes[0] - sizes[1] == pytest.approx(2048 * (12 + 5) / 4, rel=0.05)
+    assert prove(paths[21]).integer == prove(paths[None]).integer
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_two_bits_in_blocks(tmp_path: Path, symmetric: bool) -> None:
+    """Zero points of two bits, too; a table that is looked up stays bytes."""
+    spec = QuantSpec(2, symmetric, "group", 16)
+    ids, path = torch.arange(9)[None], tmp_path / "m.onnx"
+    model = nn.Sequential(nn.Embedding(9, 32), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4)).eval()
+    config = QuantConfig(spec, None, embeddings=QuantSpec(2, granularity="channel"), first_and_last_bits=2)
+    captured = capture(model, ids)
+    module = quantize(captured.module, [(ids,)], PostTraining(config)).lowered.module
+    export_onnx(module, (ids,), None, path)
+    two = {ir.DataType.INT2 if symmetric else ir.DataType.UINT2}
+    held = {v.dtype for n, v in initializers(path).items() if "weight" in n and len(v.shape) == 2}
+    assert held - {ir.DataType.UINT8, ir.DataType.FLOAT} == two
+    assert compare(path, module, (torch.arange(9)[None].flip(1),)).error < 1e-5
+
+
+def test_two_bits_where_the_runtime_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, path = torch.randn(2, 12), tmp_path / "m.onnx"
+    onnx_module._runs_two_bits.cache_clear()
+    monkeypatch.setattr(onnx_module, "OPSET_OF_TWO_BITS", 99)
+    export_onnx(lower(mlp(), x, Quantization(2, 8)), (x,), None, path)
+    onnx_module._runs_two_bits.cache_clear()
+    assert ir.load(path).opset_imports[""] == 21
+
+
 def test_no_trace_of_the_machine(tmp_path: Path) -> None:
     x, path = torch.randn(2, 12), tmp_path / "m.onnx"
     export_onnx(lower(mlp(), x), (x,), None, path)
@@ -193,14 +237,14 @@ def lower_embedding(model: nn.Module, ids: Tensor, bits: int) -> CapturedModule:
     top = 2 ** (bits - 1) - 1
     scales = value.abs().amax(1) / top
     codes = (value / scales[:, None]).round().to(torch.int8)
-    module.register_buffer("codes", pack_int4(codes) if bits == 4 else codes)
+    module.register_buffer("codes", pack(codes, 4) if bits == 4 else codes)
     module.register_buffer("scales", scales)
     module.register_buffer("column", scales[:, None].clone())
     module.register_buffer("zeros", torch.zeros(9, dtype=torch.int32))
     with graph.inserting_before(table):
         held: fx.Node = graph.get_attr("codes")
         if bits == 4:
-            held = graph.call_function(torch.ops.graphcomp.unpack_int4.default, (held, [9, 6], True))
+            held = graph.call_function(torch.ops.graphcomp.unpack.default, (held, [9, 6], 4, True))
         rest = graph.get_attr("scales"), graph.get_attr("zeros")
         weight = graph.call_function(
             torch.ops.quantized_decomposed.dequantize_per_channel.default, (held, *rest, 0, -top, top, torch.int8)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,9 @@ from graphcomp.errors import ExportError
 from graphcomp.export.program import export_program, save_program
 from tests.export.lowered import Quantization, lower
 from tests.export.models import Residual
+from tests.marks import slow
+
+ROOT = Path(__file__).parents[2]
 
 
 class Named(nn.Module):
@@ -37,6 +43,33 @@ def test_a_file_reloads_and_takes_other_batches(tmp_path: Path, batch: int, quan
         y = torch.randn(n, 3, 8, 8)
         assert torch.equal(loaded(y), module(y))
     assert [file.name for file in tmp_path.iterdir()] == ["m.pt2"]
+
+
+@pytest.mark.parametrize("bits", [4, *slow(2, 3, 8)])
+def test_a_quantized_file_in_another_process(tmp_path: Path, bits: int) -> None:
+    """It takes `import graphcomp`, and no more: that registers the ops."""
+    model, x = Residual().eval(), torch.randn(2, 3, 8, 8)
+    module = lower(model, x, Quantization(bits, 8))
+    export_program(module, (x,), path=tmp_path / "m.pt2")
+    torch.save((x, module(x)), tmp_path / "expected.pt")
+    without = run_elsewhere(tmp_path, "torch")
+    assert without.returncode != 0 and "deserializing the saved file" in without.stderr
+    assert "quantized_decomposed" in without.stderr
+    done = run_elsewhere(tmp_path, "torch, graphcomp")
+    assert done.returncode == 0, done.stderr
+
+
+def run_elsewhere(folder: Path, imports: str) -> subprocess.CompletedProcess[str]:
+    code = f"""
+import {imports}
+torch.set_num_threads({torch.get_num_threads()})
+x, expected = torch.load("expected.pt")
+assert torch.equal(torch.export.load("m.pt2").module()(x), expected)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_keywords_nested_outputs_and_the_mode_of_a_graph() -> None:

@@ -48,6 +48,17 @@ def test_a_lowered_graph(tmp_path: Path) -> None:
     assert report.kernels is not None and report.kernels.share == 1.0
 
 
+@pytest.mark.parametrize("name", ["m.onnx", "m.pt2"])
+@pytest.mark.parametrize("bits", [9, 16])
+def test_wide_weights_with_a_zero_point(tmp_path: Path, bits: int, name: str) -> None:
+    spec = gc.QuantSpec(bits, symmetric=False, granularity="channel")
+    model, ids = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4)).eval(), torch.arange(9)
+    options = gc.PostTraining(gc.QuantConfig(spec, None, embeddings=spec))
+    small = gc.compress(model, ids, sparsity=0, quantization=options)
+    small.export(tmp_path / name)
+    assert small.export_report is not None and small.export_report.agreement.error < 1e-6
+
+
 def test_a_scope_is_exported_with_the_whole_model(tmp_path: Path) -> None:
     x = torch.randn(2, 6)
     whole = nn.Sequential(nn.Linear(6, 6), Mlp()).eval()

@@ -19,6 +19,7 @@ SPECS = {
     "affine channel": QuantSpec(4, symmetric=False, granularity="channel"),
     "affine group": QuantSpec(4, symmetric=False, granularity="group", group_size=4),
     "geta": QuantSpec(4, kind="geta"),
+    "geta exponent": QuantSpec(4, kind="geta", learn_exponent=True),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,6 +67,18 @@ def test_law_3_for_every_granularity(name: str, symmetric: bool, granularity: An
     assert error.weights == 0 and error.steps <= 1.001
 
 
+@pytest.mark.parametrize("bits", [9, 16, *slow(12)])
+@pytest.mark.parametrize("granularity", ["channel", *slow("tensor", "group")])
+def test_law_3_for_wide_weights_with_a_zero_point(bits: int, granularity: Any) -> None:
+    spec = QuantSpec(bits, False, granularity, 4 if granularity == "group" else 0)
+    config = QuantConfig(spec, ACTIVATIONS, embeddings=QuantSpec(bits, False, "channel"))
+    found, flat = lowered(encoder, config)
+    error = check_lowering(found.fake, found.lowered, flat)
+    assert error.weights == 0 and error.steps <= 1.001
+    integers = found.lowered.weights.values()
+    assert all(i.values.dtype is torch.int16 for i in integers) and any(bool(i.zero_point.any()) for i in integers)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_law_3_for_geta(name: str) -> None:
     spec = QuantSpec(5, kind="geta")
@@ -104,11 +117,13 @@ def test_stored_dtypes():
     assert not [name for name, t in state.items() if t.is_floating_point() and not name.endswith("_scale")]
 
 
-def test_four_bits_are_packed():
-    found, _ = lowered(residual, config(4))
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_few_bits_are_packed(bits: int, symmetric: bool) -> None:
+    found, _ = lowered(residual, QuantConfig(replace(WEIGHTS, bits=bits, symmetric=symmetric), None))
     codes = found.lowered.module.get_buffer("block.conv1.weight_codes")
-    assert codes.dtype is torch.uint8 and codes.numel() == 8 * 8 * 9 // 2
-    assert found.lowered.module.graph.find_nodes(op="call_function", target=torch.ops.graphcomp.unpack_int4.default)
+    assert codes.dtype is torch.uint8 and codes.numel() == 8 * 8 * 9 * bits // 8
+    assert found.lowered.module.graph.find_nodes(op="call_function", target=torch.ops.graphcomp.unpack.default)
 
 
 def test_clips_in_front_of_a_quantizer_go():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,10 +12,11 @@ from torch._subclasses import FakeTensorMode
 
 from graphcomp.quantization.ops import (
     DECOMPOSED,
+    PACKED_BITS,
     define_decomposed,
     dequantize_grouped,
-    pack_int4,
-    unpack_int4,
+    pack,
+    unpack,
 )
 from graphcomp.quantization.quantizers.base import Integers, container, spread
 
@@ -29,30 +32,34 @@ def ours():
     return getattr(torch.ops, NAMESPACE)
 
 
-# ------------------------------------------------------------------------------------------------ four bits
-@given(st.lists(st.integers(0, 15), max_size=21), st.booleans())
-def test_packing_round_trips(codes: list[int], signed: bool) -> None:
-    values = torch.tensor(codes, dtype=torch.int8 if signed else torch.uint8) - (8 if signed else 0)
-    packed = pack_int4(values)
-    assert packed.dtype == torch.uint8 and packed.shape == ((len(codes) + 1) // 2,)
-    back = unpack_int4(packed, list(values.shape), signed)
+# ------------------------------------------------------------------------------------------------ few bits
+@given(st.sampled_from(PACKED_BITS), st.lists(st.integers(0, 15), max_size=41), st.booleans())
+def test_packing_round_trips(bits: int, numbers: list[int], signed: bool) -> None:
+    codes = torch.tensor([n % 2**bits for n in numbers], dtype=torch.int8 if signed else torch.uint8)
+    values = codes - (2 ** (bits - 1) if signed else 0)
+    packed = pack(values, bits)
+    assert packed.dtype == torch.uint8 and packed.shape == (math.ceil(len(numbers) * bits / 8),)
+    back = unpack(packed, list(values.shape), bits, signed)
     assert back.dtype == values.dtype and torch.equal(back, values)
 
 
 def test_packing_by_hand() -> None:
-    """The lower half of a byte first, two's complement; a missing last code is 0."""
+    """The first code in the lowest bits of a byte, two's complement; missing last codes are 0."""
     codes = torch.tensor([[1, -1, 7], [-8, 0, 2], [3, -2, 5]], dtype=torch.int8)
-    assert [hex(b) for b in pack_int4(codes).tolist()] == ["0xf1", "0x87", "0x20", "0xe3", "0x5"]
-    assert torch.equal(unpack_int4(pack_int4(codes), [3, 3], True), codes)
+    assert [hex(b) for b in pack(codes, 4).tolist()] == ["0xf1", "0x87", "0x20", "0xe3", "0x5"]
+    assert torch.equal(unpack(pack(codes, 4), [3, 3], 4, True), codes)
+    assert [f"{b:08b}" for b in pack(torch.tensor([1, -1, -2, 0, 1]), 2).tolist()] == ["00101101", "00000001"]
+    assert [f"{b:08b}" for b in pack(torch.tensor([1, 7, 4, 3]), 3).tolist()] == ["00111001", "00000111"]
 
 
+@pytest.mark.parametrize("bits", PACKED_BITS)
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 3, 5), (0, 4)])
-def test_unpacking_any_shape(shape: tuple[int, ...], signed: bool) -> None:
-    codes = (torch.randint(0, 16, shape) - 8 * signed).to(torch.int8 if signed else torch.uint8)
-    packed = pack_int4(codes)
-    assert torch.equal(unpack_int4(packed, list(shape), signed), codes)
-    torch.library.opcheck(torch.ops.graphcomp.unpack_int4.default, (packed, list(shape), signed))
+def test_unpacking_any_shape(shape: tuple[int, ...], signed: bool, bits: int) -> None:
+    codes = (torch.randint(0, 2**bits, shape) - 2 ** (bits - 1) * signed).to(torch.int8 if signed else torch.uint8)
+    packed = pack(codes, bits)
+    assert torch.equal(unpack(packed, list(shape), bits, signed), codes)
+    torch.library.opcheck(torch.ops.graphcomp.unpack.default, (packed, list(shape), bits, signed))
 
 
 # ------------------------------------------------------------------------------------------------ groups

@@ -112,6 +112,7 @@ SPECS = {
     "symmetric": QuantSpec(4),
     "affine": QuantSpec(4, symmetric=False),
     "geta": QuantSpec(4, kind="geta"),
+    "geta exponent": QuantSpec(4, kind="geta", learn_exponent=True),
     "channel": QuantSpec(4, granularity="channel"),
     "affine channel": QuantSpec(4, symmetric=False, granularity="channel"),
     "group": QuantSpec(4, granularity="group", group_size=3),

@@ -141,6 +141,21 @@ def test_groups_of_a_convolution_lie_along_its_last_dim() -> None:
     assert error(weight, rounded, hessian) < error(weight, quantizer(weight), hessian)
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_weight_whose_outputs_are_dim_1(granularity: Any, symmetric: bool) -> None:
+    """The transpose of what the transposed weight becomes."""
+    weight, hessian = torch.randn(6, 24, dtype=torch.float64), correlated(24)
+    options: dict[str, Any] = {"symmetric": symmetric, "granularity": granularity}
+    rows = quantizer_of(weight, 3, **options)
+    columns = make_quantizer(QuantSpec(3, **options), shape=(24, 6), dim=1).double()
+    columns.load_state_dict(rows.state_dict())
+    rounded = round_second_order(weight.T, hessian, columns, dim=1)
+    assert rounded.shape == (24, 6) and rounded.is_contiguous()
+    assert torch.equal(rounded.T, round_second_order(weight, hessian, rows))
+    assert torch.equal(columns(rounded), rounded)
+
+
 def test_refusals() -> None:
     weight, hessian = torch.randn(4, 6), correlated(6)
     grouped = quantizer_of(weight, granularity="group", group_size=3)
@@ -155,6 +170,9 @@ def test_refusals() -> None:
     columns = make_quantizer(QuantSpec(4, granularity="channel"), shape=(4, 6), dim=1)
     with pytest.raises(PlanError, match="dim 1"):
         round_second_order(weight, hessian, columns)
+    rows = make_quantizer(QuantSpec(4, granularity="channel"), shape=(4, 6), dim=0)
+    with pytest.raises(PlanError, match="dim 0"):
+        round_second_order(weight.T, hessian, rows, dim=1)
     with pytest.raises(CalibrationError, match="not finite"):
         round_second_order(weight, hessian * torch.nan, grouped)
     with pytest.raises(CalibrationError, match="positive semidefinite"):
@@ -162,6 +180,22 @@ def test_refusals() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ moments
+class Columns(nn.Module):
+    """A weight (inputs, outputs), as GPT-2's Conv1D has it; `how` picks the op."""
+
+    def __init__(self, how: str, inputs: int = 6, outputs: int = 4) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.zeros(outputs))
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "matmul":
+            return x @ self.weight
+        rows = x.reshape(-1, x.shape[-1])
+        y = torch.addmm(self.bias, rows, self.weight) if self.how == "addmm" else torch.mm(rows, self.weight)
+        return y.reshape(*x.shape[:-1], -1)
+
+
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "linear": (nn.Linear(6, 4), (3, 5, 6)),
     "conv1d": (nn.Conv1d(3, 4, 3, stride=2, padding=1), (2, 3, 9)),
@@ -169,6 +203,9 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "same": (nn.Conv2d(3, 4, (4, 3), padding="same", dilation=2), (2, 3, 7, 8)),
     "valid": (nn.Conv1d(3, 4, 3, padding="valid"), (2, 3, 7)),
     "conv3d": (nn.Conv3d(2, 4, 2, padding=1), (2, 2, 4, 5, 3)),
+    "addmm": (Columns("addmm"), (3, 5, 6)),
+    "mm": (Columns("mm"), (3, 5, 6)),
+    "matmul": (Columns("matmul"), (3, 5, 6)),
 }
 
 
@@ -182,7 +219,8 @@ def test_second_moments_are_those_of_what_the_weight_is_multiplied_with(name: st
     moments = second_moments(compute_node(layer, batches[0]), batches)
     assert moments is not None
     weight = layer.weight.detach().flatten(1)  # type: ignore[union-attr, operator]
-    channels = -1 if name == "linear" else 1
+    weight = weight.T if isinstance(layer, Columns) else weight
+    channels = 1 if name.startswith("conv") or name in ("same", "valid") else -1
     outputs = torch.cat([layer(x).movedim(channels, 0).flatten(1) for x in batches], 1)
     torch.testing.assert_close(weight @ moments @ weight.T, outputs @ outputs.T / outputs.shape[1])
 
@@ -192,8 +230,21 @@ def compute_node(model: nn.Module, x: Tensor) -> Any:
     return node
 
 
+class Batched(nn.Module):
+    """A matrix for each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 5, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
 @pytest.mark.parametrize(
-    "model", [nn.Conv2d(4, 4, 3, groups=2), nn.ConvTranspose2d(4, 4, 3)], ids=["grouped", "transposed"]
+    "model",
+    [nn.Conv2d(4, 4, 3, groups=2), nn.ConvTranspose2d(4, 4, 3), Batched()],
+    ids=["grouped", "transposed", "batched"],
 )
 def test_layers_that_are_no_single_product(model: nn.Module) -> None:
     x = torch.randn(2, 4, 5, 5)

@@ -45,6 +45,12 @@ def test_geta_is_symmetric_and_per_tensor(changed: dict) -> None:
         QuantSpec(kind="geta", **changed)
 
 
+def test_only_geta_learns_an_exponent() -> None:
+    with pytest.raises(PlanError, match="learn_exponent"):
+        QuantSpec(learn_exponent=True)
+    assert QuantSpec(kind="geta", learn_exponent=True) != QuantSpec(kind="geta")
+
+
 @pytest.mark.parametrize(
     ("field", "value", "near"),
     [

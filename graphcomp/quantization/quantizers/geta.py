@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from graphcomp.errors import PlanError
 from graphcomp.quantization.quantizers.base import Integers, Quantizer, container
-from graphcomp.quantization.quantizers.gradients import bounded
+from graphcomp.quantization.quantizers.gradients import bounded, inward, sum_of_product, where_inside
 from graphcomp.quantization.quantizers.uniform import step_and_zero
 from graphcomp.quantization.spec import QuantSpec
 
@@ -32,7 +32,10 @@ class GetaQuantizer(Quantizer):
     Attributes:
         d: parameter (), the step, in units of the tensor to the power t.
         q_m: parameter (), the range: larger magnitudes saturate. Units of the tensor.
-        t: parameter (), the exponent; 1 spaces the levels evenly.
+        t: parameter (), the exponent; 1 spaces the levels evenly. Where the spec's `learn_exponent` is False it is not
+            trained, and counts as 1 whatever it holds: nothing is raised to a power.
+        follow: note the largest magnitude of what is quantized in training, for whoever sets the range to it.
+        peak: buffer (), that magnitude since it was last set to 0.
         steep: whether the gradient of x has the factor t a^(t-1), clamped to STEEPEST; else it is passed on as is.
 
     Before `set_range` the range is 1. Parameters that an optimizer drove out of their limits count as the limit, with
@@ -49,23 +52,32 @@ class GetaQuantizer(Quantizer):
     d: Tensor
     q_m: Tensor
     t: Tensor
+    peak: Tensor
 
     def __init__(self, spec: QuantSpec, *, steep: bool = False) -> None:
         if spec.kind != "geta":
             raise PlanError(f"GetaQuantizer was given a spec of kind {spec.kind!r}", fix='QuantSpec(kind="geta")')
         super().__init__(spec)
         self.steep = steep
+        self.follow = False
+        self.register_buffer("peak", torch.tensor(0.0), persistent=False)
         self.d = nn.Parameter(torch.tensor(1.0 / spec.quant_max))
         self.q_m = nn.Parameter(torch.tensor(1.0))
-        self.t = nn.Parameter(torch.tensor(1.0))
+        self.t = nn.Parameter(torch.tensor(1.0), requires_grad=spec.learn_exponent)
 
     def forward(self, x: Tensor) -> Tensor:
         """The nearest level of each element: shape and dtype of `x`."""
         if not self.enabled:
             return x
+        if self.follow and self.training:
+            with torch.no_grad():
+                torch.maximum(self.peak, torch.linalg.vector_norm(x, torch.inf), out=self.peak)
         dtype = self._wide(x)
-        d, q_m, t = self._valid(dtype)
-        return _Geta.apply(x.to(dtype), d, q_m, t, self.steep).to(x.dtype)  # type: ignore[no-any-return, no-untyped-call]
+        if self.spec.learn_exponent:
+            result: Tensor = _Power.apply(x.to(dtype), *self._valid(dtype), self.steep)  # type: ignore[no-untyped-call]
+        else:
+            result = _Even.apply(x.to(dtype), self.d.to(dtype), self.q_m.to(dtype))  # type: ignore[no-untyped-call]
+        return result.to(x.dtype)
 
     @torch.no_grad()
     def set_range(self, low: Tensor, high: Tensor) -> None:
@@ -89,9 +101,8 @@ class GetaQuantizer(Quantizer):
         """
         dtype = self._wide(x)
         d, q_m, t = self._valid(dtype)
-        magnitudes = _magnitudes(x.to(dtype), d, q_m, t)
-        most = int(torch.cat([magnitudes.reshape(-1), _magnitudes(q_m.view(1), d, q_m, t)]).amax())
-        codes = x.to(dtype).sign() * magnitudes
+        codes = _codes(x.to(dtype), d, q_m, t)
+        most = int(torch.cat([codes.abs().reshape(-1), _codes(q_m.view(1), d, q_m, t)]).amax())
         zero = torch.zeros_like(d, dtype=torch.int32)
         return Integers(codes.to(container(-most, most)), d, zero, -most, most)
 
@@ -99,12 +110,13 @@ class GetaQuantizer(Quantizer):
     def bits(self) -> Tensor:
         """() float, differentiable: b = log2(q_m^t / d + 1) + 1."""
         d, q_m, t = self._valid(self._wide(self.d))
-        return torch.log2(q_m.pow(t) / d + 1) + 1
+        return torch.log2(_power(q_m, t) / d + 1) + 1
 
     @property
     def exponent(self) -> float:
         """t."""
-        return float(self._valid(torch.float64)[2])
+        t = self._valid(torch.float64)[2]
+        return 1.0 if t is None else float(t.detach())
 
     @torch.no_grad()
     def project_bits(self, low: float, high: float) -> None:
@@ -118,25 +130,25 @@ class GetaQuantizer(Quantizer):
         if not 1 < low <= high:
             raise PlanError(f"bits from {low} to {high}", why="needs 1 < low <= high", fix="project_bits(4, 8)")
         d, q_m, t = self._valid(torch.float64)
-        widest = q_m.pow(t)
+        widest = _power(q_m, t)
         self.d.copy_(d.clamp(widest / (2.0 ** (high - 1) - 1), widest / (2.0 ** (low - 1) - 1)))
 
     @torch.no_grad()
     def project(self) -> None:
-        """Clamp q_m and t to their limits, and d to what q_m^t allows."""
+        """Clamp q_m and t to their limits (t to 1 where it is not learned), and d to what q_m^t allows."""
         self.q_m.clamp_(*_storable(RANGE_LIMITS, self.q_m.dtype))
-        self.t.clamp_(*EXPONENT_LIMITS)
+        self.t.clamp_(*(EXPONENT_LIMITS if self.spec.learn_exponent else (1.0, 1.0)))
         self.d.copy_(self._valid(torch.float64)[0])
 
     def _wide(self, x: Tensor) -> torch.dtype:
         """The dtype to compute in: float32, or float64 where `x` or `d` has it. Half floats hold too few codes."""
         return torch.promote_types(torch.promote_types(x.dtype, self.d.dtype), torch.float32)
 
-    def _valid(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """d, q_m and t within their limits; those of d are constants to autograd."""
+    def _valid(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        """d, q_m and t within their limits; those of d are constants to autograd. A t of None is 1."""
         q_m = bounded(self.q_m.to(dtype), *RANGE_LIMITS)
-        t = bounded(self.t.to(dtype), *EXPONENT_LIMITS)
-        widest = q_m.detach().pow(t.detach())
+        t = bounded(self.t.to(dtype), *EXPONENT_LIMITS) if self.spec.learn_exponent else None
+        widest = _power(q_m, t).detach()
         return bounded(self.d.to(dtype), widest / MOST_CODES, widest * MOST_CODES), q_m, t
 
 
@@ -146,12 +158,63 @@ def _storable(limits: tuple[float, float], dtype: torch.dtype) -> tuple[float, f
     return max(limits[0], info.tiny), min(limits[1], info.max)
 
 
-def _magnitudes(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor) -> Tensor:
-    """round(c / d), halves to even."""
-    return torch.minimum(x.abs(), q_m).pow(t).div(d).round()
+def _in_limits(d: Tensor, q_m: Tensor) -> tuple[Tensor, Tensor]:
+    """d and q_m as they count, for t = 1."""
+    q_m = q_m.clamp(*RANGE_LIMITS)
+    return torch.clamp(d, q_m / MOST_CODES, q_m * MOST_CODES), q_m
 
 
-class _Geta(torch.autograd.Function):
+def _power(magnitude: Tensor, t: Tensor | None) -> Tensor:
+    return magnitude if t is None else magnitude.pow(t)
+
+
+def _codes(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None) -> Tensor:
+    """s round(c / d), halves to even; never -0, which integers do not have."""
+    if t is not None:
+        return torch.minimum(x.abs(), q_m).pow(t).div_(d).round_().mul_(x.sign()).add_(0.0)
+    most = (q_m / d).round()  # clamped after it is rounded: the same number
+    return x.div(d).round_().clamp_max_(most).clamp_min_(-most).add_(0.0)
+
+
+class _Even(torch.autograd.Function):
+    """The forward for t = 1, and the straight-through gradients, with c = x clamped to -q_m … q_m:
+
+        dx̂/dd   = (x̂ - c) / d
+        dx̂/dq_m = -1 below -q_m, 1 above q_m, else 0
+        dx̂/dx   = 1 where |x| <= q_m, else 0
+
+    d and q_m are brought into their limits here: in functions of their own, that took as long as a small layer. What
+    is saved is saved anyway, the result by the op that reads it.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, d: Tensor, q_m: Tensor) -> Tensor:
+        d, q_m = _in_limits(d, q_m)
+        return _codes(x, d, q_m, None).mul_(d)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, given_d, given_q_m, result = ctx.saved_tensors
+        d, q_m = _in_limits(given_d, given_q_m)
+        c = x.clamp_max(q_m).clamp_min_(-q_m)
+        beyond = (x - c).sign_()
+        grad_x = grad_d = grad_q_m = None
+        if ctx.needs_input_grad[0]:
+            grad_x = where_inside(grad, beyond)
+        if ctx.needs_input_grad[1]:
+            grad_d = inward(sum_of_product(grad, c.sub_(result), ()) / -d, given_d, d)
+        if ctx.needs_input_grad[2]:
+            grad_q_m = inward(sum_of_product(grad, beyond, ()), given_q_m, q_m)
+        return grad_x, grad_d, grad_q_m
+
+
+class _Power(torch.autograd.Function):
     """The forward, and the straight-through gradients with R = round(c / d) - c / d:
 
         dx̂/dd   = s R
@@ -166,7 +229,7 @@ class _Geta(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor, steep: bool) -> Tensor:
-        return (x.sign() * _magnitudes(x, d, q_m, t) + 0.0) * d  # adding 0 turns -0 into 0, as integers have it
+        return _codes(x, d, q_m, t).mul_(d)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
@@ -176,19 +239,19 @@ class _Geta(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:
         x, d, q_m, t = ctx.saved_tensors
-        clipped = torch.minimum(x.abs(), q_m)
+        clipped = x.abs().clamp_max_(q_m)
         c = clipped.pow(t)
-        saturated = x.abs() > q_m
+        beyond = (x.abs() - clipped).sign_()
         signed = grad * x.sign()
         grad_x = grad_d = grad_q_m = grad_t = None
         if ctx.needs_input_grad[0]:
-            slope = (t * clipped.pow(t - 1)).clamp(max=STEEPEST) if ctx.steep else 1.0
-            grad_x = (grad * slope).masked_fill(saturated, 0)
+            slope = (t * clipped.pow(t - 1)).clamp_max_(STEEPEST) if ctx.steep else 1.0
+            grad_x = where_inside(grad * slope, beyond)
         if ctx.needs_input_grad[1]:
             v = c / d
-            grad_d = (signed * (v.round() - v)).sum()
+            grad_d = sum_of_product(signed, v.round() - v, ())
         if ctx.needs_input_grad[2]:
-            grad_q_m = signed.masked_fill(~saturated, 0).sum() * t * q_m.pow(t - 1)
+            grad_q_m = sum_of_product(signed, beyond, ()) * t * q_m.pow(t - 1)
         if ctx.needs_input_grad[3]:
-            grad_t = (signed * torch.special.xlogy(c, clipped)).sum()
+            grad_t = sum_of_product(signed, torch.special.xlogy(c, clipped), ())
         return grad_x, grad_d, grad_q_m, grad_t, None

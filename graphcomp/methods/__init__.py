@@ -1,0 +1,1 @@
+"""Methods that decide in training what goes: one paper, one file."""

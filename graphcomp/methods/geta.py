@@ -1,0 +1,440 @@
+"""QASSO, the optimizer of GETA: joint structured pruning and quantization-aware training around any base optimizer.
+
+ready = graphcomp.prepare(model, example_inputs, bits=(4, 8))
+optimizer = graphcomp.QASSO(ready, torch.optim.AdamW, lr=1e-3, sparsity=0.5, schedule=graphcomp.Schedule(steps=5000))
+…                                     # your own loop: forward, backward, optimizer.step()
+small = graphcomp.finalize(ready)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from graphcomp.coupling.groups import ChannelGroup, Kept, Member
+from graphcomp.errors import BudgetError, CheckpointError, NothingToPrune, PlanError
+from graphcomp.methods.bank import Bank
+from graphcomp.methods.forgetting import Entry, Forgetting, Rule
+from graphcomp.methods.prepared import Prepared, Session, Site, gone, unwrapped
+from graphcomp.methods.schedule import Moment, Schedule, Stage
+from graphcomp.pruning.allocation import Normalize, allocate, units_to_remove
+from graphcomp.pruning.evidence import Evidence, Scores
+from graphcomp.pruning.saliency import Saliency, named
+from graphcomp.quantization.quantizers.base import Quantizer
+from graphcomp.quantization.quantizers.geta import GetaQuantizer
+
+FORMAT = 1
+"""Of what `QASSO.state_dict` returns."""
+
+
+@dataclass(frozen=True, eq=False)
+class Movement(Evidence):
+    """Evidence read off a training step: the weights before it, and what the optimizer took off them, in place of
+    gradients (GETA's search gradient v times the learning rate; with SGD without momentum, the gradient)."""
+
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    updates: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def has_gradients(self) -> bool:
+        """True."""
+        return True
+
+    def weight(self, name: str) -> Tensor:
+        """As float32."""
+        return self.weights[name].float()
+
+    def gradient(self, name: str) -> Tensor:
+        """As float32, times the learning rate."""
+        return self.updates[name].float()
+
+
+class QASSO(Optimizer):
+    """Reaches a sparsity and a range of bits exactly, by the end of a schedule.
+
+    Warm-up: the base optimizer alone; the ranges of the quantizers follow what they quantize, at the most bits.
+    Projection: the bits of all quantizers are kept within a range whose upper end
+    goes down. Joint: in periods, the least salient units are chosen and forgotten step by step, their quantized values
+    included, while the steps of their quantizers are set so that the whole stays a descent; they are exactly zero from
+    the end of the period on. Cool-down: bits are fixed whole numbers, weights, ranges and exponents go on learning.
+
+    Learning-rate schedulers, gradient clipping, accumulation and scalers work as with the base optimizer, whose
+    `param_groups` and `state` these are: the parameters given, then the quantizers' in one group more. Steps that a
+    scaler skips do not count.
+
+    Args:
+        ready: what `graphcomp.prepare` returned, or a wrapper around it.
+        base: class of the optimizer that makes the steps: SGD, Adam, AdamW, … Not one that needs a closure.
+        lr: learning rate of the weights.
+        lr_quant: of steps, ranges and exponents. Default: 1e-3, with attention in the model 1e-4.
+        params: the parameters to train, or groups of them as for any optimizer; default: all.
+        sparsity: fraction of the units to remove, met to the unit.
+        schedule: the stages, or the number of steps of a default one. With `accumulation` of gradients: of optimizer
+            steps.
+        bits: a narrower range than the one the module was prepared with.
+        saliency: how units are ranked: GETA's mix, or any of `graphcomp.pruning.saliency` that needs weights and
+            gradients at most.
+        normalize: what the scores of a group are divided by before groups are compared: "none" (GETA), "mean", "max",
+            "l2". Without, groups of small weights go first.
+        forgetting: "descent" (GETA's rule), or "uniform" (equal shares in each step, as HESSO's).
+        round_to: the number of units kept of each group is a multiple of it.
+        max_group_sparsity: fraction of each group that may go, at most.
+        eta, xi: see `joint_rule`.
+        max_quantizer_gradient: the gradients of steps, ranges and exponents, which are sums over whole tensors, are
+            clamped to this in magnitude.
+        options: of the base optimizer: momentum, weight_decay, …
+
+    Raises:
+        PlanError: a module that was not prepared, parameters that are not its own, an option out of range.
+        BudgetError: the sparsity cannot be met.
+
+    Source: GETA (Qu et al. 2025, arXiv 2502.16638).
+    """
+
+    def __init__(
+        self,
+        ready: nn.Module,
+        base: type[Optimizer] = torch.optim.SGD,
+        *,
+        lr: float,
+        schedule: Schedule | int,
+        lr_quant: float | None = None,
+        params: Iterable[Any] | None = None,
+        sparsity: float = 0.5,
+        bits: tuple[int, int] | None = None,
+        saliency: str | Saliency = "geta",
+        normalize: Normalize = "none",
+        forgetting: Literal["descent", "uniform"] = "descent",
+        round_to: int = 1,
+        max_group_sparsity: float = 1.0,
+        eta: float = 0.999,
+        xi: float = 0.9,
+        max_quantizer_gradient: float = 1.0,
+        **options: Any,
+    ) -> None:
+        self.ready = unwrapped(ready)
+        session = self.ready.session
+        transformer = any(group.role == "head" for group in session.plan.groups)
+        self.schedule = Schedule.of(schedule, transformer=transformer) if isinstance(schedule, int) else schedule
+        self.sparsity, self.round_to, self.max_group_sparsity = sparsity, round_to, max_group_sparsity
+        self.saliency = named(saliency) if isinstance(saliency, str) else saliency
+        self.normalize = normalize
+        self.max_quantizer_gradient = max_quantizer_gradient
+        _check_options(eta, xi, forgetting, sparsity, max_quantizer_gradient, session)
+        self.groups = _trainable(self.ready, session.groups)
+        if sparsity and not self.groups:
+            raise NothingToPrune(
+                "nothing can be pruned", why="each group has a parameter with requires_grad=False", fix="sparsity=0"
+            )
+        self.total = sum(group.size for group in self.groups)
+        self._parameters = dict(self.ready.named_parameters())
+        found = [(site, q) for site, q in self.ready.quantizers() if isinstance(q, GetaQuantizer)]
+        self._sites = [site for site, _ in found]
+        low, high = _range(self._sites, bits)
+        self.bank = Bank([q for _, q in found], low, high)
+        learned = _quantizer_parameters(self.ready)
+        self._learned = [p for p in learned if p.requires_grad]
+        lr_quant = (1e-4 if transformer else 1e-3) if lr_quant is None else lr_quant
+        self.base = base(_param_groups(self.ready, params, learned, lr_quant), lr=lr, **options)  # type: ignore[call-arg]
+        super().__init__(self.base.param_groups, self.base.defaults)
+        self._share_with_base()
+        self.rule = Rule(eta, xi, forgetting == "uniform")
+        self.steps = 0
+        self.kept: Kept = {group: torch.arange(group.size) for group in self.groups}
+        self.chosen: Kept = self.kept  # what is left when the current period ends
+        self._active: Forgetting | None = None
+        self._zeros: list[tuple[Tensor, int, Tensor]] = []  # parameter, dim, indices of all that is gone
+        self._fixed: Tensor | None = None  # bits of the cool-down
+        self.bank.follow(self.stage == Stage.WARMUP)
+        if sparsity:
+            self._allocate({group: torch.zeros(group.size) for group in self.groups}, self._target)  # raises now
+
+    # ------------------------------------------------------------------------------------------ where it stands
+    @property
+    def moment(self) -> Moment:
+        """Where the next step stands in the schedule."""
+        return self.schedule.moment(self.steps)
+
+    @property
+    def stage(self) -> Stage:
+        """Of the next step."""
+        return self.moment.stage
+
+    @property
+    def removed(self) -> int:
+        """Units that are gone."""
+        return self.total - sum(len(units) for units in self.kept.values())
+
+    @property
+    def _target(self) -> int:
+        return units_to_remove(self.sparsity, self.total)
+
+    def most_bits(self) -> Tensor:
+        """(l,) the most bits that each quantizer of `bank` may have in the next step."""
+        return self.schedule.most_bits(self.steps, self.bank.low, self.bank.high)
+
+    # ------------------------------------------------------------------------------------------ a step
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of the schedule: the base optimizer's, and what the stage adds to it."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        moment = self.moment
+        begins = moment.stage == Stage.JOINT and moment.first and self._target > 0
+        self._clamp_gradients()
+        weights = {name: self._parameters[name].clone() for name in self._made} if begins else None
+        old = self._active.gather() if self._active is not None else None
+        d = self.bank.d()
+        self.base.step()
+        self.bank.clamp()
+        if weights is not None:
+            self._choose(moment, weights)
+            old = self._active.gather(weights) if self._active is not None else None
+        if self._active is not None and old is not None:
+            self._active.apply(old, d, self.most_bits(), moment.remaining, self.rule)
+        else:
+            self._constrain(moment)
+        if self._active is not None and moment.last:
+            self._commit()
+        self._hold_zeros()
+        self.steps += 1
+        return loss
+
+    def _clamp_gradients(self) -> None:
+        gradients = [p.grad for p in self._learned if p.grad is not None]
+        if gradients:
+            torch._foreach_clamp_min_(gradients, -self.max_quantizer_gradient)
+            torch._foreach_clamp_max_(gradients, self.max_quantizer_gradient)
+
+    def _constrain(self, moment: Moment) -> None:
+        """What the stage asks of the bits."""
+        if not len(self.bank):
+            return
+        if moment.stage == Stage.WARMUP:
+            self.bank.set_ranges()
+            if moment.last:
+                self.bank.follow(False)
+            return
+        if moment.stage != Stage.COOLDOWN:
+            self.bank.project(self.most_bits())
+            return
+        if self._fixed is None:
+            most = torch.maximum(self.most_bits().floor(), self.bank.low)
+            self._fixed = torch.clamp(self.bank.bits().round(), self.bank.low, most)
+        self.bank.fix(self._fixed)
+
+    # ------------------------------------------------------------------------------------------ units
+    @property
+    def _made(self) -> list[str]:
+        """The parameters whose rows make units."""
+        return list(dict.fromkeys(m.name for group in self.groups for m in _makers(group)))
+
+    def _choose(self, moment: Moment, weights: Mapping[str, Tensor]) -> None:
+        """At the start of a period: which units it will forget."""
+        updates = {name: weight - self._parameters[name] for name, weight in weights.items()}
+        made = {replace(group, members=tuple(_makers(group))): group for group in self.groups}
+        evidence = Movement(self.ready.session.quantized, tuple(made), weights=weights, updates=updates)
+        scores = {made[copy]: values for copy, values in self.saliency(evidence).items()}
+        share = (moment.period + 1) / self.schedule.pruning_periods
+        self.chosen = self._allocate(scores, round(self._target * share))
+        self._activate()
+
+    def _allocate(self, scores: Scores, count: int) -> Kept:
+        """`count` units gone in all, those that are gone already among them.
+
+        Raises:
+            BudgetError: that is impossible, for the last count; others are lowered until they can be met.
+        """
+        for fewer in range(count, max(count - self.round_to, self.removed, 0) - 1, -1):
+            try:
+                return allocate(
+                    self.groups,
+                    scores,
+                    sparsity=fewer / self.total,
+                    normalize=self.normalize,
+                    round_to=self.round_to,
+                    max_group_sparsity=self.max_group_sparsity,
+                    already=self.kept,
+                )
+            except BudgetError:
+                if count == self._target:
+                    raise
+        return self.kept
+
+    def _activate(self) -> None:
+        """Index the slices of the units that are to be forgotten in this period."""
+        layers = {site.parameter: k for k, site in enumerate(self._sites) if site.parameter}
+        entries = []
+        for position, group in enumerate(self.groups):
+            leaving = self.kept[group][~torch.isin(self.kept[group], self.chosen[group])]
+            for member in _makers(group) if len(leaving) else ():
+                layer = layers.get(member.name, -1)
+                entries.append(Entry(member.name, member.dim, member.indices(leaving), position, layer))
+        self._active = Forgetting(entries, self._parameters, self.bank, len(self.groups)) if entries else None
+
+    def _commit(self) -> None:
+        """At the end of a period: what was chosen is gone, and its momentum with it."""
+        self.kept, self._active = self.chosen, None
+        self._index_zeros()
+        for parameter, dim, indices in self._zeros:
+            for state in self.state.get(parameter, {}).values():
+                if isinstance(state, Tensor) and state.shape == parameter.shape:
+                    state.index_fill_(dim, indices, 0)
+
+    def _index_zeros(self) -> None:
+        self.ready.keep(self.kept)
+        found = [(self._parameters[name], dim, indices) for name, dim, indices in gone(self.kept)]
+        self._zeros = [(parameter, dim, indices.to(parameter.device)) for parameter, dim, indices in found]
+
+    def _hold_zeros(self) -> None:
+        for parameter, dim, indices in self._zeros:
+            parameter.index_fill_(dim, indices, 0)
+
+    # ------------------------------------------------------------------------------------------ saving
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's, and under "qasso" where the schedule stands: with the module's own, all that a run
+        needs to go on bit for bit."""
+        names = {group: group.name for group in self.groups}
+        own = {
+            "format": FORMAT,
+            "steps": self.steps,
+            "kept": {names[g]: units for g, units in self.kept.items()},
+            "chosen": {names[g]: units for g, units in self.chosen.items()},
+            "fixed": self._fixed,
+        }
+        return {**self.base.state_dict(), "qasso": own}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; load the module's first.
+
+        Raises:
+            CheckpointError: it is of another optimizer, of another model, or of a newer graphcomp.
+        """
+        own = state_dict.get("qasso")
+        if own is None:
+            raise CheckpointError("the state is not of QASSO", why=f"it holds {', '.join(state_dict)}")
+        if own["format"] > FORMAT:
+            raise CheckpointError(f"the state has format {own['format']}", why=f"this graphcomp knows up to {FORMAT}")
+        sizes = {group.name: group.size for group in self.groups}
+        if set(own["kept"]) != set(sizes):
+            raise CheckpointError(
+                "the state is of another model",
+                why=f"its groups are {', '.join(own['kept'])[:300]}; here they are {', '.join(sizes)[:300]}",
+            )
+        self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "qasso"})
+        self._share_with_base()
+        self.steps = int(own["steps"])
+        self.kept = {group: own["kept"][group.name].cpu() for group in self.groups}
+        self.chosen = {group: own["chosen"][group.name].cpu() for group in self.groups}
+        self._fixed = None if own["fixed"] is None else own["fixed"].to(self.bank.device)
+        self.bank.follow(self.stage == Stage.WARMUP)
+        self._index_zeros()
+        self._activate()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As of the base optimizer."""
+        if "base" in vars(self) and param_group not in self.base.param_groups:
+            self.base.add_param_group(param_group)
+            return
+        super().add_param_group(param_group)
+
+    def _share_with_base(self) -> None:
+        """Schedulers and scalers act on this optimizer, and mean the base."""
+        self.param_groups, self.state = self.base.param_groups, self.base.state
+
+
+# ------------------------------------------------------------------------------------------------ setting up
+def _makers(group: ChannelGroup) -> list[Member]:
+    """The parameters whose slices a unit is made of; what reads it is none of it."""
+    return [member for member in group.producers if member.is_parameter]
+
+
+def _trainable(ready: Prepared, groups: Sequence[ChannelGroup]) -> tuple[ChannelGroup, ...]:
+    """The groups none of whose parameters is frozen."""
+    frozen = {name for name, parameter in ready.named_parameters() if not parameter.requires_grad}
+    return tuple(g for g in groups if not any(m.is_parameter and m.name in frozen for m in g.members))
+
+
+def _quantizer_parameters(ready: Prepared) -> list[nn.Parameter]:
+    found = {id(p): p for m in ready.modules() if isinstance(m, Quantizer) for p in m.parameters()}
+    return list(found.values())
+
+
+def _param_groups(
+    ready: Prepared, params: Iterable[Any] | None, learned: Sequence[nn.Parameter], lr_quant: float
+) -> list[dict[str, Any]]:
+    """The caller's groups without the quantizers' parameters, and these in a group of their own.
+
+    Raises:
+        PlanError: a parameter that is not the module's, or none that can be trained.
+    """
+    of_quantizers = {id(p) for p in learned}
+    names = {id(p): name for name, p in ready.named_parameters()}
+    entries = list(ready.parameters()) if params is None else list(params)
+    groups = [entry if isinstance(entry, dict) else None for entry in entries]
+    found: list[dict[str, Any]] = [{"params": entries}]
+    if groups and all(groups):
+        found = [dict(group) for group in groups if group]
+    for group in found:
+        given = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        strange = next((p for p in given if id(p) not in names), None)
+        if strange is not None:
+            raise PlanError(
+                f"a parameter of shape {tuple(strange.shape)} is none of the prepared module",
+                why="the module that `prepare` returned holds copies of the model's parameters",
+                fix="params=ready.parameters()",
+            )
+        group["params"] = [p for p in given if p.requires_grad and id(p) not in of_quantizers]
+    found = [group for group in found if group["params"]]
+    if not found:
+        raise PlanError("no parameter can be trained", why="requires_grad is False for all", fix="requires_grad_(True)")
+    own: list[Any] = [p for p in learned if p.requires_grad]
+    if own:
+        # The scalars of all quantizers move in a few operations instead of a few each; decay would draw d to 0.
+        found.append({"params": own, "lr": lr_quant, "weight_decay": 0.0, "foreach": True})
+    return found
+
+
+def _check_options(eta: float, xi: float, forgetting: str, sparsity: float, clamp: float, session: Session) -> None:
+    for name, value in (("eta", eta), ("xi", xi)):
+        if not 0 < value < 1:
+            raise PlanError(f"{name}={value!r} is not between 0 and 1", fix=f"{name}=0.9")
+    if forgetting not in ("descent", "uniform"):
+        raise PlanError(f"forgetting={forgetting!r}", fix='forgetting="descent" or forgetting="uniform"')
+    if clamp <= 0:
+        raise PlanError(f"max_quantizer_gradient={clamp!r} is not positive", fix="max_quantizer_gradient=1.0")
+    if sparsity and not session.groups:
+        raise NothingToPrune("nothing can be pruned", why=session.no_groups, fix="sparsity=0")
+
+
+def _range(sites: Sequence[Site], bits: tuple[int, int] | None) -> tuple[list[float], list[float]]:
+    """The fewest and the most bits of each quantizer.
+
+    Raises:
+        PlanError: `bits` is not within what the module was prepared with, or it has no quantizers.
+    """
+    low, high = [float(site.low) for site in sites], [float(site.high) for site in sites]
+    if bits is None:
+        return low, high
+    if not sites:
+        raise PlanError(
+            "bits of a module without quantizers", fix="graphcomp.prepare(model, example_inputs, bits=(4, 8))"
+        )
+    wide = min(low), max(high)
+    if not wide[0] <= bits[0] <= bits[1] <= wide[1]:
+        raise PlanError(
+            f"bits={bits!r} are not within the {wide} that the module was prepared with", fix=f"bits={wide}"
+        )
+    return [max(b, float(bits[0])) for b in low], [min(b, float(bits[1])) for b in high]

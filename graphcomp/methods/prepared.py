@@ -1,0 +1,283 @@
+"""The module that is trained: the captured graph with fake-quant and mask nodes in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphcomp.analysis import Analysis, analyze_captured
+from graphcomp.coupling.groups import ChannelGroup, Kept
+from graphcomp.errors import CalibrationError, PlanError
+from graphcomp.graph import clone, fetch, module_path, set_argument
+from graphcomp.graph_module import CapturedModule
+from graphcomp.pruning.mask import KEEPS_ZEROS, PREFIX, InsertMasks, set_masks
+from graphcomp.quantization.fold import folded_nodes
+from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
+from graphcomp.quantization.lower import constants_with_quantizers
+from graphcomp.quantization.placement import layer_name, place
+from graphcomp.quantization.ptq import calibrate_activations, calibrate_weights
+from graphcomp.quantization.quantizers.base import Quantizer
+from graphcomp.quantization.spec import QuantConfig, QuantSpec, matches
+
+SESSION = "graphcomp_session"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One quantizer of a prepared module.
+
+    Attributes:
+        name: of the quantizer among the modules.
+        layer: the layer whose weight it quantizes, or the node whose value.
+        parameter: the parameter that it reads element by element; "" for activations and computed weights.
+        is_weight: whether what it quantizes depends on no input.
+        low, high: the bits it may have.
+    """
+
+    name: str
+    layer: str
+    parameter: str
+    is_weight: bool
+    low: int
+    high: int
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """What `finalize` needs to know of how a module was prepared.
+
+    Attributes:
+        plan: of the copy of the model that is trained, in floats.
+        quantized: the same graph with quantizers; `plan` itself where there are none.
+        groups: of `quantized`, those whose units may go.
+        sites: the quantizers.
+        bits: the range asked for; None: nothing is quantized.
+        config: which tensors are quantized.
+        no_groups: why nothing can be pruned, where `groups` is empty.
+    """
+
+    plan: Analysis
+    quantized: Analysis
+    groups: tuple[ChannelGroup, ...]
+    sites: tuple[Site, ...]
+    bits: tuple[int, int] | None
+    config: QuantConfig | None
+    no_groups: str = ""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        return self  # it describes; the tensors are those of the module that carries it
+
+
+class Prepared(CapturedModule):
+    """A model to train, called like the original.
+
+    Parameters and buffers have the original's names; those of the quantizers stand under `graphcomp_quantizers`, and
+    one 0/1 mask per group under `graphcomp_mask_*`. Attributes that it lacks itself (`config`, …) are the original's.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            session = vars(self).get("meta", {}).get(SESSION)
+            if session is None or name.startswith("_"):
+                raise
+            return getattr(session.plan.model, name)
+
+    @property
+    def session(self) -> Session:
+        """How it was prepared."""
+        found: Session = self.meta[SESSION]
+        return found
+
+    def kept(self) -> Kept:
+        """The units of each group that its mask leaves: (k,) int64 on the CPU."""
+        return {
+            group: self.get_buffer(f"{PREFIX}{k}").detach().cpu().nonzero().flatten()
+            for k, group in enumerate(self.session.groups)
+        }
+
+    def keep(self, kept: Kept) -> None:
+        """Set the masks, and all elements of masked units to zero: a unit that is gone is as if it never existed."""
+        set_masks(self, self.session.groups, kept)
+        tensors = dict(self.named_parameters(remove_duplicate=False))
+        with torch.no_grad():
+            for name, dim, indices in gone(kept):
+                tensors[name].index_fill_(dim, indices.to(tensors[name].device), 0)
+
+    def quantizers(self) -> Iterator[tuple[Site, Quantizer]]:
+        """Each quantizer with what it stands on."""
+        for site in self.session.sites:
+            found = self.get_submodule(site.name)
+            assert isinstance(found, Quantizer)
+            yield site, found
+
+    def bits(self) -> dict[str, tuple[float, float]]:
+        """Layer -> bits of its weight, and of what it reads; 32 where it is not quantized."""
+        weights = {s.layer: float(q.bits) for s, q in self.quantizers() if s.is_weight}
+        read = _read_by(self.session)
+        at = {s.name: float(q.bits) for s, q in self.quantizers() if not s.is_weight}
+        names = dict.fromkeys([*weights, *read])
+        return {n: (weights.get(n, 32.0), max([at[s] for s in read.get(n, ())], default=32.0)) for n in names}
+
+
+def gone(kept: Kept) -> list[tuple[str, int, Tensor]]:
+    """(parameter, dim, indices) of all elements that belong to units which are not kept: those that slicing removes."""
+    found = []
+    for group, units in kept.items():
+        removed = torch.ones(group.size, dtype=torch.bool)
+        removed[units] = False
+        if not bool(removed.any()):
+            continue
+        for member in group.members:
+            if member.is_parameter:
+                found.append((member.name, member.dim, member.indices(removed.nonzero().flatten())))
+    return found
+
+
+def unwrapped(module: nn.Module) -> Prepared:
+    """The prepared module inside wrappers such as DistributedDataParallel and torch.compile's.
+
+    Raises:
+        PlanError: there is none.
+    """
+    inner: Any = module
+    while not isinstance(inner, Prepared):
+        following = inner._modules.get("module") or inner._modules.get("_orig_mod")
+        if following is None:
+            raise PlanError(
+                f"{type(module).__name__} was not prepared for training",
+                why="it has no fake-quant and mask nodes",
+                fix="ready = graphcomp.prepare(model, example_inputs, bits=(4, 8))",
+            )
+        inner = following
+    return inner
+
+
+# ------------------------------------------------------------------------------------------------ making one
+def training_config(bits: int, activations: bool, learn_exponent: bool) -> QuantConfig:
+    """GETA's quantizers on weights and activations, `bits` at first. Embedding tables are looked up in floats: they are
+    quantized when training is over."""
+    return QuantConfig(
+        weights=QuantSpec(bits, kind="geta", learn_exponent=learn_exponent),
+        activations=QuantSpec(bits, kind="geta") if activations else None,
+        embeddings=None,
+        first_and_last_bits=bits,
+    )
+
+
+def prepare_graph(
+    plan: Analysis,
+    groups: Sequence[ChannelGroup],
+    *,
+    bits: tuple[int, int] | None,
+    config: QuantConfig | None,
+    layer_bits: Mapping[str, tuple[int, int]],
+    ignore: Sequence[str],
+    batches: Sequence[Sequence[Any]],
+    no_groups: str = "",
+) -> Prepared:
+    """Insert quantizers and masks into a captured graph.
+
+    Args:
+        plan: of a model whose tensors the result will share, and train.
+        groups: of `plan`, whose units may go.
+        bits: the range of bits; None: no quantizers.
+        config: where quantizers go, at the most bits of the range.
+        layer_bits: module name or "re:" pattern -> a range of its own; the last that matches counts.
+        ignore: modules that stay float.
+        batches: flat inputs that the ranges of activations are read off.
+    """
+    quantized = plan
+    sites: tuple[Site, ...] = ()
+    if bits is not None and config is not None:
+        floats = plan.captured.module
+        graph = InsertQuantizers(place(floats, config, ignore, folded_nodes(floats.graph)))(floats)
+        _calibrate(graph, batches)
+        calibrate_weights(graph)
+        sites = _sites(graph, bits, layer_bits)
+        quantized = analyze_captured(replace(plan.captured, module=graph))
+    by_name = {group.name: group for group in quantized.groups}
+    chosen = tuple(by_name[group.name] for group in groups)
+    masked = InsertMasks(quantized.coupling, chosen, held=True)(quantized.captured.module)
+    ready = _as_prepared(masked, type(plan.model).__name__, len(chosen))
+    ready.meta[SESSION] = Session(plan, quantized, chosen, sites, bits, config, no_groups)
+    ready.train(plan.model.training)
+    return ready
+
+
+def _calibrate(graph: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> None:
+    """Ranges of activations as training will see them: with batch norms on the statistics of the batch, which those of
+    an untrained model have little to do with. In eval mode where a batch is too small for that."""
+    training, new_node = clone(graph)  # its quantizers have the same parameters
+    for node in new_node.values():
+        if node.target is torch.ops.aten.batch_norm.default:
+            set_argument(node, "training", True)
+            set_argument(node, "momentum", 0.0)  # the running statistics stay as they are
+    training.recompile()
+    try:
+        calibrate_activations(training, batches)
+    except CalibrationError:
+        calibrate_activations(graph, batches)
+
+
+def _as_prepared(masked: fx.GraphModule, name: str, groups: int) -> Prepared:
+    masks = {f"{PREFIX}{k}": masked.get_buffer(f"{PREFIX}{k}") for k in range(groups)}
+    for node in masked.graph.find_nodes(op="get_attr"):
+        if str(node.target) in masks and not node.users:
+            masked.graph.erase_node(node)
+    held = {
+        str(n.target): fetch(masked, str(n.target)) for n in masked.graph.nodes if n.op in ("get_attr", "call_module")
+    }
+    ready = Prepared(held, masked.graph, class_name=name)
+    for mask_name, mask in masks.items():
+        if mask_name not in held:
+            ready.register_buffer(mask_name, mask)
+    ready.eval()
+    return ready
+
+
+def _sites(graph: fx.GraphModule, bits: tuple[int, int], layer_bits: Mapping[str, tuple[int, int]]) -> tuple[Site, ...]:
+    constant = constants_with_quantizers(graph)
+    found: dict[str, Site] = {}
+    for node, _ in quantizer_nodes(graph):
+        (source,) = node.all_input_nodes
+        is_weight = node in constant
+        layer = layer_name(source, constant) if is_weight else source.name
+        low, high = bits
+        paths = {module_path(user) for user in node.users} | {layer}
+        for pattern, own in layer_bits.items():
+            if any(matches(pattern, path) for path in paths):
+                low, high = own
+        if str(node.target) not in found:
+            parameter = _parameter_of(graph, source) if is_weight else ""
+            found[str(node.target)] = Site(str(node.target), layer, parameter, is_weight, low, high)
+    return tuple(found.values())
+
+
+def _parameter_of(graph: fx.GraphModule, node: fx.Node) -> str:
+    """The parameter whose elements `node` holds, in whatever order; "" where it is computed."""
+    while node.op != "get_attr":
+        if node.target not in KEEPS_ZEROS:
+            return ""
+        (node,) = node.all_input_nodes
+    return str(node.target) if isinstance(fetch(graph, str(node.target)), nn.Parameter) else ""
+
+
+def _read_by(session: Session) -> dict[str, list[str]]:
+    """Layer -> the quantizers of activations that it reads."""
+    graph = session.quantized.captured.module
+    constant = constants_with_quantizers(graph)
+    by_node = {node: str(node.target) for node, _ in quantizer_nodes(graph)}
+    layers: dict[str, list[str]] = {}
+    for node in by_node:
+        if node not in constant:
+            continue
+        for user in node.users:
+            read = [by_node[n] for n in user.all_input_nodes if n in by_node and n not in constant]
+            layers.setdefault(layer_name(node.all_input_nodes[0], constant), []).extend(read)
+    return layers

@@ -1,0 +1,181 @@
+"""When what happens in a run: warm-up, projection, joint pruning and quantization, cool-down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from graphcomp.errors import PlanError
+
+
+class Stage(IntEnum):
+    """The four stages of a run, in their order."""
+
+    WARMUP = 0
+    PROJECTION = 1
+    JOINT = 2
+    COOLDOWN = 3
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where in a schedule a step stands.
+
+    Attributes:
+        stage: of the run.
+        period: of the stage, from 0; 0 in stages without periods.
+        step: in the period, from 0.
+        length: of the period, in steps; 0 for the cool-down, which has no end.
+    """
+
+    stage: Stage
+    period: int
+    step: int
+    length: int
+
+    @property
+    def first(self) -> bool:
+        """Whether a period begins."""
+        return self.step == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether a period ends with this step."""
+        return self.step == self.length - 1
+
+    @property
+    def remaining(self) -> int:
+        """Steps of the period that are left, this one included."""
+        return self.length - self.step
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The stages of a run, in steps of the optimizer (not of batches, where gradients are accumulated).
+
+    Each length is a number of steps (int), or a fraction of all steps (float below 1); the rest is the cool-down, in
+    which accuracy comes back: 30 % of the run at least.
+
+    Attributes:
+        steps: of the whole run.
+        warmup: weights settle, and ranges follow what is quantized; bits are the most allowed.
+        projection: the most bits allowed go down by `bit_reduction` at the start of each but the first of
+            `projection_periods`.
+        joint: units are forgotten while bits go on adapting, in `pruning_periods`, each of which ends with its share of
+            the units gone.
+        bit_reduction: bits per period; never below the fewest bits of the range. None: two thirds of the range in all,
+            which is 16, 14, 12, 10, 8 for 4 to 16 bits.
+
+    Raises:
+        PlanError: lengths that do not fit into the run, or a period without a step.
+
+    Source: GETA (Qu et al. 2025, arXiv 2502.16638), QASSO.
+    """
+
+    steps: int
+    warmup: int | float = 0.05
+    projection: int | float = 0.10
+    joint: int | float = 0.20
+    projection_periods: int = 5
+    pruning_periods: int = 5
+    bit_reduction: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise PlanError(f"Schedule(steps={self.steps})", why="a run has at least one step", fix="steps=1000")
+        for name in ("warmup", "projection", "joint"):
+            self._check_length(name)
+        if self.bit_reduction is not None and self.bit_reduction < 0:
+            raise PlanError(f"Schedule(bit_reduction={self.bit_reduction})", fix="bit_reduction=2")
+        self._check_periods("projection", self.projection_periods, self.ends[1] - self.ends[0])
+        self._check_periods("pruning", self.pruning_periods, self.ends[2] - self.ends[1])
+        if self.ends[2] >= self.steps:
+            taken = " + ".join(str(n) for n in self.lengths[:3])
+            raise PlanError(
+                f"a schedule of {self.steps} steps leaves none for the cool-down",
+                why=f"warmup, projection and joint take {taken} = {self.ends[2]}",
+                fix=f"steps={self.ends[2] * 3 // 2 + 1}, or shorter stages",
+            )
+
+    def _check_length(self, name: str) -> None:
+        length = getattr(self, name)
+        if length < 0 or (isinstance(length, float) and length >= 1):
+            raise PlanError(
+                f"Schedule({name}={length!r})",
+                why="a length is a number of steps (int), or a fraction of the run (float from 0 to below 1)",
+                fix=f"{name}=0.1",
+            )
+
+    def _check_periods(self, name: str, periods: int, length: int) -> None:
+        stage = "joint" if name == "pruning" else name
+        if periods < 1:
+            raise PlanError(f"Schedule({name}_periods={periods})", fix=f"{name}_periods=5")
+        if 0 < length < periods:
+            raise PlanError(
+                f"{periods} {name} periods do not fit into {length} steps",
+                why="each period has at least one step",
+                fix=f"{name}_periods={length}, or {stage}={periods} and more",
+            )
+
+    @classmethod
+    def of(cls, steps: int, *, transformer: bool = False) -> Schedule:
+        """The default for a model with attention, or without.
+
+        Transformers lose more when bits go down, and come back more slowly: each stage takes more of the run.
+        """
+        return cls._fitting(steps, warmup=0.10, projection=0.20, joint=0.25) if transformer else cls._fitting(steps)
+
+    @classmethod
+    def _fitting(cls, steps: int, **options: float) -> Schedule:
+        """With as many periods as fit into a short run."""
+        wide = cls(steps, projection_periods=1, pruning_periods=1, **options)
+        projection, joint = wide.lengths[1], wide.lengths[2]
+        periods = {"projection_periods": max(1, min(5, projection)), "pruning_periods": max(1, min(5, joint))}
+        return cls(steps, **periods, **options)  # type: ignore[arg-type]
+
+    @property
+    def lengths(self) -> tuple[int, int, int, int]:
+        """Steps of warm-up, projection, joint stage and cool-down."""
+        first = [n if isinstance(n, int) else round(n * self.steps) for n in (self.warmup, self.projection, self.joint)]
+        return first[0], first[1], first[2], max(self.steps - sum(first), 0)
+
+    @property
+    def ends(self) -> tuple[int, int, int]:
+        """The first step after warm-up, projection and joint stage."""
+        warmup, projection, joint, _ = self.lengths
+        return warmup, warmup + projection, warmup + projection + joint
+
+    def moment(self, step: int) -> Moment:
+        """Where step `step` (from 0) stands; steps after the end belong to the cool-down."""
+        warmup, projection, joint = self.ends
+        if step < warmup:
+            return Moment(Stage.WARMUP, 0, step, warmup)
+        if step < projection:
+            return _in_period(Stage.PROJECTION, step - warmup, projection - warmup, self.projection_periods)
+        if step < joint:
+            return _in_period(Stage.JOINT, step - projection, joint - projection, self.pruning_periods)
+        return Moment(Stage.COOLDOWN, 0, step - joint, 0)
+
+    def most_bits(self, step: int, low: Tensor, high: Tensor) -> Tensor:
+        """The most bits allowed in a step, between `low` and `high`: they go down with the projection periods.
+
+        Args:
+            low, high: (l,) ranges.
+        """
+        warmup, projection, _ = self.ends
+        if step < warmup or warmup == projection:
+            return high
+        done = self.moment(step).period if step < projection else self.projection_periods - 1
+        if self.bit_reduction is not None:
+            return torch.maximum(low, high - self.bit_reduction * done)
+        return high - (high - low) * (2 / 3) * done / max(self.projection_periods - 1, 1)
+
+
+def _in_period(stage: Stage, step: int, length: int, periods: int) -> Moment:
+    """Periods differ in length by one step at most."""
+    period = ((step + 1) * periods - 1) // length
+    begin, end = (k * length // periods for k in (period, period + 1))
+    return Moment(stage, period, step - begin, end - begin)

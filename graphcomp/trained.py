@@ -1,0 +1,133 @@
+"""From a trained module to what is handed back: slice, fold, lower, verify."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+from torch.fx.node import map_aggregate
+
+from graphcomp.analysis import Analysis
+from graphcomp.assemble import as_model, cut_groups, with_integers
+from graphcomp.compare import relative_error
+from graphcomp.compressed import CompressedModel
+from graphcomp.cost import flat_inputs
+from graphcomp.coupling.groups import ChannelGroup
+from graphcomp.errors import VerificationError
+from graphcomp.graph import all_tensors, assign, fetch
+from graphcomp.methods.prepared import Prepared, Session
+from graphcomp.pruning.slice import SliceGroups
+from graphcomp.quantization.calibrate import calibrate_weight
+from graphcomp.quantization.finish import Finish, from_training
+from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
+from graphcomp.quantization.placement import place
+from graphcomp.quantization.spec import QuantConfig
+from graphcomp.quantization.walk import Constants
+
+SLICING, FOLDING = 1e-9, 1e-6
+"""Largest relative errors, in float64, of slicing a trained graph and of folding its batch norms into its steps."""
+
+
+def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> CompressedModel:
+    """The model that training left: sliced to the units whose masks are 1, in integers where it was quantized.
+
+    Raises:
+        PlanError: quantizers whose bits are not whole numbers yet: the schedule has not come to its cool-down.
+        VerificationError: the small model does not compute what the trained one does.
+    """
+    session = ready.session
+    _hand_over(ready, session)
+    plan, kept = session.plan, ready.kept()
+    in_floats = {group.name: group for group in plan.groups}
+    groups: list[ChannelGroup] = [in_floats[group.name] for group in session.groups]
+    cut = cut_groups(plan, dict(zip(groups, kept.values(), strict=True)), groups, verify=False)
+    sliced = SliceGroups(session.quantized.coupling, kept)(session.quantized.captured.module)
+    verified = {"trained == sliced": _same(ready, sliced, plan, SLICING)} if verify else {}
+    if session.bits is None:
+        return as_model(replace(cut, verified=verified), measure_latency=measure_latency)
+    if verify:
+        verified["sliced == folded"] = _same(sliced, Finish()(_in_double(sliced)), plan, FOLDING)
+    inputs = flat_inputs(plan.captured, plan.captured.args, plan.captured.kwargs)
+    quantized = from_training(_with_embeddings(sliced), [inputs])
+    return with_integers(
+        replace(cut, verified=verified),
+        quantized,
+        quantized.notes,
+        inputs if verify else None,
+        measure_latency=measure_latency,
+    )
+
+
+def _hand_over(ready: Prepared, session: Session) -> None:
+    """Let the graphs and the model of the session hold the tensors of `ready`, which may be a copy, or have moved."""
+    quantized, floats, model = session.quantized.captured.module, session.plan.captured.module, session.plan.model
+    for module in (quantized, floats):
+        for name, tensor in list(all_tensors(module)):
+            found = _tensor(ready, name)
+            if found is not None and found is not tensor:
+                assign(module, name, found)
+    for name, _ in list(all_tensors(floats)):
+        for alias in session.plan.captured.aliases.get(name, (name,)):
+            found = _tensor(ready, name)
+            if found is not None:
+                assign(model, alias, found)
+
+
+def _tensor(ready: Prepared, name: str) -> Tensor | None:
+    try:
+        found = fetch(ready, name)
+    except AttributeError:
+        return None  # the graph of the session reads it, and training does not
+    return found if isinstance(found, Tensor) else None
+
+
+# ------------------------------------------------------------------------------------------------ verification
+def _same(expected: fx.GraphModule, actual: fx.GraphModule, plan: Analysis, allowed: float) -> float:
+    """The relative error of one graph beside another on the example inputs, in eval mode and in float64: in float32
+    the rounding of a sum can send an activation to the next code, and what follows with it.
+
+    Raises:
+        VerificationError: it is more than `allowed`.
+    """
+    args, kwargs = pytree.tree_map(_double, (plan.captured.args, plan.captured.kwargs))
+    with torch.no_grad():
+        error = relative_error(_in_double(expected)(*args, **kwargs), _in_double(actual)(*args, **kwargs))
+    if not error <= allowed:
+        raise VerificationError(
+            "the small model does not compute what the trained model computes",
+            why=f"largest relative error {error:.1e} in float64, allowed {allowed:.0e}",
+            fix="please report the model; finalize(ready, verify=False) goes on all the same",
+        )
+    return error
+
+
+def _in_double(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy in eval mode that computes in float64, where the graph names float32 too."""
+    exact = copy.deepcopy(module).double().eval()
+    for node in exact.graph.nodes:
+        node.args = map_aggregate(node.args, _double)
+        node.kwargs = map_aggregate(node.kwargs, _double)
+    exact.recompile()
+    return exact
+
+
+def _double(found: Any) -> Any:
+    if isinstance(found, Tensor) and found.is_floating_point():
+        return found.double()
+    return torch.float64 if found is torch.float32 else found
+
+
+# ------------------------------------------------------------------------------------------------ embeddings
+def _with_embeddings(fake: fx.GraphModule) -> fx.GraphModule:
+    """Tables that were looked up in floats get their quantizers: one step per row."""
+    before = {str(node.target) for node, _ in quantizer_nodes(fake)}
+    found = InsertQuantizers(place(fake, QuantConfig(weights=None, activations=None)))(fake)
+    values = Constants(found)
+    for node, quantizer in quantizer_nodes(found):
+        if str(node.target) not in before:
+            calibrate_weight(quantizer, values.of(node.all_input_nodes[0]), str(node.target))
+    return found
