@@ -176,7 +176,7 @@ class _Finishing:
                 why="its levels are not evenly spaced over the activation, and no integer kernel raises to a power",
                 fix="train activations with QuantSpec(learn_exponent=False)",
             )
-        spec = replace(quantizer.spec, kind="uniform", bits=_whole_bits(node, quantizer))
+        spec = replace(quantizer.spec, kind="uniform", learn_exponent=False, bits=_whole_bits(node, quantizer))
         return _quantizer_of(quantizer.to_integers(quantizer.d.new_zeros(())), spec)
 
     # ------------------------------------------------------------------------------------------ weights, values

@@ -39,7 +39,8 @@ from graphcomp.testing import random_kept
 from tests.marks import slow
 from tests.quantization.test_qadg import MODELS, build
 
-GETA = QuantConfig(QuantSpec(kind="geta"), QuantSpec(kind="geta"), QuantSpec(kind="geta"))
+CURVED, EVEN = QuantSpec(kind="geta", learn_exponent=True), QuantSpec(kind="geta")
+GETA = QuantConfig(CURVED, EVEN, CURVED)
 CONFIGS = {
     "geta": GETA,
     "lsq": QuantConfig(QuantSpec(5), QuantSpec(6), QuantSpec(5)),
@@ -79,10 +80,9 @@ def learned(
     fake = InsertQuantizers(placement)(module)
     calibrate_activations(fake, [inputs])
     calibrate_weights(fake)
-    constant = constants_with_quantizers(fake)
-    for k, (node, quantizer) in enumerate(quantizer_nodes(fake)):
+    for k, (_, quantizer) in enumerate(quantizer_nodes(fake)):
         if isinstance(quantizer, GetaQuantizer):
-            quantizer.t.data.fill_(t if node in constant else 1.0)
+            quantizer.t.data.fill_(t)
             quantizer.project_bits(bits[k % len(bits)], bits[k % len(bits)])
         elif isinstance(quantizer, UniformQuantizer):
             quantizer.scale.data *= torch.rand_like(quantizer.scale) * 0.5 + 0.6
@@ -280,10 +280,7 @@ def test_shared_and_ignored_layers():
 
 # ------------------------------------------------------------------------------------------------ what is refused
 def test_exponents_of_activations_are_refused():
-    fake, _ = trained("cnn", GETA)
-    for quantizer in dict(quantizer_nodes(fake)).values():
-        quantizer.t.data.fill_(1.1)
-        quantizer.project_bits(8, 8)
+    fake, _ = trained("cnn", QuantConfig(EVEN, CURVED), t=1.1)
     with pytest.raises(PlanError, match="learn_exponent=False"):
         Finish()(fake)
 
