@@ -180,7 +180,7 @@ def as_integers(
         CalibrationError: the data do not fit, or are not finite.
         VerificationError: the integers do not compute what the fake-quant graph does.
     """
-    plan, captured = cut.plan, cut.plan.captured
+    captured = cut.plan.captured
     assert cut.graph is not None, "planned_bits refuses a recorded model"
     notes = []
     if calibration is None:
