@@ -212,6 +212,11 @@ def test_the_float_twin_of_an_exponent():
     assert torch.allclose(new, old.sign() * old.abs() ** 1.3)
 
 
+def test_a_graph_that_was_made_double_after_capture():
+    fake, inputs = trained("cnn", GETA, bits=(8, 5))
+    check_finished(copy.deepcopy(fake).double(), tuple(x.double() for x in inputs), 1e-10)
+
+
 def test_the_trained_graph_is_left_alone():
     fake, inputs = trained("cnn", CONFIGS["lsq channel"])
     fetch(fake, "norm1.weight").data[0] = 1e-12  # a step that is widened
