@@ -96,11 +96,15 @@ class CostModel:
         axes_of = {id(tensor): coupling.attributes[str(node.target)] for node, tensor in attributes(coupling.module)}
         parameters = {id(p): p for p in analysis.model.parameters()}
         stored = {id(t): t for t in analysis.model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
-        self._params, self._bytes = Polynomial(), Polynomial()
+        names = {id(p): name.removesuffix(".weight") for name, p in reversed(list(analysis.model.named_parameters()))}
+        self._params, self._bits = Polynomial(), Polynomial()
+        self._by_layer: dict[str, tuple[Polynomial, int]] = {}  # elements of its parameter, bits of each
         for key, tensor in (parameters | stored).items():
             numel = self._size(axes_of[key]) if key in axes_of else Polynomial.constant(tensor.numel())
             self._params += numel if key in parameters else Polynomial()
-            self._bytes += numel * Polynomial.constant(tensor.element_size())
+            self._bits += numel * Polynomial.constant(8 * tensor.element_size())
+            if key in names:
+                self._by_layer[names[key]] = numel, 8 * tensor.element_size()
         self._macs = {kind: Polynomial() for kind in KINDS}
         layers = _Layers(analysis)
         operations, uncounted = [], []
@@ -146,9 +150,19 @@ class CostModel:
             found[operation.layer] = found.get(operation.layer, 0) + operation.macs(counts)
         return found
 
-    def bytes(self, counts: Counts = WHOLE) -> int:
-        """Bytes of the distinct parameters and persistent buffers."""
-        return self._bytes(counts)
+    def bytes(self, counts: Counts = WHOLE, weight_bits: Mapping[str, float] | None = None) -> int:
+        """Bytes of the distinct parameters and persistent buffers.
+
+        Args:
+            weight_bits: layer -> bits that an element of its weight is stored with; the others as they are. Steps and
+                zero points are not counted.
+        """
+        total = self._bits(counts)
+        for layer, bits in (weight_bits or {}).items():
+            if layer in self._by_layer:
+                elements, before = self._by_layer[layer]
+                total += elements(counts) * (round(bits) - before)
+        return -(-total // 8)
 
     def _size(self, axes: Iterable[Axis]) -> Polynomial:
         """Number of elements of a value with these axes."""
