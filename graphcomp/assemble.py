@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -194,6 +195,8 @@ def as_integers(
     if verify and batches:
         found = check_lowering(quantized.fake, quantized.lowered, batches[0])
         verified["integers == fake-quant, in steps"] = found.steps
+    for reason, count in Counter(quantized.left_float.values()).items():
+        notes.append(f"{count} ops stay float: {reason}")
     report = _quantized_report(cut, verified, (*notes, *quantized.notes), quantized)
     module = quantized.lowered.module
     result = _model(
