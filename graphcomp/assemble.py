@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -207,7 +208,8 @@ def with_integers(
     if inputs is not None:
         found = check_lowering(quantized.fake, quantized.lowered, inputs)
         verified["integers == fake-quant, in steps"] = found.steps
-    report = _quantized_report(cut, verified, notes, quantized)
+    left = [f"{count} ops stay float: {reason}" for reason, count in Counter(quantized.left_float.values()).items()]
+    report = _quantized_report(cut, verified, (*notes, *left), quantized)
     module = quantized.lowered.module
     result = _model(
         cut,

@@ -34,7 +34,10 @@ INT32_MAX = 2**31 - 1
 
 @dataclass(frozen=True)
 class LoweredLayer:
-    """One compute op or embedding: the bits of its weight and of what it reads (32: float)."""
+    """One compute op or embedding: the bits of its weight and of what it reads (32: float).
+
+    Of a product of two activations the second stands for the weight.
+    """
 
     name: str  # of its weight, or of the op
     node: str  # of the graph, as in the float graph
@@ -243,14 +246,12 @@ def layers_of(fake: fx.GraphModule) -> tuple[LoweredLayer, ...]:
             continue
         arguments = bind(node)
         operands = COMPUTE.get(node.target)
-        weight = arguments[operands.weight] if operands and operands.weight else arguments.get("weight")
+        weight = arguments[operands.weight if operands else "weight"]
         data = [arguments[name] for name in operands.data if arguments[name] is not weight] if operands else []
-        if weight is not None and weight not in constant:
-            data.append(weight)
         bits = [_bits(quantizers.get(d)) for d in data]
-        name = layer_name(weight, constant) or f"{module_path(node)}.{node.name}".lstrip(".")
-        weight_bits = _bits(quantizers.get(weight)) if weight in constant else 32
-        found.append(LoweredLayer(name, node.name, weight_bits, max(bits, default=32)))
+        name = layer_name(weight, constant) if weight in constant else ""
+        name = name or f"{module_path(node)}.{node.name}".lstrip(".")
+        found.append(LoweredLayer(name, node.name, _bits(quantizers.get(weight)), max(bits, default=32)))
     return tuple(found)
 
 

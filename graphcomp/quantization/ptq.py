@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from graphcomp.errors import CalibrationError
 from graphcomp.graph import bind, clone, fetch, set_argument, value
+from graphcomp.quantization.attention import WriteOutAttention
 from graphcomp.quantization.calibrate import RangeObserver, calibrate_weight, make_observer
 from graphcomp.quantization.equalize import equalize
 from graphcomp.quantization.fold import FoldBatchNorm
@@ -91,7 +92,7 @@ def quantize(module: fx.GraphModule, batches: Sequence[Sequence[Any]], options: 
         CalibrationError: no batch, one the model does not run on, or values that are not finite.
     """
     notes: list[str] = []
-    folded = FoldBatchNorm()(module)
+    folded = prepared(module, options.config)
     weights = options.config.weights
     if options.equalize or (options.equalize is None and weights is not None and weights.granularity == "tensor"):
         folded, found = equalize(folded)
@@ -107,9 +108,15 @@ def quantize(module: fx.GraphModule, batches: Sequence[Sequence[Any]], options: 
     return Quantized(folded, fake, lower(fake), errors, left, tuple(notes))
 
 
+def prepared(module: fx.GraphModule, config: QuantConfig) -> fx.GraphModule:
+    """The float graph that quantizers are placed in."""
+    folded = FoldBatchNorm()(module)
+    return WriteOutAttention()(folded) if config.attention else folded
+
+
 def planned_layers(module: fx.GraphModule, options: PostTraining) -> tuple[LoweredLayer, ...]:
     """The bits that `quantize` will give each layer; it takes no data."""
-    folded = FoldBatchNorm()(module)
+    folded = prepared(module, options.config)
     return layers_of(InsertQuantizers(place(folded, options.config, options.ignore))(folded))
 
 

@@ -191,10 +191,13 @@ def test_fake_quant_graph_shares_nothing_with_the_model():
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
 
 
+@pytest.mark.parametrize("bits", [8, 3, *slow(2, 4, 16)])
 @pytest.mark.parametrize("name", MODELS)
-def test_compiles(name: str) -> None:
-    found, flat = lowered(MODELS[name], config(8))
-    compiled = torch.compile(found.lowered.module, backend="aot_eager")
+def test_compiles(name: str, bits: int) -> None:
+    """In one graph, packed codes or not."""
+    found, flat = lowered(MODELS[name], config(bits))
+    torch.compiler.reset()
+    compiled = torch.compile(found.lowered.module, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         assert relative_error(found.lowered.module(*flat), compiled(*flat)) < 1e-4
 
