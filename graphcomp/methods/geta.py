@@ -314,7 +314,7 @@ class QASSO(Optimizer):
                 return allocate(
                     self.groups,
                     scores,
-                    sparsity=fewer / self.total,
+                    sparsity=min(fewer / self.total, self.sparsity),
                     normalize=self.normalize,
                     round_to=self.round_to,
                     max_group_sparsity=self.max_group_sparsity,
