@@ -310,11 +310,12 @@ class QASSO(Optimizer):
             BudgetError: that is impossible, for the last count; others are lowered until they can be met.
         """
         for fewer in range(count, max(count - self.round_to, self.removed, 0) - 1, -1):
+            share = fewer / self.total  # 1 where the sparsity rounds to all units: it is refused as itself
             try:
                 return allocate(
                     self.groups,
                     scores,
-                    sparsity=min(fewer / self.total, self.sparsity),
+                    sparsity=share if self.sparsity is None else min(share, self.sparsity),
                     normalize=self.normalize,
                     round_to=self.round_to,
                     max_group_sparsity=self.max_group_sparsity,
