@@ -123,6 +123,7 @@ class QASSO(Optimizer):
         **options: Any,
     ) -> None:
         self.ready = unwrapped(ready)
+        _check_whole(self.ready)
         session = self.ready.session
         transformer = any(group.role == "head" for group in session.plan.groups)
         self.schedule = Schedule.of(schedule, transformer=transformer) if isinstance(schedule, int) else schedule
@@ -412,6 +413,18 @@ class QASSO(Optimizer):
 
 
 # ------------------------------------------------------------------------------------------------ setting up
+def _check_whole(ready: Prepared) -> None:
+    """Raise PlanError where parameters are sharded over processes: units are scored, forgotten and cut whole."""
+    for name, parameter in ready.named_parameters():
+        if hasattr(parameter, "device_mesh"):  # a DTensor, whose module is not there in every build of torch
+            raise PlanError(
+                "the module is sharded (FSDP2, fully_shard), which QASSO cannot train",
+                at=f"parameter '{name}'",
+                why="each process holds a part of the rows, and units are scored and forgotten whole",
+                fix="torch.nn.parallel.DistributedDataParallel(ready)",
+            )
+
+
 def _makers(group: ChannelGroup) -> list[Member]:
     """The parameters whose slices a unit is made of; what reads it is none of it."""
     return [member for member in group.producers if member.is_parameter]
