@@ -88,7 +88,7 @@ class Schedule:
             raise PlanError(f"Schedule(steps={self.steps})", why="a run has at least one step", fix="steps=1000")
         for name in ("warmup", "projection", "joint"):
             self._check_length(name)
-        if self.bit_reduction is not None and self.bit_reduction < 0:
+        if self.bit_reduction is not None and not self.bit_reduction >= 0:  # NaN, too
             raise PlanError(f"Schedule(bit_reduction={self.bit_reduction})", fix="bit_reduction=2")
         self._check_periods("projection", self.projection_periods, self.ends[1] - self.ends[0])
         self._check_periods("pruning", self.pruning_periods, self.ends[2] - self.ends[1])
@@ -102,7 +102,7 @@ class Schedule:
 
     def _check_length(self, name: str) -> None:
         length = getattr(self, name)
-        if length < 0 or (isinstance(length, float) and length >= 1):
+        if not length >= 0 or (isinstance(length, float) and length >= 1):  # NaN is neither
             raise PlanError(
                 f"Schedule({name}={length!r})",
                 why="a length is a number of steps (int), or a fraction of the run (float from 0 to below 1)",
@@ -121,12 +121,14 @@ class Schedule:
             )
 
     @classmethod
-    def of(cls, steps: int, *, transformer: bool = False) -> Schedule:
+    def of(cls, steps: int, *, transformer: bool = False, prune: bool = True, quantize: bool = True) -> Schedule:
         """The default for a model with attention, or without.
 
-        Transformers lose more when bits go down, and come back more slowly: each stage takes more of the run.
+        Transformers lose more when bits go down, and come back more slowly: each stage takes more of the run. Where
+        nothing is pruned, or nothing quantized, the cool-down gets the steps of that stage.
         """
-        return cls._fitting(steps, warmup=0.10, projection=0.20, joint=0.25) if transformer else cls._fitting(steps)
+        warmup, projection, joint = (0.10, 0.20, 0.25) if transformer else (0.05, 0.10, 0.20)
+        return cls._fitting(steps, warmup=warmup, projection=projection * quantize, joint=joint * prune)
 
     @classmethod
     def _fitting(cls, steps: int, **options: float) -> Schedule:
