@@ -302,7 +302,7 @@ def test_the_length_is_given_once():
     with pytest.raises(gc.PlanError, match="epochs and by steps"):
         gc.Training(epochs=1, steps=1)
     with pytest.raises(gc.PlanError, match="epochs beside training="):
-        run(epochs=3)
+        compress(epochs=3)
 
 
 def test_half_of_the_steps_each_in_stages_of_their_own_length():
