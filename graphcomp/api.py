@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcomp.analysis import Analysis, analyze_captured
-from graphcomp.assemble import as_integers, as_model, cut_groups, into_whole, post_training
+from graphcomp.assemble import as_integers, as_model, cut_groups, into_whole, planned_bits, post_training
 from graphcomp.capture import capture, example_arguments
 from graphcomp.compressed import CompressedModel
 from graphcomp.cost import flat_inputs
@@ -125,7 +125,8 @@ def compress(
             but for "head_dim" (queries and values would get heads of different sizes, which hardly any class of
             model can hold) and "width" in groups that layer, RMS or group norms take statistics over.
         round_to: the number of units kept in each group is a multiple of it.
-        budget: a target on parameters, MACs, bit operations or bytes instead of `sparsity`.
+        budget: a target on parameters, MACs, bit operations or bytes instead of `sparsity`. Bit operations count the
+            bits that the layers are quantized to; bytes are those of the cut model in floats.
         scope: compress one submodule; the result holds the whole model with that part replaced.
         outputs: names of the outputs that matter.
         verify: check on the example inputs that sliced equals masked; the error stands in the report. (That the
@@ -196,6 +197,7 @@ def compress(
         bar.step("capturing and coupling")
         analysis = analyze(model, example_inputs, example_kwargs, scope=scope, outputs=outputs)
         _ignored(analysis.model, ignore)
+        layer_bits = None if quantization is None else planned_bits(analysis, quantization)
         groups: tuple[ChannelGroup, ...] = ()
         kept: Kept = {}
         if sparsity or budget is not None or quantization is None:
@@ -207,7 +209,9 @@ def compress(
             if budget is None:
                 kept = allocate(groups, scores, sparsity=sparsity, scope=ranking, round_to=round_to)
             else:
-                kept = allocate_budget(analysis, groups, scores, budget, scope=ranking, round_to=round_to)
+                kept = allocate_budget(
+                    analysis, groups, scores, budget, scope=ranking, round_to=round_to, bits=layer_bits
+                )
         bar.step("cutting and verifying")
         cut = cut_groups(analysis, kept, groups, verify=verify)
         if quantization is None:

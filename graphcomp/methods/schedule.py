@@ -88,7 +88,7 @@ class Schedule:
             raise PlanError(f"Schedule(steps={self.steps})", why="a run has at least one step", fix="steps=1000")
         for name in ("warmup", "projection", "joint"):
             self._check_length(name)
-        if self.bit_reduction is not None and self.bit_reduction < 0:
+        if self.bit_reduction is not None and not self.bit_reduction >= 0:  # NaN, too
             raise PlanError(f"Schedule(bit_reduction={self.bit_reduction})", fix="bit_reduction=2")
         self._check_periods("projection", self.projection_periods, self.ends[1] - self.ends[0])
         self._check_periods("pruning", self.pruning_periods, self.ends[2] - self.ends[1])
@@ -102,7 +102,7 @@ class Schedule:
 
     def _check_length(self, name: str) -> None:
         length = getattr(self, name)
-        if length < 0 or (isinstance(length, float) and length >= 1):
+        if not length >= 0 or (isinstance(length, float) and length >= 1):  # NaN is neither
             raise PlanError(
                 f"Schedule({name}={length!r})",
                 why="a length is a number of steps (int), or a fraction of the run (float from 0 to below 1)",
