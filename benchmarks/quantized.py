@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import graphcomp as gc
-from benchmarks import common, oneshot
+from benchmarks import common, demo, digits, oneshot
 from benchmarks.common import append_json, section, table
 from graphcomp.cost import file_bytes
 from graphcomp.export.kernels import INTEGER_LAYERS, KernelProof, prove
@@ -49,6 +49,7 @@ class Case:
         calibration: batches of inputs.
         test: one batch of inputs that outputs are compared on.
         evaluate: qualities of a module that is called like the model; None where there are no trained weights.
+        attention: whether there is attention in one op, which may be written out and quantized.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Case:
     test: Inputs
     evaluate: Callable[[nn.Module], list[oneshot.Score]] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    attention: bool = False
 
 
 @dataclass
@@ -104,6 +106,9 @@ def files(case: Case, folder: Path) -> Iterator[File]:
         "ours half, int8": lambda path: ours(case, path, sparsity=0.5, bits=8),
         "ours half, int8, reduced range": lambda path: ours(case, path, sparsity=0.5, bits=8, reduce_range=True),
     }
+    if case.attention:
+        written_out = gc.PostTraining(gc.QuantConfig(attention=True))
+        ways["ours int8, attention too"] = lambda path: ours(case, path, sparsity=0.0, quantization=written_out)
     for k, (label, way) in enumerate(ways.items()):
         path = folder / f"{k}.onnx"
         start = time.process_time()
@@ -304,10 +309,30 @@ def minilm() -> Case:
             cosine = nn.functional.cosine_similarity(wanted, model(*test)).mean()
         return [oneshot.Score("100 - 100 x cosine", 100 - 100 * float(cosine), 0.0, len(wanted)), *task.evaluate(model)]
 
-    return Case("MiniLM-L6", task.model, example, task.calibration[:CALIBRATION_BATCHES], test, evaluate)
+    calibration = task.calibration[:CALIBRATION_BATCHES]
+    return Case("MiniLM-L6", task.model, example, calibration, test, evaluate, attention=True)
+
+
+def _digits(name: str, make: Callable[[], nn.Module], epochs: int, learning_rate: float) -> Case:
+    """Trained here, as in the demo; calibrated on 512 of the training images."""
+    torch.manual_seed(0)
+    model, data = make(), digits.load()
+    demo.train(model, data, epochs, learning_rate, f"{name}: training")
+
+    @torch.no_grad()
+    def evaluate(given: nn.Module) -> list[oneshot.Score]:
+        hits = int((given(data.test_x).argmax(1) == data.test_y).sum())
+        return [oneshot.proportion("accuracy %", hits, len(data.test_y))]
+
+    calibration = [(images,) for images in data.train_x[: demo.CALIBRATION].split(64)]
+    held_out = (data.train_x[demo.CALIBRATION :][:64],)
+    attention = isinstance(model, digits.DigitTransformer)
+    return Case(name, model, (data.test_x[:1],), calibration, held_out, evaluate, attention=attention)
 
 
 CASES: dict[str, Callable[[], Case]] = {
+    "digits-cnn": lambda: _digits("digits, residual CNN", digits.ResidualCNN, 10, 3e-3),
+    "digits-transformer": lambda: _digits("digits, transformer", digits.DigitTransformer, 45, 4e-3),
     "efficientnet": lambda: _vision(oneshot.TASKS["efficientnet"]()),
     "mobilenet": lambda: _vision(oneshot.TASKS["mobilenet"]()),
     "minilm": minilm,

@@ -20,11 +20,14 @@ from graphcomp.errors import (
     NothingToPrune,
     PlanError,
     RuleError,
+    TrainingError,
     VerificationError,
 )
 from graphcomp.methods.geta import QASSO
 from graphcomp.methods.prepared import Prepared
 from graphcomp.methods.schedule import Schedule, Stage
+from graphcomp.methods.train import Training
+from graphcomp.picture import plot
 from graphcomp.pruning.allocation import Budget
 from graphcomp.quantization.ptq import PostTraining
 from graphcomp.quantization.spec import QuantConfig, QuantSpec
@@ -56,11 +59,14 @@ __all__ = [
     "RuleError",
     "Schedule",
     "Stage",
+    "Training",
+    "TrainingError",
     "VerificationError",
     "analyze",
     "compress",
     "finalize",
     "load",
+    "plot",
     "prepare",
     "prunable_groups",
     "rule",

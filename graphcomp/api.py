@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from graphcomp.analysis import Analysis, analyze_captured
-from graphcomp.assemble import as_integers, as_model, cut_groups, into_whole, post_training
+from graphcomp.assemble import as_integers, as_model, cut_groups, into_whole, planned_bits, post_training
 from graphcomp.capture import capture, example_arguments
 from graphcomp.compressed import CompressedModel
 from graphcomp.cost import flat_inputs
 from graphcomp.coupling.groups import ROLES, ChannelGroup, Kept
 from graphcomp.describe import why_nothing
-from graphcomp.errors import CaptureError, NotBuiltError, NothingToPrune, PlanError
+from graphcomp.errors import CaptureError, NothingToPrune, PlanError
 from graphcomp.methods.prepared import Prepared, prepare_graph, training_config, unwrapped
+from graphcomp.methods.train import Phase, Training, parts, phases_of, train
 from graphcomp.progress import progress as show_progress
 from graphcomp.pruning.allocation import Budget, Scope, allocate, allocate_budget
 from graphcomp.pruning.evidence import arguments_of
@@ -60,7 +62,7 @@ def compress(
     example_inputs: Any,
     example_kwargs: Mapping[str, Any] | None = None,
     *,
-    sparsity: float = 0.5,
+    sparsity: float | None = None,
     bits: int | tuple[int, int] | None = None,
     activation_bits: int | Literal["same"] | None = "same",
     group_size: int = 0,
@@ -71,7 +73,12 @@ def compress(
     method: str | None = None,
     data: Iterable[Any] | None = None,
     loss: Callable[..., Tensor] | None = None,
-    saliency: str | Saliency = "l2",
+    epochs: int | None = None,
+    steps: int | None = None,
+    lr: float | None = None,
+    folder: str | Path | None = None,
+    training: Training | None = None,
+    saliency: str | Saliency | None = None,
     ranking: Scope = "global",
     ignore: str | Sequence[str] = (),
     prune: Sequence[str] | None = None,
@@ -90,8 +97,9 @@ def compress(
         model: not modified.
         example_inputs: a tensor, a tuple, or a dict of keyword tensors; `example_kwargs` adds keywords to a tuple.
         sparsity: fraction of the prunable units (channels, heads, features) to remove, 0 <= sparsity < 1; met to the
-            nearest whole unit.
-        bits: of weights and activations, 2 to 16; None: no quantization. The first and the last layer get 8 at least.
+            nearest whole unit. Default: 0.5, where the method prunes.
+        bits: of weights and activations, 2 to 16; None: no quantization. One-shot, the first and the last layer get 8
+            at least. In training also a range, (4, 8): each layer ends with bits of its own.
         activation_bits: where they differ from `bits`; None: weights only, activations stay float.
         group_size: so many input indices of a weight share a step; 0: one step per output channel.
         calibration: batches in the form of the example inputs, off which the ranges of activations are read. Without
@@ -100,49 +108,110 @@ def compress(
         reduce_range: weights of 7 bits at most, the first and last layer included, stored as int8: for x86 CPUs without
             VNNI, where onnxruntime's fast kernels add products in 16 bits and saturate.
         quantization: all options of post-training quantization at once, in place of the six above.
-        method: "oneshot" (score, cut, done).
-        data: batches for saliencies that need them; with `loss(model_output, batch)` for those that need gradients.
-        saliency: how units are ranked; see `graphcomp.pruning.saliency`.
+        method: "oneshot": score, cut, done. Or by training: "geta", jointly pruned and quantized; "hesso", pruned only;
+            "qat", quantized only; "sequential", pruned first and quantized then, in half of the steps each. Default:
+            "geta" where `data`, `loss` and a length of training are given, else "oneshot".
+        data: batches to train on, or for saliencies that need them. Each is a tensor, a tuple that begins with the
+            model's positional inputs, or a dict that holds its keyword inputs; labels may follow. For training they
+            are gone over several times: a DataLoader, a list, …
+        loss: loss(model output, batch) -> scalar, for training, or for saliencies that need gradients.
+        epochs, steps, lr, folder: of the training; see `Training`. With a folder, a run that was cut short goes on when
+            it is called again.
+        training: all options of training at once, in place of the four above.
+        saliency: how units are ranked; see `graphcomp.pruning.saliency`. Default: "l2", in training "geta".
         ranking: "global" ranks all units together, "local" removes the same share of every group.
         ignore: names, or "re:" patterns, of modules that keep their width.
         prune: roles to prune, of "channel", "head", "head_dim", "hidden", "width", "expert", "group". Default: all,
             but for "head_dim" (queries and values would get heads of different sizes, which hardly any class of
             model can hold) and "width" in groups that layer, RMS or group norms take statistics over.
         round_to: the number of units kept in each group is a multiple of it.
-        budget: a target on parameters, MACs, bit operations or bytes instead of `sparsity`.
+        budget: a target on parameters, MACs, bit operations or bytes instead of `sparsity`. Bit operations count the
+            bits that the layers are quantized to; bytes are those of the cut model in floats.
         scope: compress one submodule; the result holds the whole model with that part replaced.
         outputs: names of the outputs that matter.
         verify: check on the example inputs that sliced equals masked; the error stands in the report. (That the
             user's class equals the sliced graph is always checked: an unverified one is never returned.)
         measure_latency: time the model before and after (one thread, milliseconds).
         progress: show a progress line on the terminal (silent elsewhere).
-        seed: of random saliency.
+        seed: of random saliency, and of all that is drawn in training.
 
     Raises:
         NothingToPrune: every axis is frozen; the message says why.
         PlanError, BudgetError: arguments that cannot be met; the message says what can.
         VerificationError: the result does not compute what it should. Nothing is returned then.
         CalibrationError: calibration data that do not fit, or are not finite.
-        NotBuiltError: a range of bits, or a method, that this version does not have.
+        TrainingError: the loss is not finite, or the data hold too few batches.
+        CheckpointError: the folder is of another run, or cannot be written or read.
     """
-    _check_arguments(sparsity, bits, method, data, prune)
+    _check_arguments(sparsity, prune)
+    training = _training(training, epochs=epochs, steps=steps, lr=lr, folder=folder)
+    if method is None:
+        method = "oneshot" if data is None or loss is None or training is None else "geta"
+    if method != "oneshot":
+        one_shot_only = {
+            "budget": budget is not None, "scope": scope, "ranking": ranking != "global", "reduce_range": reduce_range,
+            "quantization": quantization is not None, "group_size": group_size, "rounding": rounding != "nearest",
+            "activation_bits": activation_bits not in ("same", None),
+        }  # fmt: skip
+        _check_trainable(method, [name for name, given in one_shot_only.items() if given])
+        phases = phases_of(method, sparsity, bits)
+        if data is None or loss is None or training is None:
+            raise PlanError(
+                f"method={method!r} trains: it needs data, a loss and a length",
+                fix="data=loader, loss=lambda output, batch: …, epochs=10",
+            )
+        _check_weights(model, saliency)
+        ready = _trained(
+            model,
+            list(zip(phases, parts(training, data, phases), strict=True)),
+            partial(
+                prepare,
+                example_inputs=example_inputs,
+                example_kwargs=example_kwargs,
+                activation_bits=None if activation_bits is None else "same",
+                ignore=ignore,
+                prune=prune,
+                outputs=outputs,
+            ),
+            partial(
+                train,
+                data=data,
+                loss=loss,
+                saliency=saliency or "geta",
+                round_to=round_to,
+                progress=progress,
+                seed=seed,
+            ),
+            sparsity=0.5 if sparsity is None else sparsity,
+            bits=_limits(bits),
+            calibration=calibration,
+            progress=progress,
+        )
+        with show_progress(1, progress) as bar:
+            bar.step("cutting, lowering and verifying")
+            return finalize(ready, verify=verify, measure_latency=measure_latency)
+    _check_one_shot(bits, training)
+    sparsity, saliency = 0.5 if sparsity is None else sparsity, saliency or "l2"
     quantization = quantization or post_training(bits, activation_bits, group_size, rounding, ignore, reduce_range)
     with show_progress(4 if quantization is None else 5, progress) as bar:
         bar.step("capturing and coupling")
         analysis = analyze(model, example_inputs, example_kwargs, scope=scope, outputs=outputs)
         _ignored(analysis.model, ignore)
+        layer_bits = None if quantization is None else planned_bits(analysis, quantization)
         groups: tuple[ChannelGroup, ...] = ()
         kept: Kept = {}
         if sparsity or budget is not None or quantization is None:
             groups = prunable_groups(analysis, ignore=ignore, prune=prune)
-            _check_weights(analysis, saliency)
+            _check_weights(analysis.model, saliency)
             bar.step(f"scoring {sum(group.size for group in groups)} units")
             scores = score(saliency, analysis, groups, data=data, loss=loss, seed=seed)
             bar.step("choosing")
             if budget is None:
                 kept = allocate(groups, scores, sparsity=sparsity, scope=ranking, round_to=round_to)
             else:
-                kept = allocate_budget(analysis, groups, scores, budget, scope=ranking, round_to=round_to)
+                kept = allocate_budget(
+                    analysis, groups, scores, budget, scope=ranking, round_to=round_to, bits=layer_bits
+                )
         bar.step("cutting and verifying")
         cut = cut_groups(analysis, kept, groups, verify=verify)
         if quantization is None:
@@ -211,30 +280,89 @@ def prunable_groups(
     )
 
 
-# ------------------------------------------------------------------------------------------------ checks of arguments
-def _check_arguments(sparsity: float, bits: Any, method: str | None, data: Any, prune: Sequence[str] | None) -> None:
-    if isinstance(bits, tuple):
-        raise NotBuiltError(
-            f"bits={bits!r}: bits between two bounds are learned in training, which is not built yet", fix="bits=8"
+# ------------------------------------------------------------------------------------------------ by training
+def _trained(
+    model: nn.Module,
+    phases: Sequence[tuple[Phase, Training]],
+    prepared: Callable[..., Prepared],
+    trained: Callable[..., None],
+    *,
+    sparsity: float,
+    bits: tuple[int, int] | None,
+    calibration: Iterable[Any] | None,
+    progress: bool,
+) -> Prepared:
+    """The phases of a method one after the other; what one removes stays out in the next."""
+    kept: dict[str, Tensor] = {}
+    for phase, training in phases:
+        with show_progress(1, progress) as bar:
+            bar.step("capturing, coupling and calibrating")
+            quantized = {"bits": bits, "calibration": calibration} if phase.quantizes else {"bits": None}
+            ready = prepared(model, **quantized)
+        ready.keep({group: kept[group.name] for group in ready.session.groups if group.name in kept})
+        own = sparsity if phase.prunes else 0.0
+        trained(ready, training=training, sparsity=own, forgetting=phase.forgetting)
+        model, kept = ready.session.plan.model, {group.name: units for group, units in ready.kept().items()}
+    return ready
+
+
+def _training(training: Training | None, **short: Any) -> Training | None:
+    """What is asked of the training, given at once or one by one; None where nothing is.
+
+    Raises:
+        PlanError: both, or numbers out of range.
+    """
+    given = {name: value for name, value in short.items() if value is not None}
+    if training is None:
+        return Training(**given) if given else None
+    if given:
+        raise PlanError(
+            f"{', '.join(given)} beside training=",
+            fix=f"training=Training({', '.join(f'{name}={value!r}' for name, value in given.items())}, …)",
         )
-    if isinstance(sparsity, bool) or not 0 <= sparsity < 1:
+    return training
+
+
+# ------------------------------------------------------------------------------------------------ checks of arguments
+def _check_arguments(sparsity: float | None, prune: Sequence[str] | None) -> None:
+    if sparsity is not None and (isinstance(sparsity, bool) or not 0 <= sparsity < 1):
         raise PlanError(
             f"sparsity={sparsity!r} is outside [0, 1)",
             why="it is the fraction of prunable units to remove, and at least one unit of each group stays",
             fix="sparsity=0.5",
         )
-    chosen = method or "oneshot"
-    if chosen != "oneshot":
-        raise NotBuiltError(f"method={method!r} is not built yet", fix='method="oneshot"')
     for role in prune or ():
         if role not in ROLES:
             near = difflib.get_close_matches(role, ROLES, n=1)
             raise PlanError(f"prune holds {role!r}, which is no role", fix=f"one of {', '.join(near or ROLES)}")
 
 
-def _check_weights(analysis: Analysis, saliency: str | Saliency) -> None:
+def _check_one_shot(bits: Any, training: Training | None) -> None:
+    if isinstance(bits, tuple):
+        raise PlanError(
+            f"bits={bits!r}: bits between two bounds are learned in training",
+            fix=f"bits={bits[-1]}, or data=loader, loss=lambda output, batch: …, epochs=10",
+        )
+    if training is not None:
+        raise PlanError(
+            'method="oneshot" does not train, and a training is asked for',
+            why="without a method, it takes data, a loss and a length (epochs or steps) to train",
+            fix="data=loader, loss=lambda output, batch: …, epochs=10",
+        )
+
+
+def _check_trainable(method: str, given: Sequence[str]) -> None:
+    if given:
+        raise PlanError(
+            f"{', '.join(given)} with method={method!r}",
+            why="that is not for training",
+            fix='method="oneshot", or graphcomp.prepare and QASSO in your own loop',
+        )
+
+
+def _check_weights(model: nn.Module, saliency: str | Saliency | None) -> None:
     """Weights that no score can be taken of: not there, or not numbers."""
-    for name, parameter in analysis.model.named_parameters():
+    for name, parameter in model.named_parameters():
         if parameter.is_meta and saliency != "random":
             raise PlanError(
                 "the model is on the meta device: it has no weights to score",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,12 +19,14 @@ from graphcomp.cost import Bits, Bops, Codes, CostModel, SizeModel, flat_inputs,
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import PlanError, VerificationError
 from graphcomp.export.native import NativeResult, native
+from graphcomp.graph import bind, value
 from graphcomp.pruning.evidence import arguments_of
 from graphcomp.pruning.mask import InsertMasks, set_masks
 from graphcomp.pruning.slice import SliceGroups, by_factor, kept_of_tensors
+from graphcomp.quantization import ops
 from graphcomp.quantization.law import check_lowering
-from graphcomp.quantization.lower import Lowered
-from graphcomp.quantization.ptq import PostTraining, Quantized, Rounding, quantize
+from graphcomp.quantization.lower import Lowered, LoweredLayer
+from graphcomp.quantization.ptq import PostTraining, Quantized, Rounding, planned_layers, quantize
 from graphcomp.quantization.quantizers.base import spread
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, QuantSpec, check_bits
 from graphcomp.report import Change, LayerReport, Report, group_dict, layers
@@ -142,6 +145,28 @@ def post_training(
     return PostTraining(config, (ignore,) if isinstance(ignore, str) else tuple(ignore), rounding=rounding)
 
 
+def planned_bits(plan: Analysis, options: PostTraining) -> dict[str | fx.Node, Bits]:
+    """The bits that the ops of the analysed graph will have.
+
+    Raises:
+        PlanError: the model could only be recorded.
+    """
+    captured = plan.captured
+    if captured.producer != "export":
+        raise PlanError(
+            f"{type(plan.model).__name__} cannot be quantized: it could only be recorded",
+            why=f"torch.export refused: {captured.reason}",
+            fix='scope="path.to.submodule" compresses a part that can be exported',
+        )
+    return _bits_by_node(CostModel(plan), planned_layers(captured.module, options))
+
+
+def _bits_by_node(costs: CostModel, layers: Sequence[LoweredLayer]) -> dict[str | fx.Node, Bits]:
+    """The bits of each op of the analysed graph that is quantized; cutting and quantizing keep their names."""
+    found = {layer.node: Bits(layer.weight_bits, layer.activation_bits) for layer in layers}
+    return {op.node: found[op.node.name] for op in costs.operations if op.node.name in found}
+
+
 def as_integers(
     cut: Cut,
     options: PostTraining,
@@ -153,17 +178,11 @@ def as_integers(
     """The cut model with integer weights, calibrated on batches, or on the example inputs where there are none.
 
     Raises:
-        PlanError: the model could only be recorded.
         CalibrationError: the data do not fit, or are not finite.
         VerificationError: the integers do not compute what the fake-quant graph does.
     """
-    plan, captured = cut.plan, cut.plan.captured
-    if cut.graph is None:
-        raise PlanError(
-            f"{type(plan.model).__name__} cannot be quantized: it could only be recorded",
-            why=f"torch.export refused: {captured.reason}",
-            fix='scope="path.to.submodule" compresses a part that can be exported',
-        )
+    captured = cut.plan.captured
+    assert cut.graph is not None, "planned_bits refuses a recorded model"
     notes = []
     if calibration is None:
         batches = [flat_inputs(captured, captured.args, captured.kwargs)]
@@ -189,7 +208,8 @@ def with_integers(
     if inputs is not None:
         found = check_lowering(quantized.fake, quantized.lowered, inputs)
         verified["integers == fake-quant, in steps"] = found.steps
-    report = _quantized_report(cut, verified, notes, quantized)
+    left = [f"{count} ops stay float: {reason}" for reason, count in Counter(quantized.left_float.values()).items()]
+    report = _quantized_report(cut, verified, (*notes, *left), quantized)
     module = quantized.lowered.module
     result = _model(
         cut,
@@ -206,8 +226,7 @@ def _quantized_report(cut: Cut, verified: Mapping[str, float], notes: Sequence[s
     """The float report with what the integers change in it."""
     lowered = quantized.lowered
     by_name = {layer.name: layer for layer in lowered.layers}
-    by_node = {layer.node: Bits(layer.weight_bits, layer.activation_bits) for layer in lowered.layers}
-    report = _report(cut, verified, notes, by_node)
+    report = _report(cut, verified, notes, lowered.layers)
     stored = sum(t.numel() * t.element_size() for t in _stored(lowered.module))
     return replace(
         report,
@@ -229,7 +248,7 @@ def _stored(module: nn.Module) -> list[Tensor]:
 
 
 def _sizes(lowered: Lowered) -> dict[str, float]:
-    """The conventions' sizes of the quantized weights; what stays float is in the remainder."""
+    """The conventions' sizes of the quantized weights; floats and biases, of 32 bits each, are in the remainder."""
     tensors = {
         name: Codes(
             i.values,
@@ -239,8 +258,10 @@ def _sizes(lowered: Lowered) -> dict[str, float]:
         )
         for name, i in lowered.weights.items()
     }
+    nodes = lowered.module.graph.find_nodes(op="call_function", target=ops.dequantize_per_channel)
+    biases = sum(value(node).numel() for node in nodes if bind(node)["dtype"] is torch.int32)
     floats = sum(p.numel() for p in lowered.module.parameters())
-    return {name: float(size) for name, size in SizeModel(tensors, floats).sizes().items()}
+    return {name: float(size) for name, size in SizeModel(tensors, floats + biases).sizes().items()}
 
 
 # ------------------------------------------------------------------------------------------------ verification
@@ -294,16 +315,13 @@ def _native_notes(plan: Analysis, found: NativeResult) -> tuple[str, ...]:
 
 
 def _report(
-    cut: Cut, verified: Mapping[str, float], notes: Sequence[str], bits: Mapping[str, Bits] | None = None
+    cut: Cut, verified: Mapping[str, float], notes: Sequence[str], quantized: Sequence[LoweredLayer] = ()
 ) -> Report:
-    """What was cut; `bits` are those of the ops after, by the name of their node, the others are float."""
+    """What was cut; the ops after have the bits of the `quantized` layers, the others are float."""
     plan, kept, groups = cut.plan, cut.kept, cut.groups
     counts = {factor: len(units) for factor, units in by_factor(kept).items()}
     costs = CostModel(plan)
-    nodes: dict[str | fx.Node, Bits] = {
-        op.node: bits[op.node.name] for op in costs.operations if bits and op.node.name in bits
-    }
-    before, after = Bops(costs), Bops(costs, nodes)
+    before, after = Bops(costs), Bops(costs, _bits_by_node(costs, quantized))
     return Report(
         params=Change(costs.params(), costs.params(counts)),
         macs=Change(costs.macs(), costs.macs(counts)),
@@ -312,7 +330,7 @@ def _report(
         bytes=Change(costs.bytes(), costs.bytes(counts)),
         units_removed=sum(group.size - len(units) for group, units in kept.items()),
         units_total=sum(group.size for group in groups),
-        layers=layers(plan, kept_of_tensors(plan.coupling, kept)),
+        layers=layers(plan, kept_of_tensors(plan.coupling, kept), costs.weights),
         groups=tuple(group_dict(group, kept) for group in plan.groups),
         frozen=plan.frozen,
         unknown_ops=tuple(u.op for u in plan.unknown_ops),

@@ -8,6 +8,7 @@ GraphcompError
 │   ├── NothingToPrune    no axis is free; the message says why each one is frozen
 │   ├── BudgetError       a sparsity or budget no choice of units can meet
 │   └── CalibrationError  no range can be read off the data
+├── TrainingError         a training run cannot go on: a loss that is not finite, data that end
 ├── VerificationError     a law does not hold on the result: a bug of ours, never handed on in silence
 ├── CheckpointError       a folder cannot be written or read back
 ├── ExportError           a model cannot be written for, or run by, another runtime
@@ -59,6 +60,10 @@ class BudgetError(PlanError):
 
 class CalibrationError(PlanError):
     """No range can be read off the data: none was seen, or it is not finite."""
+
+
+class TrainingError(GraphcompError):
+    """A training run cannot go on; its last checkpoint stays as it is."""
 
 
 class VerificationError(GraphcompError):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
 WIDTH = 24
+PAUSE = 0.2
+"""Seconds between two lines of `advance`."""
 
 
 class Progress:
@@ -26,15 +28,31 @@ class Progress:
         self.shown = enabled and self.stream.isatty()
         self.done = 0
         self.start = time.monotonic()
+        self.first: tuple[int, float] | None = None  # steps done, and when, at the first `advance`
+        self.written = 0.0
 
     def step(self, text: str) -> None:
         """Say what begins now."""
         if self.shown:
-            filled = WIDTH * self.done // self.total
-            bar = "#" * filled + "-" * (WIDTH - filled)
-            self.stream.write(f"\r\x1b[K[{bar}] {text} ({time.monotonic() - self.start:.0f} s)")
-            self.stream.flush()
+            self._write(f"{text} ({time.monotonic() - self.start:.0f} s)")
         self.done = min(self.done + 1, self.total)
+
+    def advance(self, text: Callable[[], str]) -> None:
+        """One of many quick steps is done. `text` is asked for only when it is shown, with the time that is left."""
+        self.done = min(self.done + 1, self.total)
+        now = time.monotonic()
+        if self.shown and now - self.written >= PAUSE:
+            self.first = self.first or (self.done, now)
+            done, since = self.first
+            left = f"{(now - since) / (self.done - done) * (self.total - self.done):.0f}" if self.done > done else "?"
+            self._write(f"{text()}, {left} s left")
+            self.written = now
+
+    def _write(self, text: str) -> None:
+        filled = WIDTH * self.done // self.total
+        bar = "#" * filled + "-" * (WIDTH - filled)
+        self.stream.write(f"\r\x1b[K[{bar}] {text}")
+        self.stream.flush()
 
     def close(self) -> None:
         """Wipe the line."""

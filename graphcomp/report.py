@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -163,17 +163,20 @@ def group_dict(group: ChannelGroup, kept: Kept) -> dict[str, Any]:
     }
 
 
-def layers(analysis: Analysis, kept: Mapping[str, Mapping[int, Any]]) -> tuple[LayerReport, ...]:
-    """Each weight with two dims or more, and how many of its output units stay.
+def layers(
+    analysis: Analysis, kept: Mapping[str, Mapping[int, Any]], weights: Collection[str]
+) -> tuple[LayerReport, ...]:
+    """Each weight of two dims or more that a layer multiplies with or looks up, and how many of its units stay.
 
     Args:
         analysis: of the model before.
         kept: tensor name -> dim -> kept indices.
+        weights: names of what is multiplied with or looked up (`CostModel.weights`).
     """
     consumed = {(m.name, m.dim) for group in analysis.groups for m in group.members if m.consumes}
     rows = []
     for name, parameter in analysis.model.named_parameters():
-        if parameter.dim() < 2:
+        if parameter.dim() < 2 or name.removesuffix(".weight") not in weights:
             continue
         dim = 1 if (name, 0) in consumed and (name, 1) not in consumed else 0
         total = parameter.shape[dim]

@@ -18,7 +18,7 @@ RANKS = [
     {"cost"},
     {"pruning", "quantization"},
     {"methods"},
-    {"report", "testing"},
+    {"report", "testing", "picture"},
     {"compressed"},
     {"export"},
     {"assemble"},

@@ -97,5 +97,40 @@ def test_text_of_a_quantized_model(report: Report) -> None:
     assert "kernels MatMulInteger: 2" in lines
 
 
+class Tokens(nn.Module):
+    """A layer of every kind, a class token, a table of positions and a bias of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.bag = nn.Embedding(9, 8), nn.EmbeddingBag(9, 8)
+        self.token, self.positions = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(5, 8))
+        self.bias, self.scale = nn.Parameter(torch.randn(5, 5)), nn.Parameter(torch.rand(5, 8))
+        self.conv, self.recurrent, self.head = nn.Conv1d(8, 8, 1), nn.GRU(8, 8, batch_first=True), nn.Linear(8, 3)
+        self.columns = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(len(ids), -1, -1), self.words(ids)], 1) + self.positions
+        x = nn.functional.scaled_dot_product_attention(x, x, x, self.bias) * self.scale
+        x = self.recurrent(self.conv(x.transpose(1, 2)).transpose(1, 2) @ self.columns)[0]
+        return self.head(x[:, 0] + self.bag(ids))
+
+
+def test_layers_multiply_or_look_up() -> None:
+    torch.manual_seed(0)
+    small = graphcomp.compress(Tokens().eval(), torch.randint(9, (2, 4)), sparsity=0, bits=8)
+    bits = {layer.name: layer.weight_bits for layer in small.report.layers}
+    eight = dict.fromkeys(("words", "conv", "head", "columns"), 8)
+    assert bits == {**eight, **dict.fromkeys(("bag", "recurrent.weight_ih_l0", "recurrent.weight_hh_l0"), 32)}
+
+
+def test_sizes_count_all_that_is_stored() -> None:
+    """Beside the codes: 32 bits for each bias and each float, 32 and 4 for each step and each tensor."""
+    torch.manual_seed(0)
+    small = graphcomp.compress(
+        nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6)).eval(), torch.randn(2, 8), sparsity=0, bits=8
+    )
+    assert small.report.sizes["remainder"] == (32 * (6 + 6 + 6 + 6) + 4) / 8
+
+
 def test_a_model_without_attention_has_no_such_line(report: Report) -> None:
     assert "attention" not in str(replace(report, bops_attention=Change(0, 0)))

@@ -83,6 +83,8 @@ class CostModel:
     Attributes:
         operations: what multiply-accumulates are counted of, in the order of the graph.
         layers: the name without ".weight" of every parameter, and the layer of every operation.
+        weights: the name without ".weight" of every parameter that an op multiplies with or looks up; others are added,
+            scaled with or fed in: norms, class tokens, tables of positions, biases of attention.
         uncounted: ops that multiply but whose lengths are only known while the model runs (they depend on the data),
             as "op at source"; they count 0.
     """
@@ -94,16 +96,23 @@ class CostModel:
         axes_of = {id(tensor): coupling.attributes[str(node.target)] for node, tensor in attributes(coupling.module)}
         parameters = {id(p): p for p in analysis.model.parameters()}
         stored = {id(t): t for t in analysis.model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
-        self._params, self._bytes = Polynomial(), Polynomial()
+        names = {id(p): name.removesuffix(".weight") for name, p in reversed(list(analysis.model.named_parameters()))}
+        self._params, self._bits = Polynomial(), Polynomial()
+        self._by_layer: dict[str, tuple[Polynomial, int]] = {}  # elements of its parameter, bits of each
         for key, tensor in (parameters | stored).items():
             numel = self._size(axes_of[key]) if key in axes_of else Polynomial.constant(tensor.numel())
             self._params += numel if key in parameters else Polynomial()
-            self._bytes += numel * Polynomial.constant(tensor.element_size())
+            self._bits += numel * Polynomial.constant(8 * tensor.element_size())
+            if key in names:
+                self._by_layer[names[key]] = numel, 8 * tensor.element_size()
         self._macs = {kind: Polynomial() for kind in KINDS}
         layers = _Layers(analysis)
         operations, uncounted = [], []
+        weights: set[str] = set()
         for node in coupling.module.graph.nodes:
             formula = _formula(node)
+            if node.target in LOOKUPS or formula not in (None, _attention):
+                weights.update(layers.read(node))
             if formula is None or node not in coupling.axes:
                 continue
             try:
@@ -115,6 +124,7 @@ class CostModel:
             self._macs[kind] += count
         self.operations = tuple(operations)
         self.layers = frozenset(layers.parameters) | {operation.layer for operation in operations}
+        self.weights = frozenset(weights)
         self.uncounted = tuple(uncounted)
 
     def params(self, counts: Counts = WHOLE) -> int:
@@ -140,9 +150,19 @@ class CostModel:
             found[operation.layer] = found.get(operation.layer, 0) + operation.macs(counts)
         return found
 
-    def bytes(self, counts: Counts = WHOLE) -> int:
-        """Bytes of the distinct parameters and persistent buffers."""
-        return self._bytes(counts)
+    def bytes(self, counts: Counts = WHOLE, weight_bits: Mapping[str, float] | None = None) -> int:
+        """Bytes of the distinct parameters and persistent buffers.
+
+        Args:
+            weight_bits: layer -> bits that an element of its weight is stored with; the others as they are. Steps and
+                zero points are not counted.
+        """
+        total = self._bits(counts)
+        for layer, bits in (weight_bits or {}).items():
+            if layer in self._by_layer:
+                elements, before = self._by_layer[layer]
+                total += elements(counts) * (round(bits) - before)
+        return -(-total // 8)
 
     def _size(self, axes: Iterable[Axis]) -> Polynomial:
         """Number of elements of a value with these axes."""
@@ -188,13 +208,16 @@ class _Layers:
 
     def of(self, node: fx.Node, kind: Kind) -> str:
         """The layer that `node` is, or is part of."""
-        weights = [] if kind in ("attention", "recurrent") else self._read(node)
+        weights = [] if kind in ("attention", "recurrent") else self._targets(node)
         if weights:
             return self._names[max(weights, key=lambda target: self._tensors[target].numel())]
         return f"{module_path(node)}/{node.name}".removeprefix("/")
 
-    def _read(self, node: fx.Node) -> list[str]:
-        """Tensors of the model that the op's operands are computed from."""
+    def read(self, node: fx.Node) -> set[str]:
+        """Names of the tensors of the model that the op's operands are computed from."""
+        return {self._names[target] for target in self._targets(node)}
+
+    def _targets(self, node: fx.Node) -> list[str]:
         sources = (self._coupling.sources.get(operand, frozenset()) for operand in node.all_input_nodes)
         return sorted(target for targets in sources for target in targets)
 
@@ -377,6 +400,8 @@ FORMULAS: dict[Any, Callable[[_Operands], Count]] = {
     aten.rnn_relu_cell.default: _cell,
 }
 """Op, or "library::name" of one that may not be there -> its multiply-accumulates."""
+
+LOOKUPS = frozenset({aten.embedding.default, aten.embedding_bag.padding_idx, aten._embedding_bag.default})
 
 
 def _formula(node: fx.Node) -> Callable[[_Operands], Count] | None:

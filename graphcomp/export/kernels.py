@@ -71,12 +71,14 @@ class KernelProof:
         float_: float kernels of convolutions and matrix products by name.
         stayed_float: (layer, reason) for each quantized layer that multiplies floats. A layer is called like its
             weight; a product of two activations like its node.
+        unquantized: (node, reason) for each convolution and matrix product that is float in the file itself.
         share: integer convolutions and matrix products, of all of them; 1.0 where there is none.
     """
 
     integer: Mapping[str, int]
     float_: Mapping[str, int]
     stayed_float: tuple[tuple[str, str], ...]
+    unquantized: tuple[tuple[str, str], ...]
     share: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,6 +87,7 @@ class KernelProof:
             "integer": dict(self.integer),
             "float": dict(self.float_),
             "stayed_float": [list(pair) for pair in self.stayed_float],
+            "unquantized": [list(pair) for pair in self.unquantized],
             "share": self.share,
         }
 
@@ -109,14 +112,17 @@ def prove(path: str | Path) -> KernelProof:
     integer = Counter(kind for kind, _ in kernels if kind in INTEGER_LAYERS | INTEGER_OTHERS)
     floating = Counter(kind for kind, _ in kernels if kind in FLOAT_LAYERS)
     running = {_plain(name): kind for kind, name in kernels}
-    stayed = []
+    stayed, unquantized = [], []
     for node in written.graph.all_nodes():
         layer = quantized_layer(node)
         if layer is not None and running.get(str(node.name), "") not in INTEGER_LAYERS:
             stayed.append((layer, _reason(node)))
+        if layer is None and _is_layer(node):
+            unquantized.append((str(node.name), _why_float(node)))
     whole = sum(count for kind, count in integer.items() if kind in INTEGER_LAYERS)
     total = whole + sum(floating.values())
-    return KernelProof(dict(integer), dict(floating), tuple(stayed), whole / total if total else 1.0)
+    share = whole / total if total else 1.0
+    return KernelProof(dict(integer), dict(floating), tuple(stayed), tuple(unquantized), share)
 
 
 def _plain(name: str) -> str:
@@ -129,7 +135,7 @@ def _plain(name: str) -> str:
 def quantized_layer(node: ir.Node) -> str | None:
     """What a convolution or matrix product is called that is quantized: as its integer weight, or as its node where it
     multiplies two quantized activations. None for another node, or where nothing is quantized."""
-    if node.op_type not in LAYERS or node.domain != "" or len(node.inputs) < 2:
+    if not _is_layer(node):
         return None
     weight = _integers(node.inputs[1])
     if weight is not None:
@@ -137,6 +143,19 @@ def quantized_layer(node: ir.Node) -> str | None:
     sources = [_through_moves(value) for value in node.inputs[:2]]
     both = all(source is not None and source.op_type == "DequantizeLinear" for source in sources)
     return str(node.name) if both else None
+
+
+def _is_layer(node: ir.Node) -> bool:
+    return node.op_type in LAYERS and node.domain == "" and len(node.inputs) >= 2
+
+
+def _why_float(node: ir.Node) -> str:
+    weight = node.inputs[1]
+    while weight is not None and (producer := weight.producer()) is not None and producer.op_type in MOVES:
+        weight = producer.inputs[0]
+    if weight is not None and weight.is_initializer():
+        return "its weight is float"
+    return "a product of two activations, not both quantized; for attention see QuantConfig(attention=True)"
 
 
 def _integers(value: ir.Value | None) -> str | None:
@@ -164,10 +183,20 @@ def _reason(node: ir.Node) -> str:
         return "group-wise weights of unequal groups are made float when the file is loaded"
     if "block_size" in producer.attributes and producer.attributes["block_size"].as_int() > 0:
         return "group-wise weights with quantized activations have no integer kernel"
-    bits = [v.dtype.bitwidth for v in (source.inputs[0], producer.inputs[0]) if v is not None and v.dtype is not None]
+    codes = (source.inputs[0], producer.inputs[0], *_codes_of_output(node))
+    bits = [v.dtype.bitwidth for v in codes if v is not None and v.dtype is not None]
     if max(bits, default=8) > 8:
         return f"integers of {max(bits)} bits have no kernel"
     return _reason_of_output(node)
+
+
+def _codes_of_output(node: ir.Node) -> Iterator[ir.Value]:
+    """What the output is quantized to, clipped or not."""
+    for user, _ in node.outputs[0].uses():
+        if user.op_type == "QuantizeLinear":
+            yield user.outputs[0]
+        elif user.op_type in ("Relu", "Clip"):
+            yield from _codes_of_output(user)
 
 
 def _reason_of_output(node: ir.Node) -> str:

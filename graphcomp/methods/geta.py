@@ -22,7 +22,8 @@ from graphcomp.methods.bank import Bank
 from graphcomp.methods.forgetting import Entry, Forgetting, Rule
 from graphcomp.methods.prepared import Prepared, Session, Site, gone, unwrapped
 from graphcomp.methods.schedule import Moment, Schedule, Stage
-from graphcomp.pruning.allocation import allocate, units_to_remove
+from graphcomp.methods.target import BY_COST, Target
+from graphcomp.pruning.allocation import Budget, Normalize, allocate, units_to_remove
 from graphcomp.pruning.evidence import Evidence, Scores
 from graphcomp.pruning.saliency import Saliency, named
 from graphcomp.quantization.quantizers.base import Quantizer
@@ -73,12 +74,17 @@ class QASSO(Optimizer):
         lr: learning rate of the weights.
         lr_quant: of steps, ranges and exponents. Default: 1e-3, with attention in the model 1e-4.
         params: the parameters to train, or groups of them as for any optimizer; default: all.
-        sparsity: fraction of the units to remove, met to the unit.
+        sparsity: fraction of the units to remove, met to the unit. Default: 0.5, or with a budget what it takes.
+        budget: limits on the costs of the result that hold when the joint stage is over: by the number of units that
+            go, where `sparsity` leaves it open, else by which units go; and by bits, which are lowered where that is
+            not enough.
         schedule: the stages, or the number of steps of a default one. With `accumulation` of gradients: of optimizer
             steps.
         bits: a narrower range than the one the module was prepared with.
         saliency: how units are ranked: GETA's mix, or any of `graphcomp.pruning.saliency` that needs weights and
             gradients at most.
+        normalize: what the scores of a group are divided by before groups are compared: "none" (GETA), "mean", "max",
+            "l2". Without, groups of small weights go first.
         forgetting: "descent" (GETA's rule), or "uniform" (equal shares in each step, as HESSO's).
         round_to: the number of units kept of each group is a multiple of it.
         max_group_sparsity: fraction of each group that may go, at most.
@@ -103,9 +109,11 @@ class QASSO(Optimizer):
         schedule: Schedule | int,
         lr_quant: float | None = None,
         params: Iterable[Any] | None = None,
-        sparsity: float = 0.5,
+        sparsity: float | None = None,
+        budget: Budget | None = None,
         bits: tuple[int, int] | None = None,
         saliency: str | Saliency = "geta",
+        normalize: Normalize = "none",
         forgetting: Literal["descent", "uniform"] = "descent",
         round_to: int = 1,
         max_group_sparsity: float = 1.0,
@@ -118,13 +126,14 @@ class QASSO(Optimizer):
         session = self.ready.session
         transformer = any(group.role == "head" for group in session.plan.groups)
         self.schedule = Schedule.of(schedule, transformer=transformer) if isinstance(schedule, int) else schedule
+        sparsity = 0.5 if sparsity is None and budget is None else sparsity
         self.sparsity, self.round_to, self.max_group_sparsity = sparsity, round_to, max_group_sparsity
         self.saliency = named(saliency) if isinstance(saliency, str) else saliency
-        self.normalize: Literal["none", "mean"] = "none" if saliency == "geta" else "mean"
+        self.normalize = normalize
         self.max_quantizer_gradient = max_quantizer_gradient
-        _check_options(eta, xi, forgetting, sparsity, max_quantizer_gradient, session)
+        _check_options(eta, xi, forgetting, sparsity != 0, max_quantizer_gradient, session)
         self.groups = _trainable(self.ready, session.groups)
-        if sparsity and not self.groups:
+        if sparsity != 0 and not self.groups:
             raise NothingToPrune(
                 "nothing can be pruned", why="each group has a parameter with requires_grad=False", fix="sparsity=0"
             )
@@ -148,8 +157,11 @@ class QASSO(Optimizer):
         self._zeros: list[tuple[Tensor, int, Tensor]] = []  # parameter, dim, indices of all that is gone
         self._fixed: Tensor | None = None  # bits of the cool-down
         self.bank.follow(self.stage == Stage.WARMUP)
-        if sparsity:
-            self._allocate({group: torch.zeros(group.size) for group in self.groups}, self._target)  # raises now
+        self.target: Target | None = None
+        if budget is not None:
+            self.target = Target(session, budget, self.groups, self._sites, self.bank.low)
+        self._final = 0  # units that are gone in the end, as far as is known
+        self._check_reachable()
 
     # ------------------------------------------------------------------------------------------ where it stands
     @property
@@ -166,10 +178,6 @@ class QASSO(Optimizer):
     def removed(self) -> int:
         """Units that are gone."""
         return self.total - sum(len(units) for units in self.kept.values())
-
-    @property
-    def _target(self) -> int:
-        return units_to_remove(self.sparsity, self.total)
 
     def most_bits(self) -> Tensor:
         """(l,) the most bits that each quantizer of `bank` may have in the next step."""
@@ -188,7 +196,7 @@ class QASSO(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         moment = self.moment
-        begins = moment.stage == Stage.JOINT and moment.first and self._target > 0
+        begins = moment.stage == Stage.JOINT and moment.first and (self._final > self.removed)
         self._clamp_gradients()
         weights = {name: self._parameters[name].clone() for name in self._made} if begins else None
         old = self._active.gather() if self._active is not None else None
@@ -229,6 +237,9 @@ class QASSO(Optimizer):
         if self._fixed is None:
             most = torch.maximum(self.most_bits().floor(), self.bank.low)
             self._fixed = torch.clamp(self.bank.bits().round(), self.bank.low, most)
+            if self.target is not None:
+                lowered = self.target.lowered(self.kept, [round(b) for b in self._fixed.tolist()])
+                self._fixed = torch.tensor(lowered).to(self._fixed)
         self.bank.fix(self._fixed)
 
     # ------------------------------------------------------------------------------------------ units
@@ -243,9 +254,54 @@ class QASSO(Optimizer):
         made = {replace(group, members=tuple(_makers(group))): group for group in self.groups}
         evidence = Movement(self.ready.session.quantized, tuple(made), weights=weights, updates=updates)
         scores = {made[copy]: values for copy, values in self.saliency(evidence).items()}
-        share = (moment.period + 1) / self.schedule.pruning_periods
-        self.chosen = self._allocate(scores, round(self._target * share))
+        periods_left = self.schedule.pruning_periods - moment.period
+        wanted: Kept | None = None
+        if self.target is not None and self.sparsity is None:
+            wanted = self._within_budget(self.target, scores)
+            self._final = self.total - sum(len(units) for units in wanted.values())
+        count = self.removed + round((self._final - self.removed) / periods_left)
+        self.chosen = wanted if wanted is not None and periods_left == 1 else self._allocate(scores, count)
+        if self.target is not None and self.sparsity is not None and periods_left == 1:
+            self.chosen = self._affordable(self.target, scores, self.chosen)
         self._activate()
+
+    def _within_budget(self, target: Target, scores: Scores) -> Kept:
+        """What is left when the budget holds with the bits that there are now; with the fewest, where it cannot."""
+        now = [round(bits) for bits in torch.clamp(self.bank.bits(), self.bank.low, self.most_bits()).tolist()]
+        options = self.normalize, self.round_to, self.max_group_sparsity
+        try:
+            return target.units(scores, self.kept, now, *options)
+        except BudgetError:
+            return target.units(scores, self.kept, target.low, *options)
+
+    def _affordable(self, target: Target, scores: Scores, chosen: Kept) -> Kept:
+        """As many units, of those that cost more, as far as is needed for the budget to hold at the fewest bits."""
+        for power in BY_COST:
+            if target.excess(chosen, target.low) <= 0:
+                break
+            chosen = self._allocate(target.cheaper(scores, self.kept, power), self._final)
+        return chosen
+
+    def _check_reachable(self) -> None:
+        """Raise BudgetError now rather than when the joint stage has begun."""
+        scores = {group: torch.ones(group.size) for group in self.groups}
+        if self.sparsity is not None:
+            self._final = units_to_remove(self.sparsity, self.total)
+            chosen = self._allocate(scores, self._final) if self._final else self.kept
+            if self.target is not None:
+                cheapest = self._affordable(self.target, scores, chosen) if self._final else chosen
+                excess = self.target.excess(cheapest, self.target.low)
+                if excess > 0:
+                    raise BudgetError(
+                        f"sparsity={self.sparsity} and the fewest bits do not meet the budget",
+                        why=f"the cost is {1 + excess:.2f} times the limit at best",
+                        fix="sparsity=None, which removes as many units as it takes, or a larger budget",
+                    )
+        elif self.target is not None:
+            wanted = self.target.units(
+                scores, self.kept, self.target.low, "none", self.round_to, self.max_group_sparsity
+            )
+            self._final = self.total - sum(len(units) for units in wanted.values())
 
     def _allocate(self, scores: Scores, count: int) -> Kept:
         """`count` units gone in all, those that are gone already among them.
@@ -265,7 +321,7 @@ class QASSO(Optimizer):
                     already=self.kept,
                 )
             except BudgetError:
-                if count == self._target:
+                if count == self._final:
                     raise
         return self.kept
 
@@ -308,6 +364,7 @@ class QASSO(Optimizer):
             "steps": self.steps,
             "kept": {names[g]: units for g, units in self.kept.items()},
             "chosen": {names[g]: units for g, units in self.chosen.items()},
+            "final": self._final,
             "fixed": self._fixed,
         }
         return {**self.base.state_dict(), "qasso": own}
@@ -335,6 +392,7 @@ class QASSO(Optimizer):
         self.steps = int(own["steps"])
         self.kept = {group: own["kept"][group.name].cpu() for group in self.groups}
         self.chosen = {group: own["chosen"][group.name].cpu() for group in self.groups}
+        self._final = int(own["final"])
         self._fixed = None if own["fixed"] is None else own["fixed"].to(self.bank.device)
         self.bank.follow(self.stage == Stage.WARMUP)
         self._index_zeros()
@@ -404,7 +462,7 @@ def _param_groups(
     return found
 
 
-def _check_options(eta: float, xi: float, forgetting: str, sparsity: float, clamp: float, session: Session) -> None:
+def _check_options(eta: float, xi: float, forgetting: str, prunes: bool, clamp: float, session: Session) -> None:
     for name, value in (("eta", eta), ("xi", xi)):
         if not 0 < value < 1:
             raise PlanError(f"{name}={value!r} is not between 0 and 1", fix=f"{name}=0.9")
@@ -412,7 +470,7 @@ def _check_options(eta: float, xi: float, forgetting: str, sparsity: float, clam
         raise PlanError(f"forgetting={forgetting!r}", fix='forgetting="descent" or forgetting="uniform"')
     if clamp <= 0:
         raise PlanError(f"max_quantizer_gradient={clamp!r} is not positive", fix="max_quantizer_gradient=1.0")
-    if sparsity and not session.groups:
+    if prunes and not session.groups:
         raise NothingToPrune("nothing can be pruned", why=session.no_groups, fix="sparsity=0")
 
 

@@ -121,12 +121,14 @@ class Schedule:
             )
 
     @classmethod
-    def of(cls, steps: int, *, transformer: bool = False) -> Schedule:
+    def of(cls, steps: int, *, transformer: bool = False, prune: bool = True, quantize: bool = True) -> Schedule:
         """The default for a model with attention, or without.
 
-        Transformers lose more when bits go down, and come back more slowly: each stage takes more of the run.
+        Transformers lose more when bits go down, and come back more slowly: each stage takes more of the run. Where
+        nothing is pruned, or nothing quantized, the cool-down gets the steps of that stage.
         """
-        return cls._fitting(steps, warmup=0.10, projection=0.20, joint=0.25) if transformer else cls._fitting(steps)
+        warmup, projection, joint = (0.10, 0.20, 0.25) if transformer else (0.05, 0.10, 0.20)
+        return cls._fitting(steps, warmup=warmup, projection=projection * quantize, joint=joint * prune)
 
     @classmethod
     def _fitting(cls, steps: int, **options: float) -> Schedule:

@@ -424,7 +424,7 @@ def allocate_budget(
     if not groups:
         raise NothingToPrune("there are no groups to prune")
     ranking = rank(groups, scores, scope, normalize, round_to, min_units, max_group_sparsity, already)
-    meter = _Meter(CostModel(analysis), budget, ranking.groups, bits)
+    meter = Meter(CostModel(analysis), budget, ranking.groups, bits)
     blocks = torch.arange(len(ranking.group))
     smallest = ranking.left_after(blocks)
     if not meter.holds(smallest):
@@ -435,7 +435,7 @@ def allocate_budget(
     return ranking.keep(left)
 
 
-def _put_back(ranking: Ranking, count: int, left: list[int], meter: _Meter) -> None:
+def _put_back(ranking: Ranking, count: int, left: list[int], meter: Meter) -> None:
     """Give `left` back what the budget allows of the first `count` blocks, the last ones first."""
     full = [False] * len(left)
     for group, units in zip(
@@ -449,8 +449,8 @@ def _put_back(ranking: Ranking, count: int, left: list[int], meter: _Meter) -> N
             full[group] = True
 
 
-class _Meter:
-    """Whether a choice is within the budget."""
+class Meter:
+    """Whether a choice is within the budget, and by how much it is not."""
 
     def __init__(
         self, costs: CostModel, budget: Budget, groups: Sequence[ChannelGroup], bits: BitsOf | None = None
@@ -460,7 +460,7 @@ class _Meter:
             "params": costs.params,
             "macs": costs.macs,
             "bops": Bops(costs, bits).layers,
-            "bytes": costs.bytes,
+            "bytes": lambda counts: costs.bytes(counts, _weight_bits(costs, bits or {})),
         }
         self.original = {
             "params": costs.params(),
@@ -478,6 +478,11 @@ class _Meter:
         counts = self._counts(left)
         return all(self.measures[name](counts) <= limit for name, limit in self.limits.items())
 
+    def excess(self, left: Sequence[int]) -> float:
+        """By which fraction of its limit the cost is above it, for the limit that is missed most."""
+        counts = self._counts(left)
+        return max(self.measures[name](counts) / limit - 1 for name, limit in self.limits.items())
+
     def exceeded(self, left: Sequence[int]) -> BudgetError:
         """The error that says what the smallest network costs."""
         counts = self._counts(left)
@@ -493,3 +498,9 @@ class _Meter:
 
     def _counts(self, left: Sequence[int]) -> Counts:
         return {group.factor: n for group, n in zip(self.groups, left, strict=True)}
+
+
+def _weight_bits(costs: CostModel, bits: BitsOf) -> dict[str, float]:
+    """Layer -> bits of its weight, for the layers that have some."""
+    found = {op.layer: bits.get(op.node) or bits.get(op.layer) for op in costs.operations}
+    return {layer: own.weight for layer, own in found.items() if own is not None}

@@ -157,6 +157,16 @@ def _entry(batch: Mapping[str, Any], name: str, example: Any) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------ gradients
+def check_loss(value: Any) -> None:
+    """Raise PlanError where a loss function returned no scalar that can be differentiated."""
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+        raise PlanError(
+            "loss(output, batch) must return a scalar that depends on the parameters",
+            why=f"it returned a {type(value).__name__}{shape}",
+        )
+
+
 def gradients(captured: Captured, loss: Loss, batches: Iterable[Any]) -> dict[str, Tensor]:
     """d loss / d parameter by the parameter's first name, mean over `batches`; the model's own .grad stays as it is.
 
@@ -177,8 +187,7 @@ def gradients(captured: Captured, loss: Loss, batches: Iterable[Any]) -> dict[st
         for batch in batches:
             args, kwargs = arguments_of(captured, batch)
             value = loss(torch.func.functional_call(model, free, args, kwargs), batch)
-            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-                raise PlanError("loss(output, batch) must return a scalar that depends on the parameters")
+            check_loss(value)
             value.backward()  # type: ignore[no-untyped-call]
             count += 1
     if not count:

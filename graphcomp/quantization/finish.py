@@ -12,7 +12,7 @@ it into the step does not.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from graphcomp.graph import bind, clone, fetch, value
 from graphcomp.quantization.fold import Pair, affine_of, chains, drop_unread
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers, lower
-from graphcomp.quantization.placement import COMPUTE
+from graphcomp.quantization.placement import COMPUTE, layer_name
 from graphcomp.quantization.ptq import Quantized, fit_biases, layer_errors
 from graphcomp.quantization.quantizers.affine import AffineQuantizer
 from graphcomp.quantization.quantizers.base import Integers, Quantizer, spread
@@ -34,8 +34,6 @@ from graphcomp.quantization.quantizers.uniform import SMALLEST_STEP, UniformQuan
 from graphcomp.quantization.spec import MAX_BITS, MIN_BITS, QuantSpec
 from graphcomp.quantization.tensors import add_tensor, attribute_readers, put, replace_argument
 from graphcomp.quantization.walk import Constants
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,10 @@ class Finish:
 def from_training(fake: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> Quantized:
     """The integers of a trained fake-quant graph, and what `quantize` gives beside them.
 
-    Biases are rounded to multiples of their layer's step of products, as an integer kernel adds them. A layer with a
-    bias too large for that keeps it float: its step is not widened, since codes would change.
+    Biases are rounded to multiples of their layer's step of products, as an integer kernel adds them. Where the weights
+    of a channel are next to nothing beside its bias, that multiple does not fit into an int32: the step is widened and
+    the codes are rounded again, the only ones that are not those that were trained. `notes` names the layer. (Left
+    float, such a bias would be rounded by onnxruntime itself, which lets it overflow.)
 
     Args:
         fake: in eval mode, not changed.
@@ -80,14 +80,40 @@ def from_training(fake: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> Qua
     """
     finished, twin = Finish()(fake), Finish(rounded=False)(fake)
     errors = layer_errors(twin, finished, batches)
-    fit_biases(finished, keep_codes=True)
-    return Quantized(twin, finished, lower(finished), errors, _left_float(finished))
+    trained = _weight_codes(finished)
+    fit_biases(finished)
+    notes = tuple(_rounded_again(trained, _weight_codes(finished)))
+    return Quantized(twin, finished, lower(finished), errors, _left_float(finished), notes)
+
+
+@torch.no_grad()
+def _weight_codes(fake: fx.GraphModule) -> dict[str, Integers]:
+    """Layer -> the integers of its weight."""
+    constant, values = constants_with_quantizers(fake), Constants(fake)
+    return {
+        layer_name(node, constant): quantizer.to_integers(values.of(node.all_input_nodes[0]))
+        for node, quantizer in quantizer_nodes(fake)
+        if node in constant
+    }
+
+
+def _rounded_again(trained: Mapping[str, Integers], fitted: Mapping[str, Integers]) -> Iterator[str]:
+    for layer, integers in trained.items():
+        if not torch.equal(integers.values, fitted[layer].values):
+            yield f"{layer}: weights next to nothing beside their bias were rounded again, so that it fits into 32 bits"
 
 
 def _left_float(fake: fx.GraphModule) -> dict[str, str]:
+    """The compute ops with a float weight; of those that multiply two activations, with two float ones."""
     quantized, constant = dict(quantizer_nodes(fake)), constants_with_quantizers(fake)
-    compute = (node for node in fake.graph.nodes if node.target in COMPUTE and node not in constant)
-    return {n.name: "trained in floats" for n in compute if not any(i in quantized for i in n.all_input_nodes)}
+    found = {}
+    for node in fake.graph.nodes:
+        if node.target in COMPUTE and node not in constant:
+            weight = bind(node)[COMPUTE[node.target].weight]
+            operands = [weight] if weight in constant else node.all_input_nodes
+            if quantized.keys().isdisjoint(operands):
+                found[node.name] = "trained in floats"
+    return found
 
 
 @dataclass(frozen=True)
@@ -150,8 +176,8 @@ class _Finishing:
                 why="its levels are not evenly spaced over the activation, and no integer kernel raises to a power",
                 fix="train activations with QuantSpec(learn_exponent=False)",
             )
-        spec = replace(quantizer.spec, kind="uniform", bits=_whole_bits(node, quantizer))
-        return _quantizer_of(quantizer.to_integers(torch.zeros((), dtype=quantizer.d.dtype)), spec)
+        spec = replace(quantizer.spec, kind="uniform", learn_exponent=False, bits=_whole_bits(node, quantizer))
+        return _quantizer_of(quantizer.to_integers(quantizer.d.new_zeros(())), spec)
 
     # ------------------------------------------------------------------------------------------ weights, values
     def _folds(self, pair: Pair) -> bool:
@@ -177,10 +203,10 @@ class _Finishing:
             floats = self._floats(weight)
             scaled = (floats.double() * spread(factor, floats.dim(), dim)).to(floats.dtype)
             return _Weight((weight if quantizer else pair.compute,), scaled, _Fold(pair, quantizer, shift))
-        integers = quantizer.to_integers(self.values.of(weight.all_input_nodes[0]))
-        folded = _times(integers, factor, dim)
+        floats = self.values.of(weight.all_input_nodes[0])
+        folded = _times(quantizer.to_integers(floats), factor, dim)
         own = _quantizer_of(folded, self.uniform[str(weight.target)].spec)
-        return _Weight((weight,), _on_grid(weight, own, folded), _Fold(pair, own, shift))
+        return _Weight((weight,), _on_grid(weight, own, folded, floats.dtype), _Fold(pair, own, shift))
 
     def _unfolded(self, without: set[fx.Node]) -> Iterator[_Weight]:
         """The quantized weights, for their readers other than `without`; what is read under tied names is one."""
@@ -194,7 +220,7 @@ class _Finishing:
             tensor = self._floats(node)
             if self.rounded:
                 integers = self.quantizers[node].to_integers(self.values.of(node.all_input_nodes[0]))
-                tensor = _on_grid(node, self.uniform[str(node.target)], integers)
+                tensor = _on_grid(node, self.uniform[str(node.target)], integers, tensor.dtype)
             yield _Weight((node, *others), tensor)
 
     def _floats(self, weight: fx.Node) -> Tensor:
@@ -212,7 +238,8 @@ class _Finishing:
             readers = (self._own_node(readers[0], fold.pair.compute, fold.quantizer),)
         name = self._give(readers, nn.Parameter(weight.tensor))
         if fold is not None:
-            self._fold(fold, f"{name.removesuffix('weight').rstrip('._') or 'folded'}.bias")
+            bias = nn.Parameter(fold.bias.to(weight.tensor.dtype))
+            self._fold(fold.pair, bias, f"{name.removesuffix('weight').rstrip('._') or 'folded'}.bias")
 
     def _own_node(self, wrapped: fx.Node, compute: fx.Node, quantizer: Quantizer) -> fx.Node:
         """The fake-quant node of the weight of `compute` alone, with a quantizer of its own."""
@@ -266,18 +293,16 @@ class _Finishing:
             allowed = {node}
         return True
 
-    def _fold(self, fold: _Fold, name: str) -> None:
-        compute, norm = fold.pair.compute, fold.pair.norm
-        bias = nn.Parameter(fold.bias.to(value(compute).dtype))
-        replace_argument(self.module, compute, "bias", bias, name, self.readers)
-        norm.replace_all_uses_with(compute)
-        for node in (norm, *reversed(fold.pair.between)):
+    def _fold(self, pair: Pair, bias: nn.Parameter, name: str) -> None:
+        replace_argument(self.module, pair.compute, "bias", bias, name, self.readers)
+        pair.norm.replace_all_uses_with(pair.compute)
+        for node in (pair.norm, *reversed(pair.between)):
             self.graph.erase_node(node)
 
 
-def _whole_bits(node: fx.Node, quantizer: Quantizer) -> int:
+def _whole_bits(node: fx.Node, quantizer: GetaQuantizer) -> int:
     """The bits that were learned, from the codes."""
-    most = quantizer.to_integers(torch.zeros(())).quant_max
+    most = quantizer.to_integers(quantizer.d.new_zeros(())).quant_max
     bits = most.bit_length() + 1
     if most != 2 ** (bits - 1) - 1 or not MIN_BITS <= bits <= MAX_BITS:
         raise PlanError(
@@ -323,14 +348,14 @@ def _quantizer_of(integers: Integers, spec: QuantSpec) -> Quantizer:
     return found
 
 
-def _on_grid(node: fx.Node, quantizer: Quantizer, integers: Integers) -> Tensor:
+def _on_grid(node: fx.Node, quantizer: Quantizer, integers: Integers, dtype: torch.dtype) -> Tensor:
     """The tensor that `integers` stand for, as the weight that `quantizer` gives the same codes."""
-    tensor = integers.dequantize().to(value(node).dtype)
+    tensor = integers.dequantize().to(dtype)
     if not torch.equal(quantizer.to_integers(tensor).values.int(), integers.values.int()):
         raise VerificationError(
             "a weight's codes are lost in its dtype",
             at=str(node.target),
-            why=f"{value(node).dtype} does not tell {integers.quant_max - integers.quant_min + 1} levels apart",
+            why=f"{dtype} does not tell {integers.quant_max - integers.quant_min + 1} levels apart",
             fix="model.float()",
         )
     return tensor

@@ -2,13 +2,15 @@
 
 weight      integer buffer -> dequantize          four bits and fewer: packed end to end
 embedding   the integer table is looked up, then its rows' scales; the table is never made float
-activation  quantize -> dequantize
+activation  quantize -> dequantize, unsigned: kernels ask for one integer type in and out, and for 0 as the lowest code
+            behind a clip at 0
 bias        int32 buffer on the scale of the products, so that an integer kernel adds it as it is
 clip        gone where the quantizer behind it saturates at the same codes
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphcomp.graph import bind, clone, module_path, set_argument
+from graphcomp.graph import bind, clone, module_path, set_argument, tensor_values
 from graphcomp.quantization import ops
 from graphcomp.quantization.fold import drop_unread
 from graphcomp.quantization.insert import quantizer_nodes
-from graphcomp.quantization.placement import CLIPS, COMPUTE, EMBEDDINGS, TRANSPOSED, constants, layer_name
-from graphcomp.quantization.quantizers.base import Integers, Quantizer
+from graphcomp.quantization.placement import CLIPS, COMPUTE, EMBEDDINGS, SAME, TRANSPOSED, constants, layer_name
+from graphcomp.quantization.quantizers.base import Integers, Quantizer, container
 from graphcomp.quantization.tensors import add_tensor
 from graphcomp.quantization.walk import Constants
 
@@ -32,7 +34,10 @@ INT32_MAX = 2**31 - 1
 
 @dataclass(frozen=True)
 class LoweredLayer:
-    """One compute op or embedding: the bits of its weight and of what it reads (32: float)."""
+    """One compute op or embedding: the bits of its weight and of what it reads (32: float).
+
+    Of a product of two activations the second stands for the weight.
+    """
 
     name: str  # of its weight, or of the op
     node: str  # of the graph, as in the float graph
@@ -69,22 +74,23 @@ class _Lowering:
         self.graph = self.module.graph
         self.fake_name = {new: old.name for old, new in new_node.items()}
         self.constants = constants_with_quantizers(self.module)
+        self.layers = layers_of(self.module)
         self.values = Constants(self.module)
         self.integers: dict[fx.Node, Integers] = {}  # dequantized value -> its integers
         self.activations: dict[str, str] = {}
         self.weights: dict[str, Integers] = {}
         self.scales: dict[fx.Node, Integers] = {}  # dequantized activation -> scale and zero point
-        self.layers: dict[fx.Node, LoweredLayer] = {}
 
     def run(self) -> Lowered:
         found = list(quantizer_nodes(self.module))
-        self._note_layers(dict(found))
         for node, quantizer in found:
             if node in self.constants:
                 self._weight(node, quantizer)
-        for node, quantizer in found:
-            if node not in self.constants:
-                self._activation(node, quantizer)
+        activations = [(node, quantizer) for node, quantizer in found if node not in self.constants]
+        positive = _clipped_at_zero(self.graph, dict(found))
+        signed = {quantizer for node, quantizer in activations if node not in positive}
+        for node, quantizer in activations:
+            self._activation(node, quantizer, quantizer in signed)
         for node in list(self.graph.nodes):
             if node.target in COMPUTE:
                 self._bias(node)
@@ -92,26 +98,7 @@ class _Lowering:
         drop_unread(self.module)
         self.graph.lint()
         self.module.recompile()
-        return Lowered(self.module, self.activations, self.weights, tuple(self.layers.values()))
-
-    # ------------------------------------------------------------------------------------------ what is quantized
-    def _note_layers(self, quantizers: Mapping[fx.Node, Quantizer]) -> None:
-        for node in self.graph.nodes:
-            if node.target not in COMPUTE and node.target not in EMBEDDINGS:
-                continue
-            arguments = bind(node)
-            operands = COMPUTE.get(node.target)
-            weight = arguments[operands.weight] if operands and operands.weight else arguments.get("weight")
-            data = [arguments[name] for name in operands.data if arguments[name] is not weight] if operands else []
-            if weight is not None and weight not in self.constants:
-                data.append(weight)
-            bits = [_bits(quantizers.get(d)) for d in data]
-            self.layers[node] = LoweredLayer(
-                layer_name(weight, self.constants) or f"{module_path(node)}.{node.name}".lstrip("."),
-                node.name,
-                _bits(quantizers.get(weight)) if weight in self.constants else 32,
-                max(bits, default=32),
-            )
+        return Lowered(self.module, self.activations, self.weights, self.layers)
 
     # ------------------------------------------------------------------------------------------ weights
     def _weight(self, node: fx.Node, quantizer: Quantizer) -> None:
@@ -178,10 +165,10 @@ class _Lowering:
         return self._call(user.target, (column, *rest), user)
 
     # ------------------------------------------------------------------------------------------ activations
-    def _activation(self, node: fx.Node, quantizer: Quantizer) -> None:
+    def _activation(self, node: fx.Node, quantizer: Quantizer, signed: bool) -> None:
         (source,) = node.args
         assert isinstance(source, fx.Node)
-        integers = quantizer.to_integers(torch.zeros((), dtype=_dtype(quantizer)))
+        integers = _unsigned(quantizer.to_integers(torch.zeros((), dtype=_dtype(quantizer))), signed)
         numbers = (float(integers.scale), int(integers.zero_point))
         arguments = (*numbers, integers.quant_min, integers.quant_max, integers.values.dtype)
         if source.target in CLIPS and all(user is node for user in source.users) and _saturates(source, integers):
@@ -250,6 +237,24 @@ class _Lowering:
         return str(read[0].target) if len(read) == 1 else source.name
 
 
+def layers_of(fake: fx.GraphModule) -> tuple[LoweredLayer, ...]:
+    """The compute ops and embeddings of a fake-quant graph, calibrated or not, and their bits."""
+    quantizers, constant = dict(quantizer_nodes(fake)), constants_with_quantizers(fake)
+    found = []
+    for node in fake.graph.nodes:
+        if node.target not in COMPUTE and node.target not in EMBEDDINGS:
+            continue
+        arguments = bind(node)
+        operands = COMPUTE.get(node.target)
+        weight = arguments[operands.weight if operands else "weight"]
+        data = [arguments[name] for name in operands.data if arguments[name] is not weight] if operands else []
+        bits = [_bits(quantizers.get(d)) for d in data]
+        name = layer_name(weight, constant) if weight in constant else ""
+        name = name or f"{module_path(node)}.{node.name}".lstrip(".")
+        found.append(LoweredLayer(name, node.name, _bits(quantizers.get(weight)), max(bits, default=32)))
+    return tuple(found)
+
+
 def constants_with_quantizers(module: fx.GraphModule) -> set[fx.Node]:
     """As `constants`, quantizers of constants included."""
     found = constants(module.graph)
@@ -273,6 +278,30 @@ def _signed(integers: Integers) -> Integers:
     )
 
 
+def _unsigned(integers: Integers, signed: bool) -> Integers:
+    """The same levels as codes from 0 up; without those below 0 for values that are not `signed`."""
+    low, high = integers.quant_min, integers.quant_max
+    if low >= 0:
+        return integers
+    offset = high + 1 if signed else 0
+    low, high = (low + offset if signed else 0), high + offset
+    values = (integers.values.to(torch.int32) + offset).to(container(low, high))
+    return replace(integers, values=values, zero_point=integers.zero_point + offset, quant_min=low, quant_max=high)
+
+
+def _clipped_at_zero(graph: fx.Graph, quantizers: Mapping[fx.Node, Quantizer]) -> set[fx.Node]:
+    """What clips that let nothing below 0 through return, moved and joined."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        low = _bounds(node)[0] if node.target in CLIPS else None
+        moves = node in quantizers or node.target in (*SAME, aten.cat.default, operator.getitem)
+        operands = [n for n in node.all_input_nodes if tensor_values(n)]
+        pads_below = node.target is aten.constant_pad_nd.default and bind(node)["value"] < 0
+        if (low is not None and low >= 0) or (moves and operands and found.issuperset(operands) and not pads_below):
+            found.add(node)
+    return found
+
+
 def _ancestors(node: fx.Node) -> Iterator[fx.Node]:
     waiting, seen = [node], {node}
     while waiting:
@@ -284,7 +313,7 @@ def _ancestors(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _bits(quantizer: Quantizer | None) -> int:
-    return 32 if quantizer is None else round(float(quantizer.bits))
+    return 32 if quantizer is None else round(float(quantizer.bits.detach()))
 
 
 def _dtype(quantizer: Quantizer) -> torch.dtype:

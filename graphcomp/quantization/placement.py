@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from graphcomp.graph import bind, fetch, module_path, tensor_values, value
+from graphcomp.quantization.attention import FUSED
 from graphcomp.quantization.spec import QuantConfig, QuantSpec, matches
 
 aten = torch.ops.aten
@@ -175,6 +176,8 @@ class _Planner:
         for node in self.graph.nodes:
             if node.target in EMBEDDINGS:
                 self._embedding(node)
+            elif node.target in FUSED and self._specs(node)[1] is not None:
+                self.left_float[node] = "attention in one op; QuantConfig(attention=True) writes it out"
         if self.config.activations is not None or self.config.overrides:
             self._spread()
         sites = [*self.weights, *self.sites.values()]

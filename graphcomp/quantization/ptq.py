@@ -15,11 +15,12 @@ from torch import Tensor, fx, nn
 
 from graphcomp.errors import CalibrationError
 from graphcomp.graph import bind, clone, fetch, set_argument, value
+from graphcomp.quantization.attention import WriteOutAttention
 from graphcomp.quantization.calibrate import RangeObserver, calibrate_weight, make_observer
 from graphcomp.quantization.equalize import equalize
 from graphcomp.quantization.fold import FoldBatchNorm
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
-from graphcomp.quantization.lower import Lowered, constants_with_quantizers, lower
+from graphcomp.quantization.lower import Lowered, LoweredLayer, constants_with_quantizers, layers_of, lower
 from graphcomp.quantization.placement import COMPUTE, CONVOLUTIONS, layer_name, place
 from graphcomp.quantization.quantizers.uniform import UniformQuantizer
 from graphcomp.quantization.second_order import round_second_order, second_moments
@@ -91,7 +92,7 @@ def quantize(module: fx.GraphModule, batches: Sequence[Sequence[Any]], options: 
         CalibrationError: no batch, one the model does not run on, or values that are not finite.
     """
     notes: list[str] = []
-    folded = FoldBatchNorm()(module)
+    folded = prepared(module, options.config)
     weights = options.config.weights
     if options.equalize or (options.equalize is None and weights is not None and weights.granularity == "tensor"):
         folded, found = equalize(folded)
@@ -105,6 +106,18 @@ def quantize(module: fx.GraphModule, batches: Sequence[Sequence[Any]], options: 
     fit_biases(fake)
     left = {node.name: reason for node, reason in placement.left_float.items()}
     return Quantized(folded, fake, lower(fake), errors, left, tuple(notes))
+
+
+def prepared(module: fx.GraphModule, config: QuantConfig) -> fx.GraphModule:
+    """The float graph that quantizers are placed in."""
+    folded = FoldBatchNorm()(module)
+    return WriteOutAttention()(folded) if config.attention else folded
+
+
+def planned_layers(module: fx.GraphModule, options: PostTraining) -> tuple[LoweredLayer, ...]:
+    """The bits that `quantize` will give each layer; it takes no data."""
+    folded = prepared(module, options.config)
+    return layers_of(InsertQuantizers(place(folded, options.config, options.ignore))(folded))
 
 
 # ------------------------------------------------------------------------------------------------ tensors of its own
@@ -189,45 +202,29 @@ def calibrate_weights(fake: fx.GraphModule) -> None:
             calibrate_weight(quantizer, values.of(node.all_input_nodes[0]), str(node.target))
 
 
-def fit_biases(fake: fx.GraphModule, *, keep_codes: bool = False) -> None:
+def fit_biases(fake: fx.GraphModule) -> None:
     """Give each bias a value that an integer kernel adds as it is: a multiple of the layer's step of products.
 
     Steps of weights are widened so much that the multiple fits into an int32, which matters for channels whose weights
     are next to nothing beside their bias.
-
-    Args:
-        keep_codes: widen only the steps of channels whose codes are all 0: any step will do there. A layer with another
-            such channel keeps its bias as it is.
     """
     values, readers = Constants(fake), attribute_readers(fake)
     found = list(_biased(fake))
     with torch.no_grad():
-        for node, bias, weight, step in found:  # all of them first: layers may share a quantizer
+        for _, bias, weight, step in found:  # all of them first: layers may share a quantizer
             needed = values.of(bias).detach().abs() / (step * BIAS_LIMIT)
             if weight.dim is None:
                 needed = needed.amax()
             elif needed.numel() != weight.scale.numel():  # groups of a transposed convolution share the channels
                 needed = needed.view(-1, weight.scale.numel()).amax(0)
-            if keep_codes:
-                needed = needed.masked_fill(_has_codes(values.of(bind(node)[COMPUTE[node.target].weight]), weight), 0)
             weight.scale.copy_(torch.maximum(weight.scale, needed.to(weight.scale)))
         for node, bias, weight, step in found:
             floats, product = values.of(bias), weight.scale * step
             if weight.spec.symmetric and product.numel() in (1, floats.numel()):
-                codes = torch.round(floats / product)
-                if keep_codes and bool((codes.abs() > BIAS_LIMIT).any()):
-                    continue
+                rounded = nn.Parameter(torch.round(floats / product) * product)
                 argument = COMPUTE[node.target].bias
-                fitted = nn.Parameter(codes * product)
-                replace_argument(fake, node, argument, fitted, f"graphcomp_{node.name}_bias", readers)
+                replace_argument(fake, node, argument, rounded, f"graphcomp_{node.name}_bias", readers)
     fake.recompile()
-
-
-def _has_codes(weight: Tensor, quantizer: UniformQuantizer) -> Tensor:
-    """Whether any code of a fake-quantized weight is not 0, in the shape of its steps."""
-    if quantizer.dim is None:
-        return weight.any()
-    return weight.movedim(quantizer.dim, 0).flatten(1).any(1)
 
 
 def _biased(fake: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node, UniformQuantizer, Tensor]]:

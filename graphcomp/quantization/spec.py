@@ -108,6 +108,7 @@ class QuantConfig:
             float. The last that matches counts.
         share_concat: inputs and result of a concatenation get one common scale, so that an integer kernel only copies.
         share_add: the same for the two sides of an addition, for runtimes whose integer addition does not rescale.
+        attention: write `scaled_dot_product_attention` out, so that its two products are quantized too.
     """
 
     weights: QuantSpec | None = WEIGHTS
@@ -117,6 +118,7 @@ class QuantConfig:
     overrides: Mapping[str, tuple[QuantSpec | None, QuantSpec | None]] = field(default_factory=dict)
     share_concat: bool = False
     share_add: bool = False
+    attention: bool = False
 
     def specs(self, module_path: str) -> tuple[QuantSpec | None, QuantSpec | None]:
         """The specs of weights and activations for an op that the module at `module_path` makes."""

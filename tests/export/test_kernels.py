@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("onnxruntime")
 
+import graphcomp as gc
 from graphcomp.capture import capture
 from graphcomp.errors import ExportError
 from graphcomp.export.kernels import KernelProof, prove
@@ -37,6 +38,19 @@ class Block(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class SelfAttention(nn.Module):
+    """(n, t, 8) -> (n, t, 3)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.last = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.last(torch.tanh(self.out(y)))
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12)).eval()
 
@@ -55,6 +69,22 @@ def test_every_layer_of_a_residual_convnet(tmp_path: Path, bits: tuple[int, int]
     found = proof(tmp_path, Block(), IMAGE, Quantization(*bits))
     assert (found.integer["QLinearConv"], found.integer["QGemm"]) == (3, 1)
     assert (found.share, dict(found.float_), found.stayed_float) == (1.0, {}, ())
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_attention_in_one_op_is_named(tmp_path: Path, attention: bool) -> None:
+    """Written out, its products run on integers like others."""
+    model, x = SelfAttention().eval(), torch.randn(2, 5, 8)
+    config = gc.QuantConfig(attention=attention)
+    small = gc.compress(model, x, sparsity=0, ignore="last", quantization=gc.PostTraining(config, ("last",)))
+    small.export(tmp_path / "m.onnx")
+    assert small.export_report is not None and small.export_report.kernels is not None
+    found = small.export_report.kernels
+    reasons = sorted(reason[:20] for _, reason in found.unquantized)
+    assert reasons == [*["a product of two act"] * (0 if attention else 2), "its weight is float"]
+    assert sum(found.integer.values()) == (4 if attention else 2) and found.stayed_float == ()
+    left = [note for note in small.report.notes if "stay float" in note]
+    assert left == (["1 ops stay float: ignored"] if attention else left) and len(left) == 2 - attention
 
 
 @pytest.mark.parametrize("shape", [ROWS, TOKENS])

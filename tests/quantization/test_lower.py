@@ -191,10 +191,13 @@ def test_fake_quant_graph_shares_nothing_with_the_model():
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
 
 
+@pytest.mark.parametrize("bits", [8, 3, *slow(2, 4, 16)])
 @pytest.mark.parametrize("name", MODELS)
-def test_compiles(name: str) -> None:
-    found, flat = lowered(MODELS[name], config(8))
-    compiled = torch.compile(found.lowered.module, backend="aot_eager")
+def test_compiles(name: str, bits: int) -> None:
+    """In one graph, packed codes or not."""
+    found, flat = lowered(MODELS[name], config(bits))
+    torch.compiler.reset()
+    compiled = torch.compile(found.lowered.module, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         assert relative_error(found.lowered.module(*flat), compiled(*flat)) < 1e-4
 
@@ -203,3 +206,16 @@ def test_ops_are_those_that_torch_exchanges():
     found, _ = lowered(residual, config(8))
     used = {n.target for n in found.lowered.module.graph.nodes if "quantized_decomposed" in str(n.target)}
     assert used == {ops.quantize_per_tensor, ops.dequantize_per_tensor, ops.dequantize_per_channel}
+
+
+def test_symmetric_activations_are_unsigned_and_start_at_0_behind_a_clip():
+    found, flat = lowered(residual, QuantConfig(WEIGHTS, QuantSpec(8)))
+    assert check_lowering(found.fake, found.lowered, flat).steps <= 1.001
+    quantizers = found.lowered.module.graph.find_nodes(op="call_function", target=ops.quantize_per_tensor)
+    read = {node.args[0].name: node.args[2:] for node in quantizers}
+    assert len(set(read.values())) == 2
+    # the convolutions whose clips are gone, and the pool, whose quantizer is that of the first of them
+    assert {name for name, how in read.items() if how == (0, 0, 127, torch.uint8)} == {
+        "conv2d", "max_pool2d", "conv2d_1", "add", "conv2d_3",
+    }  # fmt: skip
+    assert {how for name, how in read.items() if name in ("x", "conv2d_2")} == {(128, 1, 255, torch.uint8)}

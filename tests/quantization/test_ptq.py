@@ -170,6 +170,26 @@ def test_compress_cuts_and_quantizes():
     assert small(x[:3]).shape == (3, 5)
 
 
+@pytest.mark.parametrize("kind", ["uniform", "geta"])
+@pytest.mark.parametrize("make", [residual, encoder])
+def test_a_budget_of_bit_operations_counts_the_bits(make: Any, kind: Any) -> None:
+    model, x = make()
+    weights = QuantSpec(6, kind=kind)
+    config = QuantConfig(weights, replace(weights, bits=8) if kind == "geta" else ACTIVATIONS)
+    budget = gc.Budget(bops=0.03)
+    small = gc.compress(model, x, budget=budget, quantization=PostTraining(config))
+    assert 0.025 < small.report.bops.ratio <= 0.03
+    alone = gc.compress(model, x, sparsity=0, quantization=PostTraining(config))
+    assert alone.report.bops.ratio > 0.03
+    assert small.report.units_removed > 0
+
+
+def test_a_budget_that_the_bits_alone_meet_removes_nothing() -> None:
+    model, x = residual()
+    small = gc.compress(model, x, bits=8, budget=gc.Budget(bops=0.1))
+    assert small.report.units_removed == 0 and small.report.bops.ratio <= 0.1
+
+
 def test_report_says_that_it_was_calibrated_on_the_examples():
     model, x = residual()
     assert "example inputs alone" in str(gc.compress(model, x, bits=8).report)

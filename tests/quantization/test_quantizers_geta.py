@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcomp.errors import PlanError
 from graphcomp.quantization.quantizers.geta import EXPONENT_LIMITS, STEEPEST, GetaQuantizer
@@ -237,6 +238,29 @@ def test_second_derivatives_do_not_break(t: float | None) -> None:
     x = torch.tensor([0.3, 2.0], dtype=torch.float64)
     _, product = torch.autograd.functional.hvp(lambda x: quantizer(x).pow(2).sum(), x, torch.ones_like(x))
     assert product.tolist() == [2, 0]
+
+
+class Ops(TorchDispatchMode):
+    """The names of the ops that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.seen.add(op.overloadpacket.__name__)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("steep", [False, True])
+def test_no_powers_without_an_exponent(steep: bool) -> None:
+    powers = {"pow", "log", "exp", "xlogy", "special_xlogy"}
+    for t in (None, 1.0):
+        quantizer, x = build(0.1, 1.0, t, steep=steep), torch.randn(9).double().requires_grad_()
+        with Ops() as ops:
+            quantizer(x).sum().backward()
+        assert "hardtanh_backward" in ops.seen, "the backward pass was not seen"
+        assert bool(powers & ops.seen) == (t is not None)
 
 
 # ------------------------------------------------------------------------------------------------ projections

@@ -9,11 +9,9 @@ from torch import Tensor, nn
 
 from graphcomp.errors import PlanError
 from graphcomp.quantization.quantizers.base import Integers, Quantizer, container
-from graphcomp.quantization.quantizers.gradients import bounded
+from graphcomp.quantization.quantizers.gradients import bounded, inward, sum_of_product, where_inside
 from graphcomp.quantization.quantizers.uniform import step_and_zero
 from graphcomp.quantization.spec import QuantSpec
-
-aten = torch.ops.aten
 
 RANGE_LIMITS = (1e-15, 1e18)
 """Of q_m: with them q_m^t, for t up to 2, and its smallest step are normal float32 numbers."""
@@ -75,11 +73,10 @@ class GetaQuantizer(Quantizer):
             with torch.no_grad():
                 torch.maximum(self.peak, torch.linalg.vector_norm(x, torch.inf), out=self.peak)
         dtype = self._wide(x)
-        d, q_m, t = self._valid(dtype)
-        if t is None:
-            result: Tensor = _Even.apply(x.to(dtype), d, q_m)  # type: ignore[no-untyped-call]
+        if self.spec.learn_exponent:
+            result: Tensor = _Power.apply(x.to(dtype), *self._valid(dtype), self.steep)  # type: ignore[no-untyped-call]
         else:
-            result = _Power.apply(x.to(dtype), d, q_m, t, self.steep)  # type: ignore[no-untyped-call]
+            result = _Even.apply(x.to(dtype), self.d.to(dtype), self.q_m.to(dtype))  # type: ignore[no-untyped-call]
         return result.to(x.dtype)
 
     @torch.no_grad()
@@ -161,6 +158,12 @@ def _storable(limits: tuple[float, float], dtype: torch.dtype) -> tuple[float, f
     return max(limits[0], info.tiny), min(limits[1], info.max)
 
 
+def _in_limits(d: Tensor, q_m: Tensor) -> tuple[Tensor, Tensor]:
+    """d and q_m as they count, for t = 1."""
+    q_m = q_m.clamp(*RANGE_LIMITS)
+    return torch.clamp(d, q_m / MOST_CODES, q_m * MOST_CODES), q_m
+
+
 def _power(magnitude: Tensor, t: Tensor | None) -> Tensor:
     return magnitude if t is None else magnitude.pow(t)
 
@@ -173,13 +176,6 @@ def _codes(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None) -> Tensor:
     return x.div(d).round_().clamp_max_(most).clamp_min_(-most).add_(0.0)
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """The sum of a * b without the product in memory; the same shape each. Dense layouts other than the default, such
-    as channels last, are read in the order they have."""
-    order = sorted(range(a.dim()), key=a.stride, reverse=True)
-    return torch.dot(a.permute(order).reshape(-1), b.permute(order).reshape(-1))
-
-
 class _Even(torch.autograd.Function):
     """The forward for t = 1, and the straight-through gradients, with c = x clamped to -q_m … q_m:
 
@@ -187,15 +183,15 @@ class _Even(torch.autograd.Function):
         dx̂/dq_m = -1 below -q_m, 1 above q_m, else 0
         dx̂/dx   = 1 where |x| <= q_m, else 0
 
-    Each line is one pass over memory, by a kernel that PyTorch has vectorised on CPUs: those for comparisons, `where`,
-    `masked_fill` and `clamp` between two tensors take five to ten times as long as `hardtanh_backward` or `minimum`.
-    What is saved is saved anyway: the result by the op that reads it.
+    d and q_m are brought into their limits here: in functions of their own, that took as long as a small layer. What
+    is saved is saved anyway, the result by the op that reads it.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, d: Tensor, q_m: Tensor) -> Tensor:
+        d, q_m = _in_limits(d, q_m)
         return _codes(x, d, q_m, None).mul_(d)
 
     @staticmethod
@@ -204,16 +200,17 @@ class _Even(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, d, q_m, result = ctx.saved_tensors
+        x, given_d, given_q_m, result = ctx.saved_tensors
+        d, q_m = _in_limits(given_d, given_q_m)
         c = x.clamp_max(q_m).clamp_min_(-q_m)
         beyond = (x - c).sign_()
         grad_x = grad_d = grad_q_m = None
         if ctx.needs_input_grad[0]:
-            grad_x = aten.hardtanh_backward(grad, beyond, -1, 1)  # where -1 < beyond < 1
+            grad_x = where_inside(grad, beyond)
         if ctx.needs_input_grad[1]:
-            grad_d = _dot(grad, result - c) / d
+            grad_d = inward(sum_of_product(grad, c.sub_(result), ()) / -d, given_d, d)
         if ctx.needs_input_grad[2]:
-            grad_q_m = _dot(grad, beyond)
+            grad_q_m = inward(sum_of_product(grad, beyond, ()), given_q_m, q_m)
         return grad_x, grad_d, grad_q_m
 
 
@@ -249,12 +246,12 @@ class _Power(torch.autograd.Function):
         grad_x = grad_d = grad_q_m = grad_t = None
         if ctx.needs_input_grad[0]:
             slope = (t * clipped.pow(t - 1)).clamp_max_(STEEPEST) if ctx.steep else 1.0
-            grad_x = aten.hardtanh_backward(grad * slope, beyond, -1, 1)
+            grad_x = where_inside(grad * slope, beyond)
         if ctx.needs_input_grad[1]:
             v = c / d
-            grad_d = _dot(signed, v.round() - v)
+            grad_d = sum_of_product(signed, v.round() - v, ())
         if ctx.needs_input_grad[2]:
-            grad_q_m = _dot(signed, beyond) * t * q_m.pow(t - 1)
+            grad_q_m = sum_of_product(signed, beyond, ()) * t * q_m.pow(t - 1)
         if ctx.needs_input_grad[3]:
-            grad_t = _dot(signed, torch.special.xlogy(c, clipped))
+            grad_t = sum_of_product(signed, torch.special.xlogy(c, clipped), ())
         return grad_x, grad_d, grad_q_m, grad_t, None

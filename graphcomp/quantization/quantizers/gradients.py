@@ -2,14 +2,21 @@
 
 Each forward is exact (no `x + (f(x) - x).detach()`, whose sum rounds), stays on the device, and takes any float dtype.
 `torch.clamp` needs no place here: its gradient is already 1 inside and 0 outside.
+
+On CPUs each op is a pass over memory, and PyTorch has vectorised some but not all: comparisons, `where`, `masked_fill`
+and `clamp` between two scalar tensors take five to ten times as long as `clamp_max`, `sign` or `hardtanh_backward`,
+so that large tensors go through the latter alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+aten = torch.ops.aten
 
 
 def round_through(x: Tensor) -> Tensor:
@@ -41,6 +48,11 @@ def bounded(x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     return _Bounded.apply(x, low, high)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def inward(grad: Tensor, x: Tensor, valid: Tensor) -> Tensor:
+    """The gradient of `x`, whose value in bounds is `valid`, from that of `valid`: see `bounded`. One shape each."""
+    return grad.masked_fill((x - valid) * grad < 0, 0)  # descent goes against the gradient
+
+
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> Tensor:
     """The multiple of `scale` nearest to `x` among the codes: (clamp(round(x / scale) + z, min, max) - z) * scale.
 
@@ -70,7 +82,25 @@ def multiples(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: in
     """Codes less their zero point, as floats: what `fake_quantize` multiplies `scale` with. Arguments as there."""
     low, high = _ends(zero_point, quant_min, quant_max)
     # Clamped before it is rounded: the same number, since the ends are whole. Adding 0 turns -0 into 0.
-    return torch.clamp(x / scale, low, high).round() + 0.0
+    return _clamp(x / scale, low, high).round_().add_(0.0)
+
+
+def where_inside(x: Tensor, beyond: Tensor) -> Tensor:
+    """`x` where `beyond` is 0, and 0 where it is -1 or 1; the same shape each."""
+    return aten.hardtanh_backward(x, beyond, -1, 1)  # type: ignore[no-any-return]
+
+
+def sum_of_product(a: Tensor, b: Tensor, shape: Sequence[int]) -> Tensor:
+    """a * b, the same shape each, summed to `shape`; to () without the product in memory."""
+    if shape:
+        return (a * b).sum_to_size(shape)
+    # Dense layouts other than the default, such as channels last, are read in the order they have.
+    order = sorted(range(a.dim()), key=a.stride, reverse=True)
+    return torch.dot(a.permute(order).reshape(-1), b.permute(order).reshape(-1))
+
+
+def _clamp(x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+    return x.clamp_max(high).clamp_min_(low)
 
 
 def _ends(zero_point: Tensor | None, quant_min: int, quant_max: int) -> tuple[Any, Any]:
@@ -120,14 +150,11 @@ class _Bounded(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Any, Any], output: Tensor) -> None:
-        x, low, high = inputs
-        ctx.save_for_backward(x < low, x > high)
+        ctx.save_for_backward(inputs[0], output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        below, above = ctx.saved_tensors
-        away = (below & (grad > 0)) | (above & (grad < 0))  # descent goes against the gradient
-        return grad.masked_fill(away, 0), None, None
+        return inward(grad, *ctx.saved_tensors), None, None
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -147,14 +174,14 @@ class _FakeQuantize(torch.autograd.Function):
         x, scale, zero_point = ctx.saved_tensors
         low, high = _ends(zero_point, ctx.quant_min, ctx.quant_max)
         v = x / scale
-        inside = (v >= low) & (v <= high)
-        clamped = v.clamp(low, high)
+        clamped = _clamp(v, low, high)
+        beyond = (v - clamped).sign_()
         grad_x = grad_scale = grad_zero = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad.masked_fill(~inside, 0)
+            grad_x = where_inside(grad, beyond)
         if ctx.needs_input_grad[1]:
-            residual = clamped.round() - torch.where(inside, v, 0.0)
-            grad_scale = (grad * residual).sum_to_size(scale.shape)
+            residual = clamped.round() - where_inside(v, beyond)
+            grad_scale = sum_of_product(grad, residual, scale.shape)
         if zero_point is not None and ctx.needs_input_grad[2]:
-            grad_zero = (-grad * scale).masked_fill(inside, 0).sum_to_size(zero_point.shape)
+            grad_zero = sum_of_product(grad, beyond.abs(), scale.shape) * -scale
         return grad_x, grad_scale, grad_zero, None, None

@@ -1,0 +1,215 @@
+"""What a training step costs with fake-quantized weights and activations, beside the float model's.
+
+    python -m benchmarks.training                                # ResNet-20, VGG7 and a small BERT, 1 and 2 threads
+    python -m benchmarks.training --models resnet20 --threads 1 --rounds 40
+    python -m benchmarks.training --compiled                     # the same through torch.compile (needs a C++ compiler)
+
+A step is forward, backward and SGD with momentum. The fake-quantized variants are what
+`graphcomp.prepare` returns, first with SGD as it is, then with QASSO in each of its stages (weights and activations,
+4 to 8 bits, half of the units to go). The variants take turns, one step each, so that whatever else the
+machine does meets all of them: ratios are those of neighbouring steps, their median and their quartiles. With one
+thread CPU time counts, with more the time on the clock. Memory is what a step holds at most when the backward pass
+starts: tensors saved for it (each storage once), parameters, gradients, and the optimizer's state.
+
+Freed memory stays with the process (glibc is told so), as under jemalloc and tcmalloc. Else large tensors are given
+back to the system and faulted in again, which costs a step up to 15 %, by chance the one variant or the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import ctypes
+import gc
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import graphcomp
+from benchmarks import common, models
+from benchmarks.common import section, table
+from graphcomp.methods.schedule import Schedule, Stage
+
+LEARNING_RATE, MOMENTUM = 1e-3, 0.9
+QUANTIZER_LEARNING_RATE = 1e-6  # how well they learn does not matter here; that ranges stay sensible does
+WARM_UP = 3  # rounds that do not count
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and the batch it is trained on."""
+
+    title: str
+    model: Callable[[], nn.Module]
+    batch: Callable[[], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train: a module that gives logits, and its optimizer."""
+
+    name: str
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def step(self, inputs: Tensor, labels: Tensor) -> None:
+        """One training step."""
+        self.optimizer.zero_grad()
+        self.loss(inputs, labels).backward()
+        self.optimizer.step()
+
+    def loss(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Forward."""
+        found = self.module(inputs)
+        return F.cross_entropy(found if isinstance(found, Tensor) else found["logits"], labels)
+
+
+LONG = 100_000  # steps: longer than any run here, which so stays in one stage
+STAGES = {
+    Stage.WARMUP: Schedule(LONG, warmup=0.5),
+    Stage.PROJECTION: Schedule(LONG, warmup=0, projection=0.5),
+    Stage.JOINT: Schedule(LONG, warmup=0, projection=0, joint=0.5),
+    Stage.COOLDOWN: Schedule(LONG, warmup=0, projection=0, joint=1, pruning_periods=1),
+}
+
+CASES = {
+    "resnet20": Case("ResNet-20, 32 x 32, batch 128", models.resnet20, lambda: images(128)),
+    "vgg7": Case("VGG7, 32 x 32, batch 64", models.vgg7, lambda: images(64)),
+    "bert": Case("small BERT, 64 tokens, batch 8", models.small_bert, lambda: tokens(8, 64)),
+}
+
+
+def main() -> None:
+    options = _options()
+    warnings.simplefilter("ignore")
+    keep_freed_memory()
+    print(common.header(), flush=True)
+    for name in options.models.split(","):
+        rows = []
+        for threads in map(int, options.threads.split(",")):
+            torch.set_num_threads(threads)
+            torch.manual_seed(0)
+            rows += measure(CASES[name], threads, options.rounds, options.compiled)
+        columns = ["threads", "variant", "ms a step", "to float", "quartiles", "MiB", "to float"]
+        section(CASES[name].title + (", compiled" if options.compiled else ""), table(columns, rows))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(CASES), metavar="A,B", help="default: %(default)s")
+    parser.add_argument("--threads", default="1,2", metavar="N,M", help="default: %(default)s")
+    parser.add_argument(
+        "--rounds", type=int, default=30, metavar="N", help="steps of each variant; default: %(default)s"
+    )
+    parser.add_argument("--compiled", action="store_true", help="every variant through torch.compile")
+    return parser.parse_args()
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc not to give memory back; other C libraries are left as they are."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4  # of malloc.h
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_max, 0)
+
+
+# ------------------------------------------------------------------------------------------------ batches
+def images(n: int) -> tuple[Tensor, Tensor]:
+    """(n, 3, 32, 32) and labels (n,)."""
+    return torch.randn(n, 3, 32, 32), torch.randint(0, 10, (n,))
+
+
+def tokens(n: int, length: int) -> tuple[Tensor, Tensor]:
+    """(n, length) of token ids and labels (n,)."""
+    return torch.randint(0, 30_000, (n, length)), torch.randint(0, 2, (n,))
+
+
+# ------------------------------------------------------------------------------------------------ variants
+def variants(case: Case, inputs: Tensor) -> list[Variant]:
+    """The same model and weights in each, with tensors of its own."""
+    model = case.model()
+    plain = copy.deepcopy(model).train()
+    found = [Variant("float", plain, torch.optim.SGD(plain.parameters(), LEARNING_RATE, MOMENTUM))]
+    for name, activation_bits in (("weights", None), ("weights and activations", "same")):
+        ready = graphcomp.prepare(model, (inputs,), bits=8, activation_bits=activation_bits, prune=()).train()
+        own = {id(p) for _, quantizer in ready.quantizers() for p in quantizer.parameters()}
+        rest = [p for p in ready.parameters() if id(p) not in own]
+        learned = {"params": [p for _, q in ready.quantizers() for p in q.parameters()], "lr": QUANTIZER_LEARNING_RATE}
+        found.append(Variant(name, ready, torch.optim.SGD([{"params": rest}, learned], LEARNING_RATE, MOMENTUM)))
+    for stage, schedule in STAGES.items():
+        ready = graphcomp.prepare(model, (inputs,), bits=(4, 8)).train()
+        optimizer = graphcomp.QASSO(
+            ready, torch.optim.SGD, lr=LEARNING_RATE, momentum=MOMENTUM, lr_quant=QUANTIZER_LEARNING_RATE, sparsity=0.5,
+            schedule=schedule,
+        )  # fmt: skip
+        found.append(Variant(f"QASSO, {stage.name.lower()}", ready, optimizer))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+def measure(case: Case, threads: int, rounds: int, compiled: bool) -> list[list[str]]:
+    """Rows of the table."""
+    inputs, labels = case.batch()
+    found = variants(case, inputs)
+    memory = [held(variant, inputs, labels) for variant in found]
+    if compiled:
+        found = [Variant(v.name, torch.compile(v.module), v.optimizer) for v in found]
+    times = turns(found, inputs, labels, rounds, time.process_time if threads == 1 else time.perf_counter)
+    rows = []
+    for k, variant in enumerate(found):
+        ratios = [mine / plain for mine, plain in zip(times[k], times[0], strict=True)]
+        low, median, high = statistics.quantiles(ratios, n=4)
+        took, quartiles = f"{1e3 * statistics.median(times[k]):.1f}", f"{low:.3f} – {high:.3f}"
+        size, larger = f"{memory[k] / MIB:.1f}", f"{memory[k] / memory[0]:.3f}"
+        rows.append([str(threads), variant.name, took, f"{median:.3f}", quartiles, size, larger])
+    return rows
+
+
+def turns(
+    found: list[Variant], inputs: Tensor, labels: Tensor, rounds: int, clock: Callable[[], float]
+) -> list[list[float]]:
+    """Seconds of each step of each variant; the garbage collector runs between the rounds only."""
+    times: list[list[float]] = [[] for _ in found]
+    for number in range(WARM_UP + rounds):
+        gc.collect()
+        gc.disable()
+        for variant, its in zip(found, times, strict=True):
+            start = clock()
+            variant.step(inputs, labels)
+            if number >= WARM_UP:
+                its.append(clock() - start)
+        gc.enable()
+    return times
+
+
+def held(variant: Variant, inputs: Tensor, labels: Tensor) -> int:
+    """Bytes that a step holds when the backward pass starts, and gradients."""
+    variant.step(inputs, labels)  # so that the optimizer has its state
+    storages: dict[int, int] = {}
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)  # lest its place is given to another
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = variant.loss(inputs, labels)
+    state = [value for its in variant.optimizer.state.values() for value in its.values() if isinstance(value, Tensor)]
+    parameters = list(variant.module.parameters())
+    for tensor in (*parameters, *variant.module.buffers(), *state, *(p.grad for p in parameters if p.grad is not None)):
+        keep(tensor)
+    del loss
+    return sum(storages.values())
+
+
+if __name__ == "__main__":
+    main()

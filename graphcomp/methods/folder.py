@@ -1,0 +1,192 @@
+"""The folder of a training run: checkpoints to go on from, and what was measured, one JSON object per line."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from graphcomp.errors import CheckpointError
+
+FORMAT = 1
+"""Of the checkpoints."""
+
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "step-*.pt"
+
+
+class RunFolder:
+    """Where one run is kept.
+
+    Files appear whole or not at all, and a line of metrics is written at once, so that the folder can be gone on from
+    whenever the process ends.
+
+    Args:
+        path: made where it is not there.
+        about: what the run is: name -> text. A run goes on only where all of it is the same.
+        keep: so many checkpoints stay, the newest.
+
+    Raises:
+        CheckpointError: the folder cannot be made.
+    """
+
+    def __init__(self, path: str | Path, about: Mapping[str, str], keep: int) -> None:
+        self.path, self.about, self.keep = Path(path), dict(about), keep
+        with _written(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    def newest(self) -> Path | None:
+        """The checkpoint of the latest step."""
+        return max(self.path.glob(CHECKPOINTS), default=None)  # the names have leading zeros
+
+    def load(self) -> dict[str, Any] | None:
+        """What the newest checkpoint holds, with tensors on the CPU; None where there is none. Metrics of later steps
+        are dropped.
+
+        Raises:
+            CheckpointError: it cannot be read, or is of another run.
+        """
+        path = self.newest()
+        state = None if path is None else self._read(path)
+        self._drop_metrics(0 if state is None else int(state["step"]))
+        return state
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise CheckpointError(
+                f"the checkpoint {path} cannot be read",
+                why=f"{type(error).__name__}: {str(error)[:200]}",
+                fix="remove it: the run goes on from the one before",
+            ) from error
+        if not isinstance(state, dict) or state.get("format", FORMAT + 1) > FORMAT:
+            raise CheckpointError(f"{path} is no checkpoint that this graphcomp knows", fix="give another folder")
+        there, names = state["about"], [*self.about, *(name for name in state["about"] if name not in self.about)]
+        differing = [name for name in names if there.get(name) != self.about.get(name)]
+        if differing:
+            raise CheckpointError(
+                f"{self.path} holds another run",
+                why="; ".join(f"{n}: {there.get(n)} there, {self.about.get(n)} now" for n in differing),
+                fix="give another folder, or the arguments of that run to go on with it",
+            )
+        return state
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint, and remove those that are too many.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        path = self.path / f"step-{step:09d}.pt"
+        fresh = path.with_suffix(".new")
+        with _written(path):
+            with fresh.open("wb") as file:
+                torch.save({"format": FORMAT, "about": self.about, "step": step, **state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(fresh, path)
+            for old in [*sorted(self.path.glob(CHECKPOINTS))[: -self.keep], *self.path.glob("step-*.new")]:
+                old.unlink()
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Add a line to the metrics.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        path = self.path / METRICS
+        with _written(path), path.open("ab", buffering=0) as file:
+            file.write((json.dumps(line) + "\n").encode())  # one write: whole, or not there
+
+    def _drop_metrics(self, step: int) -> None:
+        path = self.path / METRICS
+        if not path.exists():
+            return
+        lines = [line for line in read_metrics(path) if line["step"] <= step]
+        fresh = path.with_suffix(".new")
+        with _written(path):
+            fresh.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            os.replace(fresh, path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of metrics; a last one that is not finished (the disk was full) is left out.
+
+    Raises:
+        CheckpointError: there is none, or it holds something else.
+    """
+    try:
+        *lines, _ = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} holds no metrics", why=f"{type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {path}",
+            why=f"{type(error).__name__}: {error}",
+            fix="give a folder you may write to, on a disk with room",
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------ random states
+def generators_of(data: Any) -> list[torch.Generator]:
+    """The generators that a DataLoader draws from besides the global ones: its own, and its samplers'."""
+    batch_sampler = getattr(data, "batch_sampler", None)
+    owners = (data, getattr(data, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    found = [getattr(owner, "generator", None) for owner in owners]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+def random_state(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:
+    """The states of torch (CUDA too where it is in use), Python, NumPy and `generators`, as plain data and tensors."""
+    version, internal, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state(legacy=True)
+    _, keys, position, has_gauss, cached = numpy_state
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
+        "python": [version, list(internal), gauss],
+        "numpy": [torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "generators": [generator.get_state() for generator in generators],
+    }
+
+
+def set_random_state(state: Mapping[str, Any], generators: Sequence[torch.Generator] = ()) -> None:
+    """Go back to what `random_state` gave; `generators` in the same order, or none to leave them."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    for generator, own in zip(generators, state["generators"], strict=False):
+        generator.set_state(own)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from `seed` inside; outside, the global states are as they were."""
+    before = random_state()
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        set_random_state(before)

@@ -1,0 +1,125 @@
+"""A budget that training ends within: how many units go, and which bits are lowered, so that it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, fx
+
+from graphcomp.cost import Bits, BitsOf, CostModel
+from graphcomp.coupling.groups import ChannelGroup, Kept
+from graphcomp.graph import bind
+from graphcomp.methods.prepared import Session, Site
+from graphcomp.pruning.allocation import Budget, Meter, Normalize, allocate_budget
+from graphcomp.pruning.evidence import Scores
+from graphcomp.quantization.insert import quantizer_nodes
+from graphcomp.quantization.lower import constants_with_quantizers
+from graphcomp.quantization.placement import COMPUTE
+
+BY_COST = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""Powers of a unit's cost that its score is divided by, until a fixed number of units is cheap enough."""
+
+
+class Target:
+    """A budget of a prepared module.
+
+    Args:
+        session: how the module was prepared.
+        budget: the limits, those on bit operations and bytes with the bits that layers will have.
+        groups: of `session.quantized`, whose units may go.
+        sites: the quantizers whose bits may be lowered; vectors of bits are in their order.
+        low: (l,) the fewest bits of each.
+    """
+
+    def __init__(
+        self, session: Session, budget: Budget, groups: Sequence[ChannelGroup], sites: Sequence[Site], low: Tensor
+    ) -> None:
+        self.plan, self.budget, self.groups = session.plan, budget, tuple(groups)
+        in_floats = {group.name: group for group in self.plan.groups}
+        self.in_floats = {group: in_floats[group.name] for group in groups}
+        self.costs = CostModel(self.plan)
+        self.low = [round(bits) for bits in low.tolist()]
+        self._operands = _operands(session, {site.name: k for k, site in enumerate(sites)})
+
+    def units(
+        self, scores: Scores, kept: Kept, bits: Sequence[int], normalize: Normalize, round_to: int, most: float
+    ) -> Kept:
+        """What is left when as many more units are gone as the budget takes at `bits`; arguments as of `allocate`.
+
+        Raises:
+            BudgetError: the smallest network costs more.
+        """
+        found = allocate_budget(
+            self.plan,
+            [self.in_floats[group] for group in self.groups],
+            {self.in_floats[group]: scores[group] for group in self.groups},
+            self.budget,
+            normalize=normalize,
+            round_to=round_to,
+            max_group_sparsity=most,
+            already={self.in_floats[group]: units for group, units in kept.items()},
+            bits=self._bits_of(bits),
+        )
+        return {group: found[own] for group, own in self.in_floats.items()}
+
+    def excess(self, kept: Kept, bits: Sequence[int]) -> float:
+        """By which fraction of its limit the cost is above it, for the limit that is missed most."""
+        meter = Meter(self.costs, self.budget, list(self.in_floats.values()), self._bits_of(bits))
+        return meter.excess([len(kept[group]) for group in self.groups])
+
+    def cheaper(self, scores: Scores, kept: Kept, power: float) -> Scores:
+        """The scores of units divided by a power of what a unit of their group costs, at the fewest bits."""
+        whole = self.excess(kept, self.low)
+        found = {}
+        for group in self.groups:
+            one_less = {**kept, group: kept[group][:-1]}
+            saved = whole - self.excess(one_less, self.low)
+            found[group] = scores[group] / max(saved, 1e-9) ** power
+        return found
+
+    def lowered(self, kept: Kept, bits: Sequence[int]) -> list[int]:
+        """`bits`, lowered one at a time, the most bits first and of these the one that saves most, until the budget
+        holds or all have the fewest."""
+        found, saves = list(bits), self._saves(kept)
+        while self.excess(kept, found) > 0:
+            above = [k for k, own in enumerate(found) if own > self.low[k]]
+            if not above:
+                break
+            found[max(above, key=lambda k: (found[k], saves[k]))] -= 1
+        return found
+
+    def _saves(self, kept: Kept) -> list[int]:
+        """For each quantizer the multiply-accumulates that read what it quantizes."""
+        counts = {self.in_floats[group].factor: len(units) for group, units in kept.items()}
+        macs, found = self.costs.macs_by_op(counts), [0] * len(self.low)
+        for node, (weight, read) in self._operands.items():
+            for k in (*read, *([] if weight is None else [weight])):
+                found[k] += macs.get(node, 0)
+        return found
+
+    def _bits_of(self, bits: Sequence[int]) -> BitsOf:
+        found: dict[str | fx.Node, Bits] = {}
+        for node, (weight, read) in self._operands.items():
+            of_weight = 32 if weight is None else bits[weight]
+            found[node] = Bits(of_weight, max((bits[k] for k in read), default=32))
+        return found
+
+
+def _operands(session: Session, position: Mapping[str, int]) -> dict[fx.Node, tuple[int | None, list[int]]]:
+    """Compute op of the float graph -> the positions of its weight's quantizer and of those of what it reads."""
+    graph = session.quantized.captured.module
+    constant = constants_with_quantizers(graph)
+    at = {node: position[str(node.target)] for node, _ in quantizer_nodes(graph) if str(node.target) in position}
+    in_floats = {node.name: node for node in session.plan.captured.module.graph.nodes}
+    found: dict[fx.Node, tuple[int | None, list[int]]] = {}
+    for node in graph.graph.nodes:
+        if node.target not in COMPUTE or not any(n in at for n in node.all_input_nodes):
+            continue
+        operands, arguments = COMPUTE[node.target], bind(node)
+        weight = arguments[operands.weight] if operands.weight else None
+        read = [arguments[name] for name in operands.data if arguments[name] is not weight]
+        if weight is not None and weight not in constant:
+            read.append(weight)
+        own = at.get(weight) if weight in constant else None
+        found[in_floats[node.name]] = own, [at[n] for n in read if n in at]
+    return found

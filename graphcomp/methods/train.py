@@ -1,0 +1,567 @@
+"""The training loop around a prepared module: batches, optimizer, schedule, checkpoints, metrics."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from graphcomp.errors import CheckpointError, PlanError, TrainingError
+from graphcomp.methods.folder import RunFolder, generators_of, random_state, seeded, set_random_state
+from graphcomp.methods.geta import QASSO
+from graphcomp.methods.prepared import Prepared
+from graphcomp.methods.schedule import Schedule, Stage
+from graphcomp.progress import Progress
+from graphcomp.progress import progress as show_progress
+from graphcomp.pruning.evidence import Loss, arguments_of, check_loss
+from graphcomp.pruning.saliency import Saliency
+from graphcomp.quantization.placement import CONVOLUTIONS
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained while it is compressed. What is None is chosen for the model.
+
+    Attributes:
+        epochs: passes over the data, whose length must be known; or
+        steps: of the optimizer, over as many passes as that takes; or
+        schedule: the stages of the run, which count its steps too.
+        optimizer: class that makes the steps. Default: SGD with momentum 0.9 and weight decay 1e-4 for convnets, AdamW
+            for all others.
+        lr: of the weights, at its highest. Default: 1e-2 for SGD, 1e-4 for models with attention, 1e-3 for all others.
+        lr_quant: of steps, ranges and exponents of quantizers; see `QASSO`.
+        weight_decay: of the weights.
+        options: more of the optimizer's: momentum, betas, …; in place of the defaults above.
+        scheduler: makes a learning-rate scheduler of the optimizer; it is stepped after each step. Default: a linear
+            warm-up over the first twentieth of the run, 100 steps at most, then a cosine down to 0.
+        accumulate: so many batches make a step. What is left over at the end of a pass makes one, too.
+        clip_norm: the largest norm of the gradients of all weights together.
+        folder: where checkpoints and metrics go. A run that was cut short goes on from there when it is called again
+            with the same arguments, and ends as it would have. None: nothing is written.
+        save_every: steps from checkpoint to checkpoint; there is one more at the end.
+        keep: so many checkpoints stay, the newest.
+        log_every: steps from one line of metrics to the next.
+
+    Raises:
+        PlanError: a number out of range, or the length of the run given twice.
+    """
+
+    epochs: int | None = None
+    steps: int | None = None
+    schedule: Schedule | None = None
+    optimizer: type[Optimizer] | None = None
+    lr: float | None = None
+    lr_quant: float | None = None
+    weight_decay: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Callable[[Optimizer], LRScheduler] | None = None
+    accumulate: int = 1
+    clip_norm: float | None = None
+    folder: str | Path | None = None
+    save_every: int = 500
+    keep: int = 2
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "steps", "accumulate", "save_every", "keep", "log_every"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise PlanError(f"Training({name}={number!r})", why="it is 1 at least", fix=f"{name}=1")
+        for name in ("lr", "clip_norm"):
+            number = getattr(self, name)
+            if number is not None and not number > 0:
+                raise PlanError(f"Training({name}={number!r})", why="it is positive", fix=f"{name}=0.01")
+        lengths = [name for name in ("epochs", "steps", "schedule") if getattr(self, name) is not None]
+        if len(lengths) > 1:
+            raise PlanError(f"the length of the run is given by {' and by '.join(lengths)}", fix=f"only {lengths[0]}=")
+
+    def steps_over(self, data: Iterable[Any]) -> int:
+        """Steps of the whole run.
+
+        Raises:
+            PlanError: no length was given, or it is in epochs of data whose length is not known.
+        """
+        if self.schedule is not None:
+            return self.schedule.steps
+        if self.steps is not None:
+            return self.steps
+        if self.epochs is None:
+            raise PlanError("the training has no length", fix="epochs=10, or steps=1000")
+        batches = _length(data)
+        if batches is None:
+            raise PlanError(
+                f"epochs={self.epochs} of data whose length is not known",
+                why=f"len() of a {type(data).__name__} fails, and the schedule is in steps",
+                fix="steps=1000 instead of epochs",
+            )
+        return self.epochs * math.ceil(batches / self.accumulate)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One run of a method.
+
+    Attributes:
+        name: of its folder, where the method has several.
+        prunes, quantizes: what it does.
+        forgetting: see `QASSO`.
+    """
+
+    name: str
+    prunes: bool
+    quantizes: bool
+    forgetting: Literal["descent", "uniform"]
+
+
+METHODS: dict[str, tuple[Phase, ...]] = {
+    "geta": (Phase("", True, True, "descent"),),
+    "hesso": (Phase("", True, False, "uniform"),),
+    "qat": (Phase("", False, True, "descent"),),
+    "sequential": (Phase("1-prune", True, False, "uniform"), Phase("2-quantize", False, True, "descent")),
+}
+"""Each method of training as the runs it is made of, which share its steps equally."""
+
+
+def phases_of(method: str, sparsity: float | None, bits: object) -> tuple[Phase, ...]:
+    """The runs of a method.
+
+    Raises:
+        PlanError: there is no such method, or it does not do what is asked.
+    """
+    if method not in METHODS:
+        raise PlanError(f"method={method!r}", fix=f"method= one of {', '.join(['oneshot', *METHODS])}")
+    phases = METHODS[method]
+    if bits is None and not phases[-1].prunes:
+        raise PlanError(f"method={method!r} quantizes, and no bits are given", fix="bits=(4, 8)")
+    if bits is not None and not phases[-1].quantizes:
+        raise PlanError(f"method={method!r} does not quantize", fix='method="geta", or bits=None')
+    if sparsity and not phases[0].prunes:
+        raise PlanError(f"method={method!r} does not prune", fix='method="geta", or sparsity=0')
+    return phases
+
+
+def parts(training: Training, data: Iterable[Any], phases: Sequence[Phase]) -> list[Training]:
+    """The training of each of a method's runs.
+
+    Raises:
+        PlanError: fewer steps than runs, or no length was given.
+    """
+    if len(phases) == 1:
+        return [training]
+    total = training.steps_over(data)
+    ends = [total * (k + 1) // len(phases) for k in range(len(phases))]
+    shares = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    found = []
+    for phase, steps in zip(phases, shares, strict=True):
+        own = replace(training, epochs=None, steps=steps)
+        if training.schedule is not None:
+            own = replace(own, steps=None, schedule=replace(training.schedule, steps=steps))
+        folder = None if training.folder is None else Path(training.folder) / phase.name
+        found.append(replace(own, folder=folder))
+    return found
+
+
+def train(
+    ready: Prepared,
+    data: Iterable[Any],
+    loss: Loss,
+    training: Training,
+    *,
+    sparsity: float = 0.5,
+    saliency: str | Saliency = "geta",
+    forgetting: Literal["descent", "uniform"] = "descent",
+    round_to: int = 1,
+    progress: bool = True,
+    seed: int = 0,
+) -> None:
+    """Train a prepared module with QASSO to the end of its schedule, in place. Units that its masks leave out stay out.
+
+    Args:
+        ready: what `graphcomp.prepare` returned.
+        data: batches, gone over as often as it takes: a DataLoader, a list, … Each is a tensor, a tuple that begins
+            with the model's positional inputs, or a dict that holds its keyword inputs; labels may follow. They are
+            moved to where the module is.
+        loss: loss(model output, batch) -> scalar.
+        training: how.
+        sparsity, saliency, forgetting, round_to: see `QASSO`.
+        progress: show a progress line on a terminal.
+        seed: of everything that is drawn: torch, Python and NumPy are seeded inside, and left as they were.
+
+    Raises:
+        PlanError, BudgetError: what is asked cannot be planned.
+        TrainingError: the loss is not finite, or the data hold too few batches.
+        CheckpointError: the folder is of another run, or cannot be written or read.
+    """
+    run = _Run(ready, data, loss, training, sparsity, saliency, forgetting, round_to, seed)
+    with seeded(seed), show_progress(run.total, progress) as bar:
+        run.resume()
+        bar.done = run.step
+        ready.train()
+        run.go(bar)
+
+
+class _Run:
+    """A training run, and where it stands.
+
+    Attributes:
+        step: steps that are done.
+        epoch, position: the pass over the data, and how many of its batches were used.
+        epoch_state: the random states when the pass began, which its order follows from.
+        resumed: the random states to go on with, until the batches that were used before are skipped.
+        seconds: that the run took before it was cut short.
+    """
+
+    def __init__(
+        self,
+        ready: Prepared,
+        data: Iterable[Any],
+        loss: Loss,
+        training: Training,
+        sparsity: float,
+        saliency: str | Saliency,
+        forgetting: Literal["descent", "uniform"],
+        round_to: int,
+        seed: int,
+    ) -> None:
+        self.ready, self.data, self.loss, self.training = ready, data, loss, training
+        self.total = training.steps_over(data)
+        if not self.total:
+            raise self._no_batches()
+        transformer = any(group.role == "head" for group in ready.session.plan.groups)
+        base, lr, options = _defaults(ready, training, transformer)
+        schedule = training.schedule or Schedule.of(
+            self.total, transformer=transformer, prune=sparsity > 0, quantize=ready.session.bits is not None
+        )
+        self.optimizer = QASSO(
+            ready,
+            base,
+            lr=lr,
+            lr_quant=training.lr_quant,
+            schedule=schedule,
+            sparsity=sparsity,
+            saliency=saliency,
+            forgetting=forgetting,
+            round_to=round_to,
+            **options,
+        )
+        _leave_out(self.optimizer, ready)
+        self.scheduler = (training.scheduler or _cosine(self.total))(self.optimizer)
+        quantizers = {id(p) for _, quantizer in ready.quantizers() for p in quantizer.parameters()}
+        self.weights = [p for p in ready.parameters() if p.requires_grad and id(p) not in quantizers]
+        self.is_weight = torch.tensor([site.is_weight for site, _ in ready.quantizers()], dtype=torch.bool)
+        self.device = next(ready.parameters()).device
+        self.generators = generators_of(data)
+        self.folder: RunFolder | None = None
+        if training.folder is not None:
+            about = {
+                **_about_model(ready),
+                **_about_training(training, data, lr, base),
+                "sparsity": str(sparsity),
+                "saliency": saliency if isinstance(saliency, str) else _name(saliency),
+                "forgetting": forgetting,
+                "round_to": str(round_to),
+                "schedule": ", ".join(f"{name} {value}" for name, value in asdict(schedule).items()),
+                "seed": str(seed),
+            }
+            self.folder = RunFolder(training.folder, about, training.keep)
+        self.step = self.epoch = self.position = 0
+        self.epoch_state: dict[str, Any] | None = None
+        self.resumed: dict[str, Any] | None = None
+        self.last_loss = math.nan
+        self.losses: list[float] = []  # since the last line of metrics
+        self.seconds, self.start = 0.0, time.monotonic()
+
+    # ------------------------------------------------------------------------------------------ the loop
+    def go(self, bar: Progress) -> None:
+        """To the end."""
+        while self.step < self.total and self.epoch != self.training.epochs:
+            batches = self._batches()
+            while self.step < self.total:
+                chunk = list(itertools.islice(batches, self.training.accumulate))
+                if not chunk:
+                    break
+                self._step(chunk)
+                self._report(bar)
+            if not self.position:
+                raise self._no_batches()
+            if self.step < self.total:
+                self.epoch, self.position = self.epoch + 1, 0
+        if self.optimizer.stage != Stage.COOLDOWN:
+            raise TrainingError(
+                f"the data ended at step {self.step} of {self.total}, before the cool-down",
+                why=f"{self.training.epochs} passes held fewer batches than len() of the data says",
+                fix=f"steps={self.total} instead of epochs: as many passes as that takes",
+            )
+
+    def _batches(self) -> Iterator[Any]:
+        """A pass over the data; after a resumption, what is left of the pass that was cut short, in its order."""
+        if self.resumed is None:
+            self.epoch_state = random_state(self.generators)
+            return iter(self.data)
+        assert self.epoch_state is not None
+        set_random_state(self.epoch_state, self.generators)
+        batches = iter(self.data)
+        skipped = sum(1 for _ in itertools.islice(batches, self.position))
+        if skipped < self.position:
+            raise TrainingError(
+                f"the data hold {skipped} batches, and the run had used {self.position} of this pass",
+                why="an iterator that is used up, or other data than when the checkpoint was saved",
+                fix="give the data of that run, from their beginning",
+            )
+        set_random_state(self.resumed)
+        self.resumed = None
+        return batches
+
+    def _no_batches(self) -> TrainingError:
+        if isinstance(self.data, Iterator):
+            return TrainingError(
+                f"the data ended at step {getattr(self, 'step', 0)} of {self.total}",
+                why=f"a {type(self.data).__name__} can be gone over only once",
+                fix="data=list(…), or a DataLoader",
+            )
+        return TrainingError(
+            "the data hold no batches",
+            why="a DataLoader with drop_last=True has none where there are fewer examples than a batch takes",
+            fix="data=[batch, …]",
+        )
+
+    def _step(self, chunk: Sequence[Any]) -> None:
+        stage = self.optimizer.stage
+        total = torch.zeros((), device=self.device)
+        for given in chunk:
+            batch = _to(given, self.device)
+            args, kwargs = arguments_of(self.ready.session.plan.captured, batch)
+            value = self.loss(self.ready(*args, **kwargs), batch)
+            check_loss(value)
+            (value / len(chunk)).backward()  # type: ignore[no-untyped-call]
+            total += value.detach().reshape(()) / len(chunk)
+        loss = float(total)
+        if not math.isfinite(loss):
+            raise self._not_finite(f"the loss is {loss}", stage, chunk)
+        if self.training.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.weights, self.training.clip_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.step, self.position, self.last_loss = self.step + 1, self.position + len(chunk), loss
+        self.losses.append(loss)
+
+    def _not_finite(self, what: str, stage: Stage, chunk: Sequence[Any]) -> TrainingError:
+        saved = None if self.folder is None else self.folder.newest()
+        place = self._place_not_finite()
+        if not place and not all(_finite(leaf) for leaf in pytree.tree_leaves(list(chunk))):
+            place = "the batch"
+        return TrainingError(
+            f"{what} at step {self.step + 1} of {self.total}, in the {_words(stage)} stage",
+            at=f"{place} holds values that are not finite" if place else "",
+            why="" if place else "parameters and batch are finite: the outputs are too large, or the loss has no value",
+            fix="a lower lr, or clip_norm=1.0"
+            + (f", in another folder; the last good checkpoint stays: {saved}" if saved else ""),
+        )
+
+    def _place_not_finite(self) -> str:
+        """The first tensor of the module that is not finite; "" where all are."""
+        for name, tensor in self.ready.state_dict().items():
+            if not _finite(tensor):
+                sites = self.ready.session.sites
+                site = next((s for s in sites if name.startswith(f"{s.name}.")), None)
+                return f"'{name}'" if site is None else f"quantizer '{name}' of '{site.layer}'"
+        return ""
+
+    # ------------------------------------------------------------------------------------------ what is reported
+    def _report(self, bar: Progress) -> None:
+        bar.advance(self._line)
+        ends = self.step == self.total
+        if self.folder is None:
+            return
+        if ends or self.step % self.training.log_every == 0:
+            self.folder.log(self._metrics())
+            self.losses = []
+        if ends or self.step % self.training.save_every == 0:
+            self._save()
+
+    def _metrics(self) -> dict[str, Any]:
+        optimizer = self.optimizer
+        weight_bits, activation_bits = self._bits()
+        return {
+            "step": self.step,
+            "stage": _words(optimizer.schedule.moment(self.step - 1).stage),
+            "loss": sum(self.losses) / len(self.losses),
+            "lr": optimizer.param_groups[0]["lr"],
+            "units_removed": optimizer.removed,
+            "units": optimizer.total,
+            "sparsity": optimizer.removed / max(optimizer.total, 1),
+            "weight_bits": weight_bits,
+            "activation_bits": activation_bits,
+            "seconds": round(self.seconds + time.monotonic() - self.start, 3),
+        }
+
+    def _bits(self) -> tuple[float | None, float | None]:
+        """Mean bits of the quantizers of weights, and of those of activations; None where there are none."""
+        bits = self.optimizer.bank.bits().cpu()
+        found = (bits[self.is_weight], bits[~self.is_weight])
+        weights, activations = (float(own.mean()) if len(own) else None for own in found)
+        return weights, activations
+
+    def _line(self) -> str:
+        optimizer = self.optimizer
+        bits = "/".join("-" if b is None else f"{b:.1f}" for b in self._bits())
+        return (
+            f"{_words(optimizer.stage)}, step {self.step} of {self.total}, {optimizer.removed} of {optimizer.total} "
+            f"units removed, bits {bits}, loss {self.last_loss:.3g}"
+        )
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+    def _save(self) -> None:
+        assert self.folder is not None
+        if self._place_not_finite():  # the loss of the next step would tell, too late for this checkpoint
+            raise self._not_finite("the module is not finite", self.optimizer.stage, ())
+        state = {
+            "epoch": self.epoch,
+            "position": self.position,
+            "loss": self.last_loss,
+            "losses": self.losses,
+            "seconds": self.seconds + time.monotonic() - self.start,
+            "module": self.ready.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "random": random_state(),
+            "epoch_random": self.epoch_state,
+        }
+        self.folder.save(self.step, state)
+
+    def resume(self) -> None:
+        """Go on from the folder's newest checkpoint, where there is one.
+
+        Raises:
+            CheckpointError: it is of another run, or cannot be read.
+        """
+        state = None if self.folder is None else self.folder.load()
+        if state is None:
+            return
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.ready.load_state_dict(state["module"])
+            self.scheduler.load_state_dict(state["scheduler"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"the checkpoint in {self.training.folder} does not fit the run",
+                why=f"{type(error).__name__}: {str(error)[:300]}",
+                fix="give another folder",
+            ) from error
+        self.step, self.epoch, self.position = state["step"], state["epoch"], state["position"]
+        self.last_loss, self.losses, self.seconds = state["loss"], state["losses"], state["seconds"]
+        self.resumed, self.epoch_state = state["random"], state["epoch_random"]
+
+
+# ------------------------------------------------------------------------------------------------ setting up
+def _defaults(ready: Prepared, training: Training, transformer: bool) -> tuple[type[Optimizer], float, dict[str, Any]]:
+    """The class of the optimizer, its learning rate and its options."""
+    graph = ready.session.plan.captured.module.graph
+    convnet = not transformer and any(node.target in CONVOLUTIONS for node in graph.nodes)
+    options: dict[str, Any] = {}
+    base = training.optimizer or (SGD if convnet else AdamW)
+    if training.optimizer is None and convnet:
+        options = {"momentum": 0.9, "weight_decay": 1e-4}
+    if training.weight_decay is not None:
+        options["weight_decay"] = training.weight_decay
+    lr = training.lr or (1e-2 if base is SGD else 1e-4 if transformer else 1e-3)
+    return base, lr, {**options, **training.options}
+
+
+def _leave_out(optimizer: QASSO, ready: Prepared) -> None:
+    """Let the optimizer hold at zero what the masks leave out already."""
+    kept = {group.name: units for group, units in ready.kept().items()}
+    own = {group.name: kept[group.name] for group in optimizer.groups}
+    if all(len(own[group.name]) == group.size for group in optimizer.groups):
+        return
+    state = optimizer.state_dict()
+    state["qasso"] |= {"kept": own, "chosen": own}
+    optimizer.load_state_dict(state)
+
+
+def _cosine(steps: int) -> Callable[[Optimizer], LRScheduler]:
+    """Up in a straight line over the first twentieth of the run, 100 steps at most, then a cosine down to 0."""
+    rising = min(100, max(1, steps // 20))
+
+    def factor(step: int) -> float:
+        falling = max(step - rising, 0) / max(steps - rising, 1)
+        return min((step + 1) / rising, 1.0) * 0.5 * (1 + math.cos(math.pi * falling))
+
+    return lambda optimizer: LambdaLR(optimizer, factor)
+
+
+def _about_model(ready: Prepared) -> dict[str, str]:
+    """What tells one prepared module from another: by shapes, as weights are the checkpoint's."""
+    session = ready.session
+    tensors = "\n".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in ready.state_dict().items())
+    digest = hashlib.sha256(tensors.encode()).hexdigest()[:16]
+    limits = sorted({(site.low, site.high) for site in session.sites})
+    return {
+        "model": type(session.plan.model).__name__,
+        "tensors": digest,
+        "bits": str(session.bits),
+        "layer bits": ", ".join(f"{low} to {high}" for low, high in limits),
+    }
+
+
+def _about_training(training: Training, data: Iterable[Any], lr: float, base: type[Optimizer]) -> dict[str, str]:
+    options = {name: training.options[name] for name in sorted(training.options)}
+    return {
+        "batches": str(_length(data)),
+        "optimizer": base.__name__,
+        "lr": str(lr),
+        "lr_quant": str(training.lr_quant),
+        "weight_decay": str(training.weight_decay),
+        "options": str(options),
+        "scheduler": "cosine" if training.scheduler is None else _name(training.scheduler),
+        "accumulate": str(training.accumulate),
+        "clip_norm": str(training.clip_norm),
+        "epochs": str(training.epochs),
+    }
+
+
+def _name(found: Any) -> str:
+    """The same in each process, unlike repr."""
+    return str(getattr(found, "__qualname__", type(found).__qualname__))
+
+
+def _length(data: Any) -> int | None:
+    """Of a pass, in batches; None where it is not known."""
+    try:
+        return len(data)
+    except TypeError:
+        return None
+
+
+# ------------------------------------------------------------------------------------------------ batches
+def _to(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on `device`, in the same kind of container."""
+    if hasattr(batch, "to"):  # a tensor, or what Hugging Face's tokenizers return
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {name: _to(value, device) for name, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_to(value, device) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_to(value, device) for value in batch)
+    return batch
+
+
+def _finite(value: Any) -> bool:
+    return not isinstance(value, Tensor) or not value.is_floating_point() or bool(torch.isfinite(value).all())
+
+
+def _words(stage: Stage) -> str:
+    return {Stage.WARMUP: "warm-up", Stage.COOLDOWN: "cool-down"}.get(stage, stage.name.lower())

@@ -1,0 +1,84 @@
+"""Training on several processes: all ranks keep the same units, bits and weights, those of one process."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import graphcomp as gc
+
+STEPS, BATCH = 14, 16
+
+
+class Net(nn.Module):
+    """Without batch norm, whose statistics are those of one process."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 12, 3, padding=1)
+        self.norm = nn.GroupNorm(1, 12)
+        self.conv2 = nn.Conv2d(12, 16, 3, stride=2)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.conv1(x)))
+        return self.head(torch.relu(self.conv2(x)).mean((2, 3)))
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(BATCH, 3, 8, 8, generator=generator), torch.randint(0, 5, (BATCH,), generator=generator))
+        for _ in range(STEPS)
+    ]
+
+
+def train(wrap, rank=0, ranks=1):
+    """Weights, bits and units after a schedule, on this rank's share of each batch."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    ready = gc.prepare(Net().double(), data()[0][0][:4].double(), bits=(4, 8), prune=("channel", "width", "hidden"))
+    ready.train()
+    schedule = gc.Schedule(STEPS, warmup=2, projection=3, joint=5, projection_periods=3, pruning_periods=2)
+    optimizer = gc.QASSO(ready, torch.optim.AdamW, lr=1e-3, lr_quant=1e-3, sparsity=0.4, schedule=schedule)
+    model = wrap(ready)
+    for x, y in data():
+        share = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[share].double()), y[share]).backward()
+        optimizer.step()
+    weights = {name: p.detach() for name, p in ready.named_parameters()}
+    units = {group.name: units for group, units in ready.kept().items()}
+    return weights, optimizer.bank.bits(), units, optimizer.removed
+
+
+def _rank(rank, port, folder):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        found = train(nn.parallel.DistributedDataParallel, rank, 2)
+        torch.save(found, os.path.join(folder, f"{rank}.pt"))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
+def test_two_processes_train_the_model_that_one_trains(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    alone = train(lambda module: module)
+    for name, weight in first[0].items():
+        assert torch.equal(weight, second[0][name]), name  # ranks agree bit for bit
+        assert torch.allclose(weight, alone[0][name], rtol=1e-6, atol=1e-9), name
+    assert torch.equal(first[1], second[1])
+    assert torch.allclose(first[1], alone[1], atol=1e-6)
+    for name, units in alone[2].items():
+        assert torch.equal(first[2][name], units) and torch.equal(second[2][name], units)
+    assert first[3] == second[3] == alone[3] > 0

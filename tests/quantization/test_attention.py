@@ -1,0 +1,99 @@
+"""Attention written out computes what the one op computes, and its products are quantized."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import graphcomp as gc
+from graphcomp.capture import capture
+from graphcomp.quantization.attention import FUSED, WriteOutAttention
+from graphcomp.quantization.law import check_lowering
+from graphcomp.quantization.placement import place
+from graphcomp.quantization.ptq import PostTraining, quantize
+from graphcomp.quantization.spec import QuantConfig
+
+aten = torch.ops.aten
+
+
+class Attends(nn.Module):
+    """Queries (b, 4, s, 8), keys (b, h, t, 8), values (b, h, t, 6) -> (b, 4, s, 6)."""
+
+    def __init__(self, mask: Tensor | None = None, **options: Any) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+        self.options = options
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, **self.options)
+
+
+def operands(heads: int = 4, s: int = 5, t: int = 7) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(2, 4, s, 8), torch.randn(2, heads, t, 8), torch.randn(2, heads, t, 6)
+
+
+SEEN = torch.rand(5, 7) > 0.4
+SEEN[:, 0] = True
+CASES: dict[str, tuple[nn.Module, tuple[Tensor, Tensor, Tensor]]] = {
+    "plain": (Attends(), operands()),
+    "scale": (Attends(scale=0.3), operands()),
+    "causal": (Attends(is_causal=True), operands(s=7)),
+    "causal, oblong": (Attends(is_causal=True), operands()),
+    "a mask of floats": (Attends(torch.randn(5, 7)), operands()),
+    "a mask of truth values": (Attends(SEEN), operands()),
+    "grouped queries": (Attends(enable_gqa=True), operands(heads=2)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_computes_the_same(name: str) -> None:
+    model, inputs = CASES[name]
+    captured = capture(model, inputs).module
+    before = [node.name for node in captured.graph.nodes]
+    written = WriteOutAttention()(captured)
+    assert not any(node.target in FUSED for node in written.graph.nodes)
+    assert [node.name for node in captured.graph.nodes] == before
+    torch.testing.assert_close(written(*inputs), model(*inputs))
+    node = next(node for node in written.graph.nodes if "scaled_dot_product_attention" in node.name)
+    assert node.target is aten.matmul.default and node.meta["val"].shape[1:] == model(*inputs).shape[1:]
+
+
+def test_attention_with_dropout_stays() -> None:
+    captured = capture(Attends(), operands()).module
+    (node,) = (node for node in captured.graph.nodes if node.target in FUSED)
+    node.kwargs = {**node.kwargs, "dropout_p": 0.1}
+    written = WriteOutAttention()(captured)
+    assert [node.target for node in written.graph.nodes if node.target in FUSED] == [node.target]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_law_3(name: str) -> None:
+    model, inputs = CASES[name]
+    found = quantize(capture(model, inputs).module, [inputs], PostTraining(QuantConfig(attention=True)))
+    error = check_lowering(found.fake, found.lowered, inputs)
+    assert error.steps <= 1.001 and len(found.lowered.activations) >= 4
+    assert [(layer.weight_bits, layer.activation_bits) for layer in found.lowered.layers] == [(8, 8)] * 2
+
+
+def test_attention_that_stays_float_is_named() -> None:
+    captured = capture(Attends(), operands()).module
+    (reason,) = place(captured, QuantConfig()).left_float.values()
+    assert "attention in one op" in reason
+    assert not place(captured, QuantConfig(activations=None)).left_float
+
+
+def test_bit_operations_of_attention() -> None:
+    model, inputs = CASES["plain"]
+    options = {"sparsity": 0, "progress": False}
+    ratio = {
+        flag: gc.compress(
+            model, inputs, quantization=PostTraining(QuantConfig(attention=flag)), **options
+        ).report.bops_attention.ratio
+        for flag in (False, True)
+    }
+    assert ratio == {False: 1.0, True: 64 / 1024}
