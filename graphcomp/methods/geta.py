@@ -314,7 +314,7 @@ class QASSO(Optimizer):
                 return allocate(
                     self.groups,
                     scores,
-                    sparsity=min(fewer / self.total, self.sparsity),
+                    sparsity=min(fewer / self.total, self.sparsity or 1.0),  # never named as 1.0, which nobody asked
                     normalize=self.normalize,
                     round_to=self.round_to,
                     max_group_sparsity=self.max_group_sparsity,
