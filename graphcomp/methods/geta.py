@@ -28,6 +28,7 @@ from graphcomp.pruning.evidence import Evidence, Scores
 from graphcomp.pruning.saliency import Saliency, named
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.geta import GetaQuantizer
+from graphcomp.quantization.spec import check_bits
 
 FORMAT = 1
 """Of what `QASSO.state_dict` returns."""
@@ -80,7 +81,7 @@ class QASSO(Optimizer):
             not enough.
         schedule: the stages, or the number of steps of a default one. With `accumulation` of gradients: of optimizer
             steps.
-        bits: a narrower range than the one the module was prepared with.
+        bits: a narrower range than the one the module was prepared with; an int: exactly these.
         saliency: how units are ranked: GETA's mix, or any of `graphcomp.pruning.saliency` that needs weights and
             gradients at most.
         normalize: what the scores of a group are divided by before groups are compared: "none" (GETA), "mean", "max",
@@ -111,7 +112,7 @@ class QASSO(Optimizer):
         params: Iterable[Any] | None = None,
         sparsity: float | None = None,
         budget: Budget | None = None,
-        bits: tuple[int, int] | None = None,
+        bits: int | tuple[int, int] | None = None,
         saliency: str | Saliency = "geta",
         normalize: Normalize = "none",
         forgetting: Literal["descent", "uniform"] = "descent",
@@ -474,22 +475,33 @@ def _check_options(eta: float, xi: float, forgetting: str, prunes: bool, clamp: 
         raise NothingToPrune("nothing can be pruned", why=session.no_groups, fix="sparsity=0")
 
 
-def _range(sites: Sequence[Site], bits: tuple[int, int] | None) -> tuple[list[float], list[float]]:
+def _range(sites: Sequence[Site], bits: int | tuple[int, int] | None) -> tuple[Sequence[float], Sequence[float]]:
     """The fewest and the most bits of each quantizer.
 
     Raises:
-        PlanError: `bits` is not within what the module was prepared with, or it has no quantizers.
+        PlanError: `bits` is not within what the module, or one of its layers, was prepared with, or it has no quantizers.
     """
-    low, high = [float(site.low) for site in sites], [float(site.high) for site in sites]
-    if bits is None:
-        return low, high
-    if not sites:
+    ranges = [(float(site.low), float(site.high)) for site in sites]
+    if bits is not None and not sites:
         raise PlanError(
             "bits of a module without quantizers", fix="graphcomp.prepare(model, example_inputs, bits=(4, 8))"
         )
-    wide = min(low), max(high)
-    if not wide[0] <= bits[0] <= bits[1] <= wide[1]:
-        raise PlanError(
-            f"bits={bits!r} are not within the {wide} that the module was prepared with", fix=f"bits={wide}"
-        )
-    return [max(b, float(bits[0])) for b in low], [min(b, float(bits[1])) for b in high]
+    if bits is not None:
+        least, most = (bits, bits) if isinstance(bits, int) else bits
+        wide = min(site.low for site in sites), max(site.high for site in sites)
+        for asked in (least, most):
+            check_bits(asked)
+        if not wide[0] <= least <= most <= wide[1]:
+            raise PlanError(
+                f"bits={bits!r} are not within the {wide} that the module was prepared with", fix=f"bits={wide}"
+            )
+        ranges = [(max(low, least), min(high, most)) for low, high in ranges]
+        for site, (low, high) in zip(sites, ranges, strict=True):
+            if low > high:
+                own = site.low, site.high
+                raise PlanError(
+                    f"bits={bits!r} are not within the {own} of {site.layer}",
+                    why="the module was prepared with a range of its own for that layer",
+                    fix=f"bits={wide}",
+                )
+    return [low for low, _ in ranges], [high for _, high in ranges]
