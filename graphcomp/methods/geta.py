@@ -147,6 +147,8 @@ class QASSO(Optimizer):
         learned = _quantizer_parameters(self.ready)
         self._learned = [p for p in learned if p.requires_grad]
         lr_quant = (1e-4 if transformer else 1e-3) if lr_quant is None else lr_quant
+        if not lr_quant >= 0:  # torch checks that of the weights alone
+            raise PlanError(f"lr_quant={lr_quant!r} is not 0 or positive", fix="lr_quant=1e-3")
         self.base = base(_param_groups(self.ready, params, learned, lr_quant), lr=lr, **options)  # type: ignore[call-arg]
         super().__init__(self.base.param_groups, self.base.defaults)
         self._share_with_base()
@@ -469,7 +471,7 @@ def _check_options(eta: float, xi: float, forgetting: str, prunes: bool, clamp: 
             raise PlanError(f"{name}={value!r} is not between 0 and 1", fix=f"{name}=0.9")
     if forgetting not in ("descent", "uniform"):
         raise PlanError(f"forgetting={forgetting!r}", fix='forgetting="descent" or forgetting="uniform"')
-    if clamp <= 0:
+    if not clamp > 0:
         raise PlanError(f"max_quantizer_gradient={clamp!r} is not positive", fix="max_quantizer_gradient=1.0")
     if prunes and not session.groups:
         raise NothingToPrune("nothing can be pruned", why=session.no_groups, fix="sparsity=0")
