@@ -253,10 +253,7 @@ class QASSO(Optimizer):
 
     def _choose(self, moment: Moment, weights: Mapping[str, Tensor]) -> None:
         """At the start of a period: which units it will forget."""
-        updates = {name: weight - self._parameters[name] for name, weight in weights.items()}
-        made = {replace(group, members=tuple(_makers(group))): group for group in self.groups}
-        evidence = Movement(self.ready.session.quantized, tuple(made), weights=weights, updates=updates)
-        scores = {made[copy]: values for copy, values in self.saliency(evidence).items()}
+        scores = self._scores(weights, {name: weight - self._parameters[name] for name, weight in weights.items()})
         periods_left = self.schedule.pruning_periods - moment.period
         wanted: Kept | None = None
         if self.target is not None and self.sparsity is None:
@@ -267,6 +264,11 @@ class QASSO(Optimizer):
         if self.target is not None and self.sparsity is not None and periods_left == 1:
             self.chosen = self._affordable(self.target, scores, self.chosen)
         self._activate()
+
+    def _scores(self, weights: Mapping[str, Tensor], updates: Mapping[str, Tensor]) -> Scores:
+        made = {replace(group, members=tuple(_makers(group))): group for group in self.groups}
+        evidence = Movement(self.ready.session.quantized, tuple(made), weights=weights, updates=updates)
+        return {made[copy]: values for copy, values in self.saliency(evidence).items()}
 
     def _within_budget(self, target: Target, scores: Scores) -> Kept:
         """What is left when the budget holds with the bits that there are now; with the fewest, where it cannot."""
@@ -286,7 +288,14 @@ class QASSO(Optimizer):
         return chosen
 
     def _check_reachable(self) -> None:
-        """Raise BudgetError now rather than when the joint stage has begun."""
+        """Raise PlanError and BudgetError now rather than when the joint stage has begun."""
+        if self.sparsity != 0:
+            if self.schedule.lengths[2] == 0:
+                raise PlanError(
+                    "the schedule has no joint stage", why="that is where units go", fix="Schedule(steps, joint=0.2)"
+                )
+            own = {name: self._parameters[name].detach() for name in self._made}
+            self._scores(own, own)  # a saliency that needs data says so
         scores = {group: torch.ones(group.size) for group in self.groups}
         if self.sparsity is not None:
             self._final = units_to_remove(self.sparsity, self.total)
