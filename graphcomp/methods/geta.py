@@ -25,7 +25,7 @@ from graphcomp.methods.schedule import Moment, Schedule, Stage
 from graphcomp.methods.target import BY_COST, Target
 from graphcomp.pruning.allocation import Budget, Normalize, allocate, units_to_remove
 from graphcomp.pruning.evidence import Evidence, Scores
-from graphcomp.pruning.saliency import Saliency, named
+from graphcomp.pruning.saliency import Activation, Saliency, named
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.geta import GetaQuantizer
 from graphcomp.quantization.spec import check_bits
@@ -125,6 +125,10 @@ class QASSO(Optimizer):
     ) -> None:
         self.ready = unwrapped(ready)
         session = self.ready.session
+        if not isinstance(base, type):
+            raise PlanError(f"base is a {type(base).__name__}", why="QASSO makes its own", fix="base=torch.optim.AdamW")
+        if not isinstance(schedule, (int, Schedule)):
+            raise PlanError(f"schedule={schedule!r}", fix="schedule=graphcomp.Schedule(steps=5000)")
         transformer = any(group.role == "head" for group in session.plan.groups)
         self.schedule = Schedule.of(schedule, transformer=transformer) if isinstance(schedule, int) else schedule
         sparsity = 0.5 if sparsity is None and budget is None else sparsity
@@ -294,8 +298,14 @@ class QASSO(Optimizer):
                 raise PlanError(
                     "the schedule has no joint stage", why="that is where units go", fix="Schedule(steps, joint=0.2)"
                 )
+            if isinstance(self.saliency, Activation):
+                raise PlanError(
+                    "saliency='activation' needs activations",
+                    why="a step shows weights and updates",
+                    fix="saliency='geta'",
+                )
             own = {name: self._parameters[name].detach() for name in self._made}
-            self._scores(own, own)  # a saliency that needs data says so
+            self._scores(own, own)  # a saliency that finds nothing to go by says so
         scores = {group: torch.ones(group.size) for group in self.groups}
         if self.sparsity is not None:
             self._final = units_to_remove(self.sparsity, self.total)
@@ -490,7 +500,7 @@ def _range(sites: Sequence[Site], bits: int | tuple[int, int] | None) -> tuple[S
     """The fewest and the most bits of each quantizer.
 
     Raises:
-        PlanError: `bits` is not within what the module, or one of its layers, was prepared with, or it has no quantizers.
+        PlanError: `bits` is not within what the module or one of its layers was prepared with, or it has no quantizers.
     """
     ranges = [(float(site.low), float(site.high)) for site in sites]
     if bits is not None and not sites:
