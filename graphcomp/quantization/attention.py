@@ -32,7 +32,7 @@ class WriteOutAttention:
     """Replace every `scaled_dot_product_attention` without dropout by two products and a softmax.
 
     It computes the same up to rounding, but for queries whose mask hides every key, as padding has them: they get the
-    mean of all values, where the one op gives 0. To find them would take as long as integers save.
+    mean of all values, where the one op gives 0. To find them would take more time than integers save.
     """
 
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
