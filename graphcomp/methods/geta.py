@@ -25,9 +25,10 @@ from graphcomp.methods.schedule import Moment, Schedule, Stage
 from graphcomp.methods.target import BY_COST, Target
 from graphcomp.pruning.allocation import Budget, Normalize, allocate, units_to_remove
 from graphcomp.pruning.evidence import Evidence, Scores
-from graphcomp.pruning.saliency import Saliency, named
+from graphcomp.pruning.saliency import Activation, Saliency, named
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.geta import GetaQuantizer
+from graphcomp.quantization.spec import check_bits
 
 FORMAT = 1
 """Of what `QASSO.state_dict` returns."""
@@ -80,7 +81,7 @@ class QASSO(Optimizer):
             not enough.
         schedule: the stages, or the number of steps of a default one. With `accumulation` of gradients: of optimizer
             steps.
-        bits: a narrower range than the one the module was prepared with.
+        bits: a narrower range than the one the module was prepared with; an int: exactly these.
         saliency: how units are ranked: GETA's mix, or any of `graphcomp.pruning.saliency` that needs weights and
             gradients at most.
         normalize: what the scores of a group are divided by before groups are compared: "none" (GETA), "mean", "max",
@@ -111,7 +112,7 @@ class QASSO(Optimizer):
         params: Iterable[Any] | None = None,
         sparsity: float | None = None,
         budget: Budget | None = None,
-        bits: tuple[int, int] | None = None,
+        bits: int | tuple[int, int] | None = None,
         saliency: str | Saliency = "geta",
         normalize: Normalize = "none",
         forgetting: Literal["descent", "uniform"] = "descent",
@@ -123,7 +124,12 @@ class QASSO(Optimizer):
         **options: Any,
     ) -> None:
         self.ready = unwrapped(ready)
+        _check_whole(self.ready)
         session = self.ready.session
+        if not isinstance(base, type):
+            raise PlanError(f"base is a {type(base).__name__}", why="QASSO makes its own", fix="base=torch.optim.AdamW")
+        if not isinstance(schedule, (int, Schedule)):
+            raise PlanError(f"schedule={schedule!r}", fix="schedule=graphcomp.Schedule(steps=5000)")
         transformer = any(group.role == "head" for group in session.plan.groups)
         self.schedule = Schedule.of(schedule, transformer=transformer) if isinstance(schedule, int) else schedule
         sparsity = 0.5 if sparsity is None and budget is None else sparsity
@@ -146,6 +152,8 @@ class QASSO(Optimizer):
         learned = _quantizer_parameters(self.ready)
         self._learned = [p for p in learned if p.requires_grad]
         lr_quant = (1e-4 if transformer else 1e-3) if lr_quant is None else lr_quant
+        if not lr_quant >= 0:  # torch checks that of the weights alone
+            raise PlanError(f"lr_quant={lr_quant!r} is not 0 or positive", fix="lr_quant=1e-3")
         self.base = base(_param_groups(self.ready, params, learned, lr_quant), lr=lr, **options)  # type: ignore[call-arg]
         super().__init__(self.base.param_groups, self.base.defaults)
         self._share_with_base()
@@ -250,10 +258,7 @@ class QASSO(Optimizer):
 
     def _choose(self, moment: Moment, weights: Mapping[str, Tensor]) -> None:
         """At the start of a period: which units it will forget."""
-        updates = {name: weight - self._parameters[name] for name, weight in weights.items()}
-        made = {replace(group, members=tuple(_makers(group))): group for group in self.groups}
-        evidence = Movement(self.ready.session.quantized, tuple(made), weights=weights, updates=updates)
-        scores = {made[copy]: values for copy, values in self.saliency(evidence).items()}
+        scores = self._scores(weights, {name: weight - self._parameters[name] for name, weight in weights.items()})
         periods_left = self.schedule.pruning_periods - moment.period
         wanted: Kept | None = None
         if self.target is not None and self.sparsity is None:
@@ -264,6 +269,11 @@ class QASSO(Optimizer):
         if self.target is not None and self.sparsity is not None and periods_left == 1:
             self.chosen = self._affordable(self.target, scores, self.chosen)
         self._activate()
+
+    def _scores(self, weights: Mapping[str, Tensor], updates: Mapping[str, Tensor]) -> Scores:
+        made = {replace(group, members=tuple(_makers(group))): group for group in self.groups}
+        evidence = Movement(self.ready.session.quantized, tuple(made), weights=weights, updates=updates)
+        return {made[copy]: values for copy, values in self.saliency(evidence).items()}
 
     def _within_budget(self, target: Target, scores: Scores) -> Kept:
         """What is left when the budget holds with the bits that there are now; with the fewest, where it cannot."""
@@ -283,7 +293,20 @@ class QASSO(Optimizer):
         return chosen
 
     def _check_reachable(self) -> None:
-        """Raise BudgetError now rather than when the joint stage has begun."""
+        """Raise PlanError and BudgetError now rather than when the joint stage has begun."""
+        if self.sparsity != 0:
+            if self.schedule.lengths[2] == 0:
+                raise PlanError(
+                    "the schedule has no joint stage", why="that is where units go", fix="Schedule(steps, joint=0.2)"
+                )
+            if isinstance(self.saliency, Activation):
+                raise PlanError(
+                    "saliency='activation' needs activations",
+                    why="a step shows weights and updates",
+                    fix="saliency='geta'",
+                )
+            own = {name: self._parameters[name].detach() for name in self._made}
+            self._scores(own, own)  # a saliency that finds nothing to go by says so
         scores = {group: torch.ones(group.size) for group in self.groups}
         if self.sparsity is not None:
             self._final = units_to_remove(self.sparsity, self.total)
@@ -412,6 +435,18 @@ class QASSO(Optimizer):
 
 
 # ------------------------------------------------------------------------------------------------ setting up
+def _check_whole(ready: Prepared) -> None:
+    """Raise PlanError where parameters are sharded over processes: units are scored, forgotten and cut whole."""
+    for name, parameter in ready.named_parameters():
+        if hasattr(parameter, "device_mesh"):  # a DTensor, whose module is not there in every build of torch
+            raise PlanError(
+                "the module is sharded (FSDP2, fully_shard), which QASSO cannot train",
+                at=f"parameter '{name}'",
+                why="each process holds a part of the rows, and units are scored and forgotten whole",
+                fix="torch.nn.parallel.DistributedDataParallel(ready)",
+            )
+
+
 def _makers(group: ChannelGroup) -> list[Member]:
     """The parameters whose slices a unit is made of; what reads it is none of it."""
     return [member for member in group.producers if member.is_parameter]
@@ -469,28 +504,39 @@ def _check_options(eta: float, xi: float, forgetting: str, prunes: bool, clamp: 
             raise PlanError(f"{name}={value!r} is not between 0 and 1", fix=f"{name}=0.9")
     if forgetting not in ("descent", "uniform"):
         raise PlanError(f"forgetting={forgetting!r}", fix='forgetting="descent" or forgetting="uniform"')
-    if clamp <= 0:
+    if not clamp > 0:
         raise PlanError(f"max_quantizer_gradient={clamp!r} is not positive", fix="max_quantizer_gradient=1.0")
     if prunes and not session.groups:
         raise NothingToPrune("nothing can be pruned", why=session.no_groups, fix="sparsity=0")
 
 
-def _range(sites: Sequence[Site], bits: tuple[int, int] | None) -> tuple[list[float], list[float]]:
+def _range(sites: Sequence[Site], bits: int | tuple[int, int] | None) -> tuple[Sequence[float], Sequence[float]]:
     """The fewest and the most bits of each quantizer.
 
     Raises:
-        PlanError: `bits` is not within what the module was prepared with, or it has no quantizers.
+        PlanError: `bits` is not within what the module or one of its layers was prepared with, or it has no quantizers.
     """
-    low, high = [float(site.low) for site in sites], [float(site.high) for site in sites]
-    if bits is None:
-        return low, high
-    if not sites:
+    ranges = [(float(site.low), float(site.high)) for site in sites]
+    if bits is not None and not sites:
         raise PlanError(
             "bits of a module without quantizers", fix="graphcomp.prepare(model, example_inputs, bits=(4, 8))"
         )
-    wide = min(low), max(high)
-    if not wide[0] <= bits[0] <= bits[1] <= wide[1]:
-        raise PlanError(
-            f"bits={bits!r} are not within the {wide} that the module was prepared with", fix=f"bits={wide}"
-        )
-    return [max(b, float(bits[0])) for b in low], [min(b, float(bits[1])) for b in high]
+    if bits is not None:
+        least, most = (bits, bits) if isinstance(bits, int) else bits
+        wide = min(site.low for site in sites), max(site.high for site in sites)
+        for asked in (least, most):
+            check_bits(asked)
+        if not wide[0] <= least <= most <= wide[1]:
+            raise PlanError(
+                f"bits={bits!r} are not within the {wide} that the module was prepared with", fix=f"bits={wide}"
+            )
+        ranges = [(max(low, least), min(high, most)) for low, high in ranges]
+        for site, (low, high) in zip(sites, ranges, strict=True):
+            if low > high:
+                own = site.low, site.high
+                raise PlanError(
+                    f"bits={bits!r} are not within the {own} of {site.layer}",
+                    why="the module was prepared with a range of its own for that layer",
+                    fix=f"bits={wide}",
+                )
+    return [low for low, _ in ranges], [high for _, high in ranges]

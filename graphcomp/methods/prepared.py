@@ -244,6 +244,7 @@ def _as_prepared(masked: fx.GraphModule, name: str, groups: int) -> Prepared:
 def _sites(graph: fx.GraphModule, bits: tuple[int, int], layer_bits: Mapping[str, tuple[int, int]]) -> tuple[Site, ...]:
     constant = constants_with_quantizers(graph)
     found: dict[str, Site] = {}
+    unmatched = set(layer_bits)
     for node, _ in quantizer_nodes(graph):
         (source,) = node.all_input_nodes
         is_weight = node in constant
@@ -253,9 +254,16 @@ def _sites(graph: fx.GraphModule, bits: tuple[int, int], layer_bits: Mapping[str
         for pattern, own in layer_bits.items():
             if any(matches(pattern, path) for path in paths):
                 low, high = own
+                unmatched.discard(pattern)
         if str(node.target) not in found:
             parameter = _parameter_of(graph, source) if is_weight else ""
             found[str(node.target)] = Site(str(node.target), layer, parameter, is_weight, low, high)
+    if unmatched:
+        layers = dict.fromkeys(site.layer for site in found.values() if site.is_weight)
+        raise PlanError(
+            f"layer_bits names {', '.join(sorted(unmatched))}, which is no module with a quantizer",
+            fix=f"quantized layers: {', '.join(layers)}",
+        )
     return tuple(found.values())
 
 
