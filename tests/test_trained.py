@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import graphcomp as gc
+from tests.marks import slow
 from tests.methods.runs import SCHEDULE, batch, bits_of, ready_of, same, state_of, train
 
 
@@ -19,7 +20,7 @@ def trained(name: str, sparsity: float = 0.4, **options: object) -> gc.Prepared:
     return ready
 
 
-@pytest.mark.parametrize("name", ["residual", "vit", "encoder", "decoder", "upsample", "dense"])
+@pytest.mark.parametrize("name", ["residual", "decoder", *slow("vit", "encoder", "upsample", "dense")])
 def test_trained_sliced_and_folded_compute_the_same(name):
     ready = trained(name, bits=(4, 8))
     small = gc.finalize(ready)

@@ -11,15 +11,17 @@ from torch import nn
 import graphcomp as gc
 from graphcomp.methods.prepared import unwrapped
 from graphcomp.quantization.quantizers.base import Quantizer
+from tests.marks import slow
 from tests.quantization.models import encoder
 
 from .runs import MODELS, SCHEDULE, batch, bits_of, model_of, ready_of, same, state_of, train
 
+SOME = ["dense", "decoder", "mlp", *slow(*(name for name in MODELS if name not in ("dense", "decoder", "mlp")))]
 PREFIXES = ("graphcomp_quantizers.", "graphcomp_mask_")
 
 
 # ------------------------------------------------------------------------------------------------ the model
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", SOME)
 def test_names_are_the_models_and_those_of_quantizers_and_masks(name):
     model, ready = model_of(name), ready_of(name, bits=(4, 8))
     own = {key for key in ready.state_dict() if not key.startswith(PREFIXES)}
@@ -34,20 +36,20 @@ def test_names_are_the_models_and_those_of_quantizers_and_masks(name):
     assert twin.state_dict().keys() == ready.state_dict().keys()
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", SOME)
 def test_without_quantizers_it_computes_what_the_model_computes(name):
     model, ready = model_of(name).eval(), ready_of(name, bits=None).eval()
     assert torch.equal(ready(*batch(name, 1)), model(*batch(name, 1)))
 
 
 def test_sixteen_bits_are_close_and_two_are_not():
-    model, x = model_of("vit").eval(), batch("vit")
+    model, x = model_of("mlp").eval(), batch("mlp")
     close, far = (gc.prepare(model, x, bits=bits)(*x) for bits in (16, 2))
     expected = model(*x)
     assert (close - expected).norm() < 1e-3 * expected.norm() < (far - expected).norm()
 
 
-@pytest.mark.parametrize("name", ["residual", "decoder"])
+@pytest.mark.parametrize("name", ["dense", *slow("residual", "decoder")])
 def test_the_users_model_is_unchanged(name):
     model = model_of(name).train()
     before, ids = state_of(model), {key: id(p) for key, p in model.named_parameters()}
