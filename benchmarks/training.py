@@ -4,12 +4,12 @@
     python -m benchmarks.training --models resnet20 --threads 1 --rounds 40
     python -m benchmarks.training --compiled                     # the same through torch.compile (needs a C++ compiler)
 
-A step is forward, backward and SGD with momentum. The fake-quantized variants are what
-`graphcomp.prepare` returns, first with SGD as it is, then with QASSO in each of its stages (weights and activations,
-4 to 8 bits, half of the units to go). The variants take turns, one step each, so that whatever else the
-machine does meets all of them: ratios are those of neighbouring steps, their median and their quartiles. With one
-thread CPU time counts, with more the time on the clock. Memory is what a step holds at most when the backward pass
-starts: tensors saved for it (each storage once), parameters, gradients, and the optimizer's state.
+A step is forward, backward and SGD with momentum. The fake-quantized variants are what `graphcomp.prepare` returns,
+first with SGD as it is, then with QASSO in each of its stages (weights and activations, 4 to 8 bits, half of the units
+to go). The variants take turns, one step each, so that whatever else the machine does meets all of them: ratios are
+those of neighbouring steps, their median and their quartiles. With one thread CPU time counts, with more the time on
+the clock. Memory is what a step holds when the backward pass starts, and gradients: tensors saved for it (each storage
+once), parameters, buffers, and the optimizer's state.
 
 Freed memory stays with the process (glibc is told so), as under jemalloc and tcmalloc. Else large tensors are given
 back to the system and faulted in again, which costs a step up to 15 %, by chance the one variant or the other.

@@ -126,7 +126,7 @@ def compress(
             model can hold) and "width" in groups that layer, RMS or group norms take statistics over.
         round_to: the number of units kept in each group is a multiple of it.
         budget: a target on parameters, MACs, bit operations or bytes instead of `sparsity`. Bit operations count the
-            bits that the layers are quantized to; bytes are those of the cut model in floats.
+            bits that the layers are quantized to.
         scope: compress one submodule; the result holds the whole model with that part replaced.
         outputs: names of the outputs that matter.
         verify: check on the example inputs that sliced equals masked; the error stands in the report. (That the

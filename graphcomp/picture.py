@@ -37,6 +37,8 @@ def plot(folder: str | Path, path: str | Path) -> None:
     _draw(axes[0], lines, {"units removed": "sparsity"})
     _draw(axes[1], lines, {"weights": "weight_bits", "activations": "activation_bits"})
     _draw(axes[2], lines, {"loss": "loss"})
+    for ax in axes[:2]:
+        ax.set_ylim(bottom=0)
     for ax, title in zip(axes, ("share of units removed", "mean bits", "loss"), strict=True):
         ax.set_ylabel(title)
     axes[1].legend(loc="best")

@@ -223,15 +223,6 @@ def test_kept_units_that_are_none(kept):
         gc.slice_groups(plan, {plan.groups[0]: torch.tensor(kept, dtype=torch.int64)})
 
 
-def test_training_is_refused_for_now():
-    with pytest.raises(gc.NotBuiltError, match="learned in training"):
-        gc.compress(MLP(), X, bits=(4, 8))
-    with pytest.raises(gc.NotBuiltError):
-        gc.prepare(MLP(), X)
-    with pytest.raises(gc.NotBuiltError):
-        gc.compress(MLP(), X, method="geta")
-
-
 @pytest.mark.parametrize("bits", [1, 0, -4, 17, 8.0, True, "8"])
 def test_bits_outside_range(bits):
     with pytest.raises(gc.PlanError, match="bits"):

@@ -30,11 +30,21 @@ RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 
 
 def test_public_names():
-    assert sorted(graphcomp.__all__) == graphcomp.__all__
+    assert len(set(graphcomp.__all__)) == len(graphcomp.__all__)  # ruff keeps their order
     assert {name for name in graphcomp.__all__ if not hasattr(graphcomp, name)} == set()
-    assert {"compress", "analyze", "prepare", "finalize", "load", "slice_groups", "rule", "Budget"} <= set(
-        graphcomp.__all__
-    )
+    asked = {
+        "compress",
+        "analyze",
+        "prepare",
+        "finalize",
+        "load",
+        "slice_groups",
+        "rule",
+        "Budget",
+        "QASSO",
+        "Schedule",
+    }
+    assert asked <= set(graphcomp.__all__)
 
 
 def _part(path: Path) -> str:

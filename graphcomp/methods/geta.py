@@ -124,6 +124,7 @@ class QASSO(Optimizer):
         **options: Any,
     ) -> None:
         self.ready = unwrapped(ready)
+        _check_whole(self.ready)
         session = self.ready.session
         if not isinstance(base, type):
             raise PlanError(f"base is a {type(base).__name__}", why="QASSO makes its own", fix="base=torch.optim.AdamW")
@@ -332,11 +333,12 @@ class QASSO(Optimizer):
             BudgetError: that is impossible, for the last count; others are lowered until they can be met.
         """
         for fewer in range(count, max(count - self.round_to, self.removed, 0) - 1, -1):
+            share = fewer / self.total  # 1 where the sparsity rounds to all units: it is refused as itself
             try:
                 return allocate(
                     self.groups,
                     scores,
-                    sparsity=min(fewer / self.total, self.sparsity or 1.0),  # never named as 1.0, which nobody asked
+                    sparsity=share if self.sparsity is None else min(share, self.sparsity),
                     normalize=self.normalize,
                     round_to=self.round_to,
                     max_group_sparsity=self.max_group_sparsity,
@@ -433,6 +435,18 @@ class QASSO(Optimizer):
 
 
 # ------------------------------------------------------------------------------------------------ setting up
+def _check_whole(ready: Prepared) -> None:
+    """Raise PlanError where parameters are sharded over processes: units are scored, forgotten and cut whole."""
+    for name, parameter in ready.named_parameters():
+        if hasattr(parameter, "device_mesh"):  # a DTensor, whose module is not there in every build of torch
+            raise PlanError(
+                "the module is sharded (FSDP2, fully_shard), which QASSO cannot train",
+                at=f"parameter '{name}'",
+                why="each process holds a part of the rows, and units are scored and forgotten whole",
+                fix="torch.nn.parallel.DistributedDataParallel(ready)",
+            )
+
+
 def _makers(group: ChannelGroup) -> list[Member]:
     """The parameters whose slices a unit is made of; what reads it is none of it."""
     return [member for member in group.producers if member.is_parameter]

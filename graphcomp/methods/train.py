@@ -51,7 +51,7 @@ class Training:
             with the same arguments, and ends as it would have. None: nothing is written.
         save_every: steps from checkpoint to checkpoint; there is one more at the end.
         keep: so many checkpoints stay, the newest.
-        log_every: steps from one line of metrics to the next.
+        log_every: steps from one line of metrics to the next; there is one more where a stage ends.
 
     Raises:
         PlanError: a number out of range, or the length of the run given twice.
@@ -164,11 +164,11 @@ def parts(training: Training, data: Iterable[Any], phases: Sequence[Phase]) -> l
     shares = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
     found = []
     for phase, steps in zip(phases, shares, strict=True):
-        own = replace(training, epochs=None, steps=steps)
-        if training.schedule is not None:
-            own = replace(own, steps=None, schedule=replace(training.schedule, steps=steps))
         folder = None if training.folder is None else Path(training.folder) / phase.name
-        found.append(replace(own, folder=folder))
+        if training.schedule is None:
+            found.append(replace(training, epochs=None, steps=steps, folder=folder))
+        else:
+            found.append(replace(training, schedule=replace(training.schedule, steps=steps), folder=folder))
     return found
 
 
@@ -348,7 +348,7 @@ class _Run:
             total += value.detach().reshape(()) / len(chunk)
         loss = float(total)
         if not math.isfinite(loss):
-            raise self._not_finite(f"the loss is {loss}", stage, chunk)
+            raise self._not_finite(f"the loss is {loss} at step {self.step + 1}", stage, chunk)
         if self.training.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.weights, self.training.clip_norm)
         self.optimizer.step()
@@ -359,11 +359,10 @@ class _Run:
 
     def _not_finite(self, what: str, stage: Stage, chunk: Sequence[Any]) -> TrainingError:
         saved = None if self.folder is None else self.folder.newest()
-        place = self._place_not_finite()
-        if not place and not all(_finite(leaf) for leaf in pytree.tree_leaves(list(chunk))):
-            place = "the batch"
+        sound = all(_finite(leaf) for leaf in pytree.tree_leaves(list(chunk)))
+        place = self._place_not_finite() if sound else "the batch"
         return TrainingError(
-            f"{what} at step {self.step + 1} of {self.total}, in the {_words(stage)} stage",
+            f"{what} of {self.total}, in the {_words(stage)} stage",
             at=f"{place} holds values that are not finite" if place else "",
             why="" if place else "parameters and batch are finite: the outputs are too large, or the loss has no value",
             fix="a lower lr, or clip_norm=1.0"
@@ -385,7 +384,8 @@ class _Run:
         ends = self.step == self.total
         if self.folder is None:
             return
-        if ends or self.step % self.training.log_every == 0:
+        stage_ends = self.optimizer.stage != self.optimizer.schedule.moment(self.step - 1).stage
+        if ends or stage_ends or self.step == 1 or self.step % self.training.log_every == 0:
             self.folder.log(self._metrics())
             self.losses = []
         if ends or self.step % self.training.save_every == 0:
@@ -411,7 +411,7 @@ class _Run:
         """Mean bits of the quantizers of weights, and of those of activations; None where there are none."""
         bits = self.optimizer.bank.bits().cpu()
         found = (bits[self.is_weight], bits[~self.is_weight])
-        weights, activations = (float(own.mean()) if len(own) else None for own in found)
+        weights, activations = (round(float(own.mean()), 4) if len(own) else None for own in found)
         return weights, activations
 
     def _line(self) -> str:
@@ -426,7 +426,8 @@ class _Run:
     def _save(self) -> None:
         assert self.folder is not None
         if self._place_not_finite():  # the loss of the next step would tell, too late for this checkpoint
-            raise self._not_finite("the module is not finite", self.optimizer.stage, ())
+            stage = self.optimizer.schedule.moment(self.step - 1).stage
+            raise self._not_finite(f"the module is not finite after step {self.step}", stage, ())
         state = {
             "epoch": self.epoch,
             "position": self.position,

@@ -29,10 +29,14 @@ FUSED = frozenset(
 
 @dataclass(frozen=True)
 class WriteOutAttention:
-    """Replace every `scaled_dot_product_attention` without dropout by two products and a softmax."""
+    """Replace every `scaled_dot_product_attention` without dropout by two products and a softmax.
+
+    It computes the same up to rounding, but for queries whose mask hides every key, as padding has them: they get the
+    mean of all values, where the one op gives 0. To find them would take more time than integers save.
+    """
 
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
-        """A new module that computes the same, up to rounding, and shares the tensors of `module`."""
+        """A new module, which shares the tensors of `module`."""
         written, _ = clone(module)
         for node in written.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
             if bind(node)["dropout_p"] == 0:
@@ -45,7 +49,7 @@ class WriteOutAttention:
 def _write_out(node: fx.Node) -> None:
     arguments = bind(node)
     query, key, val, mask = (arguments[name] for name in ("query", "key", "value", "attn_mask"))
-    scale = arguments["scale"]
+    scale, lowest = arguments["scale"], torch.finfo(value(query).dtype).min
     with node.graph.inserting_before(node):
         if arguments["enable_gqa"]:
             each = value(query).shape[-3] // value(key).shape[-3]
@@ -54,18 +58,19 @@ def _write_out(node: fx.Node) -> None:
         scores = _call(node, aten.matmul.default, scaled, _call(node, aten.transpose.int, key, -2, -1))
         if arguments["is_causal"]:
             lower = _call(node, aten.tril.default, _call(node, aten.ones_like.default, scores))
-            scores = _hide(node, scores, lower)
-        if mask is not None:
-            masked = value(mask).dtype is torch.bool
-            scores = _hide(node, scores, mask) if masked else _call(node, aten.add.Tensor, scores, mask)
+            scores = _hide(node, scores, lower, lowest)
+        if mask is not None and value(mask).dtype is torch.bool:
+            scores = _hide(node, scores, mask, lowest)
+        elif mask is not None:
+            scores = _call(node, aten.add.Tensor, scores, _call(node, aten.clamp_min.default, mask, lowest))
         weights = _call(node, aten.softmax.int, scores, -1)
     # the node keeps its name, by which costs find it
     node.target, node.args, node.kwargs = aten.matmul.default, (weights, val), {}
 
 
-def _hide(node: fx.Node, scores: fx.Node, seen: fx.Node) -> fx.Node:
-    """-inf where `seen` is 0 or false."""
-    return _call(node, aten.masked_fill.Scalar, scores, _call(node, aten.eq.Scalar, seen, 0), float("-inf"))
+def _hide(node: fx.Node, scores: fx.Node, seen: fx.Node, lowest: float) -> fx.Node:
+    """`lowest` where `seen` is 0 or false; not -inf, of which a whole row would become NaN."""
+    return _call(node, aten.masked_fill.Scalar, scores, _call(node, aten.eq.Scalar, seen, 0), lowest)
 
 
 def _call(like: fx.Node, target: Any, *arguments: Any) -> fx.Node:

@@ -82,3 +82,19 @@ def test_two_processes_train_the_model_that_one_trains(tmp_path):
     for name, units in alone[2].items():
         assert torch.equal(first[2][name], units) and torch.equal(second[2][name], units)
     assert first[3] == second[3] == alone[3] > 0
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
+def test_a_sharded_module_is_refused():
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        ready = gc.prepare(
+            Net(), data()[0][0][:4], bits=None
+        )  # of the steps of quantizers torch itself says that it shards no scalars
+        fully_shard(ready, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+        with pytest.raises(gc.PlanError, match="DistributedDataParallel"):
+            gc.QASSO(ready, torch.optim.SGD, lr=0.1, schedule=20)
+    finally:
+        dist.destroy_process_group()

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 
 import graphcomp as gc
+from tests.vision import import_torchvision
 
+import_torchvision()  # transformers imports it where it is installed, and takes it for broken on a CPU-only torch
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 

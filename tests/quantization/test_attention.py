@@ -45,6 +45,7 @@ CASES: dict[str, tuple[nn.Module, tuple[Tensor, Tensor, Tensor]]] = {
     "causal": (Attends(is_causal=True), operands(s=7)),
     "causal, oblong": (Attends(is_causal=True), operands()),
     "a mask of floats": (Attends(torch.randn(5, 7)), operands()),
+    "a mask of infinities": (Attends(torch.zeros(5, 7).masked_fill(~SEEN, -torch.inf)), operands()),
     "a mask of truth values": (Attends(SEEN), operands()),
     "grouped queries": (Attends(enable_gqa=True), operands(heads=2)),
 }
@@ -61,6 +62,17 @@ def test_it_computes_the_same(name: str) -> None:
     torch.testing.assert_close(written(*inputs), model(*inputs))
     node = next(node for node in written.graph.nodes if "scaled_dot_product_attention" in node.name)
     assert node.target is aten.matmul.default and node.meta["val"].shape[1:] == model(*inputs).shape[1:]
+
+
+@pytest.mark.parametrize("hidden", [False, -torch.inf])
+def test_queries_that_see_nothing_get_the_mean_of_the_values(hidden: float) -> None:
+    mask = SEEN.clone() if hidden is False else torch.zeros(5, 7).masked_fill(~SEEN, hidden)
+    mask[2] = hidden
+    model, inputs = Attends(mask), operands()
+    found, expected = WriteOutAttention()(capture(model, inputs).module)(*inputs), model(*inputs)
+    others = torch.tensor([0, 1, 3, 4])
+    torch.testing.assert_close(found[:, :, others], expected[:, :, others])
+    torch.testing.assert_close(found[:, :, 2], inputs[2].mean(2))
 
 
 def test_attention_with_dropout_stays() -> None:

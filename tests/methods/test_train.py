@@ -1,0 +1,717 @@
+"""compress by training: each method, checkpoints to go on from bit for bit, and what stops a run."""
+
+import copy
+import functools
+import io
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+import graphcomp as gc
+from graphcomp.errors import ExportError
+from graphcomp.methods.folder import read_metrics
+from graphcomp.methods.schedule import Schedule
+from graphcomp.methods.train import METHODS, parts, train
+
+GENERATOR = torch.Generator().manual_seed(0)
+IMAGES, LABELS = torch.randn(40, 1, 6, 6, generator=GENERATOR), torch.randint(3, (40,), generator=GENERATOR)
+STEPS = 30
+STAGES = Schedule(STEPS, warmup=4, projection=5, joint=9, projection_periods=2, pruning_periods=3)
+
+
+def convnet() -> nn.Sequential:
+    """A convnet with dropout, so that the random state counts."""
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Dropout(0.2),
+        nn.Conv2d(6, 8, 3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 3),
+    )
+
+
+def loader(**options) -> DataLoader:
+    """Eight batches of five, shuffled."""
+    return DataLoader(TensorDataset(IMAGES, LABELS), batch_size=5, shuffle=True, **options)
+
+
+def loss(output, batch):
+    return F.cross_entropy(output, batch[1])
+
+
+def compress(model=None, data=None, *, loss=loss, method=None, bits=(4, 8), training=None, **options):
+    training = training or gc.Training(schedule=STAGES, folder=options.pop("folder", None), save_every=1)
+    return gc.compress(
+        model or convnet(),
+        IMAGES[:2],
+        data=loader() if data is None else data,
+        loss=loss,
+        method=method,
+        bits=bits,
+        training=training,
+        progress=False,
+        **options,
+    )
+
+
+@functools.cache
+def prepared():
+    """The convnet, prepared once."""
+    return gc.prepare(convnet(), IMAGES[:2], bits=(4, 8))
+
+
+def run(data=None, *, loss=loss, folder=None, training=None, **options):
+    """What training leaves of a copy of it."""
+    ready = copy.deepcopy(prepared())
+    training = training or gc.Training(schedule=STAGES, folder=folder, save_every=1)
+    train(ready, loader() if data is None else data, loss, training, progress=False, **options)
+    return ready
+
+
+def weights(small):
+    return {name: tensor.clone() for name, tensor in small.state_dict().items()}
+
+
+def same(first, second):
+    a, b = weights(first), weights(second)
+    return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """What the run leaves that nothing cuts short."""
+    return run()
+
+
+# ------------------------------------------------------------------------------------------------ methods
+def test_geta_is_chosen_with_data_loss_and_length_and_meets_what_is_asked():
+    report = compress().report
+    assert (report.units_removed, report.units_total) == (7, 14)
+    quantized = [(layer.weight_bits, layer.activation_bits) for layer in report.layers]
+    assert all(4 <= bits <= 8 for pair in quantized for bits in pair)
+    assert report.verified["trained == sliced"] <= 1e-9
+    assert report.verified["integers == fake-quant, in steps"] <= 1
+
+
+def test_hesso_prunes_only_and_keeps_the_class():
+    small = compress(method="hesso", bits=None, sparsity=0.4)
+    assert small.form == "native" and small.report.units_removed == round(0.4 * 14)
+    assert {layer.weight_bits for layer in small.report.layers} == {32}
+
+
+def test_qat_quantizes_only():
+    small = compress(method="qat", bits=(4, 6))
+    assert small.report.units_removed == 0
+    assert all(4 <= layer.weight_bits <= 6 for layer in small.report.layers)
+
+
+def test_sequential_prunes_in_its_first_half_and_what_is_gone_stays_gone(tmp_path):
+    small = compress(method="sequential", training=gc.Training(steps=31, folder=tmp_path, save_every=100))
+    assert small.report.units_removed == 7 and max(layer.weight_bits for layer in small.report.layers) <= 8
+    first, second = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("1-prune", "2-quantize"))
+    assert (first[-1]["step"], second[-1]["step"]) == (15, 16)
+    assert first[0]["weight_bits"] is None and first[-1]["units_removed"] == 7
+    assert {line["units_removed"] for line in second} == {7}
+
+
+def test_a_stage_with_nothing_to_do_takes_no_steps():
+    assert Schedule.of(100, prune=False).lengths == (5, 10, 0, 85)
+    assert Schedule.of(100, quantize=False).lengths == (5, 0, 20, 75)
+    assert Schedule.of(100, transformer=True).lengths == (10, 20, 25, 45)
+
+
+def test_data_and_a_loss_without_a_length_are_for_the_saliency():
+    batches = [(IMAGES[:5], LABELS[:5])]
+    small = gc.compress(convnet().eval(), IMAGES[:2], data=batches, loss=loss, saliency="taylor", sparsity=0.3)
+    assert small.report.units_removed == 4 and small.form == "native"
+
+
+def test_the_callers_model_and_random_state_are_left_alone():
+    model = convnet()
+    before = weights(model)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    compress(model)
+    assert model.training and all(torch.equal(value, before[name]) for name, value in weights(model).items())
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+    assert np.random.get_state()[1].tolist() == states[2]
+
+
+def test_the_same_seed_gives_the_same_model(whole):
+    torch.manual_seed(123)  # of no matter
+    assert same(run(), whole)
+    assert not same(run(seed=1), whole)
+
+
+# ------------------------------------------------------------------------------------------------ batches
+class Doubler(nn.Module):
+    """Two inputs, one of which has a default."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x, scale=None):
+        y = torch.relu(self.up(x))
+        return self.down(y if scale is None else y * scale)
+
+
+Pair = namedtuple("Pair", "x label")
+ROWS, SCALES = torch.randn(8, 6, generator=GENERATOR), torch.rand(8, 1, generator=GENERATOR)
+FORMS = {
+    "tensor": (ROWS[:2], ROWS),
+    "list": (ROWS[:2], [ROWS, LABELS[:8]]),
+    "namedtuple": (ROWS[:2], Pair(ROWS, LABELS[:8])),
+    "two inputs": ((ROWS[:2], SCALES[:2]), (ROWS, SCALES, {"labels": LABELS[:8]})),
+    "dict": ({"x": ROWS[:2], "scale": SCALES[:2]}, {"x": ROWS, "scale": SCALES, "label": LABELS[:8]}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_batches(form):
+    example, batch = FORMS[form]
+    seen = []
+
+    def own_loss(output, given):
+        seen.append(type(given))
+        return output.square().mean()
+
+    small = gc.compress(Doubler(), example, data=[batch], loss=own_loss, steps=12, bits=8, progress=False)
+    assert small.report.units_removed == 4
+    assert set(seen) == {type(batch)} and len(seen) == 12
+
+
+def test_a_batch_that_lacks_an_input():
+    with pytest.raises(gc.PlanError, match="has no 'scale'"):
+        gc.compress(
+            Doubler(), FORMS["dict"][0], data=[{"x": ROWS}], loss=lambda o, b: o.mean(), steps=12, progress=False
+        )
+
+
+@pytest.mark.parametrize("value", [lambda o: o, lambda o: o.mean().detach(), lambda o: 1.0])
+def test_a_loss_that_is_no_scalar(value):
+    with pytest.raises(gc.PlanError, match="must return a scalar"):
+        compress(loss=lambda output, batch: value(output))
+
+
+def test_accumulated_batches_are_one_step():
+    model, halves = Doubler(), [(ROWS[:4], 0), (ROWS[4:], 0)]
+    outputs = []
+    for data, accumulate in ([(ROWS, 0)], 1), (halves, 2):
+        how = gc.Training(steps=12, accumulate=accumulate, optimizer=torch.optim.SGD, lr=0.1)
+        small = gc.compress(
+            model,
+            ROWS[:2],
+            data=data,
+            loss=lambda output, batch: output.square().mean(),
+            training=how,
+            method="hesso",
+            progress=False,
+        )
+        outputs.append(small(ROWS))
+    assert torch.allclose(*outputs, rtol=1e-4, atol=1e-6)
+
+
+def test_batches_left_over_at_the_end_of_a_pass_make_a_step(tmp_path):
+    calls = []
+
+    def counted(output, batch):
+        calls.append(1)
+        return loss(output, batch)
+
+    data = [(IMAGES[:5], LABELS[:5])] * 3
+    compress(data=data, loss=counted, training=gc.Training(epochs=6, accumulate=2, folder=tmp_path))
+    assert len(calls) == 18 and read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 12
+
+
+# ------------------------------------------------------------------------------------------------ options
+def run_of(tmp_path, name, **options):
+    run(training=gc.Training(steps=20, folder=tmp_path / name, log_every=1, **options))
+    return read_metrics(tmp_path / name / "metrics.jsonl")
+
+
+def test_each_option_of_the_optimizer_matters(tmp_path):
+    plain = [line["loss"] for line in run_of(tmp_path, "plain")]
+    options = {
+        "lr": {"lr": 0.2},
+        "lr_quant": {"lr_quant": 0.1},
+        "weight_decay": {"weight_decay": 0.5},
+        "options": {"options": {"momentum": 0.0}},
+        "optimizer": {"optimizer": torch.optim.AdamW},
+        "clip_norm": {"clip_norm": 1e-3},
+        "scheduler": {"scheduler": lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 0.1)},
+    }
+    for name, option in options.items():
+        assert [line["loss"] for line in run_of(tmp_path, name, **option)] != plain, name
+
+
+def test_the_default_rate_rises_and_falls_to_nothing(tmp_path):
+    rates = [line["lr"] for line in run_of(tmp_path, "run")]
+    assert max(rates) == pytest.approx(1e-2) and rates[-1] == pytest.approx(0, abs=1e-4)
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+
+
+def test_models_with_attention_get_adamw_and_its_rate(tmp_path):
+    from graphcomp.testing import tiny_models
+
+    model, example = tiny_models()["vision_transformer"]
+    gc.compress(
+        model,
+        example,
+        data=[example],
+        loss=lambda output, batch: output.square().mean(),
+        steps=10,
+        folder=tmp_path,
+        progress=False,
+        bits=8,
+    )
+    first = read_metrics(tmp_path / "metrics.jsonl")[0]
+    assert first["lr"] <= 1e-4
+    saved = torch.load(tmp_path / "step-000000010.pt", weights_only=True)
+    assert saved["about"]["optimizer"] == "AdamW"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"epochs": 0}, {"steps": -1}, {"accumulate": 0}, {"lr": 0.0}, {"clip_norm": -1.0}, {"keep": 0}, {"save_every": 0}],
+)
+def test_numbers_out_of_range(options):
+    (name,) = options
+    with pytest.raises(gc.PlanError, match=rf"Training\({name}="):
+        gc.Training(**options)
+
+
+def test_the_length_is_given_once():
+    with pytest.raises(gc.PlanError, match="epochs and by steps"):
+        gc.Training(epochs=1, steps=1)
+    with pytest.raises(gc.PlanError, match="epochs beside training="):
+        compress(epochs=3)
+
+
+def test_half_of_the_steps_each_in_stages_of_their_own_length():
+    data = [0] * 7
+    both = parts(gc.Training(epochs=3, folder="run"), data, METHODS["sequential"])
+    assert [part.steps for part in both] == [10, 11]
+    assert [str(part.folder) for part in both] == ["run/1-prune", "run/2-quantize"]
+    staged = parts(gc.Training(schedule=Schedule(100)), data, METHODS["sequential"])
+    assert [part.schedule for part in staged] == [Schedule(50), Schedule(50)]
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": (4, 8)}, "learned in training"),
+        ({"epochs": 3}, "does not train"),
+        ({"method": "geta", "bits": 8}, "needs data, a loss and a length"),
+        ({"method": "geta", "data": [1], "loss": loss}, "needs data, a loss and a length"),
+        ({"method": "getta"}, "one of oneshot, geta"),
+        ({"method": "qat"}, "no bits are given"),
+        ({"method": "sequential"}, "no bits are given"),
+        ({"method": "qat", "bits": 8, "sparsity": 0.5}, "does not prune"),
+        ({"method": "hesso", "bits": 8}, "does not quantize"),
+        ({"method": "geta", "rounding": "second_order", "ranking": "local"}, "ranking, rounding with"),
+        ({"method": "geta", "scope": "0"}, "scope with"),
+        ({"method": "geta", "activation_bits": 4}, "activation_bits with"),
+    ],
+)
+def test_what_does_not_go_together(options, message):
+    with pytest.raises(gc.PlanError, match=message):
+        gc.compress(convnet(), IMAGES[:2], **options)
+
+
+def test_weights_that_are_not_finite_are_named_before_training():
+    model = convnet()
+    model[4].weight.data[0, 0, 0, 0] = math.inf
+    with pytest.raises(gc.PlanError, match=r"'4.weight' holds 1 values"):
+        compress(model)
+
+
+# ------------------------------------------------------------------------------------------------ data
+class Stream(IterableDataset):
+    """Without a length."""
+
+    def __iter__(self):
+        return iter(TensorDataset(IMAGES, LABELS))
+
+
+def test_data_without_a_length_need_steps():
+    stream = DataLoader(Stream(), batch_size=5)
+    with pytest.raises(gc.PlanError, match="length is not known"):
+        compress(data=stream, training=gc.Training(epochs=2))
+    assert compress(data=stream).report.units_removed == 7
+
+
+@pytest.mark.parametrize("how", [gc.Training(epochs=2), gc.Training(steps=20)])
+def test_no_batches(how):
+    with pytest.raises(gc.TrainingError, match="hold no batches"):
+        run(data=DataLoader(TensorDataset(IMAGES, LABELS), batch_size=50, drop_last=True), training=how)
+
+
+def test_an_iterator_that_ends_early_says_so():
+    with pytest.raises(gc.TrainingError, match=r"ended at step 8 of 30(.|\n)*only once(.|\n)*list"):
+        run(data=iter(loader()))
+
+
+def test_an_iterator_that_lasts_is_enough():
+    assert compress(data=((IMAGES[:5], LABELS[:5]) for _ in range(STEPS))).report.units_removed == 7
+
+
+class Shrinking:
+    """Fewer batches in each pass than its length says, from the second on."""
+
+    def __init__(self, fewest, first=10):
+        self.passes, self.fewest, self.first = 0, fewest, first
+
+    def __len__(self):
+        return 10
+
+    def __iter__(self):
+        self.passes += 1
+        return iter([(IMAGES[:5], LABELS[:5])] * (self.first if self.passes == 1 else self.fewest))
+
+
+def test_a_pass_with_fewer_batches_goes_on_to_the_next(tmp_path):
+    data = Shrinking(4)
+    run(data=data, training=gc.Training(steps=30, folder=tmp_path))
+    assert data.passes == 6 and read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 30
+    data = Shrinking(6)
+    run(data=data, training=gc.Training(epochs=3, folder=tmp_path / "b"))  # 22 of 30 steps: in the cool-down
+    assert data.passes == 3
+
+
+def test_passes_that_end_before_the_cool_down():
+    with pytest.raises(gc.TrainingError, match=r"ended at step 7 of 30, before the cool-down(.|\n)*steps=30"):
+        run(data=Shrinking(1, first=5), training=gc.Training(epochs=3))
+
+
+# ------------------------------------------------------------------------------------------------ going on
+class Stopped(Exception):
+    """Stands for whatever ends a process."""
+
+
+def stopping(step):
+    """A loss that fails while the step after `step` is made."""
+    calls = []
+
+    def failing(output, batch):
+        calls.append(1)
+        if len(calls) > step:
+            raise Stopped
+        return loss(output, batch)
+
+    return failing
+
+
+@pytest.mark.parametrize("step", [1, 3, 7, 8, 11, 14, 18, 29])  # every stage, its ends, and the end of a pass
+def test_a_run_that_was_cut_short_ends_as_it_would_have(tmp_path, whole, step):
+    with pytest.raises(Stopped):
+        run(loss=stopping(step), folder=tmp_path)
+    torch.manual_seed(99)
+    assert same(run(folder=tmp_path), whole)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(set(steps)) and steps[-1] == STEPS
+
+
+def test_cut_short_again_and_again(tmp_path, whole):
+    for _ in range(5):
+        with pytest.raises(Stopped):
+            run(loss=stopping(5), folder=tmp_path)
+    assert same(run(loss=stopping(5), folder=tmp_path), whole)
+
+
+class Augmented:
+    """Batches in an order of Python's and with noise of NumPy's, that end at a batch."""
+
+    def __init__(self, last=None):
+        self.last, self.given = last, 0
+
+    def __len__(self):
+        return 8
+
+    def __iter__(self):
+        for k in random.sample(range(8), 8):
+            if self.given == self.last:
+                raise Stopped
+            self.given += 1
+            noise = torch.from_numpy(np.random.standard_normal((5, 1, 6, 6))).float()
+            yield IMAGES[5 * k : 5 * k + 5] + noise, LABELS[5 * k : 5 * k + 5]
+
+
+@pytest.mark.parametrize("batch", [4, 8, 13, 17])
+def test_data_that_draw_from_python_and_numpy(tmp_path, batch):
+    with pytest.raises(Stopped):
+        run(data=Augmented(batch), folder=tmp_path)
+    assert same(run(data=Augmented(), folder=tmp_path), run(data=Augmented()))
+
+
+def test_a_loader_with_a_generator_of_its_own(tmp_path):
+    def data():
+        return loader(generator=torch.Generator().manual_seed(7))
+
+    with pytest.raises(Stopped):
+        run(data=data(), loss=stopping(19), folder=tmp_path)
+    assert same(run(data=data(), folder=tmp_path), run(data=data()))
+
+
+def test_accumulation_and_rare_checkpoints(tmp_path):
+    def how(folder):
+        return gc.Training(steps=20, accumulate=3, save_every=6, folder=folder)
+
+    with pytest.raises(Stopped):
+        run(loss=stopping(40), training=how(tmp_path))
+    assert [p.name for p in sorted(tmp_path.glob("*.pt"))] == ["step-000000006.pt", "step-000000012.pt"]
+    assert same(run(training=how(tmp_path)), run(training=how(None)))
+
+
+@pytest.mark.parametrize("step", [6, 22])  # of either run
+def test_sequential_goes_on_in_either_run(tmp_path, step):
+    with pytest.raises(Stopped):
+        compress(
+            method="sequential", loss=stopping(step), training=gc.Training(steps=30, folder=tmp_path, save_every=1)
+        )
+    small = compress(method="sequential", training=gc.Training(steps=30, folder=tmp_path, save_every=1))
+    assert same(small, compress(method="sequential", training=gc.Training(steps=30)))
+
+
+def test_a_run_that_is_over_is_not_repeated(tmp_path, whole):
+    run(folder=tmp_path)
+    assert same(run(folder=tmp_path, loss=stopping(0)), whole)
+
+
+KILLED = """
+import os, signal, sys
+from tests.methods.test_train import *
+def failing(output, batch, calls=[]):
+    calls.append(1)
+    if len(calls) > int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return loss(output, batch)
+torch.set_num_threads(1)
+run(folder=sys.argv[1], loss=failing)
+"""
+
+
+def test_a_process_that_was_killed(tmp_path, whole):
+    command = [sys.executable, "-c", KILLED, str(tmp_path), "13"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert (tmp_path / "step-000000013.pt").exists() and (tmp_path / "metrics.jsonl").read_bytes().endswith(b"\n")
+    assert same(run(folder=tmp_path), whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": 0.3}, "sparsity: 0.5 there, 0.3 now"),
+        ({"bits": (4, 6)}, r"bits: \(4, 8\) there, \(4, 6\) now"),
+        ({"method": "hesso", "bits": None}, "forgetting: descent there, uniform now"),
+        ({"seed": 1}, "seed: 0 there, 1 now"),
+        ({"data": [(IMAGES, LABELS)]}, "batches: 8 there, 1 now"),
+        ({"saliency": "l2"}, "saliency: geta there, l2 now"),
+        ({"round_to": 2, "sparsity": 0.4}, "round_to: 1 there, 2 now"),
+        ({"model": nn.Sequential(nn.Conv2d(1, 9, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))}, "tensors: "),
+    ],
+)
+def test_a_folder_of_another_run_is_refused(tmp_path, options, message):
+    with pytest.raises(Stopped):
+        run(loss=stopping(2), folder=tmp_path)
+    with pytest.raises(gc.CheckpointError, match=message) as error:
+        compress(folder=tmp_path, **options)
+    assert "another folder" in error.value.fix
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lr": 0.5}, "lr: 0.01 there, 0.5 now"),
+        ({"schedule": Schedule.of(STEPS)}, "schedule: "),
+        ({"accumulate": 2}, "accumulate: 1 there, 2 now"),
+        ({"clip_norm": 1.0}, "clip_norm: None there, 1.0 now"),
+        ({"optimizer": torch.optim.Adam, "lr": 0.01}, "optimizer: SGD there, Adam now"),
+        ({"options": {"momentum": 0.5}}, "options: "),
+    ],
+)
+def test_a_folder_of_a_run_trained_otherwise_is_refused(tmp_path, changed, message):
+    with pytest.raises(Stopped):
+        run(loss=stopping(2), folder=tmp_path)
+    with pytest.raises(gc.CheckpointError, match=message):
+        run(training=gc.Training(**{"schedule": STAGES, "folder": tmp_path, **changed}))
+
+
+def test_how_often_to_save_may_change(tmp_path, whole):
+    with pytest.raises(Stopped):
+        run(loss=stopping(9), folder=tmp_path)
+    how = gc.Training(schedule=STAGES, folder=tmp_path, save_every=7, keep=9, log_every=3)
+    assert same(run(training=how), whole)
+
+
+def test_a_checkpoint_that_is_damaged_is_named_and_the_one_before_is_used(tmp_path, whole):
+    with pytest.raises(Stopped):
+        run(loss=stopping(9), folder=tmp_path)
+    newest = tmp_path / "step-000000009.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.raises(gc.CheckpointError, match=r"step-000000009.pt cannot be read(.|\n)*remove it"):
+        run(folder=tmp_path)
+    newest.unlink()
+    assert same(run(folder=tmp_path), whole)
+
+
+def test_a_checkpoint_that_is_none(tmp_path):
+    torch.save([1], tmp_path / "step-000000001.pt")
+    with pytest.raises(gc.CheckpointError, match="no checkpoint"):
+        run(folder=tmp_path)
+
+
+def test_checkpoints_are_written_whole(tmp_path, monkeypatch):
+    """A write that fails half-way leaves the checkpoints that were there."""
+    with pytest.raises(Stopped):
+        run(loss=stopping(3), folder=tmp_path)
+
+    def full(state, file):
+        file.write(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(gc.CheckpointError, match="no space left"):
+        run(folder=tmp_path)
+    assert [p.name for p in sorted(tmp_path.glob("*.pt"))] == ["step-000000002.pt", "step-000000003.pt"]
+    monkeypatch.undo()
+    run(folder=tmp_path)
+    assert not list(tmp_path.glob("*.new"))
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(gc.CheckpointError, match="cannot write"):
+        run(folder=tmp_path / "file" / "run")
+
+
+# ------------------------------------------------------------------------------------------------ not finite
+def test_a_loss_that_is_nan_keeps_the_last_good_checkpoint(tmp_path):
+    calls = []
+
+    def bad(output, batch):
+        calls.append(1)
+        return loss(output, batch) * (math.nan if len(calls) == 13 else 1)
+
+    with pytest.raises(gc.TrainingError) as error:
+        run(loss=bad, folder=tmp_path)
+    text = str(error.value)
+    assert "the loss is nan at step 13 of 30, in the joint stage" in text
+    assert str(tmp_path / "step-000000012.pt") in text and (tmp_path / "step-000000012.pt").exists()
+
+
+def test_a_parameter_that_is_not_finite_is_named(tmp_path):
+    """An infinite gradient makes a weight infinite, and no checkpoint is made of it."""
+    calls = []
+
+    def bad(output, batch):
+        calls.append(1)
+        if len(calls) == 6:
+            output.register_hook(lambda grad: grad * math.inf)
+        return loss(output, batch)
+
+    with pytest.raises(gc.TrainingError, match=r"not finite after step 6 of 30, in the projection stage"):
+        run(loss=bad, training=gc.Training(schedule=STAGES, folder=tmp_path, save_every=6))
+    assert not list(tmp_path.glob("*.pt"))
+    calls.clear()
+    with pytest.raises(gc.TrainingError, match=r"the loss is nan at step 7(.|\n)*'0.weight' holds"):
+        run(loss=bad, training=gc.Training(schedule=STAGES))
+
+
+def test_a_quantizer_that_is_not_finite_is_named():
+    ready = gc.prepare(convnet(), IMAGES[:2], bits=(4, 8))
+    site, quantizer = next((site, q) for site, q in ready.quantizers() if site.layer == "4")
+
+    def bad(output, batch):
+        quantizer.d.data.fill_(math.nan)
+        return loss(output, batch) * math.nan
+
+    with pytest.raises(gc.TrainingError, match=rf"quantizer '{site.name}.d' of '4' holds"):
+        train(ready, loader(), bad, gc.Training(steps=20), progress=False)
+
+
+def test_a_batch_that_is_not_finite_is_named():
+    images = IMAGES.clone()
+    images[3, 0, 0, 0] = math.nan
+    with pytest.raises(gc.TrainingError, match="the batch holds values that are not finite"):
+        run(data=[(images, LABELS)])
+
+
+# ------------------------------------------------------------------------------------------------ metrics, progress
+def test_metrics(tmp_path):
+    run(training=gc.Training(schedule=STAGES, folder=tmp_path, log_every=1))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    stages = [line["stage"] for line in lines]
+    assert stages == ["warm-up"] * 4 + ["projection"] * 5 + ["joint"] * 9 + ["cool-down"] * 12
+    removed = [line["units_removed"] for line in lines]
+    assert removed[:11] == [0] * 11 and removed[11:14] == [2] * 3 and removed[17:] == [7] * 13
+    assert lines[-1]["sparsity"] == 0.5 and lines[-1]["units"] == 14
+    assert lines[0]["weight_bits"] == lines[0]["activation_bits"] == 8
+    assert 4 <= lines[-1]["weight_bits"] <= 6
+    assert [line["seconds"] for line in lines] == sorted(line["seconds"] for line in lines)
+
+
+def test_a_line_where_a_stage_ends(tmp_path):
+    run(training=gc.Training(schedule=STAGES, folder=tmp_path, log_every=100))
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 4, 9, 18, 30]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_on_a_terminal(monkeypatch, capsys, shown):
+    stream = Terminal() if shown else io.StringIO()
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setattr("graphcomp.progress.PAUSE", 0)
+    gc.compress(convnet(), IMAGES[:2], data=loader(), loss=loss, steps=20, bits=8)
+    text = stream.getvalue()
+    if shown:
+        assert "cool-down, step 19 of 20, 7 of 14 units removed, bits 8.0/8.0, loss " in text and " s left" in text
+        assert text.endswith("\r\x1b[K")
+    else:
+        assert text == ""
+    assert capsys.readouterr().out == ""
+
+
+# ------------------------------------------------------------------------------------------------ the picture
+def test_a_picture_of_a_run(tmp_path):
+    pytest.importorskip("matplotlib", reason="the picture needs the viz extra")
+    compress(method="sequential", training=gc.Training(steps=30, folder=tmp_path))
+    gc.plot(tmp_path, tmp_path / "run.svg")
+    text = (tmp_path / "run.svg").read_text()
+    assert text.count("<path") > 20 and "cool-down" in text
+    with pytest.raises(ExportError, match="cannot write"):
+        gc.plot(tmp_path, tmp_path / "run.what")
+
+
+def test_a_picture_without_matplotlib_or_without_a_run(tmp_path, monkeypatch):
+    with pytest.raises(gc.CheckpointError, match="holds no metrics"):
+        gc.plot(tmp_path, tmp_path / "run.png")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nhalf')
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ExportError, match=r"pip install 'graphcomp\[viz\]'"):
+        gc.plot(tmp_path, tmp_path / "run.png")
