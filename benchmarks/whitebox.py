@@ -133,7 +133,7 @@ class Cell:
 
     def __str__(self) -> str:
         units = f"{self.removed}/{self.total} exact" if self.removed == self.asked else f"NOT {self.asked}/{self.total}"
-        bits = "–".join(f"{b:.0f}" for b in self.bits) if self.whole else "NOT whole"
+        bits = "–".join(dict.fromkeys(f"{b:.0f}" for b in self.bits)) if self.whole else "NOT whole"
         wrong = [f"OUTSIDE in {self.outside} steps"] * (self.outside > 0) + [self.error] * bool(self.error)
         return ", ".join([units, f"bits {bits}", *wrong])
 

@@ -88,6 +88,20 @@ class Prepared(CapturedModule):
                 raise
             return getattr(session.plan.model, name)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Prepared:
+        copied = super().__deepcopy__(memo)
+        assert isinstance(copied, Prepared)
+        copied.save_as_the_model()
+        return copied
+
+    def save_as_the_model(self) -> None:
+        """Leave out of `state_dict` the buffers that the model leaves out of its own."""
+        saved = self.session.plan.model.state_dict().keys()
+        for name, _ in self.named_buffers():
+            if name not in saved and not name.startswith("graphcomp_"):
+                path, _, leaf = name.rpartition(".")
+                self.get_submodule(path)._non_persistent_buffers_set.add(leaf)
+
     @property
     def session(self) -> Session:
         """How it was prepared."""
@@ -118,9 +132,9 @@ class Prepared(CapturedModule):
 
     def bits(self) -> dict[str, tuple[float, float]]:
         """Layer -> bits of its weight, and of what it reads; 32 where it is not quantized."""
-        weights = {s.layer: float(q.bits) for s, q in self.quantizers() if s.is_weight}
+        weights = {s.layer: float(q.bits.detach()) for s, q in self.quantizers() if s.is_weight}
         read = _read_by(self.session)
-        at = {s.name: float(q.bits) for s, q in self.quantizers() if not s.is_weight}
+        at = {s.name: float(q.bits.detach()) for s, q in self.quantizers() if not s.is_weight}
         names = dict.fromkeys([*weights, *read])
         return {n: (weights.get(n, 32.0), max([at[s] for s in read.get(n, ())], default=32.0)) for n in names}
 
@@ -206,6 +220,7 @@ def prepare_graph(
     masked = InsertMasks(quantized.coupling, chosen, held=True)(quantized.captured.module)
     ready = _as_prepared(masked, type(plan.model).__name__, len(chosen))
     ready.meta[SESSION] = Session(plan, quantized, chosen, sites, bits, config, no_groups)
+    ready.save_as_the_model()
     ready.train(plan.model.training)
     return ready
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 import graphcomp as gc
+from tests.marks import slow
 
 from .runs import SCHEDULE, Mlp, backward, batch, bits_of, ready_of, same, state_of, train, weights_of
 
@@ -32,13 +34,16 @@ def saved(*states: Any) -> list[Any]:
     return list(torch.load(file, weights_only=True))
 
 
+@cache
+def uninterrupted() -> dict[str, Tensor]:
+    ready = ready_of("mlp", bits=(4, 8), learn_exponent=True)
+    train(qasso(ready), ready, "mlp", SCHEDULE.steps)
+    return state_of(ready)
+
+
 @pytest.mark.parametrize("stopped", [0, 2, 3, 5, 9, 10, 12, 13, 15, 18])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(stopped):
     """In each stage, at the start, inside and at the end of its periods."""
-    whole = ready_of("mlp", bits=(4, 8), learn_exponent=True)
-    optimizer = qasso(whole)
-    train(optimizer, whole, "mlp", SCHEDULE.steps)
-
     first = ready_of("mlp", bits=(4, 8), learn_exponent=True)
     before = qasso(first)
     train(before, first, "mlp", stopped)
@@ -50,12 +55,12 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(stopped):
     after.load_state_dict(of_optimizer)
     assert after.stage == SCHEDULE.moment(stopped).stage and after.removed == before.removed
     train(after, second, "mlp", range(stopped, SCHEDULE.steps))
-    assert same(state_of(second), state_of(whole))
-    assert after.removed == optimizer.removed == 10
+    assert same(state_of(second), uninterrupted())
+    assert after.removed == 10
 
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
-def test_a_residual_network_goes_on_bit_for_bit_with_its_scheduler(base):
+def test_batch_norms_and_a_scheduler_go_on_bit_for_bit(base):
     def run(ready: nn.Module, steps: range, states: list[Any] | None) -> list[Any]:
         optimizer = gc.QASSO(ready, base, lr=0.01, sparsity=0.4, schedule=SCHEDULE)
         scheduler = lr_scheduler.CosineAnnealingLR(optimizer, 20)
@@ -64,14 +69,14 @@ def test_a_residual_network_goes_on_bit_for_bit_with_its_scheduler(base):
             optimizer.load_state_dict(states[1])
             scheduler.load_state_dict(states[2])
         for step in steps:
-            train(optimizer, ready, "residual", range(step, step + 1))
+            train(optimizer, ready, "dense", range(step, step + 1))
             scheduler.step()
         return saved(ready.state_dict(), optimizer.state_dict(), scheduler.state_dict())
 
-    whole, parts = ready_of("residual", bits=(4, 8)), ready_of("residual", bits=(4, 8))
+    whole, parts = ready_of("dense", bits=(4, 8)), ready_of("dense", bits=(4, 8))
     run(whole, range(20), None)
     half = run(parts, range(10), None)
-    parts = ready_of("residual", bits=(4, 8))
+    parts = ready_of("dense", bits=(4, 8))
     run(parts, range(10, 20), half)
     assert same(state_of(parts), state_of(whole))
 
@@ -91,7 +96,7 @@ def test_the_state_of_another_optimizer_or_model_is_refused():
 
 # ------------------------------------------------------------------------------------------------ names
 class Layers(nn.Module):
-    """Eleven layers in a row, called as `names` says: (n, 6) -> (n, 3)."""
+    """Layers in a row, called as `names` says: (n, 6) -> (n, 3)."""
 
     def __init__(self, names: list[str]) -> None:
         super().__init__()
@@ -115,10 +120,10 @@ def run_layers(names: list[str]) -> list[Tensor]:
 
 
 def test_names_that_begin_or_end_alike_do_not_interfere():
-    plain = run_layers([f"layer_{chr(97 + k)}" for k in range(11)])
+    plain = run_layers([f"layer_{chr(97 + k)}" for k in range(7)])
     for names in (
-        ["1", *(str(k) for k in range(10, 20))],
-        ["a", "b", "head", "aa", "ab", "head2", "weight", "bias", "d", "q_m", "t_"],
+        ["1", "10", "11", "12", "18", "19", "2"],
+        ["a", "b", "head", "aa", "head2", "weight", "d"],
     ):
         assert all(torch.equal(a, b) for a, b in zip(run_layers(names), plain, strict=True))
 
@@ -294,33 +299,33 @@ def test_parameters_without_a_gradient_stay():
 
 # ------------------------------------------------------------------------------------------------ wrapped
 def test_copies_train_on_their_own():
-    first = ready_of("residual", bits=(4, 8))
+    first = ready_of("mlp", bits=(4, 8))
     second = copy.deepcopy(first)
     untouched = state_of(first)
-    train(qasso(second), second, "residual", SCHEDULE.steps)
+    train(qasso(second), second, "mlp", SCHEDULE.steps)
     assert same(state_of(first), untouched)
-    optimizer = qasso(first, sparsity=0.2)
-    train(optimizer, first, "residual", SCHEDULE.steps)
+    train(qasso(first, sparsity=0.2), first, "mlp", SCHEDULE.steps)
     removed = [gc.finalize(r).report.to_dict()["units"]["removed"] for r in (first, second, first)]
-    assert removed == [8, 16, 8]
+    assert removed == [5, 10, 5]
 
 
 @pytest.mark.filterwarnings(
     "ignore:<class 'torch.autograd.function.Function'> should:DeprecationWarning"
 )  # dynamo's own
 def test_compiled_it_trains_the_same():
-    plain, inner = ready_of("mlp", bits=(4, 8)), ready_of("mlp", bits=(4, 8))
+    x = batch("mlp")
+    plain = gc.prepare(nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3)), x, bits=(4, 8)).train()
+    inner = copy.deepcopy(plain)
     compiled = torch.compile(inner, backend="aot_eager")
-    runs = ((plain, plain), (compiled, inner))
-    for called, _ in runs:
-        train(gc.QASSO(called, lr=0.05, schedule=SCHEDULE, sparsity=0.4), called, "mlp", SCHEDULE.steps)
+    schedule = gc.Schedule(12, warmup=0, projection=4, joint=4, projection_periods=2, pruning_periods=2)
+    for called in (plain, compiled):
+        train(gc.QASSO(called, lr=0.05, schedule=schedule, sparsity=0.4), called, "mlp", 12)
     for name, weight in weights_of(plain).items():
         torch.testing.assert_close(inner.get_parameter(name), weight, rtol=1e-3, atol=1e-4)
-    small = gc.finalize(compiled)
-    assert small.report.to_dict()["units"]["removed"] == 10
+    assert gc.finalize(compiled).report.to_dict()["units"]["removed"] == 4
 
 
-@pytest.mark.parametrize("name", ["mlp", "vit"])
+@pytest.mark.parametrize("name", ["mlp", *slow("vit")])
 def test_autocast(name):
     ready = ready_of(name, bits=(4, 8))
     optimizer = qasso(ready)

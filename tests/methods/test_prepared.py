@@ -1,0 +1,162 @@
+"""A prepared module is the model, with quantizers and masks: its names, its values, its place in the world."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import graphcomp as gc
+from graphcomp.methods.prepared import unwrapped
+from graphcomp.quantization.quantizers.base import Quantizer
+from tests.marks import slow
+from tests.quantization.models import encoder
+
+from .runs import MODELS, SCHEDULE, batch, bits_of, model_of, ready_of, same, state_of, train
+
+SOME = ["dense", "decoder", "mlp", *slow(*(name for name in MODELS if name not in ("dense", "decoder", "mlp")))]
+PREFIXES = ("graphcomp_quantizers.", "graphcomp_mask_")
+
+
+# ------------------------------------------------------------------------------------------------ the model
+@pytest.mark.parametrize("name", SOME)
+def test_names_are_the_models_and_those_of_quantizers_and_masks(name):
+    model, ready = model_of(name), ready_of(name, bits=(4, 8))
+    own = {key for key in ready.state_dict() if not key.startswith(PREFIXES)}
+    aliases = {key for key, p in model.named_parameters(remove_duplicate=False)} - dict(model.named_parameters()).keys()
+    counters = {key for key in model.state_dict() if key.endswith("num_batches_tracked")}
+    assert own == model.state_dict().keys() - counters - aliases
+    added = ready.state_dict().keys() - own
+    assert {key.split(".")[-1] for key in added if key.startswith(PREFIXES[0])} == {"d", "q_m", "t"}
+    masks = [key for key in added if key.startswith(PREFIXES[1])]
+    assert len(masks) == len(ready.session.groups)
+    twin = copy.deepcopy(ready)
+    assert twin.state_dict().keys() == ready.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_without_quantizers_it_computes_what_the_model_computes(name):
+    model, ready = model_of(name).eval(), ready_of(name, bits=None).eval()
+    assert torch.equal(ready(*batch(name, 1)), model(*batch(name, 1)))
+
+
+def test_sixteen_bits_are_close_and_two_are_not():
+    model, x = model_of("mlp").eval(), batch("mlp")
+    close, far = (gc.prepare(model, x, bits=bits)(*x) for bits in (16, 2))
+    expected = model(*x)
+    assert (close - expected).norm() < 1e-3 * expected.norm() < (far - expected).norm()
+
+
+@pytest.mark.parametrize("name", ["dense", *slow("residual", "decoder")])
+def test_the_users_model_is_unchanged(name):
+    model = model_of(name).train()
+    before, ids = state_of(model), {key: id(p) for key, p in model.named_parameters()}
+    ready = gc.prepare(model, batch(name), bits=(4, 8))
+    train(gc.QASSO(ready, lr=0.1, schedule=SCHEDULE, sparsity=0.3), ready, name, SCHEDULE.steps)
+    gc.finalize(ready)
+    assert same(state_of(model), before) and model.training
+    assert {key: id(p) for key, p in model.named_parameters()} == ids
+    assert not any(isinstance(m, Quantizer) for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+    assert not {id(p) for p in ready.parameters()} & set(ids.values())
+
+
+def test_it_has_the_mode_and_the_attributes_of_the_model():
+    class Configured(nn.Linear):
+        config = "linear"
+
+    assert gc.prepare(Configured(6, 3).train(), batch("mlp")).training
+    ready = gc.prepare(Configured(6, 3).eval(), batch("mlp"))
+    assert not ready.training and ready.config == "linear"
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        _ = ready.nothing_of_the_kind
+
+
+def test_tied_weights_stay_one_parameter():
+    model, ids = encoder()
+    ready = gc.prepare(model, ids, bits=None).train()
+    assert [key for key, _ in ready.named_parameters() if key in ("embed.weight", "head.weight")] == ["embed.weight"]
+    optimizer = gc.QASSO(ready, torch.optim.Adam, lr=0.01, schedule=SCHEDULE, sparsity=0.3)
+    in_groups = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sum(p is ready.get_parameter("embed.weight") for p in in_groups) == 1
+    for _ in range(SCHEDULE.steps):
+        optimizer.zero_grad()
+        ready(ids).square().mean().backward()
+        optimizer.step()
+    small = gc.finalize(ready).module
+    assert small.head.weight is small.embed.weight
+    assert torch.equal(small.head.weight, ready.get_parameter("embed.weight"))
+
+
+# ------------------------------------------------------------------------------------------------ bits
+def test_bits_start_at_the_most_and_are_told_by_layer():
+    ready = ready_of("residual", bits=(4, 8), layer_bits=(("head", (2, 6)), ("re:first", (4, 5))))
+    assert set(map(round, bits_of(ready).values())) == {8}  # the optimizer brings layers of their own range into it
+    assert {(s.layer, s.low, s.high) for s, _ in ready.quantizers() if s.is_weight} >= {
+        ("stem.0", 4, 8), ("first.0", 4, 5), ("first.3", 4, 5), ("head", 2, 6)
+    }  # fmt: skip
+    found = ready.bits()
+    assert found.keys() == {"stem.0", "first.0", "first.3", "second.0", "second.3", "shortcut", "head"}
+    assert all(pair == (8, 8) for pair in found.values())
+
+
+def test_the_last_pattern_that_matches_counts():
+    ready = ready_of("residual", bits=(4, 8), layer_bits=(("re:first", (2, 3)), ("first.0", (6, 7))))
+    ranges = {s.layer: (s.low, s.high) for s, _ in ready.quantizers() if s.is_weight}
+    assert ranges["first.0"] == (6, 7) and ranges["first.3"] == (2, 3) and ranges["head"] == (4, 8)
+
+
+def test_weights_alone_and_layers_left_float():
+    ready = ready_of("residual", bits=(4, 8), activation_bits=None, ignore="first")
+    assert all(site.is_weight for site, _ in ready.quantizers())
+    found = ready.bits()
+    assert not any(layer.startswith("first") for layer in found)
+    assert all(pair == (8, 32) for pair in found.values())
+    assert not any(group.name.startswith("first") for group in ready.session.groups)
+
+
+def test_ranges_of_activations_are_read_off_the_calibration_data():
+    x = batch("mlp")[0]
+    narrow, wide = (gc.prepare(model_of("mlp"), x, calibration=[x * scale]) for scale in (1, 10))
+    found = [next(q.q_m.item() for s, q in r.quantizers() if s.layer == "x") for r in (narrow, wide)]
+    assert found == pytest.approx([x.abs().max().item(), 10 * x.abs().max().item()], rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ units
+def test_masked_units_are_zeros_and_count_for_nothing():
+    ready = ready_of("width", bits=None, prune=("width",)).eval()
+    (group,) = ready.session.groups
+    kept = {group: torch.tensor([0, 2, 3, 7, 11])}
+    ready.keep(kept)
+    assert torch.equal(ready.kept()[group], kept[group])
+    assert not ready.get_parameter("norm1.weight")[[1, 4, 5]].any()
+    assert not ready.get_parameter("head.weight")[:, [1, 4, 5]].any()
+    plan = gc.analyze(model_of("width").eval(), batch("width"))
+    small = gc.slice_groups(plan, {plan.group(group.name): kept[group]})
+    torch.testing.assert_close(ready(*batch("width", 1)), small(*batch("width", 1)), rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ wrappers
+class Wrapper(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def test_it_is_found_inside_wrappers():
+    ready = ready_of("mlp")
+    assert unwrapped(Wrapper(Wrapper(ready))) is unwrapped(torch.compile(ready, backend="eager")) is ready
+
+
+def test_a_state_is_loaded_into_another():
+    first, second = ready_of("mlp", bits=(4, 8)), ready_of("mlp", bits=(4, 8))
+    train(gc.QASSO(first, lr=0.05, schedule=SCHEDULE, sparsity=0.3), first, "mlp", SCHEDULE.steps)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    first.eval(), second.eval()
+    assert torch.equal(first(*batch("mlp")), second(*batch("mlp")))
+    kept = [{group.name: units.tolist() for group, units in r.kept().items()} for r in (first, second)]
+    assert kept[0] == kept[1] and sum(map(len, kept[0].values())) == 17
+    expected, found = gc.finalize(first), gc.finalize(second)
+    assert torch.equal(expected(*batch("mlp", 3)), found(*batch("mlp", 3)))

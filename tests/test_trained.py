@@ -1,0 +1,105 @@
+"""What `finalize` hands back: as many units and bits as were trained, computing what the trained module computes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import graphcomp as gc
+from tests.marks import slow
+from tests.methods.runs import SCHEDULE, batch, bits_of, ready_of, same, state_of, train
+
+
+def trained(name: str, sparsity: float = 0.4, **options: object) -> gc.Prepared:
+    ready = ready_of(name, **options)
+    optimizer = gc.QASSO(ready, torch.optim.AdamW, lr=0.01, sparsity=sparsity, schedule=SCHEDULE)
+    train(optimizer, ready, name, SCHEDULE.steps)
+    return ready
+
+
+@pytest.mark.parametrize("name", ["residual", "decoder", *slow("vit", "encoder", "upsample", "dense")])
+def test_trained_sliced_and_folded_compute_the_same(name):
+    ready = trained(name, bits=(4, 8))
+    small = gc.finalize(ready)
+    report = small.report.to_dict()
+    assert report["verified"]["trained == sliced"] < 1e-9 and report["verified"]["sliced == folded"] < 1e-6
+    expected = {group.name: len(units) for group, units in ready.kept().items()}
+    removed = sum(group.size for group in ready.session.groups) - sum(expected.values())
+    assert report["units"]["removed"] == removed > 0
+    assert report["verified"]["integers == fake-quant, in steps"] <= 1
+    # of the output: what a few codes of four bits that fell the other side make of it
+    x = batch(name, 1)
+    with torch.no_grad():
+        apart = (small(*x) - ready.eval()(*x)).norm() / ready(*x).norm()
+    assert apart < 0.25
+
+
+def test_layers_have_the_bits_that_were_trained():
+    ready = trained("residual", bits=(4, 8), layer_bits=(("head", (8, 8)),))
+    rows = {row["name"]: row for row in gc.finalize(ready).report.to_dict()["layers"]}
+    for name, (weight, read) in ready.bits().items():
+        assert (rows[name]["weight_bits"], rows[name]["activation_bits"]) == (round(weight), round(read)), name
+    assert rows["head"]["weight_bits"] == 8 > rows["first.0"]["weight_bits"]
+
+
+def test_without_quantizers_it_is_the_users_class():
+    ready = trained("residual", bits=None)
+    small = gc.finalize(ready)
+    assert type(small.module).__name__ == "ResidualCNN" and not isinstance(small.module, gc.Prepared)
+    x = batch("residual", 1)
+    torch.testing.assert_close(small(*x), ready.eval()(*x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_module_is_not_modified_and_trains_on():
+    ready = trained("mlp", bits=(4, 8))
+    before = state_of(ready)
+    small = gc.finalize(ready)
+    assert same(state_of(ready), before) and ready.training
+    frozen = {key: tensor.clone() for key, tensor in small.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    with torch.no_grad():
+        for parameter in ready.parameters():
+            parameter.add_(1.0)
+    assert all(torch.equal(tensor, small.state_dict()[key]) for key, tensor in frozen.items())
+
+
+def test_a_copy_gives_the_same_and_either_gives_its_own():
+    ready = trained("mlp", bits=(4, 8))
+    twin = copy.deepcopy(ready)
+    x = batch("mlp", 1)
+    expected = gc.finalize(ready)(*x)
+    assert torch.equal(gc.finalize(twin)(*x), expected)
+    with torch.no_grad():
+        twin.get_parameter("down.bias").add_(5.0)
+    changed = gc.finalize(twin)(*x)
+    assert bool(((changed - expected) > 4).all()) and torch.equal(gc.finalize(ready)(*x), expected)
+
+
+def test_wrapped_it_gives_the_same():
+    ready = trained("mlp", bits=(4, 8))
+    x = batch("mlp", 1)
+    expected = gc.finalize(ready)(*x)
+    for wrapper in (nn.DataParallel(ready), torch.compile(ready, backend="aot_eager")):
+        assert torch.equal(gc.finalize(wrapper)(*x), expected)
+
+
+def test_nothing_trained_is_the_model_at_the_most_bits():
+    ready = ready_of("mlp", bits=(4, 8))
+    small = gc.finalize(ready)
+    assert small.report.to_dict()["units"]["removed"] == 0
+    assert all(b == pytest.approx(8, abs=1e-5) for b in bits_of(ready).values())
+    assert all(row["weight_bits"] == 8 for row in small.report.to_dict()["layers"])
+
+
+def test_what_does_not_compute_the_same_is_never_handed_on():
+    """A unit whose mask says that it is gone, and whose weights are there."""
+    ready = trained("mlp", bits=(4, 8))
+    (group, *_), kept = ready.session.groups, ready.kept()
+    gone = next(unit for unit in range(group.size) if unit not in kept[group].tolist())
+    with torch.no_grad():
+        ready.get_parameter("middle.weight")[:, gone] = 3.0
+    with pytest.raises(gc.VerificationError, match="does not compute what the trained model computes"):
+        gc.finalize(ready)
+    gc.finalize(ready, verify=False)
