@@ -77,8 +77,8 @@ class Training:
     def __post_init__(self) -> None:
         for name in ("epochs", "steps", "accumulate", "save_every", "keep", "log_every"):
             number = getattr(self, name)
-            if number is not None and number < 1:
-                raise PlanError(f"Training({name}={number!r})", why="it is 1 at least", fix=f"{name}=1")
+            if number is not None and (not isinstance(number, int) or number < 1):
+                raise PlanError(f"Training({name}={number!r})", why="it is a whole number, 1 at least", fix=f"{name}=1")
         for name in ("lr", "clip_norm"):
             number = getattr(self, name)
             if number is not None and not number > 0:
@@ -218,18 +218,20 @@ def train(
         "forgetting": forgetting,
         "round_to": round_to,
     }
-    run = _Run(ready, data, loss, training, asked, seed)
-    with seeded(seed), show_progress(run.total, progress) as bar:
+    with seeded(seed):
+        run = _Run(ready, data, loss, training, asked, seed)
         run.resume()
-        bar.done = run.step
-        ready.train()
-        run.go(bar)
+        with show_progress(run.total, progress) as bar:
+            bar.done = run.step
+            ready.train()
+            run.go(bar)
 
 
 class _Run:
     """A training run, and where it stands.
 
     Attributes:
+        total: steps of the run.
         step: steps that are done.
         epoch, position: the pass over the data, and how many of its batches were used.
         epoch_state: the random states when the pass began, which its order follows from.
@@ -247,6 +249,7 @@ class _Run:
         seed: int,
     ) -> None:
         self.ready, self.data, self.loss, self.training = ready, data, loss, training
+        self.step = self.epoch = self.position = 0
         self.total = training.steps_over(data)
         if not self.total:
             raise self._no_batches()
@@ -255,15 +258,7 @@ class _Run:
         schedule = training.schedule or Schedule.of(
             self.total, transformer=transformer, prune=asked["sparsity"] != 0, quantize=ready.session.bits is not None
         )
-        self.optimizer = QASSO(
-            ready,
-            base,
-            lr=lr,
-            lr_quant=training.lr_quant,
-            schedule=schedule,
-            **asked,
-            **options,
-        )
+        self.optimizer = QASSO(ready, base, lr=lr, lr_quant=training.lr_quant, schedule=schedule, **asked, **options)
         _leave_out(self.optimizer, ready)
         self.scheduler = (training.scheduler or _cosine(self.total))(self.optimizer)
         quantizers = {id(p) for _, quantizer in ready.quantizers() for p in quantizer.parameters()}
@@ -273,6 +268,12 @@ class _Run:
         self.generators = generators_of(data)
         self.folder: RunFolder | None = None
         if training.folder is not None:
+            if getattr(data, "persistent_workers", False):
+                raise PlanError(
+                    "a run with a folder, of a DataLoader whose workers persist",
+                    why="what they would draw next cannot be saved, and the run could not go on as it was",
+                    fix="persistent_workers=False, or no folder",
+                )
             about = {
                 **_about_model(ready),
                 **_about_training(training, data, lr, base),
@@ -282,7 +283,6 @@ class _Run:
                 "seed": str(seed),
             }
             self.folder = RunFolder(training.folder, about, training.keep)
-        self.step = self.epoch = self.position = 0
         self.epoch_state: dict[str, Any] | None = None
         self.resumed: dict[str, Any] | None = None
         self.last_loss = math.nan
@@ -333,7 +333,7 @@ class _Run:
     def _no_batches(self) -> TrainingError:
         if isinstance(self.data, Iterator):
             return TrainingError(
-                f"the data ended at step {getattr(self, 'step', 0)} of {self.total}",
+                f"the data ended at step {self.step} of {self.total}",
                 why=f"a {type(self.data).__name__} can be gone over only once",
                 fix="data=list(…), or a DataLoader",
             )
@@ -347,7 +347,7 @@ class _Run:
         stage = self.optimizer.stage
         total = torch.zeros((), device=self.device)
         for given in chunk:
-            batch = _to(given, self.device)
+            batch = to_device(given, self.device)
             args, kwargs = arguments_of(self.ready.session.plan.captured, batch)
             value = self.loss(self.ready(*args, **kwargs), batch)
             check_loss(value)
@@ -554,16 +554,16 @@ def _length(data: Any) -> int | None:
 
 
 # ------------------------------------------------------------------------------------------------ batches
-def _to(batch: Any, device: torch.device) -> Any:
+def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on `device`, in the same kind of container."""
     if hasattr(batch, "to"):  # a tensor, or what Hugging Face's tokenizers return
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {name: _to(value, device) for name, value in batch.items()}
+        return {name: to_device(value, device) for name, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_to(value, device) for value in batch))
+        return type(batch)(*(to_device(value, device) for value in batch))
     if isinstance(batch, (tuple, list)):
-        return type(batch)(_to(value, device) for value in batch)
+        return type(batch)(to_device(value, device) for value in batch)
     return batch
 
 

@@ -23,7 +23,7 @@ import graphcomp as gc
 from graphcomp.errors import ExportError
 from graphcomp.methods.folder import read_metrics
 from graphcomp.methods.schedule import Schedule
-from graphcomp.methods.train import METHODS, parts, train
+from graphcomp.methods.train import METHODS, parts, to_device, train
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES, LABELS = torch.randn(40, 1, 6, 6, generator=GENERATOR), torch.randint(3, (40,), generator=GENERATOR)
@@ -160,8 +160,10 @@ def test_the_callers_model_and_random_state_are_left_alone():
 
 
 def test_the_same_seed_gives_the_same_model(whole):
-    torch.manual_seed(123)  # of no matter
-    assert same(run(), whole)
+    noisy = run(data=Augmented())
+    for draw in torch.manual_seed, random.seed, np.random.seed:  # of no matter
+        draw(123)
+    assert same(run(), whole) and same(run(data=Augmented()), noisy)
     assert not same(run(seed=1), whole)
 
 
@@ -201,6 +203,29 @@ def test_forms_of_batches(form):
     small = gc.compress(Doubler(), example, data=[batch], loss=own_loss, steps=12, bits=8, progress=False)
     assert small.report.units_removed == 4
     assert set(seen) == {type(batch)} and len(seen) == 12
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_batches_are_moved_and_stay_what_they_are(form):
+    batch = FORMS[form][1]
+    moved = to_device(batch, torch.device("meta"))
+    assert type(moved) is type(batch)
+    leaves = torch.utils._pytree.tree_leaves(moved)
+    assert {leaf.device.type for leaf in leaves} == {"meta"}
+    assert len(leaves) == len(torch.utils._pytree.tree_leaves(batch))
+
+
+def test_what_is_no_tensor_is_not_moved():
+    assert to_device(("name", None, 3), torch.device("meta")) == ("name", None, 3)
+
+
+def test_a_model_in_eval_mode_is_trained_in_training_mode():
+    ready = gc.prepare(convnet().eval(), IMAGES[:2], bits=(4, 8))
+    before = ready.get_buffer("1.running_mean").clone()
+    train(ready, loader(), loss, gc.Training(steps=20), progress=False)
+    assert not torch.equal(ready.get_buffer("1.running_mean"), before)
+    model = convnet().eval()
+    assert not compress(model).training and not model.training
 
 
 def test_a_batch_that_lacks_an_input():
@@ -267,10 +292,19 @@ def test_each_option_of_the_optimizer_matters(tmp_path):
         assert [line["loss"] for line in run_of(tmp_path, name, **option)] != plain, name
 
 
+def test_clipping_leaves_the_quantizers_alone():
+    ends = []
+    for lr_quant in (1e-3, 1e-1):
+        ready = run(training=gc.Training(schedule=STAGES, clip_norm=1e-8, lr_quant=lr_quant))
+        ends.append(torch.stack([quantizer.q_m.detach() for _, quantizer in ready.quantizers()]))
+    assert (ends[0] - ends[1]).abs().max() > 1e-3
+
+
 def test_the_default_rate_rises_and_falls_to_nothing(tmp_path):
-    rates = [line["lr"] for line in run_of(tmp_path, "run")]
-    assert max(rates) == pytest.approx(1e-2) and rates[-1] == pytest.approx(0, abs=1e-4)
-    assert rates[5:] == sorted(rates[5:], reverse=True)
+    run(training=gc.Training(steps=60, folder=tmp_path, log_every=1))
+    rates = [line["lr"] for line in read_metrics(tmp_path / "metrics.jsonl")]  # of the step after each
+    assert rates[:3] == pytest.approx([2e-2 / 3, 1e-2, 1e-2]) and rates[-1] == pytest.approx(0, abs=1e-6)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
 
 
 def test_models_with_attention_get_adamw_and_its_rate(tmp_path):
@@ -295,7 +329,16 @@ def test_models_with_attention_get_adamw_and_its_rate(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"epochs": 0}, {"steps": -1}, {"accumulate": 0}, {"lr": 0.0}, {"clip_norm": -1.0}, {"keep": 0}, {"save_every": 0}],
+    [
+        {"epochs": 0},
+        {"epochs": 1.5},
+        {"steps": -1},
+        {"accumulate": 0},
+        {"lr": 0.0},
+        {"clip_norm": -1.0},
+        {"keep": 0},
+        {"save_every": 0},
+    ],
 )
 def test_numbers_out_of_range(options):
     (name,) = options
@@ -476,6 +519,34 @@ def test_a_loader_with_a_generator_of_its_own(tmp_path):
     with pytest.raises(Stopped):
         run(data=data(), loss=stopping(19), folder=tmp_path)
     assert same(run(data=data(), folder=tmp_path), run(data=data()))
+
+
+def test_a_loader_with_a_worker(tmp_path):
+    with pytest.raises(Stopped):
+        run(data=loader(num_workers=1), loss=stopping(13), folder=tmp_path)
+    assert same(run(data=loader(num_workers=1), folder=tmp_path), run(data=loader(num_workers=1)))
+    with pytest.raises(gc.PlanError, match="workers persist"):
+        run(data=loader(num_workers=1, persistent_workers=True), folder=tmp_path)
+
+
+def test_metrics_after_the_checkpoint_are_measured_again(tmp_path):
+    how = gc.Training(schedule=STAGES, folder=tmp_path, save_every=6, log_every=1)
+    with pytest.raises(Stopped):
+        run(loss=stopping(9), training=how)
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 10))
+    run(training=how)
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, STEPS + 1))
+
+
+def test_metrics_go_on_as_they_would_have(tmp_path):
+    with pytest.raises(Stopped):
+        run(loss=stopping(13), folder=tmp_path / "cut")
+    for name in "cut", "whole":
+        run(folder=tmp_path / name)
+    cut, whole = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("cut", "whole"))
+    seconds = [line.pop("seconds") for line in cut]
+    assert seconds == sorted(seconds) and all(line.pop("seconds") for line in whole)
+    assert cut == whole
 
 
 def test_accumulation_and_rare_checkpoints(tmp_path):
