@@ -9,6 +9,7 @@ small = graphcomp.finalize(ready)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, overload
 
@@ -330,24 +331,29 @@ class QASSO(Optimizer):
         """`count` units gone in all, those that are gone already among them.
 
         Raises:
-            BudgetError: that is impossible, for the last count; others are lowered until they can be met.
+            BudgetError: that is impossible, for the last count; others are lowered until they can be met, and the last
+                one after them.
         """
-        for fewer in range(count, max(count - self.round_to, self.removed, 0) - 1, -1):
-            share = fewer / self.total  # 1 where the sparsity rounds to all units: it is refused as itself
-            try:
-                return allocate(
-                    self.groups,
-                    scores,
-                    sparsity=share if self.sparsity is None else min(share, self.sparsity),
-                    normalize=self.normalize,
-                    round_to=self.round_to,
-                    max_group_sparsity=self.max_group_sparsity,
-                    already=self.kept,
-                )
-            except BudgetError:
-                if count == self._final:
-                    raise
+        if count == self._final:
+            return self._exactly(scores, count, self.kept)
+        for fewer in range(count, self.removed, -1):
+            with suppress(BudgetError):
+                found = self._exactly(scores, fewer, self.kept)
+                self._exactly(scores, self._final, found)  # with `round_to` what goes first decides what can go later
+                return found
         return self.kept
+
+    def _exactly(self, scores: Scores, count: int, already: Kept) -> Kept:
+        share = count / self.total  # 1 where the sparsity rounds to all units: it is refused as itself
+        return allocate(
+            self.groups,
+            scores,
+            sparsity=share if self.sparsity is None else min(share, self.sparsity),
+            normalize=self.normalize,
+            round_to=self.round_to,
+            max_group_sparsity=self.max_group_sparsity,
+            already=already,
+        )
 
     def _activate(self) -> None:
         """Index the slices of the units that are to be forgotten in this period."""
