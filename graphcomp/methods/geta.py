@@ -430,7 +430,7 @@ class QASSO(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As of the base optimizer."""
-        if "base" in vars(self) and param_group not in self.base.param_groups:
+        if "base" in vars(self) and not any(group is param_group for group in self.base.param_groups):
             self.base.add_param_group(param_group)
             return
         super().add_param_group(param_group)
