@@ -160,10 +160,12 @@ class QASSO(Optimizer):
         self._share_with_base()
         self.rule = Rule(eta, xi, forgetting == "uniform")
         self.steps = 0
-        self.kept: Kept = {group: torch.arange(group.size) for group in self.groups}
+        masks = self.ready.kept()  # after an earlier run some units may be gone: they stay gone, and count
+        self.kept: Kept = {group: masks[group] for group in self.groups}
         self.chosen: Kept = self.kept  # what is left when the current period ends
         self._active: Forgetting | None = None
-        self._zeros: list[tuple[Tensor, int, Tensor]] = []  # parameter, dim, indices of all that is gone
+        self._zeros: list[tuple[Tensor, int, Tensor]]  # parameter, dim, indices of all that is gone
+        self._index_zeros()
         self._fixed: Tensor | None = None  # bits of the cool-down
         self.bank.follow(self.stage == Stage.WARMUP)
         self.target: Target | None = None

@@ -251,6 +251,19 @@ def test_a_model_that_lost_units_computes_what_the_small_one_does():
         assert small.report.to_dict()["units"]["removed"] > 0
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.6])
+def test_what_an_earlier_run_removed_stays_removed_and_counts(sparsity):
+    ready = ready_of("mlp", bits=(4, 8))
+    train(qasso(ready, sparsity=0.4), ready, "mlp", SCHEDULE.steps)
+    before = ready.kept()
+    optimizer = qasso(ready, "adamw", sparsity=sparsity)
+    assert optimizer.removed == 10
+    train(optimizer, ready, "mlp", SCHEDULE.steps)
+    assert optimizer.removed == max(10, round(sparsity * 24))
+    assert all(bool(torch.isin(units, before[group]).all()) for group, units in ready.kept().items())
+    assert gc.finalize(ready).report.to_dict()["units"]["removed"] == optimizer.removed
+
+
 # ------------------------------------------------------------------------------------------------ what a step touches
 def base_results(optimizer: gc.QASSO, ready: nn.Module) -> dict[str, Tensor]:
     """Filled, in each step, with the weights that the base optimizer leaves."""
