@@ -1,4 +1,4 @@
-# make demo    train, compress, fine-tune, quantize, export and reload two small models
+# make demo    train, compress in three ways, export and reload two small models
 # make test    the default tests
 # make check   everything CI runs
 # make clean   remove what the others made
@@ -8,7 +8,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-EXTRAS := dev,hf,vision,onnx
+EXTRAS := dev,hf,vision,onnx,viz
 # Written last: an environment without it was interrupted half-way, and is built anew.
 INSTALLED := $(VENV)/.installed
 

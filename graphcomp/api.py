@@ -126,7 +126,7 @@ def compress(
             model can hold) and "width" in groups that layer, RMS or group norms take statistics over.
         round_to: the number of units kept in each group is a multiple of it.
         budget: a target on parameters, MACs, bit operations or bytes instead of `sparsity`. Bit operations count the
-            bits that the layers are quantized to.
+            bits that the layers are quantized to. In training, see `QASSO`.
         scope: compress one submodule; the result holds the whole model with that part replaced.
         outputs: names of the outputs that matter.
         verify: check on the example inputs that sliced equals masked; the error stands in the report. (That the
@@ -149,12 +149,12 @@ def compress(
         method = "oneshot" if data is None or loss is None or training is None else "geta"
     if method != "oneshot":
         one_shot_only = {
-            "budget": budget is not None, "scope": scope, "ranking": ranking != "global", "reduce_range": reduce_range,
+            "scope": scope, "ranking": ranking != "global", "reduce_range": reduce_range,
             "quantization": quantization is not None, "group_size": group_size, "rounding": rounding != "nearest",
             "activation_bits": activation_bits not in ("same", None),
         }  # fmt: skip
         _check_trainable(method, [name for name, given in one_shot_only.items() if given])
-        phases = phases_of(method, sparsity, bits)
+        phases = phases_of(method, sparsity, bits, budget)
         if data is None or loss is None or training is None:
             raise PlanError(
                 f"method={method!r} trains: it needs data, a loss and a length",
@@ -177,12 +177,13 @@ def compress(
                 train,
                 data=data,
                 loss=loss,
+                budget=budget,
                 saliency=saliency or "geta",
                 round_to=round_to,
                 progress=progress,
                 seed=seed,
             ),
-            sparsity=0.5 if sparsity is None else sparsity,
+            sparsity=sparsity,
             bits=_limits(bits),
             calibration=calibration,
             progress=progress,
@@ -287,7 +288,7 @@ def _trained(
     prepared: Callable[..., Prepared],
     trained: Callable[..., None],
     *,
-    sparsity: float,
+    sparsity: float | None,
     bits: tuple[int, int] | None,
     calibration: Iterable[Any] | None,
     progress: bool,

@@ -14,7 +14,9 @@ README = Path(__file__).parents[1] / "README.md"
 def test_the_python_blocks_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = README.read_text(encoding="utf-8")
-    quick_start, integers, *others = re.finditer(r"```python\n(.*?)```", text, re.DOTALL)
+    quick_start, integers, seven_bits, weights_only, joint, own_loop = re.finditer(
+        r"```python\n(.*?)```", text, re.DOTALL
+    )
     names: dict[str, Any] = {}
 
     def run(block: re.Match[str]) -> None:
@@ -26,11 +28,16 @@ def test_the_python_blocks_one_after_the_other(tmp_path: Path, monkeypatch: pyte
     assert sum(after) < sum(before)
     assert names["logits"].shape == (2, 10)
 
+    for block in joint, own_loop:
+        run(block)
+        report = names.pop("joint").report
+        assert report.sparsity == 0.5 and all(4 <= layer.weight_bits <= 8 for layer in report.layers)
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+
     pytest.importorskip("onnxruntime", reason="the other blocks export ONNX")
     run(integers)
     found = names["integers"].export_report
     assert found.kernels.share == 1 and found.agreement.within_a_step
-    seven_bits, weights_only = others
     run(seven_bits)
     layers = [layer.weight_bits for layer in names["integers"].report.layers]
     assert layers == [7, 7, 7]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphcomp.errors import ExportError
 from graphcomp.export.onnx_ops import DOMAIN, GROUPED, UNPACK
+from graphcomp.export.onnx_pads import fold_pads
 from graphcomp.quantization import ops
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def finish(model: ir.Model) -> None:
     for node in _nodes(model, "DequantizeLinear"):
         _widen_for_integer_kernels(model.graph, node)
     _share_weights(model.graph)
+    fold_pads(model)
     common.CommonSubexpressionEliminationPass()(model)
     _own_zero_points(model)
     common.RemoveUnusedNodesPass()(model)

@@ -24,6 +24,7 @@ from graphcomp.methods.prepared import Prepared
 from graphcomp.methods.schedule import Schedule, Stage
 from graphcomp.progress import Progress
 from graphcomp.progress import progress as show_progress
+from graphcomp.pruning.allocation import Budget
 from graphcomp.pruning.evidence import Loss, arguments_of, check_loss
 from graphcomp.pruning.saliency import Saliency
 from graphcomp.quantization.placement import CONVOLUTIONS
@@ -133,7 +134,7 @@ METHODS: dict[str, tuple[Phase, ...]] = {
 """Each method of training as the runs it is made of, which share its steps equally."""
 
 
-def phases_of(method: str, sparsity: float | None, bits: object) -> tuple[Phase, ...]:
+def phases_of(method: str, sparsity: float | None, bits: object, budget: object) -> tuple[Phase, ...]:
     """The runs of a method.
 
     Raises:
@@ -148,6 +149,12 @@ def phases_of(method: str, sparsity: float | None, bits: object) -> tuple[Phase,
         raise PlanError(f"method={method!r} does not quantize", fix='method="geta", or bits=None')
     if sparsity and not phases[0].prunes:
         raise PlanError(f"method={method!r} does not prune", fix='method="geta", or sparsity=0')
+    if budget is not None and len(phases) > 1:
+        raise PlanError(
+            f"a budget with method={method!r}",
+            why="the run that prunes does not know the bits that the other one gives",
+            fix='method="geta", or sparsity=0.5',
+        )
     return phases
 
 
@@ -178,7 +185,8 @@ def train(
     loss: Loss,
     training: Training,
     *,
-    sparsity: float = 0.5,
+    sparsity: float | None = None,
+    budget: Budget | None = None,
     saliency: str | Saliency = "geta",
     forgetting: Literal["descent", "uniform"] = "descent",
     round_to: int = 1,
@@ -194,7 +202,7 @@ def train(
             moved to where the module is.
         loss: loss(model output, batch) -> scalar.
         training: how.
-        sparsity, saliency, forgetting, round_to: see `QASSO`.
+        sparsity, budget, saliency, forgetting, round_to: see `QASSO`.
         progress: show a progress line on a terminal.
         seed: of everything that is drawn: torch, Python and NumPy are seeded inside, and left as they were.
 
@@ -203,7 +211,14 @@ def train(
         TrainingError: the loss is not finite, or the data hold too few batches.
         CheckpointError: the folder is of another run, or cannot be written or read.
     """
-    run = _Run(ready, data, loss, training, sparsity, saliency, forgetting, round_to, seed)
+    asked: dict[str, Any] = {
+        "sparsity": sparsity,
+        "budget": budget,
+        "saliency": saliency,
+        "forgetting": forgetting,
+        "round_to": round_to,
+    }
+    run = _Run(ready, data, loss, training, asked, seed)
     with seeded(seed), show_progress(run.total, progress) as bar:
         run.resume()
         bar.done = run.step
@@ -228,10 +243,7 @@ class _Run:
         data: Iterable[Any],
         loss: Loss,
         training: Training,
-        sparsity: float,
-        saliency: str | Saliency,
-        forgetting: Literal["descent", "uniform"],
-        round_to: int,
+        asked: Mapping[str, Any],
         seed: int,
     ) -> None:
         self.ready, self.data, self.loss, self.training = ready, data, loss, training
@@ -241,7 +253,7 @@ class _Run:
         transformer = any(group.role == "head" for group in ready.session.plan.groups)
         base, lr, options = _defaults(ready, training, transformer)
         schedule = training.schedule or Schedule.of(
-            self.total, transformer=transformer, prune=sparsity > 0, quantize=ready.session.bits is not None
+            self.total, transformer=transformer, prune=asked["sparsity"] != 0, quantize=ready.session.bits is not None
         )
         self.optimizer = QASSO(
             ready,
@@ -249,10 +261,7 @@ class _Run:
             lr=lr,
             lr_quant=training.lr_quant,
             schedule=schedule,
-            sparsity=sparsity,
-            saliency=saliency,
-            forgetting=forgetting,
-            round_to=round_to,
+            **asked,
             **options,
         )
         _leave_out(self.optimizer, ready)
@@ -267,10 +276,8 @@ class _Run:
             about = {
                 **_about_model(ready),
                 **_about_training(training, data, lr, base),
-                "sparsity": str(sparsity),
-                "saliency": saliency if isinstance(saliency, str) else _name(saliency),
-                "forgetting": forgetting,
-                "round_to": str(round_to),
+                **{name: _name(value) if callable(value) else str(value) for name, value in asked.items()},
+                "sparsity": str(self.optimizer.sparsity),
                 "schedule": ", ".join(f"{name} {value}" for name, value in asdict(schedule).items()),
                 "seed": str(seed),
             }

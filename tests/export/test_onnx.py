@@ -16,6 +16,7 @@ pytest.importorskip("onnxruntime")
 
 import onnx_ir as ir  # noqa: E402
 
+import graphcomp as gc  # noqa: E402
 import graphcomp.export.onnx as onnx_module  # noqa: E402
 from graphcomp.capture import capture  # noqa: E402
 from graphcomp.errors import ExportError  # noqa: E402
@@ -332,3 +333,35 @@ def test_large_weights_go_to_a_second_file(tmp_path: Path, monkeypatch: pytest.M
     export_onnx(module, (x,), None, path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
     assert torch.allclose(run(path, (x,))[0], module(x), atol=1e-6)
+
+
+class Padded(nn.Module):
+    """Padding of one side in front of convolutions; one of them is read by others too, one pads with ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, stride=2), nn.Conv2d(8, 8, 3, padding=1)
+        self.c, self.d = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x):
+        x = F.relu6(self.a(F.pad(x, (0, 1, 0, 1))))
+        x = F.relu6(self.b(F.pad(x, (1, 0, 2, 0))))
+        shared = F.pad(x, (0, 2, 0, 2))
+        y = F.relu6(self.c(shared)) + shared[..., 1:-1, 1:-1]
+        return self.d(F.pad(y, (1, 1, 1, 1), value=1.0))
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_zero_padding_becomes_the_convolutions_own(tmp_path, bits):
+    torch.manual_seed(0)
+    model, x = Padded().eval(), torch.randn(2, 3, 16, 16)
+    small = gc.compress(model, x, sparsity=0.0, bits=bits).module if bits else model
+    path = tmp_path / "padded.onnx"
+    export_onnx(small, (x,), {}, path)
+    found = onnx.load(path)
+    assert sum(node.op_type == "Pad" for node in found.graph.node) == 2  # those that are read twice, or hold ones
+    convolutions = [node for node in found.graph.node if node.op_type == "Conv"]
+    pads = {tuple(a.ints) for node in convolutions for a in node.attribute if a.name == "pads"}
+    assert {(0, 0, 1, 1), (3, 2, 1, 1)} <= pads
+    expected, actual = small(x).detach(), run(path, (x,))[0]
+    assert float((actual - expected).abs().max() / expected.abs().max()) < (0.02 if bits else 1e-5)

@@ -131,6 +131,11 @@ def test_sequential_prunes_in_its_first_half_and_what_is_gone_stays_gone(tmp_pat
     assert {line["units_removed"] for line in second} == {7}
 
 
+def test_a_budget_is_met():
+    small = compress(budget=gc.Budget(bops=20_000))
+    assert 10_000 < small.report.bops.after <= 20_000
+
+
 def test_a_stage_with_nothing_to_do_takes_no_steps():
     assert Schedule.of(100, prune=False).lengths == (5, 10, 0, 85)
     assert Schedule.of(100, quantize=False).lengths == (5, 0, 20, 75)
@@ -328,6 +333,7 @@ def test_half_of_the_steps_each_in_stages_of_their_own_length():
         ({"method": "qat", "bits": 8, "sparsity": 0.5}, "does not prune"),
         ({"method": "hesso", "bits": 8}, "does not quantize"),
         ({"method": "geta", "rounding": "second_order", "ranking": "local"}, "ranking, rounding with"),
+        ({"method": "sequential", "bits": 8, "budget": gc.Budget(params=100)}, "a budget with"),
         ({"method": "geta", "scope": "0"}, "scope with"),
         ({"method": "geta", "activation_bits": 4}, "activation_bits with"),
     ],
@@ -527,6 +533,7 @@ def test_a_process_that_was_killed(tmp_path, whole):
         ({"seed": 1}, "seed: 0 there, 1 now"),
         ({"data": [(IMAGES, LABELS)]}, "batches: 8 there, 1 now"),
         ({"saliency": "l2"}, "saliency: geta there, l2 now"),
+        ({"budget": gc.Budget(params=500)}, "budget: None there, Budget"),
         ({"round_to": 2, "sparsity": 0.4}, "round_to: 1 there, 2 now"),
         ({"model": nn.Sequential(nn.Conv2d(1, 9, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))}, "tensors: "),
     ],
