@@ -169,14 +169,15 @@ def _bits(ready: nn.Module) -> list[float]:
 
 
 def _allowed(step: int, bits: tuple[int, int]) -> tuple[float, float]:
-    """From projection on: two thirds of the range go in equal parts, one at the start of each period but the first."""
+    """From projection on: two thirds of the range, to the nearest bit, go in equal parts, one at the start of each
+    period but the first."""
     low, high = bits
     if SCHEDULE.moment(step).stage == Stage.WARMUP:
         return 0, math.inf
     warmup, projection = SCHEDULE.lengths[:2]
     periods = SCHEDULE.projection_periods
     done = min((step - warmup) * periods // projection, periods - 1)
-    return low, high - (high - low) * 2 / 3 * done / (periods - 1)
+    return low, high - round((high - low) * 2 / 3) * done / (periods - 1)
 
 
 def _finalize_error(ready: Prepared) -> str:

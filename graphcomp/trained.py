@@ -25,6 +25,7 @@ from graphcomp.quantization.calibrate import calibrate_weight
 from graphcomp.quantization.finish import Finish, from_training
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.placement import place
+from graphcomp.quantization.repeats import with_repeats
 from graphcomp.quantization.spec import QuantConfig
 from graphcomp.quantization.walk import Constants
 
@@ -50,9 +51,9 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
     if session.bits is None:
         return as_model(replace(cut, verified=verified), measure_latency=measure_latency)
     if verify:
-        verified["sliced == folded"] = _same(sliced, Finish()(_in_double(sliced)), plan, FOLDING)
+        verified["sliced == folded"] = _same(sliced, Finish()(with_repeats(_in_double(sliced))), plan, FOLDING)
     inputs = flat_inputs(plan.captured, plan.captured.args, plan.captured.kwargs)
-    quantized = from_training(_with_embeddings(sliced), [inputs])
+    quantized = from_training(_with_embeddings(with_repeats(sliced)), [inputs])
     return with_integers(
         replace(cut, verified=verified),
         quantized,

@@ -21,6 +21,7 @@ from graphcomp.quantization.lower import constants_with_quantizers
 from graphcomp.quantization.placement import layer_name, place
 from graphcomp.quantization.ptq import calibrate_activations, calibrate_weights
 from graphcomp.quantization.quantizers.base import Quantizer
+from graphcomp.quantization.repeats import quantizer_before, without_repeats
 from graphcomp.quantization.spec import QuantConfig, QuantSpec, matches
 
 SESSION = "graphcomp_session"
@@ -210,7 +211,8 @@ def prepare_graph(
     sites: tuple[Site, ...] = ()
     if bits is not None and config is not None:
         floats = plan.captured.module
-        graph = InsertQuantizers(place(floats, config, ignore, folded_nodes(floats.graph)))(floats)
+        placement = place(floats, config, ignore, folded_nodes(floats.graph))
+        graph = InsertQuantizers(without_repeats(placement))(floats)
         _calibrate(graph, batches)
         calibrate_weights(graph)
         sites = _sites(graph, bits, layer_bits)
@@ -301,6 +303,7 @@ def _read_by(session: Session) -> dict[str, list[str]]:
         if node not in constant:
             continue
         for user in node.users:
-            read = [by_node[n] for n in user.all_input_nodes if n in by_node and n not in constant]
+            found = [quantizer_before(n, by_node) for n in user.all_input_nodes if n not in constant]
+            read = [by_node[n] for n in found if n is not None]
             layers.setdefault(layer_name(node.all_input_nodes[0], constant), []).extend(read)
     return layers

@@ -67,7 +67,7 @@ class Schedule:
         joint: units are forgotten while bits go on adapting, in `pruning_periods`, each of which ends with its share of
             the units gone.
         bit_reduction: bits per period; never below the fewest bits of the range. None: two thirds of the range in all,
-            which is 16, 14, 12, 10, 8 for 4 to 16 bits.
+            to the nearest bit: 16, 14, 12, 10, 8 for 4 to 16 bits, and 5 in the end for 4 to 8.
 
     Raises:
         PlanError: lengths that do not fit into the run, or a period without a step.
@@ -173,7 +173,8 @@ class Schedule:
         done = self.moment(step).period if step < projection else self.projection_periods - 1
         if self.bit_reduction is not None:
             return torch.maximum(low, high - self.bit_reduction * done)
-        return high - (high - low) * (2 / 3) * done / max(self.projection_periods - 1, 1)
+        in_all = ((high - low) * (2 / 3)).round()  # whole, as the bits are in the end
+        return high - in_all * done / max(self.projection_periods - 1, 1)
 
 
 def _in_period(stage: Stage, step: int, length: int, periods: int) -> Moment:

@@ -15,6 +15,7 @@ from graphcomp.pruning.evidence import Scores
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers
 from graphcomp.quantization.placement import COMPUTE
+from graphcomp.quantization.repeats import quantizer_before
 
 BY_COST = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Powers of a unit's cost that its score is divided by, until a fixed number of units is cheap enough."""
@@ -113,7 +114,7 @@ def _operands(session: Session, position: Mapping[str, int]) -> dict[fx.Node, tu
     in_floats = {node.name: node for node in session.plan.captured.module.graph.nodes}
     found: dict[fx.Node, tuple[int | None, list[int]]] = {}
     for node in graph.graph.nodes:
-        if node.target not in COMPUTE or not any(n in at for n in node.all_input_nodes):
+        if node.target not in COMPUTE:
             continue
         operands, arguments = COMPUTE[node.target], bind(node)
         weight = arguments[operands.weight] if operands.weight else None
@@ -121,5 +122,6 @@ def _operands(session: Session, position: Mapping[str, int]) -> dict[fx.Node, tu
         if weight is not None and weight not in constant:
             read.append(weight)
         own = at.get(weight) if weight in constant else None
-        found[in_floats[node.name]] = own, [at[n] for n in read if n in at]
+        sources = [quantizer_before(n, at) for n in read if isinstance(n, fx.Node)]
+        found[in_floats[node.name]] = own, [at[n] for n in sources if n is not None]
     return found

@@ -41,8 +41,9 @@ def qasso(ready: nn.Module, base: str = "momentum", **options: Any) -> gc.QASSO:
 
 
 # ------------------------------------------------------------------------------------------------ bits
-MOST = {2: [8, 8, 6, 6, 4, 4], 4: [8, 8, 8 - 4 / 3, 8 - 4 / 3, 8 - 8 / 3, 8 - 8 / 3]}
-"""Fewest bits -> the most, in each of the six steps of projection from 8 down: two thirds of the range in all."""
+MOST = {2: [8, 8, 6, 6, 4, 4], 4: [8, 8, 6.5, 6.5, 5, 5]}
+"""Fewest bits -> the most, in each of the six steps of projection from 8 down: two thirds of the range in all, to the
+nearest bit."""
 
 
 @pytest.mark.parametrize(
