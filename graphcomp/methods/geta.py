@@ -9,6 +9,7 @@ small = graphcomp.finalize(ready)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, overload
 
@@ -159,10 +160,12 @@ class QASSO(Optimizer):
         self._share_with_base()
         self.rule = Rule(eta, xi, forgetting == "uniform")
         self.steps = 0
-        self.kept: Kept = {group: torch.arange(group.size) for group in self.groups}
+        masks = self.ready.kept()  # after an earlier run some units may be gone: they stay gone, and count
+        self.kept: Kept = {group: masks[group] for group in self.groups}
         self.chosen: Kept = self.kept  # what is left when the current period ends
         self._active: Forgetting | None = None
-        self._zeros: list[tuple[Tensor, int, Tensor]] = []  # parameter, dim, indices of all that is gone
+        self._zeros: list[tuple[Tensor, int, Tensor]]  # parameter, dim, indices of all that is gone
+        self._index_zeros()
         self._fixed: Tensor | None = None  # bits of the cool-down
         self.bank.follow(self.stage == Stage.WARMUP)
         self.target: Target | None = None
@@ -330,24 +333,29 @@ class QASSO(Optimizer):
         """`count` units gone in all, those that are gone already among them.
 
         Raises:
-            BudgetError: that is impossible, for the last count; others are lowered until they can be met.
+            BudgetError: that is impossible, for the last count; others are lowered until they can be met, and the last
+                one after them.
         """
-        for fewer in range(count, max(count - self.round_to, self.removed, 0) - 1, -1):
-            share = fewer / self.total  # 1 where the sparsity rounds to all units: it is refused as itself
-            try:
-                return allocate(
-                    self.groups,
-                    scores,
-                    sparsity=share if self.sparsity is None else min(share, self.sparsity),
-                    normalize=self.normalize,
-                    round_to=self.round_to,
-                    max_group_sparsity=self.max_group_sparsity,
-                    already=self.kept,
-                )
-            except BudgetError:
-                if count == self._final:
-                    raise
+        if count == self._final:
+            return self._exactly(scores, count, self.kept)
+        for fewer in range(count, self.removed, -1):
+            with suppress(BudgetError):
+                found = self._exactly(scores, fewer, self.kept)
+                self._exactly(scores, self._final, found)  # with `round_to` what goes first decides what can go later
+                return found
         return self.kept
+
+    def _exactly(self, scores: Scores, count: int, already: Kept) -> Kept:
+        share = count / self.total  # 1 where the sparsity rounds to all units: it is refused as itself
+        return allocate(
+            self.groups,
+            scores,
+            sparsity=share if self.sparsity is None else min(share, self.sparsity),
+            normalize=self.normalize,
+            round_to=self.round_to,
+            max_group_sparsity=self.max_group_sparsity,
+            already=already,
+        )
 
     def _activate(self) -> None:
         """Index the slices of the units that are to be forgotten in this period."""
@@ -424,7 +432,7 @@ class QASSO(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As of the base optimizer."""
-        if "base" in vars(self) and param_group not in self.base.param_groups:
+        if "base" in vars(self) and not any(group is param_group for group in self.base.param_groups):
             self.base.add_param_group(param_group)
             return
         super().add_param_group(param_group)

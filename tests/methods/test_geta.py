@@ -164,6 +164,31 @@ def test_the_number_kept_is_a_multiple(round_to, sparsity):
     assert optimizer.removed == 12 and all(len(units) % 4 == 0 for units in ready.kept().values())
 
 
+@pytest.mark.parametrize(
+    ("widths", "round_to", "sparsity", "periods", "share"),
+    [
+        ([5, 10], 3, 0.25, 5, 1.0),
+        ([6, 11, 5, 4], 3, 0.5, 3, 1.0),
+        ([12, 8, 17], 4, 0.1, 5, 0.5),
+        ([10, 3, 2], 2, 0.25, 3, 0.8),
+    ],
+)
+def test_what_goes_in_an_early_period_leaves_the_end_within_reach(widths, round_to, sparsity, periods, share):
+    """Widths that are no multiples: after the wrong first choice the number asked for can no longer be met."""
+    shapes = [6, *widths, 3]
+    ready = gc.prepare(nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(shapes))), batch("mlp"), bits=None)
+    schedule = gc.Schedule(30, warmup=0, projection=0, joint=20, pruning_periods=periods)
+    optimizer = qasso(
+        ready, sparsity=sparsity, round_to=round_to, max_group_sparsity=share, schedule=schedule, saliency="random"
+    )
+    for _ in range(20):
+        for parameter in ready.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    assert optimizer.removed == round(sparsity * sum(widths))
+    assert all(len(u) % round_to == 0 or len(u) == group.size for group, u in ready.kept().items())
+
+
 def test_a_group_keeps_its_share():
     ready = ready_of("residual", bits=None)
     optimizer = qasso(ready, sparsity=0.4, max_group_sparsity=0.5)
@@ -225,6 +250,19 @@ def test_a_model_that_lost_units_computes_what_the_small_one_does():
         x = batch(name, 99)
         torch.testing.assert_close(small(*x), ready.eval()(*x), rtol=1e-4, atol=1e-5)
         assert small.report.to_dict()["units"]["removed"] > 0
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.6])
+def test_what_an_earlier_run_removed_stays_removed_and_counts(sparsity):
+    ready = ready_of("mlp", bits=(4, 8))
+    train(qasso(ready, sparsity=0.4), ready, "mlp", SCHEDULE.steps)
+    before = ready.kept()
+    optimizer = qasso(ready, "adamw", sparsity=sparsity)
+    assert optimizer.removed == 10
+    train(optimizer, ready, "mlp", SCHEDULE.steps)
+    assert optimizer.removed == max(10, round(sparsity * 24))
+    assert all(bool(torch.isin(units, before[group]).all()) for group, units in ready.kept().items())
+    assert gc.finalize(ready).report.to_dict()["units"]["removed"] == optimizer.removed
 
 
 # ------------------------------------------------------------------------------------------------ what a step touches

@@ -159,6 +159,26 @@ def test_parameters_can_be_given_in_any_way(given):
     assert optimizer.removed == 10
 
 
+def test_groups_of_equal_length():
+    ready = ready_of("mlp", bits=(4, 8))
+    weights, biases = ([p for name, p in weights_of(ready).items() if name.endswith(k)] for k in ("weight", "bias"))
+    optimizer = qasso(ready, params=[{"params": weights}, {"params": biases, "weight_decay": 0.0}])
+    assert [len(g["params"]) for g in optimizer.param_groups] == [3, 3, 12]
+
+
+def test_a_layer_that_thaws_is_added():
+    ready = ready_of("mlp", bits=(4, 8))
+    thawed = ready.get_parameter("up.weight").requires_grad_(False)
+    optimizer = qasso(ready)
+    before = thawed.detach().clone()
+    train(optimizer, ready, "mlp", 2)
+    assert torch.equal(thawed, before)
+    optimizer.add_param_group({"params": [thawed.requires_grad_(True)], "lr": 0.1})
+    train(optimizer, ready, "mlp", range(2, SCHEDULE.steps))
+    assert optimizer.base.param_groups[-1]["params"] == [thawed] and optimizer.base.param_groups[-1]["lr"] == 0.1
+    assert not torch.equal(thawed, before) and optimizer.removed == 5  # of the group that was free from the start
+
+
 def test_norms_without_decay_are_not_decayed():
     ready = ready_of("vit", bits=(4, 8))
     norms = [p for name, p in weights_of(ready).items() if "norm" in name]
