@@ -485,7 +485,10 @@ def prepare(
 
 
 def _limits(bits: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    return None if bits is None else _range((bits, bits) if isinstance(bits, int) else bits)
+    if bits is None or isinstance(bits, tuple):
+        return None if bits is None else _range(bits)
+    check_bits(bits)
+    return bits, bits
 
 
 def _range(bits: tuple[int, int]) -> tuple[int, int]:
@@ -494,6 +497,8 @@ def _range(bits: tuple[int, int]) -> tuple[int, int]:
     Raises:
         PlanError: they are not.
     """
+    if not isinstance(bits, tuple) or len(bits) != 2:
+        raise PlanError(f"bits={bits!r} is no pair of bounds", fix="bits=(4, 8)")
     low, high = bits
     check_bits(low)
     check_bits(high)
@@ -512,7 +517,7 @@ def finalize(ready: nn.Module, *, verify: bool = True, measure_latency: bool = F
         measure_latency: time the model before and after.
 
     Raises:
-        PlanError: it was not prepared, or not trained to the cool-down, in which bits become whole numbers.
+        PlanError: it was not prepared, or a schedule was begun and not followed to its cool-down.
         VerificationError: the small model does not compute what the trained one does. Nothing is returned then.
     """
     return as_trained(unwrapped(ready), verify=verify, measure_latency=measure_latency)

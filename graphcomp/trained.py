@@ -17,9 +17,9 @@ from graphcomp.compare import relative_error
 from graphcomp.compressed import CompressedModel
 from graphcomp.cost import flat_inputs
 from graphcomp.coupling.groups import ChannelGroup
-from graphcomp.errors import VerificationError
+from graphcomp.errors import PlanError, VerificationError
 from graphcomp.graph import all_tensors, assign, fetch
-from graphcomp.methods.prepared import Prepared, Session
+from graphcomp.methods.prepared import PROGRESS, Prepared, Session
 from graphcomp.pruning.slice import SliceGroups
 from graphcomp.quantization.calibrate import calibrate_weight
 from graphcomp.quantization.finish import Finish, from_training
@@ -37,10 +37,17 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
     """The model that training left: sliced to the units whose masks are 1, in integers where it was quantized.
 
     Raises:
-        PlanError: quantizers whose bits are not whole numbers yet: the schedule has not come to its cool-down.
+        PlanError: a schedule was begun and has not come to its cool-down.
         VerificationError: the small model does not compute what the trained one does.
     """
     session = ready.session
+    done, settled = ready.meta.get(PROGRESS, (0, 0))
+    if done < settled:
+        raise PlanError(
+            f"training stopped at step {done}, before the cool-down",
+            why=f"which units go, and bits that are whole, is settled at step {settled}",
+            fix=f"train on to step {settled} at least",
+        )
     _hand_over(ready, session)
     plan, kept = session.plan, ready.kept()
     in_floats = {group.name: group for group in plan.groups}

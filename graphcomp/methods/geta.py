@@ -21,7 +21,7 @@ from graphcomp.coupling.groups import ChannelGroup, Kept, Member
 from graphcomp.errors import BudgetError, CheckpointError, NothingToPrune, PlanError
 from graphcomp.methods.bank import Bank
 from graphcomp.methods.forgetting import Entry, Forgetting, Rule
-from graphcomp.methods.prepared import Prepared, Session, Site, gone, unwrapped
+from graphcomp.methods.prepared import PROGRESS, Prepared, Session, Site, gone, unwrapped
 from graphcomp.methods.schedule import Moment, Schedule, Stage
 from graphcomp.methods.target import BY_COST, Target
 from graphcomp.pruning.allocation import Budget, Normalize, allocate, units_to_remove
@@ -225,6 +225,7 @@ class QASSO(Optimizer):
             self._commit()
         self._hold_zeros()
         self.steps += 1
+        self.ready.meta[PROGRESS] = self.steps, self.schedule.ends[2] + 1
         return loss
 
     def _clamp_gradients(self) -> None:

@@ -25,6 +25,8 @@ from graphcomp.quantization.repeats import quantizer_before, without_repeats
 from graphcomp.quantization.spec import QuantConfig, QuantSpec, matches
 
 SESSION = "graphcomp_session"
+PROGRESS = "graphcomp_progress"
+"""In `meta`: how many steps of a schedule are done, and how many settle bits and units."""
 
 
 @dataclass(frozen=True)

@@ -163,10 +163,13 @@ def test_a_sparsity_that_no_choice_meets():
 
 
 # ------------------------------------------------------------------------------------------------ too early
-@pytest.mark.parametrize("steps", [5, 6])
-def test_finalize_while_bits_are_no_whole_numbers_yet(steps):
-    ready = ready_of("mlp", bits=(4, 8))
-    train(qasso(ready, sparsity=0.5), ready, "mlp", steps)
-    with pytest.raises(gc.PlanError, match=r"has learned .* bits") as caught:
+@pytest.mark.parametrize("bits", [(4, 8), None])
+@pytest.mark.parametrize("steps", [1, 5, 11, 15])
+def test_finalize_before_the_cool_down(steps, bits):
+    ready = ready_of("residual", bits=bits)
+    optimizer = qasso(ready)
+    train(optimizer, ready, "residual", steps)
+    with pytest.raises(gc.PlanError, match=rf"stopped at step {steps}, before the cool-down(.|\n)*step 16"):
         gc.finalize(ready)
-    assert caught.value.why and caught.value.fix
+    train(optimizer, ready, "residual", 1)
+    assert (steps < 15) or gc.finalize(ready).report.units_removed == optimizer.removed
