@@ -26,7 +26,7 @@ check: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 	$(RUN) -m pytest
-	$(RUN) -m pytest -m zoo_slice
+	$(RUN) -m pytest -m "ci or zoo_slice"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "graphcomp needs Python >= 3.11; try make PYTHON=python3.11")'

@@ -16,7 +16,7 @@ from graphcomp.errors import ExportError
 from graphcomp.export.program import export_program, save_program
 from tests.export.lowered import Quantization, lower
 from tests.export.models import Residual
-from tests.marks import slow
+from tests.marks import in_ci, slow
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,7 +45,7 @@ def test_a_file_reloads_and_takes_other_batches(tmp_path: Path, batch: int, quan
     assert [file.name for file in tmp_path.iterdir()] == ["m.pt2"]
 
 
-@pytest.mark.parametrize("bits", [4, *slow(2, 3, 8)])
+@pytest.mark.parametrize("bits", [*in_ci(4), *slow(2, 3, 8)])
 def test_a_quantized_file_in_another_process(tmp_path: Path, bits: int) -> None:
     """It takes `import graphcomp`, and no more: that registers the ops."""
     model, x = Residual().eval(), torch.randn(2, 3, 8, 8)

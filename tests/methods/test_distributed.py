@@ -66,6 +66,8 @@ def _rank(rank, port, folder):
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
 def test_two_processes_train_the_model_that_one_trains(tmp_path):
     with socket.socket() as probe:

@@ -67,6 +67,8 @@ def test_the_trainer_of_transformers_trains_a_prepared_model(tmp_path):
     assert ready.config.num_labels == 3  # the original's attributes are there
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_accelerate_wraps_module_and_optimizer():
     accelerator = accelerate.Accelerator(cpu=True)
     ready, optimizer = prepared()

@@ -36,7 +36,7 @@ from graphcomp.quantization.spec import QuantConfig, QuantSpec
 from graphcomp.quantization.tensors import add_tensor
 from graphcomp.quantization.walk import Constants
 from graphcomp.testing import random_kept
-from tests.marks import slow
+from tests.marks import in_ci, slow
 from tests.quantization.test_qadg import MODELS, build
 
 CURVED, EVEN = QuantSpec(kind="geta", learn_exponent=True), QuantSpec(kind="geta")
@@ -350,7 +350,7 @@ def test_a_channel_of_nothing_beside_a_bias(scale: float) -> None:
     assert check_lowering(result.fake, result.lowered, inputs).steps <= 1.001
 
 
-@pytest.mark.parametrize("bits", [(8,), range(2, 9), *slow((16, 8, 9))], ids=str)
+@pytest.mark.parametrize("bits", [(8,), *in_ci(range(2, 9)), *slow((16, 8, 9))], ids=str)
 @pytest.mark.parametrize("name", ["cnn", "vit", *slow("residual", "encoder", "bert")])
 def test_onnxruntime_multiplies_integers(name: str, bits: Sequence[int], tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")

@@ -28,6 +28,7 @@ from graphcomp.quantization.spec import QuantConfig, QuantSpec
 from graphcomp.quantization.walk import Lockstep
 from graphcomp.testing import Encoder, ResidualCNN, VisionTransformer, random_kept, randomize
 from tests.export.models import import_transformers
+from tests.marks import in_ci
 
 from .written import WRITTEN, Make, quantize_in_place
 
@@ -268,7 +269,10 @@ def check_written(name: str, weight: Make, activation: Make, producers: Collecti
     return analysis
 
 
-@pytest.mark.parametrize("kind", sorted(set(WRITTEN) - {"FakeQuantizeOps"}))
+ORDINARY = ["Geta", "Lsq", "Pact"]
+
+
+@pytest.mark.parametrize("kind", [*ORDINARY, *in_ci(*sorted(set(WRITTEN) - {"FakeQuantizeOps", *ORDINARY}))])
 def test_written_quantizers_change_no_group(kind: str) -> None:
     check_written("cnn", WRITTEN[kind], WRITTEN[kind])
 

@@ -163,7 +163,7 @@ def test_refusals() -> None:
         round_second_order(weight, hessian, grouped, order=True, refit=True)
     with pytest.raises(PlanError, match="6 inputs"):
         round_second_order(weight, correlated(8), grouped)
-    bent = GetaQuantizer(QuantSpec(4, kind="geta"))
+    bent = GetaQuantizer(QuantSpec(4, kind="geta", learn_exponent=True))
     nn.init.constant_(bent.t, 1.5)
     with pytest.raises(PlanError, match=r"\|w\|\^1\.5"):
         round_second_order(weight, hessian, bent)
