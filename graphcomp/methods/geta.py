@@ -23,7 +23,7 @@ from graphcomp.methods.bank import Bank
 from graphcomp.methods.forgetting import Entry, Forgetting, Rule
 from graphcomp.methods.prepared import PROGRESS, Prepared, Session, Site, gone, unwrapped
 from graphcomp.methods.schedule import Moment, Schedule, Stage
-from graphcomp.methods.target import BY_COST, Target
+from graphcomp.methods.target import BISECTIONS, BY_COST, Target
 from graphcomp.pruning.allocation import Budget, Normalize, allocate, units_to_remove
 from graphcomp.pruning.evidence import Evidence, Scores
 from graphcomp.pruning.saliency import Activation, Saliency, named
@@ -269,9 +269,9 @@ class QASSO(Optimizer):
             wanted = self._within_budget(self.target, scores)
             self._final = self.total - sum(len(units) for units in wanted.values())
         count = self.removed + round((self._final - self.removed) / periods_left)
+        if self.target is not None and self.sparsity is not None:
+            scores = self._cheap_enough(self.target, scores)
         self.chosen = wanted if wanted is not None and periods_left == 1 else self._allocate(scores, count)
-        if self.target is not None and self.sparsity is not None and periods_left == 1:
-            self.chosen = self._affordable(self.target, scores, self.chosen)
         self._activate()
 
     def _scores(self, weights: Mapping[str, Tensor], updates: Mapping[str, Tensor]) -> Scores:
@@ -288,13 +288,22 @@ class QASSO(Optimizer):
         except BudgetError:
             return target.units(scores, self.kept, target.low, *options)
 
-    def _affordable(self, target: Target, scores: Scores, chosen: Kept) -> Kept:
-        """As many units, of those that cost more, as far as is needed for the budget to hold at the fewest bits."""
-        for power in BY_COST:
-            if target.excess(chosen, target.low) <= 0:
-                break
-            chosen = self._allocate(target.cheaper(scores, self.kept, power), self._final)
-        return chosen
+    def _cheap_enough(self, target: Target, scores: Scores) -> Scores:
+        """The scores divided by a power of what a unit costs, as low a one as lets the budget hold at the fewest bits
+        when all units that are to go are gone."""
+
+        def excess(power: float) -> float:
+            cheaper = target.cheaper(scores, self.kept, power)
+            return target.excess(self._allocate(cheaper, self._final), target.low)
+
+        if excess(0.0) <= 0:
+            return scores
+        enough = next((power for power in BY_COST if excess(power) <= 0), BY_COST[-1])
+        low, high = 0.0, enough
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if excess(middle) <= 0 else (middle, high)
+        return target.cheaper(scores, self.kept, high)
 
     def _check_reachable(self) -> None:
         """Raise PlanError and BudgetError now rather than when the joint stage has begun."""
@@ -316,7 +325,9 @@ class QASSO(Optimizer):
             self._final = units_to_remove(self.sparsity, self.total)
             chosen = self._allocate(scores, self._final) if self._final else self.kept
             if self.target is not None:
-                cheapest = self._affordable(self.target, scores, chosen) if self._final else chosen
+                cheapest = (
+                    self._allocate(self._cheap_enough(self.target, scores), self._final) if self._final else chosen
+                )
                 excess = self.target.excess(cheapest, self.target.low)
                 if excess > 0:
                     raise BudgetError(

@@ -17,8 +17,11 @@ from graphcomp.quantization.lower import constants_with_quantizers
 from graphcomp.quantization.placement import COMPUTE
 from graphcomp.quantization.repeats import quantizer_before
 
-BY_COST = (0.25, 0.5, 1.0, 2.0, 4.0)
+BY_COST = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Powers of a unit's cost that its score is divided by, until a fixed number of units is cheap enough."""
+
+BISECTIONS = 5
+"""From there towards the lowest power that is enough."""
 
 
 class Target:

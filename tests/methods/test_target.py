@@ -1,0 +1,48 @@
+"""Budgets that training ends within."""
+
+import pytest
+import torch
+
+import graphcomp as gc
+
+from .runs import SCHEDULE, ready_of, train
+
+
+def trained(name="residual", bits=(4, 8), **options):
+    ready = ready_of(name, bits=bits)
+    optimizer = gc.QASSO(ready, torch.optim.AdamW, lr=0.01, schedule=SCHEDULE, **options)
+    train(optimizer, ready, name, SCHEDULE.steps)
+    return optimizer, gc.finalize(ready).report
+
+
+@pytest.mark.parametrize(("cost", "share"), [("params", 0.5), ("macs", 0.4), ("bops", 0.006)])
+def test_the_budget_holds_for_the_result(cost, share):
+    optimizer, report = trained(budget=gc.Budget(**{cost: share}))
+    assert getattr(report, cost).ratio <= share
+    assert optimizer.removed > 0
+    bits = optimizer.bank.bits()
+    assert bool((bits > 4 - 1e-4).all()) and bool((bits < 8 + 1e-4).all())
+
+
+def test_bits_are_lowered_where_no_unit_may_go():
+    free, _ = trained(sparsity=0.0, bits=(2, 16))
+    optimizer, report = trained(sparsity=0.0, bits=(2, 16), budget=gc.Budget(bops=0.02))
+    assert optimizer.removed == 0
+    assert report.bops.ratio <= 0.02
+    assert bool((optimizer.bank.bits() < free.bank.bits() - 0.5).any())
+
+
+def test_with_a_sparsity_as_many_units_go_and_rather_those_that_cost():
+    fixed, free = trained(sparsity=0.4)
+    share = free.macs.ratio * 0.8
+    optimizer, report = trained(sparsity=0.4, budget=gc.Budget(macs=share))
+    assert optimizer.removed == fixed.removed
+    assert 0.75 * share < report.macs.ratio <= share  # no more than was needed, but for the size of a unit
+
+
+def test_a_budget_out_of_reach_is_refused_before_training():
+    ready = ready_of("residual", bits=(4, 8))
+    for options in ({}, {"sparsity": 0.1}):
+        with pytest.raises(gc.BudgetError) as caught:
+            gc.QASSO(ready, torch.optim.SGD, lr=0.1, schedule=SCHEDULE, budget=gc.Budget(bops=1e-6), **options)
+        assert caught.value.fix
