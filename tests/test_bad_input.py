@@ -365,3 +365,13 @@ def test_scope_replaces_one_submodule():
 def test_scope_that_is_no_submodule():
     with pytest.raises(gc.CaptureError, match="body"):
         gc.compress(Whole(), X, scope="bodi")
+
+
+def test_integers_of_a_model_in_float64():
+    """Cut, it stays in float64; its activations cannot be stored as integers, and it says how they can."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).double()
+    with pytest.raises(gc.PlanError, match=r"model\.float\(\)"):
+        gc.compress(model, torch.randn(3, 6, dtype=torch.float64), bits=8)
+    ready = gc.prepare(model, torch.randn(3, 6, dtype=torch.float64), bits=8)
+    with pytest.raises(gc.PlanError, match=r"model\.float\(\)"):
+        gc.finalize(ready)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphcomp.errors import PlanError
 from graphcomp.graph import bind, clone, module_path, set_argument, tensor_values
 from graphcomp.quantization import ops
 from graphcomp.quantization.fold import drop_unread
@@ -63,7 +64,11 @@ class Lowered:
 
 
 def lower(fake: fx.GraphModule) -> Lowered:
-    """The integer graph of a fake-quant graph in eval mode; `fake` is not changed."""
+    """The integer graph of a fake-quant graph in eval mode; `fake` is not changed.
+
+    Raises:
+        PlanError: activations are in float64.
+    """
     with torch.no_grad():
         return _Lowering(fake).run()
 
@@ -168,6 +173,13 @@ class _Lowering:
     def _activation(self, node: fx.Node, quantizer: Quantizer, signed: bool) -> None:
         (source,) = node.args
         assert isinstance(source, fx.Node)
+        if _dtype(quantizer) == torch.float64:
+            raise PlanError(
+                "activations in float64 cannot be stored as integers",
+                at=str(node.target),
+                why="torch's quantize op takes float32",
+                fix="model.float(), and inputs in float32",
+            )
         integers = _unsigned(quantizer.to_integers(torch.zeros((), dtype=_dtype(quantizer))), signed)
         numbers = (float(integers.scale), int(integers.zero_point))
         arguments = (*numbers, integers.quant_min, integers.quant_max, integers.values.dtype)
