@@ -329,6 +329,8 @@ def test_copies_train_on_their_own():
     assert removed == [5, 10, 5]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.filterwarnings(
     "ignore:<class 'torch.autograd.function.Function'> should:DeprecationWarning"
 )  # dynamo's own

@@ -559,6 +559,8 @@ def test_accumulation_and_rare_checkpoints(tmp_path):
     assert same(run(training=how(tmp_path)), run(training=how(None)))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("step", [6, 22])  # of either run
 def test_sequential_goes_on_in_either_run(tmp_path, step):
     with pytest.raises(Stopped):

@@ -42,6 +42,8 @@ def prepared():
     return ready, gc.QASSO(ready, torch.optim.AdamW, lr=1e-3, sparsity=0.5, schedule=schedule)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_trainer_of_transformers_trains_a_prepared_model(tmp_path):
     ready, optimizer = prepared()
     arguments = transformers.TrainingArguments(

@@ -192,6 +192,8 @@ def test_dead_and_extreme_channels() -> None:
     assert ratio[2].item() == pytest.approx(1e3)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_whole_models_keep_their_function() -> None:
     torch.manual_seed(0)
     plain = folded(badly_scaled(ResidualCNN()))

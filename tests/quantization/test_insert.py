@@ -16,7 +16,7 @@ from tests.marks import in_ci
 from .models import residual
 
 
-@pytest.mark.parametrize("spec", [QuantSpec(6, kind="geta"), *in_ci(QuantSpec(6))], ids=["geta", "uniform"])
+@pytest.mark.parametrize("spec", in_ci(QuantSpec(6, kind="geta"), QuantSpec(6)), ids=["geta", "uniform"])
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
 def test_a_graph_in_training_compiles_without_breaks(spec: QuantSpec) -> None:
     """The compiled step has the loss and the gradients of the eager one, those of the quantizers included."""
