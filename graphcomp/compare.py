@@ -40,6 +40,11 @@ def _error(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / a.abs().max().clamp(min=torch.finfo(torch.float64).tiny))
 
 
+def in_float64(found: Any) -> Any:
+    """A floating tensor in float64; anything else as it is."""
+    return found.double() if isinstance(found, Tensor) and found.is_floating_point() else found
+
+
 def tolerance_of(output: Any) -> float:
     """The largest relative error that rounding may cause in `output`."""
     return max((TOLERANCE.get(t.dtype, 1e-1) for t in floating_tensors(output)), default=0.0)

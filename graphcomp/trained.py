@@ -11,9 +11,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from graphcomp.analysis import Analysis
 from graphcomp.assemble import as_model, cut_groups, with_integers
-from graphcomp.compare import relative_error
+from graphcomp.compare import in_float64, relative_error
 from graphcomp.compressed import CompressedModel
 from graphcomp.cost import flat_inputs
 from graphcomp.coupling.groups import ChannelGroup
@@ -54,11 +53,9 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
     groups: list[ChannelGroup] = [in_floats[group.name] for group in session.groups]
     cut = cut_groups(plan, dict(zip(groups, kept.values(), strict=True)), groups, verify=False)
     sliced = SliceGroups(session.quantized.coupling, kept)(session.quantized.captured.module)
-    verified = {"trained == sliced": _same(ready, sliced, plan, SLICING)} if verify else {}
+    verified = _verified(ready, sliced, session) if verify else {}
     if session.bits is None:
         return as_model(replace(cut, verified=verified), measure_latency=measure_latency)
-    if verify:
-        verified["sliced == folded"] = _same(sliced, Finish()(with_repeats(_in_double(sliced))), plan, FOLDING)
     inputs = flat_inputs(plan.captured, plan.captured.args, plan.captured.kwargs)
     quantized = from_training(_with_embeddings(with_repeats(sliced)), [inputs])
     return with_integers(
@@ -94,16 +91,31 @@ def _tensor(ready: Prepared, name: str) -> Tensor | None:
 
 
 # ------------------------------------------------------------------------------------------------ verification
-def _same(expected: fx.GraphModule, actual: fx.GraphModule, plan: Analysis, allowed: float) -> float:
-    """The relative error of one graph beside another on the example inputs, in eval mode and in float64: in float32
-    the rounding of a sum can send an activation to the next code, and what follows with it.
+def _verified(ready: Prepared, sliced: fx.GraphModule, session: Session) -> dict[str, float]:
+    """How far the trained, the sliced and the folded graph are apart on the example inputs, in eval mode and in
+    float64: in float32 the rounding of a sum can send an activation to the next code, and what follows with it.
+
+    Raises:
+        VerificationError: they differ.
+    """
+    captured, exact = session.plan.captured, _in_double(sliced)
+    args, kwargs = pytree.tree_map(in_float64, (captured.args, captured.kwargs))
+    with torch.no_grad():
+        expected, actual = _in_double(ready)(*args, **kwargs), exact(*args, **kwargs)
+        errors = {"trained == sliced": _error(expected, actual, SLICING)}
+        if session.bits is not None:
+            folded = Finish()(with_repeats(exact))
+            errors["sliced == folded"] = _error(actual, folded(*args, **kwargs), FOLDING)
+    return errors
+
+
+def _error(expected: Any, actual: Any, allowed: float) -> float:
+    """Their relative error.
 
     Raises:
         VerificationError: it is more than `allowed`.
     """
-    args, kwargs = pytree.tree_map(_double, (plan.captured.args, plan.captured.kwargs))
-    with torch.no_grad():
-        error = relative_error(_in_double(expected)(*args, **kwargs), _in_double(actual)(*args, **kwargs))
+    error = relative_error(expected, actual)
     if not error <= allowed:
         raise VerificationError(
             "the small model does not compute what the trained model computes",
@@ -117,16 +129,13 @@ def _in_double(module: fx.GraphModule) -> fx.GraphModule:
     """A copy in eval mode that computes in float64, where the graph names float32 too."""
     exact = copy.deepcopy(module).double().eval()
     for node in exact.graph.nodes:
-        node.args = map_aggregate(node.args, _double)
-        node.kwargs = map_aggregate(node.kwargs, _double)
+        node.args, node.kwargs = (map_aggregate(found, _named_double) for found in (node.args, node.kwargs))
     exact.recompile()
     return exact
 
 
-def _double(found: Any) -> Any:
-    if isinstance(found, Tensor) and found.is_floating_point():
-        return found.double()
-    return torch.float64 if found is torch.float32 else found
+def _named_double(argument: Any) -> Any:
+    return torch.float64 if argument is torch.float32 else argument
 
 
 # ------------------------------------------------------------------------------------------------ embeddings

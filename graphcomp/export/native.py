@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from graphcomp.analysis import Analysis
 from graphcomp.capture import user_line
-from graphcomp.compare import TOLERANCE
+from graphcomp.compare import TOLERANCE, in_float64
 from graphcomp.coupling.axis import Factor, all_leaves
 from graphcomp.coupling.groups import Kept
 from graphcomp.export.attributes import Lengths, Site, constraints, find_lengths, options, put, sites, solve, trace
@@ -365,7 +365,7 @@ def _outputs(module: nn.Module, analysis: Analysis, *, exactly: bool = False) ->
     args, kwargs = _inputs(analysis)
     if exactly:
         module = _as_float64(module)
-        args, kwargs = pytree.tree_map_only(Tensor, _to_float64, (args, kwargs))
+        args, kwargs = pytree.tree_map(in_float64, (args, kwargs))
     with untouched(module, real=True), torch.no_grad(), _default_dtype(torch.float64 if exactly else None):
         torch.manual_seed(0)
         return _named(module(*args, **kwargs))
@@ -376,13 +376,9 @@ def _as_float64(module: nn.Module) -> nn.Module:
     exact = _copy(module, share=False).double()
     for part in exact.modules():
         for name, tensor in [(n, t) for n, t in vars(part).items() if isinstance(t, Tensor)]:
-            vars(part)[name] = _to_float64(tensor)
+            vars(part)[name] = in_float64(tensor)
         _refresh_flat_weights(part)
     return exact
-
-
-def _to_float64(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 @contextmanager

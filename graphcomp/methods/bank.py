@@ -9,9 +9,8 @@ from torch import Tensor
 
 from graphcomp.quantization.quantizers.geta import EXPONENT_LIMITS, RANGE_LIMITS, GetaQuantizer
 
-FEWEST, MOST = torch.tensor(1.5, dtype=torch.float64), torch.tensor(24.0, dtype=torch.float64)
-"""Bits that a step may stand for before bits are bounded: it stays positive, and float32 holds all codes."""
-
+FEWEST_LEVELS, MOST_LEVELS = 2.0**0.5 - 1, 2.0**23 - 1
+"""Of a step before bits are bounded, those of 1.5 and of 24 bits: it stays positive, and float32 holds all codes."""
 
 DECAY = 0.99
 """Per step, of a range that follows what is quantized: one outlier does not widen it for long."""
@@ -54,7 +53,7 @@ class Bank:
             torch._foreach_clamp_min_(self.exponents, EXPONENT_LIMITS[0])
             torch._foreach_clamp_max_(self.exponents, EXPONENT_LIMITS[1])
         widest = self.widest()
-        self.set_d(torch.clamp(self.d(), widest / levels(MOST), widest / levels(FEWEST)))
+        self.set_d(torch.clamp(self.d(), widest / MOST_LEVELS, widest / FEWEST_LEVELS))
 
     def follow(self, on: bool) -> None:
         """Whether the ranges follow what is quantized (see `set_ranges`)."""

@@ -131,8 +131,9 @@ class QASSO(Optimizer):
             raise PlanError(f"base is a {type(base).__name__}", why="QASSO makes its own", fix="base=torch.optim.AdamW")
         if not isinstance(schedule, (int, Schedule)):
             raise PlanError(f"schedule={schedule!r}", fix="schedule=graphcomp.Schedule(steps=5000)")
-        transformer = any(group.role == "head" for group in session.plan.groups)
-        self.schedule = Schedule.of(schedule, transformer=transformer) if isinstance(schedule, int) else schedule
+        self.schedule = (
+            Schedule.of(schedule, transformer=session.has_attention) if isinstance(schedule, int) else schedule
+        )
         sparsity = 0.5 if sparsity is None and budget is None else sparsity
         self.sparsity, self.round_to, self.max_group_sparsity = sparsity, round_to, max_group_sparsity
         self.saliency = named(saliency) if isinstance(saliency, str) else saliency
@@ -152,7 +153,7 @@ class QASSO(Optimizer):
         self.bank = Bank([q for _, q in found], low, high)
         learned = _quantizer_parameters(self.ready)
         self._learned = [p for p in learned if p.requires_grad]
-        lr_quant = (1e-4 if transformer else 1e-3) if lr_quant is None else lr_quant
+        lr_quant = (1e-4 if session.has_attention else 1e-3) if lr_quant is None else lr_quant
         if not lr_quant >= 0:  # torch checks that of the weights alone
             raise PlanError(f"lr_quant={lr_quant!r} is not 0 or positive", fix="lr_quant=1e-3")
         self.base = base(_param_groups(self.ready, params, learned, lr_quant), lr=lr, **options)  # type: ignore[call-arg]

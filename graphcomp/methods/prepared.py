@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphcomp.analysis import Analysis, analyze_captured
+from graphcomp.cost import FLOAT_BITS
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import CalibrationError, PlanError
-from graphcomp.graph import clone, fetch, module_path, set_argument
+from graphcomp.graph import bind, clone, fetch, module_path, set_argument
 from graphcomp.graph_module import CapturedModule
-from graphcomp.pruning.mask import KEEPS_ZEROS, PREFIX, InsertMasks, set_masks
+from graphcomp.pruning.mask import PREFIX, InsertMasks, parameter_behind, set_masks
 from graphcomp.quantization.fold import folded_nodes
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers
-from graphcomp.quantization.placement import layer_name, place
+from graphcomp.quantization.placement import COMPUTE, layer_name, place
 from graphcomp.quantization.ptq import calibrate_activations, calibrate_weights
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.repeats import quantizer_before, without_repeats
@@ -70,6 +71,11 @@ class Session:
     bits: tuple[int, int] | None
     config: QuantConfig | None
     no_groups: str = ""
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the model has heads: it is trained more gently."""
+        return any(group.role == "head" for group in self.plan.groups)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         return self  # it describes; the tensors are those of the module that carries it
@@ -135,11 +141,14 @@ class Prepared(CapturedModule):
 
     def bits(self) -> dict[str, tuple[float, float]]:
         """Layer -> bits of its weight, and of what it reads; 32 where it is not quantized."""
-        weights = {s.layer: float(q.bits.detach()) for s, q in self.quantizers() if s.is_weight}
-        read = _read_by(self.session)
-        at = {s.name: float(q.bits.detach()) for s, q in self.quantizers() if not s.is_weight}
-        names = dict.fromkeys([*weights, *read])
-        return {n: (weights.get(n, 32.0), max([at[s] for s in read.get(n, ())], default=32.0)) for n in names}
+        bits = {site.name: float(quantizer.bits.detach()) for site, quantizer in self.quantizers()}
+        layers = {site.name: site.layer for site in self.session.sites if site.is_weight}
+        found = {layer: (bits[name], float(FLOAT_BITS)) for name, layer in layers.items()}
+        for weight, read in operands(self.session).values():
+            if weight:
+                of_activations = max((bits[name] for name in read), default=float(FLOAT_BITS))
+                found[layers[weight]] = bits[weight], of_activations
+        return found
 
 
 def gone(kept: Kept) -> list[tuple[str, int, Tensor]]:
@@ -275,7 +284,7 @@ def _sites(graph: fx.GraphModule, bits: tuple[int, int], layer_bits: Mapping[str
                 low, high = own
                 unmatched.discard(pattern)
         if str(node.target) not in found:
-            parameter = _parameter_of(graph, source) if is_weight else ""
+            parameter = parameter_behind(graph, source) if is_weight else ""
             found[str(node.target)] = Site(str(node.target), layer, parameter, is_weight, low, high)
     if unmatched:
         layers = dict.fromkeys(site.layer for site in found.values() if site.is_weight)
@@ -286,26 +295,20 @@ def _sites(graph: fx.GraphModule, bits: tuple[int, int], layer_bits: Mapping[str
     return tuple(found.values())
 
 
-def _parameter_of(graph: fx.GraphModule, node: fx.Node) -> str:
-    """The parameter whose elements `node` holds, in whatever order; "" where it is computed."""
-    while node.op != "get_attr":
-        if node.target not in KEEPS_ZEROS:
-            return ""
-        (node,) = node.all_input_nodes
-    return str(node.target) if isinstance(fetch(graph, str(node.target)), nn.Parameter) else ""
-
-
-def _read_by(session: Session) -> dict[str, list[str]]:
-    """Layer -> the quantizers of activations that it reads."""
+def operands(session: Session) -> dict[str, tuple[str, list[str]]]:
+    """Compute op, by the name of its node in both graphs -> the quantizer of its weight, "" without one, and those of
+    what else it multiplies."""
     graph = session.quantized.captured.module
     constant = constants_with_quantizers(graph)
-    by_node = {node: str(node.target) for node, _ in quantizer_nodes(graph)}
-    layers: dict[str, list[str]] = {}
-    for node in by_node:
-        if node not in constant:
+    at = {node: str(node.target) for node, _ in quantizer_nodes(graph)}
+    found = {}
+    for node in graph.graph.nodes:
+        if node.target not in COMPUTE:
             continue
-        for user in node.users:
-            found = [quantizer_before(n, by_node) for n in user.all_input_nodes if n not in constant]
-            read = [by_node[n] for n in found if n is not None]
-            layers.setdefault(layer_name(node.all_input_nodes[0], constant), []).extend(read)
-    return layers
+        places, arguments = COMPUTE[node.target], bind(node)
+        weight = arguments[places.weight] if arguments.get(places.weight) in constant else None
+        named = dict.fromkeys(arguments[name] for name in (*places.data, places.weight) if name)
+        sources = [quantizer_before(n, at) for n in named if isinstance(n, fx.Node) and n is not weight]
+        own = "" if weight is None else at.get(weight, "")
+        found[node.name] = own, [at[n] for n in sources if n is not None]
+    return found

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, fx
 
 from graphcomp.cost import Bits, BitsOf, CostModel
 from graphcomp.coupling.groups import ChannelGroup, Kept
-from graphcomp.graph import bind
-from graphcomp.methods.prepared import Session, Site
+from graphcomp.methods.prepared import Session, Site, operands
 from graphcomp.pruning.allocation import Budget, Meter, Normalize, allocate_budget
 from graphcomp.pruning.evidence import Scores
-from graphcomp.quantization.insert import quantizer_nodes
-from graphcomp.quantization.lower import constants_with_quantizers
-from graphcomp.quantization.placement import COMPUTE
-from graphcomp.quantization.repeats import quantizer_before
 
 BY_COST = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Powers of a unit's cost that its score is divided by, until a fixed number of units is cheap enough."""
@@ -43,7 +38,13 @@ class Target:
         self.in_floats = {group: in_floats[group.name] for group in groups}
         self.costs = CostModel(self.plan)
         self.low = [round(bits) for bits in low.tolist()]
-        self._operands = _operands(session, {site.name: k for k, site in enumerate(sites)})
+        at = {site.name: k for k, site in enumerate(sites)}
+        in_graph = {op.node.name: op.node for op in self.costs.operations}
+        self._operands = {  # op -> positions of the quantizer of its weight, and of those of what it reads
+            in_graph[name]: (at.get(weight), [at[own] for own in read if own in at])
+            for name, (weight, read) in operands(session).items()
+            if name in in_graph
+        }
 
     def units(
         self, scores: Scores, kept: Kept, bits: Sequence[int], normalize: Normalize, round_to: int, most: float
@@ -107,24 +108,3 @@ class Target:
             of_weight = 32 if weight is None else bits[weight]
             found[node] = Bits(of_weight, max((bits[k] for k in read), default=32))
         return found
-
-
-def _operands(session: Session, position: Mapping[str, int]) -> dict[fx.Node, tuple[int | None, list[int]]]:
-    """Compute op of the float graph -> the positions of its weight's quantizer and of those of what it reads."""
-    graph = session.quantized.captured.module
-    constant = constants_with_quantizers(graph)
-    at = {node: position[str(node.target)] for node, _ in quantizer_nodes(graph) if str(node.target) in position}
-    in_floats = {node.name: node for node in session.plan.captured.module.graph.nodes}
-    found: dict[fx.Node, tuple[int | None, list[int]]] = {}
-    for node in graph.graph.nodes:
-        if node.target not in COMPUTE:
-            continue
-        operands, arguments = COMPUTE[node.target], bind(node)
-        weight = arguments[operands.weight] if operands.weight else None
-        read = [arguments[name] for name in operands.data if arguments[name] is not weight]
-        if weight is not None and weight not in constant:
-            read.append(weight)
-        own = at.get(weight) if weight in constant else None
-        sources = [quantizer_before(n, at) for n in read if isinstance(n, fx.Node)]
-        found[in_floats[node.name]] = own, [at[n] for n in sources if n is not None]
-    return found

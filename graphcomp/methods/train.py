@@ -253,13 +253,12 @@ class _Run:
         self.total = training.steps_over(data)
         if not self.total:
             raise self._no_batches()
-        transformer = any(group.role == "head" for group in ready.session.plan.groups)
+        transformer = ready.session.has_attention
         base, lr, options = _defaults(ready, training, transformer)
         schedule = training.schedule or Schedule.of(
             self.total, transformer=transformer, prune=asked["sparsity"] != 0, quantize=ready.session.bits is not None
         )
         self.optimizer = QASSO(ready, base, lr=lr, lr_quant=training.lr_quant, schedule=schedule, **asked, **options)
-        _leave_out(self.optimizer, ready)
         self.scheduler = (training.scheduler or _cosine(self.total))(self.optimizer)
         quantizers = {id(p) for _, quantizer in ready.quantizers() for p in quantizer.parameters()}
         self.weights = [p for p in ready.parameters() if p.requires_grad and id(p) not in quantizers]
@@ -486,17 +485,6 @@ def _defaults(ready: Prepared, training: Training, transformer: bool) -> tuple[t
         options["weight_decay"] = training.weight_decay
     lr = training.lr or (1e-2 if base is SGD else 1e-4 if transformer else 1e-3)
     return base, lr, {**options, **training.options}
-
-
-def _leave_out(optimizer: QASSO, ready: Prepared) -> None:
-    """Let the optimizer hold at zero what the masks leave out already."""
-    kept = {group.name: units for group, units in ready.kept().items()}
-    own = {group.name: kept[group.name] for group in optimizer.groups}
-    if all(len(own[group.name]) == group.size for group in optimizer.groups):
-        return
-    state = optimizer.state_dict()
-    state["qasso"] |= {"kept": own, "chosen": own}
-    optimizer.load_state_dict(state)
 
 
 def _cosine(steps: int) -> Callable[[Optimizer], LRScheduler]:

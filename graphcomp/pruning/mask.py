@@ -86,7 +86,7 @@ class InsertMasks:
             operand = argument_at(arguments, key)
             axes = self.coupling.axes[operand][0]
             present = [dim for dim in dims if masks.has(axes[dim])]
-            if not present or (self.held and self._is_weight(operand)):
+            if not present or (self.held and parameter_behind(self.coupling.module, operand)):
                 continue
             with new.graph.inserting_before(new):
                 mask = masks.broadcast([(dim, axes[dim]) for dim in present], len(axes), value(operand).dtype)
@@ -99,16 +99,18 @@ class InsertMasks:
             for name, constant in call.pins.items():
                 set_argument(new, name, constant)
 
-    def _is_weight(self, node: fx.Node) -> bool:
-        """Whether `node` is a parameter whose zeros nothing on the way has changed; quantizers keep them."""
-        while node.op != "get_attr":
-            if node not in self.coupling.sources or (node.op != "call_module" and node.target not in KEEPS_ZEROS):
-                return False
-            (node,) = node.all_input_nodes
-        return isinstance(fetch(self.coupling.module, str(node.target)), nn.Parameter)
-
     def _leaves(self, node: fx.Node) -> list[Factor]:
         return [leaf for axes in self.coupling.axes.get(node, []) for leaf in all_leaves(axes)]
+
+
+def parameter_behind(module: fx.GraphModule, node: fx.Node) -> str:
+    """The parameter whose elements `node` holds, in whatever order, quantized or not: its zeros are zeros still. ""
+    where there is none."""
+    while node.op != "get_attr":
+        if (node.op != "call_module" and node.target not in KEEPS_ZEROS) or len(node.all_input_nodes) != 1:
+            return ""
+        (node,) = node.all_input_nodes
+    return str(node.target) if isinstance(fetch(module, str(node.target)), nn.Parameter) else ""
 
 
 def _substitute(node: fx.Node, mask: fx.Node) -> None:
