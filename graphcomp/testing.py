@@ -8,6 +8,7 @@ Law 2: for every choice of kept units, the sliced model and the masked model com
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from graphcomp.coupling.axis import kept_indices
 from graphcomp.coupling.groups import ChannelGroup
 from graphcomp.errors import VerificationError
 from graphcomp.graph import neighbourhood, source_line
-from graphcomp.pruning.mask import InsertMasks, set_masks
+from graphcomp.pruning.mask import InsertMasks, computed_with, hold_masks, set_masks
 from graphcomp.pruning.slice import SliceGroups, by_factor, select
 from graphcomp.quantization.integers import IntegerInterpreter as IntegerInterpreter
 from graphcomp.quantization.integers import check_integers as check_integers
@@ -66,7 +67,8 @@ def check_law(
     groups: Sequence[str] | None = None,
     tolerance: float | None = None,
 ) -> LawResult:
-    """Check on the example inputs that slicing is masking made physical, and that masks of ones change nothing.
+    """Check on the example inputs that slicing is masking made physical, that masks of ones change nothing, and that
+    units whose parameters are held at zero, as in training, count as masked.
 
     Args:
         model: any module that `capture` takes; it is left as it was.
@@ -84,6 +86,7 @@ def check_law(
     analysis = analyze_captured(captured)
     wanted = analysis.groups if groups is None else tuple(analysis.group(name) for name in groups)
     masked = InsertMasks(analysis.coupling, wanted)(captured.module)
+    held = InsertMasks(analysis.coupling, wanted, held=True)(captured.module)
     args, kwargs = captured.args, captured.kwargs
     with torch.no_grad(), untouched(captured.original, real=True):
         dense = captured.original(*args, **kwargs)
@@ -104,6 +107,13 @@ def check_law(
             moves.append(relative_error(dense, expected))
             if not errors[-1] <= allowed:
                 raise _violated(errors[-1], allowed, analysis, masked, small, kept)
+            zeroed = copy.deepcopy(held)
+            hold_masks(zeroed, wanted, kept, computed_with(analysis.coupling))
+            off = relative_error(expected, zeroed(*args, **kwargs))
+            if not off <= allowed:
+                raise VerificationError(
+                    f"with masked units held at zero the model is off by {off:.1e} (relative), allowed {allowed:.0e}"
+                )
     return LawResult(analysis, wanted, max(errors), identity, min(moves))
 
 

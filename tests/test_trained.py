@@ -103,3 +103,34 @@ def test_what_does_not_compute_the_same_is_never_handed_on():
     with pytest.raises(gc.VerificationError, match="does not compute what the trained model computes"):
         gc.finalize(ready)
     gc.finalize(ready, verify=False)
+
+
+class Normed(torch.nn.Module):
+    """Its weights are divided by the norms of their rows, which must not become zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.scale = torch.nn.Parameter(torch.randn(12, 6)), torch.nn.Parameter(torch.rand(12) + 0.5)
+        self.out = torch.nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.scale[:, None] * self.w / self.w.norm(dim=1, keepdim=True)
+        return self.out(torch.relu(x @ weight.T))
+
+
+@pytest.mark.parametrize("bits", [(4, 8), None])
+def test_weights_that_are_computed_are_masked_and_not_held_at_zero(bits):
+    torch.manual_seed(0)
+    x = torch.randn(16, 6)
+    ready = gc.prepare(Normed(), x, bits=bits)
+    optimizer = gc.QASSO(ready, torch.optim.AdamW, lr=0.01, sparsity=0.5, schedule=SCHEDULE)
+    for _ in range(SCHEDULE.steps):
+        optimizer.zero_grad()
+        loss = ready(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        assert torch.isfinite(loss)
+    assert optimizer.removed == 6
+    report = gc.finalize(ready).report
+    assert report.units_removed == 6
+    assert report.verified["trained == sliced"] < 1e-9

@@ -21,11 +21,12 @@ from graphcomp.coupling.groups import ChannelGroup, Kept, Member
 from graphcomp.errors import BudgetError, CheckpointError, NothingToPrune, PlanError
 from graphcomp.methods.bank import Bank
 from graphcomp.methods.forgetting import Entry, Forgetting, Rule
-from graphcomp.methods.prepared import PROGRESS, Prepared, Session, Site, gone, unwrapped
+from graphcomp.methods.prepared import PROGRESS, Prepared, Session, Site, unwrapped
 from graphcomp.methods.schedule import Moment, Schedule, Stage
 from graphcomp.methods.target import BISECTIONS, BY_COST, Target
 from graphcomp.pruning.allocation import Budget, Normalize, allocate, units_to_remove
 from graphcomp.pruning.evidence import Evidence, Scores
+from graphcomp.pruning.mask import gone
 from graphcomp.pruning.saliency import Activation, Saliency, named
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.geta import GetaQuantizer
@@ -222,7 +223,7 @@ class QASSO(Optimizer):
             self._active.apply(old, d, self.most_bits(), moment.remaining, self.rule)
         else:
             self._constrain(moment)
-        if self._active is not None and moment.last:
+        if moment.stage == Stage.JOINT and moment.last and self.chosen is not self.kept:
             self._commit()
         self._hold_zeros()
         self.steps += 1
@@ -376,7 +377,8 @@ class QASSO(Optimizer):
         entries = []
         for position, group in enumerate(self.groups):
             leaving = self.kept[group][~torch.isin(self.kept[group], self.chosen[group])]
-            for member in _makers(group) if len(leaving) else ():
+            forgotten = [m for m in _makers(group) if m.name not in self.ready.session.computed]
+            for member in forgotten if len(leaving) else ():
                 layer = layers.get(member.name, -1)
                 entries.append(Entry(member.name, member.dim, member.indices(leaving), position, layer))
         self._active = Forgetting(entries, self._parameters, self.bank, len(self.groups)) if entries else None
@@ -392,7 +394,10 @@ class QASSO(Optimizer):
 
     def _index_zeros(self) -> None:
         self.ready.keep(self.kept)
-        found = [(self._parameters[name], dim, indices) for name, dim, indices in gone(self.kept)]
+        found = [
+            (self._parameters[name], dim, indices)
+            for name, dim, indices in gone(self.kept, self.ready.session.computed)
+        ]
         self._zeros = [(parameter, dim, indices.to(parameter.device)) for parameter, dim, indices in found]
 
     def _hold_zeros(self) -> None:

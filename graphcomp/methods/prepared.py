@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from graphcomp.analysis import Analysis, analyze_captured
 from graphcomp.cost import FLOAT_BITS
@@ -15,7 +15,7 @@ from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import CalibrationError, PlanError
 from graphcomp.graph import bind, clone, fetch, module_path, set_argument
 from graphcomp.graph_module import CapturedModule
-from graphcomp.pruning.mask import PREFIX, InsertMasks, parameter_behind, set_masks
+from graphcomp.pruning.mask import PREFIX, InsertMasks, computed_with, hold_masks, parameter_behind
 from graphcomp.quantization.fold import folded_nodes
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers
@@ -61,6 +61,7 @@ class Session:
         sites: the quantizers.
         bits: the range asked for; None: nothing is quantized.
         config: which tensors are quantized.
+        computed: parameters that weights are computed of: what leaves is not held at zero in them, see `computed_with`.
         no_groups: why nothing can be pruned, where `groups` is empty.
     """
 
@@ -70,6 +71,7 @@ class Session:
     sites: tuple[Site, ...]
     bits: tuple[int, int] | None
     config: QuantConfig | None
+    computed: frozenset[str]
     no_groups: str = ""
 
     @property
@@ -126,11 +128,7 @@ class Prepared(CapturedModule):
 
     def keep(self, kept: Kept) -> None:
         """Set the masks, and all elements of masked units to zero: a unit that is gone is as if it never existed."""
-        set_masks(self, self.session.groups, kept)
-        tensors = dict(self.named_parameters(remove_duplicate=False))
-        with torch.no_grad():
-            for name, dim, indices in gone(kept):
-                tensors[name].index_fill_(dim, indices.to(tensors[name].device), 0)
+        hold_masks(self, self.session.groups, kept, self.session.computed)
 
     def quantizers(self) -> Iterator[tuple[Site, Quantizer]]:
         """Each quantizer with what it stands on."""
@@ -149,20 +147,6 @@ class Prepared(CapturedModule):
                 of_activations = max((bits[name] for name in read), default=float(FLOAT_BITS))
                 found[layers[weight]] = bits[weight], of_activations
         return found
-
-
-def gone(kept: Kept) -> list[tuple[str, int, Tensor]]:
-    """(parameter, dim, indices) of all elements that belong to units which are not kept: those that slicing removes."""
-    found = []
-    for group, units in kept.items():
-        removed = torch.ones(group.size, dtype=torch.bool)
-        removed[units] = False
-        if not bool(removed.any()):
-            continue
-        for member in group.members:
-            if member.is_parameter:
-                found.append((member.name, member.dim, member.indices(removed.nonzero().flatten())))
-    return found
 
 
 def unwrapped(module: nn.Module) -> Prepared:
@@ -232,7 +216,7 @@ def prepare_graph(
     chosen = tuple(by_name[group.name] for group in groups)
     masked = InsertMasks(quantized.coupling, chosen, held=True)(quantized.captured.module)
     ready = _as_prepared(masked, type(plan.model).__name__, len(chosen))
-    ready.meta[SESSION] = Session(plan, quantized, chosen, sites, bits, config, no_groups)
+    ready.meta[SESSION] = Session(plan, quantized, chosen, sites, bits, config, computed_with(plan.coupling), no_groups)
     ready.save_as_the_model()
     ready.train(plan.model.training)
     return ready

@@ -6,7 +6,7 @@ vector; where it takes statistics, its masked form takes its place; implied cons
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +73,7 @@ class InsertMasks:
         """A new module that shares the tensors of `module`; `set_masks` says which units stay."""
         masked, new_node = clone(module)
         masks = _MaskNodes(masked, self.groups, _float_dtype(masked))
+        masks.held = self._held() if self.held else set()
         for node, call in self.coupling.calls.items():
             if node in new_node:
                 self._rewrite(node, new_node[node], call, masks)
@@ -86,7 +87,7 @@ class InsertMasks:
             operand = argument_at(arguments, key)
             axes = self.coupling.axes[operand][0]
             present = [dim for dim in dims if masks.has(axes[dim])]
-            if not present or (self.held and parameter_behind(self.coupling.module, operand)):
+            if not present or (new.target not in FORMS and operand in masks.held):  # zeros count in a mean
                 continue
             with new.graph.inserting_before(new):
                 mask = masks.broadcast([(dim, axes[dim]) for dim in present], len(axes), value(operand).dtype)
@@ -98,6 +99,12 @@ class InsertMasks:
         if call.pins and any(leaf in masks.factors for node in old.all_input_nodes for leaf in self._leaves(node)):
             for name, constant in call.pins.items():
                 set_argument(new, name, constant)
+
+    def _held(self) -> set[fx.Node]:
+        """The operands that are parameters which `hold_masks` holds at zero."""
+        computed, module = computed_with(self.coupling), self.coupling.module
+        names = {node: parameter_behind(module, node) for node in self.coupling.sources}
+        return {node for node, name in names.items() if name and name not in computed}
 
     def _leaves(self, node: fx.Node) -> list[Factor]:
         return [leaf for axes in self.coupling.axes.get(node, []) for leaf in all_leaves(axes)]
@@ -133,6 +140,41 @@ def set_masks(masked: nn.Module, groups: Sequence[ChannelGroup], kept: Kept) -> 
             mask[kept[group].to(mask.device)] = 1
 
 
+def hold_masks(masked: nn.Module, groups: Sequence[ChannelGroup], kept: Kept, computed: Collection[str] = ()) -> None:
+    """As `set_masks`, for a module made with `held`: the parameters of masked units become zero, in place; but for
+    those in `computed`, see `computed_with`."""
+    set_masks(masked, groups, kept)
+    tensors = dict(masked.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, dim, indices in gone(kept, computed):
+            tensors[name].index_fill_(dim, indices.to(tensors[name].device), 0)
+
+
+def computed_with(coupling: Coupling) -> frozenset[str]:
+    """The parameters that a weight is computed of, by more than moving their elements: a weight norm divides by the
+    norm of a row, which must not become zero. Masks stand on what is computed."""
+    found: set[str] = set()
+    for node, names in coupling.sources.items():
+        if node.op == "call_function" and node.target not in KEEPS_ZEROS:
+            found |= names
+    return frozenset(found)
+
+
+def gone(kept: Kept, computed: Collection[str] = ()) -> list[tuple[str, int, Tensor]]:
+    """(parameter, dim, indices) of all elements that belong to units which are not kept, those that slicing removes; of
+    parameters that are not in `computed`."""
+    found = []
+    for group, units in kept.items():
+        removed = torch.ones(group.size, dtype=torch.bool)
+        removed[units] = False
+        if not bool(removed.any()):
+            continue
+        for member in group.members:
+            if member.is_parameter and member.name not in computed:
+                found.append((member.name, member.dim, member.indices(removed.nonzero().flatten())))
+    return found
+
+
 def _float_dtype(module: fx.GraphModule) -> torch.dtype:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
@@ -144,6 +186,7 @@ class _MaskNodes:
         self.module = module
         self.dtype = dtype
         self.factors: dict[Factor, fx.Node] = {}
+        self.held: set[fx.Node] = set()  # of the graph before: operands that need no mask
         self.count = 0
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         first = next(iter(module.graph.nodes))
