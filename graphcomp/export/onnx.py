@@ -15,7 +15,8 @@ from torch import nn
 
 from graphcomp.errors import ExportError, GraphcompError
 from graphcomp.export.files import replacing
-from graphcomp.export.program import export_program, first_line, quiet
+from graphcomp.export.program import as_graph, export_program, first_line, quiet
+from graphcomp.quantization.attention import WriteOutAttention
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -99,7 +100,9 @@ def _translate(
     from graphcomp.export import onnx_passes
     from graphcomp.export.onnx_ops import translation_table
 
-    program = export_program(module, args, kwargs)
+    # the exporter's own way takes a softmax apart for NaN, in each layer, and turns keys around by reshaping them
+    written_out = WriteOutAttention(zero_hidden=True)(as_graph(module, args, kwargs))
+    program = export_program(written_out, args, kwargs)
     try:
         with _silent():
             written = torch.onnx.export(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from graphcomp.errors import ExportError
+from graphcomp.export.onnx_norms import write_sums
 from graphcomp.export.onnx_ops import DOMAIN, GROUPED, UNPACK
 from graphcomp.export.onnx_pads import fold_pads
 from graphcomp.quantization import ops
@@ -54,6 +55,7 @@ def finish(model: ir.Model) -> None:
         _widen_for_integer_kernels(model.graph, node)
     _share_weights(model.graph)
     fold_pads(model)
+    write_sums(model)
     common.CommonSubexpressionEliminationPass()(model)
     _own_zero_points(model)
     common.RemoveUnusedNodesPass()(model)

@@ -1,4 +1,4 @@
-"""Attention written out, so that its two products are quantized like others.
+"""Attention written out: so that its two products are quantized like others, and for runtimes without the one op.
 
 scaled_dot_product_attention(q, k, v, mask)  ->  softmax((q scale) @ kᵀ + mask) @ v
 """
@@ -31,22 +31,30 @@ FUSED = frozenset(
 class WriteOutAttention:
     """Replace every `scaled_dot_product_attention` without dropout by two products and a softmax.
 
-    It computes the same up to rounding, but for queries whose mask hides every key, as padding has them: they get the
-    mean of all values, where the one op gives 0. To find them would take more time than integers save.
+    It computes the same up to rounding, but for queries whose mask hides every key, as padding has them.
+
+    Attributes:
+        zero_hidden: such queries get 0, as from the one op. Otherwise they get the mean of all values: what makes them
+            0 stands behind the second product, where a runtime looks for the quantization that makes it one of
+            integers.
     """
+
+    zero_hidden: bool = False
 
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
         """A new module, which shares the tensors of `module`."""
         written, _ = clone(module)
         for node in written.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
-            if bind(node)["dropout_p"] == 0:
-                _write_out(node)
+            arguments = bind(node)
+            # a graph from elsewhere may not say what its nodes compute
+            if arguments["dropout_p"] == 0 and all(value(arguments[name]) is not None for name in ("query", "key")):
+                _write_out(node, self.zero_hidden)
         written.graph.lint()
         written.recompile()
         return written
 
 
-def _write_out(node: fx.Node) -> None:
+def _write_out(node: fx.Node, zero_hidden: bool) -> None:
     arguments = bind(node)
     query, key, val, mask = (arguments[name] for name in ("query", "key", "value", "attn_mask"))
     scale, lowest = arguments["scale"], torch.finfo(value(query).dtype).min
@@ -57,25 +65,53 @@ def _write_out(node: fx.Node) -> None:
         scaled = _call(node, aten.mul.Scalar, query, value(query).shape[-1] ** -0.5 if scale is None else scale)
         scores = _call(node, aten.matmul.default, scaled, _call(node, aten.transpose.int, key, -2, -1))
         if arguments["is_causal"]:
-            lower = _call(node, aten.tril.default, _call(node, aten.ones_like.default, scores))
-            scores = _hide(node, scores, lower, lowest)
+            lower = _call(node, aten.tril.default, _ones(node, query, key))
+            scores = _call(node, aten.add.Tensor, scores, _bias(node, lower, lowest))
         if mask is not None and value(mask).dtype is torch.bool:
-            scores = _hide(node, scores, mask, lowest)
+            scores = _call(node, aten.add.Tensor, scores, _bias(node, mask, lowest))
         elif mask is not None:
             scores = _call(node, aten.add.Tensor, scores, _call(node, aten.clamp_min.default, mask, lowest))
         weights = _call(node, aten.softmax.int, scores, -1)
     # the node keeps its name, by which costs find it
     node.target, node.args, node.kwargs = aten.matmul.default, (weights, val), {}
+    if mask is None or not zero_hidden:
+        return
+    users = list(node.users)
+    with node.graph.inserting_before(node.next):
+        # of the mask alone: layers that share it share this, too
+        if value(mask).dtype is torch.bool:
+            hidden = _call(node, aten.logical_not.default, _call(node, aten.any.dim, mask, -1, True))
+        else:
+            hidden = _call(node, aten.eq.Scalar, _call(node, aten.amax.default, mask, [-1], True), -torch.inf)
+        result = _call(node, aten.masked_fill.Scalar, node, hidden, 0.0)
+    for user in users:
+        user.replace_input_with(node, result)
 
 
-def _hide(node: fx.Node, scores: fx.Node, seen: fx.Node, lowest: float) -> fx.Node:
-    """`lowest` where `seen` is 0 or false; not -inf, of which a whole row would become NaN."""
-    return _call(node, aten.masked_fill.Scalar, scores, _call(node, aten.eq.Scalar, seen, 0), lowest)
+def _bias(node: fx.Node, seen: fx.Node, lowest: float) -> fx.Node:
+    """0 where `seen` is not 0 or false, else `lowest`; not -inf, of which a whole row would become NaN.
+
+    Of the shape of the mask, which has no heads: adding it takes less than filling all scores, layer by layer.
+    """
+    dtype = value(node).dtype
+    zeros = _call(node, aten._to_copy.default, _call(node, aten.zeros_like.default, seen), dtype=dtype)
+    return _call(node, aten.masked_fill.Scalar, zeros, _call(node, aten.eq.Scalar, seen, 0), lowest)
 
 
-def _call(like: fx.Node, target: Any, *arguments: Any) -> fx.Node:
+def _ones(node: fx.Node, query: fx.Node, key: fx.Node) -> fx.Node:
+    """(s, t) of ones, for queries (…, s, d) and keys (…, t, d)."""
+    rows, columns = query, key
+    for _ in range(value(query).dim() - 2):
+        rows, columns = (_call(node, aten.select.int, t, 0, 0) for t in (rows, columns))
+    rows, columns = (
+        _call(node, aten.ones_like.default, _call(node, aten.slice.Tensor, t, 1, 0, 1)) for t in (rows, columns)
+    )
+    return _call(node, aten.mul.Tensor, rows, _call(node, aten.transpose.int, columns, 0, 1))
+
+
+def _call(like: fx.Node, target: Any, *arguments: Any, **options: Any) -> fx.Node:
     """A node where the graph inserts, that says it comes from where `like` does."""
-    node = like.graph.call_function(target, arguments)
+    node = like.graph.call_function(target, arguments, options)
     node.meta = {key: like.meta[key] for key in ("stack_trace", "nn_module_stack") if key in like.meta}
-    node.meta["val"] = target(*(a.meta["val"] if isinstance(a, fx.Node) else a for a in arguments))
+    node.meta["val"] = target(*(a.meta["val"] if isinstance(a, fx.Node) else a for a in arguments), **options)
     return node

@@ -64,15 +64,26 @@ def test_it_computes_the_same(name: str) -> None:
     assert node.target is aten.matmul.default and node.meta["val"].shape[1:] == model(*inputs).shape[1:]
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_it_computes_the_same_with_hidden_queries_in_mind(name: str) -> None:
+    model, inputs = CASES[name]
+    torch.testing.assert_close(
+        WriteOutAttention(zero_hidden=True)(capture(model, inputs).module)(*inputs), model(*inputs)
+    )
+
+
 @pytest.mark.parametrize("hidden", [False, -torch.inf])
-def test_queries_that_see_nothing_get_the_mean_of_the_values(hidden: float) -> None:
+@pytest.mark.parametrize("zero_hidden", [False, True])
+def test_queries_that_see_nothing_get_the_mean_of_the_values_or_zero(hidden: float, zero_hidden: bool) -> None:
     mask = SEEN.clone() if hidden is False else torch.zeros(5, 7).masked_fill(~SEEN, hidden)
     mask[2] = hidden
     model, inputs = Attends(mask), operands()
-    found, expected = WriteOutAttention()(capture(model, inputs).module)(*inputs), model(*inputs)
+    found = WriteOutAttention(zero_hidden)(capture(model, inputs).module)(*inputs)
+    expected = model(*inputs)
     others = torch.tensor([0, 1, 3, 4])
     torch.testing.assert_close(found[:, :, others], expected[:, :, others])
-    torch.testing.assert_close(found[:, :, 2], inputs[2].mean(2))
+    assert not expected[:, :, 2].any()
+    torch.testing.assert_close(found[:, :, 2], expected[:, :, 2] if zero_hidden else inputs[2].mean(2))
 
 
 def test_attention_with_dropout_stays() -> None:
@@ -81,6 +92,13 @@ def test_attention_with_dropout_stays() -> None:
     node.kwargs = {**node.kwargs, "dropout_p": 0.1}
     written = WriteOutAttention()(captured)
     assert [node.target for node in written.graph.nodes if node.target in FUSED] == [node.target]
+
+
+def test_attention_between_nodes_of_no_known_value_stays() -> None:
+    captured = capture(Attends(), operands()).module
+    for node in captured.graph.nodes:
+        node.meta.pop("val", None)
+    assert [node.target for node in WriteOutAttention()(captured).graph.nodes if node.target in FUSED]
 
 
 @pytest.mark.parametrize("name", CASES)
