@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -25,7 +25,7 @@ from graphcomp.methods.schedule import Schedule, Stage
 from graphcomp.progress import Progress
 from graphcomp.progress import progress as show_progress
 from graphcomp.pruning.allocation import Budget
-from graphcomp.pruning.evidence import Loss, arguments_of, check_loss
+from graphcomp.pruning.evidence import Loss, arguments_like, check_loss
 from graphcomp.pruning.saliency import Saliency
 from graphcomp.quantization.placement import CONVOLUTIONS
 
@@ -179,12 +179,43 @@ def parts(training: Training, data: Iterable[Any], phases: Sequence[Phase]) -> l
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """The model whose output the loss is of: the prepared one, or one in which the prepared one stands.
+
+    All its parameters are trained, those outside of the prepared module by the same optimizer.
+
+    Attributes:
+        module: what is called, and trained.
+        original: whose forward tells the names of positional inputs.
+        args, kwargs: example inputs, whose form batches have.
+    """
+
+    module: nn.Module
+    original: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @staticmethod
+    def of(ready: Prepared) -> Whole:
+        """The prepared module, which is all there is."""
+        captured = ready.session.plan.captured
+        return Whole(ready, captured.original, captured.args, captured.kwargs)
+
+    def around(self, ready: Prepared) -> tuple[str, list[nn.Parameter]]:
+        """Where `ready` stands, as a prefix of names, and the parameters outside of it that can be trained."""
+        prefix = next(f"{name}." if name else "" for name, m in self.module.named_modules() if m is ready)
+        inside = {id(p) for p in ready.parameters()}
+        return prefix, [p for p in self.module.parameters() if p.requires_grad and id(p) not in inside]
+
+
 def train(
     ready: Prepared,
     data: Iterable[Any],
     loss: Loss,
     training: Training,
     *,
+    whole: Whole | None = None,
     sparsity: float | None = None,
     budget: Budget | None = None,
     saliency: str | Saliency = "geta",
@@ -202,6 +233,7 @@ def train(
             moved to where the module is.
         loss: loss(model output, batch) -> scalar.
         training: how.
+        whole: the model that `ready` stands in, trained with it; None: `ready` is the model.
         sparsity, budget, saliency, forgetting, round_to: see `QASSO`.
         progress: show a progress line on a terminal.
         seed: of everything that is drawn: torch, Python and NumPy are seeded inside, and left as they were.
@@ -219,11 +251,11 @@ def train(
         "round_to": round_to,
     }
     with seeded(seed):
-        run = _Run(ready, data, loss, training, asked, seed)
+        run = _Run(ready, whole or Whole.of(ready), data, loss, training, asked, seed)
         run.resume()
         with show_progress(run.total, progress) as bar:
             bar.done = run.step
-            ready.train()
+            run.whole.module.train()
             run.go(bar)
 
 
@@ -242,13 +274,15 @@ class _Run:
     def __init__(
         self,
         ready: Prepared,
+        whole: Whole,
         data: Iterable[Any],
         loss: Loss,
         training: Training,
         asked: Mapping[str, Any],
         seed: int,
     ) -> None:
-        self.ready, self.data, self.loss, self.training = ready, data, loss, training
+        self.ready, self.whole, self.data, self.loss, self.training = ready, whole, data, loss, training
+        self.prefix, outside = whole.around(ready)
         self.step = self.epoch = self.position = 0
         self.total = training.steps_over(data)
         if not self.total:
@@ -259,9 +293,11 @@ class _Run:
             self.total, transformer=transformer, prune=asked["sparsity"] != 0, quantize=ready.session.bits is not None
         )
         self.optimizer = QASSO(ready, base, lr=lr, lr_quant=training.lr_quant, schedule=schedule, **asked, **options)
+        if outside:
+            self.optimizer.add_param_group({"params": outside})
         self.scheduler = (training.scheduler or _cosine(self.total))(self.optimizer)
         quantizers = {id(p) for _, quantizer in ready.quantizers() for p in quantizer.parameters()}
-        self.weights = [p for p in ready.parameters() if p.requires_grad and id(p) not in quantizers]
+        self.weights = [p for p in whole.module.parameters() if p.requires_grad and id(p) not in quantizers]
         self.is_weight = torch.tensor([site.is_weight for site, _ in ready.quantizers()], dtype=torch.bool)
         self.device = next(ready.parameters()).device
         self.generators = generators_of(data)
@@ -274,7 +310,7 @@ class _Run:
                     fix="persistent_workers=False, or no folder",
                 )
             about = {
-                **_about_model(ready),
+                **_about_model(ready, whole.module),
                 **_about_training(training, data, lr, base),
                 **{name: _name(value) if callable(value) else str(value) for name, value in asked.items()},
                 "sparsity": str(self.optimizer.sparsity),
@@ -347,8 +383,8 @@ class _Run:
         total = torch.zeros((), device=self.device)
         for given in chunk:
             batch = to_device(given, self.device)
-            args, kwargs = arguments_of(self.ready.session.plan.captured, batch)
-            value = self.loss(self.ready(*args, **kwargs), batch)
+            args, kwargs = arguments_like(self.whole.original, self.whole.args, self.whole.kwargs, batch)
+            value = self.loss(self.whole.module(*args, **kwargs), batch)
             check_loss(value)
             (value / len(chunk)).backward()  # type: ignore[no-untyped-call]
             total += value.detach().reshape(()) / len(chunk)
@@ -377,10 +413,10 @@ class _Run:
 
     def _place_not_finite(self) -> str:
         """The first tensor of the module that is not finite; "" where all are."""
-        for name, tensor in self.ready.state_dict().items():
+        for name, tensor in self.whole.module.state_dict().items():
             if not _finite(tensor):
                 sites = self.ready.session.sites
-                site = next((s for s in sites if name.startswith(f"{s.name}.")), None)
+                site = next((s for s in sites if name.startswith(f"{self.prefix}{s.name}.")), None)
                 return f"'{name}'" if site is None else f"quantizer '{name}' of '{site.layer}'"
         return ""
 
@@ -440,7 +476,7 @@ class _Run:
             "loss": self.last_loss,
             "losses": self.losses,
             "seconds": self.seconds + time.monotonic() - self.start,
-            "module": self.ready.state_dict(),
+            "module": self.whole.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "random": random_state(),
@@ -459,7 +495,7 @@ class _Run:
             return
         try:
             self.optimizer.load_state_dict(state["optimizer"])
-            self.ready.load_state_dict(state["module"])
+            self.whole.module.load_state_dict(state["module"])
             self.scheduler.load_state_dict(state["scheduler"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(
@@ -498,10 +534,10 @@ def _cosine(steps: int) -> Callable[[Optimizer], LRScheduler]:
     return lambda optimizer: LambdaLR(optimizer, factor)
 
 
-def _about_model(ready: Prepared) -> dict[str, str]:
+def _about_model(ready: Prepared, whole: nn.Module) -> dict[str, str]:
     """What tells one prepared module from another: by shapes, as weights are the checkpoint's."""
     session = ready.session
-    tensors = "\n".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in ready.state_dict().items())
+    tensors = "\n".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in whole.state_dict().items())
     digest = hashlib.sha256(tensors.encode()).hexdigest()[:16]
     limits = sorted({(site.low, site.high) for site in session.sites})
     return {
