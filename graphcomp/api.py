@@ -21,6 +21,7 @@ from graphcomp.coupling.groups import ROLES, ChannelGroup, Kept
 from graphcomp.describe import why_nothing
 from graphcomp.errors import CalibrationError, CaptureError, InputError, NothingToPrune, PlanError
 from graphcomp.graph import replace_module
+from graphcomp.methods import processes
 from graphcomp.methods.prepared import Prepared, prepare_graph, training_config, unwrapped
 from graphcomp.methods.train import Phase, Training, Whole, parts, phases_of, train
 from graphcomp.progress import progress as show_progress
@@ -114,7 +115,8 @@ def compress(
             "geta" where `data`, `loss` and a length of training are given, else "oneshot".
         data: batches to train on, or for saliencies that need them. Each is a tensor, a tuple that begins with the
             model's positional inputs, or a dict that holds its keyword inputs; labels may follow. For training they
-            are gone over several times: a DataLoader, a list, …
+            are gone over several times: a DataLoader, a list, … Of several processes (`torch.distributed`, torchrun)
+            each gives its share, as a DataLoader with a DistributedSampler does; all return the same model.
         loss: loss(model output, batch) -> scalar, for training, or for saliencies that need gradients.
         epochs, steps, lr, folder: of the training; see `Training`. With a folder, a run that was cut short goes on when
             it is called again.
@@ -147,6 +149,7 @@ def compress(
         CheckpointError: the folder is of another run, or cannot be written or read.
     """
     _check_arguments(sparsity, prune)
+    progress = progress and processes.rank() == 0
     training = _training(training, epochs=epochs, steps=steps, lr=lr, folder=folder)
     if method is None:
         method = "oneshot" if data is None or loss is None or training is None else "geta"

@@ -18,6 +18,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from graphcomp.errors import CheckpointError, PlanError, TrainingError
+from graphcomp.methods import processes
 from graphcomp.methods.folder import RunFolder, generators_of, random_state, seeded, set_random_state
 from graphcomp.methods.geta import QASSO
 from graphcomp.methods.prepared import Prepared
@@ -226,6 +227,10 @@ def train(
 ) -> None:
     """Train a prepared module with QASSO to the end of its schedule, in place. Units that its masks leave out stay out.
 
+    Where `torch.distributed` was set up with several processes, each calls this with its own share of the data, as a
+    DataLoader with a DistributedSampler gives it. Gradients are averaged, all end with the same module, and the first
+    process alone writes to the folder.
+
     Args:
         ready: what `graphcomp.prepare` returned.
         data: batches, gone over as often as it takes: a DataLoader, a list, … Each is a tensor, a tuple that begins
@@ -250,13 +255,14 @@ def train(
         "forgetting": forgetting,
         "round_to": round_to,
     }
-    with seeded(seed):
+    with seeded(seed + processes.rank()):  # dropout is to differ from process to process
         run = _Run(ready, whole or Whole.of(ready), data, loss, training, asked, seed)
         run.resume()
         with show_progress(run.total, progress) as bar:
             bar.done = run.step
             run.whole.module.train()
             run.go(bar)
+        processes.copy_from_first(run.whole.module.buffers())  # statistics of batch norms are each process's own
 
 
 class _Run:
@@ -287,6 +293,10 @@ class _Run:
         self.total = training.steps_over(data)
         if not self.total:
             raise self._no_batches()
+        self.device = next(ready.parameters()).device
+        if processes.count() > 1:
+            _check_shares(data, self.total)
+            processes.copy_from_first((*whole.module.parameters(), *whole.module.buffers()))
         transformer = ready.session.has_attention
         base, lr, options = _defaults(ready, training, transformer)
         schedule = training.schedule or Schedule.of(
@@ -299,7 +309,6 @@ class _Run:
         quantizers = {id(p) for _, quantizer in ready.quantizers() for p in quantizer.parameters()}
         self.weights = [p for p in whole.module.parameters() if p.requires_grad and id(p) not in quantizers]
         self.is_weight = torch.tensor([site.is_weight for site, _ in ready.quantizers()], dtype=torch.bool)
-        self.device = next(ready.parameters()).device
         self.generators = generators_of(data)
         self.folder: RunFolder | None = None
         if training.folder is not None:
@@ -317,7 +326,8 @@ class _Run:
                 "schedule": ", ".join(f"{name} {value}" for name, value in asdict(schedule).items()),
                 "seed": str(seed),
             }
-            self.folder = RunFolder(training.folder, about, training.keep)
+            where = training.folder
+            self.folder = processes.from_first(lambda: RunFolder(where, about, training.keep))
         self.epoch_state: dict[str, Any] | None = None
         self.resumed: dict[str, Any] | None = None
         self.last_loss = math.nan
@@ -331,7 +341,7 @@ class _Run:
             batches = self._batches()
             while self.step < self.total:
                 chunk = list(itertools.islice(batches, self.training.accumulate))
-                if not chunk:
+                if not processes.every(bool(chunk), self.device):
                     break
                 self._step(chunk)
                 self._report(bar)
@@ -348,6 +358,7 @@ class _Run:
 
     def _batches(self) -> Iterator[Any]:
         """A pass over the data; after a resumption, what is left of the pass that was cut short, in its order."""
+        _set_epoch(self.data, self.epoch)
         if self.resumed is None:
             self.epoch_state = random_state(self.generators)
             return iter(self.data)
@@ -388,9 +399,10 @@ class _Run:
             check_loss(value)
             (value / len(chunk)).backward()  # type: ignore[no-untyped-call]
             total += value.detach().reshape(()) / len(chunk)
-        loss = float(total)
+        loss = float(processes.mean(total))
         if not math.isfinite(loss):
             raise self._not_finite(f"the loss is {loss} at step {self.step + 1}", stage, chunk)
+        processes.average_gradients(self.whole.module.parameters())
         if self.training.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.weights, self.training.clip_norm)
         self.optimizer.step()
@@ -428,7 +440,8 @@ class _Run:
             return
         stage_ends = self.optimizer.stage != self.optimizer.schedule.moment(self.step - 1).stage
         if ends or stage_ends or self.step == 1 or self.step % self.training.log_every == 0:
-            self.folder.log(self._metrics())
+            folder = self.folder
+            processes.from_first(lambda: folder.log(self._metrics()))
             self.losses = []
         if ends or self.step % self.training.save_every == 0:
             self._save()
@@ -467,7 +480,8 @@ class _Run:
     # ------------------------------------------------------------------------------------------ checkpoints
     def _save(self) -> None:
         assert self.folder is not None
-        if self._place_not_finite():  # the loss of the next step would tell, too late for this checkpoint
+        # the loss of the next step would tell, too late for this checkpoint
+        if not processes.every(not self._place_not_finite(), self.device):
             stage = self.optimizer.schedule.moment(self.step - 1).stage
             raise self._not_finite(f"the module is not finite after step {self.step}", stage, ())
         state = {
@@ -482,7 +496,10 @@ class _Run:
             "random": random_state(),
             "epoch_random": self.epoch_state,
         }
-        self.folder.save(self.step, state)
+        folder, (_, *others) = self.folder, processes.gathered((state["random"], state["epoch_random"]))
+        if others:
+            state["random_of_others"] = others
+        processes.from_first(lambda: folder.save(self.step, state))
 
     def resume(self) -> None:
         """Go on from the folder's newest checkpoint, where there is one.
@@ -490,9 +507,11 @@ class _Run:
         Raises:
             CheckpointError: it is of another run, or cannot be read.
         """
-        state = None if self.folder is None else self.folder.load()
+        state = None if self.folder is None else processes.from_first(self.folder.load)
         if state is None:
             return
+        if processes.rank() > 0:
+            state["random"], state["epoch_random"] = state["random_of_others"][processes.rank() - 1]
         try:
             self.optimizer.load_state_dict(state["optimizer"])
             self.whole.module.load_state_dict(state["module"])
@@ -561,6 +580,7 @@ def _about_training(training: Training, data: Iterable[Any], lr: float, base: ty
         "accumulate": str(training.accumulate),
         "clip_norm": str(training.clip_norm),
         "epochs": str(training.epochs),
+        **({"processes": str(processes.count())} if processes.count() > 1 else {}),
     }
 
 
@@ -578,6 +598,26 @@ def _length(data: Any) -> int | None:
 
 
 # ------------------------------------------------------------------------------------------------ batches
+def _check_shares(data: Iterable[Any], steps: int) -> None:
+    """Raise PlanError where the processes would not make the same number of steps."""
+    found = processes.gathered((_length(data), steps))
+    if len(set(found)) > 1:
+        raise PlanError(
+            "the processes have different numbers of batches",
+            at=", ".join(f"{length} in process {k}" for k, (length, _) in enumerate(found)),
+            why="all make each step together",
+            fix="DataLoader(…, sampler=torch.utils.data.DistributedSampler(dataset))",
+        )
+
+
+def _set_epoch(data: Any, epoch: int) -> None:
+    """Tell a DistributedSampler and its kin which pass begins: their order follows from it."""
+    for owner in (data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None)):
+        announce = getattr(owner, "set_epoch", None)
+        if callable(announce):
+            announce(epoch)
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on `device`, in the same kind of container."""
     if hasattr(batch, "to"):  # a tensor, or what Hugging Face's tokenizers return
