@@ -7,6 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +50,9 @@ class Training:
             warm-up over the first twentieth of the run, 100 steps at most, then a cosine down to 0.
         accumulate: so many batches make a step. What is left over at the end of a pass makes one, too.
         clip_norm: the largest norm of the gradients of all weights together.
+        autocast: torch.bfloat16 or torch.float16: the model and the loss run under `torch.autocast`, quantizers and the
+            optimizer in the dtype of the weights. With float16 the loss is scaled (`torch.amp.GradScaler`); steps that
+            the scaler skips do not count. Also what a model keeps out of autocast itself then runs in it.
         folder: where checkpoints and metrics go. A run that was cut short goes on from there when it is called again
             with the same arguments, and ends as it would have. None: nothing is written.
         save_every: steps from checkpoint to checkpoint; there is one more at the end.
@@ -70,6 +74,7 @@ class Training:
     scheduler: Callable[[Optimizer], LRScheduler] | None = None
     accumulate: int = 1
     clip_norm: float | None = None
+    autocast: torch.dtype | None = None
     folder: str | Path | None = None
     save_every: int = 500
     keep: int = 2
@@ -84,6 +89,8 @@ class Training:
             number = getattr(self, name)
             if number is not None and not number > 0:
                 raise PlanError(f"Training({name}={number!r})", why="it is positive", fix=f"{name}=0.01")
+        if self.autocast not in (None, torch.bfloat16, torch.float16):
+            raise PlanError(f"Training(autocast={self.autocast!r})", fix="autocast=torch.bfloat16, or torch.float16")
         lengths = [name for name in ("epochs", "steps", "schedule") if getattr(self, name) is not None]
         if len(lengths) > 1:
             raise PlanError(f"the length of the run is given by {' and by '.join(lengths)}", fix=f"only {lengths[0]}=")
@@ -305,6 +312,7 @@ class _Run:
         self.optimizer = QASSO(ready, base, lr=lr, lr_quant=training.lr_quant, schedule=schedule, **asked, **options)
         if outside:
             self.optimizer.add_param_group({"params": outside})
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.autocast is torch.float16)
         self.scheduler = (training.scheduler or _cosine(self.total))(self.optimizer)
         quantizers = {id(p) for _, quantizer in ready.quantizers() for p in quantizer.parameters()}
         self.weights = [p for p in whole.module.parameters() if p.requires_grad and id(p) not in quantizers]
@@ -337,14 +345,17 @@ class _Run:
     # ------------------------------------------------------------------------------------------ the loop
     def go(self, bar: Progress) -> None:
         """To the end."""
-        while self.step < self.total and self.epoch != self.training.epochs:
+        passes = self.training.epochs
+        if passes is not None and self.scaler.is_enabled():
+            passes += 1  # to make up for steps that the scaler skips
+        while self.step < self.total and self.epoch != passes:
             batches = self._batches()
             while self.step < self.total:
                 chunk = list(itertools.islice(batches, self.training.accumulate))
                 if not processes.every(bool(chunk), self.device):
                     break
-                self._step(chunk)
-                self._report(bar)
+                if self._step(chunk):
+                    self._report(bar)
             if not self.position:
                 raise self._no_batches()
             if self.step < self.total:
@@ -389,27 +400,41 @@ class _Run:
             fix="data=[batch, …]",
         )
 
-    def _step(self, chunk: Sequence[Any]) -> None:
+    def _step(self, chunk: Sequence[Any]) -> bool:
+        """One step; False where the scaler skipped it, as gradients were not finite at its scale."""
         stage = self.optimizer.stage
         total = torch.zeros((), device=self.device)
         for given in chunk:
             batch = to_device(given, self.device)
             args, kwargs = arguments_like(self.whole.original, self.whole.args, self.whole.kwargs, batch)
-            value = self.loss(self.whole.module(*args, **kwargs), batch)
+            with self._precision():
+                value = self.loss(self.whole.module(*args, **kwargs), batch)
             check_loss(value)
-            (value / len(chunk)).backward()  # type: ignore[no-untyped-call]
+            self.scaler.scale(value / len(chunk)).backward()  # type: ignore[no-untyped-call]
             total += value.detach().reshape(()) / len(chunk)
         loss = float(processes.mean(total))
         if not math.isfinite(loss):
             raise self._not_finite(f"the loss is {loss} at step {self.step + 1}", stage, chunk)
         processes.average_gradients(self.whole.module.parameters())
+        self.scaler.unscale_(self.optimizer)
         if self.training.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.weights, self.training.clip_norm)
-        self.optimizer.step()
-        self.scheduler.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
-        self.step, self.position, self.last_loss = self.step + 1, self.position + len(chunk), loss
+        self.position, self.last_loss = self.position + len(chunk), loss
         self.losses.append(loss)
+        if self.optimizer.steps == self.step:
+            if self.scaler.get_scale() < 1:
+                raise self._not_finite(f"the gradients are not finite at step {self.step + 1}", stage, chunk)
+            return False
+        self.step += 1
+        self.scheduler.step()
+        return True
+
+    def _precision(self) -> AbstractContextManager[object]:
+        dtype = self.training.autocast
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def _not_finite(self, what: str, stage: Stage, chunk: Sequence[Any]) -> TrainingError:
         saved = None if self.folder is None else self.folder.newest()
@@ -493,6 +518,7 @@ class _Run:
             "module": self.whole.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "random": random_state(),
             "epoch_random": self.epoch_state,
         }
@@ -516,6 +542,8 @@ class _Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.whole.module.load_state_dict(state["module"])
             self.scheduler.load_state_dict(state["scheduler"])
+            if self.scaler.is_enabled():
+                self.scaler.load_state_dict(state["scaler"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"the checkpoint in {self.training.folder} does not fit the run",
@@ -580,6 +608,7 @@ def _about_training(training: Training, data: Iterable[Any], lr: float, base: ty
         "accumulate": str(training.accumulate),
         "clip_norm": str(training.clip_norm),
         "epochs": str(training.epochs),
+        **({"autocast": str(training.autocast)} if training.autocast is not None else {}),
         **({"processes": str(processes.count())} if processes.count() > 1 else {}),
     }
 

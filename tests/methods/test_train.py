@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -368,10 +369,69 @@ def test_each_option_of_the_optimizer_matters(tmp_path):
         "options": {"options": {"momentum": 0.0}},
         "optimizer": {"optimizer": torch.optim.AdamW},
         "clip_norm": {"clip_norm": 1e-3},
+        "autocast": {"autocast": torch.bfloat16},
         "scheduler": {"scheduler": lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 0.1)},
     }
     for name, option in options.items():
         assert [line["loss"] for line in run_of(tmp_path, name, **option)] != plain, name
+
+
+def test_autocast_is_on_for_the_model_and_the_loss_alone():
+    seen = []
+
+    def watching(output, batch):
+        seen.append((output.dtype, torch.is_autocast_enabled("cpu")))
+        output.register_hook(lambda grad: seen.append((grad.dtype, torch.is_autocast_enabled("cpu"))))
+        return loss(output, batch)
+
+    how = gc.Training(schedule=STAGES, autocast=torch.bfloat16)
+    small = compress(loss=watching, training=how)
+    assert set(seen) == {(torch.bfloat16, True), (torch.bfloat16, False)}
+    assert small.report.units_removed == 7 and all(t.dtype != torch.bfloat16 for t in small.state_dict().values())
+    with pytest.raises(gc.PlanError, match="autocast"):
+        gc.Training(steps=1, autocast=torch.float32)
+
+
+@pytest.mark.parametrize("length", [{"schedule": STAGES}, {"epochs": 4}])
+def test_steps_that_the_scaler_skips_do_not_count(tmp_path, length):
+    """In half precision the loss is scaled; gradients that overflow lower the scale, and another batch makes up."""
+    calls = []
+
+    def overflowing(output, batch):
+        calls.append(1)
+        if len(calls) in (1, 9):
+            output.register_hook(lambda grad: grad * math.inf)
+        return loss(output, batch)
+
+    how = gc.Training(**length, autocast=torch.float16, folder=tmp_path, log_every=1, save_every=1000)
+    ready = run(loss=overflowing, training=how)
+    steps = how.steps_over(loader())
+    assert len(calls) == steps + 2
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, steps + 1))
+    assert sum(len(units) for units in ready.kept().values()) == 7
+    saved = torch.load(next(tmp_path.glob("*.pt")), weights_only=True)
+    assert saved["scaler"]["scale"] == 2.0**14
+
+
+def test_gradients_that_overflow_at_any_scale():
+    def overflowing(output, batch):
+        output.register_hook(lambda grad: grad * math.inf)
+        return loss(output, batch)
+
+    with pytest.raises(gc.TrainingError, match="the gradients are not finite at step 1"):
+        run(loss=overflowing, training=gc.Training(schedule=STAGES, autocast=torch.float16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, *in_ci(torch.bfloat16)])
+def test_a_run_under_autocast_goes_on(tmp_path, dtype):
+    how = gc.Training(schedule=STAGES, autocast=dtype)
+    folder = replace(how, folder=tmp_path, save_every=1)
+    whole = run(training=how)
+    with pytest.raises(Stopped):
+        run(loss=stopping(14), training=folder)
+    assert same(run(training=folder), whole)
+    with pytest.raises(gc.CheckpointError, match="autocast: torch"):
+        run(folder=tmp_path)
 
 
 def test_clipping_leaves_the_quantizers_alone():
