@@ -14,17 +14,19 @@ from torch import Tensor, nn
 
 from graphcomp.analysis import Analysis, analyze_captured
 from graphcomp.assemble import as_integers, as_model, cut_groups, into_whole, planned_bits, post_training
-from graphcomp.capture import capture, example_arguments
+from graphcomp.capture import capture, example_arguments, scoped
 from graphcomp.compressed import CompressedModel
 from graphcomp.cost import flat_inputs
 from graphcomp.coupling.groups import ROLES, ChannelGroup, Kept
 from graphcomp.describe import why_nothing
-from graphcomp.errors import CaptureError, NothingToPrune, PlanError
+from graphcomp.errors import CalibrationError, CaptureError, InputError, NothingToPrune, PlanError
+from graphcomp.graph import replace_module
+from graphcomp.methods import processes
 from graphcomp.methods.prepared import Prepared, prepare_graph, training_config, unwrapped
-from graphcomp.methods.train import Phase, Training, parts, phases_of, train
+from graphcomp.methods.train import Phase, Training, Whole, parts, phases_of, train
 from graphcomp.progress import progress as show_progress
 from graphcomp.pruning.allocation import Budget, Scope, allocate, allocate_budget
-from graphcomp.pruning.evidence import arguments_of
+from graphcomp.pruning.evidence import arguments_like, arguments_of
 from graphcomp.pruning.saliency import Saliency, score
 from graphcomp.quantization.ptq import PostTraining, Rounding
 from graphcomp.quantization.spec import check_bits, matches
@@ -102,8 +104,8 @@ def compress(
             at least. In training also a range, (4, 8): each layer ends with bits of its own.
         activation_bits: where they differ from `bits`; None: weights only, activations stay float.
         group_size: so many input indices of a weight share a step; 0: one step per output channel.
-        calibration: batches in the form of the example inputs, off which the ranges of activations are read. Without
-            it they are read off the example inputs, and the report says so.
+        calibration: batches in the form of the example inputs (of the whole model, with a scope too), off which the
+            ranges of activations are read. Without it they are read off the example inputs, and the report says so.
         rounding: of weights: "nearest", or "second_order" (GPTQ), which needs calibration data.
         reduce_range: weights of 7 bits at most, the first and last layer included, stored as int8: for x86 CPUs without
             VNNI, where onnxruntime's fast kernels add products in 16 bits and saturate.
@@ -113,7 +115,8 @@ def compress(
             "geta" where `data`, `loss` and a length of training are given, else "oneshot".
         data: batches to train on, or for saliencies that need them. Each is a tensor, a tuple that begins with the
             model's positional inputs, or a dict that holds its keyword inputs; labels may follow. For training they
-            are gone over several times: a DataLoader, a list, …
+            are gone over several times: a DataLoader, a list, … Of several processes (`torch.distributed`, torchrun)
+            each gives its share, as a DataLoader with a DistributedSampler does; all return the same model.
         loss: loss(model output, batch) -> scalar, for training, or for saliencies that need gradients.
         epochs, steps, lr, folder: of the training; see `Training`. With a folder, a run that was cut short goes on when
             it is called again.
@@ -127,7 +130,9 @@ def compress(
         round_to: the number of units kept in each group is a multiple of it.
         budget: a target on parameters, MACs, bit operations or bytes instead of `sparsity`. Bit operations count the
             bits that the layers are quantized to. In training, see `QASSO`.
-        scope: compress one submodule; the result holds the whole model with that part replaced.
+        scope: compress one submodule; the result holds the whole model with that part replaced. In training the loss is
+            of the whole model's output, and all its parameters are trained: `requires_grad_(False)` holds those that
+            are not to move.
         outputs: names of the outputs that matter.
         verify: check on the example inputs that sliced equals masked; the error stands in the report. (That the
             user's class equals the sliced graph is always checked: an unverified one is never returned.)
@@ -144,12 +149,13 @@ def compress(
         CheckpointError: the folder is of another run, or cannot be written or read.
     """
     _check_arguments(sparsity, prune)
+    progress = progress and processes.rank() == 0
     training = _training(training, epochs=epochs, steps=steps, lr=lr, folder=folder)
     if method is None:
         method = "oneshot" if data is None or loss is None or training is None else "geta"
     if method != "oneshot":
         one_shot_only = {
-            "scope": scope, "ranking": ranking != "global", "reduce_range": reduce_range,
+            "ranking": ranking != "global", "reduce_range": reduce_range,
             "quantization": quantization is not None, "group_size": group_size, "rounding": rounding != "nearest",
             "activation_bits": activation_bits not in ("same", None),
         }  # fmt: skip
@@ -161,16 +167,18 @@ def compress(
                 fix="data=loader, loss=lambda output, batch: …, epochs=10",
             )
         _check_weights(model, saliency)
+        trained_model = copy.deepcopy(model)
         ready = _trained(
-            model,
+            trained_model,
             list(zip(phases, parts(training, data, phases), strict=True)),
             partial(
-                prepare,
+                _prepared,
                 example_inputs=example_inputs,
                 example_kwargs=example_kwargs,
                 activation_bits=None if activation_bits is None else "same",
                 ignore=ignore,
                 prune=prune,
+                scope=scope,
                 outputs=outputs,
             ),
             partial(
@@ -183,6 +191,8 @@ def compress(
                 progress=progress,
                 seed=seed,
             ),
+            example=example_arguments(example_inputs, example_kwargs),
+            scope=scope,
             sparsity=sparsity,
             bits=_limits(bits),
             calibration=calibration,
@@ -190,7 +200,10 @@ def compress(
         )
         with show_progress(1, progress) as bar:
             bar.step("cutting, lowering and verifying")
-            return finalize(ready, verify=verify, measure_latency=measure_latency)
+            small = finalize(ready, verify=verify, measure_latency=measure_latency)
+        if not scope:
+            return small
+        return _whole(trained_model.train(model.training), small, scope, example_inputs, example_kwargs)
     _check_one_shot(bits, training)
     sparsity, saliency = 0.5 if sparsity is None else sparsity, saliency or "l2"
     quantization = quantization or post_training(bits, activation_bits, group_size, rounding, ignore, reduce_range)
@@ -219,12 +232,44 @@ def compress(
             small = as_model(cut, measure_latency=measure_latency)
         else:
             bar.step("calibrating and lowering")
-            small = as_integers(cut, quantization, calibration, verify=verify, measure_latency=measure_latency)
-    if not scope:
-        return small
+            found = _calibration(model, analysis, example_inputs, example_kwargs, calibration)
+            small = as_integers(cut, quantization, found, verify=verify, measure_latency=measure_latency)
+    return _whole(model, small, scope, example_inputs, example_kwargs) if scope else small
+
+
+def _whole(
+    model: nn.Module, small: CompressedModel, scope: str, inputs: Any, kwargs: Mapping[str, Any] | None
+) -> CompressedModel:
+    """The whole model with what its submodule became, and the whole model's example inputs."""
     whole = into_whole(model, small, scope)
-    whole.example_args, whole.example_kwargs = example_arguments(example_inputs, example_kwargs)
+    whole.example_args, whole.example_kwargs = example_arguments(inputs, kwargs)
     return whole
+
+
+def _calibration(
+    model: nn.Module,
+    plan: Analysis,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None,
+    batches: Iterable[Any] | None,
+) -> list[list[Any]] | None:
+    """The flat inputs of the captured graph for each batch; a submodule's are those it gets when the model runs."""
+    captured = plan.captured
+    if batches is None or not captured.scope:
+        return None if batches is None else [flat_inputs(captured, *arguments_of(captured, b)) for b in batches]
+    found, example = [], example_arguments(example_inputs, example_kwargs)
+    for k, batch in enumerate(batches):
+        try:
+            _, args, kwargs = scoped(model, captured.scope, *arguments_like(model, *example, batch))
+        except InputError as error:
+            raise CalibrationError(
+                f"the model does not run on batch {k} of the calibration data",
+                at=error.at,
+                why=error.why,
+                fix="give batches in the form of the example inputs",
+            ) from error
+        found.append(flat_inputs(captured, args, kwargs))
+    return found
 
 
 def slice_groups(
@@ -288,12 +333,17 @@ def _trained(
     prepared: Callable[..., Prepared],
     trained: Callable[..., None],
     *,
+    example: tuple[tuple[Any, ...], dict[str, Any]],
+    scope: str,
     sparsity: float | None,
     bits: tuple[int, int] | None,
     calibration: Iterable[Any] | None,
     progress: bool,
 ) -> Prepared:
-    """The phases of a method one after the other; what one removes stays out in the next."""
+    """The phases of a method one after the other, which train `model` itself; what one removes stays out in the next.
+
+    With a scope, the prepared submodule stands in the model while it is trained.
+    """
     kept: dict[str, Tensor] = {}
     for phase, training in phases:
         with show_progress(1, progress) as bar:
@@ -302,8 +352,14 @@ def _trained(
             ready = prepared(model, **quantized)
         ready.keep({group: kept[group.name] for group in ready.session.groups if group.name in kept})
         own = sparsity if phase.prunes else 0.0
-        trained(ready, training=training, sparsity=own, forgetting=phase.forgetting)
-        model, kept = ready.session.plan.model, {group.name: units for group, units in ready.kept().items()}
+        part = ready.session.plan.model
+        replace_module(model, part, ready)
+        try:
+            whole = Whole(model, model, *example) if scope else None
+            trained(ready, training=training, whole=whole, sparsity=own, forgetting=phase.forgetting)
+        finally:
+            replace_module(model, ready, part)
+        kept = {group.name: units for group, units in ready.kept().items()}
     return ready
 
 
@@ -441,10 +497,11 @@ def prepare(
         activation_bits: None: weights only, activations stay float.
         layer_bits: module name or "re:" pattern -> a range of its own; the last that matches counts.
         learn_exponent: let the levels of weights be unevenly spaced, x^t, with t learned. The integers stay integers.
-        calibration: batches that the first ranges of activations are read off; without it, the example inputs.
+        calibration: batches, in the form of the example inputs, that the first ranges of activations are read off;
+            without it, the example inputs.
         ignore: names, or "re:" patterns, of modules that keep their width and stay float.
         prune: roles to prune, as for `compress`.
-        scope: prepare one submodule.
+        scope: prepare one submodule, which is what is returned: put it in its place in your model to train it there.
         outputs: names of the outputs that matter.
 
     Raises:
@@ -452,9 +509,40 @@ def prepare(
         PlanError: bits outside 2 to 16, a name that matches no module.
         CalibrationError: calibration data that do not fit, or are not finite.
     """
+    return _prepared(
+        copy.deepcopy(model),
+        example_inputs,
+        example_kwargs,
+        bits=bits,
+        activation_bits=activation_bits,
+        layer_bits=layer_bits,
+        learn_exponent=learn_exponent,
+        calibration=calibration,
+        ignore=ignore,
+        prune=prune,
+        scope=scope,
+        outputs=outputs,
+    )
+
+
+def _prepared(
+    model: nn.Module,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None,
+    *,
+    bits: int | tuple[int, int] | None,
+    activation_bits: Literal["same"] | None,
+    layer_bits: Mapping[str, tuple[int, int]] | None = None,
+    learn_exponent: bool = False,
+    calibration: Iterable[Any] | None = None,
+    ignore: str | Sequence[str],
+    prune: Sequence[str] | None,
+    scope: str,
+    outputs: str | Sequence[str] | None,
+) -> Prepared:
+    """As `prepare`, but the tensors are those of `model`, which is trained then."""
     limits = _limits(bits)
-    copied = copy.deepcopy(model)
-    plan = analyze(copied, example_inputs, example_kwargs, scope=scope, outputs=outputs)
+    plan = analyze(model, example_inputs, example_kwargs, scope=scope, outputs=outputs)
     captured = plan.captured
     if captured.producer == "record":
         raise CaptureError(
@@ -462,16 +550,16 @@ def prepare(
             why=f"torch.export refused: {captured.reason}",
             fix='scope="path.to.submodule" prepares a part that can be exported',
         )
-    ignored = _ignored(copied if not scope else captured.original, ignore)
+    ignored = _ignored(plan.model, ignore)
     groups: tuple[ChannelGroup, ...] = ()
     no_groups = ""
     try:
         groups = prunable_groups(plan, ignore=ignored, prune=prune)
     except NothingToPrune as error:
         no_groups = error.why  # it can still be quantized; QASSO says it where units are to go
-    batches = [flat_inputs(captured, captured.args, captured.kwargs)]
-    if calibration is not None:
-        batches = [flat_inputs(captured, *arguments_of(captured, batch)) for batch in calibration]
+    batches = _calibration(model, plan, example_inputs, example_kwargs, calibration)
+    if batches is None:
+        batches = [flat_inputs(captured, captured.args, captured.kwargs)]
     return prepare_graph(
         plan,
         groups,

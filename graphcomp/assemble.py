@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,7 +20,6 @@ from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import PlanError, VerificationError
 from graphcomp.export.native import NativeResult, native
 from graphcomp.graph import bind, value
-from graphcomp.pruning.evidence import arguments_of
 from graphcomp.pruning.mask import InsertMasks, set_masks
 from graphcomp.pruning.slice import SliceGroups, by_factor, kept_of_tensors
 from graphcomp.quantization import ops
@@ -170,12 +169,13 @@ def _bits_by_node(costs: CostModel, layers: Sequence[LoweredLayer]) -> dict[str 
 def as_integers(
     cut: Cut,
     options: PostTraining,
-    calibration: Iterable[Any] | None,
+    batches: Sequence[Sequence[Any]] | None,
     *,
     verify: bool,
     measure_latency: bool,
 ) -> CompressedModel:
-    """The cut model with integer weights, calibrated on batches, or on the example inputs where there are none.
+    """The cut model with integer weights, calibrated on batches of flat inputs, or on the example inputs where there
+    are none.
 
     Raises:
         CalibrationError: the data do not fit, or are not finite.
@@ -184,12 +184,10 @@ def as_integers(
     captured = cut.plan.captured
     assert cut.graph is not None, "planned_bits refuses a recorded model"
     notes = []
-    if calibration is None:
+    if batches is None:
         batches = [flat_inputs(captured, captured.args, captured.kwargs)]
         if options.config.activations is not None:
             notes.append("calibrated on the example inputs alone, as no calibration= was given")
-    else:
-        batches = [flat_inputs(captured, *arguments_of(captured, batch)) for batch in calibration]
     quantized = quantize(cut.graph, batches, options)
     return with_integers(
         cut, quantized, (*notes, *quantized.notes), batches[0] if verify else None, measure_latency=measure_latency

@@ -119,7 +119,7 @@ def capture(
     args, kwargs = example_arguments(example_inputs, example_kwargs)
     _check_initialized(model)
     if scope:
-        model, args, kwargs = _scoped(model, scope, args, kwargs)
+        model, args, kwargs = scoped(model, scope, args, kwargs)
     _check_names(model)
     try:
         module, names = _export(model, args, kwargs, dynamic)
@@ -191,8 +191,13 @@ class _Reached(BaseException):
     """Stops the run once the submodule's inputs are known; no model catches it by accident."""
 
 
-def _scoped(model: nn.Module, scope: str, args: Args, kwargs: Kwargs) -> tuple[nn.Module, Args, Kwargs]:
-    """A submodule and the inputs it gets first when the whole model runs on `args` and `kwargs`."""
+def scoped(model: nn.Module, scope: str, args: Args, kwargs: Kwargs) -> tuple[nn.Module, Args, Kwargs]:
+    """A submodule and the inputs it gets first when the whole model runs on `args` and `kwargs`.
+
+    Raises:
+        InputError: the model does not run on them.
+        CaptureError: there is no such submodule, or it is not called.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     if scope not in modules:
         near = difflib.get_close_matches(scope, modules, n=1, cutoff=0.0)

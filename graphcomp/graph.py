@@ -95,6 +95,14 @@ def fetch(root: torch.nn.Module, target: str) -> Any:
     return found
 
 
+def replace_module(root: torch.nn.Module, old: torch.nn.Module, new: torch.nn.Module) -> None:
+    """Let `new` stand wherever `old` stands in `root`, under every name."""
+    for parent in list(root.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = new
+
+
 def assign(root: torch.nn.Module, target: str, tensor: Tensor) -> None:
     """Put `tensor` in place of the parameter, buffer or constant `target` of `root`."""
     owner_name, _, name = target.rpartition(".")

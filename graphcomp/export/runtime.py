@@ -6,7 +6,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,33 +163,27 @@ def latency(
     Raises:
         ExportError: see `run`; `repeats` is below 1.
     """
-    if repeats < 1:
-        raise ExportError(f"latency over {repeats} runs", fix="repeats=50")
     session = open_session(path, threads=threads, exact=exact)
     arrays = {name: v.detach().cpu().numpy() if isinstance(v, Tensor) else v for name, v in feeds.items()}
+    return timed(lambda: session.run(None, arrays), warmup, repeats)
+
+
+def timed(call: Callable[[], object], warmup: int, repeats: int) -> Latency:
+    """Milliseconds of `call`, over `repeats` calls after `warmup` that are not counted.
+
+    Raises:
+        ExportError: `repeats` is below 1.
+    """
+    if repeats < 1:
+        raise ExportError(f"latency over {repeats} runs", fix="repeats=50")
     times = []
     for count in range(warmup + repeats):
         start = time.perf_counter()
-        session.run(None, arrays)
+        call()
         if count >= warmup:
             times.append(1e3 * (time.perf_counter() - start))
     tenths = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times * 9
     return Latency(statistics.median(times), tenths[0], tenths[-1], len(times))
-
-
-# ------------------------------------------------------------------------------------------------ OpenVINO
-def run_openvino(path: str | Path, args: Args, kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
-    """The outputs of an ONNX file in OpenVINO on the CPU, in float32, flat.
-
-    Raises:
-        ExportError: openvino is not installed.
-    """
-    need("running in OpenVINO", ("openvino",), fix="pip install openvino")
-    import openvino
-
-    compiled = openvino.Core().compile_model(os.fspath(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    tensors = [tensor.detach().cpu().numpy() for tensor in tensor_leaves((args, dict(kwargs or {})))]
-    return [torch.from_numpy(array) for array in compiled(tensors).values()]
 
 
 # ------------------------------------------------------------------------------------------------ comparing

@@ -7,17 +7,19 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from graphcomp.errors import CheckpointError, PlanError, TrainingError
+from graphcomp.methods import processes
 from graphcomp.methods.folder import RunFolder, generators_of, random_state, seeded, set_random_state
 from graphcomp.methods.geta import QASSO
 from graphcomp.methods.prepared import Prepared
@@ -25,7 +27,7 @@ from graphcomp.methods.schedule import Schedule, Stage
 from graphcomp.progress import Progress
 from graphcomp.progress import progress as show_progress
 from graphcomp.pruning.allocation import Budget
-from graphcomp.pruning.evidence import Loss, arguments_of, check_loss
+from graphcomp.pruning.evidence import Loss, arguments_like, check_loss
 from graphcomp.pruning.saliency import Saliency
 from graphcomp.quantization.placement import CONVOLUTIONS
 
@@ -48,6 +50,9 @@ class Training:
             warm-up over the first twentieth of the run, 100 steps at most, then a cosine down to 0.
         accumulate: so many batches make a step. What is left over at the end of a pass makes one, too.
         clip_norm: the largest norm of the gradients of all weights together.
+        autocast: torch.bfloat16 or torch.float16: the model and the loss run under `torch.autocast`, quantizers and the
+            optimizer in the dtype of the weights. With float16 the loss is scaled (`torch.amp.GradScaler`); steps that
+            the scaler skips do not count. Also what a model keeps out of autocast itself then runs in it.
         folder: where checkpoints and metrics go. A run that was cut short goes on from there when it is called again
             with the same arguments, and ends as it would have. None: nothing is written.
         save_every: steps from checkpoint to checkpoint; there is one more at the end.
@@ -69,6 +74,7 @@ class Training:
     scheduler: Callable[[Optimizer], LRScheduler] | None = None
     accumulate: int = 1
     clip_norm: float | None = None
+    autocast: torch.dtype | None = None
     folder: str | Path | None = None
     save_every: int = 500
     keep: int = 2
@@ -83,6 +89,8 @@ class Training:
             number = getattr(self, name)
             if number is not None and not number > 0:
                 raise PlanError(f"Training({name}={number!r})", why="it is positive", fix=f"{name}=0.01")
+        if self.autocast not in (None, torch.bfloat16, torch.float16):
+            raise PlanError(f"Training(autocast={self.autocast!r})", fix="autocast=torch.bfloat16, or torch.float16")
         lengths = [name for name in ("epochs", "steps", "schedule") if getattr(self, name) is not None]
         if len(lengths) > 1:
             raise PlanError(f"the length of the run is given by {' and by '.join(lengths)}", fix=f"only {lengths[0]}=")
@@ -179,12 +187,43 @@ def parts(training: Training, data: Iterable[Any], phases: Sequence[Phase]) -> l
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """The model whose output the loss is of: the prepared one, or one in which the prepared one stands.
+
+    All its parameters are trained, those outside of the prepared module by the same optimizer.
+
+    Attributes:
+        module: what is called, and trained.
+        original: whose forward tells the names of positional inputs.
+        args, kwargs: example inputs, whose form batches have.
+    """
+
+    module: nn.Module
+    original: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @staticmethod
+    def of(ready: Prepared) -> Whole:
+        """The prepared module, which is all there is."""
+        captured = ready.session.plan.captured
+        return Whole(ready, captured.original, captured.args, captured.kwargs)
+
+    def around(self, ready: Prepared) -> tuple[str, list[nn.Parameter]]:
+        """Where `ready` stands, as a prefix of names, and the parameters outside of it that can be trained."""
+        prefix = next(f"{name}." if name else "" for name, m in self.module.named_modules() if m is ready)
+        inside = {id(p) for p in ready.parameters()}
+        return prefix, [p for p in self.module.parameters() if p.requires_grad and id(p) not in inside]
+
+
 def train(
     ready: Prepared,
     data: Iterable[Any],
     loss: Loss,
     training: Training,
     *,
+    whole: Whole | None = None,
     sparsity: float | None = None,
     budget: Budget | None = None,
     saliency: str | Saliency = "geta",
@@ -195,6 +234,10 @@ def train(
 ) -> None:
     """Train a prepared module with QASSO to the end of its schedule, in place. Units that its masks leave out stay out.
 
+    Where `torch.distributed` was set up with several processes, each calls this with its own share of the data, as a
+    DataLoader with a DistributedSampler gives it. Gradients are averaged, all end with the same module, and the first
+    process alone writes to the folder.
+
     Args:
         ready: what `graphcomp.prepare` returned.
         data: batches, gone over as often as it takes: a DataLoader, a list, … Each is a tensor, a tuple that begins
@@ -202,6 +245,7 @@ def train(
             moved to where the module is.
         loss: loss(model output, batch) -> scalar.
         training: how.
+        whole: the model that `ready` stands in, trained with it; None: `ready` is the model.
         sparsity, budget, saliency, forgetting, round_to: see `QASSO`.
         progress: show a progress line on a terminal.
         seed: of everything that is drawn: torch, Python and NumPy are seeded inside, and left as they were.
@@ -218,13 +262,14 @@ def train(
         "forgetting": forgetting,
         "round_to": round_to,
     }
-    with seeded(seed):
-        run = _Run(ready, data, loss, training, asked, seed)
+    with seeded(seed + processes.rank()):  # dropout is to differ from process to process
+        run = _Run(ready, whole or Whole.of(ready), data, loss, training, asked, seed)
         run.resume()
         with show_progress(run.total, progress) as bar:
             bar.done = run.step
-            ready.train()
+            run.whole.module.train()
             run.go(bar)
+        processes.copy_from_first(run.whole.module.buffers())  # statistics of batch norms are each process's own
 
 
 class _Run:
@@ -242,28 +287,36 @@ class _Run:
     def __init__(
         self,
         ready: Prepared,
+        whole: Whole,
         data: Iterable[Any],
         loss: Loss,
         training: Training,
         asked: Mapping[str, Any],
         seed: int,
     ) -> None:
-        self.ready, self.data, self.loss, self.training = ready, data, loss, training
+        self.ready, self.whole, self.data, self.loss, self.training = ready, whole, data, loss, training
+        self.prefix, outside = whole.around(ready)
         self.step = self.epoch = self.position = 0
         self.total = training.steps_over(data)
         if not self.total:
             raise self._no_batches()
+        self.device = next(ready.parameters()).device
+        if processes.count() > 1:
+            _check_shares(data, self.total)
+            processes.copy_from_first((*whole.module.parameters(), *whole.module.buffers()))
         transformer = ready.session.has_attention
         base, lr, options = _defaults(ready, training, transformer)
         schedule = training.schedule or Schedule.of(
             self.total, transformer=transformer, prune=asked["sparsity"] != 0, quantize=ready.session.bits is not None
         )
         self.optimizer = QASSO(ready, base, lr=lr, lr_quant=training.lr_quant, schedule=schedule, **asked, **options)
+        if outside:
+            self.optimizer.add_param_group({"params": outside})
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.autocast is torch.float16)
         self.scheduler = (training.scheduler or _cosine(self.total))(self.optimizer)
         quantizers = {id(p) for _, quantizer in ready.quantizers() for p in quantizer.parameters()}
-        self.weights = [p for p in ready.parameters() if p.requires_grad and id(p) not in quantizers]
+        self.weights = [p for p in whole.module.parameters() if p.requires_grad and id(p) not in quantizers]
         self.is_weight = torch.tensor([site.is_weight for site, _ in ready.quantizers()], dtype=torch.bool)
-        self.device = next(ready.parameters()).device
         self.generators = generators_of(data)
         self.folder: RunFolder | None = None
         if training.folder is not None:
@@ -274,14 +327,15 @@ class _Run:
                     fix="persistent_workers=False, or no folder",
                 )
             about = {
-                **_about_model(ready),
+                **_about_model(ready, whole.module),
                 **_about_training(training, data, lr, base),
                 **{name: _name(value) if callable(value) else str(value) for name, value in asked.items()},
                 "sparsity": str(self.optimizer.sparsity),
                 "schedule": ", ".join(f"{name} {value}" for name, value in asdict(schedule).items()),
                 "seed": str(seed),
             }
-            self.folder = RunFolder(training.folder, about, training.keep)
+            where = training.folder
+            self.folder = processes.from_first(lambda: RunFolder(where, about, training.keep))
         self.epoch_state: dict[str, Any] | None = None
         self.resumed: dict[str, Any] | None = None
         self.last_loss = math.nan
@@ -291,14 +345,17 @@ class _Run:
     # ------------------------------------------------------------------------------------------ the loop
     def go(self, bar: Progress) -> None:
         """To the end."""
-        while self.step < self.total and self.epoch != self.training.epochs:
+        passes = self.training.epochs
+        if passes is not None and self.scaler.is_enabled():
+            passes += 1  # to make up for steps that the scaler skips
+        while self.step < self.total and self.epoch != passes:
             batches = self._batches()
             while self.step < self.total:
                 chunk = list(itertools.islice(batches, self.training.accumulate))
-                if not chunk:
+                if not processes.every(bool(chunk), self.device):
                     break
-                self._step(chunk)
-                self._report(bar)
+                if self._step(chunk):
+                    self._report(bar)
             if not self.position:
                 raise self._no_batches()
             if self.step < self.total:
@@ -312,6 +369,7 @@ class _Run:
 
     def _batches(self) -> Iterator[Any]:
         """A pass over the data; after a resumption, what is left of the pass that was cut short, in its order."""
+        _set_epoch(self.data, self.epoch)
         if self.resumed is None:
             self.epoch_state = random_state(self.generators)
             return iter(self.data)
@@ -342,26 +400,41 @@ class _Run:
             fix="data=[batch, …]",
         )
 
-    def _step(self, chunk: Sequence[Any]) -> None:
+    def _step(self, chunk: Sequence[Any]) -> bool:
+        """One step; False where the scaler skipped it, as gradients were not finite at its scale."""
         stage = self.optimizer.stage
         total = torch.zeros((), device=self.device)
         for given in chunk:
             batch = to_device(given, self.device)
-            args, kwargs = arguments_of(self.ready.session.plan.captured, batch)
-            value = self.loss(self.ready(*args, **kwargs), batch)
+            args, kwargs = arguments_like(self.whole.original, self.whole.args, self.whole.kwargs, batch)
+            with self._precision():
+                value = self.loss(self.whole.module(*args, **kwargs), batch)
             check_loss(value)
-            (value / len(chunk)).backward()  # type: ignore[no-untyped-call]
+            self.scaler.scale(value / len(chunk)).backward()  # type: ignore[no-untyped-call]
             total += value.detach().reshape(()) / len(chunk)
-        loss = float(total)
+        loss = float(processes.mean(total))
         if not math.isfinite(loss):
             raise self._not_finite(f"the loss is {loss} at step {self.step + 1}", stage, chunk)
+        processes.average_gradients(self.whole.module.parameters())
+        self.scaler.unscale_(self.optimizer)
         if self.training.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.weights, self.training.clip_norm)
-        self.optimizer.step()
-        self.scheduler.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
-        self.step, self.position, self.last_loss = self.step + 1, self.position + len(chunk), loss
+        self.position, self.last_loss = self.position + len(chunk), loss
         self.losses.append(loss)
+        if self.optimizer.steps == self.step:
+            if self.scaler.get_scale() < 1:
+                raise self._not_finite(f"the gradients are not finite at step {self.step + 1}", stage, chunk)
+            return False
+        self.step += 1
+        self.scheduler.step()
+        return True
+
+    def _precision(self) -> AbstractContextManager[object]:
+        dtype = self.training.autocast
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def _not_finite(self, what: str, stage: Stage, chunk: Sequence[Any]) -> TrainingError:
         saved = None if self.folder is None else self.folder.newest()
@@ -377,10 +450,10 @@ class _Run:
 
     def _place_not_finite(self) -> str:
         """The first tensor of the module that is not finite; "" where all are."""
-        for name, tensor in self.ready.state_dict().items():
+        for name, tensor in self.whole.module.state_dict().items():
             if not _finite(tensor):
                 sites = self.ready.session.sites
-                site = next((s for s in sites if name.startswith(f"{s.name}.")), None)
+                site = next((s for s in sites if name.startswith(f"{self.prefix}{s.name}.")), None)
                 return f"'{name}'" if site is None else f"quantizer '{name}' of '{site.layer}'"
         return ""
 
@@ -392,7 +465,8 @@ class _Run:
             return
         stage_ends = self.optimizer.stage != self.optimizer.schedule.moment(self.step - 1).stage
         if ends or stage_ends or self.step == 1 or self.step % self.training.log_every == 0:
-            self.folder.log(self._metrics())
+            folder = self.folder
+            processes.from_first(lambda: folder.log(self._metrics()))
             self.losses = []
         if ends or self.step % self.training.save_every == 0:
             self._save()
@@ -431,7 +505,8 @@ class _Run:
     # ------------------------------------------------------------------------------------------ checkpoints
     def _save(self) -> None:
         assert self.folder is not None
-        if self._place_not_finite():  # the loss of the next step would tell, too late for this checkpoint
+        # the loss of the next step would tell, too late for this checkpoint
+        if not processes.every(not self._place_not_finite(), self.device):
             stage = self.optimizer.schedule.moment(self.step - 1).stage
             raise self._not_finite(f"the module is not finite after step {self.step}", stage, ())
         state = {
@@ -440,13 +515,17 @@ class _Run:
             "loss": self.last_loss,
             "losses": self.losses,
             "seconds": self.seconds + time.monotonic() - self.start,
-            "module": self.ready.state_dict(),
+            "module": self.whole.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "random": random_state(),
             "epoch_random": self.epoch_state,
         }
-        self.folder.save(self.step, state)
+        folder, (_, *others) = self.folder, processes.gathered((state["random"], state["epoch_random"]))
+        if others:
+            state["random_of_others"] = others
+        processes.from_first(lambda: folder.save(self.step, state))
 
     def resume(self) -> None:
         """Go on from the folder's newest checkpoint, where there is one.
@@ -454,13 +533,17 @@ class _Run:
         Raises:
             CheckpointError: it is of another run, or cannot be read.
         """
-        state = None if self.folder is None else self.folder.load()
+        state = None if self.folder is None else processes.from_first(self.folder.load)
         if state is None:
             return
+        if processes.rank() > 0:
+            state["random"], state["epoch_random"] = state["random_of_others"][processes.rank() - 1]
         try:
             self.optimizer.load_state_dict(state["optimizer"])
-            self.ready.load_state_dict(state["module"])
+            self.whole.module.load_state_dict(state["module"])
             self.scheduler.load_state_dict(state["scheduler"])
+            if self.scaler.is_enabled():
+                self.scaler.load_state_dict(state["scaler"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"the checkpoint in {self.training.folder} does not fit the run",
@@ -498,10 +581,10 @@ def _cosine(steps: int) -> Callable[[Optimizer], LRScheduler]:
     return lambda optimizer: LambdaLR(optimizer, factor)
 
 
-def _about_model(ready: Prepared) -> dict[str, str]:
+def _about_model(ready: Prepared, whole: nn.Module) -> dict[str, str]:
     """What tells one prepared module from another: by shapes, as weights are the checkpoint's."""
     session = ready.session
-    tensors = "\n".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in ready.state_dict().items())
+    tensors = "\n".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in whole.state_dict().items())
     digest = hashlib.sha256(tensors.encode()).hexdigest()[:16]
     limits = sorted({(site.low, site.high) for site in session.sites})
     return {
@@ -525,6 +608,8 @@ def _about_training(training: Training, data: Iterable[Any], lr: float, base: ty
         "accumulate": str(training.accumulate),
         "clip_norm": str(training.clip_norm),
         "epochs": str(training.epochs),
+        **({"autocast": str(training.autocast)} if training.autocast is not None else {}),
+        **({"processes": str(processes.count())} if processes.count() > 1 else {}),
     }
 
 
@@ -542,6 +627,26 @@ def _length(data: Any) -> int | None:
 
 
 # ------------------------------------------------------------------------------------------------ batches
+def _check_shares(data: Iterable[Any], steps: int) -> None:
+    """Raise PlanError where the processes would not make the same number of steps."""
+    found = processes.gathered((_length(data), steps))
+    if len(set(found)) > 1:
+        raise PlanError(
+            "the processes have different numbers of batches",
+            at=", ".join(f"{length} in process {k}" for k, (length, _) in enumerate(found)),
+            why="all make each step together",
+            fix="DataLoader(…, sampler=torch.utils.data.DistributedSampler(dataset))",
+        )
+
+
+def _set_epoch(data: Any, epoch: int) -> None:
+    """Tell a DistributedSampler and its kin which pass begins: their order follows from it."""
+    for owner in (data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None)):
+        announce = getattr(owner, "set_epoch", None)
+        if callable(announce):
+            announce(epoch)
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on `device`, in the same kind of container."""
     if hasattr(batch, "to"):  # a tensor, or what Hugging Face's tokenizers return

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from graphcomp.analysis import Analysis
 from graphcomp.capture import Captured
@@ -127,14 +127,24 @@ class Evidence:
 
 # ------------------------------------------------------------------------------------------------ batches
 def arguments_of(captured: Captured, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """As `arguments_like`, for the model that was captured."""
+    return arguments_like(captured.original, captured.args, captured.kwargs, batch)
+
+
+def arguments_like(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments and keyword arguments that a batch has for the model, by the form of its example inputs.
+
+    Args:
+        args, kwargs: example inputs of `model`.
+        batch: a tensor, a tuple that begins with the positional inputs, or a dict that holds its keyword inputs.
 
     Raises:
         PlanError: the batch has not what the example inputs have.
     """
-    args, kwargs = captured.args, captured.kwargs
     if isinstance(batch, Mapping):
-        names = list(inspect.signature(captured.original.forward).parameters)[: len(args)]
+        names = list(inspect.signature(model.forward).parameters)[: len(args)]
         positional = tuple(_entry(batch, name, old) for name, old in zip(names, args, strict=False))
         return positional, {name: _entry(batch, name, old) for name, old in kwargs.items()}
     items = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)

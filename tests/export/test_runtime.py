@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import sys
 from pathlib import Path
@@ -24,7 +23,6 @@ from graphcomp.export.runtime import (  # noqa: E402
     open_session,
     output_steps,
     run,
-    run_openvino,
 )
 from tests.export.lowered import Quantization, lower  # noqa: E402
 
@@ -135,14 +133,3 @@ def test_the_graph_in_training_mode_is_compared_in_eval_mode(tmp_path: Path) -> 
     graph.train()
     export_onnx(graph, (x,), None, path)
     assert compare(path, graph, (x,)).within_a_step and graph.training
-
-
-def test_openvino(tmp_path: Path) -> None:
-    x, path = torch.randn(2, 12), tmp_path / "m.onnx"
-    module = lower(mlp(), x, Quantization(8, 8))
-    export_onnx(module, (x,), None, path)
-    if importlib.util.find_spec("openvino") is None:
-        with pytest.raises(ExportError, match="pip install openvino"):
-            run_openvino(path, (x,))
-        pytest.skip("openvino is not installed")
-    assert agreement(module, run_openvino(path, (x,)), (x,)).within_a_step

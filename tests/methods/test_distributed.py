@@ -2,6 +2,7 @@
 
 import os
 import socket
+import warnings
 
 import pytest
 import torch
@@ -56,6 +57,12 @@ def train(wrap, rank=0, ranks=1):
     return weights, optimizer.bank.bits(), units, optimizer.removed
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def _rank(rank, port, folder):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
@@ -70,10 +77,7 @@ def _rank(rank, port, folder):
 @pytest.mark.ci
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
 def test_two_processes_train_the_model_that_one_trains(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(_rank, (free_port(), str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     alone = train(lambda module: module)
     for name, weight in first[0].items():
@@ -84,6 +88,91 @@ def test_two_processes_train_the_model_that_one_trains(tmp_path):
     for name, units in alone[2].items():
         assert torch.equal(first[2][name], units) and torch.equal(second[2][name], units)
     assert first[3] == second[3] == alone[3] > 0
+
+
+# ------------------------------------------------------------------------------------------------ compress
+class Stopped(Exception):
+    """Stands for whatever ends the processes."""
+
+
+def loss(output, batch):
+    return F.cross_entropy(output, batch[1])
+
+
+def shares(rank, ranks):
+    share = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
+    return [(x[share], y[share]) for x, y in data()]
+
+
+def compressed(rank=0, ranks=1, *, loss=loss, dropout=0.0, batches=None, double=False, **options):
+    """Of a net whose weights differ from process to process at first, on this rank's share of each batch."""
+    torch.manual_seed(rank)
+    net = nn.Sequential(Net(), nn.Dropout(dropout)).train()
+    batches = shares(rank, ranks) if batches is None else batches
+    if double:
+        net, batches = net.double(), [(x.double(), y) for x, y in batches]
+    training = gc.Training(optimizer=torch.optim.AdamW, steps=28, **options.pop("training", {}))
+    roles = ("channel", "width", "hidden")
+    return gc.compress(
+        net, batches[0][0][:4], data=batches, loss=loss, training=training, prune=roles, progress=False, **options
+    )
+
+
+def _compress_rank(rank, port, folder):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated", FutureWarning)  # torch's
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    whole, cut_short = os.path.join(folder, "whole"), os.path.join(folder, "cut short")
+    calls = []
+
+    def stopping(output, batch):
+        calls.append(1)
+        if len(calls) > 19:
+            raise Stopped
+        return loss(output, batch)
+
+    def bad_in_one(output, batch):
+        return loss(output, batch) * (float("nan") if rank == 1 else 1.0)
+
+    try:
+        options = {"bits": (4, 8), "dropout": 0.3, "training": {"folder": whole, "save_every": 4, "accumulate": 2}}
+        first = compressed(rank, 2, **options).state_dict()
+        options["training"] = options["training"] | {"folder": cut_short}
+        with pytest.raises(Stopped):
+            compressed(rank, 2, loss=stopping, **options)
+        resumed = compressed(rank, 2, **options).state_dict()
+        plain = compressed(rank, 2, double=True, bits=None, method="hesso").state_dict()
+        with pytest.raises(gc.TrainingError, match="the loss is nan at step 1 of"):
+            compressed(rank, 2, bits=8, loss=bad_in_one)
+        with pytest.raises(gc.PlanError, match="14 in process 0, 13 in process 1"):
+            compressed(rank, 2, bits=8, batches=shares(rank, 2)[rank:])
+        with pytest.raises(gc.CheckpointError, match="another run"):  # the first process finds it, and tells
+            compressed(rank, 2, **(options | {"sparsity": 0.3}))
+        torch.save([first, resumed, plain], os.path.join(folder, f"{rank}.pt"))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
+def test_compress_in_two_processes(tmp_path):
+    """Both return the same model, one writes the folder, and a run that was cut short goes on bit for bit."""
+    torch.multiprocessing.spawn(_compress_rank, (free_port(), str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for mine, other in zip(first, second, strict=True):
+        assert mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
+    run, resumed, plain = first
+    assert run.keys() == resumed.keys() and all(torch.equal(run[name], resumed[name]) for name in run)
+    alone = compressed(double=True, bits=None, method="hesso").state_dict()
+    for name, tensor in alone.items():
+        assert torch.allclose(plain[name], tensor, rtol=1e-6, atol=1e-9), name
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == len({line.partition(",")[0] for line in lines})
+    with pytest.raises(gc.CheckpointError, match="processes: 2 there, None now"):
+        compressed(bits=(4, 8), training={"folder": tmp_path / "whole", "accumulate": 2})
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
