@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphcomp.analysis import Analysis
+from graphcomp.capture import Captured
 from graphcomp.compare import relative_error, tolerance_of
 from graphcomp.compressed import CompressedModel
 from graphcomp.cost import Bits, Bops, Codes, CostModel, SizeModel, flat_inputs, latency
 from graphcomp.coupling.groups import ChannelGroup, Kept
-from graphcomp.errors import PlanError, VerificationError
+from graphcomp.errors import CalibrationError, PlanError, VerificationError
 from graphcomp.export.native import NativeResult, native
 from graphcomp.graph import bind, value
+from graphcomp.graph_module import tensor_leaves
 from graphcomp.pruning.evidence import arguments_of
 from graphcomp.pruning.mask import InsertMasks, set_masks
 from graphcomp.pruning.slice import SliceGroups, by_factor, kept_of_tensors
@@ -27,7 +29,7 @@ from graphcomp.quantization import ops
 from graphcomp.quantization.law import check_lowering
 from graphcomp.quantization.lower import Lowered, LoweredLayer
 from graphcomp.quantization.ptq import PostTraining, Quantized, Rounding, planned_layers, quantize
-from graphcomp.quantization.quantizers.base import spread
+from graphcomp.quantization.quantizers.base import Quantizer, spread
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, QuantSpec, check_bits
 from graphcomp.report import Change, LayerReport, Report, group_dict, layers
 
@@ -113,6 +115,7 @@ def post_training(
     rounding: Rounding,
     ignore: str | Sequence[str],
     reduce_range: bool = False,
+    calibrated: bool = False,
 ) -> PostTraining | None:
     """The options that `compress` was given one by one; None where nothing is to be quantized.
 
@@ -121,8 +124,10 @@ def post_training(
     """
     if not isinstance(bits, int) or isinstance(bits, bool):
         others = activation_bits not in ("same", None) or group_size or rounding != "nearest" or reduce_range
-        if bits is None and others:
-            raise PlanError("activation_bits, group_size, rounding and reduce_range need bits", fix="bits=8")
+        if bits is None and (others or calibrated):
+            raise PlanError(
+                "activation_bits, group_size, rounding, reduce_range and calibration need bits", fix="bits=8"
+            )
         if bits is not None:
             check_bits(bits)  # type: ignore[arg-type]
         return None
@@ -158,7 +163,38 @@ def planned_bits(plan: Analysis, options: PostTraining) -> dict[str | fx.Node, B
             why=f"torch.export refused: {captured.reason}",
             fix='scope="path.to.submodule" compresses a part that can be exported',
         )
+    check_floats(captured)
     return _bits_by_node(CostModel(plan), planned_layers(captured.module, options))
+
+
+def check_floats(captured: Captured) -> None:
+    """Raise PlanError where the model is quantized already, by `compress` or for training."""
+    model = captured.original
+    prepared = any(isinstance(module, Quantizer) for module in model.modules())
+    if prepared or any(node.target in ops.OF_INTEGERS for node in captured.module.graph.nodes):
+        raise PlanError(
+            f"{type(model).__name__} is quantized already",
+            why="it holds quantizers" if prepared else "its weights are integers",
+            fix="graphcomp.finalize(ready) makes the small model" if prepared else "quantize the float model",
+        )
+
+
+def calibration_batches(captured: Captured, calibration: Iterable[Any]) -> list[list[Any]]:
+    """Flat inputs of each batch.
+
+    Raises:
+        CalibrationError: what was given is no series of batches.
+        PlanError: a batch has not what the example inputs have.
+    """
+    example = next((t for t in tensor_leaves((captured.args, captured.kwargs))), None)
+    one = isinstance(calibration, Tensor) and example is not None and calibration.dim() <= example.dim()
+    if one or isinstance(calibration, Mapping) or not isinstance(calibration, Iterable):
+        raise CalibrationError(
+            f"calibration is a {type(calibration).__name__}, not a series of batches",
+            why="each of its rows would be taken for a batch" if one else "",
+            fix="calibration=[batch, …], each batch in the form of the example inputs",
+        )
+    return [flat_inputs(captured, *arguments_of(captured, batch)) for batch in calibration]
 
 
 def _bits_by_node(costs: CostModel, layers: Sequence[LoweredLayer]) -> dict[str | fx.Node, Bits]:
@@ -189,7 +225,7 @@ def as_integers(
         if options.config.activations is not None:
             notes.append("calibrated on the example inputs alone, as no calibration= was given")
     else:
-        batches = [flat_inputs(captured, *arguments_of(captured, batch)) for batch in calibration]
+        batches = calibration_batches(captured, calibration)
     quantized = quantize(cut.graph, batches, options)
     return with_integers(
         cut, quantized, (*notes, *quantized.notes), batches[0] if verify else None, measure_latency=measure_latency

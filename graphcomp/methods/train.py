@@ -83,6 +83,12 @@ class Training:
             number = getattr(self, name)
             if number is not None and not number > 0:
                 raise PlanError(f"Training({name}={number!r})", why="it is positive", fix=f"{name}=0.01")
+        if self.scheduler is not None and not callable(self.scheduler):
+            raise PlanError(
+                f"Training(scheduler={self.scheduler!r})",
+                why="it is called with the optimizer",
+                fix="scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1000)",
+            )
         lengths = [name for name in ("epochs", "steps", "schedule") if getattr(self, name) is not None]
         if len(lengths) > 1:
             raise PlanError(f"the length of the run is given by {' and by '.join(lengths)}", fix=f"only {lengths[0]}=")
@@ -249,6 +255,8 @@ class _Run:
         seed: int,
     ) -> None:
         self.ready, self.data, self.loss, self.training = ready, data, loss, training
+        if not isinstance(data, Iterable):
+            raise PlanError(f"data is a {type(data).__name__}", why="it holds no batches", fix="data=[batch, …]")
         self.step = self.epoch = self.position = 0
         self.total = training.steps_over(data)
         if not self.total:
