@@ -13,8 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from graphcomp.analysis import Analysis, analyze_captured
-from graphcomp.assemble import as_integers, as_model, cut_groups, into_whole, planned_bits, post_training
-from graphcomp.capture import capture, example_arguments, scoped
+from graphcomp.assemble import (
+    as_integers,
+    as_model,
+    check_batches,
+    check_floats,
+    cut_groups,
+    into_whole,
+    planned_bits,
+    post_training,
+)
+from graphcomp.capture import blaming_inputs, capture, example_arguments, scoped
 from graphcomp.compressed import CompressedModel
 from graphcomp.cost import flat_inputs
 from graphcomp.coupling.groups import ROLES, ChannelGroup, Kept
@@ -25,7 +34,7 @@ from graphcomp.methods import processes
 from graphcomp.methods.prepared import Prepared, prepare_graph, training_config, unwrapped
 from graphcomp.methods.train import Phase, Training, Whole, parts, phases_of, train
 from graphcomp.progress import progress as show_progress
-from graphcomp.pruning.allocation import Budget, Scope, allocate, allocate_budget
+from graphcomp.pruning.allocation import Budget, Scope, allocate, allocate_budget, is_share
 from graphcomp.pruning.evidence import arguments_like, arguments_of
 from graphcomp.pruning.saliency import Saliency, score
 from graphcomp.quantization.ptq import PostTraining, Rounding
@@ -161,6 +170,12 @@ def compress(
         }  # fmt: skip
         _check_trainable(method, [name for name, given in one_shot_only.items() if given])
         phases = phases_of(method, sparsity, bits, budget)
+        if calibration is not None and bits is None:
+            raise PlanError(
+                f"calibration with method={method!r}, and no bits are given",
+                why="it gives quantizers their first ranges",
+                fix="bits=(4, 8), or no calibration",
+            )
         if data is None or loss is None or training is None:
             raise PlanError(
                 f"method={method!r} trains: it needs data, a loss and a length",
@@ -206,7 +221,9 @@ def compress(
         return _whole(trained_model.train(model.training), small, scope, example_inputs, example_kwargs)
     _check_one_shot(bits, training)
     sparsity, saliency = 0.5 if sparsity is None else sparsity, saliency or "l2"
-    quantization = quantization or post_training(bits, activation_bits, group_size, rounding, ignore, reduce_range)
+    quantization = quantization or post_training(
+        bits, activation_bits, group_size, rounding, ignore, reduce_range, calibration is not None
+    )
     with show_progress(4 if quantization is None else 5, progress) as bar:
         bar.step("capturing and coupling")
         analysis = analyze(model, example_inputs, example_kwargs, scope=scope, outputs=outputs)
@@ -227,13 +244,14 @@ def compress(
                     analysis, groups, scores, budget, scope=ranking, round_to=round_to, bits=layer_bits
                 )
         bar.step("cutting and verifying")
-        cut = cut_groups(analysis, kept, groups, verify=verify)
-        if quantization is None:
-            small = as_model(cut, measure_latency=measure_latency)
-        else:
-            bar.step("calibrating and lowering")
-            found = _calibration(model, analysis, example_inputs, example_kwargs, calibration)
-            small = as_integers(cut, quantization, found, verify=verify, measure_latency=measure_latency)
+        with blaming_inputs(analysis.captured):
+            cut = cut_groups(analysis, kept, groups, verify=verify)
+            if quantization is None:
+                small = as_model(cut, measure_latency=measure_latency)
+            else:
+                bar.step("calibrating and lowering")
+                found = _calibration(model, analysis, example_inputs, example_kwargs, calibration)
+                small = as_integers(cut, quantization, found, verify=verify, measure_latency=measure_latency)
     return _whole(model, small, scope, example_inputs, example_kwargs) if scope else small
 
 
@@ -255,9 +273,12 @@ def _calibration(
 ) -> list[list[Any]] | None:
     """The flat inputs of the captured graph for each batch; a submodule's are those it gets when the model runs."""
     captured = plan.captured
-    if batches is None or not captured.scope:
-        return None if batches is None else [flat_inputs(captured, *arguments_of(captured, b)) for b in batches]
+    if batches is None:
+        return None
     found, example = [], example_arguments(example_inputs, example_kwargs)
+    check_batches(example, batches)
+    if not captured.scope:
+        return [flat_inputs(captured, *arguments_of(captured, batch)) for batch in batches]
     for k, batch in enumerate(batches):
         try:
             _, args, kwargs = scoped(model, captured.scope, *arguments_like(model, *example, batch))
@@ -294,8 +315,9 @@ def slice_groups(
         VerificationError: the laws do not hold on the result.
     """
     units: Kept = {group: torch.unique(torch.as_tensor(indices)) for group, indices in kept.items()}
-    cut = cut_groups(plan, units, up_for_pruning or plan.groups, verify=verify)
-    return as_model(cut, measure_latency=measure_latency)
+    with blaming_inputs(plan.captured):
+        cut = cut_groups(plan, units, up_for_pruning or plan.groups, verify=verify)
+        return as_model(cut, measure_latency=measure_latency)
 
 
 def prunable_groups(
@@ -382,7 +404,7 @@ def _training(training: Training | None, **short: Any) -> Training | None:
 
 # ------------------------------------------------------------------------------------------------ checks of arguments
 def _check_arguments(sparsity: float | None, prune: Sequence[str] | None) -> None:
-    if sparsity is not None and (isinstance(sparsity, bool) or not 0 <= sparsity < 1):
+    if sparsity is not None and not is_share(sparsity):
         raise PlanError(
             f"sparsity={sparsity!r} is outside [0, 1)",
             why="it is the fraction of prunable units to remove, and at least one unit of each group stays",
@@ -550,6 +572,8 @@ def _prepared(
             why=f"torch.export refused: {captured.reason}",
             fix='scope="path.to.submodule" prepares a part that can be exported',
         )
+    if limits is not None:
+        check_floats(captured)
     ignored = _ignored(plan.model, ignore)
     groups: tuple[ChannelGroup, ...] = ()
     no_groups = ""
@@ -560,16 +584,17 @@ def _prepared(
     batches = _calibration(model, plan, example_inputs, example_kwargs, calibration)
     if batches is None:
         batches = [flat_inputs(captured, captured.args, captured.kwargs)]
-    return prepare_graph(
-        plan,
-        groups,
-        bits=limits,
-        config=None if limits is None else training_config(limits[1], activation_bits is not None, learn_exponent),
-        layer_bits={name: _range(own) for name, own in (layer_bits or {}).items()},
-        ignore=ignored,
-        batches=batches,
-        no_groups=no_groups,
-    )
+    with blaming_inputs(captured):
+        return prepare_graph(
+            plan,
+            groups,
+            bits=limits,
+            config=None if limits is None else training_config(limits[1], activation_bits is not None, learn_exponent),
+            layer_bits={name: _range(own) for name, own in (layer_bits or {}).items()},
+            ignore=ignored,
+            batches=batches,
+            no_groups=no_groups,
+        )
 
 
 def _limits(bits: int | tuple[int, int] | None) -> tuple[int, int] | None:
@@ -606,6 +631,7 @@ def finalize(ready: nn.Module, *, verify: bool = True, measure_latency: bool = F
 
     Raises:
         PlanError: it was not prepared, or a schedule was begun and not followed to its cool-down.
+        TrainingError: a parameter or buffer is NaN or infinite.
         VerificationError: the small model does not compute what the trained one does. Nothing is returned then.
     """
     return as_trained(unwrapped(ready), verify=verify, measure_latency=measure_latency)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,20 +13,22 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphcomp.analysis import Analysis
+from graphcomp.capture import Captured
 from graphcomp.compare import relative_error, tolerance_of
 from graphcomp.compressed import CompressedModel
 from graphcomp.cost import Bits, Bops, Codes, CostModel, SizeModel, flat_inputs, latency
 from graphcomp.coupling.groups import ChannelGroup, Kept
-from graphcomp.errors import PlanError, VerificationError
+from graphcomp.errors import CalibrationError, PlanError, VerificationError
 from graphcomp.export.native import NativeResult, native
 from graphcomp.graph import bind, value
+from graphcomp.graph_module import tensor_leaves
 from graphcomp.pruning.mask import InsertMasks, set_masks
 from graphcomp.pruning.slice import SliceGroups, by_factor, kept_of_tensors
 from graphcomp.quantization import ops
 from graphcomp.quantization.law import check_lowering
 from graphcomp.quantization.lower import Lowered, LoweredLayer
 from graphcomp.quantization.ptq import PostTraining, Quantized, Rounding, planned_layers, quantize
-from graphcomp.quantization.quantizers.base import spread
+from graphcomp.quantization.quantizers.base import Quantizer, spread
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, QuantSpec, check_bits
 from graphcomp.report import Change, LayerReport, Report, group_dict, layers
 
@@ -112,6 +114,7 @@ def post_training(
     rounding: Rounding,
     ignore: str | Sequence[str],
     reduce_range: bool = False,
+    calibrated: bool = False,
 ) -> PostTraining | None:
     """The options that `compress` was given one by one; None where nothing is to be quantized.
 
@@ -120,8 +123,10 @@ def post_training(
     """
     if not isinstance(bits, int) or isinstance(bits, bool):
         others = activation_bits not in ("same", None) or group_size or rounding != "nearest" or reduce_range
-        if bits is None and others:
-            raise PlanError("activation_bits, group_size, rounding and reduce_range need bits", fix="bits=8")
+        if bits is None and (others or calibrated):
+            raise PlanError(
+                "activation_bits, group_size, rounding, reduce_range and calibration need bits", fix="bits=8"
+            )
         if bits is not None:
             check_bits(bits)  # type: ignore[arg-type]
         return None
@@ -157,7 +162,32 @@ def planned_bits(plan: Analysis, options: PostTraining) -> dict[str | fx.Node, B
             why=f"torch.export refused: {captured.reason}",
             fix='scope="path.to.submodule" compresses a part that can be exported',
         )
+    check_floats(captured)
     return _bits_by_node(CostModel(plan), planned_layers(captured.module, options))
+
+
+def check_floats(captured: Captured) -> None:
+    """Raise PlanError where the model is quantized already, by `compress` or for training."""
+    model = captured.original
+    prepared = any(isinstance(module, Quantizer) for module in model.modules())
+    if prepared or any(node.target in ops.OF_INTEGERS for node in captured.module.graph.nodes):
+        raise PlanError(
+            f"{type(model).__name__} is quantized already",
+            why="it holds quantizers" if prepared else "its weights are integers",
+            fix="graphcomp.finalize(ready) makes the small model" if prepared else "quantize the float model",
+        )
+
+
+def check_batches(example_inputs: Any, calibration: Iterable[Any]) -> None:
+    """Raise CalibrationError where what was given is no series of batches."""
+    example = next(iter(tensor_leaves(example_inputs)), None)
+    one = isinstance(calibration, Tensor) and example is not None and calibration.dim() <= example.dim()
+    if one or isinstance(calibration, Mapping) or not isinstance(calibration, Iterable):
+        raise CalibrationError(
+            f"calibration is a {type(calibration).__name__}, not a series of batches",
+            why="each of its rows would be taken for a batch" if one else "",
+            fix="calibration=[batch, …], each batch in the form of the example inputs",
+        )
 
 
 def _bits_by_node(costs: CostModel, layers: Sequence[LoweredLayer]) -> dict[str | fx.Node, Bits]:

@@ -116,6 +116,8 @@ def capture(
         InputError: the example inputs do not fit the model.
         CaptureError: neither export nor the recorder could follow the model; no such scope; no such output.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"the model is a {type(model).__name__}", fix="give a torch.nn.Module")
     args, kwargs = example_arguments(example_inputs, example_kwargs)
     _check_initialized(model)
     if scope:
@@ -358,6 +360,23 @@ def _record(model: nn.Module, args: Args, kwargs: Kwargs, refusal: Exception) ->
             fix=_fix(refusal),
         ) from refusal
     return fx.GraphModule(recording.tensors, recording.graph), recording.output_names
+
+
+@contextmanager
+def blaming_inputs(captured: Captured) -> Iterator[None]:
+    """Where the block fails on inputs that the model itself does not run on, that is the error.
+
+    Export runs the model on tensors without data, some of whose ops take dtypes that the real ones do not.
+
+    Raises:
+        InputError: the model does not run on its example inputs.
+    """
+    try:
+        yield
+    except Exception:
+        if not any(t.is_meta for t in (*captured.original.parameters(), *captured.original.buffers())):
+            _check_runs(captured.original, captured.args, captured.kwargs)
+        raise
 
 
 def _check_runs(model: nn.Module, args: Args, kwargs: Kwargs) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from graphcomp.capture import example_arguments
+from graphcomp.errors import ExportError
 from graphcomp.quantization.ptq import Quantized
 from graphcomp.report import Report
 
@@ -27,7 +29,7 @@ class CompressedModel(nn.Module):
         report: what was removed, what it saves, what was verified.
         reason: for "graph", why it is not the user's class; else "".
         quantized: the float, fake-quant and integer graphs of a model that was quantized; None otherwise, and after
-            `load`.
+            `load` or unpickling.
         edits: Python attributes of the user's class that were corrected, as (module path, attribute, value).
         example_args, example_kwargs: inputs it was made with; not stored in a checkpoint, so empty after `load`.
         export_report: how the last exported file ran; None before.
@@ -64,6 +66,16 @@ class CompressedModel(nn.Module):
         """As the original model's."""
         return self.module(*args, **kwargs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedModel:
+        """All of it; pickling leaves `quantized` out."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "quantized": None}
+
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint folder that `graphcomp.load` rebuilds without the original weights.
 
@@ -89,15 +101,21 @@ class CompressedModel(nn.Module):
 
         Raises:
             CaptureError: the model cannot be captured.
-            ExportError: no example inputs; an op the format lacks; the path cannot be written.
+            ExportError: another suffix; no example inputs; an op the format lacks; the path cannot be written.
             CheckpointError: the folder holds something else, or cannot be written.
         """
         from graphcomp.export.write import FORMATS, write_file
 
         path = Path(path)
-        if path.suffix not in FORMATS:
+        if not path.suffix:
             self.save(path)
             return
+        if path.suffix not in FORMATS:
+            raise ExportError(
+                f"there is no format {path.suffix!r}",
+                at=str(path),
+                fix=f"one of {', '.join(FORMATS)}, or small.save({str(path)!r}) for a folder of that name",
+            )
         args, kwargs = self.example_args, self.example_kwargs
         if example_inputs is not None or example_kwargs is not None:
             args, kwargs = example_arguments(() if example_inputs is None else example_inputs, example_kwargs)

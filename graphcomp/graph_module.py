@@ -42,6 +42,19 @@ class CapturedModule(fx.GraphModule):
             warnings.simplefilter("ignore", FutureWarning)
             return super().__deepcopy__(memo)  # type: ignore[return-value]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as in a checkpoint: tensors, and the graph by the names of its ops. fx would run the generated code
+        again, which fails for graphs of torch.export."""
+        from graphcomp.graph_json import dump
+
+        return _unpickled, (dump(self), tensor_names(self), self.training)
+
+
+def _unpickled(document: Any, tensors: Mapping[str, Any], training: bool) -> CapturedModule:
+    from graphcomp.graph_json import load
+
+    return load(document, tensors, {}).train(training)
+
 
 def build(tensors: Mapping[str, Any], graph: fx.Graph, name: str) -> CapturedModule:
     """A CapturedModule in eval mode.

@@ -16,7 +16,7 @@ from graphcomp.compare import in_float64, relative_error
 from graphcomp.compressed import CompressedModel
 from graphcomp.cost import flat_inputs
 from graphcomp.coupling.groups import ChannelGroup
-from graphcomp.errors import PlanError, VerificationError
+from graphcomp.errors import PlanError, TrainingError, VerificationError
 from graphcomp.graph import all_tensors, assign, fetch
 from graphcomp.methods.prepared import PROGRESS, Prepared, Session
 from graphcomp.pruning.slice import SliceGroups
@@ -37,6 +37,7 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
 
     Raises:
         PlanError: a schedule was begun and has not come to its cool-down.
+        TrainingError: a parameter or buffer is not finite.
         VerificationError: the small model does not compute what the trained one does.
     """
     session = ready.session
@@ -47,6 +48,13 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
             why=f"which units go, and bits that are whole, is settled at step {settled}",
             fix=f"train on to step {settled} at least",
         )
+    for name, tensor in ready.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise TrainingError(
+                f"'{name}' holds values that are NaN or infinite",
+                why="training diverged, or a batch held such values",
+                fix="go back to the last sound state_dict; a lower lr, clipped gradients",
+            )
     _hand_over(ready, session)
     plan, kept = session.plan, ready.kept()
     in_floats = {group.name: group for group in plan.groups}

@@ -36,7 +36,7 @@ def test_everything_ignored_is_nothing_to_prune():
         gc.compress(MLP(), X, ignore=["up"])
 
 
-@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, True, float("nan")])
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, True, float("nan"), "0.5"])
 def test_sparsity_outside_range(sparsity):
     with pytest.raises(gc.PlanError, match=r"outside \[0, 1\)"):
         gc.compress(MLP(), X, sparsity=sparsity)
@@ -67,6 +67,23 @@ def test_budget_below_the_smallest_network():
 def test_example_inputs_that_do_not_fit():
     with pytest.raises(gc.InputError, match="8"):
         gc.compress(MLP(), torch.randn(2, 9))
+
+
+@pytest.mark.parametrize("call", [gc.compress, gc.prepare])
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("x", [torch.ones(2, 8, dtype=torch.int64), X.double()])
+def test_example_inputs_of_another_dtype(call, bits, x):
+    """Export takes them: its tensors have no data, and some ops no check of dtypes then."""
+    if call is gc.prepare and bits is None:
+        return  # nothing is run
+    with pytest.raises(gc.InputError, match=r"does not run on the example inputs(.|\n)*dtype"):
+        call(MLP(), x, bits=bits)
+
+
+@pytest.mark.parametrize("model", [5, lambda x: x, MLP])
+def test_a_model_that_is_none(model):
+    with pytest.raises(gc.InputError, match=r"the model is a .*(.|\n)*torch.nn.Module"):
+        gc.compress(model, X)
 
 
 def test_example_inputs_of_the_wrong_number():
@@ -232,9 +249,16 @@ def test_bits_outside_range(bits):
 
 
 def test_options_of_a_quantization_that_was_not_asked_for():
-    for options in ({"activation_bits": 8}, {"group_size": 4}, {"rounding": "second_order"}, {"reduce_range": True}):
+    asked = {
+        "activation_bits": 8,
+        "group_size": 4,
+        "rounding": "second_order",
+        "reduce_range": True,
+        "calibration": [X],
+    }
+    for name, value in asked.items():
         with pytest.raises(gc.PlanError, match="need bits"):
-            gc.compress(MLP(), X, **options)
+            gc.compress(MLP(), X, **{name: value})
     with pytest.raises(gc.PlanError, match="rounding"):
         gc.compress(MLP(), X, bits=8, rounding="up")
 
@@ -248,11 +272,31 @@ def test_options_of_a_quantization_that_was_not_asked_for():
         ([torch.full((2, 8), float("nan"))], "not finite"),
         ([torch.full((2, 8), float("inf"))], "not finite"),
         ([torch.randn(0, 8)], "empty"),
+        (X, "each of its rows would be taken for a batch"),
+        ({"x": X}, "not a series of batches"),
+        (3, "not a series of batches"),
     ],
 )
 def test_calibration_data_that_do_not_fit(calibration, says):
     with pytest.raises(gc.CalibrationError, match=says):
         gc.compress(MLP(), X, bits=8, calibration=calibration)
+    with pytest.raises(gc.CalibrationError, match=says):
+        gc.prepare(MLP(), X, bits=8, calibration=calibration)
+
+
+def test_stacked_batches_are_batches():
+    model, stacked = MLP(), torch.stack([X, 10 * X])
+    outputs = [gc.compress(model, X, bits=8, calibration=c)(X) for c in (stacked, list(stacked), [X])]
+    assert torch.equal(*outputs[:2]) and not torch.equal(*outputs[1:])
+
+
+def test_what_is_quantized_is_not_quantized_again():
+    small, ready = gc.compress(MLP(), X, sparsity=0, bits=8), gc.prepare(MLP(), X, bits=8)
+    for model, why in ((small, "weights are integers"), (small.module, "weights are integers"), (ready, "quantizers")):
+        with pytest.raises(gc.PlanError, match=rf"quantized already(.|\n)*{why}"):
+            gc.compress(model, X, sparsity=0, bits=4)
+        with pytest.raises(gc.PlanError, match=rf"quantized already(.|\n)*{why}"):
+            gc.prepare(model, X, bits=4)
 
 
 @pytest.mark.parametrize("constant", [0.0, 3.0, -2.0])
@@ -367,11 +411,13 @@ def test_scope_that_is_no_submodule():
         gc.compress(Whole(), X, scope="bodi")
 
 
-def test_integers_of_a_model_in_float64():
-    """Cut, it stays in float64; its activations cannot be stored as integers, and it says how they can."""
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).double()
-    with pytest.raises(gc.PlanError, match=r"model\.float\(\)"):
-        gc.compress(model, torch.randn(3, 6, dtype=torch.float64), bits=8)
-    ready = gc.prepare(model, torch.randn(3, 6, dtype=torch.float64), bits=8)
-    with pytest.raises(gc.PlanError, match=r"model\.float\(\)"):
-        gc.finalize(ready)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_integers_of_a_model_in_another_dtype(dtype):
+    """Its activations cannot be stored as integers, and it says how they can; its weights can."""
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).to(dtype), torch.randn(3, 6).to(dtype)
+    ready = gc.prepare(model, x, bits=8)
+    for call in (lambda: gc.compress(model, x, bits=8), lambda: gc.finalize(ready)):
+        with pytest.raises(gc.PlanError, match=rf"activations in {str(dtype)[6:]}(.|\n)*model\.float\(\)"):
+            call()
+    small = gc.finalize(gc.prepare(model, x, bits=8, activation_bits=None))
+    assert small(x).dtype is dtype and relative_error(model(x), small(x)) < 0.05

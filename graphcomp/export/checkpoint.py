@@ -25,8 +25,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
 
+from graphcomp import graph_json
 from graphcomp.errors import CheckpointError
-from graphcomp.export import graph_json, recipe
+from graphcomp.export import recipe
 from graphcomp.graph import assign
 from graphcomp.graph_module import tensor_names
 
@@ -143,10 +144,17 @@ def write(
         **_tensor_facts(tensors),
         "eval": [path for path, m in module.named_modules() if not m.training],
     }
-    with _replacing(folder) as fresh:
-        _write_tensors(fresh / TENSORS, tensors)
-        document["tensors_sha256"] = _digest(fresh / TENSORS)
-        (fresh / DOCUMENT).write_text(json.dumps(document, allow_nan=False, indent=1), encoding="utf-8")
+    try:
+        with _replacing(folder) as fresh:
+            _write_tensors(fresh / TENSORS, tensors)
+            document["tensors_sha256"] = _digest(fresh / TENSORS)
+            (fresh / DOCUMENT).write_text(json.dumps(document, allow_nan=False, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {folder}",
+            why=f"{type(error).__name__}: {error}",
+            fix="give a folder you may write to, on a disk with room",
+        ) from error
 
 
 def _structure(module: nn.Module) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from graphcomp.errors import CheckpointError
-from graphcomp.export.graph_json import decode, encode
+from graphcomp.graph_json import decode, encode
 from graphcomp.graph_module import tensor_names
 
 Recipe = dict[str, Any]

@@ -98,7 +98,8 @@ def joint_rule(
     exceeds 1 / remaining; whether anything is left to forget is told by the norm of C (there by its mean, which can
     be 0 for signed weights).
     """
-    member = torch.nn.functional.one_hot(group, groups).to(sums.forget).T  # (g, e): sums over groups in a fixed order
+    which = torch.arange(groups, device=group.device)[:, None]
+    member = (group == which).to(sums.forget)  # (g, e): sums over groups in a fixed order
     forget, size, update = member @ sums.forget, member @ sums.size, member @ sums.update
     share = torch.full_like(forget, 1.0 / remaining)
     slow = torch.where(forget < 0, (1 - eta) * update / -forget, share)

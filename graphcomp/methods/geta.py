@@ -157,7 +157,7 @@ class QASSO(Optimizer):
         lr_quant = (1e-4 if session.has_attention else 1e-3) if lr_quant is None else lr_quant
         if not lr_quant >= 0:  # torch checks that of the weights alone
             raise PlanError(f"lr_quant={lr_quant!r} is not 0 or positive", fix="lr_quant=1e-3")
-        self.base = base(_param_groups(self.ready, params, learned, lr_quant), lr=lr, **options)  # type: ignore[call-arg]
+        self.base = _base_optimizer(base, _param_groups(self.ready, params, learned, lr_quant), lr, options)
         super().__init__(self.base.param_groups, self.base.defaults)
         self._share_with_base()
         self.rule = Rule(eta, xi, forgetting == "uniform")
@@ -522,6 +522,20 @@ def _param_groups(
         # The scalars of all quantizers move in a few operations instead of a few each; decay would draw d to 0.
         found.append({"params": own, "lr": lr_quant, "weight_decay": 0.0, "foreach": True})
     return found
+
+
+def _base_optimizer(
+    base: type[Optimizer], groups: list[dict[str, Any]], lr: float, options: Mapping[str, Any]
+) -> Optimizer:
+    """The base optimizer.
+
+    Raises:
+        PlanError: its class refuses the options, or groups of parameters.
+    """
+    try:
+        return base(groups, lr=lr, **options)  # type: ignore[call-arg]
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"no {base.__name__} can be made of lr={lr!r} and {dict(options)}", why=str(error)) from error
 
 
 def _check_options(eta: float, xi: float, forgetting: str, prunes: bool, clamp: float, session: Session) -> None:

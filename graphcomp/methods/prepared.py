@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from graphcomp.analysis import Analysis, analyze_captured
 from graphcomp.cost import FLOAT_BITS
 from graphcomp.coupling.groups import ChannelGroup, Kept
-from graphcomp.errors import CalibrationError, PlanError
+from graphcomp.errors import CalibrationError, InputError, PlanError
 from graphcomp.graph import bind, clone, fetch, module_path, set_argument
-from graphcomp.graph_module import CapturedModule
+from graphcomp.graph_module import FOLLOWS_MODE, CapturedModule
 from graphcomp.pruning.mask import PREFIX, InsertMasks, computed_with, hold_masks, parameter_behind
 from graphcomp.quantization.fold import folded_nodes
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
@@ -81,6 +81,29 @@ class Session:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         return self  # it describes; the tensors are those of the module that carries it
+
+
+class MoreThanOneValue(nn.Module):
+    """Passes on what a batch norm reads; in training only if there are two values per channel, of which one has no
+    variance. The op alone makes the running variance NaN; this is the check that torch's function has around it."""
+
+    def __init__(self, norm: str) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, c, …) -> itself.
+
+        Raises:
+            InputError: one value per channel in training.
+        """
+        if self.training and x.numel() == x.shape[1]:
+            raise InputError(
+                "a batch norm needs more than one value per channel in training",
+                at=f"'{self.norm}', which reads a tensor of shape {tuple(x.shape)}",
+                fix="drop_last=True in the DataLoader, if the last batch holds one example",
+            )
+        return x
 
 
 class Prepared(CapturedModule):
@@ -242,6 +265,7 @@ def _as_prepared(masked: fx.GraphModule, name: str, groups: int) -> Prepared:
     for node in masked.graph.find_nodes(op="get_attr"):
         if str(node.target) in masks and not node.users:
             masked.graph.erase_node(node)
+    _check_batch_norms(masked)
     held = {
         str(n.target): fetch(masked, str(n.target)) for n in masked.graph.nodes if n.op in ("get_attr", "call_module")
     }
@@ -251,6 +275,17 @@ def _as_prepared(masked: fx.GraphModule, name: str, groups: int) -> Prepared:
             ready.register_buffer(mask_name, mask)
     ready.eval()
     return ready
+
+
+def _check_batch_norms(masked: fx.GraphModule) -> None:
+    for node in masked.graph.find_nodes(op="call_function", target=torch.ops.aten.batch_norm.default):
+        if node.meta.get(FOLLOWS_MODE):
+            name, read = f"graphcomp_check_{node.name}", bind(node)["input"]
+            masked.add_submodule(name, MoreThanOneValue(module_path(node)))
+            with masked.graph.inserting_before(node):
+                check = masked.graph.call_module(name, (read,))
+            check.meta["val"] = read.meta["val"]
+            node.replace_input_with(read, check)
 
 
 def _sites(graph: fx.GraphModule, bits: tuple[int, int], layer_bits: Mapping[str, tuple[int, int]]) -> tuple[Site, ...]:

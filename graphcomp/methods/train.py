@@ -91,6 +91,12 @@ class Training:
                 raise PlanError(f"Training({name}={number!r})", why="it is positive", fix=f"{name}=0.01")
         if self.autocast not in (None, torch.bfloat16, torch.float16):
             raise PlanError(f"Training(autocast={self.autocast!r})", fix="autocast=torch.bfloat16, or torch.float16")
+        if self.scheduler is not None and not callable(self.scheduler):
+            raise PlanError(
+                f"Training(scheduler={self.scheduler!r})",
+                why="it is called with the optimizer",
+                fix="scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1000)",
+            )
         lengths = [name for name in ("epochs", "steps", "schedule") if getattr(self, name) is not None]
         if len(lengths) > 1:
             raise PlanError(f"the length of the run is given by {' and by '.join(lengths)}", fix=f"only {lengths[0]}=")
@@ -294,6 +300,8 @@ class _Run:
         asked: Mapping[str, Any],
         seed: int,
     ) -> None:
+        if not isinstance(data, Iterable):
+            raise PlanError(f"data is a {type(data).__name__}", why="it holds no batches", fix="data=[batch, …]")
         self.ready, self.whole, self.data, self.loss, self.training = ready, whole, data, loss, training
         self.prefix, outside = whole.around(ready)
         self.step = self.epoch = self.position = 0

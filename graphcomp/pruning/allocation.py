@@ -12,7 +12,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, TypeAlias, get_args
+from numbers import Real
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -79,13 +80,18 @@ def allocate(
     return ranking.keep(_exactly(ranking, wanted, gone, total))
 
 
+def is_share(found: Any) -> bool:
+    """Whether it is a number from 0 to below 1."""
+    return not isinstance(found, bool) and isinstance(found, Real) and 0 <= float(found) < 1
+
+
 def units_to_remove(sparsity: float, total: int) -> int:
     """`sparsity` of `total` units as a whole number: the nearest, a half rounds down.
 
     Raises:
         PlanError: sparsity outside [0, 1).
     """
-    if isinstance(sparsity, bool) or not 0 <= sparsity < 1:
+    if not is_share(sparsity):
         raise PlanError(
             f"sparsity={sparsity!r} is outside [0, 1)",
             why="it is the fraction of prunable units to remove, and at least one unit of each group stays",

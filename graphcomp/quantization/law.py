@@ -54,7 +54,8 @@ def check_lowering(fake: fx.GraphModule, lowered: Lowered, flat_inputs: Sequence
         actual = follower.run(*flat_inputs, enable_io_processing=False)
     weights, worst = 0.0, ""
     for name, integers in lowered.weights.items():
-        difference = float((integers.dequantize() - seen.values[name]).abs().max())
+        expected_weight = seen.values[name]  # in the model's dtype, which integers are cast to
+        difference = float((integers.dequantize().to(expected_weight.dtype) - expected_weight).abs().max())
         weights, worst = max((weights, worst), (difference, name))
     found = LoweringError(weights, follower.steps, follower.where, _output_error(expected, actual))
     if weights > 0:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from graphcomp.errors import PlanError
-from graphcomp.graph import bind, clone, module_path, set_argument, tensor_values
+from graphcomp.graph import bind, clone, module_path, set_argument, tensor_values, value
 from graphcomp.quantization import ops
 from graphcomp.quantization.fold import drop_unread
 from graphcomp.quantization.insert import quantizer_nodes
@@ -67,7 +67,7 @@ def lower(fake: fx.GraphModule) -> Lowered:
     """The integer graph of a fake-quant graph in eval mode; `fake` is not changed.
 
     Raises:
-        PlanError: activations are in float64.
+        PlanError: activations that are quantized are in another dtype than float32.
     """
     with torch.no_grad():
         return _Lowering(fake).run()
@@ -119,6 +119,7 @@ class _Lowering:
             zero = self._buffer(f"{stem}_zero_point", integers.zero_point.to(torch.int32), node)
             if len(lookups) < len(node.users):
                 dequantized = self._dequantize(stem, codes, scale, zero, integers, node)
+                dequantized = self._cast(dequantized, value(node).dtype, node)
                 self.integers[dequantized] = integers
                 for user in [u for u in node.users if u not in lookups]:
                     user.replace_input_with(node, dequantized)
@@ -160,6 +161,7 @@ class _Lowering:
             if bool((integers.zero_point != 0).any()):
                 row = self._call(aten.sub.Tensor, (row, self._row(zero, integers, rest, user)), user)
             row = self._call(aten.mul.Tensor, (row, self._row(scale, integers, rest, user)), user)
+            row = self._cast(row, value(user).dtype, user)
         user.replace_all_uses_with(row)
         self.graph.erase_node(user)
 
@@ -173,14 +175,15 @@ class _Lowering:
     def _activation(self, node: fx.Node, quantizer: Quantizer, signed: bool) -> None:
         (source,) = node.args
         assert isinstance(source, fx.Node)
-        if _dtype(quantizer) == torch.float64:
+        dtype = value(node).dtype
+        if dtype != torch.float32:
             raise PlanError(
-                "activations in float64 cannot be stored as integers",
+                f"activations in {str(dtype).removeprefix('torch.')} cannot be stored as integers",
                 at=str(node.target),
-                why="torch's quantize op takes float32",
-                fix="model.float(), and inputs in float32",
+                why="integer kernels take and give float32",
+                fix="model.float(), and inputs in float32; or activation_bits=None for weights alone",
             )
-        integers = _unsigned(quantizer.to_integers(torch.zeros((), dtype=_dtype(quantizer))), signed)
+        integers = _unsigned(quantizer.to_integers(torch.zeros((), dtype=dtype)), signed)
         numbers = (float(integers.scale), int(integers.zero_point))
         arguments = (*numbers, integers.quant_min, integers.quant_max, integers.values.dtype)
         if source.target in CLIPS and all(user is node for user in source.users) and _saturates(source, integers):
@@ -239,6 +242,10 @@ class _Lowering:
         shown = [a.meta.get("val") if isinstance(a, fx.Node) else a for a in arguments]
         node.meta["val"] = target(*shown)
         return node
+
+    def _cast(self, node: fx.Node, dtype: torch.dtype, like: fx.Node) -> fx.Node:
+        """`node` in the dtype of the model: what integers stand for is float32."""
+        return node if value(node).dtype == dtype else self._call(aten.to.dtype, (node, dtype), like)
 
     def _buffer(self, name: str, tensor: Tensor, like: fx.Node) -> fx.Node:
         return add_tensor(self.module, name, tensor.detach().clone(), like)
@@ -326,10 +333,6 @@ def _ancestors(node: fx.Node) -> Iterator[fx.Node]:
 
 def _bits(quantizer: Quantizer | None) -> int:
     return 32 if quantizer is None else round(float(quantizer.bits.detach()))
-
-
-def _dtype(quantizer: Quantizer) -> torch.dtype:
-    return next((p.dtype for p in quantizer.parameters()), torch.float32)
 
 
 def _saturates(clip: fx.Node, integers: Integers) -> bool:

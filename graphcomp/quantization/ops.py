@@ -164,3 +164,12 @@ def dequantize_grouped(values: Tensor, scales: Tensor, zero_points: Tensor, grou
 @dequantize_grouped.register_fake
 def _(values: Tensor, scales: Tensor, zero_points: Tensor, groups: Tensor) -> Tensor:
     return values.new_empty(values.shape, dtype=scales.dtype)
+
+
+OF_INTEGERS = frozenset(
+    {
+        quantize_per_tensor, dequantize_per_tensor, dequantize_per_channel,
+        torch.ops.graphcomp.unpack.default, torch.ops.graphcomp.dequantize_grouped.default,
+    }
+)  # fmt: skip
+"""What tells a lowered graph."""

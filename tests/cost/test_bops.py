@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu, scaled_dot_product_attention
 
+import graphcomp
 from graphcomp.analysis import Analysis, analyze_captured
 from graphcomp.capture import capture
 from graphcomp.cost import Bits, Bops, CostModel, counts_of
@@ -170,6 +172,55 @@ def test_bops_after_a_cut_are_those_of_the_cut_network() -> None:
     assert by_layer["down"] * 16 == after["down"]
     assert Bops(costs).layers(counts_of(kept)) == again.layers()
     assert Bops(costs).attention(counts_of(kept)) == again.attention() == Bops(costs).attention() // 2
+
+
+class Mixed(nn.Module):
+    """Convolutions of all kinds, a residual sum and linear layers on a sequence: (n, 3, 8, 8) -> (n, 64, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.grouped = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 24, 3, stride=2, padding=1, groups=4)
+        self.depthwise, self.point = nn.Conv2d(24, 24, 3, padding=1, groups=24), nn.Conv2d(24, 16, 1)
+        self.wide = nn.ConvTranspose2d(16, 16, 2, stride=2)
+        self.up, self.down = nn.Linear(16, 20), nn.Linear(20, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = relu(self.stem(x))
+        x = relu(x + self.wide(relu(self.point(relu(self.depthwise(relu(self.grouped(x))))))))
+        return self.down(relu(self.up(x.flatten(2).transpose(1, 2))))
+
+
+def counted(model: nn.Module, x: Tensor) -> dict[str, int]:
+    """Layer -> multiplications, counted on the shapes that go by: each output element of a layer is a sum of as many
+    products as a row of its weight has elements; of a transposed convolution, each input element goes into as many."""
+    found: dict[str, int] = {}
+
+    def hook(name: str) -> Any:
+        def count(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            transposed = isinstance(layer, nn.ConvTranspose2d)
+            found[name] = (inputs[0] if transposed else output).numel() * layer.weight[0].numel()
+
+        return count
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            layer.register_forward_hook(hook(name))
+    model(x)
+    return found
+
+
+def test_a_cut_network_costs_what_hooks_count() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    small = graphcomp.compress(Mixed().eval(), x, sparsity=0.4)
+    assert small.form == "native"
+    by_layer = counted(small.module, x)
+    report = graphcomp.compress(small, x, sparsity=0, bits=5, activation_bits=6).report
+    assert small.report.macs.after == report.macs.before == sum(by_layer.values()) < small.report.macs.before
+    assert small.report.bops.after == 1024 * sum(by_layer.values())
+    bits = {row.name.removeprefix("module."): row.weight_bits * row.activation_bits for row in report.layers}
+    assert bits.keys() == by_layer.keys() and {30, 64} <= set(bits.values())
+    assert report.bops.after == sum(by_layer[name] * product for name, product in bits.items())
 
 
 # ------------------------------------------------------------------------------------------------ bad arguments

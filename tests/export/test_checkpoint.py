@@ -282,6 +282,12 @@ def test_what_is_no_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot write(.|\n)*NotADirectoryError"):
+        write(tmp_path / "file" / "folder", nn.Linear(2, 2), form="native", kept={}, report={})
+
+
 def test_a_model_without_data(tmp_path: Path) -> None:
     with torch.device("meta"):
         model = models.Mlp()

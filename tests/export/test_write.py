@@ -48,6 +48,22 @@ def test_a_lowered_graph(tmp_path: Path) -> None:
     assert report.kernels is not None and report.kernels.share == 1.0
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_files_are_as_large_as_their_bits(tmp_path: Path, bits: int) -> None:
+    """Codes and what else a layer stores, and little beside it: the graph."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 32)).eval()
+    small = gc.compress(model, torch.randn(2, 64), sparsity=0, bits=bits)
+    layers, sizes = small.report.layers, small.report.sizes
+    weights = {name: p.numel() for name, p in model.named_parameters() if name.endswith("weight")}
+    expected = sum(weights[f"{layer.name}.weight"] * layer.weight_bits for layer in layers) / 8
+    small.export(tmp_path / "m.onnx")
+    small.save(tmp_path / "folder")
+    stored = expected + sizes["remainder"]
+    for file in (tmp_path / "m.onnx", tmp_path / "folder" / "model.safetensors"):
+        assert expected < file.stat().st_size < stored + 12_000, file
+
+
 @pytest.mark.parametrize("name", ["m.onnx", "m.pt2"])
 @pytest.mark.parametrize("bits", [9, 16])
 def test_wide_weights_with_a_zero_point(tmp_path: Path, bits: int, name: str) -> None:

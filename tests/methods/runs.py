@@ -92,6 +92,20 @@ class NormedWidth(nn.Module):
         return self.head(self.norm2(x + self.down(F.gelu(self.up(self.norm1(x))))))
 
 
+class Experts(nn.Module):
+    """Three experts in stacked weights, all of them run and mixed: (n, 6) -> (n, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.head = nn.Linear(6, 3), nn.Linear(5, 3)
+        self.up, self.down = nn.Parameter(torch.randn(3, 6, 10)), nn.Parameter(torch.randn(3, 10, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.relu(torch.einsum("ni,eih->neh", x, self.up))
+        found = torch.einsum("neh,eho->neo", hidden, self.down)
+        return self.head((self.router(x).softmax(-1)[..., None] * found).sum(1))
+
+
 IMAGE, IDS = (2, 3, 8, 8), (2, 6)
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "residual": (ResidualCNN, IMAGE),
@@ -103,6 +117,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "upsample": (Upsample, (2, 3, 4, 4)),
     "dense": (Dense, (2, 3, 6, 6)),
     "width": (NormedWidth, (4, 4, 6)),
+    "experts": (Experts, (8, 6)),
 }
 
 

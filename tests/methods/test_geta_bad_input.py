@@ -108,6 +108,10 @@ def test_a_model_that_can_only_be_recorded():
         ({"schedule": gc.Schedule(100, joint=0)}, "joint"),
         ({"schedule": 0.5}, "schedule"),
         ({"base": torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)}, "base"),
+        ({"base": torch.optim.LBFGS}, "no LBFGS can be made(.|\n)*parameter groups"),
+        ({"momentun": 0.9}, "no SGD can be made(.|\n)*momentun"),
+        ({"lr": -1.0}, "no SGD can be made(.|\n)*learning rate"),
+        ({"sparsity": "0.5"}, "sparsity"),
     ],
 )
 def test_an_option_out_of_range(options, what):

@@ -138,6 +138,25 @@ def test_masked_units_are_zeros_and_count_for_nothing():
     torch.testing.assert_close(ready(*batch("width", 1)), small(*batch("width", 1)), rtol=1e-5, atol=1e-6)
 
 
+def test_a_batch_norm_of_one_value_is_refused_as_torch_does():
+    """The op alone makes the running variance NaN, and nothing says so until the end."""
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)), torch.randn(4, 6)
+    ready = gc.prepare(model, x, bits=(4, 8)).train()
+    for called in (model.train(), ready, copy.deepcopy(ready)):
+        with pytest.raises(ValueError, match=r"more than (1|one) value per channel"):
+            called(x[:1])
+        assert called.eval()(x[:1]).isfinite().all()
+    images = gc.prepare(nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3)), torch.randn(2, 1, 4, 4), bits=None)
+    assert images.train()(torch.randn(1, 1, 4, 4)).isfinite().all()  # nine values
+
+
+def test_a_tensor_that_is_not_finite_is_named_at_the_end():
+    ready = ready_of("dense", bits=(4, 8))
+    ready.get_buffer("norm.running_var")[1] = float("nan")
+    with pytest.raises(gc.TrainingError, match=r"'norm.running_var' holds values that are NaN"):
+        gc.finalize(ready)
+
+
 # ------------------------------------------------------------------------------------------------ wrappers
 class Wrapper(nn.Module):
     def __init__(self, module: nn.Module) -> None:

@@ -480,6 +480,7 @@ def test_models_with_attention_get_adamw_and_its_rate(tmp_path):
         {"clip_norm": -1.0},
         {"keep": 0},
         {"save_every": 0},
+        {"scheduler": 3},
     ],
 )
 def test_numbers_out_of_range(options):
@@ -520,6 +521,8 @@ def test_half_of_the_steps_each_in_stages_of_their_own_length():
         ({"method": "geta", "rounding": "second_order", "ranking": "local"}, "ranking, rounding with"),
         ({"method": "sequential", "bits": 8, "budget": gc.Budget(params=100)}, "a budget with"),
         ({"method": "geta", "activation_bits": 4}, "activation_bits with"),
+        ({"method": "hesso", "calibration": [IMAGES]}, "calibration with"),
+        ({"method": "geta", "bits": 8, "data": 3, "loss": loss, "steps": 20}, "data is a int"),
     ],
 )
 def test_what_does_not_go_together(options, message):

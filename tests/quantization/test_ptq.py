@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,6 +127,25 @@ def test_weights_only_leaves_activations_alone():
     found, _ = run(model, x, config=QuantConfig(QuantSpec(4, granularity="group", group_size=8), None))
     assert not found.lowered.activations
     assert relative_error(found.fake(x), found.lowered.module(x)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group_size", [0, 8])
+def test_weights_of_a_model_in_half_floats(dtype: torch.dtype, group_size: int, tmp_path: Path) -> None:
+    """As language models come; results stay in the model's dtype."""
+    torch.manual_seed(0)
+    layers = [nn.Embedding(20, 16), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 5)]
+    model = nn.Sequential(*layers).to(dtype).eval()
+    ids = torch.arange(20).view(2, 10)
+    small = gc.compress(model, ids, sparsity=0, bits=4, activation_bits=None, group_size=group_size)
+    assert small(ids).dtype is dtype
+    assert relative_error(model(ids), small(ids)) < 0.2
+    assert small.report.verified["integers == fake-quant, in steps"] == 0
+    assert small.quantized is not None
+    assert torch.equal(small.quantized.fake(ids), small(ids))
+    assert any(buffer.dtype is torch.uint8 for buffer in small.buffers())
+    small.save(tmp_path / "small")
+    assert torch.equal(gc.load(tmp_path / "small")(ids), small(ids))
 
 
 def test_a_layer_called_twice_is_rounded_for_both():

@@ -28,7 +28,8 @@ from graphcomp.quantization.spec import QuantConfig, QuantSpec
 from graphcomp.quantization.walk import Lockstep
 from graphcomp.testing import Encoder, ResidualCNN, VisionTransformer, random_kept, randomize
 from tests.export.models import import_transformers
-from tests.marks import in_ci
+from tests.marks import in_ci, slow
+from tests.vision import import_torchvision
 
 from .written import WRITTEN, Make, quantize_in_place
 
@@ -207,6 +208,42 @@ def assert_sliced(quantized: fx.GraphModule, small: fx.GraphModule) -> None:
             assert quantizer.scale.shape[1] == old.scale.shape[1]
         shorter += len(quantizer.scale) < len(old.scale)
     assert shorter > 0 or all(q.dim is None for q in before.values())
+
+
+def torchvision_models() -> Any:
+    """The module, or the test is skipped."""
+    try:
+        return import_torchvision().models
+    except ImportError:
+        pytest.skip("needs torchvision")
+
+
+VISION = {"resnet18": 12, "vgg11_bn": 10, "mobilenet_v2": 25, "densenet121": 120, "vit_b_16": 37}
+"""Groups of each; those of MobileNetV2 are as many as GETA's reference code finds in the float model."""
+
+
+@pytest.mark.parametrize("name", [*in_ci("vgg11_bn", "mobilenet_v2"), *slow("resnet18", "densenet121", "vit_b_16")])
+def test_real_networks_have_the_groups_of_the_float_model(name: str) -> None:
+    """The same ops with quantizers between them, of weights alone and of activations too."""
+    models = torchvision_models()
+    size = 224 if name == "vit_b_16" else 64
+    with torch.device("meta"):
+        model, image = getattr(models, name)().eval(), torch.empty(2, 3, size, size)
+    captured = capture(model, image)
+    plain = captured.module
+    own = {str(node.target) for node in plain.graph.find_nodes(op="get_attr")}
+    expected = picture(propagate(plain, captured.output_names), own)
+    assert len(expected[0]) == VISION[name]
+    for activations in (None, SPECS["geta"]):
+        config = QuantConfig(SPECS["geta"], activations)
+        quantized = InsertQuantizers(place(plain, config))(plain)
+        inserted = {node for node, _ in quantizer_nodes(quantized)}
+        assert len(inserted) > len(
+            list(plain.graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default))
+        )
+        assert picture(propagate(quantized, captured.output_names), own) == expected
+        left = [node for node in quantized.graph.nodes if node not in inserted]
+        assert [node.target for node in left] == [node.target for node in plain.graph.nodes]
 
 
 def test_a_quantizer_shared_by_several_values_couples_nothing() -> None:

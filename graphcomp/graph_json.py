@@ -50,6 +50,13 @@ def dump(module: fx.GraphModule) -> JSON:
     """
     plain, _ = clone(module)
     plain.eval()
+    called = next((node for node in plain.graph.nodes if node.op == "call_module"), None)
+    if called is not None:
+        raise CheckpointError(
+            "a graph with quantizers in it cannot be stored: they are modules",
+            at=str(called),
+            fix="save ready.state_dict() and load it into what graphcomp.prepare returns for the same model",
+        )
     info = getattr(plain.graph._codegen, "pytree_info", None)
     return {
         "name": type(module).__name__ if isinstance(module, CapturedModule) else "GraphModule",
