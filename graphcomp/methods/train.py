@@ -365,7 +365,12 @@ class _Run:
             raise self._not_finite(f"the loss is {loss} at step {self.step + 1}", stage, chunk)
         if self.training.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.weights, self.training.clip_norm)
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except PlanError as error:  # scores of weights that a step made infinite
+            if not self._place_not_finite():
+                raise
+            raise self._not_finite(f"the module is not finite at step {self.step + 1}", stage, ()) from error
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.step, self.position, self.last_loss = self.step + 1, self.position + len(chunk), loss
