@@ -220,6 +220,18 @@ def compress(
             return small
         return _whole(trained_model.train(model.training), small, scope, example_inputs, example_kwargs)
     _check_one_shot(bits, training)
+    if sparsity is not None and budget is not None:
+        raise PlanError(
+            f"sparsity={sparsity!r} beside a budget",
+            why="in one shot a budget says how many units go; in training both can be met",
+            fix="one of the two",
+        )
+    if quantization is not None:
+        one_by_one = {
+            "bits": bits is not None, "activation_bits": activation_bits != "same", "group_size": group_size,
+            "rounding": rounding != "nearest", "reduce_range": reduce_range,
+        }  # fmt: skip
+        _check_alone([name for name, given in one_by_one.items() if given])
     sparsity, saliency = 0.5 if sparsity is None else sparsity, saliency or "l2"
     quantization = quantization or post_training(
         bits, activation_bits, group_size, rounding, ignore, reduce_range, calibration is not None
@@ -228,6 +240,9 @@ def compress(
         bar.step("capturing and coupling")
         analysis = analyze(model, example_inputs, example_kwargs, scope=scope, outputs=outputs)
         _ignored(analysis.model, ignore)
+        if quantization is not None:
+            _ignored(analysis.model, quantization.ignore)
+            _modules(analysis.model, tuple(quantization.config.overrides), "overrides")
         layer_bits = None if quantization is None else planned_bits(analysis, quantization)
         groups: tuple[ChannelGroup, ...] = ()
         kept: Kept = {}
@@ -430,6 +445,15 @@ def _check_one_shot(bits: Any, training: Training | None) -> None:
         )
 
 
+def _check_alone(given: Sequence[str]) -> None:
+    if given:
+        raise PlanError(
+            f"{', '.join(given)} beside quantization=",
+            why="it holds all options of quantization",
+            fix="quantization=PostTraining(QuantConfig(…)), or the others alone",
+        )
+
+
 def _check_trainable(method: str, given: Sequence[str]) -> None:
     if given:
         raise PlanError(
@@ -462,15 +486,20 @@ def _ignored(model: nn.Module, ignore: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         PlanError: one is of none.
     """
-    entries = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    return _modules(model, (ignore,) if isinstance(ignore, str) else tuple(ignore), "ignore")
+
+
+def _modules(model: nn.Module, entries: tuple[str, ...], option: str) -> tuple[str, ...]:
     modules = [name for name, _ in model.named_modules()]
     for entry in entries:
         pattern = entry.removeprefix("re:")
         if pattern != entry and not any(matches(entry, name) for name in modules):
-            raise PlanError(f"ignore pattern {pattern!r} matches no module", fix=f"modules: {modules[:20]}")
+            raise PlanError(f"{option} pattern {pattern!r} matches no module", fix=f"modules: {modules[:20]}")
         if pattern == entry and entry not in modules:
             near = difflib.get_close_matches(entry, modules, n=1)
-            raise PlanError(f"ignore names {entry!r}, which is no module of the model", fix=f"ignore={near or modules}")
+            raise PlanError(
+                f"{option} names {entry!r}, which is no module of the model", fix=f"{option}: {near or modules[:20]}"
+            )
     return entries
 
 

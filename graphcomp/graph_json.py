@@ -21,7 +21,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 
 from graphcomp.errors import CheckpointError
 from graphcomp.graph import clone, fetch
-from graphcomp.graph_module import CapturedModule, build, calling_convention
+from graphcomp.graph_module import CapturedModule, build, calling_convention, is_constant
 
 JSON = Any
 OUTPUT_LIBRARIES = ("transformers",)  # packages that register output classes when imported
@@ -71,6 +71,8 @@ def _dump_node(module: fx.GraphModule, node: fx.Node) -> JSON:
     row: dict[str, Any] = {"name": node.name, "op": node.op, "target": _target_name(node)}
     if node.args:
         row["args"] = [encode(a) for a in node.args]
+    if node.op == "placeholder" and is_constant(node):
+        row["constant"] = encode(node.meta["val"])
     if node.kwargs:
         row["kwargs"] = {name: encode(a) for name, a in node.kwargs.items()}
     if node.op == "get_attr" and isinstance(body := fetch(module, str(node.target)), fx.GraphModule):
@@ -153,6 +155,8 @@ def load(document: JSON, tensors: Mapping[str, Any], devices: Mapping[str, torch
             target = row["target"]
             held[target] = load(row["graph"], tensors, devices) if "graph" in row else _tensor(tensors, target)
         nodes[row["name"]] = graph.create_node(row["op"], _target(row), args, kwargs, row["name"])
+        if "constant" in row:
+            nodes[row["name"]].meta["val"] = decode(row["constant"], nodes, devices)
     if document["inputs"] is not None:
         specs = _load_spec(document["inputs"]), _load_spec(document["outputs"])
         graph.set_codegen(calling_convention(document["arguments"], *specs))

@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
+from graphcomp.errors import InputError
 from graphcomp.graph import bind, is_op, set_argument
 
 FOLLOWS_MODE = "follows_mode"  # node.meta: the node's `train` argument follows CapturedModule.train()
@@ -27,6 +28,36 @@ class CapturedModule(fx.GraphModule):
     evaluation (a dropout that is always on, a batch norm without running statistics) is not touched. A submodule
     the user kept in eval mode inside a training model (frozen batch norm) is not told apart: `train` switches it too.
     """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model; numbers, flags and words must be those that it was captured with: they are fixed in the graph.
+
+        Raises:
+            InputError: one is another.
+        """
+        if not torch.compiler.is_compiling():
+            self._check_constants(args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def _check_constants(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        places = self.graph.find_nodes(op="placeholder")
+        if not any(is_constant(node) for node in places):
+            return
+        info = getattr(self.graph._codegen, "pytree_info", None)
+        given: Any = args
+        if info is not None:
+            by_name = {**dict(zip(info.orig_args, args, strict=False)), **kwargs}
+            given = [by_name[name] for name in info.orig_args if name in by_name]
+        leaves = pytree.tree_leaves(given)
+        if len(leaves) != len(places):
+            return  # the forward says what is missing
+        for node, leaf in zip(places, leaves, strict=True):
+            if is_constant(node) and (isinstance(leaf, torch.Tensor) or leaf != node.meta["val"]):
+                raise InputError(
+                    f"{node.name} is {_shown(leaf)}, and the graph was captured with {node.meta['val']!r}",
+                    why="what is no tensor is a constant of the graph",
+                    fix=f"capture the model with example inputs that hold {_shown(leaf)}",
+                )
 
     def train(self, mode: bool = True) -> CapturedModule:
         """Switch the mode of this module and of the ops in its graph; recompiles only where something changed."""
@@ -103,6 +134,15 @@ def _keys(spec: pytree.TreeSpec, count: int) -> Sequence[Any]:
 def _first(context: Any) -> Any:
     """The first entry of a context such as a dataclass's [field names, names of the fields that are None]."""
     return context[0] if isinstance(context, (list, tuple)) and context else None
+
+
+def is_constant(node: fx.Node) -> bool:
+    """Whether a placeholder stands for a number, a flag, a word or None, which the graph holds fixed."""
+    return "val" in node.meta and isinstance(node.meta["val"], (bool, int, float, complex, str, type(None)))
+
+
+def _shown(leaf: Any) -> str:
+    return f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, torch.Tensor) else repr(leaf)
 
 
 def tensor_names(model: nn.Module) -> dict[str, torch.Tensor]:

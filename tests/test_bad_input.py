@@ -264,6 +264,41 @@ def test_options_of_a_quantization_that_was_not_asked_for():
 
 
 @pytest.mark.parametrize(
+    "options",
+    [{"bits": 4}, {"activation_bits": None}, {"group_size": 4}, {"rounding": "second_order"}, {"reduce_range": True}],
+)
+def test_options_beside_all_options_of_quantization(options):
+    (name,) = options
+    with pytest.raises(gc.PlanError, match=f"{name} beside quantization="):
+        gc.compress(MLP(), X, quantization=gc.PostTraining(), **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"rounding": "up"}, {"equalize": "yes"}, {"walk_batches": 0}, {"walk_batches": 1.5}]
+)
+def test_options_of_post_training_out_of_range(options):
+    (name,) = options
+    with pytest.raises(gc.PlanError, match=name):
+        gc.PostTraining(**options)
+
+
+@pytest.mark.parametrize("entry", ["upp", "re:layer.*"])
+def test_names_of_post_training_that_are_no_module(entry):
+    eight = gc.QuantSpec(8, granularity="channel")
+    for option, how in (
+        ("ignore", gc.PostTraining(ignore=(entry,))),
+        ("overrides", gc.PostTraining(gc.QuantConfig(overrides={entry: (eight, None)}))),
+    ):
+        with pytest.raises(gc.PlanError, match=rf"{option} (names|pattern) (.|\n)*up"):
+            gc.compress(MLP(), X, sparsity=0, quantization=how)
+
+
+def test_a_sparsity_beside_a_budget():
+    with pytest.raises(gc.PlanError, match=r"sparsity=0\.5 beside a budget"):
+        gc.compress(MLP(), X, sparsity=0.5, budget=gc.Budget(params=0.5))
+
+
+@pytest.mark.parametrize(
     ("calibration", "says"),
     [
         ([], "no batch"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +46,34 @@ def test_a_pickled_graph_switches_modes() -> None:
     assert torch.equal(again.eval()(X), graph.eval()(X))
 
 
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0, mode: str | None = None, sizes: tuple[int, ...] = ()) -> Any:
+        return self.down(torch.relu(self.up(x * scale) if mode is None else self.up(x)))
+
+
+def test_constants_of_a_graph_are_those_it_was_captured_with(tmp_path: Path) -> None:
+    """Another number would change nothing, and give the answer for the old one."""
+    fixed = {"scale": 2.0, "mode": None, "sizes": (3, 4)}
+    small = gc.compress(Scaled().eval(), X, fixed, sparsity=0.5, bits=8)
+    small.save(tmp_path / "small")
+    ready = gc.prepare(Scaled(), X, fixed, bits=(4, 8))
+    for called in (small, gc.load(tmp_path / "small"), copy.deepcopy(small), ready, copy.deepcopy(ready)):
+        expected = called(X, **fixed)
+        assert torch.equal(called(X, 2, None, sizes=(3, 4)), expected)
+        for changed, says in (
+            ({"scale": 3.0}, "scale is 3.0, and the graph was captured with 2.0"),
+            ({"mode": "wide"}, "mode is 'wide'"),
+            ({"mode": X}, "mode is a tensor of shape"),
+            ({"sizes": (3, 5)}, "is 5, and the graph was captured with 4"),
+        ):
+            with pytest.raises(gc.InputError, match=says):
+                called(X, **{**fixed, **changed})
+
+
 def test_a_copy_has_tensors_of_its_own() -> None:
     small = compress(bits=8)
     twin = copy.deepcopy(small)
@@ -61,7 +91,7 @@ def test_what_is_being_trained_is_not_pickled() -> None:
 
 
 @pytest.mark.parametrize("name", ["m.onx", "m.pt", "v1.2"])
-def test_another_suffix_is_no_folder(tmp_path, name: str) -> None:
+def test_another_suffix_is_no_folder(tmp_path: Path, name: str) -> None:
     small = compress()
     with pytest.raises(gc.ExportError, match=r"no format(.|\n)*\.onnx, \.pt2, or small\.save"):
         small.export(tmp_path / name)

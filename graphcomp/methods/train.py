@@ -427,7 +427,12 @@ class _Run:
         self.scaler.unscale_(self.optimizer)
         if self.training.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.weights, self.training.clip_norm)
-        self.scaler.step(self.optimizer)
+        try:
+            self.scaler.step(self.optimizer)
+        except PlanError as error:  # scores of weights that a step made infinite
+            if not self._place_not_finite():
+                raise
+            raise self._not_finite(f"the module is not finite at step {self.step + 1}", stage, ()) from error
         self.scaler.update()
         self.optimizer.zero_grad()
         self.position, self.last_loss = self.position + len(chunk), loss

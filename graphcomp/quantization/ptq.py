@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
 
-from graphcomp.errors import CalibrationError
+from graphcomp.errors import CalibrationError, PlanError
 from graphcomp.graph import bind, clone, fetch, set_argument, value
 from graphcomp.quantization.attention import WriteOutAttention
 from graphcomp.quantization.calibrate import RangeObserver, calibrate_weight, make_observer
@@ -57,6 +57,14 @@ class PostTraining:
     correct_bias: bool = True
     rounding: Rounding = "nearest"
     walk_batches: int = 8
+
+    def __post_init__(self) -> None:
+        if self.rounding not in get_args(Rounding):
+            raise PlanError(f"rounding={self.rounding!r} is not known", why=f"one of {', '.join(get_args(Rounding))}")
+        if self.equalize not in (None, True, False):
+            raise PlanError(f"equalize={self.equalize!r}", fix="equalize=True, False, or None to choose by the weights")
+        if not isinstance(self.walk_batches, int) or self.walk_batches < 1:
+            raise PlanError(f"walk_batches={self.walk_batches!r} is no whole number, 1 at least", fix="walk_batches=8")
 
 
 @dataclass(frozen=True)

@@ -862,6 +862,18 @@ def test_a_parameter_that_is_not_finite_is_named(tmp_path):
         run(loss=bad, training=gc.Training(schedule=STAGES))
 
 
+def test_weights_that_a_step_made_infinite_are_named_where_units_are_scored():
+    """In the step that begins a period no loss has told of them yet."""
+
+    def bad(output, batch):
+        output.register_hook(lambda grad: grad * math.inf)
+        return loss(output, batch)
+
+    stages = Schedule(STEPS, warmup=0, projection=0, joint=9, pruning_periods=3)
+    with pytest.raises(gc.TrainingError, match=r"not finite at step 1 of 30, in the joint stage(.|\n)*' holds"):
+        run(loss=bad, training=gc.Training(schedule=stages))
+
+
 def test_a_quantizer_that_is_not_finite_is_named():
     ready = gc.prepare(convnet(), IMAGES[:2], bits=(4, 8))
     site, quantizer = next((site, q) for site, q in ready.quantizers() if site.layer == "4")
