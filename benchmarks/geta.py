@@ -31,6 +31,7 @@ from torch import Tensor, nn
 import graphcomp as gc
 from benchmarks import common, digits, models, oneshot
 from benchmarks.common import append_json, section, table
+from graphcomp.cost import Bops, CostModel
 
 CALIBRATION = 128
 
@@ -47,6 +48,7 @@ class Task:
         layer_bits: ranges of bits of layers that have another than is asked for.
         qasso: options of it.
         channels_last: the layout of images and weights in training.
+        scratch: the weights are random.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Task:
     layer_bits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     qasso: dict[str, Any] = field(default_factory=dict)
     channels_last: bool = False
+    scratch: bool = False
 
     @property
     def layout(self) -> torch.memory_format:
@@ -100,7 +103,8 @@ def main() -> None:
     for name in options.tasks.split(","):
         task = TASKS[name](options.float_steps)
         steps = options.steps or options.epochs * (len(task.train[1]) // task.batch)
-        rows = [["float", f"{task.accuracy(task.model):.2f}", "100", "100", "32 / 32", "–", "–"]]
+        accuracy = "–" if task.scratch else f"{task.accuracy(task.model):.2f}"
+        rows = [["float", accuracy, "100", "100", "32 / 32", "–", "–"]]
         for method in options.methods.split(","):
             found = []
             for seed in range(options.seeds):
@@ -163,23 +167,26 @@ def joint(task: Task, asked: Options) -> gc.CompressedModel:
 
 
 def shrunk(task: Task, asked: Options) -> gc.CompressedModel:
-    """Jointly, in `before` steps; then the cool-down of what is left, with a learning rate that begins anew."""
-    before, rest = asked.before or asked.steps // 4, asked.steps - (asked.before or asked.steps // 4)
+    """Jointly, in `before` steps; then what is left, with a learning rate that begins anew: its cool-down, or of a
+    model that was not trained before, warm-up, projection and cool-down."""
+    before = asked.before or asked.steps // 4
+    rest = asked.steps - before
     marks = teacher_of(task, asked.distill) if asked.distill else None
     ready = _prepared(task, task.model, asked.bits)
     first, second = round(0.05 * before), round(0.15 * before)
     schedule = gc.Schedule(before, warmup=first, projection=second, joint=before - 1 - first - second)
-    options = {**task.options, "lr": GENTLE * task.options["lr"]}
-    optimizer = gc.QASSO(
-        ready, task.base, schedule=schedule, sparsity=asked.sparsity, budget=asked.budget, **options, **task.qasso
-    )
-    train(task, ready, optimizer, None, before, asked, marks)
+    gentle = {**task.qasso, **task.options, "lr": GENTLE * task.options["lr"]}
+    optimizer = gc.QASSO(ready, task.base, schedule=schedule, sparsity=asked.sparsity, budget=asked.budget, **gentle)
+    train(task, ready, optimizer, None, before, asked, marks, tell=not task.scratch)
     small = gc.shrink(ready).to(memory_format=task.layout)
     print(f"  left of each group: { {g.name: (len(u), g.size) for g, u in ready.kept().items()} }", flush=True)
-    print(f"  bits of weights and what they meet: {small.bits()}", flush=True)
-    cooldown = gc.Schedule(rest, warmup=0, projection=0, joint=0)
-    optimizer = gc.QASSO(small, task.base, schedule=cooldown, sparsity=0.0, **task.options)
+    budget = None
+    if asked.bops is not None:  # of the whole model
+        budget = gc.Budget(bops=asked.bops * float(Bops(CostModel(ready.session.plan)).layers()))
+    after = gc.Schedule(rest, joint=0, **(SCRATCH if task.scratch else {"warmup": 0, "projection": 0}))
+    optimizer = gc.QASSO(small, task.base, schedule=after, sparsity=0.0, budget=budget, **task.options)
     train(task, small, optimizer, ramp_and_cosine(optimizer, rest), rest, asked, marks)
+    print(f"  bits of weights and what they meet: {small.bits()}", flush=True)
     return gc.finalize(small)
 
 
@@ -247,6 +254,9 @@ def _prepared(task: Task, model: nn.Module, bits: tuple[int, int] | None) -> gc.
 
 
 # ------------------------------------------------------------------------------------------------ training
+SCRATCH = {"warmup": 0.4, "projection": 0.2}
+"""Of the steps of a model that begins with random weights, when its units are gone."""
+
 GENTLE = 0.3
 """Of the learning rate, while units go."""
 
@@ -311,8 +321,9 @@ def train(
     steps: int,
     asked: Options | None = None,
     teacher: Teacher | None = None,
+    tell: bool = True,
 ) -> None:
-    """Steps on random batches, the epochs reshuffled."""
+    """Steps on random batches, the epochs reshuffled; with lines on how it goes, if asked."""
     generator = torch.Generator().manual_seed(asked.seed if asked else 0)
     images, labels = task.train
     order = torch.randperm(len(labels), generator=generator)
@@ -336,7 +347,7 @@ def train(
         if scheduler is not None:
             scheduler.step()
         seen, total = seen + 1, total + float(loss.detach())
-        if asked is not None and ((step + 1) % EVERY == 0 or step + 1 == steps):
+        if asked is not None and tell and ((step + 1) % EVERY == 0 or step + 1 == steps):
             _tell(task, model, optimizer, f"step {step + 1} of {steps}", total / seen, time.monotonic() - start, asked)
             seen, total = 0, 0.0
 
@@ -385,7 +396,8 @@ def resnet20(float_steps: int) -> Task:
 def vgg7(float_steps: int) -> Task:
     """From random weights; weights and activations are quantized."""
     torch.manual_seed(0)
-    return _cifar("VGG7", models.vgg7(), torch.optim.Adam, {"lr": 2e-3, "weight_decay": 1e-4}, 64, weights_only=False)
+    options = {"lr": 2e-3, "lr_quant": 1e-4, "weight_decay": 1e-4}
+    return _cifar("VGG7", models.vgg7(), torch.optim.Adam, options, 64, scratch=True)
 
 
 def _cifar(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,10 +44,12 @@ def shrunk(ready: Prepared) -> Prepared:
     units = {group.name: own for group, own in kept.items()}
     in_floats = {group: units[group.name] for group in session.plan.groups if group.name in units}
     floats = SliceGroups(session.plan.coupling, in_floats)(session.plan.captured.module)
-    plan = quantized = analyze_captured(replace(session.plan.captured, module=floats))
+    model = copy.deepcopy(session.plan.model)
+    _give(model, dict(all_tensors(floats)), session.plan.captured.aliases)
+    plan = quantized = analyze_captured(replace(session.plan.captured, module=floats, original=model))
     if session.bits is not None:
         graph = SliceGroups(session.quantized.coupling, kept)(session.quantized.captured.module)
-        quantized = analyze_captured(replace(session.quantized.captured, module=graph))
+        quantized = analyze_captured(replace(session.quantized.captured, module=graph, original=model))
     groups = tuple(group for group in quantized.groups if group.name in units)
     whole = copy.deepcopy(ready)
     whole.zero_grad()
@@ -60,7 +62,7 @@ def shrunk(ready: Prepared) -> Prepared:
 def expanded(small: Prepared) -> Prepared:
     """The module that `small` was cut from, with what `small` has learned since in its place."""
     assert small.session.whole is not None
-    whole = copy.deepcopy(small.session.whole)
+    whole = copy.deepcopy(small.session.whole).to(next(small.parameters()))  # the masks: all else takes its own place
     kept, units = whole.kept(), {group.name: own for group, own in small.kept().items()}
     cuts = kept_of_tensors(whole.session.quantized.coupling, kept)
     found: dict[int, Tensor] = {}
@@ -89,19 +91,21 @@ def _filled(full: Tensor, cuts: Mapping[int, Tensor], values: Tensor) -> Tensor:
 
 def hand_over(ready: Prepared, session: Session) -> None:
     """Let the graphs and the model of the session hold the tensors of `ready`, which may be a copy, or have moved."""
-    quantized, floats, model = session.quantized.captured.module, session.plan.captured.module, session.plan.model
+    quantized, floats = session.quantized.captured.module, session.plan.captured.module
     for module in (quantized, floats):
         for name, tensor in list(all_tensors(module)):
             found = tensor_of(ready, name)
             if found is not None and found is not tensor:
                 assign(module, name, found)
-    if session.whole is not None:
-        return  # the model has tensors of another size
-    for name, _ in list(all_tensors(floats)):
-        for alias in session.plan.captured.aliases.get(name, (name,)):
-            found = tensor_of(ready, name)
-            if found is not None:
-                assign(model, alias, found)
+    own = ((name, tensor_of(ready, name)) for name, _ in all_tensors(floats))
+    _give(session.plan.model, {n: found for n, found in own if found is not None}, session.plan.captured.aliases)
+
+
+def _give(model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, Sequence[str]]) -> None:
+    """Let the model hold the tensors, under all names it has for each."""
+    for name, tensor in tensors.items():
+        for alias in aliases.get(name, (name,)):
+            assign(model, alias, tensor)
 
 
 def tensor_of(ready: Prepared, name: str) -> Tensor | None:

@@ -85,7 +85,7 @@ class Target:
         """`bits`, lowered one at a time until the budget holds or all have the fewest: first where a bit saves most for
         what it costs. Without it the error of rounding grows by 3 · 4^-bits of the range, squared; so a layer with a
         quarter of the multiply-accumulates keeps a bit more."""
-        found, saves = list(bits), self._saves(kept)
+        found, saves = list(bits), self.saves(kept)
         while self.excess(kept, found) > 0:
             above = [k for k, own in enumerate(found) if own > self.low[k]]
             if not above:
@@ -93,7 +93,7 @@ class Target:
             found[max(above, key=lambda k: (saves[k] * 4 ** found[k], found[k]))] -= 1
         return found
 
-    def _saves(self, kept: Kept) -> list[int]:
+    def saves(self, kept: Kept) -> list[int]:
         """For each quantizer the multiply-accumulates that read what it quantizes."""
         counts = {self.in_floats[group].factor: len(units) for group, units in kept.items()}
         macs, found = self.costs.macs_by_op(counts), [0] * len(self.low)
