@@ -1,21 +1,25 @@
 """Accuracy of joint pruning and quantization-aware training, beside its parts one after the other.
 
     python -m benchmarks.geta                                     # digits: CNN and transformer, three seeds
-    python -m benchmarks.geta --tasks resnet20 --epochs 10        # CIFAR-10, a shortened run: hours on two cores
     python -m benchmarks.geta --tasks cnn --sparsity 0.7 --bits 2,4
+    python -m benchmarks.geta --tasks resnet20 --methods shrunk …  # CIFAR-10, shortened: see docs/measured.md
+    python -m benchmarks.geta --tasks vgg7 --methods shrunk …
 
-Every method starts from the same trained float model and gets the same number of steps: joint (QASSO), sequential (half
-of them to prune in floats, half to quantize what is left), quantize only, prune only (HESSO). Bit operations count a
-float operand as 32 bits. CIFAR-10 and the weights of ResNet-20 come from the shared folder beside the checkout.
+Every method starts from the same float model and gets the same number of steps: joint (QASSO), shrunk (the same, but
+its cool-down trains what `graphcomp.shrink` leaves, with a learning rate of its own), sequential (half of the steps to
+prune in floats, half to quantize what is left), quantize only, prune only (HESSO). The float model is trained, but for
+VGG7, which starts from random weights. Bit operations count a float operand as 32 bits. CIFAR-10 and the weights of
+ResNet-20 come from the shared folder beside the checkout.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphcomp as gc
-from benchmarks import common, digits, oneshot
+from benchmarks import common, digits, models, oneshot
 from benchmarks.common import append_json, section, table
+from graphcomp.cost import Bops, CostModel
 
 CALIBRATION = 128
 
@@ -38,7 +43,12 @@ class Task:
     Attributes:
         train, test: images and labels.
         base, options: the optimizer; `lr` is its peak.
-        weights_only: activations stay float, as in the paper's experiment.
+        augment: images and a generator -> other images, and which of them are mirrored.
+        weights_only: activations stay float.
+        layer_bits: ranges of bits of layers that have another than is asked for.
+        qasso: options of it.
+        channels_last: the layout of images and weights in training.
+        scratch: the weights are random.
     """
 
     name: str
@@ -48,19 +58,23 @@ class Task:
     base: type[torch.optim.Optimizer]
     options: dict[str, Any]
     batch: int
-    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
+    augment: Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]] | None = None
     weights_only: bool = False
+    layer_bits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     qasso: dict[str, Any] = field(default_factory=dict)
+    channels_last: bool = False
+    scratch: bool = False
 
-    def accuracy(self, model: nn.Module) -> float:
-        """Percent of the test images."""
-        model.eval()
-        with torch.no_grad():
-            hits = sum(
-                int((model(x).argmax(1) == y).sum())
-                for x, y in zip(self.test[0].split(500), self.test[1].split(500), strict=True)
-            )
-        return 100 * hits / len(self.test[1])
+    @property
+    def layout(self) -> torch.memory_format:
+        """Of images and weights in training."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def accuracy(self, model: nn.Module, first: int | None = None) -> float:
+        """Percent of the test images, or of the first so many."""
+        images, labels = self.test[0][:first], self.test[1][:first]
+        logits = outputs(model, images, self.layout)
+        return 100 * float((logits.argmax(1) == labels).double().mean())
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,9 @@ class Options:
     bits: tuple[int, int]
     bops: float | None
     seed: int
+    before: int
+    distill: float
+    save: Path | None
 
     @property
     def budget(self) -> gc.Budget | None:
@@ -86,11 +103,21 @@ def main() -> None:
     for name in options.tasks.split(","):
         task = TASKS[name](options.float_steps)
         steps = options.steps or options.epochs * (len(task.train[1]) // task.batch)
-        rows = [["float", f"{task.accuracy(task.model):.2f}", "100", "100", "32 / 32", "–", "–"]]
+        accuracy = "–" if task.scratch else f"{task.accuracy(task.model):.2f}"
+        rows = [["float", accuracy, "100", "100", "32 / 32", "–", "–"]]
         for method in options.methods.split(","):
             found = []
             for seed in range(options.seeds):
-                asked = Options(steps, options.sparsity, options.bits, options.bops, seed)
+                asked = Options(
+                    steps,
+                    options.sparsity,
+                    options.bits,
+                    options.bops,
+                    seed,
+                    options.before,
+                    options.distill,
+                    options.save,
+                )
                 found.append(_run(task, method, asked))
                 append_json(options.json, {"task": name, "method": method, "steps": steps, "seed": seed, **found[-1]})
                 print(f"{task.name}, {method}, seed {seed}: {found[-1]}", flush=True)
@@ -139,6 +166,30 @@ def joint(task: Task, asked: Options) -> gc.CompressedModel:
     return _qasso(task, task.model, asked.steps, asked, bits=asked.bits, sparsity=asked.sparsity, budget=asked.budget)
 
 
+def shrunk(task: Task, asked: Options) -> gc.CompressedModel:
+    """Jointly, in `before` steps; then what is left, with a learning rate that begins anew: its cool-down, or of a
+    model that was not trained before, warm-up, projection and cool-down."""
+    before = asked.before or asked.steps // 4
+    rest = asked.steps - before
+    marks = teacher_of(task, asked.distill) if asked.distill else None
+    ready = _prepared(task, task.model, asked.bits)
+    first, second = round(0.05 * before), round(0.15 * before)
+    schedule = gc.Schedule(before, warmup=first, projection=second, joint=before - 1 - first - second)
+    gentle = {**task.qasso, **task.options, "lr": GENTLE * task.options["lr"]}
+    optimizer = gc.QASSO(ready, task.base, schedule=schedule, sparsity=asked.sparsity, budget=asked.budget, **gentle)
+    train(task, ready, optimizer, None, before, asked, marks, tell=not task.scratch)
+    small = gc.shrink(ready).to(memory_format=task.layout)
+    print(f"  left of each group: { {g.name: (len(u), g.size) for g, u in ready.kept().items()} }", flush=True)
+    budget = None
+    if asked.bops is not None:  # of the whole model
+        budget = gc.Budget(bops=asked.bops * float(Bops(CostModel(ready.session.plan)).layers()))
+    after = gc.Schedule(rest, joint=0, **(SCRATCH if task.scratch else {"warmup": 0, "projection": 0}))
+    optimizer = gc.QASSO(small, task.base, schedule=after, sparsity=0.0, budget=budget, **task.options)
+    train(task, small, optimizer, ramp_and_cosine(optimizer, rest), rest, asked, marks)
+    print(f"  bits of weights and what they meet: {small.bits()}", flush=True)
+    return gc.finalize(small)
+
+
 def sequential(task: Task, asked: Options) -> gc.CompressedModel:
     """Prune in floats, then quantize what is left; BOPs are of the original model."""
     pruned = _qasso(task, task.model, asked.steps // 2, asked, bits=None, sparsity=asked.sparsity, forgetting="uniform")
@@ -171,28 +222,109 @@ def prune_only(task: Task, asked: Options) -> gc.CompressedModel:
 
 METHODS: dict[str, Callable[[Task, Options], gc.CompressedModel]] = {
     "joint": joint,
+    "shrunk": shrunk,
     "sequential": sequential,
     "quantize only": quantize_only,
     "prune only": prune_only,
 }
+DEFAULT = ["joint", "sequential", "quantize only", "prune only"]
 
 
 def _qasso(
     task: Task, model: nn.Module, steps: int, asked: Options, *, bits: tuple[int, int] | None, **options: Any
 ) -> gc.CompressedModel:
-    images = task.train[0][:CALIBRATION]
-    model.train()
-    ready = gc.prepare(model, images, bits=bits, activation_bits=None if task.weights_only else "same")
+    ready = _prepared(task, model, bits)
     options = {**task.qasso, **options}
     optimizer = gc.QASSO(ready, task.base, schedule=steps, **task.options, **options)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    train(task, ready, optimizer, scheduler, steps, asked.seed)
+    train(task, ready, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps), steps, asked)
     return gc.finalize(ready)
 
 
-def train(task: Task, model: nn.Module, optimizer: Any, scheduler: Any, steps: int, seed: int) -> None:
-    """Steps on random batches, the epochs reshuffled."""
-    generator = torch.Generator().manual_seed(seed)
+def _prepared(task: Task, model: nn.Module, bits: tuple[int, int] | None) -> gc.Prepared:
+    model.train()
+    images = task.train[0][:CALIBRATION]
+    ready = gc.prepare(
+        model,
+        images,
+        bits=bits,
+        activation_bits=None if task.weights_only else "same",
+        layer_bits=task.layer_bits if bits else None,
+    )
+    return ready.to(memory_format=task.layout)
+
+
+# ------------------------------------------------------------------------------------------------ training
+SCRATCH = {"warmup": 0.4, "projection": 0.2}
+"""Of the steps of a model that begins with random weights, when its units are gone."""
+
+GENTLE = 0.3
+"""Of the learning rate, while units go."""
+
+RAMP = 100
+"""Steps in which the learning rate rises, where it begins anew."""
+
+TEACHER_SHARE = 0.7
+"""Of the loss, where a teacher has one."""
+
+EVERY, SOME = 400, 2000
+"""Steps from one line to the next, and the first test images that it tells the accuracy on."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Logits of the float model for each training image: (n, classes) as it is and mirrored; and the temperature."""
+
+    plain: Tensor
+    mirrored: Tensor
+    temperature: float
+
+    def loss(self, logits: Tensor, index: Tensor, mirrored: Tensor) -> Tensor:
+        """Cross entropy with its probabilities, in the units of a plain one.
+
+        Source: Hinton et al., Distilling the Knowledge in a Neural Network, 2015. How we differ: the teacher sees no
+        shifts, so that it runs but twice for an image.
+        """
+        wanted = torch.where(mirrored[:, None], self.mirrored[index], self.plain[index])
+        soft, t = (wanted / self.temperature).softmax(1), self.temperature
+        return t * t * F.kl_div((logits / t).log_softmax(1), soft, reduction="batchmean")
+
+
+def teacher_of(task: Task, temperature: float) -> Teacher:
+    """The float model of the task as a teacher."""
+    images = task.train[0]
+    return Teacher(
+        outputs(task.model, images, task.layout), outputs(task.model, images.flip(3), task.layout), temperature
+    )
+
+
+def outputs(model: nn.Module, images: Tensor, layout: torch.memory_format) -> Tensor:
+    """In eval mode, which it leaves the model in."""
+    model.eval()
+    with torch.no_grad():
+        return torch.cat([model(x.contiguous(memory_format=layout)) for x in images.split(500)])
+
+
+def ramp_and_cosine(optimizer: Any, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """Up in a straight line, then down to 0."""
+    rising = min(RAMP, max(1, steps // 10))
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda k: min((k + 1) / rising, 1) * 0.5 * (1 + math.cos(math.pi * max(k - rising, 0) / (steps - rising))),
+    )
+
+
+def train(
+    task: Task,
+    model: nn.Module,
+    optimizer: Any,
+    scheduler: Any,
+    steps: int,
+    asked: Options | None = None,
+    teacher: Teacher | None = None,
+    tell: bool = True,
+) -> None:
+    """Steps on random batches, the epochs reshuffled; with lines on how it goes, if asked."""
+    generator = torch.Generator().manual_seed(asked.seed if asked else 0)
     images, labels = task.train
     order = torch.randperm(len(labels), generator=generator)
     model.train()
@@ -202,18 +334,32 @@ def train(task: Task, model: nn.Module, optimizer: Any, scheduler: Any, steps: i
         if at < task.batch and step:
             order = torch.randperm(len(labels), generator=generator)
         index = order[at : at + task.batch]
-        x = images[index] if task.augment is None else task.augment(images[index], generator)
-        loss = F.cross_entropy(model(x), labels[index])
+        x, mirrored = images[index], torch.zeros(len(index), dtype=torch.bool)
+        if task.augment is not None:
+            x, mirrored = task.augment(x, generator)
+        logits = model(x.contiguous(memory_format=task.layout))
+        loss = F.cross_entropy(logits, labels[index])
+        if teacher is not None:
+            loss = (1 - TEACHER_SHARE) * loss + TEACHER_SHARE * teacher.loss(logits, index, mirrored)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        scheduler.step()
+        if scheduler is not None:
+            scheduler.step()
         seen, total = seen + 1, total + float(loss.detach())
-        if (step + 1) % 400 == 0:
-            stage = getattr(optimizer, "stage", None)
-            seconds = time.monotonic() - start
-            print(f"  step {step + 1} of {steps}, {stage!r}, loss {total / seen:.3f}, {seconds:.0f} s", flush=True)
+        if asked is not None and tell and ((step + 1) % EVERY == 0 or step + 1 == steps):
+            _tell(task, model, optimizer, f"step {step + 1} of {steps}", total / seen, time.monotonic() - start, asked)
             seen, total = 0, 0.0
+
+
+def _tell(task: Task, model: nn.Module, optimizer: Any, at: str, loss: float, seconds: float, asked: Options) -> None:
+    """A line on how the run goes; the trained module as it is, where it is to be saved."""
+    accuracy = task.accuracy(model, SOME)
+    model.train()
+    stage = getattr(optimizer, "stage", None)
+    print(f"  {at}, {stage!r}, loss {loss:.3f}, {accuracy:.2f} % of {SOME}, {seconds:.0f} s", flush=True)
+    if asked.save is not None:
+        torch.save(model.state_dict(), asked.save)
 
 
 # ------------------------------------------------------------------------------------------------ tasks
@@ -235,53 +381,64 @@ def _digits(
     model = make()
     task = Task(name, model, (data.train_x, data.train_y), (data.test_x, data.test_y), base, options, 64)
     optimizer = base(model.parameters(), **{**options, "lr": lr})
-    train(task, model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps), steps, 0)
+    train(task, model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps), steps)
     return task
 
 
 def resnet20(float_steps: int) -> Task:
     """From trained weights; the paper's experiment: weights alone are quantized."""
+    model = oneshot.realdata().load("cifar10_resnet20")
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
+    ends = {"conv1": (8, 16), "linear": (8, 16)}
+    return _cifar("ResNet-20", model, torch.optim.SGD, options, 128, weights_only=True, layer_bits=ends)
+
+
+def vgg7(float_steps: int) -> Task:
+    """From random weights; weights and activations are quantized."""
+    torch.manual_seed(0)
+    options = {"lr": 2e-3, "lr_quant": 1e-4, "weight_decay": 1e-4}
+    return _cifar("VGG7", models.vgg7(), torch.optim.Adam, options, 64, scratch=True)
+
+
+def _cifar(
+    name: str, model: nn.Module, base: type[torch.optim.Optimizer], options: dict[str, Any], batch: int, **about: Any
+) -> Task:
     parts = [oneshot.cifar(part, None) for part in ("train_a", "train_b")]
     train_set = torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
-    options = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
+    qasso = {"saliency": "taylor", "normalize": "mean"}
+    test_set = oneshot.cifar("test", None)
     return Task(
-        "ResNet-20",
-        oneshot.realdata().load("cifar10_resnet20"),
-        train_set,
-        oneshot.cifar("test", None),
-        torch.optim.SGD,
-        options,
-        128,
-        augment=shifted,
-        weights_only=True,
-        qasso={"normalize": "mean"},
+        name, model, train_set, test_set, base, options, batch, shifted, qasso=qasso, channels_last=True, **about
     )
 
 
-def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirrored at random, and shifted by up to four pixels."""
+def shifted(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Mirrored at random, and shifted by up to four pixels; which are mirrored."""
     flip = torch.rand(len(images), generator=generator) < 0.5
     images = torch.where(flip[:, None, None, None], images.flip(3), images)
     dx, dy = torch.randint(-4, 5, (2, len(images)), generator=generator)
     rows = torch.arange(32)
     y, x = (rows[None] + dy[:, None] + 4), (rows[None] + dx[:, None] + 4)
     padded = F.pad(images, (4, 4, 4, 4))
-    return padded[torch.arange(len(images))[:, None, None], :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
+    return padded[torch.arange(len(images))[:, None, None], :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2), flip
 
 
-TASKS: dict[str, Callable[[int], Task]] = {"cnn": cnn, "transformer": transformer, "resnet20": resnet20}
+TASKS: dict[str, Callable[[int], Task]] = {"cnn": cnn, "transformer": transformer, "resnet20": resnet20, "vgg7": vgg7}
 
 
 def _parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default="cnn,transformer", metavar="A,B", help="default: %(default)s")
-    parser.add_argument("--methods", default=",".join(METHODS), metavar="A,B", help="default: %(default)s")
+    parser.add_argument("--methods", default=",".join(DEFAULT), metavar="A,B", help="default: %(default)s")
     parser.add_argument("--sparsity", type=float, default=0.5, metavar="S", help="default: %(default)s")
     parser.add_argument("--bits", type=_pair, default=(4, 8), metavar="LOW,HIGH", help="default: 4,8")
     parser.add_argument("--bops", type=float, metavar="F", help="budget, as a fraction of the float model's")
     parser.add_argument("--steps", type=int, metavar="N", help="of each method; default: --epochs")
     parser.add_argument("--epochs", type=int, default=30, metavar="N", help="default: %(default)s")
     parser.add_argument("--float-steps", type=int, default=300, metavar="N", help="of the digits models before")
+    parser.add_argument("--before", type=int, default=0, metavar="N", help="steps before shrinking; default: a quarter")
+    parser.add_argument("--distill", type=float, default=0.0, metavar="T", help="temperature; the float model teaches")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="what is trained, as it goes on")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one line of JSON per run")

@@ -5,7 +5,7 @@ small = gc.compress(model, example_inputs, sparsity=0.5)
 """
 
 from graphcomp.analysis import Analysis
-from graphcomp.api import analyze, compress, finalize, load, prepare, prunable_groups, slice_groups
+from graphcomp.api import analyze, compress, finalize, load, prepare, prunable_groups, shrink, slice_groups
 from graphcomp.compressed import CompressedModel
 from graphcomp.coupling.groups import ChannelGroup, Member
 from graphcomp.coupling.table import rule
@@ -72,5 +72,6 @@ __all__ = [
     "prepare",
     "prunable_groups",
     "rule",
+    "shrink",
     "slice_groups",
 ]

@@ -32,6 +32,7 @@ from graphcomp.errors import CalibrationError, CaptureError, InputError, Nothing
 from graphcomp.graph import replace_module
 from graphcomp.methods import processes
 from graphcomp.methods.prepared import Prepared, prepare_graph, training_config, unwrapped
+from graphcomp.methods.shrink import shrunk
 from graphcomp.methods.train import Phase, Training, Whole, parts, phases_of, train
 from graphcomp.progress import progress as show_progress
 from graphcomp.pruning.allocation import Budget, Scope, allocate, allocate_budget, is_share
@@ -647,6 +648,27 @@ def _range(bits: tuple[int, int]) -> tuple[int, int]:
     if low > high:
         raise PlanError(f"bits={bits!r}: the fewest come first", fix=f"bits={(high, low)}")
     return low, high
+
+
+def shrink(ready: nn.Module) -> Prepared:
+    """A copy of a prepared module without the units that are gone, to train on with: what is left to compute takes less
+    time and memory than masks do.
+
+    The quantizers come along as they are. It can be shrunk again, and `finalize` makes the small model of it, with what
+    the whole model costs in the report. An optimizer is of the parameters it was made for, so make a new one:
+
+        small = graphcomp.shrink(ready)  # when the joint stage is over
+        cooldown = graphcomp.Schedule(steps, warmup=0, projection=0, joint=0)
+        optimizer = graphcomp.QASSO(small, torch.optim.SGD, lr=0.05, sparsity=0.0, schedule=cooldown)
+
+    Args:
+        ready: what `prepare` returned, after the joint stage or with units masked by `ready.keep`; also inside
+            wrappers. Not modified.
+
+    Raises:
+        PlanError: it was not prepared, or a schedule was begun and not followed to its cool-down.
+    """
+    return shrunk(unwrapped(ready))
 
 
 def finalize(ready: nn.Module, *, verify: bool = True, measure_latency: bool = False) -> CompressedModel:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, fx
+from torch import fx
 from torch.fx.node import map_aggregate
 
 from graphcomp.assemble import as_model, cut_groups, with_integers
@@ -16,9 +16,9 @@ from graphcomp.compare import in_float64, relative_error
 from graphcomp.compressed import CompressedModel
 from graphcomp.cost import flat_inputs
 from graphcomp.coupling.groups import ChannelGroup
-from graphcomp.errors import PlanError, TrainingError, VerificationError
-from graphcomp.graph import all_tensors, assign, fetch
-from graphcomp.methods.prepared import PROGRESS, Prepared, Session
+from graphcomp.errors import TrainingError, VerificationError
+from graphcomp.methods.prepared import Prepared, Session
+from graphcomp.methods.shrink import check_settled, expanded, hand_over
 from graphcomp.pruning.slice import SliceGroups
 from graphcomp.quantization.calibrate import calibrate_weight
 from graphcomp.quantization.finish import Finish, from_training
@@ -40,28 +40,25 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
         TrainingError: a parameter or buffer is not finite.
         VerificationError: the small model does not compute what the trained one does.
     """
+    check_settled(ready)
+    trained = ready
+    while ready.session.whole is not None:
+        ready = expanded(ready)
     session = ready.session
-    done, settled = ready.meta.get(PROGRESS, (0, 0))
-    if done < settled:
-        raise PlanError(
-            f"training stopped at step {done}, before the cool-down",
-            why=f"which units go, and bits that are whole, is settled at step {settled}",
-            fix=f"train on to step {settled} at least",
-        )
-    for name, tensor in ready.state_dict().items():
+    for name, tensor in trained.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise TrainingError(
                 f"'{name}' holds values that are NaN or infinite",
                 why="training diverged, or a batch held such values",
                 fix="go back to the last sound state_dict; a lower lr, clipped gradients",
             )
-    _hand_over(ready, session)
+    hand_over(ready, session)
     plan, kept = session.plan, ready.kept()
     in_floats = {group.name: group for group in plan.groups}
     groups: list[ChannelGroup] = [in_floats[group.name] for group in session.groups]
     cut = cut_groups(plan, dict(zip(groups, kept.values(), strict=True)), groups, verify=False)
     sliced = SliceGroups(session.quantized.coupling, kept)(session.quantized.captured.module)
-    verified = _verified(ready, sliced, session) if verify else {}
+    verified = _verified(trained, sliced, session) if verify else {}
     if session.bits is None:
         return as_model(replace(cut, verified=verified), measure_latency=measure_latency)
     inputs = flat_inputs(plan.captured, plan.captured.args, plan.captured.kwargs)
@@ -73,29 +70,6 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
         inputs if verify else None,
         measure_latency=measure_latency,
     )
-
-
-def _hand_over(ready: Prepared, session: Session) -> None:
-    """Let the graphs and the model of the session hold the tensors of `ready`, which may be a copy, or have moved."""
-    quantized, floats, model = session.quantized.captured.module, session.plan.captured.module, session.plan.model
-    for module in (quantized, floats):
-        for name, tensor in list(all_tensors(module)):
-            found = _tensor(ready, name)
-            if found is not None and found is not tensor:
-                assign(module, name, found)
-    for name, _ in list(all_tensors(floats)):
-        for alias in session.plan.captured.aliases.get(name, (name,)):
-            found = _tensor(ready, name)
-            if found is not None:
-                assign(model, alias, found)
-
-
-def _tensor(ready: Prepared, name: str) -> Tensor | None:
-    try:
-        found = fetch(ready, name)
-    except AttributeError:
-        return None  # the graph of the session reads it, and training does not
-    return found if isinstance(found, Tensor) else None
 
 
 # ------------------------------------------------------------------------------------------------ verification

@@ -120,6 +120,30 @@ class Bank:
         """Set d to what gives exactly `bits` (l,)."""
         self.set_d(self.widest() / levels(bits))
 
+    @torch.no_grad()
+    def tie(self, bits: Tensor) -> None:
+        """Where `fix` sets d = q_m^t / levels(bits) after each step: add to the gradients of q_m and t what the loss
+        owes them through d. Without it a range that nothing exceeds has no gradient, and stays as wide as it is."""
+        having = [k for k, d in enumerate(self.steps) if d.grad is not None and self.ranges[k].grad is not None]
+        if not having:
+            return
+        at = torch.tensor(having, device=self.device)
+        of_d = self._stacked([self.steps[k].grad for k in having])  # type: ignore[misc]
+        q_m, t = self.q_m()[at], self.t()[at] if self.powers else torch.ones_like(of_d)
+        slope = t * q_m.pow(t - 1) / levels(bits)[at]
+        _add([self.ranges[k].grad for k in having], of_d * slope)
+        learned = [k for k in having if self.exponents[k].grad is not None]
+        if learned:
+            at = torch.tensor([having.index(k) for k in learned], device=self.device)
+            slope = q_m.pow(t) * q_m.log() / levels(bits)[torch.tensor(having, device=self.device)]
+            _add([self.exponents[k].grad for k in learned], (of_d * slope)[at])
+
+
+def _add(gradients: Sequence[Tensor | None], more: Tensor) -> None:
+    """Add to each gradient () its part of (l,) `more`."""
+    found = [gradient for gradient in gradients if gradient is not None]
+    torch._foreach_add_(found, list(more.to(found[0].dtype).unbind()))
+
 
 def levels(bits: Tensor) -> Tensor:
     """Positive levels of a symmetric code: 2^(bits - 1) - 1."""

@@ -24,7 +24,7 @@ from graphcomp.methods.forgetting import Entry, Forgetting, Rule
 from graphcomp.methods.prepared import PROGRESS, Prepared, Session, Site, unwrapped
 from graphcomp.methods.schedule import Moment, Schedule, Stage
 from graphcomp.methods.target import BISECTIONS, BY_COST, Target
-from graphcomp.pruning.allocation import Budget, Normalize, allocate, units_to_remove
+from graphcomp.pruning.allocation import Budget, Normalize, allocate, normalized, units_to_remove
 from graphcomp.pruning.evidence import Evidence, Scores
 from graphcomp.pruning.mask import gone
 from graphcomp.pruning.saliency import Activation, Saliency, named
@@ -210,6 +210,8 @@ class QASSO(Optimizer):
                 loss = closure()
         moment = self.moment
         begins = moment.stage == Stage.JOINT and moment.first and (self._final > self.removed)
+        if self._fixed is not None:
+            self.bank.tie(self._fixed)
         self._clamp_gradients()
         weights = {name: self._parameters[name].clone() for name in self._made} if begins else None
         old = self._active.gather() if self._active is not None else None
@@ -270,25 +272,43 @@ class QASSO(Optimizer):
         if self.target is not None and self.sparsity is None:
             wanted = self._within_budget(self.target, scores)
             self._final = self.total - sum(len(units) for units in wanted.values())
-        count = self.removed + round((self._final - self.removed) / periods_left)
         if self.target is not None and self.sparsity is not None:
             scores = self._cheap_enough(self.target, scores)
-        self.chosen = wanted if wanted is not None and periods_left == 1 else self._allocate(scores, count)
+            self.chosen = self._share_of(self._allocate(scores, self._final), scores, periods_left)
+        elif wanted is not None and periods_left == 1:
+            self.chosen = wanted
+        else:
+            self.chosen = self._allocate(scores, self.removed + round((self._final - self.removed) / periods_left))
         self._activate()
 
     def _scores(self, weights: Mapping[str, Tensor], updates: Mapping[str, Tensor]) -> Scores:
         made = {replace(group, members=tuple(_makers(group))): group for group in self.groups}
         evidence = Movement(self.ready.session.quantized, tuple(made), weights=weights, updates=updates)
-        return {made[copy]: values for copy, values in self.saliency(evidence).items()}
+        found = {made[copy]: values for copy, values in self.saliency(evidence).items()}
+        return normalized(found, self.normalize)  # here: what is divided by later, such as costs, has to stay in
+
+    def _share_of(self, wanted: Kept, scores: Scores, periods_left: int) -> Kept:
+        """What is left when of each group its share of the units that are not `wanted` goes now, lowest scores first:
+        if those that save most went first, little would be left for the rest to save, and in the end the cost would be
+        far below the budget."""
+        found, owed = {}, 0.0
+        for group, units in self.kept.items():
+            leaving = units[~torch.isin(units, wanted[group])]
+            owed += len(leaving) / periods_left
+            now = min(len(leaving), round(owed))
+            owed -= now
+            first = leaving[scores[group][leaving].argsort(stable=True)[:now]]
+            found[group] = units[~torch.isin(units, first)]
+        return found
 
     def _within_budget(self, target: Target, scores: Scores) -> Kept:
         """What is left when the budget holds with the bits that there are now; with the fewest, where it cannot."""
         now = [round(bits) for bits in torch.clamp(self.bank.bits(), self.bank.low, self.most_bits()).tolist()]
-        options = self.normalize, self.round_to, self.max_group_sparsity
+        limits = self.round_to, self.max_group_sparsity
         try:
-            return target.units(scores, self.kept, now, *options)
+            return target.units(scores, self.kept, now, *limits)
         except BudgetError:
-            return target.units(scores, self.kept, target.low, *options)
+            return target.units(scores, self.kept, target.low, *limits)
 
     def _cheap_enough(self, target: Target, scores: Scores) -> Scores:
         """The scores divided by a power of what a unit costs, as low a one as lets the budget hold at the fewest bits
@@ -338,9 +358,7 @@ class QASSO(Optimizer):
                         fix="sparsity=None, which removes as many units as it takes, or a larger budget",
                     )
         elif self.target is not None:
-            wanted = self.target.units(
-                scores, self.kept, self.target.low, "none", self.round_to, self.max_group_sparsity
-            )
+            wanted = self.target.units(scores, self.kept, self.target.low, self.round_to, self.max_group_sparsity)
             self._final = self.total - sum(len(units) for units in wanted.values())
 
     def _allocate(self, scores: Scores, count: int) -> Kept:
@@ -365,7 +383,7 @@ class QASSO(Optimizer):
             self.groups,
             scores,
             sparsity=share if self.sparsity is None else min(share, self.sparsity),
-            normalize=self.normalize,
+            normalize="none",
             round_to=self.round_to,
             max_group_sparsity=self.max_group_sparsity,
             already=already,

@@ -63,6 +63,7 @@ class Session:
         config: which tensors are quantized.
         computed: parameters that weights are computed of: what leaves is not held at zero in them, see `computed_with`.
         no_groups: why nothing can be pruned, where `groups` is empty.
+        whole: the module as it was before it was shrunk; None: it is whole.
     """
 
     plan: Analysis
@@ -73,6 +74,7 @@ class Session:
     config: QuantConfig | None
     computed: frozenset[str]
     no_groups: str = ""
+    whole: Prepared | None = None
 
     @property
     def has_attention(self) -> bool:
@@ -237,11 +239,19 @@ def prepare_graph(
         quantized = analyze_captured(replace(plan.captured, module=graph))
     by_name = {group.name: group for group in quantized.groups}
     chosen = tuple(by_name[group.name] for group in groups)
-    masked = InsertMasks(quantized.coupling, chosen, held=True)(quantized.captured.module)
-    ready = _as_prepared(masked, type(plan.model).__name__, len(chosen))
-    ready.meta[SESSION] = Session(plan, quantized, chosen, sites, bits, config, computed_with(plan.coupling), no_groups)
-    ready.save_as_the_model()
+    session = Session(plan, quantized, chosen, sites, bits, config, computed_with(plan.coupling), no_groups)
+    ready = with_masks(session)
     ready.train(plan.model.training)
+    return ready
+
+
+def with_masks(session: Session) -> Prepared:
+    """The module of a session, in eval mode: its quantized graph with a mask per group."""
+    quantized, groups = session.quantized, session.groups
+    masked = InsertMasks(quantized.coupling, groups, held=True)(quantized.captured.module)
+    ready = _as_prepared(masked, type(session.plan.model).__name__, len(groups))
+    ready.meta[SESSION] = session
+    ready.save_as_the_model()
     return ready
 
 

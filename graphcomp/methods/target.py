@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from graphcomp.cost import Bits, BitsOf, CostModel
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.methods.prepared import Session, Site, operands
-from graphcomp.pruning.allocation import Budget, Meter, Normalize, allocate_budget
+from graphcomp.pruning.allocation import Budget, Meter, allocate_budget
 from graphcomp.pruning.evidence import Scores
 
 BY_COST = (0.5, 1.0, 2.0, 4.0, 8.0)
@@ -46,10 +46,9 @@ class Target:
             if name in in_graph
         }
 
-    def units(
-        self, scores: Scores, kept: Kept, bits: Sequence[int], normalize: Normalize, round_to: int, most: float
-    ) -> Kept:
+    def units(self, scores: Scores, kept: Kept, bits: Sequence[int], round_to: int, most: float) -> Kept:
         """What is left when as many more units are gone as the budget takes at `bits`; arguments as of `allocate`.
+        Scores count as they are.
 
         Raises:
             BudgetError: the smallest network costs more.
@@ -59,7 +58,7 @@ class Target:
             [self.in_floats[group] for group in self.groups],
             {self.in_floats[group]: scores[group] for group in self.groups},
             self.budget,
-            normalize=normalize,
+            normalize="none",
             round_to=round_to,
             max_group_sparsity=most,
             already={self.in_floats[group]: units for group, units in kept.items()},
@@ -83,17 +82,18 @@ class Target:
         return found
 
     def lowered(self, kept: Kept, bits: Sequence[int]) -> list[int]:
-        """`bits`, lowered one at a time, the most bits first and of these the one that saves most, until the budget
-        holds or all have the fewest."""
-        found, saves = list(bits), self._saves(kept)
+        """`bits`, lowered one at a time until the budget holds or all have the fewest: first where a bit saves most for
+        what it costs. Without it the error of rounding grows by 3 · 4^-bits of the range, squared; so a layer with a
+        quarter of the multiply-accumulates keeps a bit more."""
+        found, saves = list(bits), self.saves(kept)
         while self.excess(kept, found) > 0:
             above = [k for k, own in enumerate(found) if own > self.low[k]]
             if not above:
                 break
-            found[max(above, key=lambda k: (found[k], saves[k]))] -= 1
+            found[max(above, key=lambda k: (saves[k] * 4 ** found[k], found[k]))] -= 1
         return found
 
-    def _saves(self, kept: Kept) -> list[int]:
+    def saves(self, kept: Kept) -> list[int]:
         """For each quantizer the multiply-accumulates that read what it quantizes."""
         counts = {self.in_floats[group].factor: len(units) for group, units in kept.items()}
         macs, found = self.costs.macs_by_op(counts), [0] * len(self.low)

@@ -85,6 +85,21 @@ def is_share(found: Any) -> bool:
     return not isinstance(found, bool) and isinstance(found, Real) and 0 <= float(found) < 1
 
 
+def normalized(scores: Scores, normalize: Normalize) -> Scores:
+    """The scores of each group divided by their mean, maximum or L2 norm, in float64 on the CPU.
+
+    Raises:
+        PlanError: `normalize` is none of these.
+    """
+    if normalize not in NORMALIZE:
+        raise PlanError(f"normalize={normalize!r}", fix=f"one of {', '.join(NORMALIZE)}")
+    found = {}
+    for group, own in scores.items():
+        values = own.detach().double().cpu()
+        found[group] = values / NORMALIZE[normalize](values).clamp(min=torch.finfo(values.dtype).tiny)
+    return found
+
+
 def units_to_remove(sparsity: float, total: int) -> int:
     """`sparsity` of `total` units as a whole number: the nearest, a half rounds down.
 

@@ -126,3 +126,42 @@ def test_a_bank_of_none_does_nothing():
     own.clamp()
     own.set_ranges()
     assert len(own) == 0 and own.bits().shape == (0,) and own.parameters() == []
+
+
+@pytest.mark.parametrize("exponents", [(), (0.5, 2.0, 1.3, 1.0)])
+def test_a_range_gets_the_gradient_of_the_step_it_sets(exponents):
+    bits = torch.tensor([3.0, 4.0, 4.0, 6.0], dtype=torch.float64)
+    found = [q.double() for q in quantizers(*RANGES, exponents=exponents)]
+    own = bank(found, 2)
+    own.fix(bits)
+    torch.manual_seed(0)
+    data = [torch.randn(40, dtype=torch.float64) * q_m / 4 for q_m in RANGES]  # some are above the range
+    expected = []
+    for quantizer, x, b in zip(found, data, bits, strict=True):
+        q_m, t = (p.detach().clone().requires_grad_() for p in (quantizer.q_m, quantizer.t))
+        power = q_m**t if exponents else q_m
+        values = {"d": power / (2 ** (b - 1) - 1), "q_m": q_m, "t": t}
+        torch.func.functional_call(quantizer, values, (x,)).square().sum().backward()
+        expected.append((q_m.grad, t.grad))
+    for quantizer, x in zip(found, data, strict=True):
+        quantizer(x).square().sum().backward()
+    own.tie(bits)
+    for quantizer, (of_q_m, of_t) in zip(found, expected, strict=True):
+        torch.testing.assert_close(quantizer.q_m.grad, of_q_m, rtol=1e-6, atol=0)
+        if exponents:
+            torch.testing.assert_close(quantizer.t.grad, of_t, rtol=1e-6, atol=1e-12)
+
+
+def test_a_range_that_nothing_exceeds_has_a_gradient_only_through_its_step():
+    (quantizer,) = found = quantizers(1.0, bits=4)
+    own = bank(found)
+    quantizer(torch.tensor([0.3, -0.2, 0.95])).sum().backward()
+    assert quantizer.q_m.grad == 0 and quantizer.d.grad != 0
+    own.tie(torch.tensor([4.0], dtype=torch.float64))
+    torch.testing.assert_close(quantizer.q_m.grad, quantizer.d.grad / 7)
+
+
+def test_without_gradients_nothing_is_tied():
+    own = bank(quantizers(*RANGES))
+    own.tie(own.high)
+    assert all(q.q_m.grad is None for q in own.quantizers)

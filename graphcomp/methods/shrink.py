@@ -1,0 +1,118 @@
+"""From a prepared module some of whose units are gone to one without them, that trains faster; and back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphcomp.analysis import analyze_captured
+from graphcomp.errors import PlanError
+from graphcomp.graph import all_tensors, assign, fetch
+from graphcomp.methods.prepared import PROGRESS, Prepared, Session, with_masks
+from graphcomp.pruning.mask import PREFIX
+from graphcomp.pruning.slice import SliceGroups, kept_of_tensors
+
+
+def check_settled(ready: Prepared) -> None:
+    """Raise PlanError where a schedule was begun and has not come to its cool-down."""
+    done, settled = ready.meta.get(PROGRESS, (0, 0))
+    if done < settled:
+        raise PlanError(
+            f"training stopped at step {done}, before the cool-down",
+            why=f"which units go, and bits that are whole, is settled at step {settled}",
+            fix=f"train on to step {settled} at least",
+        )
+
+
+def shrunk(ready: Prepared) -> Prepared:
+    """A smaller copy without the units that are gone; see `graphcomp.shrink`.
+
+    Law: it computes what `ready` computes, and has the same gradients where it has elements.
+
+    Raises:
+        PlanError: a schedule was begun and has not come to its cool-down.
+    """
+    check_settled(ready)
+    session = ready.session
+    hand_over(ready, session)
+    kept = ready.kept()
+    units = {group.name: own for group, own in kept.items()}
+    in_floats = {group: units[group.name] for group in session.plan.groups if group.name in units}
+    floats = SliceGroups(session.plan.coupling, in_floats)(session.plan.captured.module)
+    model = copy.deepcopy(session.plan.model)
+    _give(model, dict(all_tensors(floats)), session.plan.captured.aliases)
+    plan = quantized = analyze_captured(replace(session.plan.captured, module=floats, original=model))
+    if session.bits is not None:
+        graph = SliceGroups(session.quantized.coupling, kept)(session.quantized.captured.module)
+        quantized = analyze_captured(replace(session.quantized.captured, module=graph, original=model))
+    groups = tuple(group for group in quantized.groups if group.name in units)
+    whole = copy.deepcopy(ready)
+    whole.zero_grad()
+    small = with_masks(replace(session, plan=plan, quantized=quantized, groups=groups, whole=whole))
+    small.meta[PROGRESS] = ready.meta.get(PROGRESS, (0, 0))
+    small.train(ready.training)
+    return small
+
+
+def expanded(small: Prepared) -> Prepared:
+    """The module that `small` was cut from, with what `small` has learned since in its place."""
+    assert small.session.whole is not None
+    whole = copy.deepcopy(small.session.whole).to(next(small.parameters()))  # the masks: all else takes its own place
+    kept, units = whole.kept(), {group.name: own for group, own in small.kept().items()}
+    cuts = kept_of_tensors(whole.session.quantized.coupling, kept)
+    found: dict[int, Tensor] = {}
+    for name, tensor in all_tensors(small):
+        old = tensor_of(whole, name)
+        if old is None or name.startswith(PREFIX):
+            continue
+        if id(tensor) not in found:
+            full = _filled(old.detach().to(tensor), cuts.get(name, {}), tensor.detach())
+            found[id(tensor)] = nn.Parameter(full, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else full
+        assign(whole, name, found[id(tensor)])
+    whole.keep({group: own[units[group.name]] if group.name in units else own for group, own in kept.items()})
+    whole.meta[PROGRESS] = small.meta.get(PROGRESS, (0, 0))
+    return whole
+
+
+def _filled(full: Tensor, cuts: Mapping[int, Tensor], values: Tensor) -> Tensor:
+    """A copy of `full` with `values` at the indices `cuts` of its dims."""
+    result = full.clone()
+    if not cuts:
+        return result.copy_(values)
+    indices = [cuts.get(dim, torch.arange(size)) for dim, size in enumerate(full.shape)]
+    spread = [own.view([-1 if d == dim else 1 for d in range(full.dim())]) for dim, own in enumerate(indices)]
+    return result.index_put_(tuple(own.to(full.device) for own in spread), values)
+
+
+def hand_over(ready: Prepared, session: Session) -> None:
+    """Let the graphs and the model of the session hold the tensors of `ready`, which may be a copy, or have moved."""
+    quantized, floats = session.quantized.captured.module, session.plan.captured.module
+    for module in (quantized, floats):
+        for name, tensor in list(all_tensors(module)):
+            found = tensor_of(ready, name)
+            if found is not None and found is not tensor:
+                assign(module, name, found)
+    own = ((name, tensor_of(ready, name)) for name, _ in all_tensors(floats))
+    _give(session.plan.model, {n: found for n, found in own if found is not None}, session.plan.captured.aliases)
+
+
+def _give(model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, Sequence[str]]) -> None:
+    """Let the model hold the tensors, under all names it has for each."""
+    for name, tensor in tensors.items():
+        for alias in aliases.get(name, (name,)):
+            assign(model, alias, tensor)
+
+
+def tensor_of(ready: Prepared, name: str) -> Tensor | None:
+    """The tensor of that name; None where the graph of the session reads it, and training does not."""
+    found: Any = None
+    try:
+        found = fetch(ready, name)
+    except AttributeError:
+        return None
+    return found if isinstance(found, Tensor) else None

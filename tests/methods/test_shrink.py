@@ -1,0 +1,127 @@
+"""Without the units that are gone: outputs, gradients and steps as with masks, and in the end the same small model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import graphcomp as gc
+from graphcomp.cost import CostModel
+from graphcomp.methods.shrink import expanded
+from graphcomp.pruning.slice import kept_of_tensors, select
+from tests.marks import slow
+from tests.methods.runs import SCHEDULE, batch, ready_of, train
+
+COOLDOWN = gc.Schedule(4, warmup=0, projection=0, joint=0)
+
+
+def pruned(name: str, bits: tuple[int, int] | None = (4, 8)) -> gc.Prepared:
+    """At the end of a joint stage, in training mode."""
+    ready = ready_of(name, bits=bits)
+    optimizer = gc.QASSO(ready, torch.optim.SGD, lr=0.01, sparsity=0.4, schedule=SCHEDULE)
+    train(optimizer, ready, name, SCHEDULE.ends[2] + 1)
+    return ready
+
+
+def in_double(name: str, seed: int) -> tuple[torch.Tensor, ...]:
+    return tuple(x.double() if x.is_floating_point() else x for x in batch(name, seed))
+
+
+def gradients(module: gc.Prepared, name: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    module.zero_grad()
+    output = module(*in_double(name, 1))
+    output.square().sum().backward()
+    return output.detach(), {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["residual", "decoder", *slow("vit", "encoder", "upsample", "dense")])
+def test_it_computes_what_masks_compute(name, training):
+    ready = pruned(name)
+    small = gc.shrink(ready)
+    assert sum(p.numel() for p in small.parameters()) < 0.9 * sum(p.numel() for p in ready.parameters())
+    assert {site.name for site in small.session.sites} == {site.name for site in ready.session.sites}
+    expected, all_gradients = gradients(ready.double().train(training), name)
+    actual, found = gradients(small.double().train(training), name)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+    cuts = kept_of_tensors(ready.session.quantized.coupling, ready.kept())
+    assert set(found) == set(all_gradients)
+    for parameter, gradient in found.items():
+        whole = select(all_gradients[parameter], cuts.get(parameter, {}))
+        torch.testing.assert_close(gradient, whole, rtol=1e-7, atol=1e-9, msg=parameter)
+
+
+def test_training_it_is_training_the_whole():
+    ready = pruned("residual")
+    small = gc.shrink(ready)
+    ready, small = ready.double(), small.double()
+    for module in (ready, small):
+        optimizer = gc.QASSO(module, torch.optim.SGD, lr=0.01, momentum=0.9, sparsity=0.0, schedule=COOLDOWN)
+        for step in range(4):
+            optimizer.zero_grad()
+            module(*in_double("residual", step)).square().mean().backward()
+            optimizer.step()
+    found, wanted = expanded(small), dict(ready.state_dict())
+    masked = {name for name in wanted if "running_" in name or "num_batches" in name}  # of units that are gone
+    for name, tensor in found.state_dict().items():
+        if name not in masked:
+            torch.testing.assert_close(tensor, wanted[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("bits", [(4, 8), None])
+def test_what_is_handed_back_is_of_the_whole(bits):
+    ready = pruned("residual", bits)
+    small = gc.shrink(ready)
+    before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    whole, cut = gc.finalize(ready).report, gc.finalize(small).report
+    assert (cut.bops, cut.macs, cut.params, cut.bytes) == (whole.bops, whole.macs, whole.params, whole.bytes)
+    assert (cut.units_removed, cut.units_total) == (whole.units_removed, whole.units_total)
+    costs = CostModel(small.session.plan)  # of which a budget takes its share
+    assert (costs.params(), costs.macs()) == (whole.params.after, whole.macs.after)
+    assert cut.units_removed > 0 and cut.verified["trained == sliced"] < 1e-9
+    assert all(torch.equal(tensor, before[name]) for name, tensor in small.state_dict().items())
+
+
+def test_what_it_learned_is_handed_back():
+    small = gc.shrink(pruned("residual"))
+    optimizer = gc.QASSO(small, torch.optim.SGD, lr=0.05, sparsity=0.0, schedule=COOLDOWN)
+    train(optimizer, small, "residual", 4)
+    x = batch("residual", 9)
+    with torch.no_grad():
+        wanted, found = small.eval()(*x), gc.finalize(small)(*x)
+    assert (found - wanted).norm() < 0.25 * wanted.norm()  # what a few codes that fell the other side make of it
+
+
+def test_more_can_go_and_it_can_be_shrunk_again():
+    ready = pruned("residual")
+    small = gc.shrink(ready)
+    optimizer = gc.QASSO(small, torch.optim.SGD, lr=0.01, sparsity=0.25, schedule=SCHEDULE)
+    train(optimizer, small, "residual", SCHEDULE.ends[2] + 1)
+    again = gc.shrink(small)
+    gone_first = sum(group.size for group in ready.session.groups) - sum(len(u) for u in ready.kept().values())
+    assert optimizer.removed > 0
+    report, once = gc.finalize(again).report, gc.finalize(small).report
+    assert report.units_removed == gone_first + optimizer.removed
+    assert (report.bops, report.macs, report.bytes) == (once.bops, once.macs, once.bytes)
+
+
+def test_it_can_be_copied_and_loaded():
+    ready = pruned("residual")
+    small = gc.shrink(ready)
+    copied = copy.deepcopy(small)
+    copied.load_state_dict(small.state_dict())
+    x = batch("residual", 3)
+    assert torch.equal(copied.eval()(*x), small.eval()(*x))
+    assert gc.finalize(copied).report.to_dict() == gc.finalize(small).report.to_dict()
+
+
+def test_a_schedule_that_was_cut_short_is_refused():
+    ready = ready_of("residual", bits=(4, 8))
+    optimizer = gc.QASSO(ready, torch.optim.SGD, lr=0.01, sparsity=0.4, schedule=SCHEDULE)
+    train(optimizer, ready, "residual", SCHEDULE.ends[1])
+    with pytest.raises(gc.PlanError, match="before the cool-down"):
+        gc.shrink(ready)
+    with pytest.raises(gc.PlanError, match="not prepared"):
+        gc.shrink(torch.nn.Linear(2, 2))
