@@ -213,7 +213,7 @@ def sequential(task: Task, asked: Options) -> gc.CompressedModel:
 
 
 def quantize_only(task: Task, asked: Options) -> gc.CompressedModel:
-    return _qasso(task, task.model, asked.steps, asked, bits=asked.bits, sparsity=0.0)
+    return _qasso(task, task.model, asked.steps, asked, bits=asked.bits, sparsity=0.0, budget=asked.budget)
 
 
 def prune_only(task: Task, asked: Options) -> gc.CompressedModel:
@@ -235,7 +235,13 @@ def _qasso(
 ) -> gc.CompressedModel:
     ready = _prepared(task, model, bits)
     options = {**task.qasso, **options}
-    optimizer = gc.QASSO(ready, task.base, schedule=steps, **task.options, **options)
+    parts = {
+        "transformer": ready.session.has_attention,
+        "prune": options["sparsity"] != 0,
+        "quantize": bits is not None,
+    }
+    schedule = gc.Schedule.of(steps, **parts)  # as `compress` has it: no steps for what is not done
+    optimizer = gc.QASSO(ready, task.base, schedule=schedule, **task.options, **options)
     train(task, ready, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps), steps, asked)
     return gc.finalize(ready)
 

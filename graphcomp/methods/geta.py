@@ -67,6 +67,10 @@ class QASSO(Optimizer):
     included, while the steps of their quantizers are set so that the whole stays a descent; they are exactly zero from
     the end of the period on. Cool-down: bits are fixed whole numbers, weights, ranges and exponents go on learning.
 
+    With a sparsity and a budget on bit operations or bytes, the projection goes down to the bits that the budget will
+    leave when the units are gone, and the cool-down uses the budget up: what the joint stage took of the bits beyond
+    that is given back. (GETA has no budgets: its bits are those of the joint stage, the fewest that its rule allows.)
+
     Learning-rate schedulers, gradient clipping, accumulation and scalers work as with the base optimizer, whose
     `param_groups` and `state` these are: the parameters given, then the quantizers' in one group more. Steps that a
     scaler skips do not count.
@@ -174,6 +178,7 @@ class QASSO(Optimizer):
         if budget is not None:
             self.target = Target(session, budget, self.groups, self._sites, self.bank.low)
         self._final = 0  # units that are gone in the end, as far as is known
+        self._foreseen: Tensor | None = None  # the bits that a budget will leave
         self._check_reachable()
 
     # ------------------------------------------------------------------------------------------ where it stands
@@ -194,7 +199,7 @@ class QASSO(Optimizer):
 
     def most_bits(self) -> Tensor:
         """(l,) the most bits that each quantizer of `bank` may have in the next step."""
-        return self.schedule.most_bits(self.steps, self.bank.low, self.bank.high)
+        return self.schedule.most_bits(self.steps, self.bank.low, self.bank.high, self._foreseen)
 
     # ------------------------------------------------------------------------------------------ a step
     @overload
@@ -210,15 +215,18 @@ class QASSO(Optimizer):
                 loss = closure()
         moment = self.moment
         begins = moment.stage == Stage.JOINT and moment.first and (self._final > self.removed)
+        foresees = self._foresees(moment)
         if self._fixed is not None:
             self.bank.tie(self._fixed)
         self._clamp_gradients()
-        weights = {name: self._parameters[name].clone() for name in self._made} if begins else None
+        weights = {name: self._parameters[name].clone() for name in self._made} if begins or foresees else None
         old = self._active.gather() if self._active is not None else None
         d = self.bank.d()
         self.base.step()
         self.bank.clamp()
-        if weights is not None:
+        if weights is not None and foresees:
+            self._foresee(weights)
+        if weights is not None and begins:
             self._choose(moment, weights)
             old = self._active.gather(weights) if self._active is not None else None
         if self._active is not None and old is not None:
@@ -253,9 +261,9 @@ class QASSO(Optimizer):
         if self._fixed is None:
             most = torch.maximum(self.most_bits().floor(), self.bank.low)
             self._fixed = torch.clamp(self.bank.bits().round(), self.bank.low, most)
-            if self.target is not None:
-                lowered = self.target.lowered(self.kept, [round(b) for b in self._fixed.tolist()])
-                self._fixed = torch.tensor(lowered).to(self._fixed)
+            if self.target is not None and self.target.of_bits:
+                # The joint rule went down as far as a descent allows. Bits that the budget leaves are given back.
+                self._fixed = self._left_by(self.target, self.kept)
         self.bank.fix(self._fixed)
 
     # ------------------------------------------------------------------------------------------ units
@@ -274,7 +282,10 @@ class QASSO(Optimizer):
             self._final = self.total - sum(len(units) for units in wanted.values())
         if self.target is not None and self.sparsity is not None:
             scores = self._cheap_enough(self.target, scores)
-            self.chosen = self._share_of(self._allocate(scores, self._final), scores, periods_left)
+            wanted = self._allocate(scores, self._final)
+            if self.target.of_bits:
+                self._foreseen = self._left_by(self.target, wanted)
+            self.chosen = self._share_of(wanted, scores, periods_left)
         elif wanted is not None and periods_left == 1:
             self.chosen = wanted
         else:
@@ -300,6 +311,31 @@ class QASSO(Optimizer):
             first = leaving[scores[group][leaving].argsort(stable=True)[:now]]
             found[group] = units[~torch.isin(units, first)]
         return found
+
+    def _foresees(self, moment: Moment) -> bool:
+        """Whether it is now, before the first bit goes, that the bits which a budget will leave are found out."""
+        return (
+            self.target is not None
+            and self.target.of_bits
+            and self.sparsity is not None
+            and moment.stage == Stage.PROJECTION
+            and (moment.period, moment.step) == (0, 0)
+        )
+
+    def _foresee(self, weights: Mapping[str, Tensor]) -> None:
+        """The bits that the budget will leave when all units that are to go are gone, as far as scores tell by now."""
+        assert self.target is not None
+        kept = self.kept
+        if self._final > self.removed:
+            scores = self._scores(weights, {name: weight - self._parameters[name] for name, weight in weights.items()})
+            kept = self._allocate(self._cheap_enough(self.target, scores), self._final)
+        self._foreseen = self._left_by(self.target, kept)
+
+    def _left_by(self, target: Target, kept: Kept) -> Tensor:
+        """(l,) what the budget leaves of the most bits, whole, that the projection ends with."""
+        most = self.schedule.most_bits(self.schedule.ends[2], self.bank.low, self.bank.high)
+        whole = torch.maximum(most.floor(), self.bank.low)
+        return torch.tensor(target.lowered(kept, [round(bits) for bits in whole.tolist()])).to(self.bank.low)
 
     def _within_budget(self, target: Target, scores: Scores) -> Kept:
         """What is left when the budget holds with the bits that there are now; with the fewest, where it cannot."""
@@ -434,6 +470,7 @@ class QASSO(Optimizer):
             "chosen": {names[g]: units for g, units in self.chosen.items()},
             "final": self._final,
             "fixed": self._fixed,
+            "foreseen": self._foreseen,
         }
         return {**self.base.state_dict(), "qasso": own}
 
@@ -462,6 +499,8 @@ class QASSO(Optimizer):
         self.chosen = {group: own["chosen"][group.name].cpu() for group in self.groups}
         self._final = int(own["final"])
         self._fixed = None if own["fixed"] is None else own["fixed"].to(self.bank.device)
+        foreseen = own.get("foreseen")  # what earlier versions saved has none
+        self._foreseen = None if foreseen is None else foreseen.to(self.bank.device)
         self.bank.follow(self.stage == Stage.WARMUP)
         self._index_zeros()
         self._activate()

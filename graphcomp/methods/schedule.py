@@ -161,20 +161,27 @@ class Schedule:
             return _in_period(Stage.JOINT, step - projection, joint - projection, self.pruning_periods)
         return Moment(Stage.COOLDOWN, 0, step - joint, 0)
 
-    def most_bits(self, step: int, low: Tensor, high: Tensor) -> Tensor:
+    def most_bits(self, step: int, low: Tensor, high: Tensor, end: Tensor | None = None) -> Tensor:
         """The most bits allowed in a step, between `low` and `high`: they go down with the projection periods.
 
         Args:
             low, high: (l,) ranges.
+            end: (l,) what they come to when the projection is over, where that is less.
         """
         warmup, projection, _ = self.ends
         if step < warmup or warmup == projection:
             return high
-        done = self.moment(step).period if step < projection else self.projection_periods - 1
+        whole = self.projection_periods - 1
+        done = self.moment(step).period if step < projection else whole
         if self.bit_reduction is not None:
-            return torch.maximum(low, high - self.bit_reduction * done)
-        in_all = ((high - low) * (2 / 3)).round()  # whole, as the bits are in the end
-        return high - in_all * done / max(self.projection_periods - 1, 1)
+            most = torch.maximum(low, high - self.bit_reduction * done)
+        else:
+            in_all = ((high - low) * (2 / 3)).round()  # whole, as the bits are in the end
+            most = high - in_all * done / max(whole, 1)
+        if end is None:
+            return most
+        share = done / whole if whole else float(step >= projection)
+        return torch.minimum(most, high - (high - end) * share)
 
 
 def _in_period(stage: Stage, step: int, length: int, periods: int) -> Moment:

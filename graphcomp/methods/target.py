@@ -46,6 +46,11 @@ class Target:
             if name in in_graph
         }
 
+    @property
+    def of_bits(self) -> bool:
+        """Whether fewer bits cost less."""
+        return self.budget.bops is not None or self.budget.bytes is not None
+
     def units(self, scores: Scores, kept: Kept, bits: Sequence[int], round_to: int, most: float) -> Kept:
         """What is left when as many more units are gone as the budget takes at `bits`; arguments as of `allocate`.
         Scores count as they are.

@@ -41,6 +41,27 @@ def uninterrupted() -> dict[str, Tensor]:
     return state_of(ready)
 
 
+@pytest.mark.parametrize("stopped", [5, 10, 13])
+def test_a_run_with_a_budget_goes_on_bit_for_bit(stopped):
+    """What the budget leaves was found out when the projection began."""
+
+    def run(*, to: int, state: list[Any] | None = None, begin: int = 0) -> tuple[nn.Module, gc.QASSO]:
+        ready = ready_of("residual", bits=(2, 8))
+        optimizer = qasso(ready, budget=gc.Budget(bops=0.0015))
+        if state is not None:
+            ready.load_state_dict(state[0])
+            optimizer.load_state_dict(state[1])
+        train(optimizer, ready, "residual", range(begin, to))
+        return ready, optimizer
+
+    ready, optimizer = run(to=stopped)
+    anyway = SCHEDULE.most_bits(stopped, optimizer.bank.low, optimizer.bank.high)
+    assert bool((optimizer.most_bits() < anyway).any())
+    resumed, _ = run(to=SCHEDULE.steps, state=saved(ready.state_dict(), optimizer.state_dict()), begin=stopped)
+    whole, _ = run(to=SCHEDULE.steps)
+    assert same(state_of(resumed), state_of(whole))
+
+
 @pytest.mark.parametrize("stopped", [0, 2, 3, 5, 9, 10, 12, 13, 15, 18])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(stopped):
     """In each stage, at the start, inside and at the end of its periods."""

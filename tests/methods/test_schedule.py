@@ -46,6 +46,27 @@ def test_without_projection_all_bits_are_allowed():
     assert trace(Schedule(100, projection=0)) == [16]
 
 
+@pytest.mark.parametrize("options", [{}, {"bit_reduction": 1}])
+def test_bits_that_are_to_be_fewer_in_the_end_are_come_to_in_the_same_periods(options):
+    schedule = Schedule(100, **options)
+    end = torch.tensor([6.0])
+    bits = [schedule.most_bits(k, LOW, HIGH, end).item() for k in range(100)]
+    assert list(dict.fromkeys(bits)) == [16, 13.5, 11, 8.5, 6]
+    assert bits[14:] == [6] * 86
+
+
+def test_bits_that_are_to_be_more_in_the_end_change_nothing():
+    schedule = Schedule(100)
+    for k in range(100):
+        assert schedule.most_bits(k, LOW, HIGH, torch.tensor([9.0])) == schedule.most_bits(k, LOW, HIGH)
+
+
+def test_in_one_period_the_end_comes_with_the_joint_stage():
+    schedule = Schedule(100, projection_periods=1)
+    bits = [schedule.most_bits(k, LOW, HIGH, torch.tensor([6.0])).item() for k in range(100)]
+    assert bits == [16] * 15 + [6] * 85
+
+
 # ------------------------------------------------------------------------------------------------ stages and periods
 def test_stages_follow_each_other_and_the_cool_down_has_no_end():
     schedule = Schedule(20, warmup=3, projection=6, joint=6, projection_periods=3, pruning_periods=2)

@@ -34,6 +34,38 @@ def test_bits_are_lowered_where_no_unit_may_go():
     assert bool((optimizer.bank.bits() < free.bank.bits() - 0.5).any())
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.3])
+def test_the_bits_that_a_budget_leaves_are_come_to_in_the_projection(sparsity):
+    """Not at once when the cool-down begins, which training does not come back from as well."""
+    ready = ready_of("residual", bits=(2, 16))
+    budget = gc.Budget(bops=0.005)
+    optimizer = gc.QASSO(ready, torch.optim.AdamW, lr=0.01, schedule=SCHEDULE, sparsity=sparsity, budget=budget)
+    train(optimizer, ready, "residual", 3)
+    assert torch.equal(optimizer.most_bits(), optimizer.bank.high)
+    train(optimizer, ready, "residual", range(3, 9))
+    after_projection = optimizer.most_bits()
+    assert bool((after_projection < 7).all())  # two thirds of the range would leave 7
+    train(optimizer, ready, "residual", range(9, SCHEDULE.steps))
+    assert bool((optimizer.bank.bits() - after_projection).abs().max() <= 1)  # other units than foreseen may have gone
+    assert gc.finalize(ready).report.bops.ratio <= 0.005
+
+
+def test_a_budget_of_bits_is_used_up():
+    """Bits that the descent rule took in the joint stage are given back, as far as the budget reaches."""
+    free, without = trained(sparsity=0.4, bits=(2, 8))
+    share = without.bops.ratio * 1.5
+    optimizer, report = trained(sparsity=0.4, bits=(2, 8), budget=gc.Budget(bops=share))
+    assert 0.9 * share < report.bops.ratio <= share
+    assert float(optimizer.bank.bits().mean()) > float(free.bank.bits().mean())
+    assert bool((optimizer.bank.bits() < 4 + 1e-4).all())  # what the projection leaves
+
+
+def test_a_budget_without_bits_gives_none_back():
+    free, without = trained(sparsity=0.4, bits=(2, 8))
+    optimizer, _ = trained(sparsity=0.4, bits=(2, 8), budget=gc.Budget(macs=without.macs.ratio))
+    assert torch.equal(optimizer.bank.bits().round(), free.bank.bits().round())
+
+
 def test_with_a_sparsity_as_many_units_go_and_rather_those_that_cost():
     fixed, free = trained(sparsity=0.4)
     share = free.macs.ratio * 0.8
