@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcomp.analysis import Analysis, analyze_captured
-from graphcomp.assemble import as_integers, as_model, cut_groups, into_whole, planned_bits, post_training
+from graphcomp.assemble import as_integers, as_model, cut_groups, into_whole, planned_bits, planned_bytes, post_training
 from graphcomp.capture import capture, example_arguments, scoped
 from graphcomp.compressed import CompressedModel
 from graphcomp.cost import flat_inputs
@@ -223,8 +223,11 @@ def compress(
             if budget is None:
                 kept = allocate(groups, scores, sparsity=sparsity, scope=ranking, round_to=round_to)
             else:
+                stored = None
+                if budget.bytes is not None and quantization is not None and layer_bits is not None:
+                    stored = planned_bytes(analysis, quantization, layer_bits)
                 kept = allocate_budget(
-                    analysis, groups, scores, budget, scope=ranking, round_to=round_to, bits=layer_bits
+                    analysis, groups, scores, budget, scope=ranking, round_to=round_to, bits=layer_bits, stored=stored
                 )
         bar.step("cutting and verifying")
         cut = cut_groups(analysis, kept, groups, verify=verify)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import graphcomp as gc
+from tests.marks import slow
 
-from .runs import SCHEDULE, ready_of, train
+from .runs import MODELS, SCHEDULE, ready_of, train
 
 
 def trained(name="residual", bits=(4, 8), **options):
@@ -15,13 +16,27 @@ def trained(name="residual", bits=(4, 8), **options):
     return optimizer, gc.finalize(ready).report
 
 
-@pytest.mark.parametrize(("cost", "share"), [("params", 0.5), ("macs", 0.4), ("bops", 0.006)])
+@pytest.mark.parametrize(("cost", "share"), [("params", 0.5), ("macs", 0.4), ("bops", 0.006), ("bytes", 0.15)])
 def test_the_budget_holds_for_the_result(cost, share):
     optimizer, report = trained(budget=gc.Budget(**{cost: share}))
     assert getattr(report, cost).ratio <= share
     assert optimizer.removed > 0
     bits = optimizer.bank.bits()
     assert bool((bits > 4 - 1e-4).all()) and bool((bits < 8 + 1e-4).all())
+
+
+@pytest.mark.parametrize("name", ["encoder", *slow(*(name for name in MODELS if name not in ("encoder", "residual")))])
+@pytest.mark.parametrize("bits", [(4, 8), *slow((2, 4), (9, 16))])
+def test_bytes_are_those_of_the_report(name, bits):
+    """Packed codes, steps, zero points, biases that batch norms leave, embeddings: to the byte, before training."""
+    ready = ready_of(name, bits=bits)
+    options = {"lr": 0.01, "schedule": SCHEDULE, "sparsity": 0.4}
+    optimizer = gc.QASSO(ready, torch.optim.AdamW, budget=gc.Budget(bytes=1.0), **options)
+    target = optimizer.target
+    train(optimizer, ready, name, SCHEDULE.steps)
+    counts = {target.in_floats[group].factor: len(units) for group, units in optimizer.kept.items()}
+    bits_in_the_end = [round(b) for b in optimizer.bank.bits().tolist()]
+    assert target.stored_at(bits_in_the_end)(counts) == gc.finalize(ready).report.bytes.after
 
 
 def test_bits_are_lowered_where_no_unit_may_go():
