@@ -545,8 +545,8 @@ def _prepared(
 ) -> Prepared:
     """As `prepare`, but the tensors are those of `model`, which is trained then."""
     limits = _limits(bits)
-    plan = analyze(model, example_inputs, example_kwargs, scope=scope, outputs=outputs)
-    captured = plan.captured
+    captured = capture(model, example_inputs, example_kwargs, scope=scope, outputs=outputs, training=True)
+    plan = analyze_captured(captured)
     if captured.producer == "record":
         raise CaptureError(
             f"{type(model).__name__} cannot be trained: it could only be recorded",
