@@ -21,6 +21,7 @@ from graphcomp.assemble import (
     cut_groups,
     into_whole,
     planned_bits,
+    planned_bytes,
     post_training,
 )
 from graphcomp.capture import blaming_inputs, capture, example_arguments, scoped
@@ -256,8 +257,11 @@ def compress(
             if budget is None:
                 kept = allocate(groups, scores, sparsity=sparsity, scope=ranking, round_to=round_to)
             else:
+                stored = None
+                if budget.bytes is not None and quantization is not None and layer_bits is not None:
+                    stored = planned_bytes(analysis, quantization, layer_bits)
                 kept = allocate_budget(
-                    analysis, groups, scores, budget, scope=ranking, round_to=round_to, bits=layer_bits
+                    analysis, groups, scores, budget, scope=ranking, round_to=round_to, bits=layer_bits, stored=stored
                 )
         bar.step("cutting and verifying")
         with blaming_inputs(analysis.captured):
@@ -594,8 +598,8 @@ def _prepared(
 ) -> Prepared:
     """As `prepare`, but the tensors are those of `model`, which is trained then."""
     limits = _limits(bits)
-    plan = analyze(model, example_inputs, example_kwargs, scope=scope, outputs=outputs)
-    captured = plan.captured
+    captured = capture(model, example_inputs, example_kwargs, scope=scope, outputs=outputs, training=True)
+    plan = analyze_captured(captured)
     if captured.producer == "record":
         raise CaptureError(
             f"{type(model).__name__} cannot be trained: it could only be recorded",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from graphcomp.analysis import Analysis
 from graphcomp.capture import Captured
 from graphcomp.compare import relative_error, tolerance_of
 from graphcomp.compressed import CompressedModel
-from graphcomp.cost import Bits, Bops, Codes, CostModel, SizeModel, flat_inputs, latency
+from graphcomp.cost import Bits, Bops, Codes, CostModel, Counts, SizeModel, flat_inputs, latency
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import CalibrationError, PlanError, VerificationError
 from graphcomp.export.native import NativeResult, native
@@ -27,9 +27,10 @@ from graphcomp.pruning.slice import SliceGroups, by_factor, kept_of_tensors
 from graphcomp.quantization import ops
 from graphcomp.quantization.law import check_lowering
 from graphcomp.quantization.lower import Lowered, LoweredLayer
-from graphcomp.quantization.ptq import PostTraining, Quantized, Rounding, planned_layers, quantize
+from graphcomp.quantization.ptq import PostTraining, Quantized, Rounding, planned, planned_layers, quantize
 from graphcomp.quantization.quantizers.base import Quantizer, spread
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, QuantSpec, check_bits
+from graphcomp.quantization.stored import StoredBytes
 from graphcomp.report import Change, LayerReport, Report, group_dict, layers
 
 logger = logging.getLogger("graphcomp")
@@ -188,6 +189,22 @@ def check_batches(example_inputs: Any, calibration: Iterable[Any]) -> None:
             why="each of its rows would be taken for a batch" if one else "",
             fix="calibration=[batch, …], each batch in the form of the example inputs",
         )
+
+
+def planned_bytes(
+    plan: Analysis, options: PostTraining, bits: Mapping[str | fx.Node, Bits]
+) -> Callable[[Counts], int] | None:
+    """Bytes of what quantizing will store, by the number of units that stay; None where weights share a step by group:
+    which inputs make a group is settled when the others are gone.
+
+    Args:
+        bits: what `planned_bits` gave.
+    """
+    if options.config.weights is not None and options.config.weights.granularity == "group":
+        return None
+    stored = StoredBytes(plan, planned(plan.captured.module, options))
+    by_op = {node.name: own for node, own in bits.items() if isinstance(node, fx.Node)}
+    return lambda counts: stored(counts, by_op)
 
 
 def _bits_by_node(costs: CostModel, layers: Sequence[LoweredLayer]) -> dict[str | fx.Node, Bits]:

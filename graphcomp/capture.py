@@ -30,15 +30,16 @@ from torch.export import Dim, ShapesCollection
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.parameter import is_lazy
 
-from graphcomp.canonical import canonicalize
+from graphcomp.canonical import canonicalize, inline_regions
 from graphcomp.errors import CaptureError, InputError
-from graphcomp.graph import fetch
+from graphcomp.graph import bind, fetch, is_op
 from graphcomp.graph_module import (
     CapturedModule,
     aliases,
     build,
     calling_convention,
     canonical_names,
+    follow_training,
     leaf_names,
     tensor_leaves,
     tensor_names,
@@ -99,6 +100,7 @@ def capture(
     scope: str = "",
     outputs: str | Sequence[str] | None = None,
     dynamic: bool = True,
+    training: bool = False,
 ) -> Captured:
     """Turn a model into a graph.
 
@@ -111,6 +113,8 @@ def capture(
             a flat tuple (or one tensor). None: all, in the model's own structure.
         dynamic: leave the batch (dim 0 of the inputs that share the first one's length) and the sequence (dim 1 of
             integer inputs, and of inputs that are as long there) symbolic where the model allows it.
+        training: the graph is to be trained: `.train()` also turns on the dropout of attention. It takes a second
+            export where there is some.
 
     Raises:
         InputError: the example inputs do not fit the model.
@@ -137,6 +141,8 @@ def capture(
         names = select_outputs(module.graph, names, [outputs] if isinstance(outputs, str) else outputs)
     canonicalize(module)
     captured = _finish(module, model)
+    if training and producer == "export":
+        _follow_training(captured, model, args, kwargs)
     return Captured(captured, model, args, kwargs, producer, reason, names, aliases(model), scope)
 
 
@@ -302,6 +308,24 @@ def _is_integer(tensor: torch.Tensor) -> bool:
 def _program(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any) -> torch.export.ExportedProgram:
     with untouched(model, real=False), _quiet():
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+def _follow_training(captured: CapturedModule, model: nn.Module, args: Args, kwargs: Kwargs) -> None:
+    """Look up what ops are given in training mode where export has written down what they are given in eval mode: the
+    probability of a dropout that is part of another op is 0 there."""
+    if not any(bind(node).get("dropout_p") == 0 for node in filter(is_op, captured.graph.nodes)):
+        return
+    try:
+        with untouched(model, real=False), _quiet():
+            for module in model.modules():
+                module.training = True
+            program = torch.export.export(model, args, kwargs, strict=False)
+    except Exception as error:  # export has no base class for its refusals
+        log.info("%s is trained without dropout in attention: %s", type(model).__name__, _reason(error))
+        return
+    module, _ = _unlifted(program)
+    inline_regions(module)
+    follow_training(captured.graph, module.graph)
 
 
 @contextmanager

@@ -15,18 +15,21 @@ from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
 from graphcomp.errors import InputError
-from graphcomp.graph import bind, is_op, set_argument
+from graphcomp.graph import bind, is_op, module_path, set_argument
 
-FOLLOWS_MODE = "follows_mode"  # node.meta: the node's `train` argument follows CapturedModule.train()
+FOLLOWS_MODE = "follows_mode"
+"""In node.meta: argument of the op -> what it is in eval and in training mode; CapturedModule.train() gives it that."""
 
 
 class CapturedModule(fx.GraphModule):
     """A GraphModule whose batch norms, dropouts and recurrent layers follow `.train()` and `.eval()`.
 
     Export bakes the mode into an argument of each such op. The nodes that were in eval mode when the model was
-    captured carry `meta["follows_mode"]`, and `train` rewrites their argument. What stayed in training mode during an
-    evaluation (a dropout that is always on, a batch norm without running statistics) is not touched. A submodule
-    the user kept in eval mode inside a training model (frozen batch norm) is not told apart: `train` switches it too.
+    captured carry `meta["follows_mode"]`, and `train` rewrites their argument; so do, where they are known (see
+    `follow_training`), those that take another number in training mode, as the dropout of attention does. What stayed
+    in training mode during an evaluation (a dropout that is always on, a batch norm without running statistics) is not
+    touched. A submodule the user kept in eval mode inside a training model (frozen batch norm) is not told apart:
+    `train` switches it too.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -62,7 +65,7 @@ class CapturedModule(fx.GraphModule):
     def train(self, mode: bool = True) -> CapturedModule:
         """Switch the mode of this module and of the ops in its graph; recompiles only where something changed."""
         super().train(mode)
-        switched = [_switch(node, mode) for node in self.graph.nodes if node.meta.get(FOLLOWS_MODE)]
+        switched = [_switch(node, mode) for node in self.graph.nodes if FOLLOWS_MODE in node.meta]
         if any(switched):
             self.recompile()
         return self
@@ -98,7 +101,7 @@ def build(tensors: Mapping[str, Any], graph: fx.Graph, name: str) -> CapturedMod
     for node in graph.nodes:
         flag = _mode_argument(node)
         if flag is not None and bind(node)[flag] is False:
-            node.meta[FOLLOWS_MODE] = True
+            node.meta[FOLLOWS_MODE] = {flag: (False, True)}
     module = CapturedModule(dict(tensors), graph, class_name=name)
     module.eval()
     return module
@@ -186,9 +189,38 @@ def _mode_argument(node: fx.Node) -> str | None:
 
 
 def _switch(node: fx.Node, mode: bool) -> bool:
-    """Give the op's mode argument the value `mode`; False where it has it already."""
-    name = _mode_argument(node)
-    if name is None or bind(node)[name] is mode:
-        return False
-    set_argument(node, name, mode)
-    return True
+    """Give the op's arguments that follow the mode their values in `mode`; False where they have them already."""
+    switched = False
+    for name, values in node.meta[FOLLOWS_MODE].items():
+        now = bind(node).get(name)
+        if now is not None and now != values[mode]:
+            set_argument(node, name, values[mode])
+            switched = True
+    return switched
+
+
+def follow_training(graph: fx.Graph, training: fx.Graph) -> None:
+    """Let the arguments of the ops in `graph`, of a model in eval mode, follow the mode that are other numbers in
+    `training`, the graph of the same model in training mode.
+
+    An op is the same as one of the other graph where a module calls it as many times in both: it is known by how many
+    calls went before. What a model does in training mode alone stays unknown.
+    """
+    ours, theirs = _sites(graph), _sites(training)
+    for site, nodes in ours.items():
+        twins = theirs.get(site, [])
+        for node, twin in zip(nodes, twins, strict=True) if len(nodes) == len(twins) else ():
+            arguments = bind(twin)
+            for name, number in bind(node).items():
+                other = arguments[name]
+                if isinstance(number, float) and isinstance(other, float) and number != other:
+                    node.meta.setdefault(FOLLOWS_MODE, {})[name] = (number, other)
+
+
+def _sites(graph: fx.Graph) -> dict[tuple[str, Any], list[fx.Node]]:
+    """The ops of a graph by the module that calls them and by what they are."""
+    found: dict[tuple[str, Any], list[fx.Node]] = {}
+    for node in graph.nodes:
+        if is_op(node):
+            found.setdefault((module_path(node), node.target), []).append(node)
+    return found

@@ -20,13 +20,8 @@ from graphcomp.errors import TrainingError, VerificationError
 from graphcomp.methods.prepared import Prepared, Session
 from graphcomp.methods.shrink import check_settled, expanded, hand_over
 from graphcomp.pruning.slice import SliceGroups
-from graphcomp.quantization.calibrate import calibrate_weight
-from graphcomp.quantization.finish import Finish, from_training
-from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
-from graphcomp.quantization.placement import place
+from graphcomp.quantization.finish import Finish, from_training, with_embeddings
 from graphcomp.quantization.repeats import with_repeats
-from graphcomp.quantization.spec import QuantConfig
-from graphcomp.quantization.walk import Constants
 
 SLICING, FOLDING = 1e-9, 1e-6
 """Largest relative errors, in float64, of slicing a trained graph and of folding its batch norms into its steps."""
@@ -62,7 +57,7 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
     if session.bits is None:
         return as_model(replace(cut, verified=verified), measure_latency=measure_latency)
     inputs = flat_inputs(plan.captured, plan.captured.args, plan.captured.kwargs)
-    quantized = from_training(_with_embeddings(with_repeats(sliced)), [inputs])
+    quantized = from_training(with_embeddings(with_repeats(sliced)), [inputs])
     return with_integers(
         replace(cut, verified=verified),
         quantized,
@@ -118,15 +113,3 @@ def _in_double(module: fx.GraphModule) -> fx.GraphModule:
 
 def _named_double(argument: Any) -> Any:
     return torch.float64 if argument is torch.float32 else argument
-
-
-# ------------------------------------------------------------------------------------------------ embeddings
-def _with_embeddings(fake: fx.GraphModule) -> fx.GraphModule:
-    """Tables that were looked up in floats get their quantizers: one step per row."""
-    before = {str(node.target) for node, _ in quantizer_nodes(fake)}
-    found = InsertQuantizers(place(fake, QuantConfig(weights=None, activations=None)))(fake)
-    values = Constants(found)
-    for node, quantizer in quantizer_nodes(found):
-        if str(node.target) not in before:
-            calibrate_weight(quantizer, values.of(node.all_input_nodes[0]), str(node.target))
-    return found

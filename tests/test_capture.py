@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 import graphcomp as gc
 from graphcomp.capture import Captured, capture
 from graphcomp.errors import CaptureError, InputError
+from graphcomp.graph import bind
 from graphcomp.graph_module import CapturedModule
 from graphcomp.pruning.slice import SliceGroups
 from graphcomp.testing import Encoder, random_kept, randomize
@@ -291,6 +292,55 @@ def test_recurrent_layers_follow_the_mode() -> None:
     assert not torch.equal(captured.module(x)[0], captured.module(x)[0])
     captured.module.eval()
     assert torch.equal(captured.module(x)[0], captured.module(x)[0])
+
+
+class Attention(nn.Module):
+    """Attention in one op, whose dropout is 0 in eval mode; with `more`, twice in training mode."""
+
+    def __init__(self, p: float, more: bool = False) -> None:
+        super().__init__()
+        self.p, self.more, self.qkv = p, more, nn.Linear(4, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if self.more and self.training:
+            q = F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=self.p if self.training else 0.0)
+
+
+def test_dropout_in_attention_follows_the_mode_in_a_graph_that_is_trained() -> None:
+    x = torch.randn(2, 3, 4)
+    model = nn.Sequential(Attention(0.5), nn.Tanh(), Attention(0.0), nn.Tanh(), Attention(0.25)).train()
+    captured = capture(model, x, training=True).module
+    for module in (captured, copy.deepcopy(captured)):
+        nodes = module.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
+        for mode, expected in ((True, [0.5, 0.0, 0.25]), (False, [0.0] * 3), (True, [0.5, 0.0, 0.25])):
+            module.train(mode)
+            assert [bind(node)["dropout_p"] for node in nodes] == expected
+            torch.manual_seed(0)
+            own = model.train(mode)(x)
+            torch.manual_seed(0)
+            assert torch.equal(module(x), own)
+    assert model.training
+
+
+def test_ops_that_are_not_the_same_in_both_modes_are_left_alone() -> None:
+    x = torch.randn(2, 3, 4)
+    for model in (Attention(0.5, more=True), Refused()):
+        node = find(capture(model, x, training=True), aten.scaled_dot_product_attention.default)
+        assert bind(node)["dropout_p"] == 0 and "follows_mode" not in node.meta
+
+
+class Refused(Attention):
+    """Export refuses it in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.sum() > 0:
+            x = x + 1
+        return super().forward(x)
 
 
 def test_what_is_always_on_stays_on() -> None:

@@ -91,8 +91,7 @@ class CostModel:
 
     def __init__(self, analysis: Analysis) -> None:
         coupling = analysis.coupling
-        self._symbols = _symbol_values(analysis.captured)
-        self._variables = frozenset(group.factor for group in analysis.groups)
+        self._size = Lengths(analysis.captured, {group.factor: group.factor for group in analysis.groups}).size
         axes_of = {id(tensor): coupling.attributes[str(node.target)] for node, tensor in attributes(coupling.module)}
         parameters = {id(p): p for p in analysis.model.parameters()}
         stored = {id(t): t for t in analysis.model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
@@ -164,7 +163,20 @@ class CostModel:
                 total += elements(counts) * (round(bits) - before)
         return -(-total // 8)
 
-    def _size(self, axes: Iterable[Axis]) -> Polynomial:
+
+class Lengths:
+    """How long axes are when not all units stay.
+
+    Args:
+        captured: with the example inputs whose batch and sequence stand for the symbols.
+        variables: factor -> the one whose units are counted; all other factors have the length they have.
+    """
+
+    def __init__(self, captured: Captured, variables: Mapping[Factor, Factor]) -> None:
+        self._symbols = _symbol_values(captured)
+        self._variables = variables
+
+    def size(self, axes: Iterable[Axis]) -> Polynomial:
         """Number of elements of a value with these axes."""
         result = Polynomial.constant(1)
         for axis in axes:
@@ -173,8 +185,8 @@ class CostModel:
 
     def _length(self, axis: Axis) -> Polynomial:
         if isinstance(axis, Factor):
-            known = axis in self._variables
-            return Polynomial({(axis,): 1}) if known else Polynomial.constant(self._number(axis.size))
+            variable = self._variables.get(axis)
+            return Polynomial({(variable,): 1}) if variable else Polynomial.constant(self._number(axis.size))
         if not any(leaf in self._variables for leaf in leaves(axis)):
             return Polynomial.constant(self._number(length(axis)))
         parts = [self._length(part) for part in axis.parts]

@@ -15,7 +15,7 @@ from torch import nn
 
 from graphcomp.errors import ExportError, GraphcompError
 from graphcomp.export.files import replacing
-from graphcomp.export.program import as_graph, export_program, first_line, quiet
+from graphcomp.export.program import as_graph, evaluating, export_program, first_line, quiet
 from graphcomp.quantization.attention import WriteOutAttention
 
 if TYPE_CHECKING:
@@ -101,7 +101,9 @@ def _translate(
     from graphcomp.export.onnx_ops import translation_table
 
     # the exporter's own way takes a softmax apart for NaN, in each layer, and turns keys around by reshaping them
-    written_out = WriteOutAttention(zero_hidden=True)(as_graph(module, args, kwargs))
+    graph = as_graph(module, args, kwargs)
+    with evaluating(graph):
+        written_out = WriteOutAttention(zero_hidden=True)(graph)
     program = export_program(written_out, args, kwargs)
     try:
         with _silent():

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, fx
 
-from graphcomp.cost import Bits, BitsOf, CostModel
+from graphcomp.cost import Bits, BitsOf, CostModel, Counts
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.methods.prepared import Session, Site, operands
 from graphcomp.pruning.allocation import Budget, Meter, allocate_budget
 from graphcomp.pruning.evidence import Scores
+from graphcomp.quantization.finish import planned
+from graphcomp.quantization.stored import StoredBytes
 
 BY_COST = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Powers of a unit's cost that its score is divided by, until a fixed number of units is cheap enough."""
@@ -37,6 +39,9 @@ class Target:
         in_floats = {group.name: group for group in self.plan.groups}
         self.in_floats = {group: in_floats[group.name] for group in groups}
         self.costs = CostModel(self.plan)
+        self.stored = None
+        if budget.bytes is not None and session.bits is not None:
+            self.stored = StoredBytes(self.plan, planned(session.quantized.captured.module))
         self.low = [round(bits) for bits in low.tolist()]
         at = {site.name: k for k, site in enumerate(sites)}
         in_graph = {op.node.name: op.node for op in self.costs.operations}
@@ -68,12 +73,14 @@ class Target:
             max_group_sparsity=most,
             already={self.in_floats[group]: units for group, units in kept.items()},
             bits=self._bits_of(bits),
+            stored=self.stored_at(bits),
         )
         return {group: found[own] for group, own in self.in_floats.items()}
 
     def excess(self, kept: Kept, bits: Sequence[int]) -> float:
         """By which fraction of its limit the cost is above it, for the limit that is missed most."""
-        meter = Meter(self.costs, self.budget, list(self.in_floats.values()), self._bits_of(bits))
+        own = self._bits_of(bits), self.stored_at(bits)
+        meter = Meter(self.costs, self.budget, list(self.in_floats.values()), *own)
         return meter.excess([len(kept[group]) for group in self.groups])
 
     def cheaper(self, scores: Scores, kept: Kept, power: float) -> Scores:
@@ -106,6 +113,16 @@ class Target:
             for k in (*read, *([] if weight is None else [weight])):
                 found[k] += macs.get(node, 0)
         return found
+
+    def stored_at(self, bits: Sequence[int]) -> Callable[[Counts], int] | None:
+        """Bytes of the integer graph at `bits`, by the number of units that stay."""
+        stored = self.stored
+        if stored is None:
+            return None
+        by_op = {
+            node.name: Bits(32 if weight is None else bits[weight]) for node, (weight, _) in self._operands.items()
+        }
+        return lambda counts: stored(counts, by_op)
 
     def _bits_of(self, bits: Sequence[int]) -> BitsOf:
         found: dict[str | fx.Node, Bits] = {}

@@ -380,7 +380,8 @@ class Budget:
 
     A float up to 1 is a fraction of the original cost, a number above 1 (or the int 1) the cost itself, in the units of
     `graphcomp.cost`. Bit operations are those of convolutions, linear and recurrent layers; the original cost of `bops`
-    is that of the float network, 32 x 32 bits.
+    is that of the float network, 32 x 32 bits. Bytes are what the report counts of the result: with bits, packed codes,
+    steps, zero points and integer biases too. (With `group_size`, the steps of groups are left out.)
 
     Raises:
         PlanError: no limit, or one that is not positive.
@@ -423,6 +424,7 @@ def allocate_budget(
     max_group_sparsity: float = 1.0,
     already: Kept | None = None,
     bits: BitsOf | None = None,
+    stored: Callable[[Counts], int] | None = None,
 ) -> Kept:
     """Remove as few of the lowest-scored units as bring the network within `budget`.
 
@@ -433,6 +435,8 @@ def allocate_budget(
         analysis: of the whole model; its other groups count as they are.
         groups, scores, scope, normalize, round_to, min_units, max_group_sparsity, already: as in `allocate`.
         bits: what the layers will be quantized to, for a budget on bit operations; layers left out are float.
+        stored: bytes of what will be stored, for a budget on bytes; without it, those of the parameters and persistent
+            buffers, the weights at `bits`.
 
     Returns:
         For every group the units that stay: (k,) int64, ascending.
@@ -445,7 +449,7 @@ def allocate_budget(
     if not groups:
         raise NothingToPrune("there are no groups to prune")
     ranking = rank(groups, scores, scope, normalize, round_to, min_units, max_group_sparsity, already)
-    meter = Meter(CostModel(analysis), budget, ranking.groups, bits)
+    meter = Meter(CostModel(analysis), budget, ranking.groups, bits, stored)
     blocks = torch.arange(len(ranking.group))
     smallest = ranking.left_after(blocks)
     if not meter.holds(smallest):
@@ -474,14 +478,19 @@ class Meter:
     """Whether a choice is within the budget, and by how much it is not."""
 
     def __init__(
-        self, costs: CostModel, budget: Budget, groups: Sequence[ChannelGroup], bits: BitsOf | None = None
+        self,
+        costs: CostModel,
+        budget: Budget,
+        groups: Sequence[ChannelGroup],
+        bits: BitsOf | None = None,
+        stored: Callable[[Counts], int] | None = None,
     ) -> None:
         self.groups = groups
         self.measures: dict[str, Callable[[Counts], int]] = {
             "params": costs.params,
             "macs": costs.macs,
             "bops": Bops(costs, bits).layers,
-            "bytes": lambda counts: costs.bytes(counts, _weight_bits(costs, bits or {})),
+            "bytes": stored or (lambda counts: costs.bytes(counts, _weight_bits(costs, bits or {}))),
         }
         self.original = {
             "params": costs.params(),

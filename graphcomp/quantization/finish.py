@@ -21,17 +21,19 @@ from torch import Tensor, fx, nn
 
 from graphcomp.errors import PlanError, VerificationError
 from graphcomp.graph import bind, clone, fetch, value
+from graphcomp.quantization.calibrate import calibrate_weight
 from graphcomp.quantization.fold import Pair, affine_of, chains, drop_unread
-from graphcomp.quantization.insert import quantizer_nodes
+from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers, lower
-from graphcomp.quantization.placement import COMPUTE, layer_name
+from graphcomp.quantization.placement import COMPUTE, layer_name, place
 from graphcomp.quantization.ptq import Quantized, fit_biases, layer_errors
 from graphcomp.quantization.quantizers.affine import AffineQuantizer
 from graphcomp.quantization.quantizers.base import Integers, Quantizer, spread
 from graphcomp.quantization.quantizers.geta import GetaQuantizer
 from graphcomp.quantization.quantizers.make import make_quantizer
 from graphcomp.quantization.quantizers.uniform import SMALLEST_STEP, UniformQuantizer
-from graphcomp.quantization.spec import MAX_BITS, MIN_BITS, QuantSpec
+from graphcomp.quantization.repeats import with_repeats
+from graphcomp.quantization.spec import MAX_BITS, MIN_BITS, QuantConfig, QuantSpec
 from graphcomp.quantization.tensors import add_tensor, attribute_readers, put, replace_argument
 from graphcomp.quantization.walk import Constants
 
@@ -84,6 +86,30 @@ def from_training(fake: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> Qua
     fit_biases(finished)
     notes = tuple(_rounded_again(trained, _weight_codes(finished)))
     return Quantized(twin, finished, lower(finished), errors, _left_float(finished), notes)
+
+
+def with_embeddings(fake: fx.GraphModule) -> fx.GraphModule:
+    """Tables that were looked up in floats get their quantizers: one step per row."""
+    before = {str(node.target) for node, _ in quantizer_nodes(fake)}
+    found = InsertQuantizers(place(fake, QuantConfig(weights=None, activations=None)))(fake)
+    values = Constants(found)
+    for node, quantizer in quantizer_nodes(found):
+        if str(node.target) not in before:
+            calibrate_weight(quantizer, values.of(node.all_input_nodes[0]), str(node.target))
+    return found
+
+
+def planned(fake: fx.GraphModule) -> fx.GraphModule:
+    """The integer graph that training will leave of a fake-quant graph, as far as the shapes of its tensors go: at 8
+    bits and not packed, whatever bits there are now. `fake`, in eval mode, is not changed."""
+    copied = copy.deepcopy(fake)
+    for _, quantizer in quantizer_nodes(copied):
+        if isinstance(quantizer, GetaQuantizer):
+            quantizer.project()
+            quantizer.project_bits(8, 8)
+    finished = Finish()(with_embeddings(with_repeats(copied)))
+    fit_biases(finished)
+    return lower(finished, pack=False).module
 
 
 @torch.no_grad()
@@ -272,8 +298,8 @@ class _Finishing:
         else:
             with self.graph.inserting_before(min(readers)):
                 places = [add_tensor(self.module, name, tensor, readers[0])] * len(readers)
-        for reader, source, place in zip(readers, sources, places, strict=True):
-            reader.replace_input_with(source, place)
+        for reader, source, new in zip(readers, sources, places, strict=True):
+            reader.replace_input_with(source, new)
         return name
 
     def _path(self, source: fx.Node) -> list[fx.Node]:

@@ -63,18 +63,22 @@ class Lowered:
     layers: tuple[LoweredLayer, ...] = field(default=())
 
 
-def lower(fake: fx.GraphModule) -> Lowered:
+def lower(fake: fx.GraphModule, *, pack: bool = True) -> Lowered:
     """The integer graph of a fake-quant graph in eval mode; `fake` is not changed.
+
+    Args:
+        pack: codes of four bits and fewer end to end; False: each in a byte.
 
     Raises:
         PlanError: activations that are quantized are in another dtype than float32.
     """
     with torch.no_grad():
-        return _Lowering(fake).run()
+        return _Lowering(fake, pack).run()
 
 
 class _Lowering:
-    def __init__(self, fake: fx.GraphModule) -> None:
+    def __init__(self, fake: fx.GraphModule, pack: bool) -> None:
+        self.pack = pack
         self.module, new_node = clone(fake)
         self.graph = self.module.graph
         self.fake_name = {new: old.name for old, new in new_node.items()}
@@ -132,7 +136,7 @@ class _Lowering:
         low, high = integers.quant_min, integers.quant_max
         signed = low < 0
         bits = max(max(high, -1 - low).bit_length() + signed, min(ops.PACKED_BITS))
-        if bits > max(ops.PACKED_BITS):
+        if bits > max(ops.PACKED_BITS) or not self.pack:
             return self._buffer(f"{stem}_codes", integers.values, like)
         packed = self._buffer(f"{stem}_codes", ops.pack(integers.values, bits), like)
         shape = list(integers.values.shape)

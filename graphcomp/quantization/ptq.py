@@ -128,6 +128,21 @@ def planned_layers(module: fx.GraphModule, options: PostTraining) -> tuple[Lower
     return layers_of(InsertQuantizers(place(folded, options.config, options.ignore))(folded))
 
 
+def planned(module: fx.GraphModule, options: PostTraining) -> fx.GraphModule:
+    """The integer graph that `quantize` will make, as far as the shapes of its tensors go, its codes not packed; it
+    takes no data."""
+    folded = prepared(module, options.config)
+    own_bias = _with_biases(folded) if options.correct_bias else folded
+    fake = InsertQuantizers(place(own_bias, options.config, options.ignore))(own_bias)
+    constant, one = constants_with_quantizers(fake), torch.ones(())
+    for node, quantizer in quantizer_nodes(fake):
+        if node not in constant:
+            quantizer.set_range(-one, one)
+    calibrate_weights(fake)
+    fit_biases(fake)
+    return lower(fake, pack=False).module
+
+
 # ------------------------------------------------------------------------------------------------ tensors of its own
 def _with_biases(module: fx.GraphModule) -> fx.GraphModule:
     """A bias of zeros for each convolution that has none: there is then where to correct."""

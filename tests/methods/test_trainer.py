@@ -14,7 +14,7 @@ accelerate = pytest.importorskip("accelerate")
 STEPS = 12
 
 
-def bert():
+def bert(dropout=0.0):
     config = transformers.BertConfig(
         vocab_size=50,
         hidden_size=32,
@@ -22,8 +22,8 @@ def bert():
         num_attention_heads=4,
         intermediate_size=64,
         num_labels=3,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=dropout / 5,
+        attention_probs_dropout_prob=dropout,
     )
     torch.manual_seed(0)
     return transformers.BertForSequenceClassification(config)
@@ -40,6 +40,23 @@ def prepared():
     ready = gc.prepare(bert(), batch, bits=(4, 8))
     schedule = gc.Schedule(STEPS, warmup=2, projection=3, joint=4, projection_periods=3, pruning_periods=2)
     return ready, gc.QASSO(ready, torch.optim.AdamW, lr=1e-3, sparsity=0.5, schedule=schedule)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_prepared_model_has_the_dropout_of_the_model():
+    """That of attention too, which is an argument of one op: the same draws give the same outputs."""
+    model = bert(dropout=0.5)
+    inputs = {"input_ids": torch.stack([row["input_ids"] for row in rows()[:4]])}
+    ready = gc.prepare(model, inputs, bits=None)
+    for mode in (True, False):
+        outputs = []
+        for module in (model.train(mode), ready.train(mode)):
+            torch.manual_seed(0)
+            outputs += [module(**inputs).logits for _ in range(2)]
+        first, second, own, again = outputs
+        assert torch.equal(first, own) and torch.equal(second, again)
+        assert torch.equal(first, second) is not mode
 
 
 @pytest.mark.slow
