@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -120,3 +121,5 @@ class CompressedModel(nn.Module):
         if example_inputs is not None or example_kwargs is not None:
             args, kwargs = example_arguments(() if example_inputs is None else example_inputs, example_kwargs)
         self.export_report = write_file(self.module, path, args, kwargs)
+        if self.export_report.kernels is not None and isinstance(self.report, Report):
+            self.report = replace(self.report, kernels=self.export_report.kernels.to_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 
 from graphcomp.analysis import Analysis
 from graphcomp.cost import FLOAT_BITS
+from graphcomp.coupling.axis import Reason
 from graphcomp.coupling.groups import ChannelGroup, FrozenAxis, Kept
 
 
@@ -22,6 +24,11 @@ class Change:
     def to_dict(self) -> dict[str, float]:
         """As plain data."""
         return {"before": self.before, "after": self.after}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, float]) -> Change:
+        """What `to_dict` gave."""
+        return cls(data["before"], data["after"])
 
     @property
     def ratio(self) -> float:
@@ -48,6 +55,12 @@ class LayerReport:
             "units": {"kept": self.units_kept, "total": self.units_total},
         }
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LayerReport:
+        """What `to_dict` gave."""
+        units = data["units"]
+        return cls(data["name"], units["kept"], units["total"], data["weight_bits"], data["activation_bits"])
+
 
 @dataclass(frozen=True)
 class Report:
@@ -59,7 +72,8 @@ class Report:
         verified: each law that was checked -> its largest relative error.
         sizes: storage convention (see `graphcomp.cost.size`) -> bytes of the integer weights; empty without any.
         quantization_errors: layer -> relative error that quantization makes in its output.
-        kernels: which integer kernels the exported model runs with, as plain data; None: not exported.
+        kernels: of the last ONNX file that was exported, what onnxruntime runs (`KernelProof.to_dict()`): integer and
+            float kernels, and each layer that stays float, with the reason; None: not exported.
     """
 
     params: Change
@@ -107,6 +121,29 @@ class Report:
             "notes": list(self.notes),
         }
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """What `to_dict` gave, also where JSON made null of NaN.
+
+        Raises:
+            KeyError: an entry is missing.
+        """
+        costs = ("params", "macs", "bops", "bops_attention", "bytes")
+        found: dict[str, Any] = {name: Change.from_dict(data[name]) for name in costs}
+        found |= {name: _numbers(data[name]) for name in ("verified", "sizes", "quantization_errors")}
+        return cls(
+            **found,
+            units_removed=data["units"]["removed"],
+            units_total=data["units"]["total"],
+            layers=tuple(LayerReport.from_dict(layer) for layer in data["layers"]),
+            groups=tuple(data["groups"]),
+            frozen=tuple(frozen_axis(axis) for axis in data["frozen"]),
+            unknown_ops=tuple(data["unknown_ops"]),
+            latency_ms=None if data["latency_ms"] is None else Change.from_dict(data["latency_ms"]),
+            kernels=data["kernels"],
+            notes=tuple(data["notes"]),
+        )
+
     def __str__(self) -> str:
         costs = {"params": self.params, "macs": self.macs, "bops": self.bops, "bytes": self.bytes}
         if self.bops_attention.before:
@@ -122,7 +159,7 @@ class Report:
         if self.quantization_errors:
             worst, error = max(self.quantization_errors.items(), key=lambda item: item[1])
             rows.append(_row("quantization", f"largest relative error {error:.1e}, of {worst}"))
-        rows += [_row("kernels", f"{name}: {value}") for name, value in (self.kernels or {}).items()]
+        rows += [_row("kernels", text) for text in _kernels_text(self.kernels)]
         rows += [_row("verified", f"{law}: largest relative error {error:.1e}") for law, error in self.verified.items()]
         return "\n".join([*rows, *(_row("note", note) for note in self.notes)])
 
@@ -141,6 +178,25 @@ def _bits_text(layers: Sequence[LayerReport]) -> list[str]:
     if set(found) <= {(FLOAT_BITS, FLOAT_BITS)}:
         return []
     return [f"{w} for weights, {a} for activations: {n} of {len(layers)} layers" for (w, a), n in sorted(found.items())]
+
+
+def _kernels_text(kernels: Mapping[str, Any] | None) -> list[str]:
+    """What an exported file runs, and each layer that stays float."""
+    if kernels is None:
+        return []
+    counts = ", ".join(f"{count} {name}" for kind in ("integer", "float") for name, count in kernels[kind].items())
+    left = [f"{layer} stays float: {why}" for kind in ("stayed_float", "unquantized") for layer, why in kernels[kind]]
+    return [f"{kernels['share']:.0%} of convolutions and products on integers ({counts or 'none'})", *left]
+
+
+def _numbers(data: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if number is None else number for name, number in data.items()}
+
+
+def frozen_axis(data: Mapping[str, Any]) -> FrozenAxis:
+    """What `frozen_dict` gave; the op is part of the reason's text."""
+    name, _, dim = data["axis"].rpartition(", dim ")
+    return FrozenAxis(name, int(dim), data["indices"], Reason(data["reason"], source=data["source"]))
 
 
 def frozen_dict(frozen: FrozenAxis) -> dict[str, Any]:

@@ -48,13 +48,22 @@ def report() -> Report:
     return small.report
 
 
+KERNELS = {
+    "integer": {"MatMulInteger": 2},
+    "float": {"Gemm": 1},
+    "stayed_float": [["down", "its output is not quantized"]],
+    "unquantized": [],
+    "share": 2 / 3,
+}
+
+
 def quantized(report: Report) -> Report:
     return replace(
         report,
         layers=(LayerReport("qkv", 24, 24, 8, 8), LayerReport("up", 6, 12, 4, 8), LayerReport("down", 4, 4, 8, 8)),
         sizes={"C0": 1234.0, "C4": 2345.6},
         quantization_errors={"qkv": 0.001, "up": 0.03},
-        kernels={"MatMulInteger": 2},
+        kernels=KERNELS,
     )
 
 
@@ -75,7 +84,7 @@ def test_plain_data(report: Report) -> None:
     assert json.loads(json.dumps(data)) == data
     assert data["sizes"] == {"C0": 1234.0, "C4": 2345.6}
     assert data["quantization_errors"] == {"qkv": 0.001, "up": 0.03}
-    assert data["kernels"] == {"MatMulInteger": 2}
+    assert data["kernels"] == KERNELS
     assert [(layer["weight_bits"], layer["activation_bits"]) for layer in data["layers"]] == [(8, 8), (4, 8), (8, 8)]
 
 
@@ -94,7 +103,18 @@ def test_text_of_a_quantized_model(report: Report) -> None:
     assert "bits 8 for weights, 8 for activations: 2 of 3 layers" in lines
     assert "weights, bytes C0 1,234, C4 2,346" in lines
     assert "quantization largest relative error 3.0e-02, of up" in lines
-    assert "kernels MatMulInteger: 2" in lines
+    assert "kernels 67% of convolutions and products on integers (2 MatMulInteger, 1 Gemm)" in lines
+    assert "kernels down stays float: its output is not quantized" in lines
+
+
+def test_it_comes_back_from_plain_data(report: Report) -> None:
+    for whole in (report, quantized(report), replace(report, verified={"masked == sliced": float("nan")})):
+        stored = json.loads(json.dumps(whole.to_dict()).replace("NaN", "null"))
+        found = Report.from_dict(stored)
+        assert str(found) == str(whole)
+        assert [str(axis) for axis in found.frozen] == [str(axis) for axis in whole.frozen] != []
+        assert found.layers == whole.layers and found.bops.ratio == whole.bops.ratio
+    assert found.verified["masked == sliced"] != found.verified["masked == sliced"]
 
 
 class Tokens(nn.Module):

@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,6 +34,7 @@ from graphcomp.graph_module import tensor_names
 
 if TYPE_CHECKING:
     from graphcomp.compressed import CompressedModel
+    from graphcomp.report import Report
 
 FORMAT = 1
 DOCUMENT, TENSORS = "graphcomp.json", "model.safetensors"
@@ -82,19 +84,23 @@ def load(
     model_factory: Callable[[], nn.Module] | None = None,
     map_location: str | torch.device = "cpu",
 ) -> CompressedModel:
-    """The CompressedModel that `save` wrote; its report is the stored dict.
+    """The CompressedModel that `save` wrote; its report is the stored dict where that is of another version.
 
     Raises:
         CheckpointError: see `read`.
     """
     from graphcomp.compressed import CompressedModel
+    from graphcomp.report import Report
 
     found = read(folder, model_factory, map_location)
+    report: Report | dict[str, Any] = found.report
+    with suppress(KeyError):
+        report = Report.from_dict(found.report)
     return CompressedModel(
         found.module,
         form=found.form,
         kept=found.kept,
-        report=found.report,
+        report=report,
         reason=found.reason,
         edits=found.edits,
         original_shapes=found.original_shapes,

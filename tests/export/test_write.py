@@ -89,9 +89,12 @@ def test_a_folder_and_example_inputs_after_loading(tmp_path: Path) -> None:
     small.export(tmp_path / "folder")
     assert small.export_report is None
     loaded = gc.load(tmp_path / "folder")
+    assert str(loaded.report) == str(small.report) and loaded.report.to_dict() == small.report.to_dict()
     with pytest.raises(ExportError, match=r"no example inputs"):
         loaded.export(tmp_path / "m.onnx")
+    assert loaded.report.kernels is None
     loaded.export(tmp_path / "m.onnx", example_inputs=x)
+    assert loaded.report.kernels == loaded.export_report.kernels.to_dict() and "on integers" in str(loaded.report)
     assert loaded.export_report is not None and loaded.export_report.agreement.within_a_step
 
 

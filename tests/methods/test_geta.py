@@ -22,6 +22,7 @@ from .runs import (
     model_of,
     ready_of,
     removed_by_slicing,
+    same,
     state_of,
     train,
     weights_of,
@@ -207,6 +208,33 @@ def test_units_leave_by_the_saliency_asked_for(saliency):
     optimizer = qasso(ready, sparsity=0.5, saliency=saliency)
     train(optimizer, ready, "mlp", SCHEDULE.steps)
     assert optimizer.removed == 12
+
+
+def test_each_option_of_the_joint_stage_matters():
+    def trained(**options: Any) -> dict[str, Tensor]:
+        ready = ready_of("unequal", bits=(4, 8))
+        train(qasso(ready, "sgd", sparsity=0.5, **options), ready, "unequal", COOLDOWN)
+        return {**state_of(ready), **{group.name: units for group, units in ready.kept().items()}}
+
+    plain = trained()
+    assert same(trained(), plain)
+    others = {"eta": 0.5, "xi": 0.1, "forgetting": "uniform", "saliency": "l2", "lr_quant": 0.1, "bits": 4}
+    for name, value in others.items():
+        assert not same(trained(**{name: value}), plain), name
+
+
+def test_groups_are_compared_by_the_normalization_asked_for():
+    """The units of the layer with the small weights go first, unless each group's scores are on one scale."""
+    gone = {}
+    for normalize in ("none", "mean"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 3))
+        with torch.no_grad():
+            model[0].weight.mul_(1e-3), model[0].bias.mul_(1e-3)
+        ready = gc.prepare(model, batch("mlp"), bits=None).train()
+        train(qasso(ready, "sgd", sparsity=0.5, saliency="l2", normalize=normalize), ready, "mlp", COOLDOWN)
+        gone[normalize] = sorted(12 - len(units) for units in ready.kept().values())
+    assert gone["none"] == [1, 11] and max(gone["mean"]) < 10
 
 
 def test_the_units_asked_for_are_those_that_go():

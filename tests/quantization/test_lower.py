@@ -19,7 +19,7 @@ from graphcomp.quantization import ops
 from graphcomp.quantization.law import check_lowering
 from graphcomp.quantization.ptq import PostTraining, Quantized, quantize
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, QuantSpec, with_bits
-from tests.marks import slow
+from tests.marks import in_ci, slow
 from tests.quantization.models import encoder, residual
 
 aten = torch.ops.aten
@@ -49,7 +49,7 @@ def config(bits: int, activations: int | None = None, **more: Any) -> QuantConfi
     return QuantConfig(with_bits(WEIGHTS, bits), acts, first_and_last_bits=2, **more)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8, 16, *slow(3, 5, 6, 7, 12)])
+@pytest.mark.parametrize("bits", [2, 4, 8, 16, *in_ci(3, 5, 6, 7), *slow(12)])
 @pytest.mark.parametrize("name", MODELS)
 def test_law_3(name: str, bits: int) -> None:
     found, flat = lowered(MODELS[name], config(bits))
