@@ -427,6 +427,7 @@ def prepare(
     prune: Sequence[str] | None = None,
     scope: str = "",
     outputs: str | Sequence[str] | None = None,
+    recompute: bool = False,
 ) -> Prepared:
     """A copy of `model` to train in your own loop, with fake-quant and mask nodes in place.
 
@@ -446,6 +447,8 @@ def prepare(
         prune: roles to prune, as for `compress`.
         scope: prepare one submodule.
         outputs: names of the outputs that matter.
+        recompute: compute quantized weights and activations again in the backward pass instead of keeping them for it:
+            about as much memory as the float model takes, for a little more time.
 
     Raises:
         CaptureError, InputError: the model cannot be captured, or only be recorded, which cannot be trained.
@@ -472,7 +475,7 @@ def prepare(
     batches = [flat_inputs(captured, captured.args, captured.kwargs)]
     if calibration is not None:
         batches = [flat_inputs(captured, *arguments_of(captured, batch)) for batch in calibration]
-    return prepare_graph(
+    ready = prepare_graph(
         plan,
         groups,
         bits=limits,
@@ -482,6 +485,8 @@ def prepare(
         batches=batches,
         no_groups=no_groups,
     )
+    ready.recompute = recompute
+    return ready
 
 
 def _limits(bits: int | tuple[int, int] | None) -> tuple[int, int] | None:
