@@ -7,10 +7,10 @@
 
 A step is forward, backward and SGD with momentum. The fake-quantized variants are what `graphcomp.prepare` returns,
 first with SGD as it is, then with QASSO in each of its stages (weights and activations, 4 to 8 bits, half of the units
-to go). "Recomputed" is with `prepare(…, recompute=True)`. The variants take turns, one step each, so that whatever else the machine does meets all of them: ratios are
-those of neighbouring steps, their median and their quartiles. With one thread CPU time counts, with more the time on
-the clock. Memory is what a step holds when the backward pass starts, and gradients: tensors saved for it (each storage
-once), parameters, buffers, and the optimizer's state.
+to go). "Recomputed" is with `prepare(…, recompute=True)`. The variants take turns, one step each, so that whatever
+else the machine does meets all of them: ratios are those of neighbouring steps, their median and their quartiles. With
+one thread CPU time counts, with more the time on the clock. Memory is what a step holds when the backward pass starts,
+and gradients: tensors saved for it (each storage once), parameters, buffers, and the optimizer's state.
 
 Freed memory stays with the process (glibc is told so), as under jemalloc and tcmalloc. Else large tensors are given
 back to the system and faulted in again, which costs a step up to 15 %, by chance the one variant or the other.
@@ -84,8 +84,8 @@ STAGES = {
 }
 
 CASES = {
-    "resnet20": Case("ResNet-20, 32 x 32", models.resnet20, 128, images),
-    "vgg7": Case("VGG7, 32 x 32", models.vgg7, 64, images),
+    "resnet20": Case("ResNet-20, 32 x 32", models.resnet20, 128, lambda n: images(n)),
+    "vgg7": Case("VGG7, 32 x 32", models.vgg7, 64, lambda n: images(n)),
     "bert": Case("small BERT, 64 tokens", models.small_bert, 8, lambda n: tokens(n, 64)),
 }
 
