@@ -2,14 +2,15 @@
 
     python -m benchmarks.training                                # ResNet-20, VGG7 and a small BERT, 1 and 2 threads
     python -m benchmarks.training --models resnet20 --threads 1 --rounds 40
+    python -m benchmarks.training --models vgg7 --batch 16 --variants "weights,weights and activations"
     python -m benchmarks.training --compiled                     # the same through torch.compile (needs a C++ compiler)
 
 A step is forward, backward and SGD with momentum. The fake-quantized variants are what `graphcomp.prepare` returns,
 first with SGD as it is, then with QASSO in each of its stages (weights and activations, 4 to 8 bits, half of the units
-to go). The variants take turns, one step each, so that whatever else the machine does meets all of them: ratios are
-those of neighbouring steps, their median and their quartiles. With one thread CPU time counts, with more the time on
-the clock. Memory is what a step holds when the backward pass starts, and gradients: tensors saved for it (each storage
-once), parameters, buffers, and the optimizer's state.
+to go). "Recomputed" is with `prepare(…, recompute=True)`. The variants take turns, one step each, so that whatever
+else the machine does meets all of them: ratios are those of neighbouring steps, their median and their quartiles. With
+one thread CPU time counts, with more the time on the clock. Memory is what a step holds when the backward pass starts,
+and gradients: tensors saved for it (each storage once), parameters, buffers, and the optimizer's state.
 
 Freed memory stays with the process (glibc is told so), as under jemalloc and tcmalloc. Else large tensors are given
 back to the system and faulted in again, which costs a step up to 15 %, by chance the one variant or the other.
@@ -24,8 +25,10 @@ import gc
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +41,7 @@ from graphcomp.methods.schedule import Schedule, Stage
 
 LEARNING_RATE, MOMENTUM = 1e-3, 0.9
 QUANTIZER_LEARNING_RATE = 1e-6  # how well they learn does not matter here; that ranges stay sensible does
-WARM_UP = 3  # rounds that do not count
+WARM_UP = 2  # rounds that do not count
 MIB = 2**20
 
 
@@ -48,7 +51,8 @@ class Case:
 
     title: str
     model: Callable[[], nn.Module]
-    batch: Callable[[], tuple[Tensor, Tensor]]
+    size: int
+    batch: Callable[[int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,9 @@ STAGES = {
 }
 
 CASES = {
-    "resnet20": Case("ResNet-20, 32 x 32, batch 128", models.resnet20, lambda: images(128)),
-    "vgg7": Case("VGG7, 32 x 32, batch 64", models.vgg7, lambda: images(64)),
-    "bert": Case("small BERT, 64 tokens, batch 8", models.small_bert, lambda: tokens(8, 64)),
+    "resnet20": Case("ResNet-20, 32 x 32", models.resnet20, 128, lambda n: images(n)),
+    "vgg7": Case("VGG7, 32 x 32", models.vgg7, 64, lambda n: images(n)),
+    "bert": Case("small BERT, 64 tokens", models.small_bert, 8, lambda n: tokens(n, 64)),
 }
 
 
@@ -96,9 +100,10 @@ def main() -> None:
         for threads in map(int, options.threads.split(",")):
             torch.set_num_threads(threads)
             torch.manual_seed(0)
-            rows += measure(CASES[name], threads, options.rounds, options.compiled)
+            rows += measure(CASES[name], threads, options)
         columns = ["threads", "variant", "ms a step", "to float", "quartiles", "MiB", "to float"]
-        section(CASES[name].title + (", compiled" if options.compiled else ""), table(columns, rows))
+        title = f"{CASES[name].title}, batch {options.batch or CASES[name].size}"
+        section(title + (", compiled" if options.compiled else ""), table(columns, rows))
 
 
 def _options() -> argparse.Namespace:
@@ -108,6 +113,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=int, default=30, metavar="N", help="steps of each variant; default: %(default)s"
     )
+    parser.add_argument("--batch", type=int, metavar="N", help="examples in a batch; default: 128, 64 and 8")
+    parser.add_argument("--variants", default="", metavar="A,B", help="those and the float model; default: all")
     parser.add_argument("--compiled", action="store_true", help="every variant through torch.compile")
     return parser.parse_args()
 
@@ -133,36 +140,48 @@ def tokens(n: int, length: int) -> tuple[Tensor, Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------ variants
-def variants(case: Case, inputs: Tensor) -> list[Variant]:
-    """The same model and weights in each, with tensors of its own."""
+def variants(case: Case, inputs: Tensor, names: Collection[str] = ()) -> list[Variant]:
+    """The same model and weights in each, with tensors of its own; of those in `names`, if any are given."""
     model = case.model()
     plain = copy.deepcopy(model).train()
     found = [Variant("float", plain, torch.optim.SGD(plain.parameters(), LEARNING_RATE, MOMENTUM))]
-    for name, activation_bits in (("weights", None), ("weights and activations", "same")):
-        ready = graphcomp.prepare(model, (inputs,), bits=8, activation_bits=activation_bits, prune=()).train()
-        own = {id(p) for _, quantizer in ready.quantizers() for p in quantizer.parameters()}
-        rest = [p for p in ready.parameters() if id(p) not in own]
-        learned = {"params": [p for _, q in ready.quantizers() for p in q.parameters()], "lr": QUANTIZER_LEARNING_RATE}
-        found.append(Variant(name, ready, torch.optim.SGD([{"params": rest}, learned], LEARNING_RATE, MOMENTUM)))
-    for stage, schedule in STAGES.items():
-        ready = graphcomp.prepare(model, (inputs,), bits=(4, 8)).train()
-        optimizer = graphcomp.QASSO(
-            ready, torch.optim.SGD, lr=LEARNING_RATE, momentum=MOMENTUM, lr_quant=QUANTIZER_LEARNING_RATE, sparsity=0.5,
-            schedule=schedule,
-        )  # fmt: skip
-        found.append(Variant(f"QASSO, {stage.name.lower()}", ready, optimizer))
-    return found
+    makers: dict[str, Callable[[], Variant]] = {}
+    for what, activation_bits in (("weights", None), ("weights and activations", "same")):
+        for name, again in ((what, False), (f"{what} recomputed", True)):
+            makers[name] = partial(_with_sgd, name, model, inputs, activation_bits, again)
+    for stage in STAGES:
+        makers[f"QASSO {stage.name.lower()}"] = partial(_with_qasso, stage, model, inputs)
+    return found + [make() for name, make in makers.items() if not names or name in names]
+
+
+def _with_sgd(name: str, model: nn.Module, inputs: Tensor, activation_bits: Any, again: bool) -> Variant:
+    ready = graphcomp.prepare(
+        model, (inputs,), bits=8, activation_bits=activation_bits, prune=(), recompute=again
+    ).train()
+    own = [p for _, quantizer in ready.quantizers() for p in quantizer.parameters() if p.requires_grad]
+    rest = [p for p in ready.parameters() if p.requires_grad and not any(p is other for other in own)]
+    learned = {"params": own, "lr": QUANTIZER_LEARNING_RATE, "foreach": True}  # scalars, as QASSO has them
+    return Variant(name, ready, torch.optim.SGD([{"params": rest}, learned], LEARNING_RATE, MOMENTUM))
+
+
+def _with_qasso(stage: Stage, model: nn.Module, inputs: Tensor) -> Variant:
+    ready = graphcomp.prepare(model, (inputs,), bits=(4, 8)).train()
+    optimizer = graphcomp.QASSO(
+        ready, torch.optim.SGD, lr=LEARNING_RATE, momentum=MOMENTUM, lr_quant=QUANTIZER_LEARNING_RATE, sparsity=0.5,
+        schedule=STAGES[stage],
+    )  # fmt: skip
+    return Variant(f"QASSO {stage.name.lower()}", ready, optimizer)
 
 
 # ------------------------------------------------------------------------------------------------ measuring
-def measure(case: Case, threads: int, rounds: int, compiled: bool) -> list[list[str]]:
+def measure(case: Case, threads: int, options: argparse.Namespace) -> list[list[str]]:
     """Rows of the table."""
-    inputs, labels = case.batch()
-    found = variants(case, inputs)
+    inputs, labels = case.batch(options.batch or case.size)
+    found = variants(case, inputs, [name for name in options.variants.split(",") if name])
     memory = [held(variant, inputs, labels) for variant in found]
-    if compiled:
+    if options.compiled:
         found = [Variant(v.name, torch.compile(v.module), v.optimizer) for v in found]
-    times = turns(found, inputs, labels, rounds, time.process_time if threads == 1 else time.perf_counter)
+    times = turns(found, inputs, labels, options.rounds, time.process_time if threads == 1 else time.perf_counter)
     rows = []
     for k, variant in enumerate(found):
         ratios = [mine / plain for mine, plain in zip(times[k], times[0], strict=True)]

@@ -539,6 +539,7 @@ def prepare(
     prune: Sequence[str] | None = None,
     scope: str = "",
     outputs: str | Sequence[str] | None = None,
+    recompute: bool = False,
 ) -> Prepared:
     """A copy of `model` to train in your own loop, with fake-quant and mask nodes in place.
 
@@ -559,13 +560,15 @@ def prepare(
         prune: roles to prune, as for `compress`.
         scope: prepare one submodule, which is what is returned: put it in its place in your model to train it there.
         outputs: names of the outputs that matter.
+        recompute: compute quantized weights and activations again in the backward pass instead of keeping them for it:
+            about as much memory as the float model takes, for a little more time.
 
     Raises:
         CaptureError, InputError: the model cannot be captured, or only be recorded, which cannot be trained.
         PlanError: bits outside 2 to 16, a name that matches no module.
         CalibrationError: calibration data that do not fit, or are not finite.
     """
-    return _prepared(
+    ready = _prepared(
         copy.deepcopy(model),
         example_inputs,
         example_kwargs,
@@ -579,6 +582,8 @@ def prepare(
         scope=scope,
         outputs=outputs,
     )
+    ready.recompute = recompute
+    return ready
 
 
 def _prepared(

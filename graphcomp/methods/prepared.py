@@ -21,6 +21,7 @@ from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers
 from graphcomp.quantization.placement import COMPUTE, layer_name, place
 from graphcomp.quantization.ptq import calibrate_activations, calibrate_weights
+from graphcomp.quantization.quantizers.again import made_again
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.repeats import quantizer_before, without_repeats
 from graphcomp.quantization.spec import QuantConfig, QuantSpec, matches
@@ -113,7 +114,19 @@ class Prepared(CapturedModule):
 
     Parameters and buffers have the original's names; those of the quantizers stand under `graphcomp_quantizers`, and
     one 0/1 mask per group under `graphcomp_mask_*`. Attributes that it lacks itself (`config`, …) are the original's.
+
+    Attributes:
+        recompute: compute quantized weights and activations again in the backward pass instead of keeping them for it.
     """
+
+    recompute: bool = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original."""
+        if not self.recompute:
+            return super().__call__(*args, **kwargs)
+        with made_again():
+            return super().__call__(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -128,6 +141,7 @@ class Prepared(CapturedModule):
         copied = super().__deepcopy__(memo)
         assert isinstance(copied, Prepared)
         copied.save_as_the_model()
+        copied.recompute = self.recompute
         return copied
 
     def save_as_the_model(self) -> None:

@@ -55,6 +55,7 @@ def shrunk(ready: Prepared) -> Prepared:
     whole.zero_grad()
     small = with_masks(replace(session, plan=plan, quantized=quantized, groups=groups, whole=whole))
     small.meta[PROGRESS] = ready.meta.get(PROGRESS, (0, 0))
+    small.recompute = ready.recompute
     small.train(ready.training)
     return small
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from graphcomp.errors import PlanError
+from graphcomp.quantization.quantizers import again, pieces
 from graphcomp.quantization.quantizers.base import Integers, Quantizer, container
 from graphcomp.quantization.quantizers.gradients import bounded, inward, sum_of_product, where_inside
 from graphcomp.quantization.quantizers.uniform import step_and_zero
@@ -69,16 +72,31 @@ class GetaQuantizer(Quantizer):
         """The nearest level of each element: shape and dtype of `x`."""
         if not self.enabled:
             return x
-        if self.follow and self.training:
-            with torch.no_grad():
-                low, high = torch.aminmax(x.detach())  # 20 times as fast as the norm
-                torch.maximum(self.peak, torch.maximum(high, -low).to(self.peak), out=self.peak)
         dtype = self._wide(x)
-        if self.spec.learn_exponent:
-            result: Tensor = _Power.apply(x.to(dtype), *self._valid(dtype), self.steep)  # type: ignore[no-untyped-call]
+        wide = x if x.dtype == dtype else x.to(dtype)
+        peak = self.peak if self.follow and self.training else None
+        levels = None if self.spec.learn_exponent or not pieces.fits(wide) else self._levels(dtype)
+        result: Tensor
+        make: Callable[[Tensor], Tensor]
+        if levels is not None:
+            result = _EvenInPieces.apply(wide, self.d, self.q_m, levels, peak)  # type: ignore[no-untyped-call]
+            make = functools.partial(_in_pieces, levels=levels)
         else:
-            result = _Even.apply(x.to(dtype), self.d.to(dtype), self.q_m.to(dtype))  # type: ignore[no-untyped-call]
-        return result.to(x.dtype)
+            if peak is not None:
+                with torch.no_grad():
+                    low, high = torch.aminmax(x.detach())  # 20 times as fast as the norm
+                    torch.maximum(peak, torch.maximum(high, -low).to(peak), out=peak)
+            if self.spec.learn_exponent:
+                d, q_m, t = self._valid(dtype)
+                result = _Power.apply(wide, d, q_m, t, self.steep)  # type: ignore[no-untyped-call]
+            else:
+                d, q_m, t = self.d.to(dtype), self.q_m.to(dtype), None
+                result = _Even.apply(wide, d, q_m)  # type: ignore[no-untyped-call]
+            make = functools.partial(_whole, d=d.detach(), q_m=q_m.detach(), t=None if t is None else t.detach())
+        if x.dtype != dtype:
+            result, make = result.to(x.dtype), functools.partial(_narrow, make=make, dtype=dtype)
+        again.note(result, make, x, (self.d, self.q_m, self.t))
+        return result
 
     @torch.no_grad()
     def set_range(self, low: Tensor, high: Tensor) -> None:
@@ -145,6 +163,14 @@ class GetaQuantizer(Quantizer):
         """The dtype to compute in: float32, or float64 where `x` or `d` has it. Half floats hold too few codes."""
         return torch.promote_types(torch.promote_types(x.dtype, self.d.dtype), torch.float32)
 
+    def _levels(self, dtype: torch.dtype) -> pieces.Levels | None:
+        """For t = 1, on a CPU; None where d or q_m is out of its limits."""
+        step = self.d if self.d.dtype == dtype else self.d.to(dtype)
+        d, q_m = step.item(), self.q_m.item()
+        if not (RANGE_LIMITS[0] <= q_m <= RANGE_LIMITS[1] and q_m / MOST_CODES <= d <= q_m * MOST_CODES):
+            return None
+        return pieces.Levels.of(step.detach(), d, q_m)
+
     def _valid(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
         """d, q_m and t within their limits; those of d are constants to autograd. A t of None is 1."""
         q_m = bounded(self.q_m.to(dtype), *RANGE_LIMITS)
@@ -163,6 +189,23 @@ def _in_limits(d: Tensor, q_m: Tensor) -> tuple[Tensor, Tensor]:
     """d and q_m as they count, for t = 1."""
     q_m = q_m.clamp(*RANGE_LIMITS)
     return torch.clamp(d, q_m / MOST_CODES, q_m * MOST_CODES), q_m
+
+
+def _in_pieces(x: Tensor, levels: pieces.Levels) -> Tensor:
+    """What `_EvenInPieces` returns."""
+    return pieces.quantize(x, levels)[0]
+
+
+def _whole(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None) -> Tensor:
+    """What `_Even`, for a t of None, and `_Power` return."""
+    if t is None:
+        d, q_m = _in_limits(d, q_m)
+    return _codes(x, d, q_m, t).mul_(d)
+
+
+def _narrow(x: Tensor, make: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+    """`make` in `dtype`, of and to the dtype of `x`."""
+    return make(x.to(dtype)).to(x.dtype)
 
 
 def _power(magnitude: Tensor, t: Tensor | None) -> Tensor:
@@ -184,35 +227,64 @@ class _Even(torch.autograd.Function):
         dx̂/dq_m = -1 below -q_m, 1 above q_m, else 0
         dx̂/dx   = 1 where |x| <= q_m, else 0
 
-    d and q_m are brought into their limits here: in functions of their own, that took as long as a small layer. What
-    is saved is saved anyway, the result by the op that reads it.
+    d and q_m are brought into their limits here: in functions of their own, that took as long as a small layer.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, d: Tensor, q_m: Tensor) -> Tensor:
-        d, q_m = _in_limits(d, q_m)
-        return _codes(x, d, q_m, None).mul_(d)
+        return _whole(x, d, q_m, None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs, output)
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, given_d, given_q_m, result = ctx.saved_tensors
-        d, q_m = _in_limits(given_d, given_q_m)
-        c = x.clamp_max(q_m).clamp_min_(-q_m)
-        beyond = (x - c).sign_()
-        grad_x = grad_d = grad_q_m = None
-        if ctx.needs_input_grad[0]:
-            grad_x = where_inside(grad, beyond)
-        if ctx.needs_input_grad[1]:
-            grad_d = inward(sum_of_product(grad, c.sub_(result), ()) / -d, given_d, d)
-        if ctx.needs_input_grad[2]:
-            grad_q_m = inward(sum_of_product(grad, beyond, ()), given_q_m, q_m)
-        return grad_x, grad_d, grad_q_m
+        return _even_gradients(ctx.needs_input_grad, grad, *ctx.saved_tensors)
+
+
+class _EvenInPieces(torch.autograd.Function):
+    """`_Even` where `pieces.fits` and d and q_m are within their limits; the largest magnitude goes into `peak`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, d: Tensor, q_m: Tensor, levels: pieces.Levels, peak: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, d, q_m)
+        result, ctx.beyond, largest = pieces.quantize(x, levels)
+        ctx.levels = levels
+        if peak is not None:
+            peak.clamp_min_(largest)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        x, d, q_m = ctx.saved_tensors
+        if torch.is_grad_enabled() or not pieces.fits(grad):  # derivatives of gradients, or of many at once
+            own = d.to(x.dtype), q_m.to(x.dtype)
+            grad_x, grad_d, grad_q_m = _even_gradients(ctx.needs_input_grad, grad, x, *own)
+        else:
+            grad_x, of_d, of_q_m = pieces.gradients(grad, x, ctx.levels, ctx.beyond)
+            grad_d, grad_q_m = d.new_tensor(of_d), q_m.new_tensor(of_q_m)
+        return grad_x, grad_d, grad_q_m, None, None
+
+
+def _even_gradients(
+    needed: Sequence[bool], grad: Tensor, x: Tensor, given_d: Tensor, given_q_m: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of x, d and q_m, as `_Even` has them, in ops on whole tensors."""
+    d, q_m = _in_limits(given_d, given_q_m)
+    c = x.clamp_max(q_m).clamp_min_(-q_m)
+    beyond = (x - c).sign_()
+    grad_x = grad_d = grad_q_m = None
+    if needed[0]:
+        grad_x = where_inside(grad, beyond)
+    if needed[1]:
+        exact = c.div_(d)
+        grad_d = inward(sum_of_product(grad, exact.round() - exact, ()), given_d, d)
+    if needed[2]:
+        grad_q_m = inward(sum_of_product(grad, beyond, ()), given_q_m, q_m)
+    return grad_x, grad_d, grad_q_m
 
 
 class _Power(torch.autograd.Function):
@@ -230,7 +302,7 @@ class _Power(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor, steep: bool) -> Tensor:
-        return _codes(x, d, q_m, t).mul_(d)
+        return _whole(x, d, q_m, t)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
