@@ -179,3 +179,25 @@ def test_a_state_is_loaded_into_another():
     assert kept[0] == kept[1] and sum(map(len, kept[0].values())) == 17
     expected, found = gc.finalize(first), gc.finalize(second)
     assert torch.equal(expected(*batch("mlp", 3)), found(*batch("mlp", 3)))
+
+
+@pytest.mark.parametrize("name", ["dense", *slow("vit")])
+def test_quantized_tensors_are_computed_again_in_the_backward_pass(name):
+    """The gradients are the same bit for bit, of a copy, too; what is kept is less."""
+    found = []
+    for recompute in (False, True):
+        ready = copy.deepcopy(gc.prepare(model_of(name), batch(name), bits=(4, 8), recompute=recompute).train())
+        found.append(_gradients_and_bytes_kept(ready, batch(name)))
+    (plain, before), (again, after) = found
+    assert same(plain, again) and any("quantizers" in key for key in again)
+    assert after < before
+
+
+def _gradients_and_bytes_kept(ready, inputs):
+    torch.manual_seed(0)
+    kept: dict[int, torch.Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        loss = ready(*inputs).square().mean()
+    loss.backward()
+    gradients = {key: p.grad for key, p in ready.named_parameters() if p.grad is not None}
+    return gradients, sum(t.untyped_storage().nbytes() for t in kept.values())

@@ -62,7 +62,8 @@ def test_the_bits_that_a_budget_leaves_are_come_to_in_the_projection(sparsity):
     # two thirds of the range would leave 7 everywhere; where bits cost little they stay
     assert bool((after_projection <= 7).all()) and int((after_projection < 7).sum()) > len(after_projection) // 2
     train(optimizer, ready, "residual", range(9, SCHEDULE.steps))
-    assert bool((optimizer.bank.bits() - after_projection).abs().max() <= 1)  # other units than foreseen may have gone
+    apart = (optimizer.bank.bits() - after_projection).abs()
+    assert float(apart.max()) < 1 + 1e-3  # other units than foreseen may have gone
     assert gc.finalize(ready).report.bops.ratio <= 0.005
 
 
