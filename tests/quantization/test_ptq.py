@@ -63,6 +63,12 @@ def test_bias_correction_removes_the_mean_error():
     assert errors[True] < 0.2 * errors[False]
 
 
+def test_rounding_and_correction_see_so_many_batches():
+    model, x = residual()
+    errors = {n: run(model, x[:4], walk_batches=n)[0].errors for n in (1, 2, 8)}
+    assert errors[1] != errors[2] == errors[8]  # there are two
+
+
 def test_chance_is_not_corrected():
     torch.manual_seed(0)
     exact = torch.zeros(400, 5)
