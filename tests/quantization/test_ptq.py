@@ -216,6 +216,14 @@ def test_a_budget_that_the_bits_alone_meet_removes_nothing() -> None:
     assert small.report.units_removed == 0 and small.report.bops.ratio <= 0.1
 
 
+def test_the_ends_and_tables_get_eight_bits_at_least():
+    layers = [nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)]
+    model, ids = nn.Sequential(*layers).eval(), torch.arange(9)
+    for bits, expected in ((4, [8, 8, 4, 8]), (12, [12] * 4)):
+        found = gc.compress(model, ids, sparsity=0, bits=bits).report.layers
+        assert [layer.weight_bits for layer in found] == expected
+
+
 def test_report_says_that_it_was_calibrated_on_the_examples():
     model, x = residual()
     assert "example inputs alone" in str(gc.compress(model, x, bits=8).report)
