@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import graphcomp
+from graphcomp.cost import Latency
 from graphcomp.report import Change, LayerReport, Report
 
 PROMISED = {
@@ -105,6 +106,21 @@ def test_text_of_a_quantized_model(report: Report) -> None:
     assert "quantization largest relative error 3.0e-02, of up" in lines
     assert "kernels 67% of convolutions and products on integers (2 MatMulInteger, 1 Gemm)" in lines
     assert "kernels down stays float: its output is not quantized" in lines
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_latency_is_of_the_model_and_of_the_result(monkeypatch: pytest.MonkeyPatch, bits: int | None) -> None:
+    timed: list[nn.Module] = []
+
+    def latency(module: nn.Module, *_: object) -> Latency:
+        timed.append(module)
+        return Latency(float(len(timed)), 0.0, 0.0, 1)
+
+    monkeypatch.setattr("graphcomp.assemble.latency", latency)
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    small = graphcomp.compress(model, torch.randn(2, 8), bits=bits, measure_latency=True)
+    assert len(timed) == 2 and timed[0] is model and timed[1] is small.module
+    assert small.report.latency_ms == Change(1.0, 2.0)
 
 
 def test_it_comes_back_from_plain_data(report: Report) -> None:

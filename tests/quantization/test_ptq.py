@@ -63,6 +63,12 @@ def test_bias_correction_removes_the_mean_error():
     assert errors[True] < 0.2 * errors[False]
 
 
+def test_rounding_and_correction_see_so_many_batches():
+    model, x = residual()
+    errors = {n: run(model, x[:4], walk_batches=n)[0].errors for n in (1, 2, 8)}
+    assert errors[1] != errors[2] == errors[8]  # there are two
+
+
 def test_chance_is_not_corrected():
     torch.manual_seed(0)
     exact = torch.zeros(400, 5)
@@ -208,6 +214,14 @@ def test_a_budget_that_the_bits_alone_meet_removes_nothing() -> None:
     model, x = residual()
     small = gc.compress(model, x, bits=8, budget=gc.Budget(bops=0.1))
     assert small.report.units_removed == 0 and small.report.bops.ratio <= 0.1
+
+
+def test_the_ends_and_tables_get_eight_bits_at_least():
+    layers = [nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)]
+    model, ids = nn.Sequential(*layers).eval(), torch.arange(9)
+    for bits, expected in ((4, [8, 8, 4, 8]), (12, [12] * 4)):
+        found = gc.compress(model, ids, sparsity=0, bits=bits).report.layers
+        assert [layer.weight_bits for layer in found] == expected
 
 
 def test_report_says_that_it_was_calibrated_on_the_examples():
