@@ -16,10 +16,12 @@ from torch import nn
 from graphcomp.errors import ExportError, GraphcompError
 from graphcomp.export.files import replacing
 from graphcomp.export.program import as_graph, evaluating, export_program, first_line, quiet
+from graphcomp.graph_module import leaf_names
 from graphcomp.quantization.attention import WriteOutAttention
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    from torch.export import ExportedProgram
 
 OPSET = 21  # the first with 16-bit and 4-bit integers, and with blocks
 OPSET_OF_TWO_BITS = 25
@@ -51,7 +53,8 @@ def export_onnx(
         path: where to write. Above 2 GiB the weights are in a second file beside it, `<name>.data`.
         opset: 21 or more. By default 21, but 25 where there are weights of two bits and the installed onnxruntime runs
             that: no earlier one has a type for them, and they take four bits, as those of three bits always do.
-        input_names, output_names: one for each tensor; by default those of the graph.
+        input_names, output_names: one for each tensor; by default those of the arguments and of what the model returns,
+            such as "logits", or "output" where that is one tensor.
 
     Raises:
         CaptureError: `module` cannot be captured.
@@ -112,7 +115,7 @@ def _translate(
                 dynamo=True,
                 opset_version=opset or OPSET,
                 input_names=input_names,
-                output_names=output_names,
+                output_names=output_names or _output_names(program),
                 custom_translation_table=translation_table(opset or OPSET),
                 optimize=False,
                 verbose=False,
@@ -133,6 +136,20 @@ def _translate(
         ) from error
     model: ir.Model = written.model
     return model
+
+
+def _output_names(program: ExportedProgram) -> list[str] | None:
+    """By the structure of what the model returns: "logits", "hidden_states.0", "output_1", "output" for one tensor.
+
+    None where a tensor has a name already: an input, or what is returned twice.
+    """
+    returned, spec = list(program.graph_signature.user_outputs), program.call_spec.out_spec
+    read = program.graph_signature.user_inputs
+    if spec is None or len(set(returned)) < len(returned) or any(found in read for found in returned):
+        return None
+    names = ["output"] if spec.is_leaf() else leaf_names(spec)
+    names = [f"output_{name}" if name[0].isdigit() or name in read else name for name in names]
+    return names if len(names) == len(returned) else None
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -114,6 +115,41 @@ def test_a_float_model_without_capture(tmp_path: Path) -> None:
     assert compare(path, model, (torch.randn(6, 3, 8, 8),)).within_a_step
     graph = ir.load(path).graph
     assert ([v.name for v in graph.inputs], [v.name for v in graph.outputs]) == (["image"], ["classes"])
+
+
+@pytest.mark.parametrize(
+    ("result", "names"),
+    [
+        (lambda a, b: a, ["output"]),
+        (lambda a, b: (a, b), ["output_0", "output_1"]),
+        (lambda a, b: {"logits": a, "hidden": (b, a + b)}, ["logits", "hidden.0", "hidden.1"]),
+        (lambda a, b: {"x": a}, ["output_x"]),
+    ],
+)
+def test_outputs_are_named_by_what_the_model_returns(tmp_path: Path, result: Any, names: list[str]) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            return result(self.a(x), self.b(x))
+
+    path, x = tmp_path / "m.onnx", torch.randn(2, 4)
+    gc.compress(Two().eval(), x, sparsity=0, bits=8, progress=False).export(path)
+    graph = ir.load(path).graph
+    assert ([v.name for v in graph.inputs], [v.name for v in graph.outputs]) == (["x"], names)
+
+
+def test_an_input_that_is_returned_keeps_its_name(tmp_path: Path) -> None:
+    class Both(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return {"double": 2 * x, "x": x}
+
+    path, x = tmp_path / "m.onnx", torch.randn(2, 4)
+    export_onnx(Both(), (x,), None, path)
+    double, same = run(path, (x,))
+    assert torch.equal(double, 2 * x) and torch.equal(same, x)
 
 
 def test_attention(tmp_path: Path) -> None:
