@@ -14,7 +14,7 @@ README = Path(__file__).parents[1] / "README.md"
 def test_the_python_blocks_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = README.read_text(encoding="utf-8")
-    quick_start, integers, seven_bits, weights_only, joint, own_loop = re.finditer(
+    quick_start, integers, seven_bits, weights_only, joint, own_loop, shrunk = re.finditer(
         r"```python\n(.*?)```", text, re.DOTALL
     )
     names: dict[str, Any] = {}
@@ -28,7 +28,7 @@ def test_the_python_blocks_one_after_the_other(tmp_path: Path, monkeypatch: pyte
     assert sum(after) < sum(before)
     assert names["logits"].shape == (2, 10)
 
-    for block in joint, own_loop:
+    for block in joint, own_loop, shrunk:
         run(block)
         report = names.pop("joint").report
         assert report.sparsity == 0.5 and all(4 <= layer.weight_bits <= 8 for layer in report.layers)

@@ -306,7 +306,9 @@ class QASSO(Optimizer):
         for group, units in self.kept.items():
             leaving = units[~torch.isin(units, wanted[group])]
             owed += len(leaving) / periods_left
-            now = min(len(leaving), round(owed))
+            now = min(len(leaving), max(round(owed), 0))
+            left = min(len(units), -(-(len(units) - now) // self.round_to) * self.round_to)
+            now = len(units) - left
             owed -= now
             first = leaving[scores[group][leaving].argsort(stable=True)[:now]]
             found[group] = units[~torch.isin(units, first)]

@@ -109,6 +109,18 @@ def test_a_budget_beside_a_sparsity_is_used_up_where_groups_are_normalized():
     assert 0.85 * share < report.macs.ratio <= share
 
 
+@pytest.mark.parametrize("periods", [2, 3])
+def test_multiples_are_kept_in_every_period(periods):
+    ready = ready_of("residual", bits=(4, 8))
+    schedule = dataclasses.replace(SCHEDULE, pruning_periods=periods)
+    options = {"sparsity": 0.5, "round_to": 4, "budget": gc.Budget(macs=0.5), "normalize": "mean"}
+    optimizer = gc.QASSO(ready, torch.optim.SGD, lr=0.01, schedule=schedule, **options)
+    for step in range(SCHEDULE.steps):
+        train(optimizer, ready, "residual", range(step, step + 1))
+        assert all(len(units) % 4 == 0 for units in optimizer.kept.values())
+    assert optimizer.removed == 20
+
+
 def test_bits_stay_where_they_cost_little():
     ready = ready_of("residual", bits=(2, 16))
     budget = gc.Budget(bops=0.02)
