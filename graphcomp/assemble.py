@@ -191,18 +191,19 @@ def check_batches(example_inputs: Any, calibration: Iterable[Any]) -> None:
         )
 
 
-def planned_bytes(
-    plan: Analysis, options: PostTraining, bits: Mapping[str | fx.Node, Bits]
-) -> Callable[[Counts], int] | None:
-    """Bytes of what quantizing will store, by the number of units that stay; None where weights share a step by group:
-    which inputs make a group is settled when the others are gone.
+def planned_bytes(plan: Analysis, options: PostTraining, bits: Mapping[str | fx.Node, Bits]) -> Callable[[Counts], int]:
+    """Bytes of what quantizing will store, by the number of units that stay.
 
     Args:
         bits: what `planned_bits` gave.
     """
-    if options.config.weights is not None and options.config.weights.granularity == "group":
-        return None
-    stored = StoredBytes(plan, planned(plan.captured.module, options))
+    config, group_size = options.config, 0
+    if config.weights is not None and config.weights.granularity == "group":
+        # which inputs make a group is settled when the others are gone: the graph is planned with a step per row
+        group_size = config.weights.group_size
+        rows = replace(config.weights, granularity="channel", group_size=0)
+        options = replace(options, config=replace(config, weights=rows))
+    stored = StoredBytes(plan, planned(plan.captured.module, options), group_size)
     by_op = {node.name: own for node, own in bits.items() if isinstance(node, fx.Node)}
     return lambda counts: stored(counts, by_op)
 

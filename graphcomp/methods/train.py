@@ -458,6 +458,7 @@ class _Run:
             at=f"{place} holds values that are not finite" if place else "",
             why="" if place else "parameters and batch are finite: the outputs are too large, or the loss has no value",
             fix="a lower lr, or clip_norm=1.0"
+            + (", or autocast=torch.bfloat16" if self.training.autocast is torch.float16 else "")
             + (f", in another folder; the last good checkpoint stays: {saved}" if saved else ""),
         )
 

@@ -381,7 +381,7 @@ class Budget:
     A float up to 1 is a fraction of the original cost, a number above 1 (or the int 1) the cost itself, in the units of
     `graphcomp.cost`. Bit operations are those of convolutions, linear and recurrent layers; the original cost of `bops`
     is that of the float network, 32 x 32 bits. Bytes are what the report counts of the result: with bits, packed codes,
-    steps, zero points and integer biases too. (With `group_size`, the steps of groups are left out.)
+    steps, zero points and integer biases too.
 
     Raises:
         PlanError: no limit, or one that is not positive.

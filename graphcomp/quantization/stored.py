@@ -11,8 +11,11 @@ from graphcomp.cost import Bits, Counts, Lengths, Polynomial
 from graphcomp.coupling.axis import Factor, leaves
 from graphcomp.coupling.propagate import Coupling, propagate
 from graphcomp.graph import bind
-from graphcomp.quantization.ops import PACKED_BITS
+from graphcomp.quantization.ops import PACKED_BITS, dequantize_per_channel
 from graphcomp.quantization.placement import COMPUTE
+
+STEP_BYTES, ZERO_BYTES, GROUP_BYTES = 4, 4, 8
+"""Of a float32 step, an int32 zero point, and the int64 number of a group."""
 
 
 class StoredBytes:
@@ -24,10 +27,12 @@ class StoredBytes:
 
     Args:
         plan: the analysis of the float graph.
-        lowered: the integer graph made of it, its codes not packed.
+        lowered: the integer graph made of it, its codes not packed, with one step per tensor or channel.
+        group_size: so many inputs of a matrix are to share a step, where it has one per row; 0: that stays.
     """
 
-    def __init__(self, plan: Analysis, lowered: fx.GraphModule) -> None:
+    def __init__(self, plan: Analysis, lowered: fx.GraphModule, group_size: int = 0) -> None:
+        self.group_size = group_size
         coupling = propagate(lowered, plan.captured.output_names)
         twins = _twins(plan.coupling, coupling)
         groups = {group.factor for group in plan.groups}
@@ -35,6 +40,7 @@ class StoredBytes:
         codes = _codes(lowered)
         self._rest = Polynomial()
         self._codes: list[tuple[str, Polynomial]] = []  # op, elements
+        self._grouped: list[tuple[Polynomial, Polynomial]] = []  # rows, columns
         seen = set()
         for name, tensor in (*lowered.named_parameters(), *lowered.named_buffers()):
             if id(tensor) in seen:
@@ -43,14 +49,23 @@ class StoredBytes:
             known = name in coupling.attributes
             numel = size(coupling.attributes[name]) if known else Polynomial.constant(tensor.numel())
             if name in codes:
-                self._codes.append((codes[name], numel))
+                op, by_row = codes[name]
+                self._codes.append((op, numel))
+                if group_size and by_row and known and tensor.dim() == 2:
+                    rows, columns = (size([axis]) for axis in coupling.attributes[name])
+                    self._grouped.append((rows, columns))
             else:
                 self._rest += numel * Polynomial.constant(tensor.element_size())
 
     def __call__(self, counts: Counts, bits: Mapping[str, Bits]) -> int:
         """Bytes when `counts` units stay, and the weight of each op, by its name, has `bits`."""
         packed = sum(-(-numel(counts) * stored_bits(bits[op].weight) // 8) for op, numel in self._codes)
-        return self._rest(counts) + packed
+        grouped = sum(self._of_groups(rows(counts), columns(counts)) for rows, columns in self._grouped)
+        return self._rest(counts) + packed + grouped
+
+    def _of_groups(self, rows: int, columns: int) -> int:
+        """What more steps and zero points than one per row take, and the number of its group for each column."""
+        return rows * (-(-columns // self.group_size) - 1) * (STEP_BYTES + ZERO_BYTES) + columns * GROUP_BYTES
 
 
 def stored_bits(bits: float) -> int:
@@ -61,15 +76,17 @@ def stored_bits(bits: float) -> int:
     return 8 if whole <= 8 else 16
 
 
-def _codes(lowered: fx.GraphModule) -> dict[str, str]:
-    """The tensor that holds the codes of a weight -> the first op that multiplies with it."""
-    found: dict[str, str] = {}
+def _codes(lowered: fx.GraphModule) -> dict[str, tuple[str, bool]]:
+    """The tensor that holds the codes of a weight -> the first op that multiplies with it, and whether each index of
+    dim 0 has a step of its own."""
+    found: dict[str, tuple[str, bool]] = {}
     for node in lowered.graph.nodes:
         weight = bind(node)[COMPUTE[node.target].weight] if node.target in COMPUTE else None
         if isinstance(weight, fx.Node) and weight.op == "call_function" and weight.args:
             source = weight.args[0]
             if isinstance(source, fx.Node) and source.op == "get_attr":
-                found.setdefault(str(source.target), node.name)
+                by_row = weight.target is dequantize_per_channel and bind(weight)["axis"] == 0
+                found.setdefault(str(source.target), (node.name, by_row))
     return found
 
 

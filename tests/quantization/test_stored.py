@@ -13,14 +13,17 @@ from tests.methods.runs import MODELS, batch, model_of
 
 
 @pytest.mark.parametrize("name", ["residual", *slow(*(name for name in MODELS if name != "residual"))])
-@pytest.mark.parametrize("options", [{"bits": 8}, {"bits": 3, "activation_bits": None}])
+@pytest.mark.parametrize(
+    "options",
+    [{"bits": 8}, {"bits": 3, "activation_bits": None}, {"bits": 4, "activation_bits": None, "group_size": 5}],
+)
 def test_bytes_are_those_of_the_report(name: str, options: dict[str, int | None]) -> None:
     model, inputs = model_of(name).eval(), batch(name)
     plan = gc.analyze(model, inputs)
-    quantization = post_training(options["bits"], options.get("activation_bits", 8), 0, "nearest", ())
+    given = options["bits"], options.get("activation_bits", 8), options.get("group_size") or 0
+    quantization = post_training(*given, "nearest", ())
     assert quantization is not None
     stored = planned_bytes(plan, quantization, planned_bits(plan, quantization))
-    assert stored is not None
     generator = torch.Generator().manual_seed(0)
     roles = {"channel", "hidden", "head", "width"}
     groups = [group for group in plan.groups if group.role in roles and not group.normalized]
