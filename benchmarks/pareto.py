@@ -22,7 +22,7 @@ import graphcomp as gc
 from benchmarks import common, geta
 from benchmarks.common import append_json, read_json, section, table, timed
 
-BUDGETS = (0.01, 0.006, 0.004, 0.003)
+BUDGETS = (0.01, 0.006, 0.004)
 METHODS = {"joint": "jointly (GETA)", "sequential": "pruned, then quantized", "quantize only": "quantized only"}
 COLORS = {"joint": "#0b5fa5", "sequential": "#c8501e", "quantize only": "#6f6f6f"}
 MARKERS = {"joint": "o", "sequential": "s", "quantize only": "^"}
@@ -83,9 +83,9 @@ def _points(rows: Sequence[dict[str, Any]], method: str) -> Iterator[tuple[float
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
-    columns = ["budget %", "method", "accuracy %", "BOPs %", "MACs %", "bits W / A", "units", "CPU seconds"]
+    columns = ["budget %", "method", "runs", "accuracy %", "BOPs %", "MACs %", "bits W / A", "units", "CPU s"]
     lines = [
-        (-budget, position, [f"{100 * budget:g}", METHODS[method], *geta._summary(found)])
+        (-budget, position, [f"{100 * budget:g}", METHODS[method], len(found), *geta._summary(found)])
         for position, method in enumerate(METHODS)
         for budget, found in _points(rows, method)
     ]
