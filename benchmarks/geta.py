@@ -86,9 +86,9 @@ class Options:
     bits: tuple[int, int]
     bops: float | None
     seed: int
-    before: int
-    distill: float
-    save: Path | None
+    before: int = 0
+    distill: float = 0.0
+    save: Path | None = None
 
     @property
     def budget(self) -> gc.Budget | None:
