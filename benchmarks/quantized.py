@@ -98,6 +98,7 @@ def files(case: Case, folder: Path) -> Iterator[File]:
     """Each way to a file, the float original first."""
     ways: dict[str, Callable[[Path], None]] = {
         "float": lambda path: export_onnx(case.model, case.example, {}, path),
+        "float, torch.onnx.export": lambda path: plain(case, path),
         "PT2E, exported": lambda path: pt2e(case, path),
         "onnxruntime static": lambda path: static(case, folder / "0.onnx", path),
         "ours int8": lambda path: ours(case, path, sparsity=0.0, bits=8),
@@ -129,6 +130,15 @@ def ours(case: Case, path: Path, **options: Any) -> None:
         case.model, case.example, calibration=calibration, ranking="local", progress=False, **case.options, **options
     )
     small.export(path)
+
+
+def plain(case: Case, path: Path) -> None:
+    """What users have without graphcomp, with a dynamic batch as the other files."""
+    shapes = tuple({0: torch.export.Dim.AUTO} for _ in case.example)
+    inputs = tuple(torch.cat([t, t]) for t in case.example)  # export takes a length of 1 for a constant
+    written = torch.onnx.export(case.model, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
+    assert written is not None
+    written.save(str(path))
 
 
 def static(case: Case, source: Path, path: Path) -> None:
