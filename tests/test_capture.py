@@ -92,6 +92,8 @@ def test_captured_module_computes_the_model_on_any_batch() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_sequence_is_as_dynamic_as_the_ids_whatever_the_mask_is_made_of(dtype: torch.dtype) -> None:
     """And what is made of the graph runs at another batch and length."""
     torch.manual_seed(0)

@@ -97,6 +97,8 @@ def around(block: nn.Module, out: int) -> tuple[nn.Module, Tensor]:
     return randomize(model).double(), torch.randn(2, 3, 8, 8).double()
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_roi_align_keeps_channels_free() -> None:
     rois = torch.tensor([[0, 1.0, 1, 6, 7], [1, 0, 2, 5, 5], [1, 2, 2, 7, 6]]).double()
 

@@ -148,6 +148,8 @@ def test_einsum_and_bilinear() -> None:
     assert macs(analysis) == 2 * 5 * 4 * 7 + 2 * 5 * 3 * 7 * 7
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_recurrent_layers_meet_every_matrix_at_every_step() -> None:
     class Lstm(nn.Module):
         def __init__(self) -> None:

@@ -164,6 +164,8 @@ def test_entropy_is_the_lowest_that_can_be_decoded(codes: Codes) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 8), st.floats(0, 1), st.integers(2000, 20_000), st.integers(0, 99))
+@pytest.mark.slow
+@pytest.mark.ci
 def test_no_compressor_beats_the_entropy_of_random_codes(bits: int, density: float, n: int, seed: int) -> None:
     generator = np.random.default_rng(seed)
     values = generator.integers(0, 2**bits, n) * (generator.random(n) < density)

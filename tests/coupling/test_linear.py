@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +37,8 @@ def remembered(coupling: Coupling) -> int:
     return sum(map(len, (*coupling.origins.values(), *coupling.many, *of_calls)))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_what_a_value_was_made_of_does_not_grow_with_depth() -> None:
     assert remembered(coupled(80)) < 2.2 * remembered(coupled(40))  # without a bound: 3.7 times
     assert max(map(len, coupled(40).origins.values())) <= MAX_ORIGINS

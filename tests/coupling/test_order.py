@@ -85,6 +85,8 @@ def test_tiny_models(name: str) -> None:
 
 @given(st.integers(0, 10**6), st.integers(1, 4))
 @settings(max_examples=8)
+@pytest.mark.slow
+@pytest.mark.ci
 def test_random_models(seed: int, depth: int) -> None:
     check(*random_model(seed, depth), shuffles=4)
 

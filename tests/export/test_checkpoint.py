@@ -65,6 +65,8 @@ def test_round_trip(name: str, form: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["native", "graph"])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_another_process_gets_the_same_numbers(form: str, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

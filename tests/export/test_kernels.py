@@ -65,6 +65,8 @@ def proof(folder: Path, model: nn.Module, shape: tuple[int, ...], how: Quantizat
 
 
 @pytest.mark.parametrize("bits", [(8, 8), (4, 2), *slow((4, 8), (8, 4), (3, 2))])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_every_layer_of_a_residual_convnet(tmp_path: Path, bits: tuple[int, int]) -> None:
     found = proof(tmp_path, Block(), IMAGE, Quantization(*bits))
     assert (found.integer["QLinearConv"], found.integer["QGemm"]) == (3, 1)
@@ -72,6 +74,8 @@ def test_every_layer_of_a_residual_convnet(tmp_path: Path, bits: tuple[int, int]
 
 
 @pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_attention_in_one_op_is_named(tmp_path: Path, attention: bool) -> None:
     """Written out, its products run on integers like others."""
     model, x = SelfAttention().eval(), torch.randn(2, 5, 8)
@@ -89,6 +93,8 @@ def test_attention_in_one_op_is_named(tmp_path: Path, attention: bool) -> None:
 
 @pytest.mark.parametrize("shape", [ROWS, TOKENS])
 @pytest.mark.parametrize("bits", [(8, 8), *slow((4, 6))])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_every_layer_of_an_mlp(tmp_path: Path, shape: tuple[int, ...], bits: tuple[int, int]) -> None:
     found = proof(tmp_path, mlp(), shape, Quantization(*bits))
     assert (found.share, dict(found.float_), found.stayed_float) == (1.0, {}, ())

@@ -74,6 +74,8 @@ def operators(path: Path) -> list[str]:
         *slow((2, True), (4, False), (8, True)),
     ],
 )
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_convnet_at_every_width(tmp_path: Path, codes: tuple[int, bool]) -> None:
     bits, signed = codes
     x, path = torch.randn(2, 3, 8, 8), tmp_path / "m.onnx"
@@ -91,6 +93,8 @@ def test_a_convnet_at_every_width(tmp_path: Path, codes: tuple[int, bool]) -> No
         *(pytest.param((3, 12), bits, marks=pytest.mark.slow) for bits in [(3, 5), (8, 12), (12, 8)]),
     ],
 )
+@pytest.mark.slow
+@pytest.mark.ci
 def test_linear_layers_on_two_and_three_dims(tmp_path: Path, shape: tuple[int, ...], bits: tuple[int, int]) -> None:
     x, path = torch.randn(2, *shape), tmp_path / "m.onnx"
     module = lower(mlp(), x, Quantization(*bits))
@@ -100,6 +104,8 @@ def test_linear_layers_on_two_and_three_dims(tmp_path: Path, shape: tuple[int, .
     assert found.within_a_step, found
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_one_scale_per_tensor(tmp_path: Path) -> None:
     x, path = torch.randn(2, 3, 8, 8), tmp_path / "m.onnx"
     module = lower(Layers().eval(), x, Quantization(4, 6, per_channel=False))
@@ -180,6 +186,8 @@ def test_four_bits_are_stored_in_four_bits(tmp_path: Path) -> None:
     assert sizes[0] - sizes[1] == pytest.approx(weights / 2, rel=0.05)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_two_bits_are_stored_in_two_bits(tmp_path: Path) -> None:
     x = torch.randn(2, 12)
     module = lower(mlp(2048), x, Quantization(2, 8))
@@ -221,6 +229,8 @@ def test_two_bits_where_the_runtime_cannot(tmp_path: Path, monkeypatch: pytest.M
     assert ir.load(path).opset_imports[""] == 21
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_no_trace_of_the_machine(tmp_path: Path) -> None:
     x, path = torch.randn(2, 12), tmp_path / "m.onnx"
     export_onnx(lower(mlp(), x), (x,), None, path)
@@ -230,6 +240,8 @@ def test_no_trace_of_the_machine(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ groups
 @pytest.mark.parametrize("shape", [(12,), (3, 12)])
 @pytest.mark.parametrize("bits", [(4, None), (8, None), (4, 8)])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_equal_groups_are_blocks(tmp_path: Path, shape: tuple[int, ...], bits: tuple[int, int | None]) -> None:
     x, path = torch.randn(2, *shape), tmp_path / "m.onnx"
     model = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12)).eval()
@@ -241,6 +253,8 @@ def test_equal_groups_are_blocks(tmp_path: Path, shape: tuple[int, ...], bits: t
 
 
 @pytest.mark.parametrize("activation_bits", [None, 8])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_unequal_groups(tmp_path: Path, activation_bits: int | None) -> None:
     x, path = torch.randn(2, 12), tmp_path / "m.onnx"
     model = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12)).eval()
@@ -389,6 +403,8 @@ class Padded(nn.Module):
 
 
 @pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_zero_padding_becomes_the_convolutions_own(tmp_path, bits):
     torch.manual_seed(0)
     model, x = Padded().eval(), torch.randn(2, 3, 16, 16)

@@ -17,6 +17,8 @@ from graphcomp.export.openvino import latency, prove, run
 from graphcomp.export.runtime import agreement
 from tests.export.lowered import Quantization, lower
 
+pytestmark = [pytest.mark.slow, pytest.mark.ci]
+
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 Exported = dict[int, tuple[nn.Module, Path]]
 

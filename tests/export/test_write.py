@@ -83,6 +83,8 @@ def test_a_scope_is_exported_with_the_whole_model(tmp_path: Path) -> None:
     assert torch.allclose(torch.export.load(tmp_path / "m.pt2").module()(x), small(x))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_folder_and_example_inputs_after_loading(tmp_path: Path) -> None:
     x = torch.randn(2, 6)
     small = gc.compress(Mlp().eval(), x, sparsity=0.5)

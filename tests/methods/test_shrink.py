@@ -94,6 +94,8 @@ def test_what_it_learned_is_handed_back():
     assert (found - wanted).norm() < 0.25 * wanted.norm()  # what a few codes that fell the other side make of it
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_more_can_go_and_it_can_be_shrunk_again():
     ready = pruned("residual")
     small = gc.shrink(ready)
@@ -107,6 +109,8 @@ def test_more_can_go_and_it_can_be_shrunk_again():
     assert (report.bops, report.macs, report.bytes) == (once.bops, once.macs, once.bytes)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_it_can_be_copied_and_loaded():
     ready = pruned("residual")
     small = gc.shrink(ready)

@@ -41,6 +41,8 @@ def test_bytes_are_those_of_the_report(name, bits):
     assert target.stored_at(bits_in_the_end)(counts) == gc.finalize(ready).report.bytes.after
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_bits_are_lowered_where_no_unit_may_go():
     free, _ = trained(sparsity=0.0, bits=(2, 16))
     optimizer, report = trained(sparsity=0.0, bits=(2, 16), budget=gc.Budget(bops=0.02))
@@ -67,6 +69,8 @@ def test_the_bits_that_a_budget_leaves_are_come_to_in_the_projection(sparsity):
     assert gc.finalize(ready).report.bops.ratio <= 0.005
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_budget_of_bits_is_used_up():
     """Bits that the descent rule took in the joint stage are given back, as far as the budget reaches."""
     free, without = trained(sparsity=0.4, bits=(2, 8))
@@ -87,6 +91,8 @@ def test_a_budget_without_bits_gives_none_back():
     assert torch.equal(optimizer.bank.bits().round(), joint) and bool((joint < optimizer.most_bits()).any())
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_with_a_sparsity_as_many_units_go_and_rather_those_that_cost():
     fixed, free = trained(sparsity=0.4)
     share = free.macs.ratio * 0.8
@@ -95,6 +101,8 @@ def test_with_a_sparsity_as_many_units_go_and_rather_those_that_cost():
     assert 0.75 * share < report.macs.ratio <= share  # no more than was needed, but for the size of a unit
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_budget_beside_a_sparsity_is_used_up_where_groups_are_normalized():
     options = {
         "sparsity": 0.4,

@@ -124,6 +124,8 @@ def test_qat_quantizes_only():
     assert all(4 <= layer.weight_bits <= 6 for layer in small.report.layers)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_sequential_prunes_in_its_first_half_and_what_is_gone_stays_gone(tmp_path):
     small = compress(method="sequential", training=gc.Training(steps=31, folder=tmp_path, save_every=100))
     assert small.report.units_removed == 7 and max(layer.weight_bits for layer in small.report.layers) <= 8
@@ -316,6 +318,8 @@ def test_the_loss_of_the_whole_model_falls(tmp_path):
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_run_of_a_submodule_goes_on(tmp_path):
     whole = compress(Gated(), scope="body")
     with pytest.raises(Stopped):
@@ -360,6 +364,8 @@ def run_of(tmp_path, name, **options):
     return read_metrics(tmp_path / name / "metrics.jsonl")
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_each_option_of_the_optimizer_matters(tmp_path):
     plain = [line["loss"] for line in run_of(tmp_path, "plain")]
     options = {
@@ -449,6 +455,8 @@ def test_the_default_rate_rises_and_falls_to_nothing(tmp_path):
     assert rates[2:] == sorted(rates[2:], reverse=True)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_models_with_attention_get_adamw_and_its_rate(tmp_path):
     from graphcomp.testing import tiny_models
 
@@ -665,6 +673,8 @@ def test_a_loader_with_a_generator_of_its_own(tmp_path):
     assert same(run(data=data(), folder=tmp_path), run(data=data()))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_loader_with_a_worker(tmp_path):
     with pytest.raises(Stopped):
         run(data=loader(num_workers=1), loss=stopping(13), folder=tmp_path)
@@ -733,6 +743,8 @@ run(folder=sys.argv[1], loss=failing)
 """
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_process_that_was_killed(tmp_path, whole):
     command = [sys.executable, "-c", KILLED, str(tmp_path), "13"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, check=False)
@@ -934,6 +946,8 @@ def test_progress_on_a_terminal(monkeypatch, capsys, shown):
 
 
 # ------------------------------------------------------------------------------------------------ the picture
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_picture_of_a_run(tmp_path):
     pytest.importorskip("matplotlib", reason="the picture needs the viz extra")
     compress(method="sequential", training=gc.Training(steps=30, folder=tmp_path))

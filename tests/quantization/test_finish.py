@@ -352,6 +352,8 @@ def test_a_channel_of_nothing_beside_a_bias(scale: float) -> None:
 
 @pytest.mark.parametrize("bits", [(8,), *in_ci(range(2, 9)), *slow((16, 8, 9))], ids=str)
 @pytest.mark.parametrize("name", ["cnn", "vit", *slow("residual", "encoder", "bert")])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_onnxruntime_multiplies_integers(name: str, bits: Sequence[int], tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     from graphcomp.export.kernels import prove

@@ -330,6 +330,8 @@ def test_written_quantizers_change_no_group(kind: str) -> None:
         ),
     ],
 )
+@pytest.mark.slow
+@pytest.mark.ci
 def test_written_quantizers_in_transformers(name: str, weight: str, activation: str) -> None:
     check_written(name, WRITTEN[weight], WRITTEN[activation])
 

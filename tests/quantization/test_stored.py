@@ -17,6 +17,8 @@ from tests.methods.runs import MODELS, batch, model_of
     "options",
     [{"bits": 8}, {"bits": 3, "activation_bits": None}, {"bits": 4, "activation_bits": None, "group_size": 5}],
 )
+@pytest.mark.slow
+@pytest.mark.ci
 def test_bytes_are_those_of_the_report(name: str, options: dict[str, int | None]) -> None:
     model, inputs = model_of(name).eval(), batch(name)
     plan = gc.analyze(model, inputs)
