@@ -133,7 +133,7 @@ def ours(case: Case, path: Path, **options: Any) -> None:
 
 
 def plain(case: Case, path: Path) -> None:
-    """What users have without graphcomp; batch and sequence are dynamic as in the other files, sizes of images are not."""
+    """What users have without graphcomp; batch and sequence are dynamic, as in the other files."""
     shapes = tuple(dict.fromkeys(range(1 if t.dim() == 4 else t.dim()), torch.export.Dim.AUTO) for t in case.example)
     inputs = tuple(torch.cat([t, t]) for t in case.example)  # export takes a length of 1 for a constant
     written = torch.onnx.export(case.model, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
