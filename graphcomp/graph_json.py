@@ -21,7 +21,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 
 from graphcomp.errors import CheckpointError
 from graphcomp.graph import clone, fetch
-from graphcomp.graph_module import CapturedModule, build, calling_convention, is_constant
+from graphcomp.graph_module import FOLLOWS_MODE, CapturedModule, build, calling_convention, is_constant
 
 JSON = Any
 OUTPUT_LIBRARIES = ("transformers",)  # packages that register output classes when imported
@@ -73,6 +73,9 @@ def _dump_node(module: fx.GraphModule, node: fx.Node) -> JSON:
         row["args"] = [encode(a) for a in node.args]
     if node.op == "placeholder" and is_constant(node):
         row["constant"] = encode(node.meta["val"])
+    numbers = {name: pair for name, pair in node.meta.get(FOLLOWS_MODE, {}).items() if isinstance(pair[0], float)}
+    if numbers:  # flags follow the mode wherever they are: see `build`
+        row["follows"] = encode(numbers)
     if node.kwargs:
         row["kwargs"] = {name: encode(a) for name, a in node.kwargs.items()}
     if node.op == "get_attr" and isinstance(body := fetch(module, str(node.target)), fx.GraphModule):
@@ -157,6 +160,8 @@ def load(document: JSON, tensors: Mapping[str, Any], devices: Mapping[str, torch
         nodes[row["name"]] = graph.create_node(row["op"], _target(row), args, kwargs, row["name"])
         if "constant" in row:
             nodes[row["name"]].meta["val"] = decode(row["constant"], nodes, devices)
+        if "follows" in row:
+            nodes[row["name"]].meta[FOLLOWS_MODE] = decode(row["follows"], nodes, devices)
     if document["inputs"] is not None:
         specs = _load_spec(document["inputs"]), _load_spec(document["outputs"])
         graph.set_codegen(calling_convention(document["arguments"], *specs))

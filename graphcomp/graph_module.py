@@ -101,7 +101,7 @@ def build(tensors: Mapping[str, Any], graph: fx.Graph, name: str) -> CapturedMod
     for node in graph.nodes:
         flag = _mode_argument(node)
         if flag is not None and bind(node)[flag] is False:
-            node.meta[FOLLOWS_MODE] = {flag: (False, True)}
+            node.meta.setdefault(FOLLOWS_MODE, {})[flag] = (False, True)
     module = CapturedModule(dict(tensors), graph, class_name=name)
     module.eval()
     return module

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import pickle
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
@@ -314,7 +315,7 @@ def test_dropout_in_attention_follows_the_mode_in_a_graph_that_is_trained() -> N
     x = torch.randn(2, 3, 4)
     model = nn.Sequential(Attention(0.5), nn.Tanh(), Attention(0.0), nn.Tanh(), Attention(0.25)).train()
     captured = capture(model, x, training=True).module
-    for module in (captured, copy.deepcopy(captured)):
+    for module in (captured, copy.deepcopy(captured), pickle.loads(pickle.dumps(captured))):
         nodes = module.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
         for mode, expected in ((True, [0.5, 0.0, 0.25]), (False, [0.0] * 3), (True, [0.5, 0.0, 0.25])):
             module.train(mode)

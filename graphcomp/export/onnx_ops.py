@@ -43,6 +43,7 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
             attribute("shape", integers[1]),
             attribute("bits", integers[0]),
             attribute("signed", integers[0]),
+            attribute("shift", integers[0]),
         ],
     )
     grouped_schema = schema(
@@ -94,8 +95,8 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
             return op.DequantizeLinear(x, scales, axis=axis)
         return op.DequantizeLinear(x, scales, op.Cast(zero_points, to=dtype), axis=axis)
 
-    def unpack(packed, shape, bits: int, signed: bool):  # type: ignore[no-untyped-def]
-        return unpack_op(packed, shape=list(shape), bits=bits, signed=int(signed))
+    def unpack(packed, shape, bits: int, signed: bool, shift: int = 0):  # type: ignore[no-untyped-def]
+        return unpack_op(packed, shape=list(shape), bits=bits, signed=int(signed), shift=shift)
 
     def dequantize_grouped(values, scales, zero_points, groups):  # type: ignore[no-untyped-def]
         return grouped_op(values, scales, zero_points, groups)

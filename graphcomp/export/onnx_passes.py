@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 COMPUTE = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 IR_VERSION_OF_TWO_BITS = 13
 
+SHIFT = "graphcomp.shift"
+"""Key in the metadata of packed codes: by how many places they are shifted where they are widened."""
+
 
 def prepare(model: ir.Model) -> None:
     """Constants where weights are. Of our own ops those stay that the optimizer would compute beforehand.
@@ -121,7 +124,9 @@ def _unpack(graph: ir.Graph, node: ir.Node) -> None:
     else:
         kind = ir.DataType.INT4 if signed else ir.DataType.UINT4
         name = _free_name(graph, f"{packed.name}_int4")
-        codes.replace_all_uses_with(_add_tensor(graph, _packed(whole.numpy(), kind, name)))
+        stored = _add_tensor(graph, _packed(whole.numpy(), kind, name))
+        stored.meta[SHIFT] = node.attributes["shift"].as_int()
+        codes.replace_all_uses_with(stored)
     graph.remove(node, safe=True)
 
 
@@ -165,9 +170,11 @@ def _halves(tape: Any, packed: ir.Value, shape: Sequence[int], signed: bool, kin
 
 
 def _widen_for_integer_kernels(graph: ir.Graph, node: ir.Node) -> None:
-    """Put a Cast to INT8 between four-bit codes and the dequantization of a layer whose input is quantized.
+    """Put a Cast to INT8 between four-bit codes and the dequantization of a layer whose input is quantized, and the
+    shift of the codes.
 
-    onnxruntime has no integer kernel that reads INT4 and int8 activations; it folds the Cast when it loads the file.
+    onnxruntime has no integer kernel that reads INT4 and int8 activations; it folds what is computed of constants when
+    it loads the file. Its product takes no INT8, so that it is of INT32.
     """
     import numpy as np
     import onnx_ir as ir
@@ -176,11 +183,16 @@ def _widen_for_integer_kernels(graph: ir.Graph, node: ir.Node) -> None:
     four = {ir.DataType.INT4: ir.DataType.INT8, ir.DataType.UINT4: ir.DataType.UINT8}
     if codes is None or codes.dtype not in four or _block_size(node) > 0:
         return
-    if not any(user.op_type in COMPUTE and _quantized_input(user) for user, _ in node.outputs[0].uses()):
+    shift = codes.meta.get(SHIFT, 0)
+    if not shift and not any(user.op_type in COMPUTE and _quantized_input(user) for user, _ in node.outputs[0].uses()):
         return
     wide = four[codes.dtype]
     tape = _tape()
-    widened = tape.op("Cast", [codes], {"to": wide})
+    widened = codes
+    if shift:
+        factor = tape.op("Constant", [], {"value": ir.tensor(np.array(2**shift, np.int32))})
+        widened = tape.op("Mul", [tape.op("Cast", [codes], {"to": ir.DataType.INT32}), factor])
+    widened = tape.op("Cast", [widened], {"to": wide})
     widened.dtype, widened.shape = wide, codes.shape
     graph.insert_before(node, tape.nodes)
     node.replace_input_with(0, widened)
@@ -344,7 +356,9 @@ def _turned(graph: ir.Graph, value: ir.Value, order: Sequence[int]) -> ir.Value:
     turned = np.ascontiguousarray(_constant(value, "scales").transpose(order))
     name, kind = _free_name(graph, f"{value.name}_t"), value.dtype
     assert isinstance(kind, ir.DataType)
-    return _add_tensor(graph, _packed(turned, kind, name) if kind.bitwidth == 4 else ir.Tensor(turned, kind, name=name))
+    held = _add_tensor(graph, _packed(turned, kind, name) if kind.bitwidth == 4 else ir.Tensor(turned, kind, name=name))
+    held.meta.update(value.meta)
+    return held
 
 
 def _packed(values: npt.NDArray[Any], kind: Any, name: str) -> Any:
@@ -445,8 +459,7 @@ def _own_zero_points(model: ir.Model) -> None:
 def _stored(node: ir.Node) -> bool:
     """Whether a DequantizeLinear reads a constant, widened or not."""
     codes = node.inputs[0]
-    producer = codes.producer() if codes is not None else None
-    if producer is not None and producer.op_type == "Cast":
+    while codes is not None and (producer := codes.producer()) is not None and producer.op_type in ("Cast", "Mul"):
         codes = producer.inputs[0]
     return codes is not None and codes.is_initializer()
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graphcomp.errors import ExportError
 from graphcomp.export.files import replacing
@@ -80,6 +80,8 @@ def write_file(module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: Map
             why="a model that was loaded from a checkpoint folder comes without them",
             fix=f"small.export({path.name!r}, example_inputs=torch.randn(1, 3, 224, 224))",
         )
+    if FORMATS[path.suffix] == "onnx":
+        _check_dtypes(module, tensor_leaves((args, dict(kwargs))))
     proof = as_run = None
     with replacing(path) as fresh:
         if FORMATS[path.suffix] == "onnx":
@@ -100,3 +102,13 @@ def write_file(module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: Map
         weight_only = proof is not None and "MatMulNBits" in proof.integer
         log.warning(WEIGHT_ONLY if weight_only else SATURATES, path.name, as_run.steps)
     return ExportReport(str(path), FORMATS[path.suffix], size, found, as_run, proof)
+
+
+def _check_dtypes(module: nn.Module, inputs: Sequence[Tensor]) -> None:
+    """Raise ExportError where onnxruntime has no kernels on a CPU for what the model computes with."""
+    if any(t.dtype is torch.bfloat16 for t in (*module.parameters(), *module.buffers(), *inputs)):
+        raise ExportError(
+            "a model in bfloat16 cannot be exported to ONNX",
+            why="onnxruntime's kernels for the CPU, on which the file is run before it is handed over, take none",
+            fix="model.float() and inputs in float32, before it is compressed; or export to .pt2",
+        )

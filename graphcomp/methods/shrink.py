@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graphcomp.analysis import analyze_captured
 from graphcomp.errors import PlanError
-from graphcomp.graph import all_tensors, assign, fetch
+from graphcomp.graph import all_tensors, assign, fetch, value
 from graphcomp.methods.prepared import PROGRESS, Prepared, Session, with_masks
 from graphcomp.pruning.mask import PREFIX
 from graphcomp.pruning.slice import SliceGroups, kept_of_tensors
@@ -91,7 +91,21 @@ def _filled(full: Tensor, cuts: Mapping[int, Tensor], values: Tensor) -> Tensor:
 
 
 def hand_over(ready: Prepared, session: Session) -> None:
-    """Let the graphs and the model of the session hold the tensors of `ready`, which may be a copy, or have moved."""
+    """Let the graphs and the model of the session hold the tensors of `ready`, which may be a copy, or have moved.
+
+    Raises:
+        PlanError: the module is in another dtype than it was prepared in.
+    """
+    for node in session.plan.captured.module.graph.find_nodes(op="get_attr"):
+        was, now = value(node), tensor_of(ready, str(node.target))
+        if isinstance(was, Tensor) and now is not None and now.dtype != was.dtype:
+            before, after = (str(t.dtype).removeprefix("torch.") for t in (was, now))
+            raise PlanError(
+                f"the module was prepared in {before}, and is in {after}",
+                at=str(node.target),
+                why="its graph takes example inputs of the dtype it was captured with",
+                fix=f"ready.to(torch.{before}); or prepare the model and its example inputs in {after}",
+            )
     quantized, floats = session.quantized.captured.module, session.plan.captured.module
     for module in (quantized, floats):
         for name, tensor in list(all_tensors(module)):

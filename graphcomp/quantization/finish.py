@@ -21,12 +21,13 @@ from torch import Tensor, fx, nn
 
 from graphcomp.errors import PlanError, VerificationError
 from graphcomp.graph import bind, clone, fetch, value
+from graphcomp.quantization.biases import fit_biases
 from graphcomp.quantization.calibrate import calibrate_weight
 from graphcomp.quantization.fold import Pair, affine_of, chains, drop_unread
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers, lower
 from graphcomp.quantization.placement import COMPUTE, layer_name, place
-from graphcomp.quantization.ptq import Quantized, fit_biases, layer_errors
+from graphcomp.quantization.ptq import Quantized, layer_errors
 from graphcomp.quantization.quantizers.affine import AffineQuantizer
 from graphcomp.quantization.quantizers.base import Integers, Quantizer, spread
 from graphcomp.quantization.quantizers.geta import GetaQuantizer
@@ -68,7 +69,7 @@ class Finish:
 def from_training(fake: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> Quantized:
     """The integers of a trained fake-quant graph, and what `quantize` gives beside them.
 
-    Biases are rounded to multiples of their layer's step of products, as an integer kernel adds them. Where the weights
+    Biases are rounded to what an integer kernel adds (`fit_biases`). Where the weights
     of a channel are next to nothing beside its bias, that multiple does not fit into an int32: the step is widened and
     the codes are rounded again, the only ones that are not those that were trained. `notes` names the layer. (Left
     float, such a bias would be rounded by onnxruntime itself, which lets it overflow.)

@@ -1,6 +1,7 @@
 """The lowering pass: fake-quant nodes become integers with quantize and dequantize nodes.
 
-weight      integer buffer -> dequantize          four bits and fewer: packed end to end
+weight      integer buffer -> dequantize          four bits and fewer: packed end to end; six and fewer beside a bias:
+            shifted to seven, so that the bias may be finer (see biases.py)
 embedding   the integer table is looked up, then its rows' scales; the table is never made float
 activation  quantize -> dequantize, unsigned: kernels ask for one integer type in and out, and for 0 as the lowest code
             behind a clip at 0
@@ -21,6 +22,7 @@ from torch import Tensor, fx
 from graphcomp.errors import PlanError
 from graphcomp.graph import bind, clone, module_path, set_argument, tensor_values, value
 from graphcomp.quantization import ops
+from graphcomp.quantization.biases import KERNEL_BITS, biased_layers
 from graphcomp.quantization.fold import drop_unread
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.placement import CLIPS, COMPUTE, EMBEDDINGS, SAME, TRANSPOSED, constants, layer_name
@@ -89,6 +91,7 @@ class _Lowering:
         self.activations: dict[str, str] = {}
         self.weights: dict[str, Integers] = {}
         self.scales: dict[fx.Node, Integers] = {}  # dequantized activation -> scale and zero point
+        self.shifts = {layer.weight: layer.shift for layer in biased_layers(self.module)}
 
     def run(self) -> Lowered:
         found = list(quantizer_nodes(self.module))
@@ -118,7 +121,7 @@ class _Lowering:
         stem = self._stem(source)
         lookups = [user for user in node.users if user.target in EMBEDDINGS]
         with self.graph.inserting_before(node):
-            codes = self._codes(stem, integers, node)
+            codes, integers = self._codes(stem, integers, self.shifts.get(node, 0), node)
             scale = self._buffer(f"{stem}_scale", integers.scale, node)
             zero = self._buffer(f"{stem}_zero_point", integers.zero_point.to(torch.int32), node)
             if len(lookups) < len(node.users):
@@ -131,16 +134,17 @@ class _Lowering:
             self._lookup(user, codes, scale, zero, integers)
         self.graph.erase_node(node)
 
-    def _codes(self, stem: str, integers: Integers, like: fx.Node) -> fx.Node:
-        """The node that yields the codes, unpacked."""
+    def _codes(self, stem: str, integers: Integers, shift: int, like: fx.Node) -> tuple[fx.Node, Integers]:
+        """The node that yields the codes, unpacked and shifted, and what they are."""
+        shifted = _shifted(integers, shift)
         low, high = integers.quant_min, integers.quant_max
         signed = low < 0
         bits = max(max(high, -1 - low).bit_length() + signed, min(ops.PACKED_BITS))
         if bits > max(ops.PACKED_BITS) or not self.pack:
-            return self._buffer(f"{stem}_codes", integers.values, like)
+            return self._buffer(f"{stem}_codes", shifted.values, like), shifted
         packed = self._buffer(f"{stem}_codes", ops.pack(integers.values, bits), like)
-        shape = list(integers.values.shape)
-        return self._call(torch.ops.graphcomp.unpack.default, (packed, shape, bits, signed), like)
+        arguments = (packed, list(integers.values.shape), bits, signed, *([shift] if shift else []))
+        return self._call(torch.ops.graphcomp.unpack.default, arguments, like), shifted
 
     def _dequantize(
         self, stem: str, codes: fx.Node, scale: fx.Node, zero: fx.Node, integers: Integers, like: fx.Node
@@ -298,6 +302,21 @@ def _signed(integers: Integers) -> Integers:
         zero_point=integers.zero_point - offset,
         quant_min=integers.quant_min - offset,
         quant_max=integers.quant_max - offset,
+    )
+
+
+def _shifted(integers: Integers, shift: int) -> Integers:
+    """The same floats from codes that are shifted by so many places."""
+    if shift == 0:
+        return integers
+    low, high = integers.quant_min << shift, integers.quant_max << shift
+    assert max(high, -1 - low).bit_length() < KERNEL_BITS and not bool(integers.zero_point.any())
+    return replace(
+        integers,
+        values=(integers.values.to(torch.int32) << shift).to(torch.int8),
+        scale=integers.scale / 2**shift,
+        quant_min=low,
+        quant_max=high,
     )
 
 

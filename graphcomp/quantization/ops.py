@@ -120,19 +120,19 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 @torch.library.custom_op("graphcomp::unpack", mutates_args=())
-def unpack(packed: Tensor, shape: Sequence[int], bits: int, signed: bool) -> Tensor:
-    """The codes that `pack` packed: int8 of `shape` where signed, else uint8."""
+def unpack(packed: Tensor, shape: Sequence[int], bits: int, signed: bool, shift: int = 0) -> Tensor:
+    """The codes that `pack` packed, times 2^shift: int8 of `shape` where signed, else uint8."""
     dtype, shifts, places = _run(bits, packed.device)
     n = int(torch.Size(shape).numel())
     whole = F.pad(packed, (0, -packed.numel() % len(places))).to(dtype)
     runs = (whole.view(-1, len(places)) << places).sum(1, dtype=dtype)
     codes = ((runs[:, None] >> shifts) & (1 << bits) - 1).reshape(-1)[:n].reshape(list(shape))
     half = 1 << (bits - 1)
-    return (codes.to(torch.int8) ^ half) - half if signed else codes.to(torch.uint8, copy=True)
+    return (((codes.to(torch.int8) ^ half) - half) if signed else codes.to(torch.uint8)) << shift
 
 
 @unpack.register_fake
-def _(packed: Tensor, shape: Sequence[int], bits: int, signed: bool) -> Tensor:
+def _(packed: Tensor, shape: Sequence[int], bits: int, signed: bool, shift: int = 0) -> Tensor:
     return packed.new_empty(list(shape), dtype=torch.int8 if signed else torch.uint8)
 
 

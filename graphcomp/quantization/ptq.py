@@ -6,7 +6,7 @@ layer, so that each is set on the operands it will get.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -16,22 +16,19 @@ from torch import Tensor, fx, nn
 from graphcomp.errors import CalibrationError, PlanError
 from graphcomp.graph import bind, clone, fetch, set_argument, value
 from graphcomp.quantization.attention import WriteOutAttention
+from graphcomp.quantization.biases import fit_biases
 from graphcomp.quantization.calibrate import RangeObserver, calibrate_weight, make_observer
 from graphcomp.quantization.equalize import equalize
 from graphcomp.quantization.fold import FoldBatchNorm
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.lower import Lowered, LoweredLayer, constants_with_quantizers, layers_of, lower
 from graphcomp.quantization.placement import COMPUTE, CONVOLUTIONS, layer_name, place
-from graphcomp.quantization.quantizers.uniform import UniformQuantizer
 from graphcomp.quantization.second_order import round_second_order, second_moments
 from graphcomp.quantization.spec import QuantConfig
 from graphcomp.quantization.tensors import add_tensor, attribute_readers, put, read_by_others, replace_argument
 from graphcomp.quantization.walk import Constants, Lockstep
 
 Rounding = Literal["nearest", "second_order"]
-
-BIAS_LIMIT = 2.0**30
-"""A bias on the scale of its layer's products stays below this, half of what an int32 accumulator holds."""
 
 FEWEST_SAMPLES = 16
 """Of each channel, to tell a mean error from chance."""
@@ -223,48 +220,6 @@ def calibrate_weights(fake: fx.GraphModule) -> None:
     for node, quantizer in quantizer_nodes(fake):
         if node in constant:
             calibrate_weight(quantizer, values.of(node.all_input_nodes[0]), str(node.target))
-
-
-def fit_biases(fake: fx.GraphModule) -> None:
-    """Give each bias a value that an integer kernel adds as it is: a multiple of the layer's step of products.
-
-    Steps of weights are widened so much that the multiple fits into an int32, which matters for channels whose weights
-    are next to nothing beside their bias.
-    """
-    values, readers = Constants(fake), attribute_readers(fake)
-    found = list(_biased(fake))
-    with torch.no_grad():
-        for _, bias, weight, step in found:  # all of them first: layers may share a quantizer
-            needed = values.of(bias).detach().abs() / (step * BIAS_LIMIT)
-            if weight.dim is None:
-                needed = needed.amax()
-            elif needed.numel() != weight.scale.numel():  # groups of a transposed convolution share the channels
-                needed = needed.view(-1, weight.scale.numel()).amax(0)
-            weight.scale.copy_(torch.maximum(weight.scale, needed.to(weight.scale)))
-        for node, bias, weight, step in found:
-            floats, product = values.of(bias), weight.scale * step
-            if weight.spec.symmetric and product.numel() in (1, floats.numel()):
-                rounded = nn.Parameter(torch.round(floats / product) * product)
-                argument = COMPUTE[node.target].bias
-                replace_argument(fake, node, argument, rounded, f"graphcomp_{node.name}_bias", readers)
-    fake.recompile()
-
-
-def _biased(fake: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node, UniformQuantizer, Tensor]]:
-    """Each layer with a bias whose products have one step per channel: the bias, the weight's quantizer, the step of
-    the data."""
-    quantizers = dict(quantizer_nodes(fake))
-    for node in fake.graph.nodes:
-        operands = COMPUTE.get(node.target)
-        bias = bind(node)[operands.bias] if operands and operands.bias else None
-        if operands is None or not isinstance(bias, fx.Node):
-            continue
-        arguments = bind(node)
-        weight, data = quantizers.get(arguments[operands.weight]), quantizers.get(arguments[operands.data[0]])
-        if data is None or data.dim is not None or not isinstance(weight, UniformQuantizer):
-            continue
-        if weight.spec.granularity != "group":
-            yield node, bias, weight, data.to_integers(torch.zeros((), dtype=weight.scale.dtype)).scale
 
 
 # ------------------------------------------------------------------------------------------------ setting

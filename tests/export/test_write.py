@@ -100,6 +100,15 @@ def test_a_folder_and_example_inputs_after_loading(tmp_path: Path) -> None:
     assert loaded.export_report is not None and loaded.export_report.agreement.within_a_step
 
 
+def test_bfloat16_is_refused(tmp_path: Path) -> None:
+    x = torch.randn(2, 16, dtype=torch.bfloat16)
+    small = gc.compress(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).bfloat16(), x, sparsity=0.5)
+    with pytest.raises(ExportError, match="bfloat16"):
+        small.export(tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+    small.export(tmp_path / "m.pt2")
+
+
 def test_nothing_is_left_of_a_file_that_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = gc.compress(Mlp().eval(), torch.randn(2, 6), sparsity=0.5)
 

@@ -129,3 +129,11 @@ def test_a_schedule_that_was_cut_short_is_refused():
         gc.shrink(ready)
     with pytest.raises(gc.PlanError, match="not prepared"):
         gc.shrink(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("then", [gc.shrink, gc.finalize])
+def test_another_dtype_is_refused(then):
+    ready = pruned("residual").double()
+    with pytest.raises(gc.PlanError, match="prepared in float32, and is in float64"):
+        then(ready)
+    then(ready.float())

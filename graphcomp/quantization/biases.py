@@ -1,0 +1,100 @@
+"""Biases as integer kernels add them: multiples of the step of their layer's products.
+
+A multiple is fine enough beside codes of eight bits, and not beside those of three: the step of products grows with the
+weight's, and a rounded bias costs more than a rounded weight. Kernels read weights from bytes, so codes of few bits are
+stored shifted to seven of them, with a step that is as many times smaller. The weight keeps its values, and the bias
+gets a unit as fine as beside seven bits. (Not eight: there kernels without VNNI saturate.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphcomp.graph import bind
+from graphcomp.quantization.insert import quantizer_nodes
+from graphcomp.quantization.placement import COMPUTE, EMBEDDINGS
+from graphcomp.quantization.quantizers.uniform import SMALLEST_STEP, UniformQuantizer
+from graphcomp.quantization.tensors import attribute_readers, replace_argument
+from graphcomp.quantization.walk import Constants
+
+BIAS_LIMIT = 2.0**30
+"""A bias on the scale of its layer's products stays below this, half of what an int32 accumulator holds."""
+
+KERNEL_BITS = 7
+"""Of a shifted code."""
+
+
+@dataclass(frozen=True)
+class BiasedLayer:
+    """A layer with a bias whose products have one step per channel.
+
+    Attributes:
+        node: the op.
+        bias, weight: what it reads; `weight` is a fake-quant node.
+        quantizer: of the weight.
+        step: () of the data.
+    """
+
+    node: fx.Node
+    bias: fx.Node
+    weight: fx.Node
+    quantizer: UniformQuantizer
+    step: Tensor
+
+    @property
+    def shift(self) -> int:
+        """By how many places the weight's codes are shifted.
+
+        A table that is also looked up stays as it is, and so do codes with a zero point, whose biases stay float.
+        """
+        if not self.quantizer.spec.symmetric or any(user.target in EMBEDDINGS for user in self.weight.users):
+            return 0
+        return max(0, KERNEL_BITS - self.quantizer.spec.bits)
+
+
+def biased_layers(fake: fx.GraphModule) -> Iterator[BiasedLayer]:
+    """Those of a fake-quant graph, in its order."""
+    quantizers = dict(quantizer_nodes(fake))
+    for node in fake.graph.nodes:
+        operands = COMPUTE.get(node.target)
+        bias = bind(node)[operands.bias] if operands and operands.bias else None
+        if operands is None or not isinstance(bias, fx.Node):
+            continue
+        weight, data = bind(node)[operands.weight], quantizers.get(bind(node)[operands.data[0]])
+        quantizer = quantizers.get(weight)
+        if data is None or data.dim is not None or not isinstance(quantizer, UniformQuantizer):
+            continue
+        if quantizer.spec.granularity != "group":
+            step = data.to_integers(torch.zeros((), dtype=quantizer.scale.dtype)).scale
+            yield BiasedLayer(node, bias, weight, quantizer, step)
+
+
+def fit_biases(fake: fx.GraphModule) -> None:
+    """Give each bias a value that an integer kernel adds as it is: a multiple of the step of the layer's products.
+
+    Steps of weights are widened so much that the multiple fits into an int32, which matters for channels whose weights
+    are next to nothing beside their bias.
+    """
+    values, readers = Constants(fake), attribute_readers(fake)
+    found = list(biased_layers(fake))
+    with torch.no_grad():
+        for layer in found:  # all of them first: layers may share a quantizer
+            weight, finer = layer.quantizer, 2**layer.shift
+            needed = values.of(layer.bias).detach().abs() * finer / (layer.step * BIAS_LIMIT)
+            if weight.dim is None:
+                needed = needed.amax()
+            elif needed.numel() != weight.scale.numel():  # groups of a transposed convolution share the channels
+                needed = needed.view(-1, weight.scale.numel()).amax(0)
+            needed = needed.to(weight.scale).clamp(min=SMALLEST_STEP * finer)
+            weight.scale.copy_(torch.maximum(weight.scale, needed))
+        for layer in found:
+            floats, product = values.of(layer.bias), layer.quantizer.scale * layer.step / 2**layer.shift
+            if layer.quantizer.spec.symmetric and product.numel() in (1, floats.numel()):
+                rounded = nn.Parameter(torch.round(floats / product) * product)
+                argument, name = COMPUTE[layer.node.target].bias, f"graphcomp_{layer.node.name}_bias"
+                replace_argument(fake, layer.node, argument, rounded, name, readers)
+    fake.recompile()
