@@ -7,10 +7,11 @@
 
 A step is forward, backward and SGD with momentum. The fake-quantized variants are what `graphcomp.prepare` returns,
 first with SGD as it is, then with QASSO in each of its stages (weights and activations, 4 to 8 bits, half of the units
-to go). "Recomputed" is with `prepare(…, recompute=True)`. The variants take turns, one step each, so that whatever
-else the machine does meets all of them: ratios are those of neighbouring steps, their median and their quartiles. With
-one thread CPU time counts, with more the time on the clock. Memory is what a step holds when the backward pass starts,
-and gradients: tensors saved for it (each storage once), parameters, buffers, and the optimizer's state.
+to go); "shrunk" goes on without them. "Recomputed" is with `prepare(…, recompute=True)`. The variants take turns, one
+step each, so that whatever else the machine does meets all of them: ratios are those of neighbouring steps, their
+median and their quartiles. With one thread CPU time counts, with more the time on the clock. Memory is what a step
+holds when the backward pass starts, and gradients: tensors saved for it (each storage once), parameters, buffers, and
+the optimizer's state.
 
 Freed memory stays with the process (glibc is told so), as under jemalloc and tcmalloc. Else large tensors are given
 back to the system and faulted in again, which costs a step up to 15 %, by chance the one variant or the other.
@@ -151,6 +152,7 @@ def variants(case: Case, inputs: Tensor, names: Collection[str] = ()) -> list[Va
             makers[name] = partial(_with_sgd, name, model, inputs, activation_bits, again)
     for stage in STAGES:
         makers[f"QASSO {stage.name.lower()}"] = partial(_with_qasso, stage, model, inputs)
+    makers["QASSO cooldown shrunk"] = partial(_shrunk, model, case)
     return found + [make() for name, make in makers.items() if not names or name in names]
 
 
@@ -171,6 +173,16 @@ def _with_qasso(stage: Stage, model: nn.Module, inputs: Tensor) -> Variant:
         schedule=STAGES[stage],
     )  # fmt: skip
     return Variant(f"QASSO {stage.name.lower()}", ready, optimizer)
+
+
+def _shrunk(model: nn.Module, case: Case) -> Variant:
+    """After the one step of its joint stage, and the first of its cool-down."""
+    inputs, labels = case.batch(2)
+    whole = _with_qasso(Stage.COOLDOWN, model, inputs)
+    for _ in range(2):
+        whole.step(inputs, labels)
+    assert isinstance(whole.optimizer, graphcomp.QASSO)
+    return Variant("QASSO cooldown shrunk", whole.optimizer.shrink(), whole.optimizer)
 
 
 # ------------------------------------------------------------------------------------------------ measuring

@@ -23,6 +23,7 @@ from graphcomp.methods.bank import Bank
 from graphcomp.methods.forgetting import Entry, Forgetting, Rule
 from graphcomp.methods.prepared import PROGRESS, Prepared, Session, Site, unwrapped
 from graphcomp.methods.schedule import Moment, Schedule, Stage
+from graphcomp.methods.shrink import move, shrunk
 from graphcomp.methods.target import BISECTIONS, BY_COST, Target
 from graphcomp.pruning.allocation import Budget, Normalize, allocate, normalized, units_to_remove
 from graphcomp.pruning.evidence import Evidence, Scores
@@ -152,10 +153,8 @@ class QASSO(Optimizer):
             )
         self.total = sum(group.size for group in self.groups)
         self._parameters = dict(self.ready.named_parameters())
-        found = [(site, q) for site, q in self.ready.quantizers() if isinstance(q, GetaQuantizer)]
-        self._sites = [site for site, _ in found]
-        low, high = _range(self._sites, bits)
-        self.bank = Bank([q for _, q in found], low, high)
+        self._sites = [site for site, q in self.ready.quantizers() if isinstance(q, GetaQuantizer)]
+        self.bank = _bank(self.ready, *_range(self._sites, bits))
         learned = _quantizer_parameters(self.ready)
         self._learned = [p for p in learned if p.requires_grad]
         lr_quant = (1e-4 if session.has_attention else 1e-3) if lr_quant is None else lr_quant
@@ -169,6 +168,8 @@ class QASSO(Optimizer):
         masks = self.ready.kept()  # after an earlier run some units may be gone: they stay gone, and count
         self.kept: Kept = {group: masks[group] for group in self.groups}
         self.chosen: Kept = self.kept  # what is left when the current period ends
+        self._ungrouped = 0  # units that stay, of groups that shrinking dissolved
+        self._shrunk: dict[str, Tensor] | None = None  # what was left of each group when the module was shrunk
         self._active: Forgetting | None = None
         self._zeros: list[tuple[Tensor, int, Tensor]]  # parameter, dim, indices of all that is gone
         self._index_zeros()
@@ -195,7 +196,7 @@ class QASSO(Optimizer):
     @property
     def removed(self) -> int:
         """Units that are gone."""
-        return self.total - sum(len(units) for units in self.kept.values())
+        return self.total - sum(len(units) for units in self.kept.values()) - self._ungrouped
 
     def most_bits(self) -> Tensor:
         """(l,) the most bits that each quantizer of `bank` may have in the next step."""
@@ -460,6 +461,42 @@ class QASSO(Optimizer):
         for parameter, dim, indices in self._zeros:
             parameter.index_fill_(dim, indices, 0)
 
+    # ------------------------------------------------------------------------------------------ shrinking
+    @torch.no_grad()
+    def shrink(self) -> Prepared:
+        """The module without the units that are gone (`graphcomp.shrink`), which this optimizer goes on with.
+
+        What the base optimizer remembers of the rest stays, and learning-rate schedulers and scalers of this optimizer
+        go on. Wrappers around the module, such as DistributedDataParallel or a compiled one, are to be made anew.
+
+        Raises:
+            PlanError: units or bits are not settled yet, which they are after the first step of the cool-down.
+        """
+        if self.stage != Stage.COOLDOWN or (len(self.bank) and self._fixed is None):
+            raise PlanError(
+                f"after step {self.steps} nothing can be shrunk",
+                why=f"which units go, and bits that are whole, is settled at step {self.schedule.ends[2] + 1}",
+                fix="optimizer.shrink() after the first step of the cool-down",
+            )
+        return self._shrink()
+
+    def _shrink(self) -> Prepared:
+        small, left = shrunk(self.ready), self.total - self.removed
+        earlier = self._shrunk or {}
+        kept = {group.name: units for group, units in self.kept.items()}
+        self._shrunk = {**earlier, **{n: earlier[n][units] if n in earlier else units for n, units in kept.items()}}
+        move(self.param_groups, self.state, self.ready, small)
+        names = {group.name for group in self.groups}
+        self.ready, self.target = small, None
+        self.groups = tuple(group for group in small.session.groups if group.name in names)
+        self._parameters = dict(small.named_parameters())
+        self.bank = _bank(small, self.bank.low.tolist(), self.bank.high.tolist())
+        self._learned = [p for p in _quantizer_parameters(small) if p.requires_grad]
+        self.kept = self.chosen = {group: torch.arange(group.size) for group in self.groups}
+        self._ungrouped = left - sum(group.size for group in self.groups)
+        self._index_zeros()
+        return small
+
     # ------------------------------------------------------------------------------------------ saving
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's, and under "qasso" where the schedule stands: with the module's own, all that a run
@@ -473,12 +510,15 @@ class QASSO(Optimizer):
             "final": self._final,
             "fixed": self._fixed,
             "foreseen": self._foreseen,
+            "shrunk": self._shrunk,
         }
         return {**self.base.state_dict(), "qasso": own}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; load the module's first.
+        """Go on where `state_dict` was taken. A module that had been shrunk is shrunk so again, and is then `ready`.
+
+        The module's state is to be loaded, too, into `ready`, before or after.
 
         Raises:
             CheckpointError: it is of another optimizer, of another model, or of a newer graphcomp.
@@ -488,6 +528,7 @@ class QASSO(Optimizer):
             raise CheckpointError("the state is not of QASSO", why=f"it holds {', '.join(state_dict)}")
         if own["format"] > FORMAT:
             raise CheckpointError(f"the state has format {own['format']}", why=f"this graphcomp knows up to {FORMAT}")
+        self._shrink_as(own.get("shrunk"), int(own["steps"]))
         sizes = {group.name: group.size for group in self.groups}
         if set(own["kept"]) != set(sizes):
             raise CheckpointError(
@@ -506,6 +547,26 @@ class QASSO(Optimizer):
         self.bank.follow(self.stage == Stage.WARMUP)
         self._index_zeros()
         self._activate()
+
+    def _shrink_as(self, left: Mapping[str, Tensor] | None, steps: int) -> None:
+        """Let the module be without the units that are not `left`, as it was when a state was taken."""
+        if left is None and self._shrunk is None:
+            return
+        if left is None or (self._shrunk is not None and not _equal(left, self._shrunk)):
+            raise CheckpointError(
+                "the state is of a module of another size",
+                why="this optimizer's module has been shrunk since it was prepared",
+                fix="load it into a new QASSO of what graphcomp.prepare returns",
+            )
+        names = {group.name for group in self.groups}
+        if self._shrunk is None and set(left) == names:
+            self.kept = {group: left[group.name].cpu() for group in self.groups}
+            try:
+                self.ready.keep(self.kept)
+            except PlanError as error:
+                raise CheckpointError("the state is of another model", why=str(error)) from error
+            self.ready.meta[PROGRESS] = steps, self.schedule.ends[2] + 1
+            self._shrink()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As of the base optimizer."""
@@ -530,6 +591,14 @@ def _check_whole(ready: Prepared) -> None:
                 why="each process holds a part of the rows, and units are scored and forgotten whole",
                 fix="torch.nn.parallel.DistributedDataParallel(ready)",
             )
+
+
+def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return set(a) == set(b) and all(torch.equal(a[name].cpu(), b[name].cpu()) for name in a)
+
+
+def _bank(ready: Prepared, low: Sequence[float], high: Sequence[float]) -> Bank:
+    return Bank([q for _, q in ready.quantizers() if isinstance(q, GetaQuantizer)], low, high)
 
 
 def _makers(group: ChannelGroup) -> list[Member]:

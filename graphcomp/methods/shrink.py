@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from graphcomp.errors import PlanError
 from graphcomp.graph import all_tensors, assign, fetch, value
 from graphcomp.methods.prepared import PROGRESS, Prepared, Session, with_masks
 from graphcomp.pruning.mask import PREFIX
-from graphcomp.pruning.slice import SliceGroups, kept_of_tensors
+from graphcomp.pruning.slice import SliceGroups, kept_of_tensors, select
 
 
 def check_settled(ready: Prepared) -> None:
@@ -78,6 +78,33 @@ def expanded(small: Prepared) -> Prepared:
     whole.keep({group: own[units[group.name]] if group.name in units else own for group, own in kept.items()})
     whole.meta[PROGRESS] = small.meta.get(PROGRESS, (0, 0))
     return whole
+
+
+@torch.no_grad()
+def move(
+    param_groups: Iterable[dict[str, Any]], state: MutableMapping[Any, Any], ready: Prepared, small: Prepared
+) -> None:
+    """Let an optimizer's groups and state, which are changed, be of `small` instead of `ready`: what it holds of the
+    shape of a parameter is cut as that is. Parameters of neither stay."""
+    cuts, new = kept_of_tensors(ready.session.quantized.coupling, ready.kept()), dict(small.named_parameters())
+    names = {id(p): name for name, p in ready.named_parameters()}
+    held = dict(state)
+    for group in param_groups:
+        group["params"] = [new[names[id(p)]] if id(p) in names else p for p in group["params"]]
+    state.clear()
+    for old, values in held.items():
+        name = names.get(id(old), "")
+        cut = cuts.get(name, {})
+        state[new.get(name, old)] = {
+            key: select(value, cut) if cut and isinstance(value, Tensor) and value.shape == old.shape else value
+            for key, value in values.items()
+        }
+
+
+def give_back(small: Prepared, ready: Prepared) -> None:
+    """Let `ready`, which `small` was cut from, hold what `small` has learned since; in place."""
+    ready.load_state_dict(expanded(small).state_dict())
+    ready.meta[PROGRESS] = small.meta.get(PROGRESS, (0, 0))
 
 
 def _filled(full: Tensor, cuts: Mapping[int, Tensor], values: Tensor) -> Tensor:

@@ -19,17 +19,22 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from graphcomp.errors import CheckpointError, PlanError, TrainingError
+from graphcomp.graph import replace_module
 from graphcomp.methods import processes
 from graphcomp.methods.folder import RunFolder, generators_of, random_state, seeded, set_random_state
 from graphcomp.methods.geta import QASSO
 from graphcomp.methods.prepared import Prepared
 from graphcomp.methods.schedule import Schedule, Stage
+from graphcomp.methods.shrink import give_back
 from graphcomp.progress import Progress
 from graphcomp.progress import progress as show_progress
 from graphcomp.pruning.allocation import Budget
 from graphcomp.pruning.evidence import Loss, arguments_like, check_loss
 from graphcomp.pruning.saliency import Saliency
 from graphcomp.quantization.placement import CONVOLUTIONS
+
+SHRINK_FROM = 20
+"""Steps that are left at least where the module is shrunk: it is captured anew for that."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Training:
             warm-up over the first twentieth of the run, 100 steps at most, then a cosine down to 0.
         accumulate: so many batches make a step. What is left over at the end of a pass makes one, too.
         clip_norm: the largest norm of the gradients of all weights together.
+        shrink: the cool-down trains the module without the units that are gone, in less time (`graphcomp.shrink`).
         autocast: torch.bfloat16 or torch.float16: the model and the loss run under `torch.autocast`, quantizers and the
             optimizer in the dtype of the weights. With float16 the loss is scaled (`torch.amp.GradScaler`); steps that
             the scaler skips do not count. Also what a model keeps out of autocast itself then runs in it.
@@ -74,6 +80,7 @@ class Training:
     scheduler: Callable[[Optimizer], LRScheduler] | None = None
     accumulate: int = 1
     clip_norm: float | None = None
+    shrink: bool = True
     autocast: torch.dtype | None = None
     folder: str | Path | None = None
     save_every: int = 500
@@ -274,8 +281,14 @@ def train(
         with show_progress(run.total, progress) as bar:
             bar.done = run.step
             run.whole.module.train()
-            run.go(bar)
-        processes.copy_from_first(run.whole.module.buffers())  # statistics of batch norms are each process's own
+            try:
+                run.go(bar)
+                # statistics of batch norms are each process's own
+                processes.copy_from_first(run.whole.module.buffers())
+            finally:
+                small = run.put_back()
+        if small is not None:
+            give_back(small, ready)
 
 
 class _Run:
@@ -322,8 +335,7 @@ class _Run:
             self.optimizer.add_param_group({"params": outside})
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.autocast is torch.float16)
         self.scheduler = (training.scheduler or _cosine(self.total))(self.optimizer)
-        quantizers = {id(p) for _, quantizer in ready.quantizers() for p in quantizer.parameters()}
-        self.weights = [p for p in whole.module.parameters() if p.requires_grad and id(p) not in quantizers]
+        self.weights = self._weights()
         self.is_weight = torch.tensor([site.is_weight for site, _ in ready.quantizers()], dtype=torch.bool)
         self.generators = generators_of(data)
         self.folder: RunFolder | None = None
@@ -363,6 +375,7 @@ class _Run:
                 if not processes.every(bool(chunk), self.device):
                     break
                 if self._step(chunk):
+                    self._shrink_if_due()
                     self._report(bar)
             if not self.position:
                 raise self._no_batches()
@@ -444,6 +457,37 @@ class _Run:
         self.step += 1
         self.scheduler.step()
         return True
+
+    def _weights(self) -> list[nn.Parameter]:
+        """What is trained, but for the parameters of quantizers."""
+        quantizers = {id(p) for _, quantizer in self.optimizer.ready.quantizers() for p in quantizer.parameters()}
+        return [p for p in self.whole.module.parameters() if p.requires_grad and id(p) not in quantizers]
+
+    def _shrink_if_due(self) -> None:
+        """Go on without the units that are gone, where that is settled and pays."""
+        optimizer = self.optimizer
+        settled = optimizer.schedule.moment(self.step - 1).stage == Stage.COOLDOWN
+        if not self.training.shrink or not settled or optimizer.ready is not self.ready:
+            return
+        if optimizer.removed and self.total - self.step >= SHRINK_FROM:
+            optimizer.shrink()
+            self._follow()
+
+    def _follow(self) -> None:
+        """Let the module that the optimizer has shrunk stand in the place of the one that was prepared."""
+        if self.whole.module is self.ready:
+            self.whole = replace(self.whole, module=self.optimizer.ready)
+        else:
+            replace_module(self.whole.module, self.ready, self.optimizer.ready)
+        self.weights = self._weights()
+
+    def put_back(self) -> Prepared | None:
+        """Let the prepared module stand in its place again; what it was shrunk to, if it was."""
+        small = self.optimizer.ready
+        if small is self.ready:
+            return None
+        replace_module(self.whole.module, small, self.ready)
+        return small
 
     def _precision(self) -> AbstractContextManager[object]:
         dtype = self.training.autocast
@@ -554,6 +598,8 @@ class _Run:
             state["random"], state["epoch_random"] = state["random_of_others"][processes.rank() - 1]
         try:
             self.optimizer.load_state_dict(state["optimizer"])
+            if self.optimizer.ready is not self.ready:
+                self._follow()
             self.whole.module.load_state_dict(state["module"])
             self.scheduler.load_state_dict(state["scheduler"])
             if self.scaler.is_enabled():
@@ -621,6 +667,7 @@ def _about_training(training: Training, data: Iterable[Any], lr: float, base: ty
         "scheduler": "cosine" if training.scheduler is None else _name(training.scheduler),
         "accumulate": str(training.accumulate),
         "clip_norm": str(training.clip_norm),
+        "shrink": str(training.shrink),
         "epochs": str(training.epochs),
         **({"autocast": str(training.autocast)} if training.autocast is not None else {}),
         **({"processes": str(processes.count())} if processes.count() > 1 else {}),

@@ -12,7 +12,7 @@ from graphcomp.cost import CostModel
 from graphcomp.methods.shrink import expanded
 from graphcomp.pruning.slice import kept_of_tensors, select
 from tests.marks import slow
-from tests.methods.runs import SCHEDULE, batch, ready_of, train
+from tests.methods.runs import SCHEDULE, batch, model_of, ready_of, train
 
 COOLDOWN = gc.Schedule(4, warmup=0, projection=0, joint=0)
 
@@ -137,3 +137,84 @@ def test_another_dtype_is_refused(then):
     with pytest.raises(gc.PlanError, match="prepared in float32, and is in float64"):
         then(ready)
     then(ready.float())
+
+
+# ------------------------------------------------------------------------------------------------ by the optimizer
+def settled(base: type[torch.optim.Optimizer], **options) -> tuple[gc.Prepared, gc.QASSO]:
+    """A float64 module and its optimizer after the first step of the cool-down."""
+    model = model_of("residual").double()
+    ready = gc.prepare(model, *in_double("residual", 0), bits=(4, 8)).train()
+    optimizer = gc.QASSO(ready, base, lr=0.01, sparsity=0.4, schedule=SCHEDULE, **options)
+    steps(optimizer, ready, range(SCHEDULE.ends[2] + 1))
+    return ready, optimizer
+
+
+def steps(optimizer: gc.QASSO, module: torch.nn.Module, which: range) -> None:
+    for step in which:
+        optimizer.zero_grad()
+        module(*in_double("residual", step)).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {"amsgrad": True})],
+    ids=["sgd", "adamw"],
+)
+def test_the_optimizer_goes_on_with_it(base, options):
+    ready, optimizer = settled(base, **options)
+    twin = copy.deepcopy(ready)
+    other = gc.QASSO(twin, base, lr=0.01, sparsity=0.4, schedule=SCHEDULE, **options)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    rest = range(SCHEDULE.ends[2] + 1, SCHEDULE.steps)
+    steps(other, twin, rest)
+
+    halving = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=1.0)  # made before, goes on after
+    removed, stage = optimizer.removed, optimizer.stage
+    small = optimizer.shrink()
+    assert (optimizer.removed, optimizer.stage, optimizer.ready) == (removed, stage, small)
+    assert sum(p.numel() for p in small.parameters()) < 0.9 * sum(p.numel() for p in ready.parameters())
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} <= {id(p) for p in small.parameters()}
+    steps(optimizer, small, rest)
+    halving.step()
+    assert optimizer.removed == removed
+
+    found, wanted = expanded(small).state_dict(), twin.state_dict()
+    for name, tensor in found.items():
+        if "running_" not in name:  # of units that are gone, too
+            torch.testing.assert_close(tensor, wanted[name], rtol=1e-8, atol=1e-11, msg=name)
+
+
+def test_its_state_goes_on_in_another_process():
+    """As one would come to it again: prepared anew, and nothing but states."""
+    _, optimizer = settled(torch.optim.SGD, momentum=0.9)
+    small = optimizer.shrink()
+    steps(optimizer, small, range(1))
+    state = copy.deepcopy((optimizer.state_dict(), small.state_dict()))
+
+    fresh = gc.prepare(model_of("residual").double(), *in_double("residual", 0), bits=(4, 8)).train()
+    other = gc.QASSO(fresh, torch.optim.SGD, lr=0.01, momentum=0.9, sparsity=0.4, schedule=SCHEDULE)
+    other.load_state_dict(state[0])
+    again = other.ready
+    again.load_state_dict(state[1])
+    assert again is not fresh and (other.removed, other.steps) == (optimizer.removed, optimizer.steps)
+    steps(optimizer, small, range(1, 3))
+    steps(other, again, range(1, 3))
+    wanted = small.state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in again.state_dict().items())
+
+    third = gc.QASSO(small, torch.optim.SGD, lr=0.01, momentum=0.9, sparsity=0, schedule=COOLDOWN)
+    with pytest.raises(gc.CheckpointError):
+        third.load_state_dict(state[0])
+    with pytest.raises(gc.CheckpointError, match="another size"):
+        other.load_state_dict(third.state_dict())
+
+
+def test_it_shrinks_once_units_and_bits_are_settled():
+    ready = ready_of("residual", bits=(4, 8))
+    optimizer = gc.QASSO(ready, torch.optim.SGD, lr=0.01, sparsity=0.4, schedule=SCHEDULE)
+    train(optimizer, ready, "residual", SCHEDULE.ends[2])
+    with pytest.raises(gc.PlanError, match="settled at step 16"):
+        optimizer.shrink()
+    train(optimizer, ready, "residual", 1)
+    assert optimizer.shrink() is optimizer.ready is not ready

@@ -109,6 +109,26 @@ def test_law_3_fails_where_a_scale_is_wrong():
         check_lowering(found.fake, found.lowered, flat)
 
 
+@pytest.mark.parametrize("moved", [1, 2])
+def test_one_code_of_sixteen_bits_is_one_step(moved: int) -> None:
+    """Though float32 holds 1.0 above the code 40000 no better than to 0.004."""
+    found, flat = lowered(residual, config(16))
+    module = found.lowered.module
+    quantize = next(n for n in module.graph.nodes if n.target == ops.quantize_per_tensor and _reads(n, "pointwise"))
+    step = quantize.args[1]
+    codes, unit = module.get_buffer("pointwise.bias_codes"), module.get_buffer("pointwise.bias_scale")
+    codes += torch.round(moved * step / unit).to(codes.dtype)
+    if moved == 1:
+        assert check_lowering(found.fake, found.lowered, flat).steps == pytest.approx(1, abs=0.01)
+    else:
+        with pytest.raises(VerificationError, match=r"2\.00 quantization steps off"):
+            check_lowering(found.fake, found.lowered, flat)
+
+
+def _reads(node: Any, layer: str) -> bool:
+    return layer in str(node.args[0].meta.get("nn_module_stack", "")) and "conv" in str(node.args[0].target)
+
+
 def test_stored_dtypes():
     found, _ = lowered(residual, config(8))
     state = found.lowered.module.state_dict()

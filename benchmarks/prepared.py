@@ -1,0 +1,156 @@
+"""Training and shrinking on the shared zoo: prepare, five steps of QASSO, shrink, finalize.
+
+    python -m benchmarks.prepared                                # every model that can be exported: hours on a core
+    python -m benchmarks.prepared --families hf --json prepared.jsonl --resume
+
+Of each model a third of the units goes. Then the module without them must compute what the one with masks computes,
+with the same gradients, and `finalize` must verify: trained == sliced, and integers == fake-quant. Quantizers have 16
+bits, with which a sum in another order does not set off codes that are far from where they were. Each model runs in a
+process of its own, on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import graphcomp as gc
+from benchmarks import common
+from benchmarks.common import append_json, bounded, brief, section, table, timed
+from graphcomp.compare import relative_error
+from graphcomp.pruning.slice import kept_of_tensors, select
+
+FAMILIES = ("hf", "tv_classification", "tv_segmentation", "tv_video", "tv_flow")
+SECONDS = 900
+SPARSITY = 0.33
+SCHEDULE = gc.Schedule(5, warmup=1, projection=1, joint=2, projection_periods=1, pruning_periods=1)
+ALLOWED = 1e-2
+"""Of outputs and of each gradient, relative: steps of 16 bits, summed up through a deep network."""
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", default=",".join(FAMILIES), metavar="A,B", help="default: %(default)s")
+    parser.add_argument("--names", metavar="A,B", help="only these models, such as tv/resnet18,hf/bert")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write one line of JSON per model")
+    parser.add_argument("--resume", action="store_true", help="skip the models that --json FILE holds")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    print(common.header(), flush=True)
+    zoo = common.shared_module("zoo.py")
+    rows = common.read_json(options.json) if options.json and options.resume else []
+    done = {row["name"] for row in rows}
+    names = options.names.split(",") if options.names else None
+    for case in zoo.cases(names=names, families=None if names else options.families.split(",")):
+        if case.name in done:
+            continue
+        found = bounded(laws, case, seconds=SECONDS)
+        row = {"name": case.name, "family": case.family, **(found.value or {"failure": found.error})}
+        print(_line(row), flush=True)
+        append_json(options.json, row)
+        rows.append(row)
+    report(rows)
+
+
+def laws(case: Any) -> Row:
+    """Train one model for five steps, without and with the units that go."""
+    model, args, kwargs = case.build()
+    stage = "prepare"
+    try:
+        with timed() as clock:
+            ready = gc.prepare(model, args, kwargs, bits=16)
+            stage = "train"
+            ready.train()
+            optimizer = gc.QASSO(ready, torch.optim.SGD, lr=1e-5, sparsity=SPARSITY, schedule=SCHEDULE)
+            for _ in range(SCHEDULE.steps):
+                optimizer.zero_grad()
+                loss(ready, args, kwargs).backward()
+                optimizer.step()
+            stage = "shrink"
+            ready.eval()
+            small = gc.shrink(ready)
+            stage = "compare"
+            output, gradient, where = differences(ready, small, args, kwargs)
+            parameters = [sum(p.numel() for p in module.parameters()) for module in (ready, small)]
+            stage = "finalize"
+            made = gc.finalize(small)
+    except Exception as error:
+        return {"failure": f"{stage}: {brief(error)}"}
+    found = made.report
+    assert isinstance(found, gc.Report)
+    failure = f"compare: outputs {output:.1e}, gradients {gradient:.1e} off, of {where}"
+    return {
+        **({} if max(output, gradient) <= ALLOWED else {"failure": failure}),
+        "output": output,
+        "gradient": gradient,
+        "units": [found.units_removed, found.units_total],
+        "parameters": parameters,
+        "seconds": clock.seconds,
+    }
+
+
+def loss(module: gc.Prepared, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    """The mean square of everything that the module returns and can be trained on."""
+    tensors = common.shared_module("zoo.py").tensors(module(*args, **kwargs))
+    return torch.stack([t.float().square().mean() for t in tensors if t.requires_grad]).sum()
+
+
+def differences(
+    ready: gc.Prepared, small: gc.Prepared, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[float, float, str]:
+    """Relative, of the outputs in eval mode, and the largest of a parameter's gradient, and whose that is."""
+    tensors = common.shared_module("zoo.py").tensors
+    outputs = []
+    for module in (ready, small):
+        module.eval()
+        module.zero_grad()
+        with torch.no_grad():
+            outputs.append(tensors(module(*args, **kwargs)))
+        loss(module, args, kwargs).backward()
+    cuts = kept_of_tensors(ready.session.quantized.coupling, ready.kept())
+    whole = {name: p.grad for name, p in ready.named_parameters() if p.grad is not None}
+    scale = max(float(g.norm()) for g in whole.values())
+    worst, where = 0.0, ""
+    for name, p in small.named_parameters():
+        if p.grad is None or name not in whole or "graphcomp" in name:  # codes turned by rounding are all theirs
+            continue
+        expected = select(whole[name], cuts.get(name, {}))
+        error = float((p.grad - expected).norm()) / max(float(expected.norm()), 1e-4 * scale)
+        if not error <= worst:
+            worst, where = error, name
+    return relative_error(outputs[0], outputs[1]), worst, where
+
+
+def _line(row: Row) -> str:
+    if "failure" in row:
+        return f"{row['name']:36} {row['failure']}"
+    units, parameters = "{} of {} units".format(*row["units"]), "{1:,} of {0:,} parameters".format(*row["parameters"])
+    errors = f"outputs {row['output']:.0e}, gradients {row['gradient']:.0e} off"
+    return f"{row['name']:36} {errors}, {units} gone, {parameters} left, {row['seconds']:.0f} s"
+
+
+def report(rows: Sequence[Row]) -> None:
+    """One line per family."""
+    lines = []
+    for family in FAMILIES:
+        mine = [row for row in rows if row["family"] == family]
+        good = [row for row in mine if "failure" not in row]
+        if mine:
+            worst = (max((row[key] for row in good), default=float("nan")) for key in ("output", "gradient"))
+            pruned = sum(row["units"][0] > 0 for row in good)
+            lines.append([family, len(mine), len(good), pruned, *(f"{w:.1e}" for w in worst)])
+    columns = ["family", "models", "shrunk == masked, and finalized", "some units gone", "outputs off", "gradients off"]
+    section("Trained, shrunk and finalized", table(columns, lines))
+
+
+if __name__ == "__main__":
+    main()
