@@ -11,17 +11,14 @@ there. Each model runs in a process of its own, on one thread.
 
 from __future__ import annotations
 
-import argparse
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import common
-from benchmarks.common import append_json, bounded, brief, section, table, timed
+from benchmarks.common import brief, section, table, timed
+from benchmarks.over_zoo import FAMILIES, Row, parser_of, rows_of
 from graphcomp.analysis import analyze_captured
 from graphcomp.capture import capture
 from graphcomp.cost import flat_inputs
@@ -31,36 +28,14 @@ from graphcomp.quantization.ptq import PostTraining, quantize
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig
 from graphcomp.testing import random_kept
 
-FAMILIES = ("hf", "tv_classification", "tv_segmentation", "tv_video", "tv_flow")
 SECONDS = 600
-
-Row = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", default=",".join(FAMILIES), metavar="A,B", help="default: %(default)s")
-    parser.add_argument("--names", metavar="A,B", help="only these models, such as tv/resnet18,hf/bert")
+    parser = parser_of(__doc__)
     parser.add_argument("--bits", type=int, default=8, help="of weights and activations (default: 8)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write one line of JSON per model")
-    parser.add_argument("--resume", action="store_true", help="skip the models that --json FILE holds")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    print(common.header(), flush=True)
-    zoo = common.shared_module("zoo.py")
-    rows = common.read_json(options.json) if options.json and options.resume else []
-    done = {row["name"] for row in rows}
-    names = options.names.split(",") if options.names else None
-    for case in zoo.cases(names=names, families=None if names else options.families.split(",")):
-        if case.name in done:
-            continue
-        found = bounded(law_3, case, options.bits, seconds=SECONDS)
-        row = {"name": case.name, "family": case.family, **(found.value or {"failure": found.error})}
-        print(_line(row), flush=True)
-        append_json(options.json, row)
-        rows.append(row)
-    report(rows)
+    report(rows_of(options, law_3, _line, options.bits, seconds=SECONDS))
 
 
 def law_3(case: Any, bits: int) -> Row:
@@ -91,11 +66,9 @@ def law_3(case: Any, bits: int) -> Row:
 
 
 def _line(row: Row) -> str:
-    if "failure" in row:
-        return f"{row['name']:36} {row['failure']}"
     found = f"weights {row['weights']:.0e} off, activations {row['steps']:.3f} steps ({row['activations']} quantizers)"
     layers = f"weights quantized in {row['quantized']} of {row['layers']} layers"
-    return f"{row['name']:36} {found}, {layers}, {row['seconds']:.1f} s"
+    return f"{found}, {layers}, {row['seconds']:.1f} s"
 
 
 def report(rows: Sequence[Row]) -> None:

@@ -11,10 +11,7 @@ process of its own, on one thread.
 
 from __future__ import annotations
 
-import argparse
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,43 +19,20 @@ from torch import Tensor
 
 import graphcomp as gc
 from benchmarks import common
-from benchmarks.common import append_json, bounded, brief, section, table, timed
+from benchmarks.common import brief, section, table, timed
+from benchmarks.over_zoo import FAMILIES, Row, parser_of, rows_of
 from graphcomp.compare import relative_error
 from graphcomp.pruning.slice import kept_of_tensors, select
 
-FAMILIES = ("hf", "tv_classification", "tv_segmentation", "tv_video", "tv_flow")
 SECONDS = 900
 SPARSITY = 0.33
 SCHEDULE = gc.Schedule(5, warmup=1, projection=1, joint=2, projection_periods=1, pruning_periods=1)
 ALLOWED = 1e-2
 """Of outputs and of each gradient, relative: steps of 16 bits, summed up through a deep network."""
 
-Row = dict[str, Any]
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", default=",".join(FAMILIES), metavar="A,B", help="default: %(default)s")
-    parser.add_argument("--names", metavar="A,B", help="only these models, such as tv/resnet18,hf/bert")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write one line of JSON per model")
-    parser.add_argument("--resume", action="store_true", help="skip the models that --json FILE holds")
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    print(common.header(), flush=True)
-    zoo = common.shared_module("zoo.py")
-    rows = common.read_json(options.json) if options.json and options.resume else []
-    done = {row["name"] for row in rows}
-    names = options.names.split(",") if options.names else None
-    for case in zoo.cases(names=names, families=None if names else options.families.split(",")):
-        if case.name in done:
-            continue
-        found = bounded(laws, case, seconds=SECONDS)
-        row = {"name": case.name, "family": case.family, **(found.value or {"failure": found.error})}
-        print(_line(row), flush=True)
-        append_json(options.json, row)
-        rows.append(row)
-    report(rows)
+    report(rows_of(parser_of(__doc__).parse_args(), laws, _line, seconds=SECONDS))
 
 
 def laws(case: Any) -> Row:
@@ -131,11 +105,9 @@ def differences(
 
 
 def _line(row: Row) -> str:
-    if "failure" in row:
-        return f"{row['name']:36} {row['failure']}"
     units, parameters = "{} of {} units".format(*row["units"]), "{1:,} of {0:,} parameters".format(*row["parameters"])
     errors = f"outputs {row['output']:.0e}, gradients {row['gradient']:.0e} off"
-    return f"{row['name']:36} {errors}, {units} gone, {parameters} left, {row['seconds']:.0f} s"
+    return f"{errors}, {units} gone, {parameters} left, {row['seconds']:.0f} s"
 
 
 def report(rows: Sequence[Row]) -> None:
