@@ -33,8 +33,8 @@ from graphcomp.pruning.evidence import Loss, arguments_like, check_loss
 from graphcomp.pruning.saliency import Saliency
 from graphcomp.quantization.placement import CONVOLUTIONS
 
-SHRINK_FROM = 20
-"""Steps that are left at least where the module is shrunk: it is captured anew for that."""
+SHRINK_FROM = 100
+"""Steps that are left at least where the module is shrunk: that captures it anew, which takes as long as some steps."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Training:
             warm-up over the first twentieth of the run, 100 steps at most, then a cosine down to 0.
         accumulate: so many batches make a step. What is left over at the end of a pass makes one, too.
         clip_norm: the largest norm of the gradients of all weights together.
-        shrink: the cool-down trains the module without the units that are gone, in less time (`graphcomp.shrink`).
+        shrink: a long cool-down trains the module without the units that are gone, in less time (`QASSO.shrink`).
         autocast: torch.bfloat16 or torch.float16: the model and the loss run under `torch.autocast`, quantizers and the
             optimizer in the dtype of the weights. With float16 the loss is scaled (`torch.amp.GradScaler`); steps that
             the scaler skips do not count. Also what a model keeps out of autocast itself then runs in it.
