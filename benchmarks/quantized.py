@@ -81,12 +81,18 @@ def main() -> None:
     for name in options.models.split(","):
         case = CASES[name]()
         with tempfile.TemporaryDirectory() as folder:
-            report(case, list(files(case, Path(folder))), options)
+            report(case, list(files(case, Path(folder), options)), options)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(CASES), metavar="A,B", help="default: %(default)s")
+    parser.add_argument(
+        "--macs", type=float, metavar="F", help="one more file, with so much of the multiply-accumulates"
+    )
+    parser.add_argument(
+        "--only", metavar="A;B", help="those files and the float one, such as 'ours int8;ours half, int8'"
+    )
     parser.add_argument("--no-latency", action="store_true", help="do not time")
     parser.add_argument("--no-quality", action="store_true", help="do not evaluate on data")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one line of JSON per file")
@@ -94,7 +100,7 @@ def _options() -> argparse.Namespace:
 
 
 # ------------------------------------------------------------------------------------------------ files
-def files(case: Case, folder: Path) -> Iterator[File]:
+def files(case: Case, folder: Path, options: argparse.Namespace) -> Iterator[File]:
     """Each way to a file, the float original first."""
     ways: dict[str, Callable[[Path], None]] = {
         "float": lambda path: export_onnx(case.model, case.example, {}, path),
@@ -110,7 +116,15 @@ def files(case: Case, folder: Path) -> Iterator[File]:
     if case.attention:
         written_out = gc.PostTraining(gc.QuantConfig(attention=True))
         ways["ours int8, attention too"] = lambda path: ours(case, path, sparsity=0.0, quantization=written_out)
+    if options.macs is not None:
+        budget = gc.Budget(macs=options.macs)
+        ways[f"ours {options.macs:.0%} of the MACs, int8"] = lambda path: ours(
+            case, path, budget=budget, bits=8, ranking="global", round_to=8
+        )
+    only = [] if options.only is None else [label.strip() for label in options.only.split(";")]
     for k, (label, way) in enumerate(ways.items()):
+        if only and label not in ("float", *only):
+            continue
         path = folder / f"{k}.onnx"
         start = time.process_time()
         try:
@@ -126,9 +140,8 @@ def files(case: Case, folder: Path) -> Iterator[File]:
 
 def ours(case: Case, path: Path, **options: Any) -> None:
     calibration = case.calibration if len(options) > 1 else None
-    small = gc.compress(
-        case.model, case.example, calibration=calibration, ranking="local", progress=False, **case.options, **options
-    )
+    options = {"ranking": "local", **case.options, **options}
+    small = gc.compress(case.model, case.example, calibration=calibration, progress=False, **options)
     small.export(path)
 
 
