@@ -11,7 +11,7 @@ import graphcomp as gc
 from graphcomp.cost import CostModel
 from graphcomp.methods.shrink import expanded
 from graphcomp.pruning.slice import kept_of_tensors, select
-from tests.marks import slow
+from tests.marks import in_ci, slow
 from tests.methods.runs import SCHEDULE, batch, model_of, ready_of, train
 
 COOLDOWN = gc.Schedule(4, warmup=0, projection=0, joint=0)
@@ -156,12 +156,9 @@ def steps(optimizer: gc.QASSO, module: torch.nn.Module, which: range) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize(
-    ("base", "options"),
-    [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {"amsgrad": True})],
-    ids=["sgd", "adamw"],
-)
-def test_the_optimizer_goes_on_with_it(base, options):
+@pytest.mark.parametrize("how", [(torch.optim.SGD, {"momentum": 0.9}), *in_ci((torch.optim.AdamW, {"amsgrad": True}))])
+def test_the_optimizer_goes_on_with_it(how):
+    base, options = how
     ready, optimizer = settled(base, **options)
     twin = copy.deepcopy(ready)
     other = gc.QASSO(twin, base, lr=0.01, sparsity=0.4, schedule=SCHEDULE, **options)

@@ -10,6 +10,7 @@ from torch import nn
 
 import graphcomp as gc
 from graphcomp.methods import train as loop
+from tests.marks import in_ci
 from tests.methods.test_train import IMAGES, LABELS, STAGES, STEPS, Stopped, compress, loss, run, same, stopping
 
 COOLDOWN = STAGES.ends[2]
@@ -56,7 +57,7 @@ def test_it_is_the_same_training():
     torch.testing.assert_close(shrunk(x), masked(x), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("step", [COOLDOWN + 1, COOLDOWN + 6])
+@pytest.mark.parametrize("step", [COOLDOWN + 6, *in_ci(COOLDOWN, COOLDOWN + 1)])
 def test_a_run_that_was_cut_short_ends_as_it_would_have(tmp_path, step):
     whole = run()
     with pytest.raises(Stopped):
@@ -70,6 +71,8 @@ def _same_where_units_are(first, second) -> bool:
     return same(gc.shrink(first), gc.shrink(second))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_prepared_module_is_handed_back_whole():
     ready = run()
     masked = {group.name: len(units) for group, units in ready.kept().items()}
@@ -98,6 +101,8 @@ class Outer(nn.Module):
         return self.head(self.part(x).mean((2, 3)))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_part_of_a_model(tmp_path):
     model = Outer()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -111,6 +116,8 @@ def test_a_part_of_a_model(tmp_path):
     assert not torch.equal(whole.module.head.weight, model.head.weight)  # trained along
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_both_runs_of_a_sequence():
     small = compress(method="sequential", training=gc.Training(steps=80))
     assert small.report.units_removed == 7 and small.report.verified["trained == sliced"] <= 1e-9
