@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import brief, section, table, timed
-from benchmarks.over_zoo import FAMILIES, Row, parser_of, rows_of
+from benchmarks.over_zoo import Row, by_family, parser_of, rows_of
 from graphcomp.analysis import analyze_captured
 from graphcomp.capture import capture
 from graphcomp.cost import flat_inputs
@@ -74,13 +74,9 @@ def _line(row: Row) -> str:
 def report(rows: Sequence[Row]) -> None:
     """One line per family."""
     lines = []
-    for family in FAMILIES:
-        mine = [row for row in rows if row["family"] == family]
-        good = [row for row in mine if "failure" not in row]
-        if mine:
-            worst = (max((row[key] for row in good), default=float("nan")) for key in ("weights", "steps"))
-            share = sum(r["quantized"] for r in good) / max(sum(r["layers"] for r in good), 1)
-            lines.append([family, len(mine), len(good), *(f"{w:.4g}" for w in worst), f"{share:.0%}"])
+    for family, models, good, worst in by_family(rows, "weights", "steps"):
+        share = sum(r["quantized"] for r in good) / max(sum(r["layers"] for r in good), 1)
+        lines.append([family, models, len(good), *(f"{w:.4g}" for w in worst), f"{share:.0%}"])
     section(
         "Integers are the fake-quant graph",
         table(["family", "models", "law 3 holds", "weights off", "steps off", "layers with integer weights"], lines),

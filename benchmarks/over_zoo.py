@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +53,12 @@ def rows_of(
         append_json(options.json, row)
         rows.append(row)
     return rows
+
+
+def by_family(rows: Sequence[Row], *errors: str) -> Iterator[tuple[str, int, list[Row], list[float]]]:
+    """Each family that has rows: how many, those without a failure, and of these the largest of each error."""
+    for family in FAMILIES:
+        mine = [row for row in rows if row["family"] == family]
+        good = [row for row in mine if "failure" not in row]
+        if mine:
+            yield family, len(mine), good, [max((row[key] for row in good), default=float("nan")) for key in errors]

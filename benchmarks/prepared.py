@@ -21,7 +21,7 @@ from torch import Tensor
 import graphcomp as gc
 from benchmarks import common
 from benchmarks.common import brief, section, table, timed
-from benchmarks.over_zoo import FAMILIES, Row, parser_of, rows_of
+from benchmarks.over_zoo import Row, by_family, parser_of, rows_of
 from graphcomp.compare import relative_error
 from graphcomp.pruning.slice import kept_of_tensors, select
 
@@ -123,13 +123,9 @@ def _line(row: Row) -> str:
 def report(rows: Sequence[Row]) -> None:
     """One line per family."""
     lines = []
-    for family in FAMILIES:
-        mine = [row for row in rows if row["family"] == family]
-        good = [row for row in mine if "failure" not in row]
-        if mine:
-            worst = (max((row[key] for row in good), default=float("nan")) for key in ("output", "gradient"))
-            pruned = sum(row["units"][0] > 0 for row in good)
-            lines.append([family, len(mine), len(good), pruned, *(f"{w:.1e}" for w in worst)])
+    for family, models, good, worst in by_family(rows, "output", "gradient"):
+        pruned = sum(row["units"][0] > 0 for row in good)
+        lines.append([family, models, len(good), pruned, *(f"{w:.1e}" for w in worst)])
     columns = ["family", "models", "shrunk == masked, and finalized", "some units gone", "outputs off", "gradients off"]
     section("Trained, shrunk and finalized", table(columns, lines))
 

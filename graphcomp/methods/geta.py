@@ -472,7 +472,7 @@ class QASSO(Optimizer):
         Raises:
             PlanError: units or bits are not settled yet, which they are after the first step of the cool-down.
         """
-        if self.stage != Stage.COOLDOWN or (len(self.bank) and self._fixed is None):
+        if self.steps <= self.schedule.ends[2]:
             raise PlanError(
                 f"after step {self.steps} nothing can be shrunk",
                 why=f"which units go, and bits that are whole, is settled at step {self.schedule.ends[2] + 1}",
@@ -518,7 +518,7 @@ class QASSO(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken. A module that had been shrunk is shrunk so again, and is then `ready`.
 
-        The module's state is to be loaded, too, into `ready`, before or after.
+        The module's own state is to be loaded, too: then, into `ready`.
 
         Raises:
             CheckpointError: it is of another optimizer, of another model, or of a newer graphcomp.
