@@ -175,7 +175,7 @@ def _allowed(step: int, bits: tuple[int, int]) -> tuple[float, float]:
     if SCHEDULE.moment(step).stage == Stage.WARMUP:
         return 0, math.inf
     warmup, projection = SCHEDULE.lengths[:2]
-    periods = SCHEDULE.projection_periods
+    periods = SCHEDULE.periods[0]
     done = min((step - warmup) * periods // projection, periods - 1)
     return low, high - round((high - low) * 2 / 3) * done / (periods - 1)
 

@@ -276,7 +276,7 @@ class QASSO(Optimizer):
     def _choose(self, moment: Moment, weights: Mapping[str, Tensor]) -> None:
         """At the start of a period: which units it will forget."""
         scores = self._scores(weights, {name: weight - self._parameters[name] for name, weight in weights.items()})
-        periods_left = self.schedule.pruning_periods - moment.period
+        periods_left = self.schedule.periods[1] - moment.period
         wanted: Kept | None = None
         if self.target is not None and self.sparsity is None:
             wanted = self._within_budget(self.target, scores)

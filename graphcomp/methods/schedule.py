@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 from graphcomp.errors import PlanError
+
+PERIODS = 5
+"""Of a stage, where there are steps for so many."""
 
 
 class Stage(IntEnum):
@@ -63,9 +66,9 @@ class Schedule:
         steps: of the whole run.
         warmup: weights settle, and ranges follow what is quantized; bits are the most allowed.
         projection: the most bits allowed go down by `bit_reduction` at the start of each but the first of
-            `projection_periods`.
-        joint: units are forgotten while bits go on adapting, in `pruning_periods`, each of which ends with its share of
-            the units gone.
+            `projection_periods` (None: five, or as many as there are steps).
+        joint: units are forgotten while bits go on adapting, in `pruning_periods` (likewise), each of which ends with
+            its share of the units gone.
         bit_reduction: bits per period; never below the fewest bits of the range. None: two thirds of the range in all,
             to the nearest bit: 16, 14, 12, 10, 8 for 4 to 16 bits, and 5 in the end for 4 to 8.
 
@@ -79,8 +82,8 @@ class Schedule:
     warmup: int | float = 0.05
     projection: int | float = 0.10
     joint: int | float = 0.20
-    projection_periods: int = 5
-    pruning_periods: int = 5
+    projection_periods: int | None = None
+    pruning_periods: int | None = None
     bit_reduction: float | None = None
 
     def __post_init__(self) -> None:
@@ -90,8 +93,8 @@ class Schedule:
             self._check_length(name)
         if self.bit_reduction is not None and not self.bit_reduction >= 0:  # NaN, too
             raise PlanError(f"Schedule(bit_reduction={self.bit_reduction})", fix="bit_reduction=2")
-        self._check_periods("projection", self.projection_periods, self.ends[1] - self.ends[0])
-        self._check_periods("pruning", self.pruning_periods, self.ends[2] - self.ends[1])
+        self._check_periods("projection", self.projection_periods, self.lengths[1])
+        self._check_periods("pruning", self.pruning_periods, self.lengths[2])
         if self.ends[2] >= self.steps:
             taken = " + ".join(str(n) for n in self.lengths[:3])
             raise PlanError(
@@ -109,7 +112,9 @@ class Schedule:
                 fix=f"{name}=0.1",
             )
 
-    def _check_periods(self, name: str, periods: int, length: int) -> None:
+    def _check_periods(self, name: str, periods: int | None, length: int) -> None:
+        if periods is None:
+            return
         stage = "joint" if name == "pruning" else name
         if periods < 1:
             raise PlanError(f"Schedule({name}_periods={periods})", fix=f"{name}_periods=5")
@@ -128,15 +133,7 @@ class Schedule:
         nothing is pruned, or nothing quantized, the cool-down gets the steps of that stage.
         """
         warmup, projection, joint = (0.10, 0.20, 0.25) if transformer else (0.05, 0.10, 0.20)
-        return cls._fitting(steps, warmup=warmup, projection=projection * quantize, joint=joint * prune)
-
-    @classmethod
-    def _fitting(cls, steps: int, **options: float) -> Schedule:
-        """With as many periods as fit into a short run."""
-        wide = cls(steps, projection_periods=1, pruning_periods=1, **options)
-        projection, joint = wide.lengths[1], wide.lengths[2]
-        periods = {"projection_periods": max(1, min(5, projection)), "pruning_periods": max(1, min(5, joint))}
-        return cls(steps, **periods, **options)  # type: ignore[arg-type]
+        return cls(steps, warmup=warmup, projection=projection * quantize, joint=joint * prune)
 
     @property
     def lengths(self) -> tuple[int, int, int, int]:
@@ -150,15 +147,30 @@ class Schedule:
         warmup, projection, joint, _ = self.lengths
         return warmup, warmup + projection, warmup + projection + joint
 
+    def __str__(self) -> str:
+        """Each field and its value, with as many periods as there are."""
+        projection, pruning = self.periods
+        fields = {**asdict(self), "projection_periods": projection, "pruning_periods": pruning}
+        return ", ".join(f"{name} {value}" for name, value in fields.items())
+
+    @property
+    def periods(self) -> tuple[int, int]:
+        """Of the projection and of the joint stage; 1 where it has no steps."""
+        _, projection, joint, _ = self.lengths
+        return (
+            max(1, min(PERIODS, projection)) if self.projection_periods is None else self.projection_periods,
+            max(1, min(PERIODS, joint)) if self.pruning_periods is None else self.pruning_periods,
+        )
+
     def moment(self, step: int) -> Moment:
         """Where step `step` (from 0) stands; steps after the end belong to the cool-down."""
         warmup, projection, joint = self.ends
         if step < warmup:
             return Moment(Stage.WARMUP, 0, step, warmup)
         if step < projection:
-            return _in_period(Stage.PROJECTION, step - warmup, projection - warmup, self.projection_periods)
+            return _in_period(Stage.PROJECTION, step - warmup, projection - warmup, self.periods[0])
         if step < joint:
-            return _in_period(Stage.JOINT, step - projection, joint - projection, self.pruning_periods)
+            return _in_period(Stage.JOINT, step - projection, joint - projection, self.periods[1])
         return Moment(Stage.COOLDOWN, 0, step - joint, 0)
 
     def most_bits(self, step: int, low: Tensor, high: Tensor, end: Tensor | None = None) -> Tensor:
@@ -171,7 +183,7 @@ class Schedule:
         warmup, projection, _ = self.ends
         if step < warmup or warmup == projection:
             return high
-        whole = self.projection_periods - 1
+        whole = self.periods[0] - 1
         done = self.moment(step).period if step < projection else whole
         if self.bit_reduction is not None:
             most = torch.maximum(low, high - self.bit_reduction * done)

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -351,7 +351,7 @@ class _Run:
                 **_about_training(training, data, lr, base),
                 **{name: _name(value) if callable(value) else str(value) for name, value in asked.items()},
                 "sparsity": str(self.optimizer.sparsity),
-                "schedule": ", ".join(f"{name} {value}" for name, value in asdict(schedule).items()),
+                "schedule": str(schedule),
                 "seed": str(seed),
             }
             where = training.folder

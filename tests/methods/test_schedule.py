@@ -86,6 +86,20 @@ def test_periods_fill_the_stage_and_differ_by_a_step_at_most(length, periods):
     assert all(m.remaining == m.length - m.step for m in moments)
 
 
+@pytest.mark.parametrize("steps", [4, 12, 30, 300])
+def test_a_short_stage_has_a_period_a_step(steps):
+    schedule = Schedule(steps)
+    _, projection, joint, _ = schedule.lengths
+    assert schedule.periods == (min(5, max(1, projection)), min(5, max(1, joint)))
+    joint_moments = [m for m in map(schedule.moment, range(steps)) if m.stage is Stage.JOINT]
+    assert len({m.period for m in joint_moments}) == min(5, joint)
+
+
+def test_periods_that_are_asked_for_by_their_number_are_the_same_run():
+    assert str(Schedule(100)) == str(Schedule(100, projection_periods=5, pruning_periods=5))
+    assert str(Schedule(100)) != str(Schedule(100, pruning_periods=4))
+
+
 def test_fractions_are_of_the_whole_run():
     assert Schedule(1000, warmup=0.1, projection=0.25, joint=300).lengths == (100, 250, 300, 350)
 
