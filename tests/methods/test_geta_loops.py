@@ -368,6 +368,21 @@ def test_compiled_it_trains_the_same():
     assert gc.finalize(compiled).report.to_dict()["units"]["removed"] == 4
 
 
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
+def test_compiled_each_is_one_graph_after_another_model():
+    torch.compiler.reset()
+    for name in ("dense", "decoder"):  # with other inputs: sizes and strides of the second are symbols
+        ready, x = ready_of(name, bits=(4, 8)).train(), batch(name)
+        found = []
+        for run in (ready, torch.compile(ready, backend="aot_eager", fullgraph=True)):
+            ready.zero_grad()
+            run(*x).square().mean().backward()
+            found.append([p.grad.clone() for p in ready.parameters() if p.grad is not None])
+        torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["mlp", *slow("vit")])
 def test_autocast(name):
     ready = ready_of(name, bits=(4, 8))

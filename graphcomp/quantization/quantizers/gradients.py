@@ -92,7 +92,7 @@ def where_inside(x: Tensor, beyond: Tensor) -> Tensor:
 
 def sum_of_product(a: Tensor, b: Tensor, shape: Sequence[int]) -> Tensor:
     """a * b, the same shape each, summed to `shape`; to () without the product in memory."""
-    if shape:
+    if shape or torch.compiler.is_compiling():  # which fuses these two with what comes before
         return (a * b).sum_to_size(shape)
     # Dense layouts other than the default, such as channels last, are read in the order they have.
     order = sorted(range(a.dim()), key=a.stride, reverse=True)
