@@ -6,6 +6,7 @@ because a branch depends on data, is recorded while it runs (see record.py). The
 
 from __future__ import annotations
 
+import copy
 import difflib
 import io
 import logging
@@ -32,13 +33,16 @@ from torch.nn.parameter import is_lazy
 
 from graphcomp.canonical import canonicalize, inline_regions
 from graphcomp.errors import CaptureError, InputError
-from graphcomp.graph import bind, fetch, is_op
+from graphcomp.graph import fetch, module_path
 from graphcomp.graph_module import (
+    MOMENTUM,
     CapturedModule,
     aliases,
+    averages_over_all,
     build,
     calling_convention,
     canonical_names,
+    follow_modules,
     follow_training,
     leaf_names,
     tensor_leaves,
@@ -113,8 +117,8 @@ def capture(
             a flat tuple (or one tensor). None: all, in the model's own structure.
         dynamic: leave the batch (dim 0 of the inputs that share the first one's length) and the sequence (dim 1 of
             integer inputs, and of inputs that are as long there) symbolic where the model allows it.
-        training: the graph is to be trained: `.train()` also turns on the dropout of attention. It takes a second
-            export where there is some.
+        training: the graph is to be trained: `.train()` does to it what it does to the model, also where code of the
+            user's or the dropout of attention asks for the mode. That takes a second export.
 
     Raises:
         InputError: the example inputs do not fit the model.
@@ -141,8 +145,8 @@ def capture(
         names = select_outputs(module.graph, names, [outputs] if isinstance(outputs, str) else outputs)
     canonicalize(module)
     captured = _finish(module, model)
-    if training and producer == "export":
-        _follow_training(captured, model, args, kwargs)
+    if producer == "export":
+        _follow_modes(captured, model, args, kwargs, training)
     return Captured(captured, model, args, kwargs, producer, reason, names, aliases(model), scope)
 
 
@@ -310,22 +314,63 @@ def _program(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any) -> torch
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
-def _follow_training(captured: CapturedModule, model: nn.Module, args: Args, kwargs: Kwargs) -> None:
-    """Look up what ops are given in training mode where export has written down what they are given in eval mode: the
-    probability of a dropout that is part of another op is 0 there."""
-    if not any(bind(node).get("dropout_p") == 0 for node in filter(is_op, captured.graph.nodes)):
-        return
+def _follow_modes(captured: CapturedModule, model: nn.Module, args: Args, kwargs: Kwargs, training: bool) -> None:
+    """Look up which ops follow `.train()`, and what they are given in training mode where export has written down what
+    they are given in eval mode; by a second export where the modules do not tell, if it is to be trained."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    modes = _training_modes(model)
+    unknown = follow_modules(captured.graph, modules, modes)
+    averaging = [path for path, module in modules.items() if averages_over_all(module)]
+    if training and averaging:
+        log.warning("batch norms of momentum=None get momentum=%g in training: %s", MOMENTUM, ", ".join(averaging))
+    if training and (unknown or any(map(_asks_for_the_mode, modules.values()))):
+        _follow_training(captured, model, args, kwargs, modes)
+
+
+def _training_modes(model: nn.Module) -> dict[str, bool]:
+    """`training` of each module after the model's own `train()`, which is called on a copy without weights."""
+    memo = {id(t): _without_values(t) for t in (*model.parameters(), *model.buffers())}
+    try:
+        twin = copy.deepcopy(model, memo).train()
+    except Exception as error:  # of the user's code
+        log.debug("%s cannot be copied and switched to training mode: %s", type(model).__name__, _reason(error))
+        return {}
+    return {path: module.training for path, module in twin.named_modules(remove_duplicate=False)}
+
+
+def _without_values(tensor: torch.Tensor) -> torch.Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _asks_for_the_mode(module: nn.Module) -> bool:
+    """Whether the forward of a module may do something else in training mode than the ops' flags say."""
+    if isinstance(module, nn.MultiheadAttention):
+        return bool(module.dropout)
+    own = [kind for kind in type(module).__mro__ if not kind.__module__.startswith(("torch.nn.", "builtins"))]
+    codes = (getattr(function, "__code__", None) for kind in own for function in vars(kind).values())
+    return any(code is not None and "training" in code.co_names for code in codes)
+
+
+def _follow_training(
+    captured: CapturedModule, model: nn.Module, args: Args, kwargs: Kwargs, modes: Mapping[str, bool]
+) -> None:
     try:
         with untouched(model, real=False), _quiet():
-            for module in model.modules():
-                module.training = True
+            for path, module in model.named_modules():
+                module.training = modes.get(path, True)
             program = torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:  # export has no base class for its refusals
-        log.info("%s is trained without dropout in attention: %s", type(model).__name__, _reason(error))
+        log.warning("%s has no graph of training mode: %s", type(model).__name__, _reason(error))
         return
     module, _ = _unlifted(program)
     inline_regions(module)
-    follow_training(captured.graph, module.graph)
+    canonicalize(module)
+    left_out = follow_training(captured.graph, module.graph)
+    if left_out:
+        what = ", ".join(dict.fromkeys(f"{node.target} in '{module_path(node)}'" for node in left_out))
+        log.warning("%s is trained without what it does in training mode alone: %s", type(model).__name__, what)
+    captured.recompile()
 
 
 @contextmanager

@@ -73,9 +73,9 @@ def _dump_node(module: fx.GraphModule, node: fx.Node) -> JSON:
         row["args"] = [encode(a) for a in node.args]
     if node.op == "placeholder" and is_constant(node):
         row["constant"] = encode(node.meta["val"])
-    numbers = {name: pair for name, pair in node.meta.get(FOLLOWS_MODE, {}).items() if isinstance(pair[0], float)}
-    if numbers:  # flags follow the mode wherever they are: see `build`
-        row["follows"] = encode(numbers)
+    own = {name: pair for name, pair in node.meta.get(FOLLOWS_MODE, {}).items() if pair != (False, True)}
+    if own:  # flags follow the mode wherever nothing else is said: see `build`
+        row["follows"] = encode(own)
     if node.kwargs:
         row["kwargs"] = {name: encode(a) for name, a in node.kwargs.items()}
     if node.op == "get_attr" and isinstance(body := fetch(module, str(node.target)), fx.GraphModule):

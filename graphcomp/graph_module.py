@@ -13,12 +13,20 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from graphcomp.errors import InputError
 from graphcomp.graph import bind, is_op, module_path, set_argument
 
 FOLLOWS_MODE = "follows_mode"
 """In node.meta: argument of the op -> what it is in eval and in training mode; CapturedModule.train() gives it that."""
+
+
+MOMENTUM = 0.1
+"""Of a batch norm that averages over all batches (momentum=None): a graph holds one number, and this is torch's."""
+
+aten = torch.ops.aten
+DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
 
 
 class CapturedModule(fx.GraphModule):
@@ -28,8 +36,7 @@ class CapturedModule(fx.GraphModule):
     captured carry `meta["follows_mode"]`, and `train` rewrites their argument; so do, where they are known (see
     `follow_training`), those that take another number in training mode, as the dropout of attention does. What stayed
     in training mode during an evaluation (a dropout that is always on, a batch norm without running statistics) is not
-    touched. A submodule the user kept in eval mode inside a training model (frozen batch norm) is not told apart:
-    `train` switches it too.
+    touched, nor is what stays in eval mode when the model is trained (a frozen batch norm): see `follow_modules`.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -101,7 +108,7 @@ def build(tensors: Mapping[str, Any], graph: fx.Graph, name: str) -> CapturedMod
     for node in graph.nodes:
         flag = _mode_argument(node)
         if flag is not None and bind(node)[flag] is False:
-            node.meta.setdefault(FOLLOWS_MODE, {})[flag] = (False, True)
+            node.meta.setdefault(FOLLOWS_MODE, {}).setdefault(flag, (False, True))
     module = CapturedModule(dict(tensors), graph, class_name=name)
     module.eval()
     return module
@@ -185,7 +192,12 @@ def _mode_argument(node: fx.Node) -> str | None:
     """Name of the op's argument `train` or `training`, if it has one."""
     if not is_op(node):
         return None
-    return next((name for name in bind(node) if name in ("train", "training")), None)
+    return next((name for name in bind(node) if name in ("train", "training", "use_input_stats")), None)
+
+
+def trains(node: fx.Node) -> bool:
+    """Whether the op is another one in training mode: a flag of it follows the mode."""
+    return (False, True) in node.meta.get(FOLLOWS_MODE, {}).values()
 
 
 def _switch(node: fx.Node, mode: bool) -> bool:
@@ -199,22 +211,80 @@ def _switch(node: fx.Node, mode: bool) -> bool:
     return switched
 
 
-def follow_training(graph: fx.Graph, training: fx.Graph) -> None:
-    """Let the arguments of the ops in `graph`, of a model in eval mode, follow the mode that are other numbers in
-    `training`, the graph of the same model in training mode.
+def averages_over_all(module: nn.Module) -> bool:
+    """Whether it is a batch norm whose running statistics are the mean over all batches, however many there are."""
+    return isinstance(module, _BatchNorm) and module.momentum is None and module.track_running_stats
+
+
+def follow_modules(graph: fx.Graph, modules: Mapping[str, nn.Module], modes: Mapping[str, bool]) -> list[fx.Node]:
+    """Leave the ops in eval mode whose module stays in it when the model is trained.
+
+    Args:
+        graph: of the model in eval mode.
+        modules: of the model, by path.
+        modes: `training` of each after the model's own `train()`, which may leave some as they were.
+
+    Returns:
+        The ops that a module of the user's own code calls: what it tells them in training mode is not known.
+    """
+    unknown = []
+    for node in graph.nodes:
+        flag, path = _mode_argument(node), module_path(node)
+        if flag is None or flag not in node.meta.get(FOLLOWS_MODE, {}):
+            continue
+        if not modes.get(path, True):
+            node.meta[FOLLOWS_MODE][flag] = (False, False)
+        elif not type(modules.get(path)).__module__.startswith("torch.nn."):
+            unknown.append(node)
+        if path in modules and averages_over_all(modules[path]) and "momentum" in bind(node):
+            node.meta[FOLLOWS_MODE]["momentum"] = (bind(node)["momentum"], MOMENTUM)
+    return unknown
+
+
+def follow_training(graph: fx.Graph, training: fx.Graph) -> list[fx.Node]:
+    """Let the arguments of the ops in `graph`, of a model in eval mode, follow the mode that are others in `training`,
+    the graph of the same model in training mode; a dropout that is called in training mode alone is put into `graph`.
 
     An op is the same as one of the other graph where a module calls it as many times in both: it is known by how many
-    calls went before. What a model does in training mode alone stays unknown.
+    calls went before. What else a model does in training mode alone stays unknown.
+
+    Returns:
+        The random ops of `training` that are not in `graph`.
     """
     ours, theirs = _sites(graph), _sites(training)
+    same: dict[fx.Node, fx.Node] = {}
     for site, nodes in ours.items():
-        twins = theirs.get(site, [])
-        for node, twin in zip(nodes, twins, strict=True) if len(nodes) == len(twins) else ():
-            arguments = bind(twin)
-            for name, number in bind(node).items():
-                other = arguments[name]
-                if isinstance(number, float) and isinstance(other, float) and number != other:
-                    node.meta.setdefault(FOLLOWS_MODE, {})[name] = (number, other)
+        if len(nodes) == len(twins := theirs.get(site, [])):
+            same.update(zip(twins, nodes, strict=True))
+    for twin, node in same.items():
+        arguments, flag = bind(twin), _mode_argument(node)
+        for name, value in bind(node).items():
+            other = arguments[name]
+            if name == flag and value is False:
+                node.meta[FOLLOWS_MODE][flag] = (value, bool(other))
+            elif isinstance(value, float) and isinstance(other, float) and value != other:
+                node.meta.setdefault(FOLLOWS_MODE, {})[name] = (value, other)
+    random = [
+        n for n in training.nodes if n not in same and is_op(n) and torch.Tag.nondeterministic_seeded in n.target.tags
+    ]
+    return [n for n in random if not _insert_dropout(n, same)]
+
+
+def _insert_dropout(dropout: fx.Node, same: dict[fx.Node, fx.Node]) -> bool:
+    """Put a dropout of the training graph behind what it reads in the other; False where that is not to be found.
+    In eval mode it passes on what it gets."""
+    if dropout.target not in DROPOUTS:
+        return False
+    read = dropout.args[0]
+    if not isinstance(read, fx.Node) or read not in same or len(read.users) > 1:
+        return False
+    ours = same[read]
+    with ours.graph.inserting_after(ours):
+        added = ours.graph.call_function(dropout.target, (ours, dropout.args[1], False))
+    ours.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
+    same[dropout] = added
+    added.meta = {**dropout.meta, "val": ours.meta.get("val"), FOLLOWS_MODE: {"train": (False, True)}}
+    return True
 
 
 def _sites(graph: fx.Graph) -> dict[tuple[str, Any], list[fx.Node]]:

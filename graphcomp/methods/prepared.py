@@ -14,7 +14,7 @@ from graphcomp.cost import FLOAT_BITS
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import CalibrationError, InputError, PlanError
 from graphcomp.graph import bind, clone, fetch, module_path, set_argument
-from graphcomp.graph_module import FOLLOWS_MODE, CapturedModule
+from graphcomp.graph_module import CapturedModule, trains
 from graphcomp.pruning.mask import PREFIX, InsertMasks, computed_with, hold_masks, parameter_behind
 from graphcomp.quantization.fold import folded_nodes
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
@@ -274,7 +274,7 @@ def _calibrate(graph: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> None:
     an untrained model have little to do with. In eval mode where a batch is too small for that."""
     training, new_node = clone(graph)  # its quantizers have the same parameters
     for node in new_node.values():
-        if node.target is torch.ops.aten.batch_norm.default:
+        if node.target is torch.ops.aten.batch_norm.default and trains(node):
             set_argument(node, "training", True)
             set_argument(node, "momentum", 0.0)  # the running statistics stay as they are
     training.recompile()
@@ -303,7 +303,7 @@ def _as_prepared(masked: fx.GraphModule, name: str, groups: int) -> Prepared:
 
 def _check_batch_norms(masked: fx.GraphModule) -> None:
     for node in masked.graph.find_nodes(op="call_function", target=torch.ops.aten.batch_norm.default):
-        if node.meta.get(FOLLOWS_MODE):
+        if trains(node):
             name, read = f"graphcomp_check_{node.name}", bind(node)["input"]
             masked.add_submodule(name, MoreThanOneValue(module_path(node)))
             with masked.graph.inserting_before(node):

@@ -1,0 +1,145 @@
+"""A prepared module in training mode does what the model does in training mode."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import graphcomp as gc
+from graphcomp.capture import capture
+
+
+class Around(nn.Module):
+    """Something between a convolution and a linear layer."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.inner, self.head = nn.Conv2d(3, 8, 3), inner, nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.inner(self.conv(x))).mean((2, 3)))
+
+
+class StaysInEval(nn.BatchNorm2d):
+    """A frozen batch norm, as a subclass."""
+
+    def train(self, mode: bool = True) -> StaysInEval:
+        return super().train(False)
+
+
+class Holds(nn.Module):
+    """A batch norm that its parent keeps in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+
+    def train(self, mode: bool = True) -> Holds:
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+def calls(function, base: type[nn.Module] = nn.Module) -> nn.Module:
+    """A module with that forward."""
+    inner = type("Calls", (base,), {"forward": function})
+    return inner(8) if base is nn.BatchNorm2d else inner()
+
+
+def norm(module: nn.Module, x: Tensor, training: bool) -> Tensor:
+    return F.batch_norm(x, module.running_mean, module.running_var, module.weight, module.bias, training)
+
+
+class Attends(nn.Module):
+    """Over the pixels, with weights that are returned, and so written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, dropout=0.4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = x.flatten(2).transpose(1, 2)
+        return self.attention(pixels, pixels, pixels)[0].transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+INNER = {
+    "batch norm": lambda: nn.BatchNorm2d(8),
+    "without running statistics": lambda: nn.BatchNorm2d(8, track_running_stats=False),
+    "of all processes": lambda: nn.SyncBatchNorm(8),
+    "instance norm with running statistics": lambda: nn.InstanceNorm2d(8, affine=True, track_running_stats=True),
+    "dropout": lambda: nn.Dropout(0.3),
+    "dropout of channels": lambda: nn.Dropout2d(0.3),
+    "alpha dropout": lambda: nn.AlphaDropout(0.3),
+    "randomized ReLU": nn.RReLU,
+    "frozen by its class": lambda: StaysInEval(8),
+    "frozen by its parent": Holds,
+    "a function, in eval mode": lambda: calls(lambda m, x: norm(m, x, False), nn.BatchNorm2d),
+    "a function, in the mode": lambda: calls(lambda m, x: norm(m, x, m.training), nn.BatchNorm2d),
+    "dropout that is never on": lambda: calls(lambda m, x: F.dropout(x, 0.3, training=False)),
+    "dropout that is always on": lambda: calls(lambda m, x: F.dropout(x, 0.3, training=True)),
+    "dropout of the mode": lambda: calls(lambda m, x: F.dropout(x, 0.3, training=m.training)),
+    "dropout behind a condition": lambda: calls(lambda m, x: F.dropout(x, 0.3) if m.training else x),
+    "two dropouts behind a condition": lambda: calls(
+        lambda m, x: F.dropout(F.dropout(x, 0.3), 0.2) if m.training else x
+    ),
+    "dropout of attention weights": Attends,
+}
+
+
+def batch(k: int) -> Tensor:
+    return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(k)) * 3 + 1
+
+
+def trained(module: nn.Module) -> list[Tensor]:
+    """Outputs of three steps in training mode, the running statistics, and an output in eval mode."""
+    module.train()
+    found = []
+    for k in range(3):
+        torch.manual_seed(k)
+        found.append(module(batch(k)))
+    found += [b for _, b in sorted(module.named_buffers()) if b.shape == (8,)]
+    module.eval()
+    torch.manual_seed(0)
+    return [*found, module(batch(9))]
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_it_trains_as_the_model_does(name: str) -> None:
+    mode = name.startswith("frozen") or "dropout" in name
+    model = Around(INNER[name]()).train(mode)
+    flags = [module.training for module in model.modules()]
+    ready = gc.prepare(model, batch(9), bits=None, prune=())
+    assert [module.training for module in model.modules()] == flags
+    torch.testing.assert_close(trained(ready), trained(copy.deepcopy(model)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["frozen by its class", "a function, in eval mode", "dropout behind a condition"])
+def test_a_graph_that_was_pickled_trains_as_the_model_does(name: str) -> None:
+    model = Around(INNER[name]()).eval()
+    graph = pickle.loads(pickle.dumps(capture(model, batch(9), training=True).module))
+    torch.testing.assert_close(trained(graph), trained(model), rtol=1e-5, atol=1e-5)
+
+
+def test_a_mean_over_all_batches_becomes_a_running_one(caplog) -> None:
+    model = Around(nn.BatchNorm2d(8, momentum=None))
+    with caplog.at_level(logging.WARNING, "graphcomp"):
+        ready = gc.prepare(model, batch(9), bits=None, prune=())
+    assert "momentum=0.1 in training: inner" in caplog.text
+    model.inner.momentum = 0.1
+    torch.testing.assert_close(trained(ready), trained(model), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_random_in_training_alone_is_named(caplog) -> None:
+    model = Around(calls(lambda m, x: x + torch.randn_like(x) if m.training else x))
+    with caplog.at_level(logging.WARNING, "graphcomp"):
+        gc.prepare(model, batch(9), bits=None)
+    assert "training mode alone: aten.randn_like.default in 'inner'" in caplog.text
