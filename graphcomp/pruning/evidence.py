@@ -5,6 +5,7 @@ Gradients and activations are computed when a scorer first asks for them, on a m
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from graphcomp.coupling.groups import ChannelGroup
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.errors import PlanError
 from graphcomp.graph import argument_at, attributes, bind
+from graphcomp.graph_module import tensor_leaves
 from graphcomp.untouched import untouched
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
@@ -144,26 +146,73 @@ def arguments_like(
         PlanError: the batch has not what the example inputs have.
     """
     if isinstance(batch, Mapping):
-        names = list(inspect.signature(model.forward).parameters)[: len(args)]
-        positional = tuple(_entry(batch, name, old) for name, old in zip(names, args, strict=False))
-        return positional, {name: _entry(batch, name, old) for name, old in kwargs.items()}
-    items = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-    if any(isinstance(old, Tensor) for old in kwargs.values()):
-        raise PlanError(
-            f"a batch of type {type(batch).__name__} for a model whose example inputs are keywords",
-            fix=f"let a batch be a dict with {', '.join(repr(name) for name in kwargs)}",
+        names = list(inspect.signature(_innermost(model).forward).parameters)[: len(args)]
+        found = (
+            tuple(_entry(batch, name, old) for name, old in zip(names, args, strict=False)),
+            {name: _entry(batch, name, old) for name, old in kwargs.items()},
         )
-    if len(items) < len(args) or not args:
-        raise PlanError(f"a batch has {len(items)} items and the model takes {len(args)} positional inputs")
-    return items[: len(args)], dict(kwargs)
+    else:
+        items = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+        if any(isinstance(old, Tensor) for old in kwargs.values()):
+            raise PlanError(
+                f"a batch of type {type(batch).__name__} for a model whose example inputs are keywords",
+                fix=f"let a batch be a dict with {', '.join(repr(name) for name in kwargs)}",
+            )
+        if len(items) < len(args) or not args:
+            raise PlanError(f"a batch has {len(items)} items and the model takes {len(args)} positional inputs")
+        found = items[: len(args)], dict(kwargs)
+    _check_types(found, (args, dict(kwargs)))
+    return found
+
+
+def _innermost(model: nn.Module) -> nn.Module:
+    """The module whose forward names its inputs: that of torch.compile and of DataParallel does not."""
+    while (inner := model._modules.get("_orig_mod") or model._modules.get("module")) is not None:
+        names = inspect.signature(model.forward).parameters.values()
+        if not all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in names):
+            break
+        model = inner
+    return model
 
 
 def _entry(batch: Mapping[str, Any], name: str, example: Any) -> Any:
     if name in batch:
         return batch[name]
-    if isinstance(example, Tensor):
-        raise PlanError(f"a batch has no {name!r}, which the example inputs have", why=f"it has {list(batch)}")
+    if isinstance(example, Mapping):  # an input that is a dict itself: its entries may be the batch's own
+        found: Any = copy.copy(example)
+        found.update((key, _entry(batch, key, old)) for key, old in example.items())
+        return found
+    if tensor_leaves(example):
+        raise PlanError(
+            f"a batch has no {name!r}, which the example inputs have",
+            why=f"it has {list(batch)}",
+            fix=f"let a batch be a dict with {name!r}, or a tuple that begins with the model's inputs",
+        )
     return example
+
+
+def _check_types(found: Any, example: Any) -> None:
+    """Tensors where the example inputs have tensors, nested alike."""
+    nested = next((kind for kind in (Tensor, Mapping, (tuple, list)) if isinstance(example, kind)), None)
+    if nested is None:
+        return
+    if not isinstance(found, nested) or (nested is not Tensor and len(found) < len(example)):
+        raise PlanError(
+            f"a batch holds {_named(found)} where the example inputs hold {_named(example)}",
+            fix="let a batch be a tensor, a tuple that begins with the model's inputs, or a dict that holds them",
+        )
+    if isinstance(example, Mapping):
+        for key, value in example.items():
+            _check_types(found[key], value)
+    elif not isinstance(example, Tensor):
+        for one, other in zip(found, example, strict=False):
+            _check_types(one, other)
+
+
+def _named(value: Any) -> str:
+    if value is None or isinstance(value, Tensor):
+        return "None" if value is None else "a tensor"
+    return f"{len(value)} values" if isinstance(value, (tuple, list, Mapping)) else f"a {type(value).__name__}"
 
 
 # ------------------------------------------------------------------------------------------------ gradients

@@ -13,7 +13,7 @@ from graphcomp.analysis import Analysis, analyze_captured
 from graphcomp.capture import capture
 from graphcomp.coupling.groups import ChannelGroup
 from graphcomp.errors import PlanError
-from graphcomp.pruning.evidence import arguments_of, gradients
+from graphcomp.pruning.evidence import arguments_like, arguments_of, gradients
 from graphcomp.pruning.saliency import (
     SALIENCIES,
     Activation,
@@ -270,6 +270,49 @@ def test_what_a_batch_gives_the_model() -> None:
         arguments_of(keywords, (x, x))
     with pytest.raises(PlanError, match="1 items"):
         arguments_of(capture(Keywords(), (x, x)), x)
+
+
+class OfDict(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(2, 3)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.up(inputs["x"]) * inputs["y"]
+
+
+def test_an_input_that_is_a_dict_is_found_in_the_batch() -> None:
+    x, y = torch.ones(2, 2), torch.ones(2, 1)
+    captured = capture(OfDict(), ({"x": x, "y": y},))
+    own = {"x": 2 * x, "y": 3 * y}
+    for batch in ({**own, "label": y}, {"inputs": own}, (own, y)):
+        ((found,), kwargs) = arguments_of(captured, batch)
+        assert list(found) == ["x", "y"] and found["x"] is own["x"] and found["y"] is own["y"] and not kwargs
+    with pytest.raises(PlanError, match="no 'y'"):
+        arguments_of(captured, {"x": x})
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
+def test_names_are_those_of_the_model_inside_a_wrapper(wrap: Any) -> None:
+    x = torch.ones(2, 2)
+    assert arguments_like(wrap(nn.Linear(2, 3)), (x,), {}, {"input": 2 * x, "label": x})[0][0] is not x
+
+
+@pytest.mark.parametrize(
+    ("batch", "why"),
+    [
+        (((torch.ones(2, 2),), 1), "1 values where the example inputs hold a tensor"),
+        (([1.0, 2.0], 1), "2 values where the example inputs hold a tensor"),
+        ((None, 1), "None where the example inputs hold a tensor"),
+        (("text", 1), "a str where"),
+        ((torch.ones(2, 2).numpy(), 1), "a ndarray where"),
+        (({"x": torch.ones(2, 2)}, 1), "1 values where"),
+    ],
+)
+def test_a_batch_of_another_form_is_refused(batch: Any, why: str) -> None:
+    with pytest.raises(PlanError, match=why) as caught:
+        arguments_of(capture(nn.Linear(2, 3), torch.ones(2, 2)), batch)
+    assert caught.value.fix
 
 
 # ------------------------------------------------------------------------------------------------ norms
