@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -31,6 +30,7 @@ from graphcomp.coupling.groups import ROLES, ChannelGroup, Kept
 from graphcomp.describe import why_nothing
 from graphcomp.errors import CalibrationError, CaptureError, InputError, NothingToPrune, PlanError
 from graphcomp.graph import replace_module
+from graphcomp.graph_module import copied
 from graphcomp.methods import processes
 from graphcomp.methods.prepared import Prepared, prepare_graph, training_config, unwrapped
 from graphcomp.methods.shrink import shrunk
@@ -184,7 +184,7 @@ def compress(
                 fix="data=loader, loss=lambda output, batch: …, epochs=10",
             )
         _check_weights(model, saliency)
-        trained_model = copy.deepcopy(model)
+        trained_model = copied(model)
         ready = _trained(
             trained_model,
             list(zip(phases, parts(training, data, phases), strict=True)),
@@ -569,7 +569,7 @@ def prepare(
         CalibrationError: calibration data that do not fit, or are not finite.
     """
     ready = _prepared(
-        copy.deepcopy(model),
+        copied(model),
         example_inputs,
         example_kwargs,
         bits=bits,

@@ -32,6 +32,7 @@ from graphcomp.quantization.quantizers.base import Quantizer, spread
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, QuantSpec, check_bits
 from graphcomp.quantization.stored import StoredBytes
 from graphcomp.report import Change, LayerReport, Report, group_dict, layers
+from graphcomp.untouched import same_buffers
 
 logger = logging.getLogger("graphcomp")
 
@@ -318,9 +319,12 @@ def _check_masked(plan: Analysis, kept: Kept, small: fx.GraphModule) -> float:
         return float("nan")
     masked = InsertMasks(plan.coupling, list(kept))(captured.module)
     set_masks(masked, list(kept), kept)
-    with torch.no_grad():
-        expected = masked(*captured.args, **captured.kwargs)
-        error = relative_error(expected, small(*captured.args, **captured.kwargs))
+    outputs = []
+    for graph in (masked, small):
+        with same_buffers(graph), torch.no_grad():
+            outputs.append(graph(*captured.args, **captured.kwargs))
+    expected, actual = outputs
+    error = relative_error(expected, actual)
     allowed = tolerance_of(expected)
     if not error <= allowed:
         raise VerificationError(

@@ -29,6 +29,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.export import Dim, ShapesCollection
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.nn.modules import transformer
 from torch.nn.parameter import is_lazy
 
 from graphcomp.canonical import canonicalize, inline_regions
@@ -310,8 +311,20 @@ def _is_integer(tensor: torch.Tensor) -> bool:
 
 
 def _program(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any) -> torch.export.ExportedProgram:
-    with untouched(model, real=False), _quiet():
+    with untouched(model, real=False), _quiet(), _masks_unread():
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+@contextmanager
+def _masks_unread() -> Iterator[None]:
+    """Inside, torch's transformers take a mask for what it is: whether it is a causal one, for which there is a faster
+    kernel, they would ask of its values."""
+    before = transformer._detect_is_causal_mask
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = before
 
 
 def _follow_modes(captured: CapturedModule, model: nn.Module, args: Args, kwargs: Kwargs, training: bool) -> None:
@@ -356,7 +369,7 @@ def _follow_training(
     captured: CapturedModule, model: nn.Module, args: Args, kwargs: Kwargs, modes: Mapping[str, bool]
 ) -> None:
     try:
-        with untouched(model, real=False), _quiet():
+        with untouched(model, real=False), _quiet(), _masks_unread():
             for path, module in model.named_modules():
                 module.training = modes.get(path, True)
             program = torch.export.export(model, args, kwargs, strict=False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +45,17 @@ def _error(a: Tensor, b: Tensor) -> float:
 def in_float64(found: Any) -> Any:
     """A floating tensor in float64; anything else as it is."""
     return found.double() if isinstance(found, Tensor) and found.is_floating_point() else found
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """What tensors made without a dtype are, inside; None: as outside."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def tolerance_of(output: Any) -> float:

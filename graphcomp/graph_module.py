@@ -5,6 +5,7 @@ A captured module holds the very tensors of the model it came from, under their 
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -164,6 +165,25 @@ def tensor_names(model: nn.Module) -> dict[str, torch.Tensor]:
         plain = {key: value for key, value in vars(module).items() if isinstance(value, torch.Tensor)}
         tensors.update({f"{path}.{key}" if path else key: value for key, value in plain.items()})
     return tensors
+
+
+def copied(model: nn.Module, *, share: bool = False) -> nn.Module:
+    """A copy of the module tree; with `share` it holds the very tensors of `model`.
+
+    Raises:
+        InputError: something in it cannot be copied.
+    """
+    tensors = {id(tensor): tensor for tensor in tensor_names(model).values()}
+    # what a hook computes from parameters before each forward is no leaf, which deepcopy refuses
+    memo: dict[int, Any] = {i: t if share else t.detach().clone() for i, t in tensors.items() if share or not t.is_leaf}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # of whatever the model holds
+        raise InputError(
+            f"{type(model).__name__} cannot be copied",
+            why=str(error).partition("\n")[0][:300],
+            fix="copy.deepcopy(model) has to work: tensors that were computed, locks and files are in its way",
+        ) from error
 
 
 def canonical_names(model: nn.Module) -> dict[int, str]:

@@ -12,7 +12,7 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from graphcomp.assemble import as_model, cut_groups, with_integers
-from graphcomp.compare import in_float64, relative_error
+from graphcomp.compare import default_dtype, in_float64, relative_error
 from graphcomp.compressed import CompressedModel
 from graphcomp.cost import flat_inputs
 from graphcomp.coupling.groups import ChannelGroup
@@ -22,6 +22,7 @@ from graphcomp.methods.shrink import check_settled, expanded, hand_over
 from graphcomp.pruning.slice import SliceGroups
 from graphcomp.quantization.finish import Finish, from_training, with_embeddings
 from graphcomp.quantization.repeats import with_repeats
+from graphcomp.untouched import same_buffers
 
 SLICING, FOLDING = 1e-9, 1e-6
 """Largest relative errors, in float64, of slicing a trained graph and of folding its batch norms into its steps."""
@@ -77,13 +78,29 @@ def _verified(ready: Prepared, sliced: fx.GraphModule, session: Session) -> dict
     """
     captured, exact = session.plan.captured, _in_double(sliced)
     args, kwargs = pytree.tree_map(in_float64, (captured.args, captured.kwargs))
-    with torch.no_grad():
-        expected, actual = _in_double(ready)(*args, **kwargs), exact(*args, **kwargs)
-        errors = {"trained == sliced": _error(expected, actual, SLICING)}
-        if session.bits is not None:
-            folded = Finish()(with_repeats(exact))
-            errors["sliced == folded"] = _error(actual, folded(*args, **kwargs), FOLDING)
+    expected, actual = (_outputs(graph, args, kwargs) for graph in (_in_double(ready), exact))
+    errors = {"trained == sliced": _error(expected, actual, SLICING)}
+    if session.bits is not None:
+        folded = Finish()(with_repeats(exact))
+        errors["sliced == folded"] = _error(actual, _outputs(folded, args, kwargs), FOLDING)
     return errors
+
+
+def _outputs(graph: fx.GraphModule, args: Any, kwargs: Any) -> Any:
+    """What a graph in float64 returns, tensors that it makes itself in float64, too.
+
+    Raises:
+        VerificationError: it does not run.
+    """
+    try:
+        with same_buffers(graph), default_dtype(torch.float64), torch.no_grad():
+            return graph(*args, **kwargs)
+    except Exception as error:  # whatever the ops raise that do not take float64
+        raise VerificationError(
+            "the trained model does not run in float64, in which it would be compared with the small one",
+            why=str(error)[:300],
+            fix="finalize(ready, verify=False) goes without",
+        ) from error
 
 
 def _error(expected: Any, actual: Any, allowed: float) -> float:
@@ -112,4 +129,4 @@ def _in_double(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _named_double(argument: Any) -> Any:
-    return torch.float64 if argument is torch.float32 else argument
+    return torch.float64 if isinstance(argument, torch.dtype) and argument.is_floating_point else argument

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch._ops import OpOverload
 
 
 @contextmanager
@@ -41,6 +42,24 @@ def untouched(model: nn.Module, *, real: bool) -> Iterator[None]:
                 for buffer, version, value in buffers:
                     if buffer._version != version:
                         buffer.copy_(value)
+
+
+@contextmanager
+def same_buffers(graph: fx.GraphModule) -> Iterator[None]:
+    """What a run of `graph` writes into tensors of the model is undone; nothing is copied where no op writes."""
+    saved = [(b, b.clone()) for b in graph.buffers()] if writes(graph) else []
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)
+
+
+def writes(graph: fx.GraphModule) -> bool:
+    """Whether some op writes into a tensor that it is given."""
+    nodes = (node for part in graph.modules() if isinstance(part, fx.GraphModule) for node in part.graph.nodes)
+    return any(isinstance(node.target, OpOverload) and node.target._schema.is_mutable for node in nodes)
 
 
 def _inference(model: nn.Module) -> bool:

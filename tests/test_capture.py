@@ -274,6 +274,18 @@ def test_disabled_autocast_is_inlined_and_enabled_autocast_is_not() -> None:
     assert mixed.module(x).dtype is torch.bfloat16
 
 
+@pytest.mark.parametrize("is_causal", [None, True, False])
+def test_a_mask_of_torchs_transformer_is_not_read(is_causal: bool | None) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+    mask = nn.Transformer.generate_square_subsequent_mask(5)
+    x = torch.randn(2, 5, 8)
+    captured = capture(encoder, {"src": x, "mask": mask, "is_causal": is_causal})
+    assert captured.producer == "export"
+    expected = encoder(x, mask=mask, is_causal=is_causal)
+    torch.testing.assert_close(captured.module(src=x, mask=mask, is_causal=is_causal), expected)
+
+
 # ---------------------------------------------------------------------------------------------- train and eval
 def test_train_and_eval_switch_norm_and_dropout() -> None:
     module = copy.deepcopy(capture(convnet(), torch.randn(2, 3, 8, 8)).module)

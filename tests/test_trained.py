@@ -134,3 +134,77 @@ def test_weights_that_are_computed_are_masked_and_not_held_at_zero(bits):
     report = gc.finalize(ready).report
     assert report.units_removed == 6
     assert report.verified["trained == sliced"] < 1e-9
+
+
+# ------------------------------------------------------------------------------------------------ what graphs make
+class MakesTensors(nn.Module):
+    """A recurrent layer whose first state the forward makes, in the default dtype."""
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(6, 8, batch_first=True, dtype=dtype)
+        self.up, self.down = nn.Linear(8, 12, dtype=dtype), nn.Linear(12, 3, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state = torch.zeros(1, x.shape[0], 8, dtype=None if x.dtype == torch.float32 else x.dtype)
+        return self.down(torch.relu(self.up(self.rnn(x, (state, state))[0][:, -1])))
+
+
+class Averages(nn.Module):
+    """A buffer that follows the data in eval mode, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 12), nn.Linear(12, 3)
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.mean.mul_(0.9).add_(x.flatten(0, -2).mean(0), alpha=0.1)
+        return self.down(torch.relu(self.up(x - self.mean)))
+
+
+def run_of(model: nn.Module, x: torch.Tensor, **options: object) -> gc.Prepared:
+    ready = gc.prepare(model, x, **options).train()
+    optimizer = gc.QASSO(ready, torch.optim.SGD, lr=0.01, sparsity=0.4, schedule=6)
+    for _ in range(6):
+        optimizer.zero_grad()
+        ready(x).float().square().mean().backward()
+        optimizer.step()
+    return ready
+
+
+@pytest.mark.parametrize("bits", [None, (4, 8)])
+def test_tensors_that_the_graph_makes_do_not_stand_in_the_way(bits):
+    report = gc.finalize(run_of(MakesTensors(), torch.randn(4, 5, 6), bits=bits)).report.to_dict()
+    assert report["units"]["removed"] > 0 and report["verified"]["trained == sliced"] < 1e-9
+
+
+def test_half_floats_do_not_stand_in_the_way():
+    x = torch.randn(4, 5, 6, dtype=torch.bfloat16)
+    small = gc.finalize(run_of(MakesTensors(torch.bfloat16), x, bits=(4, 8), activation_bits=None))
+    assert small.report.to_dict()["verified"]["trained == sliced"] < 1e-9
+
+
+@pytest.mark.parametrize("bits", [None, (4, 8)])
+def test_buffers_that_a_run_moves_are_as_training_left_them(bits):
+    torch.manual_seed(0)
+    model, x = Averages(), torch.randn(4, 6) + 1
+    ready = gc.prepare(model, x, bits=bits)
+    assert not ready.get_buffer("mean").any()
+    ready = run_of(model, x, bits=bits)
+    assert not model.mean.any()
+    moved = ready.get_buffer("mean").clone()
+    small = gc.finalize(ready)
+    (result,) = (buffer for name, buffer in small.named_buffers() if name.endswith("mean"))
+    assert moved.any() and torch.equal(result, moved) and torch.equal(ready.get_buffer("mean"), moved)
+
+
+def test_what_does_not_run_in_float64_says_so(monkeypatch):
+    def refuse(dtype):
+        raise RuntimeError(f"no {dtype} here")
+
+    ready = trained("mlp", bits=None)
+    monkeypatch.setattr("graphcomp.trained.default_dtype", refuse)
+    with pytest.raises(gc.VerificationError, match="does not run in float64") as caught:
+        gc.finalize(ready)
+    assert "verify=False" in caught.value.fix

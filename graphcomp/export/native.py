@@ -8,10 +8,8 @@ is not returned.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -21,13 +19,13 @@ from torch import Tensor, fx, nn
 
 from graphcomp.analysis import Analysis
 from graphcomp.capture import user_line
-from graphcomp.compare import TOLERANCE, in_float64
+from graphcomp.compare import TOLERANCE, default_dtype, in_float64
 from graphcomp.coupling.axis import Factor, all_leaves
 from graphcomp.coupling.groups import Kept
 from graphcomp.export.attributes import Lengths, Site, constraints, find_lengths, options, put, sites, solve, trace
 from graphcomp.export.masked_run import masked_model
 from graphcomp.graph import assign, bind, source_line
-from graphcomp.graph_module import leaf_names, tensor_names
+from graphcomp.graph_module import copied, leaf_names, tensor_names
 from graphcomp.pruning.slice import SliceGroups, by_factor, kept_of_tensors, select
 from graphcomp.untouched import untouched
 
@@ -71,7 +69,7 @@ def native(analysis: Analysis, kept: Kept, reference: fx.GraphModule | None = No
     if lost:
         return NativeResult(None, f"the model holds no tensor named {lost[0]!r} that could be cut")
     try:
-        whole = _copy(model, share=True)
+        whole = copied(model, share=True)
     except Exception as error:  # a class may refuse to be copied in any way
         return NativeResult(None, f"the model cannot be copied: {_refusal(error)}")
     try:
@@ -95,15 +93,9 @@ def native(analysis: Analysis, kept: Kept, reference: fx.GraphModule | None = No
 
 
 # ------------------------------------------------------------------------------------------------ building
-def _copy(model: nn.Module, *, share: bool) -> nn.Module:
-    """A copy of the module tree; with `share` it holds the very tensors of `model`."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensor_names(model).values()} if share else {}
-    return copy.deepcopy(model, memo)
-
-
 def _build(model: nn.Module, cuts: Mapping[str, Mapping[int, Tensor]], changes: Mapping[Site, int]) -> _Built:
     """A copy of `model` with smaller tensors and corrected attributes."""
-    small = _copy(model, share=True)
+    small = copied(model, share=True)
     named = tensor_names(model)
     cut_of = {id(named[name]): dims for name, dims in cuts.items()}
     new: dict[int, Tensor] = {}
@@ -366,30 +358,19 @@ def _outputs(module: nn.Module, analysis: Analysis, *, exactly: bool = False) ->
     if exactly:
         module = _as_float64(module)
         args, kwargs = pytree.tree_map(in_float64, (args, kwargs))
-    with untouched(module, real=True), torch.no_grad(), _default_dtype(torch.float64 if exactly else None):
+    with untouched(module, real=True), torch.no_grad(), default_dtype(torch.float64 if exactly else None):
         torch.manual_seed(0)
         return _named(module(*args, **kwargs))
 
 
 def _as_float64(module: nn.Module) -> nn.Module:
     """A copy whose floating tensors are float64: parameters, buffers and plain attributes."""
-    exact = _copy(module, share=False).double()
+    exact = copied(module).double()
     for part in exact.modules():
         for name, tensor in [(n, t) for n, t in vars(part).items() if isinstance(t, Tensor)]:
             vars(part)[name] = in_float64(tensor)
         _refresh_flat_weights(part)
     return exact
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
-    """What tensors made without a dtype are, inside; None: as outside."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype or before)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _named(output: Any) -> dict[str, Any]:

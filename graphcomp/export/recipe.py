@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from graphcomp.errors import CheckpointError
 from graphcomp.graph_json import decode, encode
@@ -67,10 +68,15 @@ def _device_that_fits(recipe: Recipe, model: nn.Module, graph_at: str | None) ->
 def same_structure(built: nn.Module, model: nn.Module, graph_at: str | None = None) -> bool:
     """Whether both have the same tree of classes, the same tensor names, and the same functions as attributes."""
     ours, theirs = _tree(built, graph_at), _tree(model, graph_at)
-    if {path: type(m) for path, m in ours.items()} != {path: type(m) for path, m in theirs.items()}:
+    if {path: _classes(m) for path, m in ours.items()} != {path: _classes(m) for path, m in theirs.items()}:
         return False
     names = [{n for n in tensor_names(m) if not _within(n, graph_at)} for m in (built, model)]
     return names[0] == names[1] and all(_same_functions(ours[path], theirs[path]) for path in ours)
+
+
+def _classes(module: nn.Module) -> tuple[type, ...]:
+    """Its class; where it has parametrizations, of a class that was made for it alone, the bases of that."""
+    return type(module).__bases__ if parametrize.is_parametrized(module) else (type(module),)
 
 
 def _tree(model: nn.Module, graph_at: str | None) -> dict[str, nn.Module]:

@@ -24,7 +24,7 @@ from graphcomp.coupling.propagate import Coupling
 from graphcomp.errors import PlanError
 from graphcomp.graph import argument_at, attributes, bind
 from graphcomp.graph_module import tensor_leaves
-from graphcomp.untouched import untouched
+from graphcomp.untouched import same_buffers, untouched
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 """loss(model output, batch) -> scalar tensor."""
@@ -317,7 +317,7 @@ def mean_squares(captured: Captured, batches: Iterable[Any], places: Iterable[Pl
     for batch in batches:
         args, kwargs = arguments_of(captured, batch)
         try:
-            with torch.no_grad():
+            with same_buffers(captured.module), torch.no_grad():
                 observer.run(*flat_inputs(captured, args, kwargs), enable_io_processing=False)
         except Exception as error:  # whatever the ops raise on inputs of another shape
             fix = "give batches of the shape of the example inputs" if captured.producer == "record" else ""

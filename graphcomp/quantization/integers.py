@@ -30,6 +30,7 @@ from graphcomp.graph import bind, is_op
 from graphcomp.quantization import ops
 from graphcomp.quantization.lower import INT32_MAX
 from graphcomp.quantization.placement import CLIPS, COMPUTE, CONVOLUTIONS, SAME, TRANSPOSED
+from graphcomp.untouched import same_buffers
 
 aten = torch.ops.aten
 
@@ -339,10 +340,11 @@ def check_integers(module: fx.GraphModule, flat_inputs: Sequence[Any]) -> Intege
         VerificationError: an activation differs by more than a step, or a sum does not fit into 32 bits.
     """
     reference = _Codes(module)
-    with torch.no_grad():
+    with same_buffers(module), torch.no_grad():
         expected = reference.run(*flat_inputs, enable_io_processing=False)
     follower = _Follower(module, reference.codes)
-    actual = follower.run(*flat_inputs, enable_io_processing=False)
+    with same_buffers(module), torch.no_grad():
+        actual = follower.run(*flat_inputs, enable_io_processing=False)
     if follower.steps > STEPS_ALLOWED:
         raise VerificationError(
             "integer arithmetic does not give what the lowered graph gives",

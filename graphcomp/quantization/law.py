@@ -19,6 +19,7 @@ from graphcomp.errors import VerificationError
 from graphcomp.graph import bind
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.lower import Lowered
+from graphcomp.untouched import same_buffers
 
 STEPS_ALLOWED = 1.0
 _ROUNDING = 1e-3  # of a step: what a product of two float32 may be off
@@ -48,9 +49,10 @@ def check_lowering(fake: fx.GraphModule, lowered: Lowered, flat_inputs: Sequence
         VerificationError: a weight differs, or an activation by more than a step.
     """
     seen = _Recorder(fake)
-    with torch.no_grad():
+    with same_buffers(fake), torch.no_grad():
         expected = seen.run(*flat_inputs, enable_io_processing=False)
-        follower = _Follower(lowered, seen.values)
+    follower = _Follower(lowered, seen.values)
+    with same_buffers(lowered.module), torch.no_grad():
         actual = follower.run(*flat_inputs, enable_io_processing=False)
     weights, worst = 0.0, ""
     for name, integers in lowered.weights.items():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from graphcomp.graph import fetch
+from graphcomp.untouched import writes
 
 
 class Lockstep:
@@ -21,6 +22,7 @@ class Lockstep:
 
     def __init__(self, module: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> None:
         self.module = module
+        self.writes = writes(module)
         self.inputs = [iter(batch) for batch in batches]
         self.values: list[dict[fx.Node, Any]] = [{} for _ in batches]
         self.last_user: dict[fx.Node, fx.Node] = {}
@@ -44,7 +46,9 @@ class Lockstep:
             return
         for values, inputs, (args, kwargs) in zip(self.values, self.inputs, list(self.arguments(node)), strict=True):
             is_input = node.op == "placeholder"
-            values[node] = next(inputs) if is_input else _compute(self.module, node, args, kwargs)
+            found = next(inputs) if is_input else _compute(self.module, node, args, kwargs)
+            # what an op may write into is each batch's own
+            values[node] = found.clone() if self.writes and node.op == "get_attr" else found
 
     def drop(self, node: fx.Node) -> None:
         """Forget the operands that `node` was the last to read, and `node` itself where nothing reads it."""

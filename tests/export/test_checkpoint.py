@@ -142,6 +142,24 @@ def test_layers_of_torch_in_a_sequential(tmp_path: Path) -> None:
     assert repr(found) == repr(result.module)
 
 
+class Normed(nn.Module):
+    """Weights that are computed of others, by classes that torch makes for one module each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.utils.parametrizations.weight_norm(nn.Linear(4, 8))
+        self.down = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+def test_a_model_with_parametrizations(tmp_path: Path) -> None:
+    model, x = Normed().eval(), torch.randn(2, 4)
+    write(tmp_path / "out", model, form="native", kept={}, report={})
+    assert same(read(tmp_path / "out").module, model, (x,))
+
+
 # ---------------------------------------------------------------------------------------------- not to be rebuilt
 def test_a_class_that_hides_its_arguments_needs_a_factory(tmp_path: Path) -> None:
     model = models.Opaque(8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -201,3 +202,22 @@ def _gradients_and_bytes_kept(ready, inputs):
     loss.backward()
     gradients = {key: p.grad for key, p in ready.named_parameters() if p.grad is not None}
     return gradients, sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+# ------------------------------------------------------------------------------------------------ copying
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_weight_that_a_hook_computes_is_copied():
+    model = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 3))
+    x = torch.randn(4, 6)
+    expected = model(x)
+    ready = gc.prepare(model, x, bits=None)
+    torch.testing.assert_close(ready(x), expected)
+    assert {"0.weight_g", "0.weight_v"} <= {name for name, _ in ready.named_parameters()}
+
+
+def test_a_model_that_cannot_be_copied_is_refused():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    model.lock = threading.Lock()
+    with pytest.raises(gc.InputError, match="Sequential cannot be copied") as caught:
+        gc.prepare(model, torch.randn(4, 6), bits=None)
+    assert "deepcopy" in caught.value.fix
