@@ -184,7 +184,7 @@ def compress(
                 fix="data=loader, loss=lambda output, batch: …, epochs=10",
             )
         _check_weights(model, saliency)
-        trained_model = copied(model)
+        trained_model = _own(model)
         ready = _trained(
             trained_model,
             list(zip(phases, parts(training, data, phases), strict=True)),
@@ -569,7 +569,7 @@ def prepare(
         CalibrationError: calibration data that do not fit, or are not finite.
     """
     ready = _prepared(
-        copied(model),
+        _own(model),
         example_inputs,
         example_kwargs,
         bits=bits,
@@ -584,6 +584,22 @@ def prepare(
     )
     ready.recompute = recompute
     return ready
+
+
+def _own(model: nn.Module) -> nn.Module:
+    """A copy to train.
+
+    Raises:
+        InputError: something in it cannot be copied.
+    """
+    try:
+        return copied(model)
+    except Exception as error:  # of whatever the model holds
+        raise InputError(
+            f"{type(model).__name__} cannot be copied, to train the copy",
+            why=str(error).partition("\n")[0][:300],
+            fix="copy.deepcopy(model) has to work: tensors that were computed, locks and files are in its way",
+        ) from error
 
 
 def _prepared(

@@ -360,7 +360,7 @@ def _asks_for_the_mode(module: nn.Module) -> bool:
     """Whether the forward of a module may do something else in training mode than the ops' flags say."""
     if isinstance(module, nn.MultiheadAttention):
         return bool(module.dropout)
-    own = [kind for kind in type(module).__mro__ if not kind.__module__.startswith(("torch.nn.", "builtins"))]
+    own = [kind for kind in type(module).__mro__ if not kind.__module__.startswith(("torch.nn.modules.", "builtins"))]
     codes = (getattr(function, "__code__", None) for kind in own for function in vars(kind).values())
     return any(code is not None and "training" in code.co_names for code in codes)
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch._ops import OpOverload
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from graphcomp.errors import InputError
-from graphcomp.graph import bind, is_op, module_path, set_argument
+from graphcomp.graph import bind, is_op, module_path, set_argument, tensor_values
 
 FOLLOWS_MODE = "follows_mode"
 """In node.meta: argument of the op -> what it is in eval and in training mode; CapturedModule.train() gives it that."""
@@ -168,22 +169,11 @@ def tensor_names(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def copied(model: nn.Module, *, share: bool = False) -> nn.Module:
-    """A copy of the module tree; with `share` it holds the very tensors of `model`.
-
-    Raises:
-        InputError: something in it cannot be copied.
-    """
+    """A copy of the module tree; with `share` it holds the very tensors of `model`."""
     tensors = {id(tensor): tensor for tensor in tensor_names(model).values()}
     # what a hook computes from parameters before each forward is no leaf, which deepcopy refuses
     memo: dict[int, Any] = {i: t if share else t.detach().clone() for i, t in tensors.items() if share or not t.is_leaf}
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:  # of whatever the model holds
-        raise InputError(
-            f"{type(model).__name__} cannot be copied",
-            why=str(error).partition("\n")[0][:300],
-            fix="copy.deepcopy(model) has to work: tensors that were computed, locks and files are in its way",
-        ) from error
+    return copy.deepcopy(model, memo)
 
 
 def canonical_names(model: nn.Module) -> dict[int, str]:
@@ -269,7 +259,7 @@ def follow_training(graph: fx.Graph, training: fx.Graph) -> list[fx.Node]:
     calls went before. What else a model does in training mode alone stays unknown.
 
     Returns:
-        The random ops of `training` that are not in `graph`.
+        The ops of `training` that are random or write into tensors, and are not in `graph`.
     """
     ours, theirs = _sites(graph), _sites(training)
     same: dict[fx.Node, fx.Node] = {}
@@ -284,10 +274,15 @@ def follow_training(graph: fx.Graph, training: fx.Graph) -> list[fx.Node]:
                 node.meta[FOLLOWS_MODE][flag] = (value, bool(other))
             elif isinstance(value, float) and isinstance(other, float) and value != other:
                 node.meta.setdefault(FOLLOWS_MODE, {})[name] = (value, other)
-    random = [
-        n for n in training.nodes if n not in same and is_op(n) and torch.Tag.nondeterministic_seeded in n.target.tags
-    ]
-    return [n for n in random if not _insert_dropout(n, same)]
+    return [n for n in training.nodes if n not in same and _matters(n) and not _insert_dropout(n, same)]
+
+
+def _matters(node: fx.Node) -> bool:
+    """Whether it is random, or writes into a tensor of floats."""
+    if not isinstance(node.target, OpOverload):
+        return False
+    writes = node.target._schema.is_mutable and any(t.is_floating_point() for t in tensor_values(node))
+    return writes or torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def _insert_dropout(dropout: fx.Node, same: dict[fx.Node, fx.Node]) -> bool:

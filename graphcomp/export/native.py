@@ -106,11 +106,13 @@ def _build(model: nn.Module, cuts: Mapping[str, Mapping[int, Tensor]], changes: 
             new[id(tensor)] = nn.Parameter(data, tensor.requires_grad) if is_parameter else data
         assign(small, name, new[id(tensor)])
     edits = {(site[0], site[1]): put(small, site, value) for site, value in changes.items()}
-    for path, module in small.named_modules():
+    for module in small.modules():
         _refresh_flat_weights(module)
-        for name, value in _described(model.get_submodule(path), module).items():
-            vars(module)[name] = value
-            edits[path, name] = value
+    with untouched(model, real=False), untouched(small, real=False):  # a weight may be computed when it is read
+        described = {p: _described(model.get_submodule(p), module) for p, module in small.named_modules()}
+    for path, values in described.items():
+        vars(small.get_submodule(path)).update(values)
+        edits.update({(path, name): value for name, value in values.items()})
     return _Built(small, tuple((path, name, value) for (path, name), value in edits.items()))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -113,7 +114,8 @@ class Prepared(CapturedModule):
     """A model to train, called like the original.
 
     Parameters and buffers have the original's names; those of the quantizers stand under `graphcomp_quantizers`, and
-    one 0/1 mask per group under `graphcomp_mask_*`. Attributes that it lacks itself (`config`, …) are the original's.
+    one 0/1 mask per group under `graphcomp_mask_*`. Attributes that it lacks itself (`config`, …) are the original's;
+    its methods, too, but they are called on this module.
 
     Attributes:
         recompute: compute quantized weights and activations again in the backward pass instead of keeping them for it.
@@ -133,9 +135,12 @@ class Prepared(CapturedModule):
             return super().__getattr__(name)
         except AttributeError:
             session = vars(self).get("meta", {}).get(SESSION)
-            if session is None or name.startswith("_"):
+            if session is None or name.startswith("__"):
                 raise
-            return getattr(session.plan.model, name)
+            found = getattr(session.plan.model, name)
+            of_the_model = isinstance(found, MethodType) and found.__self__ is session.plan.model
+            # a method that calls the model is to call this module
+            return MethodType(found.__func__, self) if of_the_model else found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prepared:
         copied = super().__deepcopy__(memo)

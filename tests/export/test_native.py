@@ -390,3 +390,15 @@ def test_two_ops_on_one_line() -> None:
     result = native(plan, {group: torch.arange(5)})
     assert result.module is not None, result.reason
     assert result.module[2].groups == 5
+
+
+def test_reading_a_computed_weight_leaves_the_model_as_it_is() -> None:
+    norm = nn.utils.parametrizations.spectral_norm
+    model = nn.Sequential(norm(nn.Linear(6, 12)), nn.ReLU(), norm(nn.Linear(12, 3))).train()
+    x = torch.randn(4, 6)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    analysis = analysed(model, x)
+    result = native(analysis, some(analysis))
+    assert result.module is not None, result.reason
+    after = model.state_dict()
+    assert model.training and all(torch.equal(after[name], value) for name, value in before.items())

@@ -221,3 +221,31 @@ def test_a_model_that_cannot_be_copied_is_refused():
     with pytest.raises(gc.InputError, match="Sequential cannot be copied") as caught:
         gc.prepare(model, torch.randn(4, 6), bits=None)
     assert "deepcopy" in caught.value.fix
+
+
+# ------------------------------------------------------------------------------------------------ the model's methods
+class WithStep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 3)
+        self._scale = 2.0
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)))
+
+    def training_step(self, x):
+        return self(x).square().mean() * self._scale
+
+
+def test_a_method_of_the_model_runs_the_prepared_module():
+    x = torch.randn(4, 6)
+    ready = gc.prepare(WithStep(), x, bits=2).train()
+    loss = ready.training_step(x)
+    assert torch.equal(loss, 2.0 * ready(x).square().mean())
+    loss.backward()
+    assert all(p.grad is not None for _, q in ready.quantizers() for p in q.parameters() if p.requires_grad)
+    twin = copy.deepcopy(ready)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert twin.training_step(x) == 0 != ready.training_step(x)
