@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from graphcomp.errors import CheckpointError, PlanError, TrainingError
 from graphcomp.graph import replace_module
 from graphcomp.methods import processes
-from graphcomp.methods.folder import RunFolder, generators_of, random_state, seeded, set_random_state
+from graphcomp.methods.folder import RunFolder, generators_of, plain, random_state, seeded, set_random_state
 from graphcomp.methods.geta import QASSO
 from graphcomp.methods.prepared import Prepared
 from graphcomp.methods.schedule import Schedule, Stage
@@ -536,7 +536,7 @@ class _Run:
             "step": self.step,
             "stage": _words(optimizer.schedule.moment(self.step - 1).stage),
             "loss": sum(self.losses) / len(self.losses),
-            "lr": optimizer.param_groups[0]["lr"],
+            "lr": float(optimizer.param_groups[0]["lr"]),
             "units_removed": optimizer.removed,
             "units": optimizer.total,
             "sparsity": optimizer.removed / max(optimizer.total, 1),
@@ -574,8 +574,8 @@ class _Run:
             "losses": self.losses,
             "seconds": self.seconds + time.monotonic() - self.start,
             "module": self.whole.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
+            "optimizer": plain(self.optimizer.state_dict()),
+            "scheduler": plain(self.scheduler.state_dict()),
             "scaler": self.scaler.state_dict(),
             "random": random_state(),
             "epoch_random": self.epoch_state,
@@ -594,9 +594,9 @@ class _Run:
         state = None if self.folder is None else processes.from_first(self.folder.load)
         if state is None:
             return
-        if processes.rank() > 0:
-            state["random"], state["epoch_random"] = state["random_of_others"][processes.rank() - 1]
         try:
+            if processes.rank() > 0:
+                state["random"], state["epoch_random"] = state["random_of_others"][processes.rank() - 1]
             self.optimizer.load_state_dict(state["optimizer"])
             if self.optimizer.ready is not self.ready:
                 self._follow()
@@ -604,15 +604,15 @@ class _Run:
             self.scheduler.load_state_dict(state["scheduler"])
             if self.scaler.is_enabled():
                 self.scaler.load_state_dict(state["scaler"])
-        except (KeyError, RuntimeError, ValueError) as error:
+            self.step, self.epoch, self.position = state["step"], state["epoch"], state["position"]
+            self.last_loss, self.losses, self.seconds = state["loss"], state["losses"], state["seconds"]
+            self.resumed, self.epoch_state = state["random"], state["epoch_random"]
+        except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"the checkpoint in {self.training.folder} does not fit the run",
+                f"the newest checkpoint in {self.training.folder} does not fit the run",
                 why=f"{type(error).__name__}: {str(error)[:300]}",
-                fix="give another folder",
+                fix="remove it: the run goes on from the one before; or give another folder",
             ) from error
-        self.step, self.epoch, self.position = state["step"], state["epoch"], state["position"]
-        self.last_loss, self.losses, self.seconds = state["loss"], state["losses"], state["seconds"]
-        self.resumed, self.epoch_state = state["random"], state["epoch_random"]
 
 
 # ------------------------------------------------------------------------------------------------ setting up

@@ -730,6 +730,25 @@ def test_a_run_that_is_over_is_not_repeated(tmp_path, whole):
     assert same(run(folder=tmp_path, loss=stopping(0)), whole)
 
 
+@pytest.mark.parametrize("part", ["optimizer", "module", "scheduler", "epoch", "random", "losses"])
+def test_a_checkpoint_that_lacks_a_part_is_named(checkpoint, tmp_path, part):
+    state = torch.load(checkpoint, weights_only=True)
+    state = state | {part: None} if part == "optimizer" else {key: v for key, v in state.items() if key != part}
+    torch.save(state, tmp_path / checkpoint.name)
+    with pytest.raises(gc.CheckpointError, match="does not fit the run") as caught:
+        run(folder=tmp_path)
+    assert "remove it" in caught.value.fix
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Of the first step."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    with pytest.raises(Stopped):
+        run(loss=stopping(1), folder=folder)
+    return folder / "step-000000001.pt"
+
+
 KILLED = """
 import os, signal, sys
 from tests.methods.test_train import *
