@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import math
@@ -60,7 +61,10 @@ class Training:
             optimizer in the dtype of the weights. With float16 the loss is scaled (`torch.amp.GradScaler`); steps that
             the scaler skips do not count. Also what a model keeps out of autocast itself then runs in it.
         folder: where checkpoints and metrics go. A run that was cut short goes on from there when it is called again
-            with the same arguments, and ends as it would have. None: nothing is written.
+            with the same arguments, and ends as it would have, bit for bit: also the weights are to be the same again
+            (`torch.manual_seed`), and random data are to be drawn from torch's, Python's or NumPy's global generators,
+            or from a DataLoader's, as the state of others is not kept. Other weights or another loss are refused; of
+            the data the number of batches alone is compared. None: nothing is written.
         save_every: steps from checkpoint to checkpoint; there is one more at the end.
         keep: so many checkpoints stay, the newest.
         log_every: steps from one line of metrics to the next; there is one more where a stage ends.
@@ -352,6 +356,7 @@ class _Run:
                 **{name: _name(value) if callable(value) else str(value) for name, value in asked.items()},
                 "sparsity": str(self.optimizer.sparsity),
                 "schedule": str(schedule),
+                "loss": _name(loss),
                 "seed": str(seed),
             }
             where = training.folder
@@ -642,17 +647,28 @@ def _cosine(steps: int) -> Callable[[Optimizer], LRScheduler]:
 
 
 def _about_model(ready: Prepared, whole: nn.Module) -> dict[str, str]:
-    """What tells one prepared module from another: by shapes, as weights are the checkpoint's."""
+    """What tells one prepared module from another: shapes, and the weights that the run begins with. Those of
+    quantizers follow from the example inputs, which may be drawn anew when a run goes on."""
     session = ready.session
-    tensors = "\n".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in whole.state_dict().items())
+    found = whole.state_dict()
+    tensors = "\n".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in found.items())
     digest = hashlib.sha256(tensors.encode()).hexdigest()[:16]
     limits = sorted({(site.low, site.high) for site in session.sites})
     return {
         "model": type(session.plan.model).__name__,
         "tensors": digest,
+        "initial weights": _digest(t for name, t in found.items() if "graphcomp_" not in name),
         "bits": str(session.bits),
         "layer bits": ", ".join(f"{low} to {high}" for low, high in limits),
     }
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    """Of their bytes. This takes less time than to write a checkpoint of them."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
 
 
 def _about_training(training: Training, data: Iterable[Any], lr: float, base: type[Optimizer]) -> dict[str, str]:
@@ -676,6 +692,7 @@ def _about_training(training: Training, data: Iterable[Any], lr: float, base: ty
 
 def _name(found: Any) -> str:
     """The same in each process, unlike repr."""
+    found = found.func if isinstance(found, functools.partial) else found
     return str(getattr(found, "__qualname__", type(found).__qualname__))
 
 

@@ -612,6 +612,7 @@ def stopping(step):
     """A loss that fails while the step after `step` is made."""
     calls = []
 
+    @functools.wraps(loss)  # a run goes on with the same loss
     def failing(output, batch):
         calls.append(1)
         if len(calls) > step:
@@ -752,6 +753,7 @@ def checkpoint(tmp_path_factory):
 KILLED = """
 import os, signal, sys
 from tests.methods.test_train import *
+@functools.wraps(loss)
 def failing(output, batch, calls=[]):
     calls.append(1)
     if len(calls) > int(sys.argv[2]):
@@ -784,6 +786,8 @@ def test_a_process_that_was_killed(tmp_path, whole):
         ({"budget": gc.Budget(params=500)}, "budget: None there, Budget"),
         ({"round_to": 2, "sparsity": 0.4}, "round_to: 1 there, 2 now"),
         ({"model": nn.Sequential(nn.Conv2d(1, 9, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))}, "tensors: "),
+        ({"model": nn.Sequential(*convnet()[:-1], nn.Linear(8, 3))}, "why:  initial weights: [0-9a-f]+ there, [^;]*$"),
+        ({"loss": lambda output, batch: output.mean()}, "why:  loss: loss there, <lambda> now"),
     ],
 )
 def test_a_folder_of_another_run_is_refused(tmp_path, options, message):
