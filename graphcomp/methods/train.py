@@ -9,10 +9,11 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
@@ -37,6 +38,13 @@ from graphcomp.quantization.placement import CONVOLUTIONS
 SHRINK_FROM = 100
 """Steps that are left at least where the module is shrunk: that captures it anew, which takes as long as some steps."""
 
+ELSEWHERE = {
+    **{name: f"Training({name}=…)" for name in ("lr", "lr_quant", "schedule")},
+    **{name: f"graphcomp.compress(…, {name}=…)" for name in ("sparsity", "budget", "saliency", "round_to")},
+    "forgetting": "graphcomp.compress(…, method=…)",
+}
+"""Arguments of `QASSO` that are not given among the optimizer's options: where they are."""
+
 
 @dataclass(frozen=True)
 class Training:
@@ -45,7 +53,7 @@ class Training:
     Attributes:
         epochs: passes over the data, whose length must be known; or
         steps: of the optimizer, over as many passes as that takes; or
-        schedule: the stages of the run, which count its steps too.
+        schedule: the stages of the run, which count its steps too; an int: so many steps of the default ones.
         optimizer: class that makes the steps. Default: SGD with momentum 0.9 and weight decay 1e-4 for convnets, AdamW
             for all others.
         lr: of the weights, at its highest. Default: 1e-2 for SGD, 1e-4 for models with attention, 1e-3 for all others.
@@ -70,12 +78,12 @@ class Training:
         log_every: steps from one line of metrics to the next; there is one more where a stage ends.
 
     Raises:
-        PlanError: a number out of range, or the length of the run given twice.
+        PlanError: a number out of range, an option that has another place, or the length of the run given twice.
     """
 
     epochs: int | None = None
     steps: int | None = None
-    schedule: Schedule | None = None
+    schedule: Schedule | int | None = None
     optimizer: type[Optimizer] | None = None
     lr: float | None = None
     lr_quant: float | None = None
@@ -92,14 +100,28 @@ class Training:
     log_every: int = 10
 
     def __post_init__(self) -> None:
+        self._make_plain()
         for name in ("epochs", "steps", "accumulate", "save_every", "keep", "log_every"):
             number = getattr(self, name)
-            if number is not None and (not isinstance(number, int) or number < 1):
+            if number is not None and not _counts(number):
                 raise PlanError(f"Training({name}={number!r})", why="it is a whole number, 1 at least", fix=f"{name}=1")
+        if self.schedule is not None and not isinstance(self.schedule, Schedule) and not _counts(self.schedule):
+            raise PlanError(f"Training(schedule={self.schedule!r})", fix="schedule=graphcomp.Schedule(steps=1000)")
         for name in ("lr", "clip_norm"):
             number = getattr(self, name)
-            if number is not None and not number > 0:
-                raise PlanError(f"Training({name}={number!r})", why="it is positive", fix=f"{name}=0.01")
+            if number is not None and not (_is_number(number) and number > 0):
+                raise PlanError(f"Training({name}={number!r})", why="it is a positive number", fix=f"{name}=0.01")
+        for name in ("lr_quant", "weight_decay"):
+            number = getattr(self, name)
+            if number is not None and not (_is_number(number) and number >= 0):
+                raise PlanError(f"Training({name}={number!r})", why="it is a number, 0 at least", fix=f"{name}=1e-3")
+        for name in self.options:
+            if name in ELSEWHERE:
+                raise PlanError(
+                    f"Training(options={{{name!r}: …}})",
+                    why="these are options of the optimizer that have no other place",
+                    fix=ELSEWHERE[name],
+                )
         if self.autocast not in (None, torch.bfloat16, torch.float16):
             raise PlanError(f"Training(autocast={self.autocast!r})", fix="autocast=torch.bfloat16, or torch.float16")
         if self.scheduler is not None and not callable(self.scheduler):
@@ -111,6 +133,19 @@ class Training:
         lengths = [name for name in ("epochs", "steps", "schedule") if getattr(self, name) is not None]
         if len(lengths) > 1:
             raise PlanError(f"the length of the run is given by {' and by '.join(lengths)}", fix=f"only {lengths[0]}=")
+        if isinstance(self.schedule, int):
+            object.__setattr__(self, "steps", self.schedule)
+            object.__setattr__(self, "schedule", None)
+
+    def _make_plain(self) -> None:
+        """Let numbers be Python's, not NumPy's or tensors: these would end up in checkpoints and metrics."""
+        if not isinstance(self.options, Mapping):
+            raise PlanError(f"Training(options={self.options!r})", fix='options={"momentum": 0.9}')
+        object.__setattr__(self, "options", {name: plain(value) for name, value in self.options.items()})
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, (np.generic, np.ndarray, Tensor)) and value.ndim == 0:
+                object.__setattr__(self, each.name, value.item())
 
     def steps_over(self, data: Iterable[Any]) -> int:
         """Steps of the whole run.
@@ -118,7 +153,7 @@ class Training:
         Raises:
             PlanError: no length was given, or it is in epochs of data whose length is not known.
         """
-        if self.schedule is not None:
+        if isinstance(self.schedule, Schedule):
             return self.schedule.steps
         if self.steps is not None:
             return self.steps
@@ -197,10 +232,10 @@ def parts(training: Training, data: Iterable[Any], phases: Sequence[Phase]) -> l
     found = []
     for phase, steps in zip(phases, shares, strict=True):
         folder = None if training.folder is None else Path(training.folder) / phase.name
-        if training.schedule is None:
-            found.append(replace(training, epochs=None, steps=steps, folder=folder))
-        else:
+        if isinstance(training.schedule, Schedule):
             found.append(replace(training, schedule=replace(training.schedule, steps=steps), folder=folder))
+        else:
+            found.append(replace(training, epochs=None, steps=steps, folder=folder))
     return found
 
 
@@ -331,9 +366,10 @@ class _Run:
             processes.copy_from_first((*whole.module.parameters(), *whole.module.buffers()))
         transformer = ready.session.has_attention
         base, lr, options = _defaults(ready, training, transformer)
-        schedule = training.schedule or Schedule.of(
-            self.total, transformer=transformer, prune=asked["sparsity"] != 0, quantize=ready.session.bits is not None
-        )
+        schedule = training.schedule
+        if not isinstance(schedule, Schedule):
+            prune, quantize = asked["sparsity"] != 0, ready.session.bits is not None
+            schedule = Schedule.of(self.total, transformer=transformer, prune=prune, quantize=quantize)
         self.optimizer = QASSO(ready, base, lr=lr, lr_quant=training.lr_quant, schedule=schedule, **asked, **options)
         if outside:
             self.optimizer.add_param_group({"params": outside})
@@ -694,6 +730,14 @@ def _name(found: Any) -> str:
     """The same in each process, unlike repr."""
     found = found.func if isinstance(found, functools.partial) else found
     return str(getattr(found, "__qualname__", type(found).__qualname__))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, int) and _is_number(value) and value >= 1
 
 
 def _length(data: Any) -> int | None:

@@ -489,12 +489,41 @@ def test_models_with_attention_get_adamw_and_its_rate(tmp_path):
         {"keep": 0},
         {"save_every": 0},
         {"scheduler": 3},
+        {"epochs": True},
+        {"lr": "0.1"},
+        {"lr": math.nan},
+        {"lr": torch.ones(2)},
+        {"clip_norm": np.str_("a")},
+        {"lr_quant": "a"},
+        {"lr_quant": -1e-3},
+        {"weight_decay": "a"},
+        {"schedule": "long"},
+        {"schedule": 0},
+        {"schedule": 20.0},
+        {"options": 3},
+        {"options": {"lr": 0.1}},
+        {"options": {"schedule": 20}},
+        {"options": {"sparsity": 0.5}},
+        {"options": {"forgetting": "uniform"}},
     ],
 )
-def test_numbers_out_of_range(options):
+def test_options_out_of_range(options):
     (name,) = options
-    with pytest.raises(gc.PlanError, match=rf"Training\({name}="):
+    with pytest.raises(gc.PlanError, match=rf"Training\({name}=") as caught:
         gc.Training(**options)
+    assert caught.value.fix
+
+
+def test_numbers_of_numpy_and_tensors_are_pythons():
+    how = gc.Training(steps=np.int64(20), lr=torch.tensor(0.5), clip_norm=np.float32(0.5), options={"a": np.float64(1)})
+    assert how == gc.Training(steps=20, lr=0.5, clip_norm=0.5, options={"a": 1.0})
+    assert [type(v) for v in (how.steps, how.lr, how.clip_norm, how.options["a"])] == [int, float, float, float]
+
+
+def test_a_number_of_steps_is_a_schedule():
+    assert gc.Training(schedule=20) == gc.Training(steps=20)
+    with pytest.raises(gc.PlanError, match="steps and by schedule"):
+        gc.Training(schedule=20, steps=20)
 
 
 def test_the_length_is_given_once():
@@ -531,6 +560,10 @@ def test_half_of_the_steps_each_in_stages_of_their_own_length():
         ({"method": "geta", "activation_bits": 4}, "activation_bits with"),
         ({"method": "hesso", "calibration": [IMAGES]}, "calibration with"),
         ({"method": "geta", "bits": 8, "data": 3, "loss": loss, "steps": 20}, "data is a int"),
+        ({"training": {"steps": 20}, "data": [1], "loss": loss}, "training is a dict"),
+        ({"seed": None}, "seed=None"),
+        ({"seed": 2**64}, "seed=18446744073709551616"),
+        ({"bits": (4, 5, 6), "data": [1], "loss": loss, "steps": 20}, "no pair of bounds"),
     ],
 )
 def test_what_does_not_go_together(options, message):
@@ -729,6 +762,42 @@ def test_sequential_goes_on_in_either_run(tmp_path, step):
 def test_a_run_that_is_over_is_not_repeated(tmp_path, whole):
     run(folder=tmp_path)
     assert same(run(folder=tmp_path, loss=stopping(0)), whole)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": np.logspace(-3, -1, 3)[1], "weight_decay": np.float64(1e-4), "lr_quant": np.float32(1e-3)},
+        {"lr": torch.tensor(0.01), "options": {"betas": (np.float64(0.8), 0.99)}, "optimizer": torch.optim.AdamW},
+        {"scheduler": lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, Halving())},
+    ],
+)
+def test_numbers_of_numpy_are_kept(tmp_path, options):
+    how = gc.Training(schedule=STAGES, save_every=4, **options)
+    with pytest.raises(Stopped):
+        run(loss=stopping(9), training=replace(how, folder=tmp_path))
+    assert same(run(training=replace(how, folder=tmp_path)), run(training=how))
+
+
+class Halving:
+    """A factor of the learning rate that NumPy makes; a scheduler keeps its attributes."""
+
+    def __init__(self):
+        self.factor = np.float64(0.5)
+
+    def __call__(self, step):
+        return self.factor ** (step // 10)
+
+
+def test_a_state_that_cannot_be_kept_is_told_at_the_first_checkpoint(tmp_path):
+    def scheduler(optimizer):
+        halving = Halving()
+        halving.factors = np.arange(3)
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, halving)
+
+    with pytest.raises(gc.CheckpointError, match=r"cannot be kept(.|\n)*numpy"):
+        run(training=gc.Training(schedule=STAGES, folder=tmp_path, save_every=1, scheduler=scheduler))
+    assert not list(tmp_path.glob("step-*"))
 
 
 @pytest.mark.parametrize("part", ["optimizer", "module", "scheduler", "epoch", "random", "losses"])
