@@ -464,6 +464,12 @@ def _check_alone(given: Sequence[str]) -> None:
 
 
 def _check_trainable(method: str, given: Sequence[str]) -> None:
+    if torch.is_inference_mode_enabled():
+        raise PlanError(
+            f"method={method!r} in torch.inference_mode()",
+            why="tensors that are made in it have no gradients",
+            fix="call graphcomp.compress outside of it",
+        )
     if given:
         raise PlanError(
             f"{', '.join(given)} with method={method!r}",

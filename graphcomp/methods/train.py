@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import itertools
 import math
 import time
@@ -314,7 +315,7 @@ def train(
         "forgetting": forgetting,
         "round_to": round_to,
     }
-    with seeded(seed + processes.rank()):  # dropout is to differ from process to process
+    with torch.enable_grad(), seeded(seed + processes.rank()):  # dropout is to differ from process to process
         run = _Run(ready, whole or Whole.of(ready), data, loss, training, asked, seed)
         run.resume()
         with show_progress(run.total, progress) as bar:
@@ -354,6 +355,7 @@ class _Run:
     ) -> None:
         if not isinstance(data, Iterable):
             raise PlanError(f"data is a {type(data).__name__}", why="it holds no batches", fix="data=[batch, …]")
+        _check_loss_function(loss, whole.module)
         self.ready, self.whole, self.data, self.loss, self.training = ready, whole, data, loss, training
         self.prefix, outside = whole.around(ready)
         self.step = self.epoch = self.position = 0
@@ -374,7 +376,7 @@ class _Run:
         if outside:
             self.optimizer.add_param_group({"params": outside})
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.autocast is torch.float16)
-        self.scheduler = (training.scheduler or _cosine(self.total))(self.optimizer)
+        self.scheduler = _scheduler(training.scheduler or _cosine(self.total), self.optimizer)
         self.weights = self._weights()
         self.is_weight = torch.tensor([site.is_weight for site, _ in ready.quantizers()], dtype=torch.bool)
         self.generators = generators_of(data)
@@ -469,6 +471,7 @@ class _Run:
         for given in chunk:
             batch = to_device(given, self.device)
             args, kwargs = arguments_like(self.whole.original, self.whole.args, self.whole.kwargs, batch)
+            _check_loss_takes(self.loss, batch)
             with self._precision():
                 value = self.loss(self.whole.module(*args, **kwargs), batch)
             check_loss(value)
@@ -671,6 +674,41 @@ def _defaults(ready: Prepared, training: Training, transformer: bool) -> tuple[t
     return base, lr, {**options, **training.options}
 
 
+def _scheduler(make: Callable[[Optimizer], LRScheduler], optimizer: Optimizer) -> LRScheduler:
+    """What `make` makes of the optimizer.
+
+    Raises:
+        PlanError: it makes none, or one that a step alone does not move on.
+    """
+    fix = "scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1000)"
+    try:
+        found = make(optimizer)
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"Training.scheduler, {_name(make)}, fails", why=str(error), fix=fix) from error
+    if not all(callable(getattr(found, name, None)) for name in ("step", "state_dict", "load_state_dict")):
+        raise PlanError(f"Training.scheduler, {_name(make)}, returns a {type(found).__name__}", fix=fix)
+    if not _takes(found.step):
+        raise PlanError(
+            f"a {type(found).__name__} as Training.scheduler",
+            why="it is stepped with a metric, and nothing is measured during the run but the loss of single batches",
+            fix=f"{fix}; or QASSO in your own loop, where you step it",
+        )
+    return found
+
+
+def _takes(function: Callable[..., Any], *args: Any) -> bool:
+    """Whether it can be called so, as far as its signature tells."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # built in
+        return True
+    try:
+        signature.bind(*args)
+    except TypeError:
+        return False
+    return True
+
+
 def _cosine(steps: int) -> Callable[[Optimizer], LRScheduler]:
     """Up in a straight line over the first twentieth of the run, 100 steps at most, then a cosine down to 0."""
     rising = min(100, max(1, steps // 20))
@@ -746,6 +784,37 @@ def _length(data: Any) -> int | None:
         return len(data)
     except TypeError:
         return None
+
+
+# ------------------------------------------------------------------------------------------------ the loss
+def _check_loss_function(loss: Any, trained: nn.Module) -> None:
+    """Raise PlanError where it cannot be called with an output and a batch, or has parameters that nothing trains."""
+    if not callable(loss) or not _takes(loss, None, None):
+        raise PlanError(
+            f"the loss is {_name(loss)}",
+            why="it is called as loss(output, batch)",
+            fix="loss=lambda output, batch: torch.nn.functional.cross_entropy(output, batch[1])",
+        )
+    inside = {id(p) for p in trained.parameters()}
+    own = loss.named_parameters() if isinstance(loss, nn.Module) else ()
+    outside = [name for name, p in own if p.requires_grad and id(p) not in inside]
+    if outside:
+        raise PlanError(
+            f"the loss, a {type(loss).__name__}, has parameters of its own: {', '.join(outside[:5])}",
+            why="only those of the model are trained",
+            fix="a model that holds them, with scope= for what to compress of it; or loss.requires_grad_(False)",
+        )
+
+
+def _check_loss_takes(loss: Any, batch: Any) -> None:
+    """Raise PlanError where it is one of torch's own, which take a target, and the batch holds more than that."""
+    function = loss.func if isinstance(loss, functools.partial) else loss
+    if str(getattr(function, "__module__", "")).startswith("torch.nn.") and not isinstance(batch, Tensor):
+        raise PlanError(
+            f"the loss is torch's {_name(function)}, and a batch is a {type(batch).__name__}",
+            why="it is called as loss(output, batch), with the whole batch, and takes a tensor of targets",
+            fix="loss=lambda output, batch: criterion(output, batch[1])",
+        )
 
 
 # ------------------------------------------------------------------------------------------------ batches

@@ -571,6 +571,66 @@ def test_what_does_not_go_together(options, message):
         gc.compress(convnet(), IMAGES[:2], **options)
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (torch.optim.lr_scheduler.ReduceLROnPlateau, "a ReduceLROnPlateau as Training.scheduler"),
+        (lambda optimizer: None, "returns a NoneType"),
+        (torch.optim.lr_scheduler.StepLR, "StepLR, fails"),
+    ],
+)
+def test_a_scheduler_that_cannot_be_stepped(scheduler, message):
+    with pytest.raises(gc.PlanError, match=message) as caught:
+        run(training=gc.Training(schedule=STAGES, scheduler=scheduler), loss=stopping(0))
+    assert "StepLR(optimizer" in caught.value.fix
+
+
+class Weighted(nn.Module):
+    """A loss with a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, output, batch):
+        return F.cross_entropy(output * self.scale, batch[1])
+
+
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [
+        (nn.CrossEntropyLoss(), "torch's CrossEntropyLoss, and a batch is a list"),
+        (functools.partial(F.mse_loss, reduction="sum"), "torch's mse_loss, and a batch is a list"),
+        (lambda output: output.mean(), "the loss is .*<lambda>"),
+        (lambda output, images, labels: output.mean(), "the loss is .*<lambda>"),
+        ("cross_entropy", "the loss is str"),
+        (Weighted(), "parameters of its own: scale"),
+    ],
+)
+def test_a_loss_that_cannot_be_called_or_is_not_trained(criterion, message):
+    with pytest.raises(gc.PlanError, match=message) as caught:
+        run(loss=criterion)
+    assert caught.value.why and "loss" in caught.value.fix
+
+
+def test_torchs_own_losses_take_batches_that_are_targets():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6))
+    small = gc.compress(model, ROWS[:2], data=[ROWS], loss=nn.MSELoss(), steps=12, bits=8, progress=False)
+    assert small.report.units_removed == 4
+
+
+def test_a_loss_whose_parameters_are_held(whole):
+    assert same(run(loss=Weighted().requires_grad_(False)), whole)
+
+
+def test_gradients_are_on_inside(whole):
+    with torch.no_grad():
+        assert same(run(), whole) and not torch.is_grad_enabled()
+    with torch.inference_mode(), pytest.raises(gc.PlanError, match="inference_mode") as caught:
+        compress()
+    assert "outside" in caught.value.fix
+
+
 def test_weights_that_are_not_finite_are_named_before_training():
     model = convnet()
     model[4].weight.data[0, 0, 0, 0] = math.inf
