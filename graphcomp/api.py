@@ -159,7 +159,7 @@ def compress(
         TrainingError: the loss is not finite, or the data hold too few batches.
         CheckpointError: the folder is of another run, or cannot be written or read.
     """
-    _check_arguments(sparsity, prune)
+    _check_arguments(sparsity, prune, seed)
     progress = progress and processes.rank() == 0
     training = _training(training, epochs=epochs, steps=steps, lr=lr, folder=folder)
     if method is None:
@@ -409,8 +409,10 @@ def _training(training: Training | None, **short: Any) -> Training | None:
     """What is asked of the training, given at once or one by one; None where nothing is.
 
     Raises:
-        PlanError: both, or numbers out of range.
+        PlanError: both, something else, or numbers out of range.
     """
+    if training is not None and not isinstance(training, Training):
+        raise PlanError(f"training is a {type(training).__name__}", fix="training=graphcomp.Training(steps=1000, …)")
     given = {name: value for name, value in short.items() if value is not None}
     if training is None:
         return Training(**given) if given else None
@@ -423,7 +425,9 @@ def _training(training: Training | None, **short: Any) -> Training | None:
 
 
 # ------------------------------------------------------------------------------------------------ checks of arguments
-def _check_arguments(sparsity: float | None, prune: Sequence[str] | None) -> None:
+def _check_arguments(sparsity: float | None, prune: Sequence[str] | None, seed: Any) -> None:
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise PlanError(f"seed={seed!r} is not a whole number of 64 bits", fix="seed=0")
     if sparsity is not None and not is_share(sparsity):
         raise PlanError(
             f"sparsity={sparsity!r} is outside [0, 1)",
@@ -460,6 +464,12 @@ def _check_alone(given: Sequence[str]) -> None:
 
 
 def _check_trainable(method: str, given: Sequence[str]) -> None:
+    if torch.is_inference_mode_enabled():
+        raise PlanError(
+            f"method={method!r} in torch.inference_mode()",
+            why="tensors that are made in it have no gradients",
+            fix="call graphcomp.compress outside of it",
+        )
     if given:
         raise PlanError(
             f"{', '.join(given)} with method={method!r}",

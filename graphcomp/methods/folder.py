@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import random
+import re
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils._pytree as pytree
 
 from graphcomp.errors import CheckpointError
 
@@ -20,7 +23,8 @@ FORMAT = 1
 """Of the checkpoints."""
 
 METRICS = "metrics.jsonl"
-CHECKPOINTS = "step-*.pt"
+CHECKPOINT = re.compile(r"step-(\d+)\.pt")
+"""Copies of other names, such as step-best.pt, are the user's."""
 
 
 class RunFolder:
@@ -40,12 +44,18 @@ class RunFolder:
 
     def __init__(self, path: str | Path, about: Mapping[str, str], keep: int) -> None:
         self.path, self.about, self.keep = Path(path), dict(about), keep
+        self._readable = False  # what is written: known after the first checkpoint
         with _written(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
 
     def newest(self) -> Path | None:
         """The checkpoint of the latest step."""
-        return max(self.path.glob(CHECKPOINTS), default=None)  # the names have leading zeros
+        return next(reversed(self._checkpoints()), None)
+
+    def _checkpoints(self) -> list[Path]:
+        """In the order of their steps."""
+        found = [(CHECKPOINT.fullmatch(path.name), path) for path in self.path.glob("step-*.pt")]
+        return [path for _, path in sorted((int(name[1]), path) for name, path in found if name)]
 
     def load(self) -> dict[str, Any] | None:
         """What the newest checkpoint holds, with tensors on the CPU; None where there is none. Metrics of later steps
@@ -56,20 +66,25 @@ class RunFolder:
         """
         path = self.newest()
         state = None if path is None else self._read(path)
-        self._drop_metrics(0 if state is None else int(state["step"]))
+        self._drop_metrics(0 if state is None else state["step"])
         return state
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            with zipfile.ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:  # torch itself does not look
+                    raise ValueError(f"{damaged} in it is damaged")
+            state: Any = _loaded(path)
+        except Exception as error:  # there is none that a damaged file may not end in
             raise CheckpointError(
                 f"the checkpoint {path} cannot be read",
                 why=f"{type(error).__name__}: {str(error)[:200]}",
                 fix="remove it: the run goes on from the one before",
             ) from error
-        if not isinstance(state, dict) or state.get("format", FORMAT + 1) > FORMAT:
-            raise CheckpointError(f"{path} is no checkpoint that this graphcomp knows", fix="give another folder")
+        if not _is_checkpoint(state):
+            raise CheckpointError(
+                f"{path} is no checkpoint that this graphcomp knows", fix="remove it, or give another folder"
+            )
         there, names = state["about"], [*self.about, *(name for name in state["about"] if name not in self.about)]
         differing = [name for name in names if there.get(name) != self.about.get(name)]
         if differing:
@@ -78,23 +93,28 @@ class RunFolder:
                 why="; ".join(f"{n}: {there.get(n)} there, {self.about.get(n)} now" for n in differing),
                 fix="give another folder, or the arguments of that run to go on with it",
             )
-        return state
+        found: dict[str, Any] = state
+        return found
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Write a checkpoint, and remove those that are too many.
+        """Write a checkpoint, and remove those that are too many. The first one is read back.
 
         Raises:
-            CheckpointError: it cannot be written.
+            CheckpointError: it cannot be written, or holds what cannot be read.
         """
         path = self.path / f"step-{step:09d}.pt"
         fresh = path.with_suffix(".new")
         with _written(path):
-            with fresh.open("wb") as file:
+            with _storable(fresh), fresh.open("wb") as file:
                 torch.save({"format": FORMAT, "about": self.about, "step": step, **state}, file)
                 file.flush()
                 os.fsync(file.fileno())
+            if not self._readable:
+                with _storable(fresh):
+                    _loaded(fresh)
+                self._readable = True
             os.replace(fresh, path)
-            for old in [*sorted(self.path.glob(CHECKPOINTS))[: -self.keep], *self.path.glob("step-*.new")]:
+            for old in [*self._checkpoints()[: -self.keep], *self.path.glob("step-*.new")]:
                 old.unlink()
 
     def log(self, line: Mapping[str, Any]) -> None:
@@ -126,9 +146,53 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     try:
         *lines, _ = path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines]
+        found = [json.loads(line) for line in lines]
+        if not all(isinstance(line, dict) and isinstance(line.get("step"), int) for line in found):
+            raise ValueError("a line has no step")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} holds no metrics", why=f"{type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{path} holds no metrics",
+            why=f"{type(error).__name__}: {error}",
+            fix="remove it: a run goes on without what was measured before",
+        ) from error
+    return found
+
+
+def plain(value: Any) -> Any:
+    """`value` with Python's numbers in place of NumPy's, at any depth: checkpoints are read without NumPy's classes."""
+
+    def number(leaf: Any) -> Any:
+        return leaf.item() if isinstance(leaf, (np.generic, np.ndarray)) and leaf.ndim == 0 else leaf
+
+    return pytree.tree_map(number, value)
+
+
+def _loaded(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _is_checkpoint(state: Any) -> bool:
+    return (
+        isinstance(state, dict)
+        and state.get("format") in range(1, FORMAT + 1)
+        and isinstance(state.get("about"), dict)
+        and isinstance(state.get("step"), int)
+    )
+
+
+@contextmanager
+def _storable(path: Path) -> Iterator[None]:
+    """Refuse a state that cannot be written to `path`, or be read from it; the file goes."""
+    try:
+        yield
+    except (pickle.PickleError, AttributeError, TypeError) as error:
+        path.unlink(missing_ok=True)
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2]  # behind torch's advice to trust the file
+        raise CheckpointError(
+            "the state of the run cannot be kept in a checkpoint",
+            why=f"{type(error).__name__}: {reason[:300]}",
+            fix="an optimizer and a scheduler whose state_dict() holds numbers, text and tensors, or no folder",
+        ) from error
 
 
 @contextmanager

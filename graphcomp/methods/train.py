@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
@@ -21,7 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from graphcomp.errors import CheckpointError, PlanError, TrainingError
 from graphcomp.graph import replace_module
 from graphcomp.methods import processes
-from graphcomp.methods.folder import RunFolder, generators_of, random_state, seeded, set_random_state
+from graphcomp.methods.folder import RunFolder, generators_of, plain, random_state, seeded, set_random_state
 from graphcomp.methods.geta import QASSO
 from graphcomp.methods.prepared import Prepared
 from graphcomp.methods.schedule import Schedule, Stage
@@ -36,6 +39,13 @@ from graphcomp.quantization.placement import CONVOLUTIONS
 SHRINK_FROM = 100
 """Steps that are left at least where the module is shrunk: that captures it anew, which takes as long as some steps."""
 
+ELSEWHERE = {
+    **{name: f"Training({name}=…)" for name in ("lr", "lr_quant", "schedule")},
+    **{name: f"graphcomp.compress(…, {name}=…)" for name in ("sparsity", "budget", "saliency", "round_to")},
+    "forgetting": "graphcomp.compress(…, method=…)",
+}
+"""Arguments of `QASSO` that are not given among the optimizer's options: where they are."""
+
 
 @dataclass(frozen=True)
 class Training:
@@ -44,7 +54,7 @@ class Training:
     Attributes:
         epochs: passes over the data, whose length must be known; or
         steps: of the optimizer, over as many passes as that takes; or
-        schedule: the stages of the run, which count its steps too.
+        schedule: the stages of the run, which count its steps too; an int: so many steps of the default ones.
         optimizer: class that makes the steps. Default: SGD with momentum 0.9 and weight decay 1e-4 for convnets, AdamW
             for all others.
         lr: of the weights, at its highest. Default: 1e-2 for SGD, 1e-4 for models with attention, 1e-3 for all others.
@@ -60,18 +70,21 @@ class Training:
             optimizer in the dtype of the weights. With float16 the loss is scaled (`torch.amp.GradScaler`); steps that
             the scaler skips do not count. Also what a model keeps out of autocast itself then runs in it.
         folder: where checkpoints and metrics go. A run that was cut short goes on from there when it is called again
-            with the same arguments, and ends as it would have. None: nothing is written.
+            with the same arguments, and ends as it would have, bit for bit: also the weights are to be the same again
+            (`torch.manual_seed`), and random data are to be drawn from torch's, Python's or NumPy's global generators,
+            or from a DataLoader's, as the state of others is not kept. Other weights or another loss are refused; of
+            the data the number of batches alone is compared. None: nothing is written.
         save_every: steps from checkpoint to checkpoint; there is one more at the end.
         keep: so many checkpoints stay, the newest.
         log_every: steps from one line of metrics to the next; there is one more where a stage ends.
 
     Raises:
-        PlanError: a number out of range, or the length of the run given twice.
+        PlanError: a number out of range, an option that has another place, or the length of the run given twice.
     """
 
     epochs: int | None = None
     steps: int | None = None
-    schedule: Schedule | None = None
+    schedule: Schedule | int | None = None
     optimizer: type[Optimizer] | None = None
     lr: float | None = None
     lr_quant: float | None = None
@@ -88,14 +101,28 @@ class Training:
     log_every: int = 10
 
     def __post_init__(self) -> None:
+        self._make_plain()
         for name in ("epochs", "steps", "accumulate", "save_every", "keep", "log_every"):
             number = getattr(self, name)
-            if number is not None and (not isinstance(number, int) or number < 1):
+            if number is not None and not _counts(number):
                 raise PlanError(f"Training({name}={number!r})", why="it is a whole number, 1 at least", fix=f"{name}=1")
+        if self.schedule is not None and not isinstance(self.schedule, Schedule) and not _counts(self.schedule):
+            raise PlanError(f"Training(schedule={self.schedule!r})", fix="schedule=graphcomp.Schedule(steps=1000)")
         for name in ("lr", "clip_norm"):
             number = getattr(self, name)
-            if number is not None and not number > 0:
-                raise PlanError(f"Training({name}={number!r})", why="it is positive", fix=f"{name}=0.01")
+            if number is not None and not (_is_number(number) and number > 0):
+                raise PlanError(f"Training({name}={number!r})", why="it is a positive number", fix=f"{name}=0.01")
+        for name in ("lr_quant", "weight_decay"):
+            number = getattr(self, name)
+            if number is not None and not (_is_number(number) and number >= 0):
+                raise PlanError(f"Training({name}={number!r})", why="it is a number, 0 at least", fix=f"{name}=1e-3")
+        for name in self.options:
+            if name in ELSEWHERE:
+                raise PlanError(
+                    f"Training(options={{{name!r}: …}})",
+                    why="these are options of the optimizer that have no other place",
+                    fix=ELSEWHERE[name],
+                )
         if self.autocast not in (None, torch.bfloat16, torch.float16):
             raise PlanError(f"Training(autocast={self.autocast!r})", fix="autocast=torch.bfloat16, or torch.float16")
         if self.scheduler is not None and not callable(self.scheduler):
@@ -107,6 +134,19 @@ class Training:
         lengths = [name for name in ("epochs", "steps", "schedule") if getattr(self, name) is not None]
         if len(lengths) > 1:
             raise PlanError(f"the length of the run is given by {' and by '.join(lengths)}", fix=f"only {lengths[0]}=")
+        if isinstance(self.schedule, int):
+            object.__setattr__(self, "steps", self.schedule)
+            object.__setattr__(self, "schedule", None)
+
+    def _make_plain(self) -> None:
+        """Let numbers be Python's, not NumPy's or tensors: these would end up in checkpoints and metrics."""
+        if not isinstance(self.options, Mapping):
+            raise PlanError(f"Training(options={self.options!r})", fix='options={"momentum": 0.9}')
+        object.__setattr__(self, "options", {name: plain(value) for name, value in self.options.items()})
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, (np.generic, np.ndarray, Tensor)) and value.ndim == 0:
+                object.__setattr__(self, each.name, value.item())
 
     def steps_over(self, data: Iterable[Any]) -> int:
         """Steps of the whole run.
@@ -114,7 +154,7 @@ class Training:
         Raises:
             PlanError: no length was given, or it is in epochs of data whose length is not known.
         """
-        if self.schedule is not None:
+        if isinstance(self.schedule, Schedule):
             return self.schedule.steps
         if self.steps is not None:
             return self.steps
@@ -193,10 +233,10 @@ def parts(training: Training, data: Iterable[Any], phases: Sequence[Phase]) -> l
     found = []
     for phase, steps in zip(phases, shares, strict=True):
         folder = None if training.folder is None else Path(training.folder) / phase.name
-        if training.schedule is None:
-            found.append(replace(training, epochs=None, steps=steps, folder=folder))
-        else:
+        if isinstance(training.schedule, Schedule):
             found.append(replace(training, schedule=replace(training.schedule, steps=steps), folder=folder))
+        else:
+            found.append(replace(training, epochs=None, steps=steps, folder=folder))
     return found
 
 
@@ -275,7 +315,7 @@ def train(
         "forgetting": forgetting,
         "round_to": round_to,
     }
-    with seeded(seed + processes.rank()):  # dropout is to differ from process to process
+    with torch.enable_grad(), seeded(seed + processes.rank()):  # dropout is to differ from process to process
         run = _Run(ready, whole or Whole.of(ready), data, loss, training, asked, seed)
         run.resume()
         with show_progress(run.total, progress) as bar:
@@ -315,6 +355,7 @@ class _Run:
     ) -> None:
         if not isinstance(data, Iterable):
             raise PlanError(f"data is a {type(data).__name__}", why="it holds no batches", fix="data=[batch, …]")
+        _check_loss_function(loss, whole.module)
         self.ready, self.whole, self.data, self.loss, self.training = ready, whole, data, loss, training
         self.prefix, outside = whole.around(ready)
         self.step = self.epoch = self.position = 0
@@ -327,14 +368,15 @@ class _Run:
             processes.copy_from_first((*whole.module.parameters(), *whole.module.buffers()))
         transformer = ready.session.has_attention
         base, lr, options = _defaults(ready, training, transformer)
-        schedule = training.schedule or Schedule.of(
-            self.total, transformer=transformer, prune=asked["sparsity"] != 0, quantize=ready.session.bits is not None
-        )
+        schedule = training.schedule
+        if not isinstance(schedule, Schedule):
+            prune, quantize = asked["sparsity"] != 0, ready.session.bits is not None
+            schedule = Schedule.of(self.total, transformer=transformer, prune=prune, quantize=quantize)
         self.optimizer = QASSO(ready, base, lr=lr, lr_quant=training.lr_quant, schedule=schedule, **asked, **options)
         if outside:
             self.optimizer.add_param_group({"params": outside})
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.autocast is torch.float16)
-        self.scheduler = (training.scheduler or _cosine(self.total))(self.optimizer)
+        self.scheduler = _scheduler(training.scheduler or _cosine(self.total), self.optimizer)
         self.weights = self._weights()
         self.is_weight = torch.tensor([site.is_weight for site, _ in ready.quantizers()], dtype=torch.bool)
         self.generators = generators_of(data)
@@ -352,6 +394,7 @@ class _Run:
                 **{name: _name(value) if callable(value) else str(value) for name, value in asked.items()},
                 "sparsity": str(self.optimizer.sparsity),
                 "schedule": str(schedule),
+                "loss": _name(loss),
                 "seed": str(seed),
             }
             where = training.folder
@@ -428,6 +471,7 @@ class _Run:
         for given in chunk:
             batch = to_device(given, self.device)
             args, kwargs = arguments_like(self.whole.original, self.whole.args, self.whole.kwargs, batch)
+            _check_loss_takes(self.loss, batch)
             with self._precision():
                 value = self.loss(self.whole.module(*args, **kwargs), batch)
             check_loss(value)
@@ -536,7 +580,7 @@ class _Run:
             "step": self.step,
             "stage": _words(optimizer.schedule.moment(self.step - 1).stage),
             "loss": sum(self.losses) / len(self.losses),
-            "lr": optimizer.param_groups[0]["lr"],
+            "lr": float(optimizer.param_groups[0]["lr"]),
             "units_removed": optimizer.removed,
             "units": optimizer.total,
             "sparsity": optimizer.removed / max(optimizer.total, 1),
@@ -574,8 +618,8 @@ class _Run:
             "losses": self.losses,
             "seconds": self.seconds + time.monotonic() - self.start,
             "module": self.whole.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
+            "optimizer": plain(self.optimizer.state_dict()),
+            "scheduler": plain(self.scheduler.state_dict()),
             "scaler": self.scaler.state_dict(),
             "random": random_state(),
             "epoch_random": self.epoch_state,
@@ -594,9 +638,9 @@ class _Run:
         state = None if self.folder is None else processes.from_first(self.folder.load)
         if state is None:
             return
-        if processes.rank() > 0:
-            state["random"], state["epoch_random"] = state["random_of_others"][processes.rank() - 1]
         try:
+            if processes.rank() > 0:
+                state["random"], state["epoch_random"] = state["random_of_others"][processes.rank() - 1]
             self.optimizer.load_state_dict(state["optimizer"])
             if self.optimizer.ready is not self.ready:
                 self._follow()
@@ -604,15 +648,15 @@ class _Run:
             self.scheduler.load_state_dict(state["scheduler"])
             if self.scaler.is_enabled():
                 self.scaler.load_state_dict(state["scaler"])
-        except (KeyError, RuntimeError, ValueError) as error:
+            self.step, self.epoch, self.position = state["step"], state["epoch"], state["position"]
+            self.last_loss, self.losses, self.seconds = state["loss"], state["losses"], state["seconds"]
+            self.resumed, self.epoch_state = state["random"], state["epoch_random"]
+        except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"the checkpoint in {self.training.folder} does not fit the run",
+                f"the newest checkpoint in {self.training.folder} does not fit the run",
                 why=f"{type(error).__name__}: {str(error)[:300]}",
-                fix="give another folder",
+                fix="remove it: the run goes on from the one before; or give another folder",
             ) from error
-        self.step, self.epoch, self.position = state["step"], state["epoch"], state["position"]
-        self.last_loss, self.losses, self.seconds = state["loss"], state["losses"], state["seconds"]
-        self.resumed, self.epoch_state = state["random"], state["epoch_random"]
 
 
 # ------------------------------------------------------------------------------------------------ setting up
@@ -630,6 +674,41 @@ def _defaults(ready: Prepared, training: Training, transformer: bool) -> tuple[t
     return base, lr, {**options, **training.options}
 
 
+def _scheduler(make: Callable[[Optimizer], LRScheduler], optimizer: Optimizer) -> LRScheduler:
+    """What `make` makes of the optimizer.
+
+    Raises:
+        PlanError: it makes none, or one that a step alone does not move on.
+    """
+    fix = "scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1000)"
+    try:
+        found = make(optimizer)
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"Training.scheduler, {_name(make)}, fails", why=str(error), fix=fix) from error
+    if not all(callable(getattr(found, name, None)) for name in ("step", "state_dict", "load_state_dict")):
+        raise PlanError(f"Training.scheduler, {_name(make)}, returns a {type(found).__name__}", fix=fix)
+    if not _takes(found.step):
+        raise PlanError(
+            f"a {type(found).__name__} as Training.scheduler",
+            why="it is stepped with a metric, and nothing is measured during the run but the loss of single batches",
+            fix=f"{fix}; or QASSO in your own loop, where you step it",
+        )
+    return found
+
+
+def _takes(function: Callable[..., Any], *args: Any) -> bool:
+    """Whether it can be called so, as far as its signature tells."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # built in
+        return True
+    try:
+        signature.bind(*args)
+    except TypeError:
+        return False
+    return True
+
+
 def _cosine(steps: int) -> Callable[[Optimizer], LRScheduler]:
     """Up in a straight line over the first twentieth of the run, 100 steps at most, then a cosine down to 0."""
     rising = min(100, max(1, steps // 20))
@@ -642,17 +721,28 @@ def _cosine(steps: int) -> Callable[[Optimizer], LRScheduler]:
 
 
 def _about_model(ready: Prepared, whole: nn.Module) -> dict[str, str]:
-    """What tells one prepared module from another: by shapes, as weights are the checkpoint's."""
+    """What tells one prepared module from another: shapes, and the weights that the run begins with. Those of
+    quantizers follow from the example inputs, which may be drawn anew when a run goes on."""
     session = ready.session
-    tensors = "\n".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in whole.state_dict().items())
+    found = whole.state_dict()
+    tensors = "\n".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in found.items())
     digest = hashlib.sha256(tensors.encode()).hexdigest()[:16]
     limits = sorted({(site.low, site.high) for site in session.sites})
     return {
         "model": type(session.plan.model).__name__,
         "tensors": digest,
+        "initial weights": _digest(t for name, t in found.items() if "graphcomp_" not in name),
         "bits": str(session.bits),
         "layer bits": ", ".join(f"{low} to {high}" for low, high in limits),
     }
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    """Of their bytes. This takes less time than to write a checkpoint of them."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
 
 
 def _about_training(training: Training, data: Iterable[Any], lr: float, base: type[Optimizer]) -> dict[str, str]:
@@ -676,7 +766,16 @@ def _about_training(training: Training, data: Iterable[Any], lr: float, base: ty
 
 def _name(found: Any) -> str:
     """The same in each process, unlike repr."""
+    found = found.func if isinstance(found, functools.partial) else found
     return str(getattr(found, "__qualname__", type(found).__qualname__))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, int) and _is_number(value) and value >= 1
 
 
 def _length(data: Any) -> int | None:
@@ -685,6 +784,37 @@ def _length(data: Any) -> int | None:
         return len(data)
     except TypeError:
         return None
+
+
+# ------------------------------------------------------------------------------------------------ the loss
+def _check_loss_function(loss: Any, trained: nn.Module) -> None:
+    """Raise PlanError where it cannot be called with an output and a batch, or has parameters that nothing trains."""
+    if not callable(loss) or not _takes(loss, None, None):
+        raise PlanError(
+            f"the loss is {_name(loss)}",
+            why="it is called as loss(output, batch)",
+            fix="loss=lambda output, batch: torch.nn.functional.cross_entropy(output, batch[1])",
+        )
+    inside = {id(p) for p in trained.parameters()}
+    own = loss.named_parameters() if isinstance(loss, nn.Module) else ()
+    outside = [name for name, p in own if p.requires_grad and id(p) not in inside]
+    if outside:
+        raise PlanError(
+            f"the loss, a {type(loss).__name__}, has parameters of its own: {', '.join(outside[:5])}",
+            why="only those of the model are trained",
+            fix="a model that holds them, with scope= for what to compress of it; or loss.requires_grad_(False)",
+        )
+
+
+def _check_loss_takes(loss: Any, batch: Any) -> None:
+    """Raise PlanError where it is one of torch's own, which take a target, and the batch holds more than that."""
+    function = loss.func if isinstance(loss, functools.partial) else loss
+    if str(getattr(function, "__module__", "")).startswith("torch.nn.") and not isinstance(batch, Tensor):
+        raise PlanError(
+            f"the loss is torch's {_name(function)}, and a batch is a {type(batch).__name__}",
+            why="it is called as loss(output, batch), with the whole batch, and takes a tensor of targets",
+            fix="loss=lambda output, batch: criterion(output, batch[1])",
+        )
 
 
 # ------------------------------------------------------------------------------------------------ batches

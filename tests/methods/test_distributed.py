@@ -1,5 +1,6 @@
 """Training on several processes: all ranks keep the same units, bits and weights, those of one process."""
 
+import functools
 import os
 import socket
 import warnings
@@ -129,6 +130,7 @@ def _compress_rank(rank, port, folder):
     whole, cut_short = os.path.join(folder, "whole"), os.path.join(folder, "cut short")
     calls = []
 
+    @functools.wraps(loss)  # a run goes on with the same loss
     def stopping(output, batch):
         calls.append(1)
         if len(calls) > 45:  # in the cool-down, where units are cut out

@@ -489,12 +489,41 @@ def test_models_with_attention_get_adamw_and_its_rate(tmp_path):
         {"keep": 0},
         {"save_every": 0},
         {"scheduler": 3},
+        {"epochs": True},
+        {"lr": "0.1"},
+        {"lr": math.nan},
+        {"lr": torch.ones(2)},
+        {"clip_norm": np.str_("a")},
+        {"lr_quant": "a"},
+        {"lr_quant": -1e-3},
+        {"weight_decay": "a"},
+        {"schedule": "long"},
+        {"schedule": 0},
+        {"schedule": 20.0},
+        {"options": 3},
+        {"options": {"lr": 0.1}},
+        {"options": {"schedule": 20}},
+        {"options": {"sparsity": 0.5}},
+        {"options": {"forgetting": "uniform"}},
     ],
 )
-def test_numbers_out_of_range(options):
+def test_options_out_of_range(options):
     (name,) = options
-    with pytest.raises(gc.PlanError, match=rf"Training\({name}="):
+    with pytest.raises(gc.PlanError, match=rf"Training\({name}=") as caught:
         gc.Training(**options)
+    assert caught.value.fix
+
+
+def test_numbers_of_numpy_and_tensors_are_pythons():
+    how = gc.Training(steps=np.int64(20), lr=torch.tensor(0.5), clip_norm=np.float32(0.5), options={"a": np.float64(1)})
+    assert how == gc.Training(steps=20, lr=0.5, clip_norm=0.5, options={"a": 1.0})
+    assert [type(v) for v in (how.steps, how.lr, how.clip_norm, how.options["a"])] == [int, float, float, float]
+
+
+def test_a_number_of_steps_is_a_schedule():
+    assert gc.Training(schedule=20) == gc.Training(steps=20)
+    with pytest.raises(gc.PlanError, match="steps and by schedule"):
+        gc.Training(schedule=20, steps=20)
 
 
 def test_the_length_is_given_once():
@@ -531,11 +560,75 @@ def test_half_of_the_steps_each_in_stages_of_their_own_length():
         ({"method": "geta", "activation_bits": 4}, "activation_bits with"),
         ({"method": "hesso", "calibration": [IMAGES]}, "calibration with"),
         ({"method": "geta", "bits": 8, "data": 3, "loss": loss, "steps": 20}, "data is a int"),
+        ({"training": {"steps": 20}, "data": [1], "loss": loss}, "training is a dict"),
+        ({"seed": None}, "seed=None"),
+        ({"seed": 2**64}, "seed=18446744073709551616"),
+        ({"bits": (4, 5, 6), "data": [1], "loss": loss, "steps": 20}, "no pair of bounds"),
     ],
 )
 def test_what_does_not_go_together(options, message):
     with pytest.raises(gc.PlanError, match=message):
         gc.compress(convnet(), IMAGES[:2], **options)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (torch.optim.lr_scheduler.ReduceLROnPlateau, "a ReduceLROnPlateau as Training.scheduler"),
+        (lambda optimizer: None, "returns a NoneType"),
+        (torch.optim.lr_scheduler.StepLR, "StepLR, fails"),
+    ],
+)
+def test_a_scheduler_that_cannot_be_stepped(scheduler, message):
+    with pytest.raises(gc.PlanError, match=message) as caught:
+        run(training=gc.Training(schedule=STAGES, scheduler=scheduler), loss=stopping(0))
+    assert "StepLR(optimizer" in caught.value.fix
+
+
+class Weighted(nn.Module):
+    """A loss with a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, output, batch):
+        return F.cross_entropy(output * self.scale, batch[1])
+
+
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [
+        (nn.CrossEntropyLoss(), "torch's CrossEntropyLoss, and a batch is a list"),
+        (functools.partial(F.mse_loss, reduction="sum"), "torch's mse_loss, and a batch is a list"),
+        (lambda output: output.mean(), "the loss is .*<lambda>"),
+        (lambda output, images, labels: output.mean(), "the loss is .*<lambda>"),
+        ("cross_entropy", "the loss is str"),
+        (Weighted(), "parameters of its own: scale"),
+    ],
+)
+def test_a_loss_that_cannot_be_called_or_is_not_trained(criterion, message):
+    with pytest.raises(gc.PlanError, match=message) as caught:
+        run(loss=criterion)
+    assert caught.value.why and "loss" in caught.value.fix
+
+
+def test_torchs_own_losses_take_batches_that_are_targets():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6))
+    small = gc.compress(model, ROWS[:2], data=[ROWS], loss=nn.MSELoss(), steps=12, bits=8, progress=False)
+    assert small.report.units_removed == 4
+
+
+def test_a_loss_whose_parameters_are_held(whole):
+    assert same(run(loss=Weighted().requires_grad_(False)), whole)
+
+
+def test_gradients_are_on_inside(whole):
+    with torch.no_grad():
+        assert same(run(), whole) and not torch.is_grad_enabled()
+    with torch.inference_mode(), pytest.raises(gc.PlanError, match="inference_mode") as caught:
+        compress()
+    assert "outside" in caught.value.fix
 
 
 def test_weights_that_are_not_finite_are_named_before_training():
@@ -612,6 +705,7 @@ def stopping(step):
     """A loss that fails while the step after `step` is made."""
     calls = []
 
+    @functools.wraps(loss)  # a run goes on with the same loss
     def failing(output, batch):
         calls.append(1)
         if len(calls) > step:
@@ -730,9 +824,65 @@ def test_a_run_that_is_over_is_not_repeated(tmp_path, whole):
     assert same(run(folder=tmp_path, loss=stopping(0)), whole)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": np.logspace(-3, -1, 3)[1], "weight_decay": np.float64(1e-4), "lr_quant": np.float32(1e-3)},
+        {"lr": torch.tensor(0.01), "options": {"betas": (np.float64(0.8), 0.99)}, "optimizer": torch.optim.AdamW},
+        {"scheduler": lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, Halving())},
+    ],
+)
+def test_numbers_of_numpy_are_kept(tmp_path, options):
+    how = gc.Training(schedule=STAGES, save_every=4, **options)
+    with pytest.raises(Stopped):
+        run(loss=stopping(9), training=replace(how, folder=tmp_path))
+    assert same(run(training=replace(how, folder=tmp_path)), run(training=how))
+
+
+class Halving:
+    """A factor of the learning rate that NumPy makes; a scheduler keeps its attributes."""
+
+    def __init__(self):
+        self.factor = np.float64(0.5)
+
+    def __call__(self, step):
+        return self.factor ** (step // 10)
+
+
+def test_a_state_that_cannot_be_kept_is_told_at_the_first_checkpoint(tmp_path):
+    def scheduler(optimizer):
+        halving = Halving()
+        halving.factors = np.arange(3)
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, halving)
+
+    with pytest.raises(gc.CheckpointError, match=r"cannot be kept(.|\n)*numpy"):
+        run(training=gc.Training(schedule=STAGES, folder=tmp_path, save_every=1, scheduler=scheduler))
+    assert not list(tmp_path.glob("step-*"))
+
+
+@pytest.mark.parametrize("part", ["optimizer", "module", "scheduler", "epoch", "random", "losses"])
+def test_a_checkpoint_that_lacks_a_part_is_named(checkpoint, tmp_path, part):
+    state = torch.load(checkpoint, weights_only=True)
+    state = state | {part: None} if part == "optimizer" else {key: v for key, v in state.items() if key != part}
+    torch.save(state, tmp_path / checkpoint.name)
+    with pytest.raises(gc.CheckpointError, match="does not fit the run") as caught:
+        run(folder=tmp_path)
+    assert "remove it" in caught.value.fix
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Of the first step."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    with pytest.raises(Stopped):
+        run(loss=stopping(1), folder=folder)
+    return folder / "step-000000001.pt"
+
+
 KILLED = """
 import os, signal, sys
 from tests.methods.test_train import *
+@functools.wraps(loss)
 def failing(output, batch, calls=[]):
     calls.append(1)
     if len(calls) > int(sys.argv[2]):
@@ -765,6 +915,8 @@ def test_a_process_that_was_killed(tmp_path, whole):
         ({"budget": gc.Budget(params=500)}, "budget: None there, Budget"),
         ({"round_to": 2, "sparsity": 0.4}, "round_to: 1 there, 2 now"),
         ({"model": nn.Sequential(nn.Conv2d(1, 9, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))}, "tensors: "),
+        ({"model": nn.Sequential(*convnet()[:-1], nn.Linear(8, 3))}, "why:  initial weights: [0-9a-f]+ there, [^;]*$"),
+        ({"loss": lambda output, batch: output.mean()}, "why:  loss: loss there, <lambda> now"),
     ],
 )
 def test_a_folder_of_another_run_is_refused(tmp_path, options, message):
