@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import random
@@ -19,10 +20,13 @@ import torch.utils._pytree as pytree
 
 from graphcomp.errors import CheckpointError
 
+logger = logging.getLogger("graphcomp.folder")
+
 FORMAT = 1
 """Of the checkpoints."""
 
 METRICS = "metrics.jsonl"
+INITIAL = "initial weights"
 CHECKPOINT = re.compile(r"step-(\d+)\.pt")
 """Copies of other names, such as step-best.pt, are the user's."""
 
@@ -35,15 +39,17 @@ class RunFolder:
 
     Args:
         path: made where it is not there.
-        about: what the run is: name -> text. A run goes on only where all of it is the same.
+        about: what the run is: name -> text. A run goes on only where all of it is the same; but for `INITIAL` where
+            it was cut short: a model that was drawn anew is trained no further by refusing it.
+        steps: of the whole run.
         keep: so many checkpoints stay, the newest.
 
     Raises:
         CheckpointError: the folder cannot be made.
     """
 
-    def __init__(self, path: str | Path, about: Mapping[str, str], keep: int) -> None:
-        self.path, self.about, self.keep = Path(path), dict(about), keep
+    def __init__(self, path: str | Path, about: Mapping[str, str], steps: int, keep: int) -> None:
+        self.path, self.about, self.steps, self.keep = Path(path), dict(about), steps, keep
         self._readable = False  # what is written: known after the first checkpoint
         with _written(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -87,7 +93,10 @@ class RunFolder:
             )
         there, names = state["about"], [*self.about, *(name for name in state["about"] if name not in self.about)]
         differing = [name for name in names if there.get(name) != self.about.get(name)]
-        if differing:
+        if differing == [INITIAL] and state["step"] < self.steps:
+            logger.warning("%s goes on from step %d, though it began with other weights", path.parent, state["step"])
+            self.about = there
+        elif differing:
             raise CheckpointError(
                 f"{self.path} holds another run",
                 why="; ".join(f"{n}: {there.get(n)} there, {self.about.get(n)} now" for n in differing),

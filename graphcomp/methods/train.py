@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from graphcomp.errors import CheckpointError, PlanError, TrainingError
 from graphcomp.graph import replace_module
 from graphcomp.methods import processes
-from graphcomp.methods.folder import RunFolder, generators_of, plain, random_state, seeded, set_random_state
+from graphcomp.methods.folder import INITIAL, RunFolder, generators_of, plain, random_state, seeded, set_random_state
 from graphcomp.methods.geta import QASSO
 from graphcomp.methods.prepared import Prepared
 from graphcomp.methods.schedule import Schedule, Stage
@@ -72,8 +72,8 @@ class Training:
         folder: where checkpoints and metrics go. A run that was cut short goes on from there when it is called again
             with the same arguments, and ends as it would have, bit for bit: also the weights are to be the same again
             (`torch.manual_seed`), and random data are to be drawn from torch's, Python's or NumPy's global generators,
-            or from a DataLoader's, as the state of others is not kept. Other weights or another loss are refused; of
-            the data the number of batches alone is compared. None: nothing is written.
+            or from a DataLoader's, as the state of others is not kept. Another loss is refused, and other weights
+            where the run has ended; of the data the number of batches alone is compared. None: nothing is written.
         save_every: steps from checkpoint to checkpoint; there is one more at the end.
         keep: so many checkpoints stay, the newest.
         log_every: steps from one line of metrics to the next; there is one more where a stage ends.
@@ -398,7 +398,7 @@ class _Run:
                 "seed": str(seed),
             }
             where = training.folder
-            self.folder = processes.from_first(lambda: RunFolder(where, about, training.keep))
+            self.folder = processes.from_first(lambda: RunFolder(where, about, self.total, training.keep))
         self.epoch_state: dict[str, Any] | None = None
         self.resumed: dict[str, Any] | None = None
         self.last_loss = math.nan
@@ -731,7 +731,7 @@ def _about_model(ready: Prepared, whole: nn.Module) -> dict[str, str]:
     return {
         "model": type(session.plan.model).__name__,
         "tensors": digest,
-        "initial weights": _digest(t for name, t in found.items() if "graphcomp_" not in name),
+        INITIAL: _digest(t for name, t in found.items() if "graphcomp_" not in name),
         "bits": str(session.bits),
         "layer bits": ", ".join(f"{low} to {high}" for low, high in limits),
     }

@@ -14,7 +14,7 @@ STATE = {"weight": torch.arange(4000.0), "lr": 0.1}
 @pytest.fixture
 def folder(tmp_path):
     """Three steps, of which two checkpoints stay."""
-    made = RunFolder(tmp_path, ABOUT, keep=2)
+    made = RunFolder(tmp_path, ABOUT, 100, keep=2)
     for step in (1, 2, 3):
         made.log({"step": step})
         made.save(step, STATE)
@@ -113,7 +113,7 @@ def test_metrics_that_end_early_or_are_gone_are_no_damage(folder, content):
 # ------------------------------------------------------------------------------------------------ what can be kept
 @pytest.mark.parametrize("value", [np.arange(3), lambda: 0, pytest])
 def test_what_cannot_be_read_back_is_told_at_the_first_checkpoint(tmp_path, value):
-    made = RunFolder(tmp_path, ABOUT, keep=2)
+    made = RunFolder(tmp_path, ABOUT, 100, keep=2)
     with pytest.raises(gc.CheckpointError, match="cannot be kept") as caught:
         made.save(1, {"scheduler": {"factor": value}})
     assert caught.value.why and "state_dict" in caught.value.fix

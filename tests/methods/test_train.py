@@ -915,7 +915,6 @@ def test_a_process_that_was_killed(tmp_path, whole):
         ({"budget": gc.Budget(params=500)}, "budget: None there, Budget"),
         ({"round_to": 2, "sparsity": 0.4}, "round_to: 1 there, 2 now"),
         ({"model": nn.Sequential(nn.Conv2d(1, 9, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))}, "tensors: "),
-        ({"model": nn.Sequential(*convnet()[:-1], nn.Linear(8, 3))}, "why:  initial weights: [0-9a-f]+ there, [^;]*$"),
         ({"loss": lambda output, batch: output.mean()}, "why:  loss: loss there, <lambda> now"),
     ],
 )
@@ -925,6 +924,17 @@ def test_a_folder_of_another_run_is_refused(tmp_path, options, message):
     with pytest.raises(gc.CheckpointError, match=message) as error:
         compress(folder=tmp_path, **options)
     assert "another folder" in error.value.fix
+
+
+def test_other_weights_go_on_with_a_run_that_was_cut_short_and_not_with_one_that_has_ended(tmp_path, caplog):
+    other = nn.Sequential(*convnet()[:-1], nn.Linear(8, 3))
+    with pytest.raises(Stopped):
+        compress(loss=stopping(2), folder=tmp_path)
+    with caplog.at_level("WARNING", "graphcomp"):
+        assert same(compress(model=other, folder=tmp_path), compress())
+    assert "began with other weights" in caplog.text
+    with pytest.raises(gc.CheckpointError, match=r"why:  initial weights: [0-9a-f]+ there, [^;]*$"):
+        compress(model=other, folder=tmp_path)
 
 
 @pytest.mark.parametrize(
