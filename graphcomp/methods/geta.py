@@ -21,7 +21,7 @@ from graphcomp.coupling.groups import ChannelGroup, Kept, Member
 from graphcomp.errors import BudgetError, CheckpointError, NothingToPrune, PlanError
 from graphcomp.methods.bank import Bank
 from graphcomp.methods.forgetting import Entry, Forgetting, Rule
-from graphcomp.methods.prepared import PROGRESS, Prepared, Session, Site, unwrapped
+from graphcomp.methods.prepared import Prepared, Session, Site, unwrapped
 from graphcomp.methods.schedule import Moment, Schedule, Stage
 from graphcomp.methods.shrink import move, shrunk
 from graphcomp.methods.target import BISECTIONS, BY_COST, Target
@@ -198,6 +198,11 @@ class QASSO(Optimizer):
         """Units that are gone."""
         return self.total - sum(len(units) for units in self.kept.values()) - self._ungrouped
 
+    @property
+    def settled(self) -> bool:
+        """Whether units and bits are those of the end: from the first step of the cool-down on."""
+        return self.steps > self.schedule.ends[2]
+
     def most_bits(self) -> Tensor:
         """(l,) the most bits that each quantizer of `bank` may have in the next step."""
         return self.schedule.most_bits(self.steps, self.bank.low, self.bank.high, self._foreseen)
@@ -238,7 +243,7 @@ class QASSO(Optimizer):
             self._commit()
         self._hold_zeros()
         self.steps += 1
-        self.ready.meta[PROGRESS] = self.steps, self.schedule.ends[2] + 1
+        self.ready.set_progress(self.steps, self.schedule.ends[2] + 1)
         return loss
 
     def _clamp_gradients(self) -> None:
@@ -470,9 +475,10 @@ class QASSO(Optimizer):
         go on. Wrappers around the module, such as DistributedDataParallel or a compiled one, are to be made anew.
 
         Raises:
-            PlanError: units or bits are not settled yet, which they are after the first step of the cool-down.
+            PlanError: units or bits are not settled yet, which they are after the first step of the cool-down; or the
+                base optimizer's state cannot be cut. Nothing is changed then.
         """
-        if self.steps <= self.schedule.ends[2]:
+        if not self.settled:
             raise PlanError(
                 f"after step {self.steps} nothing can be shrunk",
                 why=f"which units go, and bits that are whole, is settled at step {self.schedule.ends[2] + 1}",
@@ -482,10 +488,10 @@ class QASSO(Optimizer):
 
     def _shrink(self) -> Prepared:
         small, left = shrunk(self.ready), self.total - self.removed
+        move(self.param_groups, self.state, self.ready, small)
         earlier = self._shrunk or {}
         kept = {group.name: units for group, units in self.kept.items()}
         self._shrunk = {**earlier, **{n: earlier[n][units] if n in earlier else units for n, units in kept.items()}}
-        move(self.param_groups, self.state, self.ready, small)
         names = {group.name for group in self.groups}
         self.ready, self.target = small, None
         self.groups = tuple(group for group in small.session.groups if group.name in names)
@@ -565,7 +571,7 @@ class QASSO(Optimizer):
                 self.ready.keep(self.kept)
             except PlanError as error:
                 raise CheckpointError("the state is of another model", why=str(error)) from error
-            self.ready.meta[PROGRESS] = steps, self.schedule.ends[2] + 1
+            self.ready.set_progress(steps, self.schedule.ends[2] + 1)
             self._shrink()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
