@@ -217,8 +217,14 @@ def unwrapped(module: nn.Module) -> Prepared:
     """The prepared module inside wrappers such as DistributedDataParallel and torch.compile's.
 
     Raises:
-        PlanError: there is none.
+        PlanError: there is none, or a wrapper has parameters of its own.
     """
+    if not isinstance(module, nn.Module):
+        raise PlanError(
+            f"a {type(module).__name__} is no module",
+            why="parameters alone do not say which of them make units",
+            fix="give what graphcomp.prepare returned: QASSO(ready, torch.optim.AdamW, …), finalize(ready)",
+        )
     inner: Any = module
     while not isinstance(inner, Prepared):
         following = inner._modules.get("module") or inner._modules.get("_orig_mod")
@@ -229,6 +235,15 @@ def unwrapped(module: nn.Module) -> Prepared:
                 fix="ready = graphcomp.prepare(model, example_inputs, bits=(4, 8))",
             )
         inner = following
+    held = {id(p) for p in inner.parameters()}
+    others = [name for name, p in module.named_parameters() if id(p) not in held]
+    if others:
+        raise PlanError(
+            f"{type(module).__name__} has parameters outside of the prepared module in it",
+            at=", ".join(others)[:300],
+            why="they would be left out in silence",
+            fix="give the prepared module, QASSO(model.module, …), and the rest by optimizer.add_param_group",
+        )
     return inner
 
 
