@@ -101,7 +101,7 @@ class QASSO(Optimizer):
         eta, xi: see `joint_rule`.
         max_quantizer_gradient: the gradients of steps, ranges and exponents, which are sums over whole tensors, are
             clamped to this in magnitude.
-        base_options: options of the base optimizer that have the name of one above: eta of ASGD, …
+        base_options: options of the base optimizer that have the name of one above: eta of LARS, …
         options: all others of the base optimizer: momentum, weight_decay, …
 
     Raises:
@@ -162,7 +162,7 @@ class QASSO(Optimizer):
         learned = _quantizer_parameters(self.ready)
         self._learned = [p for p in learned if p.requires_grad]
         lr_quant = (1e-4 if session.has_attention else 1e-3) if lr_quant is None else lr_quant
-        if isinstance(lr_quant, str) or not lr_quant >= 0:  # torch checks that of the weights alone
+        if not _is_rate(lr_quant):  # torch checks that of the weights alone
             raise PlanError(f"lr_quant={lr_quant!r} is not 0 or positive", fix="lr_quant=1e-3")
         groups = _param_groups(self.ready, params, learned, lr_quant)
         self.base = _base_optimizer(base, groups, lr, options, base_options)
@@ -730,6 +730,11 @@ def _param_groups(
         # The scalars of all quantizers move in a few operations instead of a few each; decay would draw d to 0.
         found.append({"params": own, "lr": lr_quant, "weight_decay": 0.0, "foreach": True})
     return found
+
+
+def _is_rate(value: Any) -> bool:
+    """Whether it is 0 or positive, and no text."""
+    return not isinstance(value, str) and bool(value >= 0)
 
 
 def _listed(params: Any) -> list[Any]:

@@ -186,7 +186,7 @@ class Prepared(CapturedModule):
     @property
     def progress(self) -> tuple[int, int]:
         """How many steps of a schedule are done, as far as it takes, and how many settle bits and units."""
-        missing, settled = (round(count) for count in self.get_buffer(PROGRESS).tolist())
+        missing, settled = (round(count) for count in self.get_buffer(PROGRESS).nan_to_num().tolist())
         return settled - missing, settled
 
     def set_progress(self, done: int, settled: int) -> None:
