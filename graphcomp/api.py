@@ -676,6 +676,7 @@ def shrink(ready: nn.Module) -> Prepared:
 
     Raises:
         PlanError: it was not prepared, or a schedule was begun and not followed to its cool-down.
+        VerificationError: weights of units that are gone are there, as in an average (EMA) begun too early.
     """
     return shrunk(unwrapped(ready))
 
@@ -692,8 +693,8 @@ def finalize(ready: nn.Module, *, verify: bool = True, measure_latency: bool = F
             ema = ema or torch.optim.swa_utils.AveragedModel(ready, multi_avg_fn=get_ema_multi_avg_fn(0.999))
             ema.update_parameters(ready)
 
-    One that was begun before has learned other bits, which is refused, and weights of units that are gone by now; they
-    count as zero, as the masks say.
+    One that was begun before holds other bits and something of the units that are gone. What is left of these, by
+    then a tenth of the largest weight at most, counts as zero, as the masks say; all else is refused.
 
     Args:
         ready: what `prepare` returned, after training; also inside wrappers. Not modified.
@@ -706,4 +707,4 @@ def finalize(ready: nn.Module, *, verify: bool = True, measure_latency: bool = F
         TrainingError: a parameter or buffer is NaN or infinite.
         VerificationError: the small model does not compute what the trained one does. Nothing is returned then.
     """
-    return as_trained(settled(unwrapped(ready)), verify=verify, measure_latency=measure_latency)
+    return as_trained(settled(unwrapped(ready), verify=verify), verify=verify, measure_latency=measure_latency)

@@ -12,11 +12,15 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from graphcomp.analysis import analyze_captured
-from graphcomp.errors import PlanError
+from graphcomp.errors import PlanError, VerificationError
 from graphcomp.graph import all_tensors, assign, fetch, value
 from graphcomp.methods.prepared import Prepared, Session, with_masks
 from graphcomp.pruning.mask import PREFIX, gone
 from graphcomp.pruning.slice import SliceGroups, kept_of_tensors, select
+
+REMNANT = 0.1
+"""Of the largest magnitude in a parameter: what an average, for the most part of cool-down steps, may hold of units
+that are gone."""
 
 
 def check_settled(ready: Prepared) -> None:
@@ -30,19 +34,31 @@ def check_settled(ready: Prepared) -> None:
         )
 
 
-def settled(ready: Prepared) -> Prepared:
+@torch.no_grad()
+def settled(ready: Prepared, *, verify: bool = True) -> Prepared:
     """`ready`; where it is an average, in which masks are almost 0 or 1, or units that are gone are not quite zero, a
     copy in which they are.
 
     Raises:
         PlanError: a schedule was begun and has not come to its cool-down, or an average reaches back to before it.
+        VerificationError: with `verify`, units that are gone are far from zero.
     """
     kept = ready.kept()
     check_settled(ready)
-    device = next(ready.parameters()).device
     masks = (ready.get_buffer(f"{PREFIX}{k}") for k in range(len(kept)))
-    held = (ready.get_parameter(n).index_select(d, i.to(device)) for n, d, i in gone(kept, ready.session.computed))
-    if all(bool((mask == mask.round()).all()) for mask in masks) and not any(bool(rows.any()) for rows in held):
+    exactly = all(bool((mask == mask.round()).all()) for mask in masks)
+    for name, dim, indices in gone(kept, ready.session.computed):
+        parameter = ready.get_parameter(name)
+        left = float(parameter.index_select(dim, indices.to(parameter.device)).abs().max())
+        exactly = exactly and not left
+        if verify and left > REMNANT * float(parameter.abs().max()):
+            raise VerificationError(
+                "the small model does not compute what the trained model computes",
+                at=name,
+                why=f"it holds up to {left:.2g} for units that are gone; an average (EMA) begun before they were?",
+                fix="begin an average when optimizer.settled; finalize(ready, verify=False) goes on without them",
+            )
+    if exactly:
         return ready
     exact = copy.deepcopy(ready)
     exact.keep(kept)
@@ -55,7 +71,7 @@ def shrunk(ready: Prepared) -> Prepared:
     Law: it computes what `ready` computes, and has the same gradients where it has elements.
 
     Raises:
-        PlanError: see `settled`.
+        PlanError, VerificationError: see `settled`.
     """
     ready = settled(ready)
     session = ready.session
