@@ -33,7 +33,7 @@ from graphcomp.graph import replace_module
 from graphcomp.graph_module import copied
 from graphcomp.methods import processes
 from graphcomp.methods.prepared import Prepared, prepare_graph, training_config, unwrapped
-from graphcomp.methods.shrink import shrunk
+from graphcomp.methods.shrink import settled, shrunk
 from graphcomp.methods.train import Phase, Training, Whole, parts, phases_of, train
 from graphcomp.progress import progress as show_progress
 from graphcomp.pruning.allocation import Budget, Scope, allocate, allocate_budget, is_share
@@ -702,6 +702,7 @@ def shrink(ready: nn.Module) -> Prepared:
 
     Raises:
         PlanError: it was not prepared, or a schedule was begun and not followed to its cool-down.
+        VerificationError: weights of units that are gone are there, as in an average (EMA) begun too early.
     """
     return shrunk(unwrapped(ready))
 
@@ -710,14 +711,26 @@ def finalize(ready: nn.Module, *, verify: bool = True, measure_latency: bool = F
     """The small model that training made of a prepared one: removed units are sliced out, batch norms folded, weights
     stored as the integers they were trained to be. Embedding tables, trained in floats, get 8 bits per row.
 
+    An average of the weights (EMA, SWA) is finalized as the module itself, `finalize(ema.module)`, where it was begun
+    in the cool-down; masks are 0 or 1 and bits are whole in it then.
+
+        optimizer.step()
+        if optimizer.settled:
+            ema = ema or torch.optim.swa_utils.AveragedModel(ready, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+            ema.update_parameters(ready)
+
+    One that was begun before holds other bits and something of the units that are gone. What is left of these, by
+    then a tenth of the largest weight at most, counts as zero, as the masks say; all else is refused.
+
     Args:
         ready: what `prepare` returned, after training; also inside wrappers. Not modified.
         verify: check in float64 that trained, sliced and folded model compute the same, and Law 3.
         measure_latency: time the model before and after.
 
     Raises:
-        PlanError: it was not prepared, or a schedule was begun and not followed to its cool-down.
+        PlanError: it was not prepared, a schedule was begun and not followed to its cool-down, or it is an average
+            that was begun before.
         TrainingError: a parameter or buffer is NaN or infinite.
         VerificationError: the small model does not compute what the trained one does. Nothing is returned then.
     """
-    return as_trained(unwrapped(ready), verify=verify, measure_latency=measure_latency)
+    return as_trained(settled(unwrapped(ready), verify=verify), verify=verify, measure_latency=measure_latency)

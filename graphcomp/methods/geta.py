@@ -8,10 +8,12 @@ small = graphcomp.finalize(ready)
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ from graphcomp.coupling.groups import ChannelGroup, Kept, Member
 from graphcomp.errors import BudgetError, CheckpointError, NothingToPrune, PlanError
 from graphcomp.methods.bank import Bank
 from graphcomp.methods.forgetting import Entry, Forgetting, Rule
-from graphcomp.methods.prepared import PROGRESS, Prepared, Session, Site, unwrapped
+from graphcomp.methods.prepared import Prepared, Session, Site, unwrapped
 from graphcomp.methods.schedule import Moment, Schedule, Stage
 from graphcomp.methods.shrink import move, shrunk
 from graphcomp.methods.target import BISECTIONS, BY_COST, Target
@@ -99,7 +101,8 @@ class QASSO(Optimizer):
         eta, xi: see `joint_rule`.
         max_quantizer_gradient: the gradients of steps, ranges and exponents, which are sums over whole tensors, are
             clamped to this in magnitude.
-        options: of the base optimizer: momentum, weight_decay, …
+        base_options: options of the base optimizer that have the name of one above: eta of LARS, …
+        options: all others of the base optimizer: momentum, weight_decay, …
 
     Raises:
         PlanError: a module that was not prepared, parameters that are not its own, an option out of range.
@@ -128,6 +131,7 @@ class QASSO(Optimizer):
         eta: float = 0.999,
         xi: float = 0.9,
         max_quantizer_gradient: float = 1.0,
+        base_options: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         self.ready = unwrapped(ready)
@@ -158,9 +162,10 @@ class QASSO(Optimizer):
         learned = _quantizer_parameters(self.ready)
         self._learned = [p for p in learned if p.requires_grad]
         lr_quant = (1e-4 if session.has_attention else 1e-3) if lr_quant is None else lr_quant
-        if not lr_quant >= 0:  # torch checks that of the weights alone
+        if not _is_rate(lr_quant):  # torch checks that of the weights alone
             raise PlanError(f"lr_quant={lr_quant!r} is not 0 or positive", fix="lr_quant=1e-3")
-        self.base = _base_optimizer(base, _param_groups(self.ready, params, learned, lr_quant), lr, options)
+        groups = _param_groups(self.ready, params, learned, lr_quant)
+        self.base = _base_optimizer(base, groups, lr, options, base_options)
         super().__init__(self.base.param_groups, self.base.defaults)
         self._share_with_base()
         self.rule = Rule(eta, xi, forgetting == "uniform")
@@ -197,6 +202,11 @@ class QASSO(Optimizer):
     def removed(self) -> int:
         """Units that are gone."""
         return self.total - sum(len(units) for units in self.kept.values()) - self._ungrouped
+
+    @property
+    def settled(self) -> bool:
+        """Whether units and bits are those of the end: from the first step of the cool-down on."""
+        return self.steps > self.schedule.ends[2]
 
     def most_bits(self) -> Tensor:
         """(l,) the most bits that each quantizer of `bank` may have in the next step."""
@@ -238,7 +248,7 @@ class QASSO(Optimizer):
             self._commit()
         self._hold_zeros()
         self.steps += 1
-        self.ready.meta[PROGRESS] = self.steps, self.schedule.ends[2] + 1
+        self.ready.set_progress(self.steps, self.schedule.ends[2] + 1)
         return loss
 
     def _clamp_gradients(self) -> None:
@@ -470,9 +480,10 @@ class QASSO(Optimizer):
         go on. Wrappers around the module, such as DistributedDataParallel or a compiled one, are to be made anew.
 
         Raises:
-            PlanError: units or bits are not settled yet, which they are after the first step of the cool-down.
+            PlanError: units or bits are not settled yet, which they are after the first step of the cool-down; or the
+                base optimizer's state cannot be cut. Nothing is changed then.
         """
-        if self.steps <= self.schedule.ends[2]:
+        if not self.settled:
             raise PlanError(
                 f"after step {self.steps} nothing can be shrunk",
                 why=f"which units go, and bits that are whole, is settled at step {self.schedule.ends[2] + 1}",
@@ -482,10 +493,10 @@ class QASSO(Optimizer):
 
     def _shrink(self) -> Prepared:
         small, left = shrunk(self.ready), self.total - self.removed
+        move(self.param_groups, self.state, self.ready, small)
         earlier = self._shrunk or {}
         kept = {group.name: units for group, units in self.kept.items()}
         self._shrunk = {**earlier, **{n: earlier[n][units] if n in earlier else units for n, units in kept.items()}}
-        move(self.param_groups, self.state, self.ready, small)
         names = {group.name for group in self.groups}
         self.ready, self.target = small, None
         self.groups = tuple(group for group in small.session.groups if group.name in names)
@@ -501,10 +512,14 @@ class QASSO(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's, and under "qasso" where the schedule stands: with the module's own, all that a run
         needs to go on bit for bit."""
+        for prepare in self._optimizer_state_dict_pre_hooks.values():
+            prepare(self)
         names = {group: group.name for group in self.groups}
         own = {
             "format": FORMAT,
+            "base": type(self.base).__name__,
             "steps": self.steps,
+            "sizes": {name: group.size for group, name in names.items()},
             "kept": {names[g]: units for g, units in self.kept.items()},
             "chosen": {names[g]: units for g, units in self.chosen.items()},
             "final": self._final,
@@ -512,7 +527,11 @@ class QASSO(Optimizer):
             "foreseen": self._foreseen,
             "shrunk": self._shrunk,
         }
-        return {**self.base.state_dict(), "qasso": own}
+        state = {**self.base.state_dict(), "qasso": own}
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            changed = hook(self, state)
+            state = state if changed is None else changed
+        return state
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -521,19 +540,31 @@ class QASSO(Optimizer):
         The module's own state is to be loaded, too: then, into `ready`.
 
         Raises:
-            CheckpointError: it is of another optimizer, of another model, or of a newer graphcomp.
+            CheckpointError: it is of another optimizer, of another model, or of a newer graphcomp. Nothing is changed
+                then.
         """
+        state_dict = dict(state_dict)
+        for prepare in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = prepare(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         own = state_dict.get("qasso")
         if own is None:
             raise CheckpointError("the state is not of QASSO", why=f"it holds {', '.join(state_dict)}")
         if own["format"] > FORMAT:
             raise CheckpointError(f"the state has format {own['format']}", why=f"this graphcomp knows up to {FORMAT}")
+        _check_base(self.base, own.get("base"), state_dict["param_groups"])
         self._shrink_as(own.get("shrunk"), int(own["steps"]))
         sizes = {group.name: group.size for group in self.groups}
         if set(own["kept"]) != set(sizes):
             raise CheckpointError(
                 "the state is of another model",
                 why=f"its groups are {', '.join(own['kept'])[:300]}; here they are {', '.join(sizes)[:300]}",
+            )
+        other = [name for name, size in own.get("sizes", sizes).items() if size != sizes[name]]
+        if other:
+            raise CheckpointError(
+                "the state is of another model",
+                why=f"'{other[0]}' had {own['sizes'][other[0]]} units, and has {sizes[other[0]]} here",
             )
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "qasso"})
         self._share_with_base()
@@ -547,6 +578,8 @@ class QASSO(Optimizer):
         self.bank.follow(self.stage == Stage.WARMUP)
         self._index_zeros()
         self._activate()
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
 
     def _shrink_as(self, left: Mapping[str, Tensor] | None, steps: int) -> None:
         """Let the module be without the units that are not `left`, as it was when a state was taken."""
@@ -560,12 +593,13 @@ class QASSO(Optimizer):
             )
         names = {group.name for group in self.groups}
         if self._shrunk is None and set(left) == names:
-            self.kept = {group: left[group.name].cpu() for group in self.groups}
+            kept = {group: left[group.name].cpu() for group in self.groups}
             try:
-                self.ready.keep(self.kept)
+                self.ready.keep(kept)
             except PlanError as error:
                 raise CheckpointError("the state is of another model", why=str(error)) from error
-            self.ready.meta[PROGRESS] = steps, self.schedule.ends[2] + 1
+            self.kept = kept
+            self.ready.set_progress(steps, self.schedule.ends[2] + 1)
             self._shrink()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -574,6 +608,24 @@ class QASSO(Optimizer):
             self.base.add_param_group(param_group)
             return
         super().add_param_group(param_group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QASSO:
+        """With its module: `copy.deepcopy((ready, optimizer))`. Hooks, and what a scheduler wraps `step` in, stay
+        behind, as with any optimizer of torch's."""
+        for shared in (self.schedule, self.saliency, self.target, *self.groups):
+            memo[id(shared)] = shared  # they describe; groups are told apart by identity
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        held = {k: value for k, value in vars(self).items() if k != "step" and not k.startswith("_optimizer_")}
+        copied.__setstate__(copy.deepcopy(held, memo))
+        return copied
+
+    def __getstate__(self) -> NoReturn:
+        raise CheckpointError(
+            "a QASSO cannot be pickled",
+            why="it holds the prepared module and its graph",
+            fix="save optimizer.state_dict() and optimizer.ready.state_dict(), and load them into new ones",
+        )
 
     def _share_with_base(self) -> None:
         """Schedulers and scalers act on this optimizer, and mean the base."""
@@ -591,6 +643,27 @@ def _check_whole(ready: Prepared) -> None:
                 why="each process holds a part of the rows, and units are scored and forgotten whole",
                 fix="torch.nn.parallel.DistributedDataParallel(ready)",
             )
+
+
+def _check_base(base: Optimizer, name: str | None, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise CheckpointError where the groups of a state are not those of the base optimizer.
+
+    Args:
+        name: of the class that the state is of; None: unknown, as in states of earlier versions.
+        groups: as in the state.
+    """
+    own = type(base).__name__
+    if name is not None and name != own:
+        raise CheckpointError(
+            f"the state is of {name}, and the base optimizer is {own}", fix=f"QASSO(ready, {name}, …)"
+        )
+    lengths, here = ([len(group["params"]) for group in found] for found in (groups, base.param_groups))
+    if lengths != here:
+        raise CheckpointError(
+            "the state is of another model, or of other groups of parameters",
+            why=f"they hold {lengths} parameters, and those of this optimizer {here}",
+            fix="give params= and add_param_group as they were given when the state was saved",
+        )
 
 
 def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
@@ -627,43 +700,86 @@ def _param_groups(
     """
     of_quantizers = {id(p) for p in learned}
     names = {id(p): name for name, p in ready.named_parameters()}
-    entries = list(ready.parameters()) if params is None else list(params)
-    groups = [entry if isinstance(entry, dict) else None for entry in entries]
+    entries = list(ready.parameters()) if params is None else _listed(params)
     found: list[dict[str, Any]] = [{"params": entries}]
-    if groups and all(groups):
-        found = [dict(group) for group in groups if group]
-    for group in found:
-        given = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        strange = next((p for p in given if id(p) not in names), None)
-        if strange is not None:
+    if any(isinstance(entry, dict) for entry in entries):
+        if not all(isinstance(entry, dict) and "params" in entry for entry in entries):
             raise PlanError(
-                f"a parameter of shape {tuple(strange.shape)} is none of the prepared module",
+                "params holds groups and something else, or a group without parameters",
+                fix='params=[{"params": […]}, {"params": […], "weight_decay": 0.0}]',
+            )
+        found = [dict(group) for group in entries]
+    for group in found:
+        given = _listed(group["params"])
+        strange = next((p for p in map(_parameter, given) if id(p) not in names), None)
+        if strange is not None:
+            what = f"parameter of shape {tuple(strange.shape)}" if isinstance(strange, Tensor) else repr(strange)
+            raise PlanError(
+                f"a {what} is none of the prepared module",
                 why="the module that `prepare` returned holds copies of the model's parameters",
                 fix="params=ready.parameters()",
             )
-        group["params"] = [p for p in given if p.requires_grad and id(p) not in of_quantizers]
+        group["params"] = [p for p in given if _parameter(p).requires_grad and id(_parameter(p)) not in of_quantizers]
     found = [group for group in found if group["params"]]
     if not found:
         raise PlanError("no parameter can be trained", why="requires_grad is False for all", fix="requires_grad_(True)")
     own: list[Any] = [p for p in learned if p.requires_grad]
+    if isinstance(found[0]["params"][0], tuple):
+        own = [(names[id(p)], p) for p in own]  # torch asks for names in all groups or in none
     if own:
         # The scalars of all quantizers move in a few operations instead of a few each; decay would draw d to 0.
         found.append({"params": own, "lr": lr_quant, "weight_decay": 0.0, "foreach": True})
     return found
 
 
+def _is_rate(value: Any) -> bool:
+    """Whether it is 0 or positive, and no text."""
+    return not isinstance(value, str) and bool(value >= 0)
+
+
+def _listed(params: Any) -> list[Any]:
+    """Parameters in any form that torch takes.
+
+    Raises:
+        PlanError: in another.
+    """
+    if isinstance(params, Tensor):
+        return [params]
+    if not isinstance(params, Iterable):
+        raise PlanError(f"params is a {type(params).__name__}", fix="params=ready.parameters()")
+    return list(params)
+
+
+def _parameter(entry: Any) -> Any:
+    """The parameter of an entry of `parameters()` or of `named_parameters()`."""
+    return entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
+
+
 def _base_optimizer(
-    base: type[Optimizer], groups: list[dict[str, Any]], lr: float, options: Mapping[str, Any]
+    base: type[Optimizer],
+    groups: list[dict[str, Any]],
+    lr: float,
+    options: Mapping[str, Any],
+    more: Mapping[str, Any] | None,
 ) -> Optimizer:
     """The base optimizer.
 
     Raises:
-        PlanError: its class refuses the options, or groups of parameters.
+        PlanError: its class refuses the options, or groups of parameters; or its steps need a closure.
     """
     try:
-        return base(groups, lr=lr, **options)  # type: ignore[call-arg]
+        made = base(groups, lr=lr, **options, **({} if more is None else more))  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:
-        raise PlanError(f"no {base.__name__} can be made of lr={lr!r} and {dict(options)}", why=str(error)) from error
+        given = {**options, "base_options": more} if more else dict(options)
+        raise PlanError(f"no {base.__name__} can be made of lr={lr!r} and {given}", why=str(error)) from error
+    closure = inspect.signature(made.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise PlanError(
+            f"the steps of {base.__name__} need a closure",
+            why="they compute the loss several times, and what QASSO adds to a step would come in between",
+            fix="base=torch.optim.AdamW",
+        )
+    return made
 
 
 def _check_options(eta: float, xi: float, forgetting: str, prunes: bool, clamp: float, session: Session) -> None:

@@ -29,7 +29,11 @@ from graphcomp.quantization.spec import QuantConfig, QuantSpec, matches
 
 SESSION = "graphcomp_session"
 PROGRESS = "graphcomp_progress"
-"""In `meta`: how many steps of a schedule are done, and how many settle bits and units."""
+"""A buffer (2,): how many steps of a schedule are missing until bits and units are settled, and how many settle them. A
+buffer, as averages of a module (`AveragedModel`) follow those; the first is above 0 where one reaches back too far."""
+
+ROUNDING = 1e-3
+"""How far from 0 or 1 a mask may be: what an average of many ones comes to."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ class Prepared(CapturedModule):
         """Leave out of `state_dict` the buffers that the model leaves out of its own."""
         saved = self.session.plan.model.state_dict().keys()
         for name, _ in self.named_buffers():
-            if name not in saved and not name.startswith("graphcomp_"):
+            if (name not in saved and not name.startswith("graphcomp_")) or name == PROGRESS:
                 path, _, leaf = name.rpartition(".")
                 self.get_submodule(path)._non_persistent_buffers_set.add(leaf)
 
@@ -164,15 +168,36 @@ class Prepared(CapturedModule):
         return found
 
     def kept(self) -> Kept:
-        """The units of each group that its mask leaves: (k,) int64 on the CPU."""
-        return {
-            group: self.get_buffer(f"{PREFIX}{k}").detach().cpu().nonzero().flatten()
-            for k, group in enumerate(self.session.groups)
-        }
+        """The units of each group that its mask leaves: (k,) int64 on the CPU.
+
+        Raises:
+            PlanError: a mask is neither 0 nor 1.
+        """
+        masks = {group: self.get_buffer(f"{PREFIX}{k}").detach().cpu() for k, group in enumerate(self.session.groups)}
+        for group, mask in masks.items():
+            strange = mask[~((mask - mask.round()).abs() <= ROUNDING)]
+            if len(strange):
+                raise PlanError(
+                    f"the mask of '{group.name}' holds {strange[0].item():.3g}, which is neither 0 nor 1",
+                    why="an average (EMA) of the whole state_dict that goes back to before units were gone",
+                    fix="begin the average in the cool-down, when optimizer.settled",
+                )
+        return {group: mask.round().nonzero().flatten() for group, mask in masks.items()}
 
     def keep(self, kept: Kept) -> None:
         """Set the masks, and all elements of masked units to zero: a unit that is gone is as if it never existed."""
         hold_masks(self, self.session.groups, kept, self.session.computed)
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """How many steps of a schedule are done, as far as it takes, and how many settle bits and units."""
+        missing, settled = (round(count) for count in self.get_buffer(PROGRESS).nan_to_num().tolist())
+        return settled - missing, settled
+
+    def set_progress(self, done: int, settled: int) -> None:
+        """Say how far a schedule is; waits for no device."""
+        buffer = self.get_buffer(PROGRESS)
+        buffer[0], buffer[1] = max(settled - done, 0), settled
 
     def quantizers(self) -> Iterator[tuple[Site, Quantizer]]:
         """Each quantizer with what it stands on."""
@@ -197,8 +222,14 @@ def unwrapped(module: nn.Module) -> Prepared:
     """The prepared module inside wrappers such as DistributedDataParallel and torch.compile's.
 
     Raises:
-        PlanError: there is none.
+        PlanError: there is none, or a wrapper has parameters of its own.
     """
+    if not isinstance(module, nn.Module):
+        raise PlanError(
+            f"a {type(module).__name__} is no module",
+            why="parameters alone do not say which of them make units",
+            fix="give what graphcomp.prepare returned: QASSO(ready, torch.optim.AdamW, …), finalize(ready)",
+        )
     inner: Any = module
     while not isinstance(inner, Prepared):
         following = inner._modules.get("module") or inner._modules.get("_orig_mod")
@@ -209,6 +240,15 @@ def unwrapped(module: nn.Module) -> Prepared:
                 fix="ready = graphcomp.prepare(model, example_inputs, bits=(4, 8))",
             )
         inner = following
+    held = {id(p) for p in inner.parameters()}
+    others = [name for name, p in module.named_parameters() if id(p) not in held]
+    if others:
+        raise PlanError(
+            f"{type(module).__name__} has parameters outside of the prepared module in it",
+            at=", ".join(others)[:300],
+            why="they would be left out in silence",
+            fix="give the prepared module, QASSO(model.module, …), and the rest by optimizer.add_param_group",
+        )
     return inner
 
 
@@ -302,6 +342,8 @@ def _as_prepared(masked: fx.GraphModule, name: str, groups: int) -> Prepared:
     for mask_name, mask in masks.items():
         if mask_name not in held:
             ready.register_buffer(mask_name, mask)
+    device = next((tensor.device for tensor in masked.parameters()), None)
+    ready.register_buffer(PROGRESS, torch.zeros(2, device=device), persistent=False)
     ready.eval()
     return ready
 

@@ -8,25 +8,61 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from graphcomp.analysis import analyze_captured
-from graphcomp.errors import PlanError
+from graphcomp.errors import PlanError, VerificationError
 from graphcomp.graph import all_tensors, assign, fetch, value
-from graphcomp.methods.prepared import PROGRESS, Prepared, Session, with_masks
-from graphcomp.pruning.mask import PREFIX
+from graphcomp.methods.prepared import Prepared, Session, with_masks
+from graphcomp.pruning.mask import PREFIX, gone
 from graphcomp.pruning.slice import SliceGroups, kept_of_tensors, select
+
+REMNANT = 0.1
+"""Of the largest magnitude in a parameter: what an average, for the most part of cool-down steps, may hold of units
+that are gone."""
 
 
 def check_settled(ready: Prepared) -> None:
     """Raise PlanError where a schedule was begun and has not come to its cool-down."""
-    done, settled = ready.meta.get(PROGRESS, (0, 0))
-    if done < settled:
+    done, needed = ready.progress
+    if done < needed:
         raise PlanError(
             f"training stopped at step {done}, before the cool-down",
-            why=f"which units go, and bits that are whole, is settled at step {settled}",
-            fix=f"train on to step {settled} at least",
+            why=f"which units go, and bits that are whole, is settled at step {needed}",
+            fix=f"train on to step {needed} at least; an average (EMA) begins when optimizer.settled",
         )
+
+
+@torch.no_grad()
+def settled(ready: Prepared, *, verify: bool = True) -> Prepared:
+    """`ready`; where it is an average, in which masks are almost 0 or 1, or units that are gone are not quite zero, a
+    copy in which they are.
+
+    Raises:
+        PlanError: a schedule was begun and has not come to its cool-down, or an average reaches back to before it.
+        VerificationError: with `verify`, units that are gone are far from zero.
+    """
+    kept = ready.kept()
+    check_settled(ready)
+    masks = (ready.get_buffer(f"{PREFIX}{k}") for k in range(len(kept)))
+    exactly = all(bool((mask == mask.round()).all()) for mask in masks)
+    for name, dim, indices in gone(kept, ready.session.computed):
+        parameter = ready.get_parameter(name)
+        left = float(parameter.index_select(dim, indices.to(parameter.device)).abs().max())
+        exactly = exactly and not left
+        if verify and left > REMNANT * float(parameter.abs().max()):
+            raise VerificationError(
+                "the small model does not compute what the trained model computes",
+                at=name,
+                why=f"it holds up to {left:.2g} for units that are gone; an average (EMA) begun before they were?",
+                fix="begin an average when optimizer.settled; finalize(ready, verify=False) goes on without them",
+            )
+    if exactly:
+        return ready
+    exact = copy.deepcopy(ready)
+    exact.keep(kept)
+    return exact
 
 
 def shrunk(ready: Prepared) -> Prepared:
@@ -35,9 +71,9 @@ def shrunk(ready: Prepared) -> Prepared:
     Law: it computes what `ready` computes, and has the same gradients where it has elements.
 
     Raises:
-        PlanError: a schedule was begun and has not come to its cool-down.
+        PlanError, VerificationError: see `settled`.
     """
-    check_settled(ready)
+    ready = settled(ready)
     session = ready.session
     hand_over(ready, session)
     kept = ready.kept()
@@ -54,7 +90,7 @@ def shrunk(ready: Prepared) -> Prepared:
     whole = copy.deepcopy(ready)
     whole.zero_grad()
     small = with_masks(replace(session, plan=plan, quantized=quantized, groups=groups, whole=whole))
-    small.meta[PROGRESS] = ready.meta.get(PROGRESS, (0, 0))
+    small.set_progress(*ready.progress)
     small.recompute = ready.recompute
     small.train(ready.training)
     return small
@@ -76,7 +112,6 @@ def expanded(small: Prepared) -> Prepared:
             found[id(tensor)] = nn.Parameter(full, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else full
         assign(whole, name, found[id(tensor)])
     whole.keep({group: own[units[group.name]] if group.name in units else own for group, own in kept.items()})
-    whole.meta[PROGRESS] = small.meta.get(PROGRESS, (0, 0))
     return whole
 
 
@@ -84,27 +119,53 @@ def expanded(small: Prepared) -> Prepared:
 def move(
     param_groups: Iterable[dict[str, Any]], state: MutableMapping[Any, Any], ready: Prepared, small: Prepared
 ) -> None:
-    """Let an optimizer's groups and state, which are changed, be of `small` instead of `ready`: what it holds of the
-    shape of a parameter is cut as that is. Parameters of neither stay."""
+    """Let an optimizer's groups and state, which are changed, be of `small` instead of `ready`: what it holds of a
+    parameter is cut as that is. Parameters of neither stay.
+
+    Raises:
+        PlanError: what it holds does not say what a unit's part is; nothing is changed then.
+    """
     cuts, new = kept_of_tensors(ready.session.quantized.coupling, ready.kept()), dict(small.named_parameters())
     names = {id(p): name for name, p in ready.named_parameters()}
-    held = dict(state)
+    moved = {}
+    for old, values in state.items():
+        name = names.get(id(old), "")
+        cut = cuts.get(name, {})
+        moved[new.get(name, old)] = {
+            key: _cut(value, old, cut, f"state '{key}' of {name}") if cut else value for key, value in values.items()
+        }
     for group in param_groups:
         group["params"] = [new[names[id(p)]] if id(p) in names else p for p in group["params"]]
     state.clear()
-    for old, values in held.items():
-        name = names.get(id(old), "")
-        cut = cuts.get(name, {})
-        state[new.get(name, old)] = {
-            key: select(value, cut) if cut and isinstance(value, Tensor) and value.shape == old.shape else value
-            for key, value in values.items()
-        }
+    state.update(moved)
+
+
+def _cut(value: Any, parameter: Tensor, cut: Mapping[int, Tensor], at: str) -> Any:
+    """What an optimizer holds of a parameter, without what the parameter loses. A dim of size 1 is of all units, as in
+    Adafactor's rows and columns.
+
+    Raises:
+        PlanError: it is of another shape, or no tensor but holds some.
+    """
+    if isinstance(value, Tensor) and value.dim() == parameter.dim():
+        pairs = list(zip(value.shape, parameter.shape, strict=True))
+        if all(own in (1, size) for own, size in pairs):
+            return select(value, {dim: kept for dim, kept in cut.items() if pairs[dim][0] == pairs[dim][1]})
+    strange = next((t for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.numel() > 1), None)
+    if strange is not None:
+        raise PlanError(
+            "the optimizer's state cannot be shrunk",
+            at=at,
+            why=f"it is {tuple(strange.shape)}, and the parameter {tuple(parameter.shape)}",
+            fix="train on with masks; or graphcomp.shrink(ready) and a new optimizer",
+        )
+    return value
 
 
 def give_back(small: Prepared, ready: Prepared) -> None:
     """Let `ready`, which `small` was cut from, hold what `small` has learned since; in place."""
     ready.load_state_dict(expanded(small).state_dict())
-    ready.meta[PROGRESS] = small.meta.get(PROGRESS, (0, 0))
+    ready.set_progress(*small.progress)
 
 
 def _filled(full: Tensor, cuts: Mapping[int, Tensor], values: Tensor) -> Tensor:

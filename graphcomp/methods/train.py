@@ -6,6 +6,7 @@ import functools
 import hashlib
 import inspect
 import itertools
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -514,7 +515,12 @@ class _Run:
         if not self.training.shrink or not settled or optimizer.ready is not self.ready:
             return
         if optimizer.removed and self.total - self.step >= SHRINK_FROM:
-            optimizer.shrink()
+            try:
+                optimizer.shrink()
+            except PlanError as error:
+                logging.getLogger("graphcomp").info("the cool-down goes on with masks: %s", error)
+                self.training = replace(self.training, shrink=False)
+                return
             self._follow()
 
     def _follow(self) -> None:

@@ -336,7 +336,7 @@ def _whole_bits(node: fx.Node, quantizer: GetaQuantizer) -> int:
             f"a quantizer has learned {float(quantizer.bits):.2f} bits",
             at=str(node.target),
             why=f"integers have a whole number of them, from {MIN_BITS} to {MAX_BITS}",
-            fix="quantizer.project_bits(b, b), then train on with the bits held",
+            fix="quantizer.project_bits(b, b), then train on with it held; an EMA begins when optimizer.settled",
         )
     return bits
 

@@ -28,6 +28,29 @@ def test_a_module_that_was_not_prepared(wrap):
         assert "graphcomp.prepare(" in caught.value.fix and caught.value.why
 
 
+@pytest.mark.parametrize("given", [lambda m: m.parameters(), lambda m: list(m.parameters()), lambda m: None])
+def test_no_module(given):
+    for call in (qasso, gc.finalize, gc.shrink):
+        with pytest.raises(gc.PlanError, match="is no module") as caught:
+            call(given(ready_of("mlp")))
+        assert "graphcomp.prepare" in caught.value.fix
+
+
+class Headed(nn.Module):
+    """Holds a prepared module as wrappers do, and a head: (n, 6) -> (n, 2)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.head = module, nn.Linear(3, 2)
+
+
+def test_a_wrapper_with_parameters_of_its_own():
+    for call in (qasso, gc.finalize):
+        with pytest.raises(gc.PlanError, match="has parameters outside") as caught:
+            call(nn.DataParallel(Headed(ready_of("mlp"))))
+        assert "head.weight, module.head.bias" in str(caught.value) and "add_param_group" in caught.value.fix
+
+
 def test_parameters_of_the_model_instead_of_the_prepared_module():
     model = Mlp()
     ready = gc.prepare(model, X)
@@ -108,6 +131,14 @@ def test_a_model_that_can_only_be_recorded():
         ({"schedule": gc.Schedule(100, joint=0)}, "joint"),
         ({"schedule": 0.5}, "schedule"),
         ({"base": torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)}, "base"),
+        ({"lr_quant": "1e-3"}, "lr_quant"),
+        ({"schedule": True}, "whole number"),
+        ({"params": 3}, "params is a int"),
+        ({"params": [{"lr": 1.0}]}, "a group without parameters"),
+        ({"params": [{"params": []}, nn.Parameter(torch.ones(1))]}, "groups and something else"),
+        ({"params": ["up.weight"]}, "a 'up.weight' is none of the prepared"),
+        ({"base_options": {"momentun": 0.9}}, "no SGD can be made(.|\n)*momentun"),
+        ({"base_options": {"momentum": 0.9}, "momentum": 0.8}, "no SGD can be made(.|\n)*multiple values"),
         ({"base": torch.optim.LBFGS}, "no LBFGS can be made(.|\n)*parameter groups"),
         ({"momentun": 0.9}, "no SGD can be made(.|\n)*momentun"),
         ({"lr": -1.0}, "no SGD can be made(.|\n)*learning rate"),
@@ -118,6 +149,12 @@ def test_an_option_out_of_range(options, what):
     with pytest.raises(gc.PlanError, match=what) as caught:
         qasso(ready_of("mlp", bits=(4, 8)), **options)
     assert caught.value.fix or caught.value.why or "at least" in str(caught.value) or "outside" in str(caught.value)
+
+
+def test_an_optimizer_that_needs_a_closure():
+    with pytest.raises(gc.PlanError, match="steps of LBFGS need a closure") as caught:
+        qasso(ready_of("mlp", bits=None), torch.optim.LBFGS)
+    assert caught.value.why and caught.value.fix == "base=torch.optim.AdamW"
 
 
 def test_bits_that_a_layer_cannot_have():

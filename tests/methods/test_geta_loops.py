@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -109,10 +110,43 @@ def test_the_state_of_another_optimizer_or_model_is_refused():
         optimizer.load_state_dict(torch.optim.SGD(ready.parameters(), lr=0.1).state_dict())
     with pytest.raises(gc.CheckpointError, match="another model"):
         optimizer.load_state_dict(qasso(ready_of("dense", bits=(4, 8))).state_dict())
+    wide = gc.prepare(Mlp(16), batch("mlp"), bits=(4, 8))
+    with pytest.raises(gc.CheckpointError, match="'up/hidden' had 16 units, and has 12"):
+        optimizer.load_state_dict(qasso(wide).state_dict())
     state = optimizer.state_dict()
     state["qasso"]["format"] = 99
     with pytest.raises(gc.CheckpointError, match="format 99"):
         optimizer.load_state_dict(state)
+
+
+def test_a_state_that_does_not_fit_changes_nothing():
+    """Though it is of a module that was shrunk."""
+    ready = ready_of("mlp", bits=(4, 8))
+    optimizer = qasso(ready)
+    train(optimizer, ready, "mlp", SCHEDULE.ends[2] + 1)
+    optimizer.shrink()
+    of_sgd = copy.deepcopy(optimizer.state_dict())
+    of_sgd["qasso"]["base"] = "SGD"
+    other_groups = copy.deepcopy(optimizer.state_dict())
+    other_groups["param_groups"][0]["params"].pop()
+    for state, what in ((of_sgd, "of SGD, and the base optimizer is"), (other_groups, r"other groups(.|\n)*5, 12")):
+        fresh = ready_of("mlp", bits=(4, 8))
+        other, before = qasso(fresh), state_of(fresh)
+        with pytest.raises(gc.CheckpointError, match=what):
+            other.load_state_dict(state)
+        assert (other.ready, other.steps, other.removed) == (fresh, 0, 0) and same(state_of(fresh), before)
+
+
+def test_hooks_of_states_are_called():
+    optimizer = qasso(ready_of("mlp", bits=(4, 8)))
+    called = []
+    optimizer.register_state_dict_pre_hook(lambda own: called.append("before saving"))
+    optimizer.register_state_dict_post_hook(lambda own, state: {**state, "more": 1})
+    optimizer.register_load_state_dict_pre_hook(lambda own, state: called.append(state.pop("more")))
+    optimizer.register_load_state_dict_post_hook(lambda own: called.append("after loading"))
+    state = optimizer.state_dict()
+    optimizer.load_state_dict(state)
+    assert called == ["before saving", 1, "after loading"] and state["more"] == 1
 
 
 # ------------------------------------------------------------------------------------------------ names
@@ -178,6 +212,30 @@ def test_parameters_can_be_given_in_any_way(given):
     assert [len(g["params"]) for g in optimizer.param_groups] == [6, 12]
     train(optimizer, ready, "mlp", SCHEDULE.steps)
     assert optimizer.removed == 10
+
+
+@pytest.mark.parametrize("in_a_group", [False, True])
+def test_parameters_can_be_given_with_their_names(in_a_group):
+    ready = ready_of("mlp", bits=(4, 8))
+    given = list(ready.named_parameters())
+    optimizer = qasso(ready, params=[{"params": given}] if in_a_group else iter(given))
+    train(optimizer, ready, "mlp", SCHEDULE.ends[2] + 1)
+    small = optimizer.shrink()
+    named = dict(small.named_parameters())
+    pairs = [pair for g in optimizer.param_groups for pair in zip(g["param_names"], g["params"], strict=True)]
+    assert len(pairs) == 18 and all(named[name] is parameter for name, parameter in pairs)
+    assert optimizer.removed == 10
+
+
+def test_options_of_the_base_optimizer_that_qasso_has_too():
+    class Own(torch.optim.SGD):
+        def __init__(self, params: Any, lr: float, eta: float, momentum: float) -> None:
+            super().__init__(params, lr=lr, momentum=momentum)
+            self.eta = eta
+
+    ready = ready_of("mlp", bits=(4, 8))
+    optimizer = gc.QASSO(ready, Own, lr=0.01, schedule=SCHEDULE, eta=0.9, momentum=0.5, base_options={"eta": 7.0})
+    assert (optimizer.base.eta, optimizer.rule.eta, optimizer.param_groups[0]["momentum"]) == (7.0, 0.9, 0.5)
 
 
 def test_groups_of_equal_length():
@@ -348,6 +406,50 @@ def test_copies_train_on_their_own():
     train(qasso(first, sparsity=0.2), first, "mlp", SCHEDULE.steps)
     removed = [gc.finalize(r).report.to_dict()["units"]["removed"] for r in (first, second, first)]
     assert removed == [5, 10, 5]
+
+
+@pytest.mark.parametrize("steps", [2, 10, 17])
+def test_a_copy_of_module_and_optimizer_goes_on_bit_for_bit(steps):
+    ready = ready_of("mlp", bits=(4, 8))
+    optimizer = qasso(ready, base_options={"amsgrad": True})
+    scheduler = lr_scheduler.StepLR(optimizer, 1, gamma=0.9)  # wraps `step`
+    train(optimizer, ready, "mlp", steps)
+    scheduler.step()
+    twin, other = copy.deepcopy((ready, optimizer))
+    assert other.ready is twin and other.param_groups is other.base.param_groups and other.state is other.base.state
+    before = state_of(ready)
+    train(other, twin, "mlp", range(steps, SCHEDULE.steps))
+    assert same(state_of(ready), before) and optimizer.steps == steps
+    train(optimizer, ready, "mlp", range(steps, SCHEDULE.steps))
+    assert same(state_of(twin), state_of(ready)) and other.removed == optimizer.removed == 10
+    assert gc.finalize(other.shrink()).report.units_removed == 10
+
+
+def test_it_is_not_pickled():
+    with pytest.raises(gc.CheckpointError, match="cannot be pickled") as caught:
+        pickle.dumps(qasso(ready_of("mlp", bits=(4, 8))))
+    assert "state_dict()" in caught.value.fix
+
+
+def test_gradients_per_sample_while_ranges_follow():
+    """torch.func.vmap: each range sees the whole batch."""
+    ready = ready_of("mlp", bits=(4, 8))
+    bank = qasso(ready).bank
+    (x,) = batch("mlp")
+    ready(x)
+    expected = torch.stack([quantizer.peak for quantizer in bank.quantizers])
+    bank.follow(True)
+    parameters = {name: p.detach() for name, p in ready.named_parameters()}
+
+    def loss(own: dict[str, Tensor], one: Tensor) -> Tensor:
+        result: Tensor = torch.func.functional_call(ready, own, (one[None],))
+        return result.square().mean()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    peaks = torch.stack([quantizer.peak for quantizer in bank.quantizers])
+    torch.testing.assert_close(peaks, expected)
+    ready(x).square().sum(0).mean().backward()
+    torch.testing.assert_close(found["up.weight"].sum(0), ready.get_parameter("up.weight").grad)
 
 
 @pytest.mark.slow

@@ -215,3 +215,39 @@ def test_it_shrinks_once_units_and_bits_are_settled():
         optimizer.shrink()
     train(optimizer, ready, "residual", 1)
     assert optimizer.shrink() is optimizer.ready is not ready
+
+
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [(torch.optim.Adafactor, {}), (torch.optim.Adam, {"amsgrad": True}), (torch.optim.Rprop, {})],
+)
+def test_what_an_optimizer_holds_is_cut(base, options):
+    """Adafactor's rows and columns among it."""
+    ready = ready_of("mlp", bits=(4, 8))
+    optimizer = gc.QASSO(ready, base, lr=0.01, sparsity=0.4, schedule=SCHEDULE, **options)
+    train(optimizer, ready, "mlp", SCHEDULE.ends[2] + 1)
+    small = optimizer.shrink()
+    train(optimizer, small, "mlp", 2)
+    assert gc.finalize(small).report.units_removed == optimizer.removed == 10
+
+
+class Rows(torch.optim.SGD):
+    """Remembers one number per row, as other optimizers do, in a dim less."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.dim() > 1):
+            self.state[parameter]["rows"] = parameter.square().mean(1)
+        return super().step(closure)
+
+
+def test_what_cannot_be_cut_is_refused_and_nothing_is_changed():
+    ready = ready_of("mlp", bits=(4, 8))
+    optimizer = gc.QASSO(ready, Rows, lr=0.01, sparsity=0.4, schedule=SCHEDULE)
+    train(optimizer, ready, "mlp", SCHEDULE.ends[2] + 1)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(gc.PlanError, match=r"state 'rows' of up.weight(.|\n)*\(12,\), and the parameter \(12, 6\)"):
+        optimizer.shrink()
+    assert optimizer.ready is ready and optimizer.state_dict().keys() == before.keys()
+    train(optimizer, ready, "mlp", 2)
+    assert gc.finalize(ready).report.units_removed == 10

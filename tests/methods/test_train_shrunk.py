@@ -127,3 +127,20 @@ def test_a_run_too_short_for_it_is_trained_with_masks(monkeypatch):
     monkeypatch.setattr(loop, "SHRINK_FROM", STEPS)
     monkeypatch.setattr(gc.QASSO, "shrink", lambda self: pytest.fail("shrunk"))
     run()
+
+
+class Rows(torch.optim.SGD):
+    """Remembers one number per row, in a dim less."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.dim() > 1):
+            self.state[parameter]["rows"] = parameter.flatten(1).mean(1)
+        return super().step(closure)
+
+
+def test_with_a_state_that_cannot_be_cut_it_goes_on_with_masks(caplog):
+    caplog.set_level("INFO", "graphcomp")
+    training = gc.Training(schedule=STAGES, lr=0.05, optimizer=Rows, options={})
+    assert compress(training=training).report.units_removed == 7
+    assert [r.getMessage().startswith("the cool-down goes on with masks: the opt") for r in caplog.records] == [True]

@@ -84,7 +84,7 @@ class GetaQuantizer(Quantizer):
         else:
             if peak is not None:
                 with torch.no_grad():
-                    low, high = torch.aminmax(x.detach())  # 20 times as fast as the norm
+                    low, high = torch.aminmax(_plain(x.detach()))  # 20 times as fast as the norm
                     torch.maximum(peak, torch.maximum(high, -low).to(peak), out=peak)
             if self.spec.learn_exponent:
                 d, q_m, t = self._valid(dtype)
@@ -177,6 +177,15 @@ class GetaQuantizer(Quantizer):
         t = bounded(self.t.to(dtype), *EXPONENT_LIMITS) if self.spec.learn_exponent else None
         widest = _power(q_m, t).detach()
         return bounded(self.d.to(dtype), widest / MOST_CODES, widest * MOST_CODES), q_m, t
+
+
+def _plain(x: Tensor) -> Tensor:
+    """All elements of `x`, out of torch.func's wrappers: a buffer cannot take what vmap holds one of."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return x
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 def _storable(limits: tuple[float, float], dtype: torch.dtype) -> tuple[float, float]:
