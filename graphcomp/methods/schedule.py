@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 from graphcomp.errors import PlanError
+from graphcomp.methods.folder import plain
 
 PERIODS = 5
 """Of a stage, where there are steps for so many."""
@@ -87,6 +88,8 @@ class Schedule:
     bit_reduction: float | None = None
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            object.__setattr__(self, each.name, plain(getattr(self, each.name)))
         if not _is_whole(self.steps) or self.steps < 1:
             why = "a run has at least one step, and a whole number of them"
             raise PlanError(f"Schedule(steps={self.steps!r})", why=why, fix="steps=1000")

@@ -11,7 +11,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from graphcomp.analysis import analyze_captured
+from graphcomp.analysis import Analysis, analyze_captured
+from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import PlanError, VerificationError
 from graphcomp.graph import all_tensors, assign, fetch, value
 from graphcomp.methods.prepared import Prepared, Session, with_masks
@@ -82,10 +83,12 @@ def shrunk(ready: Prepared) -> Prepared:
     floats = SliceGroups(session.plan.coupling, in_floats)(session.plan.captured.module)
     model = copy.deepcopy(session.plan.model)
     _give(model, dict(all_tensors(floats)), session.plan.captured.aliases)
-    plan = quantized = analyze_captured(replace(session.plan.captured, module=floats, original=model))
+    cut = analyze_captured(replace(session.plan.captured, module=floats, original=model))
+    plan = quantized = _named_as(session.plan, in_floats, cut)
     if session.bits is not None:
         graph = SliceGroups(session.quantized.coupling, kept)(session.quantized.captured.module)
-        quantized = analyze_captured(replace(session.quantized.captured, module=graph, original=model))
+        cut = analyze_captured(replace(session.quantized.captured, module=graph, original=model))
+        quantized = _named_as(session.quantized, kept, cut)
     groups = tuple(group for group in quantized.groups if group.name in units)
     whole = copy.deepcopy(ready)
     whole.zero_grad()
@@ -94,6 +97,24 @@ def shrunk(ready: Prepared) -> Prepared:
     small.recompute = ready.recompute
     small.train(ready.training)
     return small
+
+
+def _named_as(before: Analysis, kept: Kept, cut: Analysis) -> Analysis:
+    """`cut`, of the graph that was cut to `kept`, with the groups' names of `before`. One that is left with one unit is
+    none any more, and names count those that are alike."""
+    rest = [(group, len(kept[group]) if group in kept else group.size) for group in before.groups]
+    names = {group.name for group, _ in rest}
+    found = []
+    for group in cut.groups:
+        twins = (k for k, (old, size) in enumerate(rest) if size == group.size and _places(group) == _places(old))
+        k = next(twins, None)
+        name = rest.pop(k)[0].name if k is not None else group.name if group.name not in names else f"{group.name}*"
+        found.append(replace(group, name=name))
+    return replace(cut, groups=tuple(found))
+
+
+def _places(group: ChannelGroup) -> set[tuple[str, int]]:
+    return {(member.name, member.dim) for member in group.members}
 
 
 def expanded(small: Prepared) -> Prepared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -93,6 +94,10 @@ def test_a_short_stage_has_a_period_a_step(steps):
     assert schedule.periods == (min(5, max(1, projection)), min(5, max(1, joint)))
     joint_moments = [m for m in map(schedule.moment, range(steps)) if m.stage is Stage.JOINT]
     assert len({m.period for m in joint_moments}) == min(5, joint)
+
+
+def test_numpys_numbers_are_numbers():
+    assert Schedule(np.int64(100), joint=np.float64(0.25)) == Schedule(100, joint=0.25)
 
 
 def test_periods_that_are_asked_for_by_their_number_are_the_same_run():

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import graphcomp as gc
 from graphcomp.cost import CostModel
@@ -251,3 +252,29 @@ def test_what_cannot_be_cut_is_refused_and_nothing_is_changed():
     assert optimizer.ready is ready and optimizer.state_dict().keys() == before.keys()
     train(optimizer, ready, "mlp", 2)
     assert gc.finalize(ready).report.units_removed == 10
+
+
+class Normalized(nn.Module):
+    """A group norm: its groups, and the channels of each, are two groups of one name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.relu(self.norm(self.first(x)))).mean((2, 3))
+
+
+@pytest.mark.parametrize("bits", [None, (4, 8)])
+def test_where_one_unit_is_left_of_a_group_the_others_keep_their_names(bits):
+    torch.manual_seed(0)
+    model, x = Normalized(), torch.randn(2, 3, 8, 8)
+    ready = gc.prepare(model, x, bits=bits)
+    kept = {g: torch.arange(1) if g.size == 2 else torch.arange(3) for g in ready.session.groups}
+    assert len({g.size for g in kept}) == 2
+    ready.keep(kept)
+    small = gc.shrink(ready)
+    assert {g.name: g.size for g in small.session.groups} == {g.name: 3 for g in kept if g.size == 4}
+    torch.testing.assert_close(small(x), ready(x), rtol=1e-5, atol=1e-6)
+    removed = [gc.finalize(module).report.to_dict()["units"]["removed"] for module in (ready, small)]
+    assert removed[0] == removed[1] == 2
