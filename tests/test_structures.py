@@ -73,6 +73,22 @@ def test_residual_connection() -> None:
     assert groups["stem/width"].role == "width"
 
 
+def test_a_filter_for_each_sample() -> None:
+    """The batch, a symbol, is the number of groups."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x).relu()
+        n, c, h, w = x.shape
+        filters = m.filters * m.style(x.mean((2, 3)))[:, None, :, None, None]
+        y = F.conv2d(x.reshape(1, -1, h, w), filters.reshape(-1, c, 3, 3), padding=1, groups=n)
+        return m.head(y.reshape(n, -1, h, w))  # type: ignore[no-any-return]
+
+    filters = nn.Parameter(torch.randn(6, 8, 3, 3))
+    groups = checked(net(run, stem=conv(3, 8), style=nn.Linear(8, 8), filters=filters, head=conv(6, 4)), IMAGE)
+    assert sorted(sizes(groups).values()) == [6, 8]
+    assert {group.role for group in groups.values()} == {"channel"}
+
+
 def test_dense_connection() -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         x = m.stem(x)

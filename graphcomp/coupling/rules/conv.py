@@ -50,7 +50,7 @@ def _conv(
     result = call.einsum(text, {"g": groups}, **{name: source}, weight=weight, bias=bias)
     g, per_group = split(weight[0], groups, call.why)
     call.mark(weight[:2], "conv")
-    if groups > 1 and max(length(per_group), length(weight[1])) > 1:
+    if groups != 1 and (length(per_group), length(weight[1])) != (1, 1):
         call.mark(g, "group")
     call.lengths["groups"] = g
     return result
