@@ -56,6 +56,7 @@ LAW: dict[str, tuple[int, Callable[..., Any], dict[str, Tensor]]] = {
     "mH": (3, lambda a: a.mH, {"a": randn(2, 3, 4)}),
     "swapdims": (2, lambda a: a.swapdims(0, 1), A),
     "ravel": (2, lambda a: a.ravel(), A),
+    "unfold": (1, lambda a: a.unfold(-1, 2, 1), A),
     "fliplr": (1, lambda a: a.fliplr(), A),
     "complex": (2, lambda a: torch.view_as_real(torch.view_as_complex(a)), {"a": randn(3, 4, 2)}),
     "glu": (2, lambda a: F.glu(a), A),
