@@ -235,3 +235,8 @@ def broadcast(operands: Sequence[Axes], why: Reason) -> list[Axis]:
                 couple(axis, own, why)
         result.append(axis)
     return result
+
+
+def from_end(axes: Axes, back: int) -> Axis:
+    """The axis at `back`, -1 for the last, as broadcasting reads it: of length 1 where there are fewer dims."""
+    return axes[back] if len(axes) >= -back else UNIT

@@ -64,6 +64,9 @@ LAW: dict[str, tuple[int, Callable[..., Any], dict[str, Tensor]]] = {
     "any": (1, lambda a: (a > 0).any(1), A),
     "max": (1, lambda a: a.max(1), A),  # positions are read
     "amax": (1, lambda a: a.amax(1), {"a": randn(3, 4)}),
+    "cosine_similarity": (2, lambda a, b: F.cosine_similarity(a, b, 1), A | B),
+    "cosine_similarity, fewer dims": (3, lambda a, b: F.cosine_similarity(a, b, 2), A | {"b": randn(5, 1, 4)}),
+    "cosine_similarity, a dim stretched": (1, lambda a, b: F.cosine_similarity(a, b, -1), A | {"b": randn(1)}),
     "median": (0, lambda a: a.median(), A),
     "softmax": (1, lambda a: a.softmax(1), A),
     "cumprod": (1, lambda a: a.cumprod(1), A),
