@@ -216,7 +216,9 @@ def _undecided(error: Exception) -> str:
 def _call(coupling: Coupling, node: fx.Node, arguments: dict[str, Any]) -> Call:
     why = Reason("addressed by position", str(node.target), source_line(node))
     origins = {}
-    for name, argument in arguments.items():
+    lists = {key: argument for key, argument in arguments.items() if isinstance(argument, (list, tuple))}
+    items = {f"{key}.{k}": item for key, argument in lists.items() for k, item in enumerate(argument)}
+    for name, argument in (arguments | items).items():
         nodes = [n for n in _flat(argument) if n in coupling.axes and n not in coupling.sources]
         if nodes:
             origins[name] = coupling.origins_of(nodes)
