@@ -73,6 +73,14 @@ def test_residual_connection() -> None:
     assert groups["stem/width"].role == "width"
 
 
+def test_convolution_over_tokens_passes_their_channels() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.down(m.mix(m.up(x).relu()))  # type: ignore[no-any-return]
+
+    groups = checked(net(run, up=nn.Linear(5, 12), mix=nn.Conv1d(6, 6, 1), down=nn.Linear(12, 4)), SEQUENCE)
+    assert sizes(groups) == {"up/hidden": 12}
+
+
 def test_a_filter_for_each_sample() -> None:
     """The batch, a symbol, is the number of groups."""
 
