@@ -73,6 +73,30 @@ def test_residual_connection() -> None:
     assert groups["stem/width"].role == "width"
 
 
+def test_convolution_over_tokens_passes_their_channels() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.down(m.mix(m.up(x).relu()))  # type: ignore[no-any-return]
+
+    groups = checked(net(run, up=nn.Linear(5, 12), mix=nn.Conv1d(6, 6, 1), down=nn.Linear(12, 4)), SEQUENCE)
+    assert sizes(groups) == {"up/hidden": 12}
+
+
+def test_a_filter_for_each_sample() -> None:
+    """The batch, a symbol, is the number of groups."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x).relu()
+        n, c, h, w = x.shape
+        filters = m.filters * m.style(x.mean((2, 3)))[:, None, :, None, None]
+        y = F.conv2d(x.reshape(1, -1, h, w), filters.reshape(-1, c, 3, 3), padding=1, groups=n)
+        return m.head(y.reshape(n, -1, h, w))  # type: ignore[no-any-return]
+
+    filters = nn.Parameter(torch.randn(6, 8, 3, 3))
+    groups = checked(net(run, stem=conv(3, 8), style=nn.Linear(8, 8), filters=filters, head=conv(6, 4)), IMAGE)
+    assert sorted(sizes(groups).values()) == [6, 8]
+    assert {group.role for group in groups.values()} == {"channel"}
+
+
 def test_dense_connection() -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         x = m.stem(x)
@@ -209,6 +233,39 @@ def test_fused_qkv(
     assert all(g.size == 4 for g in dims)
     assert [indices(g, "qkv.weight", 1) for g in dims] == ([q_dim] if v_dim is None else [q_dim, v_dim])
     assert "o.weight.1<" in where(dims[-1])
+
+
+def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def einsums(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("bhij,bhjd->bhid", torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1), v)
+
+
+def einsums_of_open_dims(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("...jd,...ij->...id", v, torch.einsum("...id,...jd->...ij", q, k).softmax(-1))
+
+
+@pytest.mark.parametrize("attention", [products, einsums, einsums_of_open_dims])
+def test_attention_written_out(attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (-1, 4)).transpose(1, 2) for f in (m.q, m.k, m.v))
+        return m.o(attention(q, k, v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    parts = {"q": nn.Linear(5, 8), "k": nn.Linear(5, 8), "v": nn.Linear(5, 8), "o": nn.Linear(8, 4)}
+    groups = checked(net(run, **parts), SEQUENCE)
+    assert sizes(groups) == {"q/head": 2, "q/head_dim": 4, "v/head_dim": 4}
+
+
+def test_einsum_of_a_matrix_for_each_expert() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x).unflatten(-1, (3, 4))
+        return m.o(torch.einsum("...ei,eio->...eo", y, m.w).flatten(2))  # type: ignore[no-any-return]
+
+    weight = nn.Parameter(torch.randn(3, 4, 6))
+    groups = checked(net(run, a=nn.Linear(5, 12), w=weight, o=nn.Linear(18, 4)), SEQUENCE)
+    assert {(group.role, group.size) for group in groups.values()} == {("expert", 3), ("hidden", 4), ("hidden", 6)}
 
 
 def grouped_query(how: str) -> Callable[[Any, Tensor], Tensor]:

@@ -22,6 +22,7 @@ from graphcomp.analysis import Analysis
 from graphcomp.capture import Captured
 from graphcomp.coupling.axis import UNIT, Axes, Axis, Factor, Product, leaves, length, normal
 from graphcomp.coupling.groups import Kept
+from graphcomp.coupling.notation import einsum_letters
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.graph import argument_at, attributes, bind, is_op, module_path, tensor_values
 
@@ -311,9 +312,8 @@ def _bilinear(op: _Operands) -> Count:
 def _einsum(op: _Operands) -> Count:
     """Operands are multiplied from left to right; a product that sums nothing away is pointwise and counts 0."""
     arguments = bind(op.node)
-    left, _, result = arguments["equation"].replace(" ", "").partition("->")
-    names = left.split(",")
-    keys = [f"tensors.{k}" for k in range(len(names))]
+    keys = [f"tensors.{k}" for k in range(len(arguments["tensors"]))]
+    names, result = einsum_letters(arguments["equation"], [len(op.of(key)) for key in keys])
     axis_of: dict[str, Axis] = dict.fromkeys("".join(names), UNIT)
     for name, key in zip(names, keys, strict=True):
         # dims of length 1 stretch, so theirs is not the length that counts

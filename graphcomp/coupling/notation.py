@@ -235,3 +235,29 @@ def broadcast(operands: Sequence[Axes], why: Reason) -> list[Axis]:
                 couple(axis, own, why)
         result.append(axis)
     return result
+
+
+def from_end(axes: Axes, back: int) -> Axis:
+    """The axis at `back`, -1 for the last, as broadcasting reads it: of length 1 where there are fewer dims."""
+    return axes[back] if len(axes) >= -back else UNIT
+
+
+def einsum_letters(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
+    """The letters of each operand of `torch.einsum` and of its result, one a dim.
+
+    "..." becomes letters of its own, the last of them for the last dim that it stands for; a result that is left out is
+    "..." and then, in alphabetical order, what stands only once.
+
+    Args:
+        ranks: number of dims of each operand.
+    """
+    left, arrow, result = equation.replace(" ", "").partition("->")
+    names = left.split(",")
+    counts = [rank - len(n.replace("...", "")) if "..." in n else 0 for n, rank in zip(names, ranks, strict=True)]
+    most = max(counts)
+    own = "".join(chr(ord("α") + k) for k in range(most))  # einsum itself takes a to z and A to Z
+    if not arrow:
+        letters = left.replace(",", "").replace(".", "")
+        result = "..." + "".join(sorted(x for x in letters if letters.count(x) == 1))
+    spelt = [n.replace("...", own[most - count :]) for n, count in zip(names, counts, strict=True)]
+    return spelt, result.replace("...", own)

@@ -21,6 +21,9 @@ from graphcomp.graph import argument_at, attributes, bind, is_op, source_line, t
 
 logger = logging.getLogger("graphcomp.coupling")
 
+RULE_FAILED = "its rule failed"
+"""How the reason begins where a rule raised anything but a RuleError: it has a mistake."""
+
 MAX_ORIGINS = 8
 """A value made of more values than these is one of its own: a chain of gates would else drag along all before it."""
 
@@ -191,9 +194,9 @@ def _op(coupling: Coupling, node: fx.Node) -> None:
         results = table.run(function, call, {k: _argument(coupling, v) for k, v in arguments.items()})
         _check(node, results, call)
         _freeze_unmaskable_sums(coupling, call, arguments)
-    except RuleError as error:
-        logger.debug("rule of %s: %s", node.target, error)
-        return _unknown(coupling, node, str(node.target), error.what)
+    except Exception as error:  # whatever a rule raises, ours or a user's
+        logger.debug("rule of %s", node.target, exc_info=True)
+        return _unknown(coupling, node, str(node.target), _undecided(error))
     coupling.axes[node] = results
     coupling.calls[node] = call
     if table.is_elementwise(function) and not call.residual:
@@ -202,10 +205,20 @@ def _op(coupling: Coupling, node: fx.Node) -> None:
         coupling.origins[node] = made_of if few else frozenset([coupling.many.setdefault(made_of, node)])
 
 
+def _undecided(error: Exception) -> str:
+    """Why a rule cannot decide, in one line."""
+    if isinstance(error, RuleError):
+        return error.what
+    text, _, _ = str(error).partition("\n")
+    return f"{RULE_FAILED}, {type(error).__name__}: {text}"
+
+
 def _call(coupling: Coupling, node: fx.Node, arguments: dict[str, Any]) -> Call:
     why = Reason("addressed by position", str(node.target), source_line(node))
     origins = {}
-    for name, argument in arguments.items():
+    lists = {key: argument for key, argument in arguments.items() if isinstance(argument, (list, tuple))}
+    items = {f"{key}.{k}": item for key, argument in lists.items() for k, item in enumerate(argument)}
+    for name, argument in (arguments | items).items():
         nodes = [n for n in _flat(argument) if n in coupling.axes and n not in coupling.sources]
         if nodes:
             origins[name] = coupling.origins_of(nodes)
@@ -216,10 +229,10 @@ def _call(coupling: Coupling, node: fx.Node, arguments: dict[str, Any]) -> Call:
 def _argument(coupling: Coupling, argument: Any) -> Any:
     """What a rule sees of an argument: axes for tensors, sizes for lengths, everything else as it is."""
     if isinstance(argument, fx.Node):
-        if argument in coupling.axes:
-            axes = coupling.axes[argument]
-            return AxesValue(axes[0]) if isinstance(value(argument), Tensor) else [AxesValue(a) for a in axes]
         found = value(argument)
+        if argument in coupling.axes and isinstance(found, (Tensor, list, tuple)):
+            axes = coupling.axes[argument]
+            return AxesValue(axes[0]) if isinstance(found, Tensor) else [AxesValue(a) for a in axes]
         return size_of(found) if isinstance(found, (int, torch.SymInt)) else found
     if isinstance(argument, (list, tuple)):
         return [_argument(coupling, item) for item in argument]

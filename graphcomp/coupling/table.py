@@ -38,7 +38,8 @@ class Call:
     shapes: list[tuple[Size, ...]]  # of the results
     why: Reason  # "<op> addresses it by position", the default reason to freeze
     origins: Mapping[str, frozenset[fx.Node]]
-    """tensor arguments that depend on the model's inputs -> the values each was made of by pointwise ops"""
+    """tensor arguments that depend on the model's inputs -> the values each was made of by pointwise ops;
+    "tensors.1" is item 1 of the list "tensors" """
     contracted: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """argument -> dims that are summed over: masked units must be zero there."""
     lengths: dict[str, Any] = field(default_factory=dict)

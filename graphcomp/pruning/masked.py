@@ -48,13 +48,19 @@ def _unbiased(mask: Tensor, self: Tensor, *args: Any, unbiased: bool = True, **k
     return var(mask, self, correction=int(unbiased), **kwargs)
 
 
+def _root(variance: Tensor) -> Tensor:
+    """Its square root, whose gradient at 0 is 0, as that of torch's deviations."""
+    flat = variance == 0
+    return torch.where(flat, 0, torch.where(flat, 1, variance).sqrt())
+
+
 def std(mask: Tensor, self: Tensor, **kwargs: Any) -> Tensor:
     """Standard deviation over the kept indices."""
-    return var(mask, self, **kwargs).sqrt()
+    return _root(var(mask, self, **kwargs))
 
 
 def _unbiased_std(mask: Tensor, self: Tensor, **kwargs: Any) -> Tensor:
-    return _unbiased(mask, self, **kwargs).sqrt()
+    return _root(_unbiased(mask, self, **kwargs))
 
 
 def var_mean(
@@ -72,7 +78,7 @@ def std_mean(
     mask: Tensor, self: Tensor, dim: Any = None, correction: float | None = 1, keepdim: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Both, as aten.std_mean."""
-    return var(mask, self, dim, correction, keepdim).sqrt(), mean(mask, self, dim, keepdim)
+    return _root(var(mask, self, dim, correction, keepdim)), mean(mask, self, dim, keepdim)
 
 
 def _unbiased_std_mean(mask: Tensor, self: Tensor, *, unbiased: bool = True, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -256,7 +256,8 @@ class _Lowering:
         return node if value(node).dtype == dtype else self._call(aten.to.dtype, (node, dtype), like)
 
     def _buffer(self, name: str, tensor: Tensor, like: fx.Node) -> fx.Node:
-        return add_tensor(self.module, name, tensor.detach().clone(), like)
+        """A tensor laid out as it is when it is read from a file: sums of another order round otherwise."""
+        return add_tensor(self.module, name, tensor.detach().clone(memory_format=torch.contiguous_format), like)
 
     def _stem(self, source: fx.Node) -> str:
         """The name of the parameter that a constant is made of; the node's where it is made of several."""

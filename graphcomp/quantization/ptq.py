@@ -143,15 +143,21 @@ def planned(module: fx.GraphModule, options: PostTraining) -> fx.GraphModule:
 
 # ------------------------------------------------------------------------------------------------ tensors of its own
 def _with_biases(module: fx.GraphModule) -> fx.GraphModule:
-    """A bias of zeros for each convolution that has none: there is then where to correct."""
+    """A bias of zeros for each convolution that has none: there is then where to correct.
+
+    Where the number of filters is dynamic (those of every sample side by side) no bias fits.
+    """
     found, _ = clone(module)
     for node in list(found.graph.nodes):
         if node.target not in CONVOLUTIONS or bind(node)["bias"] is not None:
             continue
         weight = bind(node)["weight"]
+        filters = value(node).shape[1]
+        if not isinstance(filters, int):
+            continue
         path = str(weight.target).rpartition(".")[0] if weight.op == "get_attr" else node.name
         device = next(p.device for p in found.parameters())
-        zeros = torch.zeros(value(node).shape[1], dtype=value(weight).dtype, device=device)
+        zeros = torch.zeros(filters, dtype=value(weight).dtype, device=device)
         with found.graph.inserting_before(node):
             set_argument(node, "bias", add_tensor(found, f"{path}.bias".lstrip("."), nn.Parameter(zeros), node))
     found.recompile()

@@ -148,6 +148,15 @@ def test_einsum_and_bilinear() -> None:
     assert macs(analysis) == 2 * 5 * 4 * 7 + 2 * 5 * 3 * 7 * 7
 
 
+@pytest.mark.parametrize("equation", ["...id,...jd->...ij", "abij, abkj"])
+def test_einsum_with_open_dims_or_no_result(equation: str) -> None:
+    class Products(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum(equation, x, x)
+
+    assert macs(analysed(Products(), torch.randn(2, 3, 5, 4))) == 2 * 3 * 5 * 5 * 4
+
+
 @pytest.mark.slow
 @pytest.mark.ci
 def test_recurrent_layers_meet_every_matrix_at_every_step() -> None:

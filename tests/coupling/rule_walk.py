@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphcomp.coupling.axis import Axes, Axis, Factor, is_frozen, kept_indices, leaves, length, normal
-from graphcomp.coupling.propagate import Coupling, propagate
+from graphcomp.coupling.propagate import RULE_FAILED, Coupling, propagate
 from graphcomp.coupling.table import Call
 from graphcomp.graph import argument_at, bind, is_op, tensor_values
 from graphcomp.pruning.masked import FORMS
@@ -33,14 +33,19 @@ class OneOp(nn.Module):
 
 
 class Walk:
-    """The axes of `function(**tensors)`; w["weight"] are those of an operand, w.results those of the results."""
+    """The axes of `function(**tensors)`; w["weight"] are those of an operand, w.results those of the results.
 
-    def __init__(self, function: Callable[..., Any], **tensors: Tensor) -> None:
+    A rule that fails is an error here, unless it `may_fail`.
+    """
+
+    def __init__(self, function: Callable[..., Any], may_fail: bool = False, /, **tensors: Tensor) -> None:
         self.function, self.tensors = function, tensors
         exported = torch.export.export(OneOp(function, tensors).eval(), (), strict=False)
         self.module: fx.GraphModule = exported.module(check_guards=False)  # type: ignore[assignment]
         nodes = [node for node in self.module.graph.nodes if node.op != "output"]  # outputs would be frozen
         self.coupling: Coupling = propagate(self.module, order=nodes)
+        failed = [unknown for unknown in self.coupling.unknown.values() if unknown.why.startswith(RULE_FAILED)]
+        assert not failed or may_fail, failed
         output = next(iter(self.module.graph.find_nodes(op="output")))
         self.results: list[Axes] = []
         for result in output.all_input_nodes:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+import torch
 
 from graphcomp.coupling.axis import UNIT, Axes, Factor, Reason, fresh, is_frozen, leaves, length, normal
-from graphcomp.coupling.notation import Contraction, apply, broadcast, parse
+from graphcomp.coupling.notation import Contraction, apply, broadcast, einsum_letters, parse
 from graphcomp.errors import RuleError
 
 WHY = Reason("test")
@@ -100,3 +101,22 @@ def test_broadcast_stretches_dims_of_one_and_couples_the_others() -> None:
     assert normal(x[1]) is normal(y[2])
     assert not any(isinstance(axis, Factor) and axis.frozen for axis in result)
     assert broadcast([axes(1), ()], WHY) == [UNIT]
+
+
+@pytest.mark.parametrize(
+    ("equation", "ranks", "names", "result"),
+    [
+        ("bi, io -> bo", (2, 2), ["bi", "io"], "bo"),
+        ("...i,io->...o", (3, 2), ["αβi", "io"], "αβo"),
+        ("i...j,...j->i...", (4, 2), ["iαβj", "βj"], "iαβ"),
+        ("...i,i->...", (1, 1), ["i", "i"], ""),
+        ("...i,...i->i", (3, 2), ["αβi", "βi"], "i"),
+        ("bA,bai", (2, 3), ["bA", "bai"], "Aai"),
+        ("j...,i", (2, 1), ["jα", "i"], "αij"),
+    ],
+)
+def test_letters_of_einsum(equation: str, ranks: Sequence[int], names: list[str], result: str) -> None:
+    assert einsum_letters(equation, ranks) == (names, result)
+    sizes = {letter: k for k, letter in enumerate(sorted(set("".join(names))), 2)}
+    tensors = [torch.empty([sizes[letter] for letter in name]) for name in names]
+    assert torch.einsum(equation, *tensors).shape == tuple(sizes[letter] for letter in result)

@@ -1,4 +1,4 @@
-"""Convolution, pooling and resampling: channels couple, batch passes, space is frozen."""
+"""Convolution, pooling and resampling: channels couple, batch passes, space is frozen where places move."""
 
 from __future__ import annotations
 
@@ -35,6 +35,25 @@ def test_plain(spatial: int, padding: Any) -> None:
     assert w.contracted == {"w": {1}}
     assert marks(w["w"][0]) == marks(w["x"][1]) == {"conv"}
     assert check_law(w) == 3
+
+
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_space_passes_where_a_place_is_made_of_its_own_place(spatial: int, transposed: bool) -> None:
+    size, ones = (4, 5, 6)[:spatial], (1,) * spatial
+    plain = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[spatial]
+    conv = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[spatial] if transposed else plain
+    w = Walk(lambda x, w, b: conv(x, w, b), x=randn(2, 3, *size), w=randn(3, 3, *ones), b=randn(3))
+    assert free(*w["x"])
+    assert all(same(own, result) for own, result in zip(w["x"][2:], w.result[2:], strict=True))
+    assert check_law(w) == 3 + spatial
+
+
+@pytest.mark.parametrize("options", [{"stride": 2}, {"padding": 1}, {"stride": 2, "padding": 1}], ids=str)
+@pytest.mark.parametrize("conv", [F.conv1d, F.conv_transpose1d])
+def test_space_is_frozen_where_places_move(conv: Callable[..., Tensor], options: dict[str, int]) -> None:
+    w = Walk(lambda x, w: conv(x, w, **options), x=randn(2, 3, 5), w=randn(3, 3, 1))
+    assert frozen(w["x"][2], w.result[2])
 
 
 def test_unbatched() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +68,26 @@ def test_a_rule_of_the_wrong_shape_is_unknown() -> None:
     forget("graphcomp_test::scale")
     (unknown,) = w.coupling.unknown.values()
     assert "the rule gives shapes [(3,)] and the op [(3, 4)]" in unknown.why
+
+
+def test_a_rule_that_fails_is_unknown_not_a_crash(caplog: pytest.LogCaptureFixture) -> None:
+    rule("graphcomp_test::scale")(lambda x, w: {}["no such key"])
+    with caplog.at_level(logging.DEBUG, "graphcomp.coupling"):
+        w = Walk(scale, True, x=torch.randn(3, 4), w=torch.randn(4))
+    forget("graphcomp_test::scale")
+    (unknown,) = w.coupling.unknown.values()
+    assert unknown.why == "its rule failed, KeyError: 'no such key'"
+    assert frozen(*w["x"], *w["w"], *w.result)
+    assert "Traceback" in caplog.text
+
+
+@pytest.mark.parametrize("rubbish", [3, [None], ["n c"]])
+def test_a_rule_that_gives_no_axes_is_unknown(rubbish: Any) -> None:
+    rule("graphcomp_test::scale")(lambda x, w: rubbish)
+    w = Walk(scale, True, x=torch.randn(3, 4), w=torch.randn(4))
+    forget("graphcomp_test::scale")
+    assert [unknown.why.startswith("its rule failed") for unknown in w.coupling.unknown.values()] == [True]
+    assert frozen(*w["x"], *w["w"])
 
 
 def test_second_registration_raises() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from graphcomp.coupling.table import find
@@ -47,6 +48,25 @@ def test_corrections(correction: float | None) -> None:
     expected = torch.var_mean(value[:, KEPT], 1, correction=1 if correction is None else correction)
     form = FORMS[aten.var_mean.correction]
     torch.testing.assert_close(form(mask(1, 8, 1), self=value, dim=[1], correction=correction), expected)
+
+
+@pytest.mark.parametrize("kept", [range(8), KEPT], ids=["all", "some"])
+@pytest.mark.parametrize(
+    "op", [aten.std.dim, aten.std.correction, aten.std_mean.dim, aten.std_mean.correction], ids=str
+)  # fmt: skip
+def test_deviations_have_the_gradients_of_torch(op: Callable[..., Any], kept: Sequence[int]) -> None:
+    value = x()
+    value[0], value[1, :, 0] = 0, 2  # constant over the channels: the deviation is 0
+    value.requires_grad_()
+    own = torch.zeros(8, dtype=torch.float64).index_fill(0, torch.tensor(kept), 1).view(1, 8, 1)
+
+    def gradient(result: Any) -> Tensor:
+        (found,) = torch.autograd.grad([t.sum() for t in pytree.tree_leaves(result)], value)
+        return found
+
+    expected = gradient(op(value[:, kept], [1]))
+    assert expected.isfinite().all()
+    torch.testing.assert_close(gradient(FORMS[op](own, self=value, dim=[1])), expected)
 
 
 @pytest.mark.parametrize("keepdim", [False, True])

@@ -193,6 +193,24 @@ def test_tied_table_is_stored_once():
     assert len(tables) == 1
 
 
+class Prototypes(nn.Module):
+    """Products with vectors that are transposed where they are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.vectors = nn.Linear(12, 12), nn.Parameter(torch.randn(5, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).relu() @ nn.functional.normalize(self.vectors, dim=-1).mT
+
+
+def test_what_is_stored_is_laid_out_as_it_is_loaded():
+    found, _ = quantized(Prototypes().eval(), torch.randn(6, 12), config(8))
+    stored = found.lowered.module.state_dict()
+    assert any(tuple(t.shape) == (12, 5) for t in stored.values())
+    assert all(t.is_contiguous() for t in stored.values())
+
+
 def test_a_channel_with_a_tiny_weight_and_a_large_bias():
     model, x = residual()
     model.depthwise.weight.data[0] = 1e-12

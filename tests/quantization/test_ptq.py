@@ -63,6 +63,28 @@ def test_bias_correction_removes_the_mean_error():
     assert errors[True] < 0.2 * errors[False]
 
 
+class PerSample(nn.Module):
+    """A convolution without bias, then one whose filters are those of every sample side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.filters = nn.Conv2d(3, 4, 3, bias=False), nn.Linear(4, 2 * 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        n, c, h, w = x.shape
+        filters = self.filters(x.mean((2, 3))).reshape(-1, c, 1, 1)
+        return torch.conv2d(x.reshape(1, -1, h, w), filters, groups=n).reshape(n, -1, h, w)
+
+
+def test_a_dynamic_number_of_filters_has_no_bias_to_correct():
+    torch.manual_seed(0)
+    model, x = PerSample().eval(), torch.randn(4, 3, 6, 6)
+    found, _ = run(model, x)
+    assert relative_error(model(x), found.fake(x)) < 0.05
+    assert relative_error(model(x[:3]), found.fake(x[:3])) < 0.05
+
+
 def test_rounding_and_correction_see_so_many_batches():
     model, x = residual()
     errors = {n: run(model, x[:4], walk_batches=n)[0].errors for n in (1, 2, 8)}

@@ -1,4 +1,7 @@
-"""Convolutions, pooling, resampling: channels couple, batch passes, space is addressed by position."""
+"""Convolutions, pooling, resampling: channels couple, batch passes, space is addressed by position.
+
+A convolution of kernel 1 that moves no place lets space pass, too.
+"""
 
 from __future__ import annotations
 
@@ -21,36 +24,72 @@ aten = torch.ops.aten
     aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding, aten.mkldnn_convolution.default,
 )  # fmt: skip
 def conv(
-    call: Call, weight: Axes, input: Axes = (), self: Axes = (), bias: Axes | None = None, groups: int = 1
+    call: Call,
+    weight: Axes,
+    stride: Sequence[int],
+    padding: Sequence[int] | str,
+    input: Axes = (),
+    self: Axes = (),
+    bias: Axes | None = None,
+    groups: int = 1,
 ) -> list[Axes]:
     """n (g i) *s, (g o) i *k, (g o) -> n (g o) *t"""
-    return _conv(call, "input" if input else "self", input or self, weight, bias, groups, "(g o) i *k")
+    name, source = ("input", input) if input else ("self", self)
+    return _conv(call, name, source, weight, bias, groups, "(g o) i", _space_passes(weight, stride, padding))
 
 
 @rule(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
-def conv_transpose(input: Axes, weight: Axes, bias: Axes | None = None, groups: int = 1, *, call: Call) -> list[Axes]:
+def conv_transpose(
+    input: Axes,
+    weight: Axes,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    bias: Axes | None = None,
+    groups: int = 1,
+    *,
+    call: Call,
+) -> list[Axes]:
     """n (g i) *s, (g i) o *k, (g o) -> n (g o) *t"""
-    return _conv(call, "input", input, weight, bias, groups, "(g i) o *k")
+    passes = _space_passes(weight, stride, [*padding, *output_padding])
+    return _conv(call, "input", input, weight, bias, groups, "(g i) o", passes)
 
 
 @rule(aten.convolution.default, aten._convolution.default, aten._convolution.deprecated)
 def convolution(
-    input: Axes, weight: Axes, bias: Axes | None, transposed: bool, groups: int, *, call: Call
+    input: Axes,
+    weight: Axes,
+    bias: Axes | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    *,
+    call: Call,
 ) -> list[Axes]:
     """Either of the above."""
-    return _conv(call, "input", input, weight, bias, groups, "(g i) o *k" if transposed else "(g o) i *k")
+    passes = _space_passes(weight, stride, [*padding, *output_padding])
+    return _conv(call, "input", input, weight, bias, groups, "(g i) o" if transposed else "(g o) i", passes)
+
+
+def _space_passes(weight: Axes, stride: Sequence[int], padding: Sequence[int] | str) -> bool:
+    """Whether every place of the result is made of the same place of the input, and of no other."""
+    moves = set(stride) != {1} or not (isinstance(padding, str) or set(padding) == {0})
+    return not moves and all(length(axis) == 1 for axis in weight[2:])
 
 
 def _conv(
-    call: Call, name: str, source: Axes, weight: Axes, bias: Axes | None, groups: int, filters: str
+    call: Call, name: str, source: Axes, weight: Axes, bias: Axes | None, groups: int, filters: str, passes: bool
 ) -> list[Axes]:
-    """The batch dim may be missing. `groups` is the length of g."""
+    """The batch dim may be missing. `groups` is the length of g. Where space `passes`, its dims are letters."""
     n = "n " if len(source) == len(weight) else ""
-    text = f"{n}(g i) *s, {filters}, (g o) -> {n}(g o) *t"
+    space, result_space = ["x y z"[: 2 * len(weight) - 5]] * 2 if passes else ["*s", "*t"]
+    text = f"{n}(g i) {space}, {filters} *k, (g o) -> {n}(g o) {result_space}"
     result = call.einsum(text, {"g": groups}, **{name: source}, weight=weight, bias=bias)
     g, per_group = split(weight[0], groups, call.why)
     call.mark(weight[:2], "conv")
-    if groups > 1 and max(length(per_group), length(weight[1])) > 1:
+    if groups != 1 and (length(per_group), length(weight[1])) != (1, 1):
         call.mark(g, "group")
     call.lengths["groups"] = g
     return result

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from graphcomp.coupling.axis import Axes, Axis, couple, freeze, length, regroup
-from graphcomp.coupling.notation import broadcast
+from graphcomp.coupling.axis import UNIT, Axes, Axis, couple, freeze, length, regroup
+from graphcomp.coupling.notation import broadcast, einsum_letters, from_end
 from graphcomp.coupling.size import divide
 from graphcomp.coupling.table import Call, rule
 
@@ -117,8 +117,11 @@ def tensordot(self: Axes, other: Axes, dims_self: Sequence[int], dims_other: Seq
 def vecdot(x: Axes, y: Axes, dim: int = -1, *, call: Call) -> Axes:
     """Summed along `dim`; the other dims broadcast."""
     axes = broadcast([x, y], call.why)
-    call.contract("y", dim % len(y))
-    del axes[dim]
+    back = dim % len(axes) - len(axes)
+    name, operand = ("x", x) if length(from_end(y, back)) == 1 else ("y", y)
+    if length(axes[back]) != 1:
+        call.contract(name, len(operand) + back)
+    del axes[back]
     return tuple(axes)
 
 
@@ -134,31 +137,33 @@ def multi_dot(call: Call, tensors: Sequence[Axes] = (), matrices: Sequence[Axes]
 
 @rule(aten.einsum.default)
 def einsum(equation: str, tensors: list[Axes], *, call: Call) -> Axes:
-    """Letters as einsum reads them; a letter that is not in the result is summed away."""
-    equation = equation.replace(" ", "")
-    if "..." in equation or "->" not in equation:
-        for axes in tensors:
-            call.freeze(axes, "einsum with '...' or without '->'")
-        from graphcomp.coupling.axis import fresh
-
-        return tuple(fresh(n, call.why) for n in call.shape)
-    left, right = equation.split("->")
-    known: dict[str, Axis] = {}
+    """Letters as einsum reads them; a letter that is not in the result is summed away, dims of length 1 stretch."""
+    names, result = einsum_letters(equation, [len(axes) for axes in tensors])
+    known: dict[str, Axis] = dict.fromkeys("".join(names), UNIT)
     last: dict[str, tuple[int, int]] = {}
-    for k, (letters, axes) in enumerate(zip(left.split(","), tensors, strict=True)):
+    for k, (letters, axes) in enumerate(zip(names, tensors, strict=True)):
         for dim, (letter, axis) in enumerate(zip(letters, axes, strict=True)):
-            last[letter] = k, dim
-            if letter in known and length(known[letter]) != 1 != length(axis):
-                couple(known[letter], axis, call.why)
-            elif letter not in known or length(known[letter]) == 1:
-                known[letter] = axis
-    _note_sums(call, {letter: at for letter, at in last.items() if letter not in right})
-    return tuple(known[letter] for letter in right)
+            (known[letter],) = broadcast([(known[letter],), (axis,)], call.why)
+            if length(axis) != 1:
+                last[letter] = k, dim
+    for letter, (k, dim) in last.items():
+        if letter not in result:
+            call.contract(f"tensors.{k}", dim)
+    if len(names) == 2:
+        _mark_product(call, set(names[0]) & set(names[1]), result, known)
+    return tuple(known[letter] for letter in result)
 
 
-def _note_sums(call: Call, summed: dict[str, tuple[int, int]]) -> None:
-    for operand, dim in summed.values():
-        call.contract(f"tensors.{operand}", dim)
+def _mark_product(call: Call, shared: set[str], result: str, axis_of: dict[str, Axis]) -> None:
+    """As `_matmul` marks: letters that both operands and the result have are batch dims, the last one is `b`."""
+    batch, summed = shared & set(result), shared - set(result)
+    if not batch or not summed:
+        return
+    if {"tensors.0", "tensors.1"} <= call.activations:
+        call.mark([axis_of[letter] for letter in batch], "head")
+        call.mark([axis_of[letter] for letter in summed | set(result[-1:]) - batch], "head_dim")
+    else:
+        call.mark([axis_of[letter] for letter in batch], "expert")
 
 
 # ------------------------------------------------------------------------------------------------ attention

@@ -374,6 +374,7 @@ def select_scatter(self: Axes, src: Axes, dim: int, *, call: Call) -> Axes:
 @rule(aten.unfold.default)
 def unfold(self: Axes, dimension: int, *, call: Call) -> Axes:
     """Sliding windows along a dim: frozen."""
+    dimension %= len(self)
     call.freeze(self[dimension], "sliding windows")
     axes = _with(self, dimension, fresh(call.shape[dimension], call.why))
     return (*axes, fresh(call.shape[-1], call.why))

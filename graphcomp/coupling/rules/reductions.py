@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from graphcomp.coupling.axis import UNIT, Axes, couple
+from graphcomp.coupling.axis import UNIT, Axes, length
+from graphcomp.coupling.notation import broadcast, from_end
 from graphcomp.coupling.table import Call, rule
 
 aten = torch.ops.aten
@@ -92,12 +93,15 @@ def along(self: Axes, dim: int, *, call: Call) -> list[Axes]:
 
 @rule(aten.cosine_similarity.default)
 def cosine_similarity(x1: Axes, x2: Axes, dim: int = 1, *, call: Call) -> Axes:
-    """A contraction of both operands."""
-    for a, b in zip(x1, x2, strict=True):
-        couple(a, b, call.why)
-    call.contract("x1", dim % len(x1))
-    call.contract("x2", dim % len(x2))
-    return _reduced(x1, [dim % len(x1)], keepdim=False)
+    """A contraction of both operands; the norm of one that is stretched along `dim` counts its copies: frozen."""
+    axes = broadcast([x1, x2], call.why)
+    back = dim % len(axes) - len(axes)
+    for name, operand in (("x1", x1), ("x2", x2)):
+        if length(from_end(operand, back)) == 1:
+            call.freeze(axes[back], "one of two vectors is stretched along it")
+        else:
+            call.contract(name, len(operand) + back)
+    return _reduced(tuple(axes), [dim % len(axes)], keepdim=False)
 
 
 def _statistic(call: Call, self: Axes, dims: Sequence[int]) -> None:
