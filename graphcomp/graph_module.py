@@ -6,6 +6,7 @@ A captured module holds the very tensors of the model it came from, under their 
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -20,9 +21,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from graphcomp.errors import InputError
 from graphcomp.graph import bind, is_op, module_path, set_argument, tensor_values
 
+log = logging.getLogger("graphcomp.graph_module")
+
 FOLLOWS_MODE = "follows_mode"
 """In node.meta: argument of the op -> what it is in eval and in training mode; CapturedModule.train() gives it that."""
 
+
+RESIZED = "graphcomp_resized"
+"""In the meta of a module: that an input of another size was warned of."""
 
 MOMENTUM = 0.1
 """Of a batch norm that averages over all batches (momentum=None): a graph holds one number, and this is torch's."""
@@ -43,18 +49,17 @@ class CapturedModule(fx.GraphModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the model; numbers, flags and words must be those that it was captured with: they are fixed in the graph.
+        So is what the model computed from sizes: where these are others, a warning is logged, once.
 
         Raises:
-            InputError: one is another.
+            InputError: a number, flag or word is another.
         """
         if not torch.compiler.is_compiling():
-            self._check_constants(args, kwargs)
+            self._check_inputs(args, kwargs)
         return super().__call__(*args, **kwargs)
 
-    def _check_constants(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _check_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         places = self.graph.find_nodes(op="placeholder")
-        if not any(is_constant(node) for node in places):
-            return
         info = getattr(self.graph._codegen, "pytree_info", None)
         given: Any = args
         if info is not None:
@@ -70,6 +75,12 @@ class CapturedModule(fx.GraphModule):
                     why="what is no tensor is a constant of the graph",
                     fix=f"capture the model with example inputs that hold {_shown(leaf)}",
                 )
+            if RESIZED not in self.meta and _is_resized(node, leaf):
+                self.meta[RESIZED] = True
+                log.warning(
+                    "%s of shape %s was of shape %s when %s was captured: what a model computes from sizes is constant",
+                    node.name, tuple(leaf.shape), tuple(node.meta["val"].shape), self.__class__.__name__,
+                )  # fmt: skip
 
     def train(self, mode: bool = True) -> CapturedModule:
         """Switch the mode of this module and of the ops in its graph; recompiles only where something changed."""
@@ -151,6 +162,14 @@ def _first(context: Any) -> Any:
 def is_constant(node: fx.Node) -> bool:
     """Whether a placeholder stands for a number, a flag, a word or None, which the graph holds fixed."""
     return "val" in node.meta and isinstance(node.meta["val"], (bool, int, float, complex, str, type(None)))
+
+
+def _is_resized(node: fx.Node, leaf: Any) -> bool:
+    """Whether a tensor has another length along a dim that the graph has no symbol for."""
+    expected = node.meta.get("val")
+    if not isinstance(expected, torch.Tensor) or not isinstance(leaf, torch.Tensor) or leaf.dim() != expected.dim():
+        return False
+    return any(type(b) is int and a != b for a, b in zip(leaf.shape, expected.shape, strict=True))
 
 
 def _shown(leaf: Any) -> str:

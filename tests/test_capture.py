@@ -612,3 +612,14 @@ def test_real_models(name: str, producer: str, monkeypatch: pytest.MonkeyPatch) 
     assert compared > 0
     assert reshaped == 0
     assert difference < 1e-5
+
+
+def test_a_size_that_is_constant_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = Model(lambda self, x: self.conv(x).sum((2, 3)) / (x.shape[2] * x.shape[3]), conv=nn.Conv2d(3, 4, 1))
+    module = capture(model, torch.randn(2, 3, 8, 8)).module
+    with caplog.at_level("WARNING", "graphcomp"):
+        module(torch.randn(5, 3, 8, 8))  # another batch, for which there is a symbol
+        assert "was of shape" not in caplog.text
+        for _ in range(2):
+            module(torch.randn(2, 3, 16, 16))
+    assert caplog.text.count("was of shape") == 1 and "(2, 3, 16, 16) was of shape" in caplog.text

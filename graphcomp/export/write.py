@@ -28,7 +28,8 @@ SATURATED = 2.0
 SATURATES = (
     "%s is %.3g quantization steps off in onnxruntime's default kernels: on this CPU they add products of uint8 and "
     "int8 in 16 bits and saturate; compress(…, reduce_range=True) avoids it, and so does "
-    'SessionOptions.add_session_config_entry("session.x64quantprecision", "1")'
+    'SessionOptions.add_session_config_entry("session.x64quantprecision", "1"), which onnxruntime refuses where layers '
+    "share a weight"
 )
 WEIGHT_ONLY = (
     "%s is %.3g quantization steps off in onnxruntime's default kernels: MatMulNBits rounds its activations to int8; "
