@@ -441,10 +441,10 @@ def _check_arguments(sparsity: float | None, prune: Sequence[str] | None, seed: 
 
 
 def _check_one_shot(bits: Any, training: Training | None) -> None:
-    if isinstance(bits, tuple):
+    if isinstance(bits, (tuple, list)):
         raise PlanError(
             f"bits={bits!r}: bits between two bounds are learned in training",
-            fix=f"bits={bits[-1]}, or data=loader, loss=lambda output, batch: …, epochs=10",
+            fix=f"bits={bits[-1] if bits else 8}, or data=loader, loss=lambda output, batch: …, epochs=10",
         )
     if training is not None:
         raise PlanError(
@@ -663,19 +663,19 @@ def _prepared(
 
 
 def _limits(bits: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    if bits is None or isinstance(bits, tuple):
+    if bits is None or isinstance(bits, (tuple, list)):
         return None if bits is None else _range(bits)
     check_bits(bits)
     return bits, bits
 
 
-def _range(bits: tuple[int, int]) -> tuple[int, int]:
+def _range(bits: Sequence[int]) -> tuple[int, int]:
     """`bits` as two whole numbers in order.
 
     Raises:
         PlanError: they are not.
     """
-    if not isinstance(bits, tuple) or len(bits) != 2:
+    if not isinstance(bits, (tuple, list)) or len(bits) != 2:
         raise PlanError(f"bits={bits!r} is no pair of bounds", fix="bits=(4, 8)")
     low, high = bits
     check_bits(low)

@@ -240,7 +240,7 @@ def test_kept_units_that_are_none(kept):
         gc.slice_groups(plan, {plan.groups[0]: torch.tensor(kept, dtype=torch.int64)})
 
 
-@pytest.mark.parametrize("bits", [1, 0, -4, 17, 8.0, True, "8"])
+@pytest.mark.parametrize("bits", [1, 0, -4, 17, 8.0, True, "8", (), [4, 5, 6]])
 def test_bits_outside_range(bits):
     with pytest.raises(gc.PlanError, match="bits"):
         gc.compress(MLP(), X, bits=bits)

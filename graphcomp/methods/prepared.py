@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MethodType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from graphcomp.analysis import Analysis, analyze_captured
 from graphcomp.cost import FLOAT_BITS
 from graphcomp.coupling.groups import ChannelGroup, Kept
-from graphcomp.errors import CalibrationError, InputError, PlanError
+from graphcomp.errors import CalibrationError, CheckpointError, InputError, PlanError
 from graphcomp.graph import bind, clone, fetch, module_path, set_argument
 from graphcomp.graph_module import CapturedModule, trains
 from graphcomp.pruning.mask import PREFIX, InsertMasks, computed_with, hold_masks, parameter_behind
@@ -152,6 +152,14 @@ class Prepared(CapturedModule):
         copied.save_as_the_model()
         copied.recompute = self.recompute
         return copied
+
+    def __reduce__(self) -> NoReturn:
+        raise CheckpointError(
+            "a prepared module cannot be pickled",
+            why="it holds the plan that it was made by",
+            fix="save ready.state_dict(), and load it into one that is prepared anew; finalize(ready).save(folder) "
+            "keeps the result",
+        )
 
     def save_as_the_model(self) -> None:
         """Leave out of `state_dict` the buffers that the model leaves out of its own."""

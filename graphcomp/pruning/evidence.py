@@ -218,7 +218,7 @@ def _named(value: Any) -> str:
 # ------------------------------------------------------------------------------------------------ gradients
 def check_loss(value: Any) -> None:
     """Raise PlanError where a loss function returned no scalar that can be differentiated."""
-    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+    if not isinstance(value, Tensor) or value.numel() != 1 or not (value.requires_grad and value.is_floating_point()):
         shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
         raise PlanError(
             "loss(output, batch) must return a scalar that depends on the parameters",

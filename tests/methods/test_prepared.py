@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 
 import pytest
@@ -249,3 +250,10 @@ def test_a_method_of_the_model_runs_the_prepared_module():
         for parameter in twin.parameters():
             parameter.zero_()
     assert twin.training_step(x) == 0 != ready.training_step(x)
+
+
+@pytest.mark.parametrize("bits", [None, (4, 8)])
+def test_it_is_not_pickled(bits):
+    with pytest.raises(gc.CheckpointError, match="cannot be pickled") as caught:
+        pickle.dumps(ready_of("mlp", bits=bits))
+    assert "state_dict" in caught.value.fix
