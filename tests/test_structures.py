@@ -247,7 +247,11 @@ def einsums_of_open_dims(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("...jd,...ij->...id", v, torch.einsum("...id,...jd->...ij", q, k).softmax(-1))
 
 
-@pytest.mark.parametrize("attention", [products, einsums, einsums_of_open_dims])
+def einsum_of_three(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("bhid,bhjd,bhje->bhie", q, k, v)
+
+
+@pytest.mark.parametrize("attention", [products, einsums, einsums_of_open_dims, einsum_of_three])
 def test_attention_written_out(attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         q, k, v = (f(x).unflatten(-1, (-1, 4)).transpose(1, 2) for f in (m.q, m.k, m.v))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -149,19 +150,20 @@ def einsum(equation: str, tensors: list[Axes], *, call: Call) -> Axes:
     for letter, (k, dim) in last.items():
         if letter not in result:
             call.contract(f"tensors.{k}", dim)
-    if len(names) == 2:
-        _mark_product(call, set(names[0]) & set(names[1]), result, known)
+    _mark_product(call, names, result, known)
     return tuple(known[letter] for letter in result)
 
 
-def _mark_product(call: Call, shared: set[str], result: str, axis_of: dict[str, Axis]) -> None:
-    """As `_matmul` marks: letters that both operands and the result have are batch dims, the last one is `b`."""
+def _mark_product(call: Call, names: list[str], result: str, axis_of: dict[str, Axis]) -> None:
+    """As `_matmul` marks: letters that several operands and the result have are batch dims, the last one is `b`."""
+    times = Counter(letter for name in names for letter in set(name))
+    shared = {letter for letter, count in times.items() if count > 1}
     batch, summed = shared & set(result), shared - set(result)
     if not batch or not summed:
         return
-    if {"tensors.0", "tensors.1"} <= call.activations:
+    if all(f"tensors.{k}" in call.activations for k in range(len(names))):
         call.mark([axis_of[letter] for letter in batch], "head")
-        call.mark([axis_of[letter] for letter in summed | set(result[-1:]) - batch], "head_dim")
+        call.mark([axis_of[letter] for letter in summed | (set(result[-1:]) - batch)], "head_dim")
     else:
         call.mark([axis_of[letter] for letter in batch], "expert")
 
