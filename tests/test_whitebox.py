@@ -13,8 +13,8 @@ whitebox = pytest.importorskip("benchmarks.whitebox")
 @pytest.mark.parametrize(
     ("name", "sparsity", "bits"),
     [
-        ("depthwise net", 0.9, (4, 16)),
         ("ViT", 0.5, (2, 4)),
+        pytest.param("depthwise net", 0.9, (4, 16), marks=[pytest.mark.slow, pytest.mark.ci]),
         pytest.param("residual CNN", 0.3, (2, 4), marks=pytest.mark.slow),
         pytest.param("BERT", 0.7, (4, 8), marks=pytest.mark.slow),
     ],

@@ -21,7 +21,7 @@ from graphcomp.export.onnx import export_onnx
 from graphcomp.graph import set_argument
 from graphcomp.quantization.ops import dequantize_per_tensor, quantize_per_tensor
 from tests.export.lowered import Quantization, lower
-from tests.marks import slow
+from tests.marks import in_ci, slow
 
 
 class Block(nn.Module):
@@ -100,7 +100,7 @@ def test_every_layer_of_an_mlp(tmp_path: Path, shape: tuple[int, ...], bits: tup
     assert (found.share, dict(found.float_), found.stayed_float) == (1.0, {}, ())
 
 
-@pytest.mark.parametrize("shape", [(4, 32), (2, 3, 32)])
+@pytest.mark.parametrize("shape", [(2, 3, 32), *in_ci((4, 32))])
 def test_blocks_without_quantized_activations(tmp_path: Path, shape: tuple[int, ...]) -> None:
     """onnxruntime's kernel for weights in blocks takes 16 indices to the block and more, on two and on three dims."""
     model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))

@@ -17,6 +17,7 @@ import onnx_ir as ir
 import graphcomp as gc
 from graphcomp.export.onnx import export_onnx
 from graphcomp.export.runtime import compare, open_session
+from tests.marks import in_ci
 
 
 class Block(nn.Module):
@@ -41,7 +42,7 @@ def masked(rows: int) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, 5, 16), mask
 
 
-@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("bits", [None, *in_ci(8)])
 def test_no_kernel_of_sum_and_norm(tmp_path: Path, bits: int | None) -> None:
     path, best = tmp_path / "m.onnx", tmp_path / "best.onnx"
     model, inputs = Block().eval(), masked(2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import graphcomp as gc
-from tests.marks import slow
+from tests.marks import in_ci, slow
 
 from .runs import MODELS, SCHEDULE, ready_of, train
 
@@ -27,7 +27,9 @@ def test_the_budget_holds_for_the_result(cost, share):
     assert bool((bits > 4 - 1e-4).all()) and bool((bits < 8 + 1e-4).all())
 
 
-@pytest.mark.parametrize("name", ["encoder", *slow(*(name for name in MODELS if name not in ("encoder", "residual")))])
+@pytest.mark.parametrize(
+    "name", ["mlp", *in_ci("encoder"), *slow(*(n for n in MODELS if n not in ("encoder", "residual", "mlp")))]
+)
 @pytest.mark.parametrize("bits", [(4, 8), *slow((2, 4), (9, 16))])
 def test_bytes_are_those_of_the_report(name, bits):
     """Packed codes, steps, zero points, biases that batch norms leave, embeddings: to the byte, before training."""

@@ -229,7 +229,7 @@ def test_fake_quant_graph_shares_nothing_with_the_model():
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
 
 
-@pytest.mark.parametrize("bits", [8, 3, *slow(2, 4, 16)])
+@pytest.mark.parametrize("bits", [8, *in_ci(3), *slow(2, 4, 16)])
 @pytest.mark.parametrize("name", MODELS)
 def test_compiles(name: str, bits: int) -> None:
     """In one graph, packed codes or not."""

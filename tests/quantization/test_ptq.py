@@ -17,6 +17,7 @@ from graphcomp.quantization.law import check_lowering
 from graphcomp.quantization.ptq import PostTraining, Quantized, quantize, significant_mean
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, QuantSpec, with_bits
+from tests.marks import in_ci
 from tests.quantization.models import encoder, residual
 
 
@@ -219,7 +220,7 @@ def test_compress_cuts_and_quantizes():
 
 
 @pytest.mark.parametrize("kind", ["uniform", "geta"])
-@pytest.mark.parametrize("make", [residual, encoder])
+@pytest.mark.parametrize("make", [residual, *in_ci(encoder)])
 def test_a_budget_of_bit_operations_counts_the_bits(make: Any, kind: Any) -> None:
     model, x = make()
     weights = QuantSpec(6, kind=kind)
