@@ -114,6 +114,22 @@ class MoreThanOneValue(nn.Module):
         return x
 
 
+class Part(nn.Module):
+    """A submodule of a prepared module: it holds tensors, and the graph of the whole does the rest."""
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        """Refused.
+
+        Raises:
+            PlanError: always.
+        """
+        raise PlanError(
+            "a submodule of a prepared module is called on its own",
+            why="what was prepared is the forward of the whole model",
+            fix='call the prepared module; or prepare(model, example_inputs, scope="path.of.the.submodule")',
+        )
+
+
 class Prepared(CapturedModule):
     """A model to train, called like the original.
 
@@ -351,6 +367,9 @@ def _as_prepared(masked: fx.GraphModule, name: str, groups: int) -> Prepared:
         if mask_name not in held:
             ready.register_buffer(mask_name, mask)
     device = next((tensor.device for tensor in masked.parameters()), None)
+    for module in ready.modules():
+        if type(module) is nn.Module:
+            module.__class__ = Part
     ready.register_buffer(PROGRESS, torch.zeros(2, device=device), persistent=False)
     ready.eval()
     return ready

@@ -237,6 +237,9 @@ class WithStep(nn.Module):
     def training_step(self, x):
         return self(x).square().mean() * self._scale
 
+    def encode(self, x):
+        return self.up(x)
+
 
 def test_a_method_of_the_model_runs_the_prepared_module():
     x = torch.randn(4, 6)
@@ -257,3 +260,11 @@ def test_it_is_not_pickled(bits):
     with pytest.raises(gc.CheckpointError, match="cannot be pickled") as caught:
         pickle.dumps(ready_of("mlp", bits=bits))
     assert "state_dict" in caught.value.fix
+
+
+def test_a_submodule_is_not_called_on_its_own():
+    ready = gc.prepare(WithStep(), torch.randn(4, 6), bits=2)
+    for twin in (ready, copy.deepcopy(ready)):
+        with pytest.raises(gc.PlanError, match="called on its own") as caught:
+            twin.encode(torch.randn(4, 6))
+        assert "scope=" in caught.value.fix
