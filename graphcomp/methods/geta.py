@@ -76,8 +76,8 @@ class QASSO(Optimizer):
 
     Learning-rate schedulers, gradient clipping, accumulation and scalers work as with the base optimizer, whose
     `param_groups` and `state` these are: the parameters given, then the quantizers' in one group more. Steps that a
-    scaler skips do not count. A scheduler that sets rates of its own (`OneCycleLR(max_lr=0.1)`) sets the quantizers', too:
-    give it a list, a rate for each group.
+    scaler skips do not count. A scheduler that sets rates of its own (`OneCycleLR(max_lr=0.1)`) sets the quantizers',
+    too: give it a list, a rate for each group.
 
     Args:
         ready: what `graphcomp.prepare` returned, or a wrapper around it.

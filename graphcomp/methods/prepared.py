@@ -135,8 +135,8 @@ class Prepared(CapturedModule):
 
     Parameters and buffers have the original's names; those of the quantizers stand under `graphcomp_quantizers`, and
     one 0/1 mask per group under `graphcomp_mask_*`. Attributes that it lacks itself (`config`, …) are the original's;
-    its methods, too, but they are called on this module. Its submodules hold tensors alone: hooks on them are not called,
-    and `.eval()` of one of them changes nothing.
+    its methods, too, but they are called on this module. Its submodules hold tensors alone: hooks on them are not
+    called, and `.eval()` of one of them changes nothing.
 
     Attributes:
         recompute: compute quantized weights and activations again in the backward pass instead of keeping them for it.
