@@ -379,9 +379,12 @@ def _follow_training(
     module, _ = _unlifted(program)
     inline_regions(module)
     canonicalize(module)
-    left_out = follow_training(captured.graph, module.graph)
-    if left_out:
-        what = ", ".join(dict.fromkeys(f"{node.target} in '{module_path(node)}'" for node in left_out))
+    places: dict[str, list[str]] = {}
+    for node in follow_training(captured.graph, module.graph):
+        places.setdefault(str(node.target), []).append(f"'{module_path(node)}'")
+    for op, paths in places.items():
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        what = f"{op} in {paths[0]}{more}"
         log.warning("%s is trained without what it does in training mode alone: %s", type(model).__name__, what)
     captured.recompile()
 
