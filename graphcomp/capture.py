@@ -374,7 +374,11 @@ def _follow_training(
                 module.training = modes.get(path, True)
             program = torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:  # export has no base class for its refusals
-        log.warning("%s has no graph of training mode: %s", type(model).__name__, _reason(error))
+        log.warning(
+            "%s is trained without what it does in training mode alone, of which there is no graph: %s",
+            type(model).__name__,
+            _reason(error),
+        )
         return
     module, _ = _unlifted(program)
     inline_regions(module)
