@@ -331,6 +331,8 @@ IN_HALF = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("name", IN_HALF)
 def test_family_in_half_precision(name: str, dtype: torch.dtype) -> None:

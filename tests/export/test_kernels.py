@@ -100,6 +100,8 @@ def test_every_layer_of_an_mlp(tmp_path: Path, shape: tuple[int, ...], bits: tup
     assert (found.share, dict(found.float_), found.stayed_float) == (1.0, {}, ())
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("shape", [(2, 3, 32), *in_ci((4, 32))])
 def test_blocks_without_quantized_activations(tmp_path: Path, shape: tuple[int, ...]) -> None:
     """onnxruntime's kernel for weights in blocks takes 16 indices to the block and more, on two and on three dims."""

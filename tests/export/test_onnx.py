@@ -123,6 +123,8 @@ def test_a_float_model_without_capture(tmp_path: Path) -> None:
     assert ([v.name for v in graph.inputs], [v.name for v in graph.outputs]) == (["image"], ["classes"])
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("result", "names"),
     [
@@ -174,6 +176,8 @@ def test_weights_and_biases_are_integers_and_not_behind_a_transpose(tmp_path: Pa
     assert "Transpose" not in operators(path)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_four_bits_are_stored_in_four_bits(tmp_path: Path) -> None:
     x = torch.randn(2, 12)
     sizes = []

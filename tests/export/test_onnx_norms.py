@@ -58,6 +58,8 @@ def test_no_kernel_of_sum_and_norm(tmp_path: Path, bits: int | None) -> None:
         assert sum(kernels.integer.values()) == 4 and not kernels.stayed_float
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_queries_that_see_nothing(tmp_path: Path) -> None:
     path, model = tmp_path / "m.onnx", Block().eval()
     export_onnx(model, masked(2), None, path)

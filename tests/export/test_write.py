@@ -48,6 +48,8 @@ def test_a_lowered_graph(tmp_path: Path) -> None:
     assert report.kernels is not None and report.kernels.share == 1.0
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("bits", [8, 4])
 def test_files_are_as_large_as_their_bits(tmp_path: Path, bits: int) -> None:
     """Codes and what else a layer stores, and little beside it: the graph."""
@@ -64,6 +66,8 @@ def test_files_are_as_large_as_their_bits(tmp_path: Path, bits: int) -> None:
         assert expected < file.stat().st_size < stored + 12_000, file
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("name", ["m.onnx", "m.pt2"])
 @pytest.mark.parametrize("bits", [9, 16])
 def test_wide_weights_with_a_zero_point(tmp_path: Path, bits: int, name: str) -> None:

@@ -42,6 +42,8 @@ def uninterrupted() -> dict[str, Tensor]:
     return state_of(ready)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("stopped", [5, 10, 13])
 def test_a_run_with_a_budget_goes_on_bit_for_bit(stopped):
     """What the budget leaves was found out when the projection began."""

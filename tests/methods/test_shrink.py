@@ -71,6 +71,8 @@ def test_training_it_is_training_the_whole():
             torch.testing.assert_close(tensor, wanted[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("bits", [(4, 8), None])
 def test_what_is_handed_back_is_of_the_whole(bits):
     ready = pruned("residual", bits)

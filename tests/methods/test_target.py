@@ -53,6 +53,8 @@ def test_bits_are_lowered_where_no_unit_may_go():
     assert bool((optimizer.bank.bits() < free.bank.bits() - 0.5).any())
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("sparsity", [0.0, 0.3])
 def test_the_bits_that_a_budget_leaves_are_come_to_in_the_projection(sparsity):
     """Not at once when the cool-down begins, which training does not come back from as well."""

@@ -751,6 +751,8 @@ class Augmented:
             yield IMAGES[5 * k : 5 * k + 5] + noise, LABELS[5 * k : 5 * k + 5]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("batch", [4, 8, 13, 17])
 def test_data_that_draw_from_python_and_numpy(tmp_path, batch):
     with pytest.raises(Stopped):

@@ -101,6 +101,8 @@ def test_attention_between_nodes_of_no_known_value_stays() -> None:
     assert [node.target for node in WriteOutAttention()(captured).graph.nodes if node.target in FUSED]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("name", CASES)
 def test_law_3(name: str) -> None:
     model, inputs = CASES[name]

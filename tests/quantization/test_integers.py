@@ -53,6 +53,8 @@ def targets(module: fx.GraphModule, names: Sequence[str]) -> set[str]:
     return {str(node.target).split(".")[1] for node in module.graph.nodes if node.name in names}
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("n", [4, 8])
 @pytest.mark.parametrize("name", ["residual_cnn", "vision_transformer", "encoder", "decoder"])
 def test_whole_models(name: str, n: int) -> None:

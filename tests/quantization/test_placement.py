@@ -222,6 +222,8 @@ def sites_by_name(placement: Placement, stands_for: dict[str, str]) -> set[Any]:
     }
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("form", [lambda module: module, FoldForTraining()], ids=["norms", "scaled weights"])
 @pytest.mark.parametrize("name", MODELS)
 def test_training_graphs_have_the_sites_of_folded_ones(name: str, form: Any) -> None:

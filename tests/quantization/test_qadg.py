@@ -150,21 +150,19 @@ def set_range(quantizer: Quantizer, x: Tensor) -> None:
         calibrate_weight(quantizer, x)
 
 
-DEFAULT = {("vit", "channel"), ("encoder", "group")}
+IN_CI = {("vit", "channel"), ("encoder", "group")}
 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
         *(("cnn", kind) for kind in SPECS),
-        ("vit", "channel"),
-        ("encoder", "group"),
-        ("bert", "geta"),
+        *(pytest.param(*own, marks=(pytest.mark.slow, pytest.mark.ci)) for own in sorted({*IN_CI, ("bert", "geta")})),
         *(
             pytest.param(name, kind, marks=pytest.mark.slow)
             for name in ("vit", "encoder")
             for kind in SPECS
-            if (name, kind) not in DEFAULT
+            if (name, kind) not in IN_CI
         ),
         pytest.param("bert", "channel", marks=pytest.mark.slow),
     ],
@@ -309,6 +307,8 @@ def check_written(name: str, weight: Make, activation: Make, producers: Collecti
 ORDINARY = ["Geta", "Lsq", "Pact"]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("kind", [*ORDINARY, *in_ci(*sorted(set(WRITTEN) - {"FakeQuantizeOps", *ORDINARY}))])
 def test_written_quantizers_change_no_group(kind: str) -> None:
     check_written("cnn", WRITTEN[kind], WRITTEN[kind])

@@ -132,6 +132,8 @@ def test_autocast(name: str) -> None:
     assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in [*learned(quantizer), linear.weight])
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @every_quantizer
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
 def test_compiles_to_one_graph(name: str) -> None:
@@ -180,6 +182,8 @@ LOSSES = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @every_quantizer
 @pytest.mark.parametrize("lr", [1e1, 1e10, *slow(1e4)])
 @pytest.mark.parametrize("projected", [False, True])
