@@ -69,6 +69,8 @@ class Views(nn.Module):
         return self.down(sum(parts[1:], parts[0]))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("width", "boundaries"), [(12, (2, 4, 6)), (12, (4, 6)), (24, (4, 6, 2)), (36, (4, 6, 9, 12)), (36, (2, 12, 18))]
 )

@@ -110,6 +110,8 @@ def test_blocks_without_quantized_activations(tmp_path: Path, shape: tuple[int, 
     assert (dict(found.integer), dict(found.float_), found.stayed_float) == ({"MatMulNBits": 2}, {}, ())
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("shape", "how", "count", "reason"),
     [

@@ -407,6 +407,8 @@ STRUCTURES: dict[str, tuple[str, dict[str, list[int]], float, dict[str, tuple[in
 }
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("structure", "bits"),
     [

@@ -51,6 +51,8 @@ CASES: dict[str, tuple[nn.Module, tuple[Tensor, Tensor, Tensor]]] = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("name", CASES)
 def test_it_computes_the_same(name: str) -> None:
     model, inputs = CASES[name]

@@ -109,6 +109,8 @@ STRUCTURES: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("n", [4, 8])
 @pytest.mark.parametrize("name", STRUCTURES)
