@@ -33,7 +33,7 @@ from graphcomp.graph import replace_module
 from graphcomp.graph_module import copied
 from graphcomp.methods import processes
 from graphcomp.methods.prepared import Prepared, prepare_graph, training_config, unwrapped
-from graphcomp.methods.shrink import settled, shrunk
+from graphcomp.methods.shrink import shrunk
 from graphcomp.methods.train import Phase, Training, Whole, parts, phases_of, train
 from graphcomp.progress import progress as show_progress
 from graphcomp.pruning.allocation import Budget, Scope, allocate, allocate_budget, is_share
@@ -733,4 +733,4 @@ def finalize(ready: nn.Module, *, verify: bool = True, measure_latency: bool = F
         TrainingError: a parameter or buffer is NaN or infinite.
         VerificationError: the small model does not compute what the trained one does. Nothing is returned then.
     """
-    return as_trained(settled(unwrapped(ready), verify=verify), verify=verify, measure_latency=measure_latency)
+    return as_trained(unwrapped(ready), verify=verify, measure_latency=measure_latency)

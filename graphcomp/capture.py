@@ -32,7 +32,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.modules import transformer
 from torch.nn.parameter import is_lazy
 
-from graphcomp.canonical import canonicalize, inline_regions
+from graphcomp.canonical import canonicalize
 from graphcomp.errors import CaptureError, InputError
 from graphcomp.graph import fetch, module_path
 from graphcomp.graph_module import (
@@ -381,7 +381,6 @@ def _follow_training(
         )
         return
     module, _ = _unlifted(program)
-    inline_regions(module)
     canonicalize(module)
     places: dict[str, list[str]] = {}
     for node in follow_training(captured.graph, module.graph):

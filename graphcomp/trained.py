@@ -18,7 +18,7 @@ from graphcomp.cost import flat_inputs
 from graphcomp.coupling.groups import ChannelGroup
 from graphcomp.errors import TrainingError, VerificationError
 from graphcomp.methods.prepared import Prepared, Session
-from graphcomp.methods.shrink import check_settled, expanded, hand_over
+from graphcomp.methods.shrink import expanded, hand_over, settled
 from graphcomp.pruning.slice import SliceGroups
 from graphcomp.quantization.finish import Finish, from_training, with_embeddings
 from graphcomp.quantization.repeats import with_repeats
@@ -36,8 +36,7 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
         TrainingError: a parameter or buffer is not finite.
         VerificationError: the small model does not compute what the trained one does.
     """
-    check_settled(ready)
-    trained = ready
+    trained = ready = settled(ready, verify=verify)
     while ready.session.whole is not None:
         ready = expanded(ready)
     session = ready.session

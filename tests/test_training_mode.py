@@ -133,6 +133,22 @@ def test_a_graph_that_was_pickled_trains_as_the_model_does(name: str) -> None:
     torch.testing.assert_close(trained(graph), trained(model), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["frozen by its parent", "dropout behind a condition", "dropout of attention weights"])
+def test_what_follows_the_mode_is_cut(name: str) -> None:
+    """Law 2 with dropouts that were put into the graph and norms that stay in eval mode."""
+    torch.manual_seed(0)
+    ready = gc.prepare(Around(INNER[name]()), batch(9), bits=(4, 8)).train()
+    optimizer = gc.QASSO(ready, torch.optim.SGD, lr=0.01, sparsity=0.4, schedule=6)
+    for k in range(6):
+        optimizer.zero_grad()
+        ready(batch(k)).square().mean().backward()
+        optimizer.step()
+    report = gc.finalize(ready).report.to_dict()
+    assert report["units"]["removed"] == optimizer.removed > 0
+    assert report["verified"]["trained == sliced"] < 1e-9
+    assert report["verified"]["integers == fake-quant, in steps"] <= 1
+
+
 def test_a_mean_over_all_batches_becomes_a_running_one(caplog) -> None:
     model = Around(nn.BatchNorm2d(8, momentum=None))
     with caplog.at_level(logging.WARNING, "graphcomp"):

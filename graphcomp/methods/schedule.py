@@ -90,13 +90,13 @@ class Schedule:
     def __post_init__(self) -> None:
         for each in fields(self):
             object.__setattr__(self, each.name, plain(getattr(self, each.name)))
-        if not _is_whole(self.steps) or self.steps < 1:
+        if not is_whole(self.steps) or self.steps < 1:
             why = "a run has at least one step, and a whole number of them"
             raise PlanError(f"Schedule(steps={self.steps!r})", why=why, fix="steps=1000")
         for name in ("warmup", "projection", "joint"):
             self._check_length(name)
         if self.bit_reduction is not None and not (
-            _is_number(self.bit_reduction) and 0 <= self.bit_reduction < float("inf")
+            is_number(self.bit_reduction) and 0 <= self.bit_reduction < float("inf")
         ):
             raise PlanError(f"Schedule(bit_reduction={self.bit_reduction!r})", fix="bit_reduction=2")
         self._check_periods("projection", self.projection_periods, self.lengths[1])
@@ -111,7 +111,7 @@ class Schedule:
 
     def _check_length(self, name: str) -> None:
         length = getattr(self, name)
-        if not (_is_number(length) and length >= 0) or (isinstance(length, float) and length >= 1):  # NaN is neither
+        if not (is_number(length) and length >= 0) or (isinstance(length, float) and length >= 1):  # NaN is neither
             raise PlanError(
                 f"Schedule({name}={length!r})",
                 why="a length is a number of steps (int), or a fraction of the run (float from 0 to below 1)",
@@ -122,7 +122,7 @@ class Schedule:
         if periods is None:
             return
         stage = "joint" if name == "pruning" else name
-        if not _is_whole(periods) or periods < 1:
+        if not is_whole(periods) or periods < 1:
             raise PlanError(
                 f"Schedule({name}_periods={periods!r})", why="a whole number, or None", fix=f"{name}_periods=5"
             )
@@ -204,12 +204,14 @@ class Schedule:
         return torch.minimum(most, high - (high - end) * share)
 
 
-def _is_whole(value: object) -> bool:
+def is_whole(value: object) -> bool:
+    """Whether it is a Python int; a flag is none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
-    return _is_whole(value) or isinstance(value, float)
+def is_number(value: object) -> bool:
+    """Whether it is a Python int or float; a flag is none."""
+    return is_whole(value) or isinstance(value, float)
 
 
 def _in_period(stage: Stage, step: int, length: int, periods: int) -> Moment:

@@ -24,7 +24,7 @@ REMNANT = 0.1
 that are gone."""
 
 
-def check_settled(ready: Prepared) -> None:
+def _check_settled(ready: Prepared) -> None:
     """Raise PlanError where a schedule was begun and has not come to its cool-down."""
     done, needed = ready.progress
     if done < needed:
@@ -45,7 +45,7 @@ def settled(ready: Prepared, *, verify: bool = True) -> Prepared:
         VerificationError: with `verify`, units that are gone are far from zero.
     """
     kept = ready.kept()
-    check_settled(ready)
+    _check_settled(ready)
     masks = (ready.get_buffer(f"{PREFIX}{k}") for k in range(len(kept)))
     exactly = all(bool((mask == mask.round()).all()) for mask in masks)
     for name, dim, indices in gone(kept, ready.session.computed):

@@ -28,7 +28,7 @@ from graphcomp.methods import processes
 from graphcomp.methods.folder import INITIAL, RunFolder, generators_of, plain, random_state, seeded, set_random_state
 from graphcomp.methods.geta import QASSO
 from graphcomp.methods.prepared import Prepared
-from graphcomp.methods.schedule import Schedule, Stage
+from graphcomp.methods.schedule import Schedule, Stage, is_number, is_whole
 from graphcomp.methods.shrink import give_back
 from graphcomp.progress import Progress
 from graphcomp.progress import progress as show_progress
@@ -111,11 +111,11 @@ class Training:
             raise PlanError(f"Training(schedule={self.schedule!r})", fix="schedule=graphcomp.Schedule(steps=1000)")
         for name in ("lr", "clip_norm"):
             number = getattr(self, name)
-            if number is not None and not (_is_number(number) and number > 0):
+            if number is not None and not (is_number(number) and number > 0):
                 raise PlanError(f"Training({name}={number!r})", why="it is a positive number", fix=f"{name}=0.01")
         for name in ("lr_quant", "weight_decay"):
             number = getattr(self, name)
-            if number is not None and not (_is_number(number) and number >= 0):
+            if number is not None and not (is_number(number) and number >= 0):
                 raise PlanError(f"Training({name}={number!r})", why="it is a number, 0 at least", fix=f"{name}=1e-3")
         for name in self.options:
             if name in ELSEWHERE:
@@ -776,12 +776,8 @@ def _name(found: Any) -> str:
     return str(getattr(found, "__qualname__", type(found).__qualname__))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _counts(value: Any) -> bool:
-    return isinstance(value, int) and _is_number(value) and value >= 1
+    return is_whole(value) and bool(value >= 1)
 
 
 def _length(data: Any) -> int | None:
