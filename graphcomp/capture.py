@@ -342,7 +342,7 @@ def _follow_modes(captured: CapturedModule, model: nn.Module, args: Args, kwargs
 
 def _training_modes(model: nn.Module) -> dict[str, bool]:
     """`training` of each module after the model's own `train()`, which is called on a copy without weights."""
-    memo = {id(t): _without_values(t) for t in (*model.parameters(), *model.buffers())}
+    memo = {id(t): _without_values(t) for t in tensor_names(model).values()}
     try:
         twin = copy.deepcopy(model, memo).train()
     except Exception as error:  # of the user's code

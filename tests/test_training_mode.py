@@ -133,6 +133,16 @@ def test_a_graph_that_was_pickled_trains_as_the_model_does(name: str) -> None:
     torch.testing.assert_close(trained(graph), trained(model), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_weight_that_a_hook_computes_hides_no_frozen_norm() -> None:
+    model = Around(Holds()).train()
+    torch.nn.utils.weight_norm(model.head)
+    model(batch(0))  # the weight is no leaf now
+    module = capture(model, batch(9)).module
+    trained(module)
+    assert not module.get_buffer("inner.norm.running_mean").any()
+
+
 @pytest.mark.parametrize("name", ["frozen by its parent", "dropout behind a condition", "dropout of attention weights"])
 def test_what_follows_the_mode_is_cut(name: str) -> None:
     """Law 2 with dropouts that were put into the graph and norms that stay in eval mode."""
