@@ -7,8 +7,9 @@
 A subject is a tiny model of `graphcomp.testing`, a random network of a fixed seed, or a model of the shared zoo. Each
 subject has sections: channel groups and frozen axes, the sliced model, the lowered integer graph, both reports, the
 weights after 30 QASSO steps and the model finalized from them, and digests of the files of a saved folder (and of the
-ONNX file, of tiny models). A section is text, and tensors stand in it as shape, dtype and SHA-256. Each subject runs in a process of its
-own, on one thread. Digests of floats hold for one kind of processor and one torch: compare files made on one machine.
+ONNX file, of tiny models). A section is text, and tensors stand in it as shape, dtype and SHA-256. Each subject runs
+in a process of its own, on one thread. Digests of floats hold for one kind of processor and one torch: compare files
+made on one machine.
 
 The exit code is 1 where a section differs.
 """
@@ -39,12 +40,14 @@ SETS = ("tiny", "random", "zoo")
 SEEDS = range(30)
 """Seeds of the random networks."""
 ZOO = (
-    "tv/alexnet,tv/convnext_tiny,tv/densenet121,tv/efficientnet_b0,tv/efficientnet_v2_s,tv/googlenet,tv/inception_v3,"
-    "tv/mnasnet0_5,tv/mobilenet_v2,tv/mobilenet_v3_small,tv/regnet_x_400mf,tv/regnet_y_400mf,tv/resnet18,tv/resnet50,"
-    "tv/resnext50_32x4d,tv/shufflenet_v2_x1_0,tv/squeezenet1_1,tv/swin_t,tv/swin_v2_t,tv/vit_b_32,"
-    "tv/lraspp_mobilenet_v3_large,tv/r3d_18,hf/bert,hf/roberta,hf/distilbert,hf/electra,hf/deberta-v2,hf/gpt2,"
-    "hf/llama,hf/mistral,hf/qwen3,hf/mixtral,hf/t5,hf/bart,hf/whisper,hf/wav2vec2,hf/vit,hf/swin,hf/segformer,hf/mamba"
-).split(",")
+    "tv/alexnet", "tv/convnext_tiny", "tv/densenet121", "tv/efficientnet_b0", "tv/efficientnet_v2_s",
+    "tv/googlenet", "tv/inception_v3", "tv/mnasnet0_5", "tv/mobilenet_v2", "tv/mobilenet_v3_small",
+    "tv/regnet_x_400mf", "tv/regnet_y_400mf", "tv/resnet18", "tv/resnet50", "tv/resnext50_32x4d",
+    "tv/shufflenet_v2_x1_0", "tv/squeezenet1_1", "tv/swin_t", "tv/swin_v2_t", "tv/vit_b_32",
+    "tv/lraspp_mobilenet_v3_large", "tv/r3d_18", "hf/bert", "hf/roberta", "hf/distilbert", "hf/electra",
+    "hf/deberta-v2", "hf/gpt2", "hf/llama", "hf/mistral", "hf/qwen3", "hf/mixtral", "hf/t5", "hf/bart",
+    "hf/whisper", "hf/wav2vec2", "hf/vit", "hf/swin", "hf/segformer", "hf/mamba",
+)  # fmt: skip
 """Models of the shared zoo: one of each family, 40 in all."""
 SECONDS = 900
 STEPS = 30
