@@ -10,12 +10,12 @@ PACKAGE = Path(graphcomp.__file__).parent
 
 # Lower never imports higher. A module not named here has the rank of its folder.
 RANKS = [
-    {"errors", "compare", "progress"},
+    {"errors", "compare", "inputs", "progress"},
     {"graph"},
     {"graph_module", "graph_json", "untouched"},
     {"canonical", "record"},
     {"capture", "coupling"},
-    {"describe", "analysis"},
+    {"describe", "analysis", "second_inputs"},
     {"cost"},
     {"pruning", "quantization"},
     {"methods"},
