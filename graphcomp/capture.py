@@ -129,6 +129,7 @@ def capture(
         raise InputError(f"the model is a {type(model).__name__}", fix="give a torch.nn.Module")
     args, kwargs = example_arguments(example_inputs, example_kwargs)
     _check_initialized(model)
+    in_training = model.training
     if scope:
         model, args, kwargs = scoped(model, scope, args, kwargs)
     _check_names(model)
@@ -147,7 +148,7 @@ def capture(
     canonicalize(module)
     captured = _finish(module, model)
     if producer == "export":
-        _follow_modes(captured, model, args, kwargs, training)
+        _follow_modes(captured, model, args, kwargs, training, _held_in_eval(model) if in_training else frozenset())
     return Captured(captured, model, args, kwargs, producer, reason, names, aliases(model), scope)
 
 
@@ -327,11 +328,21 @@ def _masks_unread() -> Iterator[None]:
         transformer._detect_is_causal_mask = before
 
 
-def _follow_modes(captured: CapturedModule, model: nn.Module, args: Args, kwargs: Kwargs, training: bool) -> None:
+def _held_in_eval(model: nn.Module) -> frozenset[str]:
+    """Return the paths of the modules in eval mode."""
+    return frozenset(path for path, m in model.named_modules(remove_duplicate=False) if not m.training)
+
+
+def _follow_modes(
+    captured: CapturedModule, model: nn.Module, args: Args, kwargs: Kwargs, training: bool, held: frozenset[str]
+) -> None:
     """Look up which ops follow `.train()`, and what they are given in training mode where export has written down what
-    they are given in eval mode; by a second export where the modules do not tell, if it is to be trained."""
+    they are given in eval mode; by a second export where the modules do not tell, if it is to be trained.
+
+    `held`: paths of modules that the user put in eval mode inside of a model in training mode; they stay in eval mode.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
-    modes = _training_modes(model)
+    modes = {**_training_modes(model), **dict.fromkeys(held, False)}
     unknown = follow_modules(captured.graph, modules, modes)
     averaging = [path for path, module in modules.items() if averages_over_all(module)]
     if training and averaging:

@@ -45,7 +45,13 @@ class CapturedModule(fx.GraphModule):
     `follow_training`), those that take another number in training mode, as the dropout of attention does. What stayed
     in training mode during an evaluation (a dropout that is always on, a batch norm without running statistics) is not
     touched, nor is what stays in eval mode when the model is trained (a frozen batch norm): see `follow_modules`.
+
+    Attributes:
+        norms_frozen: norms use their running statistics, and leave the statistics as they are, in training mode too.
+            Read by `train`.
     """
+
+    norms_frozen: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the model; numbers, flags and words must be those that it was captured with: they are fixed in the graph.
@@ -85,7 +91,8 @@ class CapturedModule(fx.GraphModule):
     def train(self, mode: bool = True) -> CapturedModule:
         """Switch the mode of this module and of the ops in its graph; recompiles only where something changed."""
         super().train(mode)
-        switched = [_switch(node, mode) for node in self.graph.nodes if FOLLOWS_MODE in node.meta]
+        following = [node for node in self.graph.nodes if FOLLOWS_MODE in node.meta]
+        switched = [_switch(n, mode and not (self.norms_frozen and keeps_statistics(n))) for n in following]
         if any(switched):
             self.recompile()
         return self
@@ -94,7 +101,9 @@ class CapturedModule(fx.GraphModule):
         with warnings.catch_warnings():
             # torch warns about its own deprecated class when a pytree spec is copied
             warnings.simplefilter("ignore", FutureWarning)
-            return super().__deepcopy__(memo)  # type: ignore[return-value]
+            copied: Any = super().__deepcopy__(memo)
+        copied.norms_frozen = self.norms_frozen
+        return copied  # type: ignore[no-any-return]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as in a checkpoint: tensors, and the graph by the names of its ops. fx would run the generated code
@@ -227,6 +236,11 @@ def _mode_argument(node: fx.Node) -> str | None:
 def trains(node: fx.Node) -> bool:
     """Whether the op is another one in training mode: a flag of it follows the mode."""
     return (False, True) in node.meta.get(FOLLOWS_MODE, {}).values()
+
+
+def keeps_statistics(node: fx.Node) -> bool:
+    """Return whether the op is a norm with running statistics, which training mode updates."""
+    return isinstance(node.target, OpOverload) and isinstance(bind(node).get("running_mean"), fx.Node)
 
 
 def _switch(node: fx.Node, mode: bool) -> bool:

@@ -173,3 +173,99 @@ def test_what_is_random_in_training_alone_is_named(caplog) -> None:
     with caplog.at_level(logging.WARNING, "graphcomp"):
         gc.prepare(model, batch(9), bits=None)
     assert "training mode alone: aten.randn_like.default in 'inner' and 1 more" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------ frozen norms
+def statistics(module: nn.Module) -> dict[str, Tensor]:
+    return {name: b.clone() for name, b in module.named_buffers() if name.rpartition(".")[2].startswith("running_")}
+
+
+def moved(before: dict[str, Tensor], module: nn.Module) -> set[str]:
+    return {name for name, b in statistics(module).items() if not torch.equal(b, before[name])}
+
+
+class Norms(nn.Module):
+    """Two batch norms, a dropout, and a batch norm that is called as a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.first, self.drop = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5)
+        self.second = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+        self.third = calls(lambda m, x: norm(m, x, m.training), nn.BatchNorm2d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.second(self.drop(self.first(self.conv(x)))))
+
+
+HELD = {
+    "one norm": (["first"], ["first"]),
+    "a part with a norm": (["second"], ["second.1"]),
+    "a norm that reads the mode": (["third"], ["third"]),
+}
+
+
+@pytest.mark.parametrize("which", HELD)
+@pytest.mark.parametrize("bits", [None, (4, 8)])
+def test_norms_in_eval_mode_inside_of_a_model_in_training_mode_stay_frozen(which: str, bits) -> None:
+    model = Norms().train()
+    for name in HELD[which][0]:
+        model.get_submodule(name).eval()
+    ready = gc.prepare(model, batch(9), bits=bits, prune=()).train()
+    before = statistics(ready)
+    ready(batch(0))
+    held = {f"{name}.running_{kind}" for name in HELD[which][1] for kind in ("mean", "var")}
+    assert moved(before, ready) == before.keys() - held
+    if bits is None:
+        torch.manual_seed(0)
+        expected = model(batch(1))
+        torch.manual_seed(0)
+        ready.load_state_dict({**ready.state_dict(), **before})
+        torch.testing.assert_close(ready(batch(1)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_in_eval_mode_says_nothing_about_its_norms() -> None:
+    ready = gc.prepare(Norms().eval(), batch(9), bits=None, prune=()).train()
+    before = statistics(ready)
+    ready(batch(0))
+    assert moved(before, ready) == before.keys()
+
+
+def test_a_scope_in_eval_mode_inside_of_a_model_in_training_mode_is_frozen() -> None:
+    model = nn.Sequential(Norms(), nn.Conv2d(8, 2, 1)).train()
+    model[0].eval()
+    ready = gc.prepare(model, batch(9), bits=None, prune=(), scope="0").train()
+    before = statistics(ready)
+    ready(batch(0))
+    assert not moved(before, ready)
+
+
+def test_freeze_norms_holds_statistics_and_lets_them_go_again() -> None:
+    ready = gc.prepare(Norms(), batch(9), bits=(4, 8)).train()
+    assert ready.freeze_norms() is ready
+    before = statistics(ready)
+    ready.eval().train()
+    copied = copy.deepcopy(ready)
+    for module in (ready, copied):
+        module(batch(0)).square().mean().backward()
+        assert not moved(before, module) and module.get_parameter("first.weight").grad is not None
+    ready.freeze_norms(False)(batch(0))
+    copied(batch(0))
+    assert moved(before, ready) == before.keys() and not moved(before, copied)
+    assert not torch.equal(ready(batch(0)), ready(batch(0)))  # the dropout stays on
+
+
+def test_frozen_norms_take_a_batch_of_one_value() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    ready = gc.prepare(model, torch.randn(4, 4), bits=None).train().freeze_norms()
+    ready(torch.randn(1, 4))
+    with pytest.raises(gc.InputError, match="more than one value"):
+        ready.freeze_norms(False)(torch.randn(1, 4))
+
+
+def test_a_shrunk_module_keeps_its_norms_frozen() -> None:
+    ready = gc.prepare(Norms(), batch(9), bits=(4, 8)).train().freeze_norms()
+    ready.keep({group: torch.arange(1, group.size) for group in ready.session.groups})
+    small = gc.shrink(ready)
+    before = statistics(small)
+    small(batch(0))
+    assert not moved(before, small)

@@ -136,7 +136,7 @@ class Prepared(CapturedModule):
     Parameters and buffers have the original's names; those of the quantizers stand under `graphcomp_quantizers`, and
     one 0/1 mask per group under `graphcomp_mask_*`. Attributes that it lacks itself (`config`, …) are the original's;
     its methods, too, but they are called on this module. Its submodules hold tensors alone: hooks on them are not
-    called, and `.eval()` of one of them changes nothing.
+    called, and `.eval()` of one of them changes nothing; `freeze_norms` puts batch norms in eval mode.
 
     Attributes:
         recompute: compute quantized weights and activations again in the backward pass instead of keeping them for it.
@@ -169,6 +169,26 @@ class Prepared(CapturedModule):
         copied.save_as_the_model()
         copied.recompute = self.recompute
         return copied
+
+    def train(self, mode: bool = True) -> Prepared:
+        """Switch the mode, as of the model. Frozen norms stay in eval mode."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, MoreThanOneValue):
+                module.training = mode and not self.norms_frozen
+        return self
+
+    def freeze_norms(self, frozen: bool = True) -> Prepared:
+        """Keep the running statistics of all batch norms as they are, and normalise by them, in training mode too.
+
+        The affine parameters of the norms go on learning: `requires_grad_(False)` holds these. Norms that were in eval
+        mode inside of a model in training mode when `prepare` was called are frozen from the outset, and stay so.
+
+        Args:
+            frozen: False lets the statistics move again.
+        """
+        self.norms_frozen = frozen
+        return self.train(self.training)
 
     def __reduce__(self) -> NoReturn:
         raise CheckpointError(

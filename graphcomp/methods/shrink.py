@@ -94,7 +94,7 @@ def shrunk(ready: Prepared) -> Prepared:
     whole.zero_grad()
     small = with_masks(replace(session, plan=plan, quantized=quantized, groups=groups, whole=whole))
     small.set_progress(*ready.progress)
-    small.recompute = ready.recompute
+    small.recompute, small.norms_frozen = ready.recompute, ready.norms_frozen
     small.train(ready.training)
     return small
 

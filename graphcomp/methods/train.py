@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -66,6 +67,8 @@ class Training:
             warm-up over the first twentieth of the run, 100 steps at most, then a cosine down to 0.
         accumulate: so many batches make a step. What is left over at the end of a pass makes one, too.
         clip_norm: the largest norm of the gradients of all weights together.
+        freeze_norms: number of steps (int), or share of the run (float below 1), after which batch norms keep their
+            running statistics and normalise by them. None: the statistics move to the end.
         shrink: a long cool-down trains the module without the units that are gone, in less time (`QASSO.shrink`).
         autocast: torch.bfloat16 or torch.float16: the model and the loss run under `torch.autocast`, quantizers and the
             optimizer in the dtype of the weights. With float16 the loss is scaled (`torch.amp.GradScaler`); steps that
@@ -94,6 +97,7 @@ class Training:
     scheduler: Callable[[Optimizer], LRScheduler] | None = None
     accumulate: int = 1
     clip_norm: float | None = None
+    freeze_norms: float | None = None
     shrink: bool = True
     autocast: torch.dtype | None = None
     folder: str | Path | None = None
@@ -117,6 +121,13 @@ class Training:
             number = getattr(self, name)
             if number is not None and not (is_number(number) and number >= 0):
                 raise PlanError(f"Training({name}={number!r})", why="it is a number, 0 at least", fix=f"{name}=1e-3")
+        begin = self.freeze_norms
+        if begin is not None and not (is_number(begin) and begin >= 0 and (is_whole(begin) or begin < 1)):
+            raise PlanError(
+                f"Training(freeze_norms={begin!r})",
+                why="must be a number of steps (int), or a share of the run (float from 0 to below 1)",
+                fix="freeze_norms=0.8",
+            )
         for name in self.options:
             if name in ELSEWHERE:
                 raise PlanError(
@@ -264,6 +275,24 @@ class Whole:
         captured = ready.session.plan.captured
         return Whole(ready, captured.original, captured.args, captured.kwargs)
 
+    def train(self) -> None:
+        """Switch to training mode; what the user put in eval mode inside of a model in training mode stays in it."""
+        prepared = [m for m in self.module.modules() if isinstance(m, Prepared)]
+        inside = {id(m) for ready in prepared for m in ready.modules()}  # its graph knows which ops follow the mode
+        held = [m for m in self.module.modules() if not m.training and id(m) not in inside]
+        held = held if self.module.training else []
+        self.module.train()
+        for module in held:
+            module.training = False
+
+    def freeze_norms(self) -> None:
+        """Keep the running statistics of all batch norms as they are."""
+        for module in self.module.modules():
+            if isinstance(module, Prepared):
+                module.freeze_norms()
+            elif isinstance(module, _BatchNorm) and module.track_running_stats:
+                module.training = False
+
     def around(self, ready: Prepared) -> tuple[str, list[nn.Parameter]]:
         """Where `ready` stands, as a prefix of names, and the parameters outside of it that can be trained."""
         prefix = next(f"{name}." if name else "" for name, m in self.module.named_modules() if m is ready)
@@ -321,7 +350,7 @@ def train(
         run.resume()
         with show_progress(run.total, progress) as bar:
             bar.done = run.step
-            run.whole.module.train()
+            run.whole.train()
             try:
                 run.go(bar)
                 # statistics of batch norms are each process's own
@@ -337,6 +366,7 @@ class _Run:
 
     Attributes:
         total: steps of the run.
+        freeze_from: the step before which batch norms are to be frozen; None: frozen already, or not at all.
         step: steps that are done.
         epoch, position: the pass over the data, and how many of its batches were used.
         epoch_state: the random states when the pass began, which its order follows from.
@@ -380,6 +410,8 @@ class _Run:
         self.scheduler = _scheduler(training.scheduler or _cosine(self.total), self.optimizer)
         self.weights = self._weights()
         self.is_weight = torch.tensor([site.is_weight for site, _ in ready.quantizers()], dtype=torch.bool)
+        begin = training.freeze_norms
+        self.freeze_from = round(begin * self.total) if isinstance(begin, float) else begin
         self.generators = generators_of(data)
         self.folder: RunFolder | None = None
         if training.folder is not None:
@@ -467,6 +499,9 @@ class _Run:
 
     def _step(self, chunk: Sequence[Any]) -> bool:
         """One step; False where the scaler skipped it, as gradients were not finite at its scale."""
+        if self.freeze_from is not None and self.step >= self.freeze_from:
+            self.whole.freeze_norms()
+            self.freeze_from = None
         stage = self.optimizer.stage
         total = torch.zeros((), device=self.device)
         for given in chunk:
@@ -765,6 +800,7 @@ def _about_training(training: Training, data: Iterable[Any], lr: float, base: ty
         "clip_norm": str(training.clip_norm),
         "shrink": str(training.shrink),
         "epochs": str(training.epochs),
+        **({"freeze_norms": str(training.freeze_norms)} if training.freeze_norms is not None else {}),
         **({"autocast": str(training.autocast)} if training.autocast is not None else {}),
         **({"processes": str(processes.count())} if processes.count() > 1 else {}),
     }

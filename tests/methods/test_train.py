@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import itertools
 import json
 import math
 import random
@@ -1129,3 +1130,54 @@ def test_a_picture_without_matplotlib_or_without_a_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ExportError, match=r"pip install 'graphcomp\[viz\]'"):
         gc.plot(tmp_path, tmp_path / "run.png")
+
+
+# ------------------------------------------------------------------------------------------------ frozen norms
+def statistics_at(steps, **options):
+    """Whether the running mean moves in each step but the first, of a run of so many."""
+    seen = []
+
+    def watch(output, batch):
+        seen.append(ready.get_buffer("1.running_mean").clone())
+        return loss(output, batch)
+
+    ready = copy.deepcopy(prepared())
+    train(ready, loader(), watch, gc.Training(steps=steps, **options), sparsity=0.0, progress=False)
+    return [bool((a != b).any()) for a, b in itertools.pairwise(seen)]
+
+
+@pytest.mark.parametrize("begin", [6, 0.75])
+def test_norms_are_frozen_after_so_many_steps(begin):
+    assert statistics_at(8, freeze_norms=begin) == [True] * 5 + [False] * 2
+    assert all(statistics_at(8))
+
+
+def test_a_run_with_frozen_norms_goes_on_bit_for_bit(tmp_path):
+    options = {"sparsity": 0.0, "training": gc.Training(steps=8, freeze_norms=3, folder=tmp_path, save_every=1)}
+    with pytest.raises(Stopped):
+        run(loss=stopping(6), **options)
+    assert same(run(**options), run(sparsity=0.0, training=gc.Training(steps=8, freeze_norms=3)))
+
+
+def test_norms_outside_of_the_scope_stay_as_the_user_set_them():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.held, self.free = convnet(), nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            return self.free(self.held(self.body(x)))
+
+    model = Model().train()
+    model.held.eval()
+    small = compress(model, scope="body", sparsity=0.3)
+    assert not small.module.held.running_mean.any() and small.module.free.running_mean.any()
+    assert [m.training for m in (model, model.held, model.free)] == [True, False, True]
+    small = compress(Model(), scope="body", sparsity=0.3, training=gc.Training(steps=8, freeze_norms=0))
+    assert not small.module.held.running_mean.any() and not small.module.free.running_mean.any()
+
+
+@pytest.mark.parametrize("wrong", [-1, 1.0, "last", True])
+def test_a_wrong_begin_of_frozen_norms_is_refused(wrong):
+    with pytest.raises(gc.PlanError, match="freeze_norms"):
+        gc.Training(steps=8, freeze_norms=wrong)
