@@ -92,7 +92,7 @@ def _redrawn_floats(known: Tensor, generator: torch.Generator) -> Tensor:
     (a mask of 0 and -inf) is permuted along the last dim.
     """
     wide = known if known.dtype == torch.float64 else known.float()
-    distinct = wide.unique().numel()
+    distinct = len(torch.unique(wide))
     if distinct == 2 and wide.numel() > 2:
         return _permuted(wide, generator)
     if distinct <= 1:
@@ -183,7 +183,7 @@ def _other_length(length: int, allowed: Any) -> int:
 def _expressions(place: Any) -> list[Any]:
     """Return the shape of an input, symbolic lengths as sympy expressions."""
     tensors = tensor_values(place)
-    shape = tensors[0].shape if tensors else ()
+    shape: Any = tensors[0].shape if tensors else ()
     return [size.node.expr if isinstance(size, torch.SymInt) else int(size) for size in shape]
 
 
@@ -194,8 +194,8 @@ def _fit(leaf: Any, shape: list[Any], values: Mapping[sympy.Symbol, int]) -> tup
     if len(shape) != leaf.dim():
         return None
     for dim, size in enumerate(shape):
-        length = size.subs(values) if isinstance(size, sympy.Expr) else leaf.shape[dim]
-        if not isinstance(length, int) and not length.is_Integer:
+        length: Any = size.subs(values) if isinstance(size, sympy.Expr) else sympy.Integer(leaf.shape[dim])
+        if not length.is_Integer:
             return None
         if int(length) != leaf.shape[dim]:
             leaf = leaf.index_select(dim, torch.arange(int(length), device=leaf.device) % leaf.shape[dim])
