@@ -32,7 +32,7 @@ from graphcomp.errors import CalibrationError, CaptureError, InputError, Nothing
 from graphcomp.graph import replace_module
 from graphcomp.graph_module import copied
 from graphcomp.methods import processes
-from graphcomp.methods.prepared import Prepared, prepare_graph, training_config, unwrapped
+from graphcomp.methods.prepared import LayerBits, Prepared, prepare_graph, training_config, unwrapped
 from graphcomp.methods.shrink import shrunk
 from graphcomp.methods.train import Phase, Training, Whole, parts, phases_of, train
 from graphcomp.progress import progress as show_progress
@@ -77,7 +77,7 @@ def compress(
     *,
     sparsity: float | None = None,
     bits: int | tuple[int, int] | None = None,
-    activation_bits: int | Literal["same"] | None = "same",
+    activation_bits: int | tuple[int, int] | Literal["same"] | None = "same",
     group_size: int = 0,
     calibration: Iterable[Any] | None = None,
     rounding: Rounding = "nearest",
@@ -113,7 +113,8 @@ def compress(
             nearest whole unit. Default: 0.5, where the method prunes.
         bits: of weights and activations, 2 to 16; None: no quantization. One-shot, the first and the last layer get 8
             at least. In training also a range, (4, 8): each layer ends with bits of its own.
-        activation_bits: where they differ from `bits`; None: weights only, activations stay float.
+        activation_bits: where they differ from `bits`, in training also a range; None: weights only, activations stay
+            float.
         group_size: so many input indices of a weight share a step; 0: one step per output channel.
         calibration: batches in the form of the example inputs (of the whole model, with a scope too), off which the
             ranges of activations are read. Without it they are read off the example inputs, and the report says so.
@@ -168,10 +169,10 @@ def compress(
         one_shot_only = {
             "ranking": ranking != "global", "reduce_range": reduce_range,
             "quantization": quantization is not None, "group_size": group_size, "rounding": rounding != "nearest",
-            "activation_bits": activation_bits not in ("same", None),
         }  # fmt: skip
         _check_trainable(method, [name for name, given in one_shot_only.items() if given])
         phases = phases_of(method, sparsity, bits, budget)
+        _activation_limits(bits, activation_bits)
         if calibration is not None and bits is None:
             raise PlanError(
                 f"calibration with method={method!r}, and no bits are given",
@@ -192,7 +193,6 @@ def compress(
                 _prepared,
                 example_inputs=example_inputs,
                 example_kwargs=example_kwargs,
-                activation_bits=None if activation_bits is None else "same",
                 ignore=ignore,
                 prune=prune,
                 scope=scope,
@@ -212,6 +212,7 @@ def compress(
             scope=scope,
             sparsity=sparsity,
             bits=_limits(bits),
+            activation_bits=activation_bits,
             calibration=calibration,
             progress=progress,
         )
@@ -221,7 +222,7 @@ def compress(
         if not scope:
             return small
         return _whole(trained_model.train(model.training), small, scope, example_inputs, example_kwargs)
-    _check_one_shot(bits, training)
+    _check_one_shot(bits, activation_bits, training)
     if sparsity is not None and budget is not None:
         raise PlanError(
             f"sparsity={sparsity!r} beside a budget",
@@ -379,6 +380,7 @@ def _trained(
     scope: str,
     sparsity: float | None,
     bits: tuple[int, int] | None,
+    activation_bits: int | tuple[int, int] | Literal["same"] | None,
     calibration: Iterable[Any] | None,
     progress: bool,
 ) -> Prepared:
@@ -390,7 +392,12 @@ def _trained(
     for phase, training in phases:
         with show_progress(1, progress) as bar:
             bar.step("capturing, coupling and calibrating")
-            quantized = {"bits": bits, "calibration": calibration} if phase.quantizes else {"bits": None}
+            none = {"bits": None, "activation_bits": "same"}
+            quantized = (
+                {"bits": bits, "activation_bits": activation_bits, "calibration": calibration}
+                if phase.quantizes
+                else none
+            )
             ready = prepared(model, **quantized)
         ready.keep({group: kept[group.name] for group in ready.session.groups if group.name in kept})
         own = sparsity if phase.prunes else 0.0
@@ -440,12 +447,13 @@ def _check_arguments(sparsity: float | None, prune: Sequence[str] | None, seed: 
             raise PlanError(f"prune holds {role!r}, which is no role", fix=f"one of {', '.join(near or ROLES)}")
 
 
-def _check_one_shot(bits: Any, training: Training | None) -> None:
-    if isinstance(bits, (tuple, list)):
-        raise PlanError(
-            f"bits={bits!r}: bits between two bounds are learned in training",
-            fix=f"bits={bits[-1] if bits else 8}, or data=loader, loss=lambda output, batch: …, epochs=10",
-        )
+def _check_one_shot(bits: Any, activation_bits: Any, training: Training | None) -> None:
+    for name, asked in (("bits", bits), ("activation_bits", activation_bits)):
+        if isinstance(asked, (tuple, list)):
+            raise PlanError(
+                f"{name}={asked!r}: bits between two bounds are learned in training",
+                fix=f"{name}={asked[-1] if asked else 8}, or data=loader, loss=lambda output, batch: …, epochs=10",
+            )
     if training is not None:
         raise PlanError(
             'method="oneshot" does not train, and a training is asked for',
@@ -541,8 +549,8 @@ def prepare(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     bits: int | tuple[int, int] | None = (4, 8),
-    activation_bits: Literal["same"] | None = "same",
-    layer_bits: Mapping[str, tuple[int, int]] | None = None,
+    activation_bits: int | tuple[int, int] | Literal["same"] | None = "same",
+    layer_bits: Mapping[str, tuple[Any, Any]] | None = None,
     learn_exponent: bool = False,
     calibration: Iterable[Any] | None = None,
     ignore: str | Sequence[str] = (),
@@ -561,8 +569,11 @@ def prepare(
         example_inputs, example_kwargs: as for `compress`.
         bits: the range of bits that each layer's weight and activations end in; an int: exactly these; None: nothing
             is quantized.
-        activation_bits: None: weights only, activations stay float.
-        layer_bits: module name or "re:" pattern -> a range of its own; the last that matches counts.
+        activation_bits: those of activations, where they differ from `bits`: a range, or an int; None: weights only,
+            activations stay float.
+        layer_bits: module name or "re:" pattern -> a range for the layer's weight and for what the layer reads, (4, 8),
+            or one each, ((4, 4), (8, 8)); the last that matches counts, before `bits` and `activation_bits`. Where
+            layers that read one value are given different ranges, the highest counts, and the report says so.
         learn_exponent: let the levels of weights be unevenly spaced, x^t, with t learned. The integers stay integers.
         calibration: batches, in the form of the example inputs, that the first ranges of activations are read off;
             without it, the example inputs.
@@ -618,8 +629,8 @@ def _prepared(
     example_kwargs: Mapping[str, Any] | None,
     *,
     bits: int | tuple[int, int] | None,
-    activation_bits: Literal["same"] | None,
-    layer_bits: Mapping[str, tuple[int, int]] | None = None,
+    activation_bits: int | tuple[int, int] | Literal["same"] | None,
+    layer_bits: Mapping[str, tuple[Any, Any]] | None = None,
     learn_exponent: bool = False,
     calibration: Iterable[Any] | None = None,
     ignore: str | Sequence[str],
@@ -628,7 +639,7 @@ def _prepared(
     outputs: str | Sequence[str] | None,
 ) -> Prepared:
     """As `prepare`, but the tensors are those of `model`, which is trained then."""
-    limits = _limits(bits)
+    limits, of_activations = _limits(bits), _activation_limits(bits, activation_bits)
     captured = capture(model, example_inputs, example_kwargs, scope=scope, outputs=outputs, training=True)
     plan = analyze_captured(captured)
     if captured.producer == "record":
@@ -654,34 +665,69 @@ def _prepared(
             plan,
             groups,
             bits=limits,
-            config=None if limits is None else training_config(limits[1], activation_bits is not None, learn_exponent),
-            layer_bits={name: _range(own) for name, own in (layer_bits or {}).items()},
+            activation_bits=of_activations,
+            config=None
+            if limits is None
+            else training_config(limits[1], of_activations and of_activations[1], learn_exponent),
+            layer_bits={name: _layer_bits(own) for name, own in (layer_bits or {}).items()},
             ignore=ignored,
             batches=batches,
             no_groups=no_groups,
         )
 
 
-def _limits(bits: int | tuple[int, int] | None) -> tuple[int, int] | None:
+def _limits(bits: int | tuple[int, int] | None, name: str = "bits") -> tuple[int, int] | None:
     if bits is None or isinstance(bits, (tuple, list)):
-        return None if bits is None else _range(bits)
-    check_bits(bits)
+        return None if bits is None else _range(bits, name)
+    check_bits(bits, name)
     return bits, bits
 
 
-def _range(bits: Sequence[int]) -> tuple[int, int]:
+def _activation_limits(
+    bits: int | tuple[int, int] | None, activation_bits: int | tuple[int, int] | Literal["same"] | None
+) -> tuple[int, int] | None:
+    """Return the fewest and the most bits of activations; None where activations stay float.
+
+    Raises:
+        PlanError: `activation_bits` is no number of bits, or given where nothing is quantized.
+    """
+    if isinstance(activation_bits, str) and activation_bits != "same":
+        raise PlanError(
+            f"activation_bits={activation_bits!r} is not known",
+            why='activation_bits must be a number of bits, a range, "same" or None',
+            fix="activation_bits=8",
+        )
+    if activation_bits is None or activation_bits == "same":
+        return None if activation_bits is None else _limits(bits)
+    if bits is None:
+        raise PlanError("activation_bits needs bits, got bits=None", fix="bits=8")
+    return _limits(activation_bits, "activation_bits")
+
+
+def _layer_bits(own: Any) -> LayerBits:
+    """Return the ranges of one entry of `layer_bits`.
+
+    Raises:
+        PlanError: the entry is neither a range nor a pair of ranges.
+    """
+    if isinstance(own, (tuple, list)) and len(own) == 2 and all(isinstance(part, (tuple, list)) for part in own):
+        return LayerBits(_range(own[0]), _range(own[1]))
+    return LayerBits(_range(own), _range(own))
+
+
+def _range(bits: Sequence[int], name: str = "bits") -> tuple[int, int]:
     """`bits` as two whole numbers in order.
 
     Raises:
         PlanError: they are not.
     """
     if not isinstance(bits, (tuple, list)) or len(bits) != 2:
-        raise PlanError(f"bits={bits!r} is no pair of bounds", fix="bits=(4, 8)")
+        raise PlanError(f"{name}={bits!r} is no pair of bounds", fix=f"{name}=(4, 8)")
     low, high = bits
-    check_bits(low)
-    check_bits(high)
+    check_bits(low, name)
+    check_bits(high, name)
     if low > high:
-        raise PlanError(f"bits={bits!r}: the fewest come first", fix=f"bits={(high, low)}")
+        raise PlanError(f"{name}={bits!r}: the fewest come first", fix=f"{name}={(high, low)}")
     return low, high
 
 

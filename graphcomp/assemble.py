@@ -111,7 +111,7 @@ REDUCED_BITS = 7
 
 def post_training(
     bits: int | tuple[int, int] | None,
-    activation_bits: int | Literal["same"] | None,
+    activation_bits: int | tuple[int, int] | Literal["same"] | None,
     group_size: int,
     rounding: Rounding,
     ignore: str | Sequence[str],
@@ -130,18 +130,16 @@ def post_training(
                 "activation_bits, group_size, rounding, reduce_range and calibration need bits", fix="bits=8"
             )
         if bits is not None:
-            check_bits(bits)  # type: ignore[arg-type]
+            check_bits(bits)
         return None
     check_bits(bits)
     if rounding not in ("nearest", "second_order"):
         raise PlanError(f"rounding={rounding!r}", fix='rounding="nearest" or rounding="second_order"')
-    acts = bits if activation_bits == "same" else activation_bits
+    acts = bits if activation_bits == "same" else activation_bits and check_bits(activation_bits, "activation_bits")
     least = 8
     if reduce_range:
         bits, least = min(bits, REDUCED_BITS), REDUCED_BITS
     weights = QuantSpec(bits, granularity="group", group_size=group_size) if group_size else replace(WEIGHTS, bits=bits)
-    if acts is not None:
-        check_bits(acts)
     config = QuantConfig(
         weights=weights,
         activations=None if acts is None else replace(ACTIVATIONS, bits=acts),

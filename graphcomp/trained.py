@@ -61,7 +61,7 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
     return with_integers(
         replace(cut, verified=verified),
         quantized,
-        quantized.notes,
+        (*session.notes, *quantized.notes),
         inputs if verify else None,
         measure_latency=measure_latency,
     )

@@ -24,7 +24,8 @@ from graphcomp.quantization.placement import COMPUTE, layer_name, place
 from graphcomp.quantization.ptq import calibrate_activations, calibrate_weights
 from graphcomp.quantization.quantizers.again import made_again
 from graphcomp.quantization.quantizers.base import Quantizer
-from graphcomp.quantization.repeats import quantizer_before, without_repeats
+from graphcomp.quantization.quantizers.geta import GetaQuantizer
+from graphcomp.quantization.repeats import moved_from, quantizer_before, without_repeats
 from graphcomp.quantization.spec import QuantConfig, QuantSpec, matches
 
 SESSION = "graphcomp_session"
@@ -67,6 +68,7 @@ class Session:
         sites: the quantizers.
         bits: the range asked for; None: nothing is quantized.
         config: which tensors are quantized.
+        notes: wishes for bits of single layers that were not met, and why.
         computed: parameters that weights are computed of: what leaves is not held at zero in them, see `computed_with`.
         no_groups: why nothing can be pruned, where `groups` is empty.
         whole: the module as it was before it was shrunk; None: it is whole.
@@ -80,6 +82,7 @@ class Session:
     config: QuantConfig | None
     computed: frozenset[str]
     no_groups: str = ""
+    notes: tuple[str, ...] = ()
     whole: Prepared | None = None
 
     @property
@@ -298,12 +301,19 @@ def unwrapped(module: nn.Module) -> Prepared:
 
 
 # ------------------------------------------------------------------------------------------------ making one
-def training_config(bits: int, activations: bool, learn_exponent: bool) -> QuantConfig:
-    """GETA's quantizers on weights and activations, `bits` at first. Embedding tables are looked up in floats: they are
-    quantized when training is over."""
+def training_config(bits: int, activation_bits: int | None, learn_exponent: bool) -> QuantConfig:
+    """Return the configuration of GETA's quantizers on weights and activations, with the bits that training starts at.
+
+    Embedding tables are looked up in floats, and quantized when training is over.
+
+    Args:
+        bits: of weights.
+        activation_bits: of activations; None: activations stay float.
+        learn_exponent: whether quantizers of weights learn an exponent.
+    """
     return QuantConfig(
         weights=QuantSpec(bits, kind="geta", learn_exponent=learn_exponent),
-        activations=QuantSpec(bits, kind="geta") if activations else None,
+        activations=None if activation_bits is None else QuantSpec(activation_bits, kind="geta"),
         embeddings=None,
         first_and_last_bits=bits,
     )
@@ -314,8 +324,9 @@ def prepare_graph(
     groups: Sequence[ChannelGroup],
     *,
     bits: tuple[int, int] | None,
+    activation_bits: tuple[int, int] | None,
     config: QuantConfig | None,
-    layer_bits: Mapping[str, tuple[int, int]],
+    layer_bits: Mapping[str, LayerBits],
     ignore: Sequence[str],
     batches: Sequence[Sequence[Any]],
     no_groups: str = "",
@@ -325,25 +336,28 @@ def prepare_graph(
     Args:
         plan: of a model whose tensors the result will share, and train.
         groups: of `plan`, whose units may go.
-        bits: the range of bits; None: no quantizers.
-        config: where quantizers go, at the most bits of the range.
-        layer_bits: module name or "re:" pattern -> a range of its own; the last that matches counts.
+        bits: the range of bits of weights; None: no quantizers.
+        activation_bits: the range of bits of activations; None: activations stay float.
+        config: where quantizers go, at the most bits of each range.
+        layer_bits: module name or "re:" pattern -> ranges of its own; the last that matches counts.
         ignore: modules that stay float.
         batches: flat inputs that the ranges of activations are read off.
     """
     quantized = plan
     sites: tuple[Site, ...] = ()
+    notes: tuple[str, ...] = ()
     if bits is not None and config is not None:
         floats = plan.captured.module
         placement = place(floats, config, ignore, folded_nodes(floats.graph))
         graph = InsertQuantizers(without_repeats(placement))(floats)
         _calibrate(graph, batches)
         calibrate_weights(graph)
-        sites = _sites(graph, bits, layer_bits)
+        sites, notes = _Ranges(graph, bits, activation_bits or bits, layer_bits).sites()
+        _start_at_the_most(graph, sites)
         quantized = analyze_captured(replace(plan.captured, module=graph))
     by_name = {group.name: group for group in quantized.groups}
     chosen = tuple(by_name[group.name] for group in groups)
-    session = Session(plan, quantized, chosen, sites, bits, config, computed_with(plan.coupling), no_groups)
+    session = Session(plan, quantized, chosen, sites, bits, config, computed_with(plan.coupling), no_groups, notes)
     ready = with_masks(session)
     ready.train(plan.model.training)
     return ready
@@ -407,30 +421,93 @@ def _check_batch_norms(masked: fx.GraphModule) -> None:
             node.replace_input_with(read, check)
 
 
-def _sites(graph: fx.GraphModule, bits: tuple[int, int], layer_bits: Mapping[str, tuple[int, int]]) -> tuple[Site, ...]:
-    constant = constants_with_quantizers(graph)
-    found: dict[str, Site] = {}
-    unmatched = set(layer_bits)
-    for node, _ in quantizer_nodes(graph):
-        (source,) = node.all_input_nodes
-        is_weight = node in constant
-        layer = layer_name(source, constant) if is_weight else source.name
-        low, high = bits
-        paths = {module_path(user) for user in node.users} | {layer}
-        for pattern, own in layer_bits.items():
-            if any(matches(pattern, path) for path in paths):
-                low, high = own
-                unmatched.discard(pattern)
-        if str(node.target) not in found:
-            parameter = parameter_behind(graph, source) if is_weight else ""
-            found[str(node.target)] = Site(str(node.target), layer, parameter, is_weight, low, high)
-    if unmatched:
-        layers = dict.fromkeys(site.layer for site in found.values() if site.is_weight)
-        raise PlanError(
-            f"layer_bits names {', '.join(sorted(unmatched))}, which is no module with a quantizer",
-            fix=f"quantized layers: {', '.join(layers)}",
-        )
-    return tuple(found.values())
+@dataclass(frozen=True)
+class LayerBits:
+    """Ranges of bits that one layer is given by name: of its weight, and of what the layer reads."""
+
+    weights: tuple[int, int]
+    activations: tuple[int, int]
+
+
+class _Ranges:
+    """The range of bits of each quantizer: the general one, or one that a layer was given by name."""
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        bits: tuple[int, int],
+        activation_bits: tuple[int, int],
+        layer_bits: Mapping[str, LayerBits],
+    ) -> None:
+        self.graph, self.bits, self.activation_bits, self.layer_bits = graph, bits, activation_bits, layer_bits
+        self.constant = constants_with_quantizers(graph)
+        self.matched: set[str] = set()
+        self.notes: list[str] = []
+
+    def sites(self) -> tuple[tuple[Site, ...], tuple[str, ...]]:
+        """Return the quantizers with their ranges, and a note for each wish that is not met.
+
+        Raises:
+            PlanError: an entry of `layer_bits` names no layer with a quantizer.
+        """
+        nodes: dict[str, list[fx.Node]] = {}
+        for node, _ in quantizer_nodes(self.graph):
+            nodes.setdefault(str(node.target), []).append(node)
+        found = tuple(self._site(name, readers) for name, readers in nodes.items())
+        if unmatched := sorted(self.layer_bits.keys() - self.matched):
+            layers = dict.fromkeys(site.layer for site in found if site.is_weight)
+            raise PlanError(
+                f"layer_bits names {', '.join(unmatched)}, which is no module with a quantizer",
+                fix=f"quantized layers: {', '.join(layers)}",
+            )
+        return found, tuple(self.notes)
+
+    def _site(self, name: str, nodes: Sequence[fx.Node]) -> Site:
+        """Return the site of one quantizer, which stands at each of `nodes`."""
+        (source,) = nodes[0].all_input_nodes
+        is_weight = nodes[0] in self.constant
+        layer = layer_name(source, self.constant) if is_weight else source.name
+        paths = {module_path(reader): None for node in nodes for reader in _readers(node)} | {layer: None}
+        wishes = {path: wish for path in paths if (wish := self._wish(path, is_weight)) is not None}
+        low, high = self.bits if is_weight else self.activation_bits
+        if wishes:
+            low, high = max(wishes.values(), key=lambda own: (own[1], own[0]))
+        for path, wish in wishes.items():
+            if wish != (low, high):
+                what = "weight" if is_weight else "input"
+                self.notes.append(
+                    f"{path}: its {what} has {low} to {high} bits, not {wish[0]} to {wish[1]}, "
+                    f"as it shares the quantizer of {layer} with {', '.join(p for p in wishes if p != path)}"
+                )
+        parameter = parameter_behind(self.graph, source) if is_weight else ""
+        return Site(name, layer, parameter, is_weight, low, high)
+
+    def _wish(self, path: str, is_weight: bool) -> tuple[int, int] | None:
+        """Return the range that the last matching entry of `layer_bits` gives; None without one."""
+        found = None
+        for pattern, own in self.layer_bits.items():
+            if matches(pattern, path):
+                found = own.weights if is_weight else own.activations
+                self.matched.add(pattern)
+        return found
+
+
+@torch.no_grad()
+def _start_at_the_most(graph: fx.GraphModule, sites: Sequence[Site]) -> None:
+    """Give quantizers that learn their bits the most bits of their range."""
+    for site in sites:
+        quantizer = graph.get_submodule(site.name)
+        if isinstance(quantizer, GetaQuantizer) and round(float(quantizer.bits)) != site.high:
+            quantizer.project_bits(site.high, site.high)
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the ops that read the elements of `node`, through ops that only move them."""
+    for user in node.users:
+        if moved_from(user) is node:
+            yield from _readers(user)
+        else:
+            yield user
 
 
 def operands(session: Session) -> dict[str, tuple[str, list[str]]]:

@@ -74,14 +74,15 @@ class QuantSpec:
         return (1 << (self.bits - 1 if self.symmetric else self.bits)) - 1
 
 
-def check_bits(bits: int) -> None:
-    """Raise PlanError unless `bits` is a whole number from 2 to 16."""
+def check_bits(bits: Any, name: str = "bits") -> int:
+    """Return `bits`, the argument called `name`. Raise PlanError unless it is a whole number from 2 to 16."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
         raise PlanError(
-            f"bits={bits!r} is not a whole number from {MIN_BITS} to {MAX_BITS}",
+            f"{name}={bits!r} is not a whole number from {MIN_BITS} to {MAX_BITS}",
             why="one bit leaves no symmetric level but 0, and above 16 nothing is gained over float16",
-            fix="bits=8",
+            fix=f"{name}=8",
         )
+    return bits
 
 
 def _check_word(name: str, value: Any, words: tuple[str, ...]) -> None:

@@ -8,10 +8,11 @@ import threading
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 import graphcomp as gc
-from graphcomp.methods.prepared import unwrapped
+from graphcomp.methods.prepared import Prepared, unwrapped
 from graphcomp.quantization.quantizers.base import Quantizer
 from tests.marks import slow
 from tests.quantization.models import encoder
@@ -95,13 +96,16 @@ def test_tied_weights_stay_one_parameter():
 # ------------------------------------------------------------------------------------------------ bits
 def test_bits_start_at_the_most_and_are_told_by_layer():
     ready = ready_of("residual", bits=(4, 8), layer_bits=(("head", (2, 6)), ("re:first", (4, 5))))
-    assert set(map(round, bits_of(ready).values())) == {8}  # the optimizer brings layers of their own range into it
+    most = {site.name: site.high for site, _ in ready.quantizers()}
+    assert {name: round(bits) for name, bits in bits_of(ready).items()} == most
     assert {(s.layer, s.low, s.high) for s, _ in ready.quantizers() if s.is_weight} >= {
         ("stem.0", 4, 8), ("first.0", 4, 5), ("first.3", 4, 5), ("head", 2, 6)
     }  # fmt: skip
     found = ready.bits()
     assert found.keys() == {"stem.0", "first.0", "first.3", "second.0", "second.3", "shortcut", "head"}
-    assert all(pair == (8, 8) for pair in found.values())
+    assert {layer: pair[0] for layer, pair in found.items()} == {
+        "stem.0": 8, "first.0": 5, "first.3": 5, "second.0": 8, "second.3": 8, "shortcut": 8, "head": 6
+    }  # fmt: skip
 
 
 def test_the_last_pattern_that_matches_counts():
@@ -117,6 +121,62 @@ def test_weights_alone_and_layers_left_float():
     assert not any(layer.startswith("first") for layer in found)
     assert all(pair == (8, 32) for pair in found.values())
     assert not any(group.name.startswith("first") for group in ready.session.groups)
+
+
+def ranges(ready: Prepared, *, weights: bool) -> set[tuple[int, int]]:
+    """The ranges of all quantizers of weights, or of activations."""
+    return {(site.low, site.high) for site, _ in ready.quantizers() if site.is_weight == weights}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [(8, (8, 8)), ((6, 8), (6, 8)), ("same", (2, 4))], ids=["number", "range", "same"]
+)
+def test_activations_have_bits_of_their_own(given, expected):
+    ready = ready_of("residual", bits=(2, 4), activation_bits=given)
+    assert ranges(ready, weights=True) == {(2, 4)} and ranges(ready, weights=False) == {expected}
+    assert {read for _, read in ready.bits().values()} == {float(expected[1])}
+
+
+@pytest.mark.parametrize("wrong", ["nonsense", 1, 8.0, (8, 4), (4, 5, 6)])
+def test_activation_bits_are_checked(wrong):
+    with pytest.raises(gc.PlanError, match="activation_bits"):
+        gc.prepare(model_of("mlp"), batch("mlp"), bits=(4, 8), activation_bits=wrong)
+    with pytest.raises(gc.PlanError, match="activation_bits needs bits"):
+        gc.prepare(model_of("mlp"), batch("mlp"), bits=None, activation_bits=8)
+
+
+def test_a_layer_given_a_pair_of_ranges_reads_bits_of_its_own():
+    ready = ready_of("residual", bits=(4, 4), activation_bits=8, layer_bits=(("head", ((2, 2), (6, 6))),))
+    found = gc.finalize(ready).report.layers
+    assert {(row.weight_bits, row.activation_bits) for row in found if row.name == "head"} == {(2, 6)}
+    assert {(row.weight_bits, row.activation_bits) for row in found if row.name != "head"} == {(4, 8)}
+
+
+class Shared(nn.Module):
+    """Two layers read one value, the first of them through a pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 2, 1), nn.Conv2d(4, 2, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.a(x).relu()
+        return self.b(functional.max_pool2d(hidden, 2)), self.c(hidden)
+
+
+def test_a_wish_reaches_the_quantizer_in_front_of_a_pooling():
+    x = torch.randn(2, 2, 6, 6)
+    ready = gc.prepare(Shared().eval(), x, bits=4, activation_bits=8, layer_bits={"b": (3, 3)})
+    assert ready.bits() == {"a": (4, 8), "b": (3, 3), "c": (4, 3)}
+    assert {(s.low, s.high) for s, _ in ready.quantizers() if s.layer == "relu"} == {(3, 3)}
+
+
+def test_layers_that_share_a_quantizer_and_ask_for_different_bits_are_named():
+    x = torch.randn(2, 2, 6, 6)
+    ready = gc.prepare(Shared().eval(), x, bits=4, layer_bits={"b": (3, 3), "c": (6, 6)})
+    assert {(s.low, s.high) for s, _ in ready.quantizers() if s.layer == "relu"} == {(6, 6)}
+    (note,) = ready.session.notes
+    assert note.startswith("b: its input has 6 to 6 bits, not 3 to 3") and "with c" in note
 
 
 def test_ranges_of_activations_are_read_off_the_calibration_data():
