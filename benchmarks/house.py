@@ -1,0 +1,152 @@
+"""Counts that show the structure of the package, for a table of before and after.
+
+    python -m benchmarks.house                       # of this checkout
+    python -m benchmarks.house --root ../other       # of another checkout, beside this one in one table
+    python -m benchmarks.house --imports             # seconds that importing graphcomp takes over torch alone
+
+Everything but the import time is read off the source by `ast`; nothing of the package is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import common
+from benchmarks.common import CHECKOUT, section, table
+
+PACKAGE = "graphcomp"
+CARRIERS = ("GraphModule", "CapturedModule", "fx.Graph", "nn.Module", "Captured", "Program")
+"""Types of the fields by which a class carries a graph or a model."""
+GRAPHS = ("GraphModule", "CapturedModule", "Program")
+"""Types by which a function that takes one first, and returns one or nothing, counts as a pass."""
+ROUNDS = 5
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, action="append", default=[], metavar="DIR", help="another checkout")
+    parser.add_argument("--imports", action="store_true", help="measure the import time, too")
+    options = parser.parse_args()
+    print(common.header(), flush=True)
+    roots = [*options.root, CHECKOUT]
+    columns = [counts(root) for root in roots]
+    rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    section("Structure", table(["count", *(root.resolve().name for root in roots)], rows))
+    if options.imports:
+        section("Import", table(["statement", "s (median)", "min", "max"], [imports(s) for s in STATEMENTS]))
+
+
+# ------------------------------------------------------------------------------------------------ counts
+def counts(root: Path) -> dict[str, str]:
+    """Name of the count -> the count, of one checkout."""
+    paths = sorted((root / PACKAGE).rglob("*.py"))
+    trees = {path.relative_to(root / PACKAGE): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+    functions = [(path, f) for path, tree in trees.items() for f in nodes(tree, Function)]
+    classes = [(path, c) for path, tree in trees.items() for c in nodes(tree, ast.ClassDef)]
+    carriers = sorted({c.name for _, c in classes if carries(c)})
+    conventions = Counter(convention for _, f in functions if (convention := convention_of(f)))
+    private = {name for tree in trees.values() for name in private_names(tree)}
+    private_files = [path for path, tree in trees.items() if set(private_names(tree))]
+    return {
+        "modules in the root": str(sum(len(path.parts) == 1 for path in trees)),
+        "modules": str(len(trees)),
+        "largest module, lines": largest([(str(path), end(tree)) for path, tree in trees.items()]),
+        "largest class, lines": largest([(c.name, lines(c)) for _, c in classes]),
+        "largest function, lines": largest([(f.name, lines(f)) for _, f in functions]),
+        "most parameters": largest([(f.name, parameters(f)) for _, f in functions]),
+        "functions of more than 10 parameters": str(sum(parameters(f) > 10 for _, f in functions)),
+        "classes that carry a graph or a model": str(len(carriers)),
+        "calling conventions of functions from graph to graph": str(len(conventions)),
+        "functions from graph to graph": str(sum(conventions.values())),
+        "private torch names": str(len(private)),
+        "files with private torch names": str(len(private_files)),
+    }
+
+
+def nodes(tree: ast.AST, kind: Any) -> Iterator[Any]:
+    """All nodes of one kind."""
+    return (node for node in ast.walk(tree) if isinstance(node, kind))
+
+
+def lines(node: ast.stmt) -> int:
+    """Number of source lines, decorators left out."""
+    return (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+def end(tree: ast.Module) -> int:
+    """The last line of a module."""
+    return max((node.end_lineno or 0 for node in tree.body), default=0)
+
+
+def largest(found: Sequence[tuple[str, int]]) -> str:
+    """The largest number, and its name."""
+    name, number = max(found, key=lambda pair: pair[1])
+    return f"{number} ({name})"
+
+
+def parameters(function: Function) -> int:
+    """Number of parameters, self left out."""
+    own = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+    return sum(a.arg not in ("self", "cls") for a in own)
+
+
+def carries(kind: ast.ClassDef) -> bool:
+    """Whether a field of the class, or an attribute that __init__ annotates or takes, is a graph or a model."""
+    fields = [node.annotation for node in kind.body if isinstance(node, ast.AnnAssign)]
+    inits = [f for f in kind.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
+    taken = [a.annotation for f in inits for a in (*f.args.args, *f.args.kwonlyargs) if a.annotation]
+    return any(ast.unparse(a).removeprefix("fx.").split(" | ")[0] in CARRIERS for a in (*fields, *taken))
+
+
+def convention_of(function: Function) -> str:
+    """How a function from graph to graph (or to nothing, in place) is called; "" for any other function."""
+    own = [a for a in function.args.args if a.arg not in ("self", "cls")]
+    if not own or own[0].annotation is None or function.returns is None:
+        return ""
+    first, result = (ast.unparse(a).removeprefix("fx.") for a in (own[0].annotation, function.returns))
+    if first not in GRAPHS or result not in (*GRAPHS, "None"):
+        return ""
+    others = [ast.unparse(a.annotation) for a in (*own[1:], *function.args.kwonlyargs) if a.annotation]
+    return f"{first}, {', '.join(others)} -> {result}"
+
+
+def private_names(tree: ast.AST) -> Iterator[str]:
+    """Dotted names below torch that begin with an underscore somewhere; dunder names left out."""
+    for node in nodes(tree, ast.ImportFrom):
+        if node.module and node.module.split(".")[0] == "torch":
+            yield from (n for a in node.names if is_private(n := f"{node.module}.{a.name}"))
+    for node in nodes(tree, ast.Attribute):
+        name = ast.unparse(node)
+        if name.startswith("torch.") and "(" not in name and is_private(name) and not name.startswith("torch.ops."):
+            yield name
+
+
+def is_private(name: str) -> bool:
+    """Whether a part of a dotted name is private."""
+    return any(part.startswith("_") and not part.startswith("__") for part in name.split("."))
+
+
+# ------------------------------------------------------------------------------------------------ import time
+STATEMENTS = ("import torch", "import torch, torch.export", "import graphcomp")
+
+
+def imports(statement: str) -> list[str]:
+    """Seconds of a statement in fresh interpreters, as a row of the table."""
+    code = f"import time; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)"
+    command = [sys.executable, "-c", code]
+    found = [float(subprocess.check_output(command, text=True, cwd=CHECKOUT)) for _ in range(ROUNDS + 1)][1:]
+    return [statement, *(f"{value:.2f}" for value in (statistics.median(found), min(found), max(found)))]
+
+
+if __name__ == "__main__":
+    main()
