@@ -320,7 +320,8 @@ def _check_masked(plan: Analysis, kept: Kept, small: fx.GraphModule) -> float:
     outputs = []
     for graph in (masked, small):
         with same_buffers(graph), torch.no_grad():
-            outputs.append(graph(*captured.args, **captured.kwargs))
+            args, kwargs = captured.inputs()
+            outputs.append((graph(*args, **kwargs), args, kwargs))
     expected, actual = outputs
     error = relative_error(expected, actual)
     allowed = tolerance_of(expected)

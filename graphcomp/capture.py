@@ -49,6 +49,7 @@ from graphcomp.graph_module import (
     tensor_leaves,
     tensor_names,
 )
+from graphcomp.inputs import copies
 from graphcomp.record import record
 from graphcomp.untouched import untouched
 
@@ -78,7 +79,7 @@ class Captured:
             tensors have no users), get_attr nodes under the model's own tensor names, call_function nodes, one output.
             In eval mode, whatever mode the model is in. Its tensors are the model's own.
         original: the model, or its submodule named by `scope`.
-        args, kwargs: example inputs of `original`.
+        args, kwargs: example inputs of `original`, copies of the caller's. A run gets copies of these: `inputs()`.
         producer: "export", or "record" where export refused: then the graph holds for one path and one shape.
         reason: why export refused, in a line; "" for "export".
         output_names: one per tensor output of the graph, such as "logits", "out.aux" or "0".
@@ -95,6 +96,10 @@ class Captured:
     output_names: tuple[str, ...]
     aliases: dict[str, tuple[str, ...]]
     scope: str
+
+    def inputs(self) -> tuple[Args, Kwargs]:
+        """Return copies of the example inputs: a run may write into them."""
+        return copies((self.args, self.kwargs))
 
 
 def capture(
@@ -127,7 +132,7 @@ def capture(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"the model is a {type(model).__name__}", fix="give a torch.nn.Module")
-    args, kwargs = example_arguments(example_inputs, example_kwargs)
+    args, kwargs = copies(example_arguments(example_inputs, example_kwargs))
     _check_initialized(model)
     in_training = model.training
     if scope:
@@ -243,14 +248,9 @@ def scoped(model: nn.Module, scope: str, args: Args, kwargs: Kwargs) -> tuple[nn
 
 def _run(model: nn.Module, args: Args, kwargs: Kwargs) -> Any:
     """A plain forward pass without gradients, on copies of the inputs (a model may write into them)."""
-    args, kwargs = _copied(args, kwargs)
+    args, kwargs = copies((args, kwargs))
     with torch.no_grad():
         return model(*args, **kwargs)
-
-
-def _copied(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-    copied: tuple[Args, Kwargs] = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), (args, kwargs))
-    return copied
 
 
 # ---------------------------------------------------------------------------------------------- export
@@ -446,7 +446,7 @@ def _unlifted(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, tu
 # ---------------------------------------------------------------------------------------------- record
 def _record(model: nn.Module, args: Args, kwargs: Kwargs, refusal: Exception) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """The graph of one real run, or the error that says why there is none."""
-    copied_args, copied_kwargs = _copied(args, kwargs)
+    copied_args, copied_kwargs = copies((args, kwargs))
     try:
         with untouched(model, real=True):
             recording = record(model, copied_args, copied_kwargs)

@@ -10,6 +10,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from graphcomp.graph_module import leaf_names
+
 T = TypeVar("T")
 
 IMMUTABLE = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, types.FunctionType)
@@ -29,6 +31,26 @@ def copies(values: T) -> T:
 
     result: T = pytree.tree_map(copied, values)
     return result
+
+
+def updates(before: Any, after: Any) -> dict[str, Tensor]:
+    """Return what a run made of its inputs: "input <name>" -> tensor, of those with other values than in `before`."""
+    old = _named(before)
+    return {f"input {name}": new for name, new in _named(after).items() if not _same(new, old.get(name))}
+
+
+def _named(values: Any) -> dict[str, Tensor]:
+    leaves, spec = pytree.tree_flatten(values)
+    return {name: leaf for name, leaf in zip(leaf_names(spec), leaves, strict=True) if isinstance(leaf, Tensor)}
+
+
+def _same(new: Tensor, old: Tensor | None) -> bool:
+    if old is None:  # the run put it into a list or dict of the caller's
+        return False
+    if new.is_meta or new.layout is not torch.strided:
+        return True
+    old = old.to(new.dtype)
+    return new.shape == old.shape and bool(((new == old) | ((new != new) & (old != old))).all())
 
 
 def _copy(leaf: Any) -> Any:

@@ -87,11 +87,15 @@ def check_law(
     wanted = analysis.groups if groups is None else tuple(analysis.group(name) for name in groups)
     masked = InsertMasks(analysis.coupling, wanted)(captured.module)
     held = InsertMasks(analysis.coupling, wanted, held=True)(captured.module)
-    args, kwargs = captured.args, captured.kwargs
+
+    def run(module: nn.Module) -> Any:
+        args, kwargs = captured.inputs()
+        return module(*args, **kwargs), args, kwargs
+
     with torch.no_grad(), untouched(captured.original, real=True):
-        dense = captured.original(*args, **kwargs)
+        dense = run(captured.original)
         allowed = tolerance_of(dense) if tolerance is None else tolerance
-        identity = relative_error(dense, masked(*args, **kwargs))
+        identity = relative_error(dense, run(masked))
         if not identity <= allowed:
             raise VerificationError(
                 f"with every unit kept the masked model is off by {identity:.1e} (relative), allowed {allowed:.0e}"
@@ -102,14 +106,14 @@ def check_law(
             kept = random_kept(wanted, generator, keep)
             set_masks(masked, wanted, kept)
             small = SliceGroups(analysis.coupling, kept)(captured.module)
-            expected, actual = masked(*args, **kwargs), small(*args, **kwargs)
+            expected, actual = run(masked), run(small)
             errors.append(relative_error(expected, actual))
             moves.append(relative_error(dense, expected))
             if not errors[-1] <= allowed:
                 raise _violated(errors[-1], allowed, analysis, masked, small, kept)
             zeroed = copy.deepcopy(held)
             hold_masks(zeroed, wanted, kept, computed_with(analysis.coupling))
-            off = relative_error(expected, zeroed(*args, **kwargs))
+            off = relative_error(expected, run(zeroed))
             if not off <= allowed:
                 raise VerificationError(
                     f"with masked units held at zero the model is off by {off:.1e} (relative), allowed {allowed:.0e}"

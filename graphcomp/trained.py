@@ -12,6 +12,7 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from graphcomp.assemble import as_model, cut_groups, with_integers
+from graphcomp.capture import Captured
 from graphcomp.compare import default_dtype, in_float64, relative_error
 from graphcomp.compressed import CompressedModel
 from graphcomp.cost import flat_inputs
@@ -76,24 +77,24 @@ def _verified(ready: Prepared, sliced: fx.GraphModule, session: Session) -> dict
         VerificationError: they differ.
     """
     captured, exact = session.plan.captured, _in_double(sliced)
-    args, kwargs = pytree.tree_map(in_float64, (captured.args, captured.kwargs))
-    expected, actual = (_outputs(graph, args, kwargs) for graph in (_in_double(ready), exact))
+    expected, actual = (_outputs(graph, captured) for graph in (_in_double(ready), exact))
     errors = {"trained == sliced": _error(expected, actual, SLICING)}
     if session.bits is not None:
         folded = Finish()(with_repeats(exact))
-        errors["sliced == folded"] = _error(actual, _outputs(folded, args, kwargs), FOLDING)
+        errors["sliced == folded"] = _error(actual, _outputs(folded, captured), FOLDING)
     return errors
 
 
-def _outputs(graph: fx.GraphModule, args: Any, kwargs: Any) -> Any:
-    """What a graph in float64 returns, tensors that it makes itself in float64, too.
+def _outputs(graph: fx.GraphModule, captured: Captured) -> Any:
+    """Return what a graph in float64 returns, and its inputs after that; tensors that it makes are in float64, too.
 
     Raises:
         VerificationError: it does not run.
     """
+    args, kwargs = pytree.tree_map(in_float64, captured.inputs())
     try:
         with same_buffers(graph), default_dtype(torch.float64), torch.no_grad():
-            return graph(*args, **kwargs)
+            return graph(*args, **kwargs), args, kwargs
     except Exception as error:  # whatever the ops raise that do not take float64
         raise VerificationError(
             "the trained model does not run in float64, in which it would be compared with the small one",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._ops import OpOverload
+
+from graphcomp.inputs import copies
 
 
 @contextmanager
@@ -54,6 +56,11 @@ def same_buffers(graph: fx.GraphModule) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in saved:
                 buffer.copy_(value)
+
+
+def own_inputs(graph: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """Return flat inputs for one run of `graph`: copies where some op writes into a tensor, else `inputs`."""
+    return copies(list(inputs)) if writes(graph) else list(inputs)
 
 
 def writes(graph: fx.GraphModule) -> bool:

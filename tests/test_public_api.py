@@ -10,9 +10,9 @@ PACKAGE = Path(graphcomp.__file__).parent
 
 # Lower never imports higher. A module not named here has the rank of its folder.
 RANKS = [
-    {"errors", "compare", "inputs", "progress"},
+    {"errors", "compare", "progress"},
     {"graph"},
-    {"graph_module", "graph_json", "untouched"},
+    {"graph_module", "graph_json", "inputs", "untouched"},
     {"canonical", "record"},
     {"capture", "coupling"},
     {"describe", "analysis", "second_inputs"},

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from graphcomp.errors import PlanError
+from graphcomp.inputs import copies
 from graphcomp.untouched import untouched
 
 
@@ -53,7 +54,8 @@ def latency(
     torch.set_num_threads(threads)
     try:
         with untouched(module, real=True), torch.no_grad():
-            times = [_seconds(module, args, kwargs or {}) for _ in range(warmup + repeats)][warmup:]
+            inputs = tuple(args), dict(kwargs or {})
+            times = [_seconds(module, *copies(inputs)) for _ in range(warmup + repeats)][warmup:]
     finally:
         torch.set_num_threads(before)
     tenths = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else [times[0]] * 9

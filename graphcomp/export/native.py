@@ -26,6 +26,7 @@ from graphcomp.export.attributes import Lengths, Site, constraints, find_lengths
 from graphcomp.export.masked_run import masked_model
 from graphcomp.graph import assign, bind, source_line
 from graphcomp.graph_module import copied, leaf_names, tensor_names
+from graphcomp.inputs import updates
 from graphcomp.pruning.slice import SliceGroups, by_factor, kept_of_tensors, select
 from graphcomp.untouched import untouched
 
@@ -76,7 +77,7 @@ def native(analysis: Analysis, kept: Kept, reference: fx.GraphModule | None = No
         expected = _Reference(analysis, kept, reference)
     except Exception as error:  # a path that data decides may end anywhere
         return NativeResult(None, f"the masked model to compare with does not run: {_refusal(error)}")
-    arrivals = trace(whole, *_inputs(analysis))
+    arrivals = trace(whole, *analysis.captured.inputs())
     counts = {factor: len(units) for factor, units in by_factor(kept).items()}
     lengths = find_lengths(analysis.coupling, counts)
     bounds = constraints(arrivals, lengths)
@@ -316,7 +317,8 @@ class _Reference:
             self.expected = _outputs(self.masked, analysis)
         else:
             found = _outputs(graph or SliceGroups(analysis.coupling, kept)(captured.module), analysis)
-            self.expected = dict(zip(captured.output_names, found.values(), strict=True))
+            names = (*captured.output_names, *list(found)[len(captured.output_names) :])
+            self.expected = dict(zip(names, found.values(), strict=True))
 
     def compare(self, module: nn.Module) -> _Verdict:
         """Run `module` on the example inputs.
@@ -343,26 +345,21 @@ def _is_coarse(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dtype != torch.float64 and not tensor.is_meta
 
 
-def _inputs(analysis: Analysis) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Copies of the example inputs: a model may write into them."""
-    copies: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
-        Tensor, lambda t: t.detach().clone(), (analysis.captured.args, dict(analysis.captured.kwargs))
-    )
-    return copies
-
-
 def _outputs(module: nn.Module, analysis: Analysis, *, exactly: bool = False) -> dict[str, Any]:
-    """Name -> tensor, of one run in eval mode; the random state is the same each time.
+    """Name -> tensor, of one run in eval mode: the outputs, then the inputs that the run wrote into.
+
+    The random state is the same each time.
 
     `exactly`: a copy of `module` runs in float64.
     """
-    args, kwargs = _inputs(analysis)
+    args, kwargs = analysis.captured.inputs()
     if exactly:
         module = _as_float64(module)
         args, kwargs = pytree.tree_map(in_float64, (args, kwargs))
     with untouched(module, real=True), torch.no_grad(), default_dtype(torch.float64 if exactly else None):
         torch.manual_seed(0)
-        return _named(module(*args, **kwargs))
+        outputs = _named(module(*args, **kwargs))
+    return outputs | updates((analysis.captured.args, analysis.captured.kwargs), (args, kwargs))
 
 
 def _as_float64(module: nn.Module) -> nn.Module:

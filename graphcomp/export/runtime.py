@@ -21,6 +21,7 @@ from graphcomp.errors import ExportError
 from graphcomp.export.onnx import need
 from graphcomp.export.program import evaluating, first_line
 from graphcomp.graph_module import tensor_leaves
+from graphcomp.inputs import copies
 from graphcomp.quantization.ops import dequantize_per_tensor, quantize_per_tensor
 from graphcomp.untouched import untouched
 
@@ -206,8 +207,7 @@ def agreement(
     Raises:
         ExportError: the outputs differ in number or shape.
     """
-    # copies, as a model may write into its inputs
-    args, given = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, dict(kwargs or {})))
+    args, given = copies((args, dict(kwargs or {})))
     with evaluating(module), untouched(module, real=True), torch.no_grad():
         expected = tensor_leaves(module(*args, **given))
     shapes = [tuple(t.shape) for t in expected], [tuple(t.shape) for t in actual]

@@ -18,6 +18,7 @@ from graphcomp.export.onnx import export_onnx
 from graphcomp.export.program import export_program, quiet
 from graphcomp.export.runtime import Agreement, agreement, compare
 from graphcomp.graph_module import tensor_leaves
+from graphcomp.inputs import copies
 
 log = logging.getLogger("graphcomp.export")
 
@@ -93,7 +94,8 @@ def write_file(module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: Map
         else:
             export_program(module, args, kwargs, fresh)
             with quiet(), torch.no_grad():
-                result = torch.export.load(fresh).module()(*args, **kwargs)
+                given, named = copies((args, dict(kwargs)))
+                result = torch.export.load(fresh).module()(*given, **named)
             found = agreement(module, tensor_leaves(result), args, kwargs)
         size = sum(made.stat().st_size for made in fresh.parent.iterdir())
     if not found.within_a_step:

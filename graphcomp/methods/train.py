@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from graphcomp.errors import CheckpointError, PlanError, TrainingError
 from graphcomp.graph import replace_module
+from graphcomp.inputs import copies
 from graphcomp.methods import processes
 from graphcomp.methods.folder import INITIAL, RunFolder, generators_of, plain, random_state, seeded, set_random_state
 from graphcomp.methods.geta import QASSO
@@ -506,7 +507,7 @@ class _Run:
         total = torch.zeros((), device=self.device)
         for given in chunk:
             batch = to_device(given, self.device)
-            args, kwargs = arguments_like(self.whole.original, self.whole.args, self.whole.kwargs, batch)
+            args, kwargs = copies(arguments_like(self.whole.original, self.whole.args, self.whole.kwargs, batch))
             _check_loss_takes(self.loss, batch)
             with self._precision():
                 value = self.loss(self.whole.module(*args, **kwargs), batch)

@@ -24,7 +24,8 @@ from graphcomp.coupling.propagate import Coupling
 from graphcomp.errors import PlanError
 from graphcomp.graph import argument_at, attributes, bind
 from graphcomp.graph_module import tensor_leaves
-from graphcomp.untouched import same_buffers, untouched
+from graphcomp.inputs import copies
+from graphcomp.untouched import own_inputs, same_buffers, untouched
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 """loss(model output, batch) -> scalar tensor."""
@@ -244,7 +245,7 @@ def gradients(captured: Captured, loss: Loss, batches: Iterable[Any]) -> dict[st
     count = 0
     with untouched(model, real=True), torch.enable_grad():
         for batch in batches:
-            args, kwargs = arguments_of(captured, batch)
+            args, kwargs = copies(arguments_of(captured, batch))
             value = loss(torch.func.functional_call(model, free, args, kwargs), batch)
             check_loss(value)
             value.backward()  # type: ignore[no-untyped-call]
@@ -315,10 +316,10 @@ def mean_squares(captured: Captured, batches: Iterable[Any], places: Iterable[Pl
     observer = _Observer(captured.module, places)
     count = 0
     for batch in batches:
-        args, kwargs = arguments_of(captured, batch)
+        flat = flat_inputs(captured, *arguments_of(captured, batch))
         try:
             with same_buffers(captured.module), torch.no_grad():
-                observer.run(*flat_inputs(captured, args, kwargs), enable_io_processing=False)
+                observer.run(*own_inputs(captured.module, flat), enable_io_processing=False)
         except Exception as error:  # whatever the ops raise on inputs of another shape
             fix = "give batches of the shape of the example inputs" if captured.producer == "record" else ""
             raise PlanError("the model does not run on a batch of data", why=str(error)[:300], fix=fix) from error

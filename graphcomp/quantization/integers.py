@@ -30,7 +30,7 @@ from graphcomp.graph import bind, is_op
 from graphcomp.quantization import ops
 from graphcomp.quantization.lower import INT32_MAX
 from graphcomp.quantization.placement import CLIPS, COMPUTE, CONVOLUTIONS, SAME, TRANSPOSED
-from graphcomp.untouched import same_buffers
+from graphcomp.untouched import own_inputs, same_buffers
 
 aten = torch.ops.aten
 
@@ -341,10 +341,10 @@ def check_integers(module: fx.GraphModule, flat_inputs: Sequence[Any]) -> Intege
     """
     reference = _Codes(module)
     with same_buffers(module), torch.no_grad():
-        expected = reference.run(*flat_inputs, enable_io_processing=False)
+        expected = reference.run(*own_inputs(module, flat_inputs), enable_io_processing=False)
     follower = _Follower(module, reference.codes)
     with same_buffers(module), torch.no_grad():
-        actual = follower.run(*flat_inputs, enable_io_processing=False)
+        actual = follower.run(*own_inputs(module, flat_inputs), enable_io_processing=False)
     if follower.steps > STEPS_ALLOWED:
         raise VerificationError(
             "integer arithmetic does not give what the lowered graph gives",

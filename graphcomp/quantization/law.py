@@ -19,7 +19,7 @@ from graphcomp.errors import VerificationError
 from graphcomp.graph import bind
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.lower import Lowered
-from graphcomp.untouched import same_buffers
+from graphcomp.untouched import own_inputs, same_buffers
 
 STEPS_ALLOWED = 1.0
 _ROUNDING = 1e-3  # of a step: what a product of two float32 may be off
@@ -50,10 +50,10 @@ def check_lowering(fake: fx.GraphModule, lowered: Lowered, flat_inputs: Sequence
     """
     seen = _Recorder(fake)
     with same_buffers(fake), torch.no_grad():
-        expected = seen.run(*flat_inputs, enable_io_processing=False)
+        expected = seen.run(*own_inputs(fake, flat_inputs), enable_io_processing=False)
     follower = _Follower(lowered, seen.values)
     with same_buffers(lowered.module), torch.no_grad():
-        actual = follower.run(*flat_inputs, enable_io_processing=False)
+        actual = follower.run(*own_inputs(lowered.module, flat_inputs), enable_io_processing=False)
     weights, worst = 0.0, ""
     for name, integers in lowered.weights.items():
         expected_weight = seen.values[name]  # in the model's dtype, which integers are cast to

@@ -27,7 +27,7 @@ from graphcomp.quantization.second_order import round_second_order, second_momen
 from graphcomp.quantization.spec import QuantConfig
 from graphcomp.quantization.tensors import add_tensor, attribute_readers, put, read_by_others, replace_argument
 from graphcomp.quantization.walk import Constants, Lockstep
-from graphcomp.untouched import same_buffers
+from graphcomp.untouched import own_inputs, same_buffers
 
 Rounding = Literal["nearest", "second_order"]
 
@@ -185,7 +185,7 @@ def calibrate_activations(fake: fx.GraphModule, batches: Sequence[Sequence[Any]]
         watcher = _Watcher(fake, {node: observers[q] for node, q in found.items()})
         with same_buffers(fake):
             for k, batch in enumerate(batches):
-                _run(watcher, batch, k)
+                _run(watcher, own_inputs(fake, batch), k)
     finally:
         for quantizer in everything:
             quantizer.enabled = True

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from graphcomp.graph import fetch
-from graphcomp.untouched import writes
+from graphcomp.untouched import own_inputs, writes
 
 
 class Lockstep:
@@ -23,7 +23,7 @@ class Lockstep:
     def __init__(self, module: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> None:
         self.module = module
         self.writes = writes(module)
-        self.inputs = [iter(batch) for batch in batches]
+        self.inputs = [iter(own_inputs(module, batch)) for batch in batches]
         self.values: list[dict[fx.Node, Any]] = [{} for _ in batches]
         self.last_user: dict[fx.Node, fx.Node] = {}
         for node in module.graph.nodes:
