@@ -2,37 +2,47 @@
 
 import graphcomp as gc
 small = gc.compress(model, example_inputs, sparsity=0.5)
+
+A public name loads its module when the name is first used (PEP 562), so that the import is quick. The ops of lowered
+graphs are registered at once: torch.export.load reads a quantized file after `import graphcomp` alone.
 """
 
-from graphcomp.analysis import Analysis
-from graphcomp.api import analyze, compress, finalize, load, prepare, prunable_groups, shrink, slice_groups
-from graphcomp.compressed import CompressedModel
-from graphcomp.coupling.groups import ChannelGroup, Member
-from graphcomp.coupling.table import rule
-from graphcomp.errors import (
-    BudgetError,
-    CalibrationError,
-    CaptureError,
-    CheckpointError,
-    ExportError,
-    GraphcompError,
-    InputError,
-    NotBuiltError,
-    NothingToPrune,
-    PlanError,
-    RuleError,
-    TrainingError,
-    VerificationError,
-)
-from graphcomp.methods.geta import QASSO
-from graphcomp.methods.prepared import Prepared
-from graphcomp.methods.schedule import Schedule, Stage
-from graphcomp.methods.train import Training
-from graphcomp.picture import plot
-from graphcomp.pruning.allocation import Budget
-from graphcomp.quantization.ptq import PostTraining
-from graphcomp.quantization.spec import QuantConfig, QuantSpec
-from graphcomp.report import Report
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from graphcomp.quantization import ops as _ops  # noqa: F401  (registers the ops of lowered graphs)
+
+if TYPE_CHECKING:
+    from graphcomp.analysis import Analysis
+    from graphcomp.api import analyze, compress, finalize, load, prepare, prunable_groups, shrink, slice_groups
+    from graphcomp.compressed import CompressedModel
+    from graphcomp.coupling.groups import ChannelGroup, Member
+    from graphcomp.coupling.table import rule
+    from graphcomp.errors import (
+        BudgetError,
+        CalibrationError,
+        CaptureError,
+        CheckpointError,
+        ExportError,
+        GraphcompError,
+        InputError,
+        NotBuiltError,
+        NothingToPrune,
+        PlanError,
+        RuleError,
+        TrainingError,
+        VerificationError,
+    )
+    from graphcomp.methods.geta import QASSO
+    from graphcomp.methods.prepared import Prepared
+    from graphcomp.methods.schedule import Schedule, Stage
+    from graphcomp.methods.train import Training
+    from graphcomp.picture import plot
+    from graphcomp.pruning.allocation import Budget
+    from graphcomp.quantization.ptq import PostTraining
+    from graphcomp.quantization.spec import QuantConfig, QuantSpec
+    from graphcomp.report import Report
 
 __version__ = "0.1.0.dev0"
 
@@ -75,3 +85,72 @@ __all__ = [
     "shrink",
     "slice_groups",
 ]
+
+_HOMES = {
+    "analysis": ("Analysis",),
+    "api": (
+        "analyze",
+        "compress",
+        "finalize",
+        "load",
+        "prepare",
+        "prunable_groups",
+        "shrink",
+        "slice_groups",
+    ),
+    "compressed": ("CompressedModel",),
+    "coupling.groups": (
+        "ChannelGroup",
+        "Member",
+    ),
+    "coupling.table": ("rule",),
+    "errors": (
+        "BudgetError",
+        "CalibrationError",
+        "CaptureError",
+        "CheckpointError",
+        "ExportError",
+        "GraphcompError",
+        "InputError",
+        "NotBuiltError",
+        "NothingToPrune",
+        "PlanError",
+        "RuleError",
+        "TrainingError",
+        "VerificationError",
+    ),
+    "methods.geta": ("QASSO",),
+    "methods.prepared": ("Prepared",),
+    "methods.schedule": (
+        "Schedule",
+        "Stage",
+    ),
+    "methods.train": ("Training",),
+    "picture": ("plot",),
+    "pruning.allocation": ("Budget",),
+    "quantization.ptq": ("PostTraining",),
+    "quantization.spec": (
+        "QuantConfig",
+        "QuantSpec",
+    ),
+    "report": ("Report",),
+}
+"""Module -> the public names it defines."""
+_HOME_OF = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Return a public name, or a submodule."""
+    if name in _HOME_OF:
+        found = getattr(importlib.import_module(_HOME_OF[name]), name)
+    elif not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
+        importlib.import_module(f"{__name__}.api")  # so that submodules of a folder are its attributes
+        found = importlib.import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

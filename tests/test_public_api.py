@@ -4,6 +4,8 @@ import ast
 import importlib
 from pathlib import Path
 
+import pytest
+
 import graphcomp
 
 PACKAGE = Path(graphcomp.__file__).parent
@@ -46,6 +48,43 @@ def test_public_names():
         "Schedule",
     }
     assert asked <= set(graphcomp.__all__)
+
+
+def test_each_public_name_has_one_home_for_readers_and_for_type_checkers():
+    tree = ast.parse(Path(graphcomp.__file__).read_text())
+    typed = {
+        (str(node.module).removeprefix("graphcomp."), alias.name)
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    lazy = {(module, name) for module, names in graphcomp._HOMES.items() for name in names}
+    assert typed == lazy and {name for _, name in lazy} == set(graphcomp.__all__)
+
+
+def test_submodules_are_attributes_and_unknown_names_are_not():
+    assert graphcomp.testing.tiny_models and graphcomp.pruning.saliency.score
+    assert set(graphcomp.__all__) <= set(dir(graphcomp))
+    with pytest.raises(AttributeError, match="no attribute 'compres'"):
+        graphcomp.compres  # noqa: B018
+
+
+def test_importing_loads_torch_and_the_ops_of_lowered_graphs_alone():
+    import subprocess
+    import sys
+
+    code = """
+import sys, torch
+before = set(sys.modules)
+import graphcomp
+heavy = {"sympy", "networkx", "safetensors", "torch.export", "graphcomp.api"} & (set(sys.modules) - before)
+assert not heavy, heavy
+assert torch.ops.graphcomp.unpack and torch.ops.quantized_decomposed.quantize_per_tensor
+assert graphcomp.compress and "graphcomp.api" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_error_is_public():
