@@ -362,10 +362,12 @@ def prunable_groups(
         return tuple(groups)
     left_out = f"{len(analysis.groups)} groups are left out by ignore= and prune=; " if analysis.groups else ""
     unknown = "; ".join(u.fix for u in analysis.unknown_ops)
+    fix = f"give rules for the unknown ops: {unknown}" if unknown else "see graphcomp.analyze(…).report()"
+    uncut = {g.role: None for g in analysis.groups if g.role in ("head_dim", "width")} if prune is None else {}
+    if uncut:
+        fix = f"prune={tuple(uncut)!r} cuts what is left whole by default; {fix}"
     raise NothingToPrune(
-        f"nothing in {type(analysis.model).__name__} can be pruned",
-        why=left_out + why_nothing(analysis),
-        fix=f"give rules for the unknown ops: {unknown}" if unknown else "see graphcomp.analyze(…).report()",
+        f"nothing in {type(analysis.model).__name__} can be pruned", why=left_out + why_nothing(analysis), fix=fix
     )
 
 

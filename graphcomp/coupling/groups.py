@@ -213,12 +213,26 @@ def _dims_in(axes: Sequence[Axis], summed: Sequence[Axis]) -> list[int]:
 
 def _role(factor: Factor, members: Sequence[Member]) -> Role:
     marks = factor.marks
-    for found, role in (("head_dim", "head_dim"), ("head", "head"), ("expert", "expert"), ("group", "group")):
+    if "head_dim" in marks:
+        return "head_dim"
+    if _is_stream(marks):
+        return "width"
+    for found, role in (("head", "head"), ("expert", "expert"), ("group", "group")):
         if found in marks:
             return cast(Role, role)
     if "residual" in marks:
         return "width"
     return "channel" if "conv" in marks else "hidden"
+
+
+def _is_stream(marks: frozenset[str]) -> bool:
+    """Return whether the indices are a stream of features that norms take statistics over, or a factor of a stream.
+
+    A stream is what residual branches add to, or the channels of a convolution that a layer or RMS norm reads whole.
+    """
+    if "residual" in marks:
+        return "normalized" in marks
+    return {"conv", "layer_norm"} <= marks and not marks & {"head", "expert", "group"}
 
 
 def _name(role: Role, members: Sequence[Member]) -> str:

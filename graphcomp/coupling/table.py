@@ -83,7 +83,8 @@ class Call:
         return results
 
     def mark(self, axes: Axis | Sequence[Axis], *names: str) -> None:
-        """Note facts that decide a group's role: head, head_dim, expert, group, conv, residual, normalized."""
+        """Note facts that decide a group's role: head, head_dim, expert, group, conv, residual, normalized,
+        layer_norm."""
         for axis in axes if isinstance(axes, (tuple, list)) else (axes,):
             mark(axis, *names)
 

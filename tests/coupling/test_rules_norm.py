@@ -58,7 +58,7 @@ def test_layer_norm(native: bool) -> None:
 
     w = Walk(layer_norm, x=randn(2, 3, 4), w=randn(4), b=randn(4))
     assert same(w["x"][2], w["w"][0], w["b"][0], w.result[2], w.call.lengths["normalized_shape"][0])
-    assert marks(w["x"][2]) == {"normalized"}
+    assert marks(w["x"][2]) == {"normalized", "layer_norm"}
     assert marks(w["x"][1]) == set()
     assert w.contracted == {"x": {2}}
     assert check_law(w) == 2
@@ -75,7 +75,7 @@ def test_layer_norm_over_two_dims() -> None:
 def test_rms_norm() -> None:
     w = Walk(lambda x, w: F.rms_norm(x, w.shape, w), x=randn(2, 3, 4), w=randn(4))
     assert same(w["x"][2], w["w"][0], w.result[2])
-    assert marks(w["x"][2]) == {"normalized"}
+    assert marks(w["x"][2]) == {"normalized", "layer_norm"}
     assert w.contracted == {"x": {2}}
 
 

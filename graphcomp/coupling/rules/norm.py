@@ -78,7 +78,7 @@ def layer_norm(
         for own, theirs in zip(normalized, affine or (), strict=False):
             couple(own, theirs, call.why)
     call.contract("input", *range(first, len(input)))
-    call.mark(normalized, "normalized")
+    call.mark(normalized, "normalized", "layer_norm")
     call.lengths["normalized_shape"] = list(normalized)
     return [input, *((*input[:first], *[UNIT] * len(normalized)) for _ in call.shapes[1:])]
 

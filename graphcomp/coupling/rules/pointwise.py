@@ -61,9 +61,14 @@ def _is_residual(call: Call, operands: list[AxesValue]) -> bool:
     """
     if call.node.target not in (aten.add.Tensor, aten.add_.Tensor) or not {"self", "other"} <= call.activations:
         return False
-    shapes = [tuple(map(length, axes)) for axes in operands]
     one, other = call.origins["self"], call.origins["other"]
-    return shapes[0] == shapes[1] and not (one <= other or other <= one)
+    return not _is_stretched(*operands) and not (one <= other or other <= one)
+
+
+def _is_stretched(a: Axes, b: Axes) -> bool:
+    """Return whether the shapes differ. Two symbolic lengths that are added are one length, however each is written."""
+    pairs = [(length(one), length(other)) for one, other in zip(a, b, strict=False)]
+    return len(a) != len(b) or any(m != n and (isinstance(m, int) or isinstance(n, int)) for m, n in pairs)
 
 
 family(is_pointwise, pointwise)
