@@ -13,6 +13,7 @@ from graphcomp.capture import Captured
 from graphcomp.coupling.groups import ChannelGroup, FrozenAxis, find_frozen, find_groups
 from graphcomp.coupling.propagate import Coupling, UnknownOp, propagate
 from graphcomp.describe import analysis_graph, analysis_text
+from graphcomp.threads import one_at_a_time
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +70,7 @@ class Analysis:
         return analysis_graph(self)
 
 
+@one_at_a_time
 def analyze_captured(captured: Captured) -> Analysis:
     """Couple the axes of a captured graph and collect its groups."""
     coupling = propagate(captured.module, captured.output_names)

@@ -32,6 +32,7 @@ from graphcomp.quantization.quantizers.base import Quantizer, spread
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, QuantSpec, check_bits
 from graphcomp.quantization.stored import StoredBytes
 from graphcomp.report import Change, LayerReport, Report, group_dict, layers
+from graphcomp.threads import one_at_a_time
 from graphcomp.untouched import same_buffers
 
 logger = logging.getLogger("graphcomp")
@@ -57,6 +58,7 @@ class Cut:
     verified: Mapping[str, float]
 
 
+@one_at_a_time
 def cut_groups(plan: Analysis, kept: Kept, groups: Sequence[ChannelGroup], *, verify: bool) -> Cut:
     """Slice the captured graph.
 
@@ -71,6 +73,7 @@ def cut_groups(plan: Analysis, kept: Kept, groups: Sequence[ChannelGroup], *, ve
     return Cut(plan, kept, groups, graph, verified)
 
 
+@one_at_a_time
 def as_model(cut: Cut, *, measure_latency: bool) -> CompressedModel:
     """The cut model in floats: of the user's own class where that can be verified, else the graph."""
     plan = cut.plan
@@ -149,6 +152,7 @@ def post_training(
     return PostTraining(config, (ignore,) if isinstance(ignore, str) else tuple(ignore), rounding=rounding)
 
 
+@one_at_a_time
 def planned_bits(plan: Analysis, options: PostTraining) -> dict[str | fx.Node, Bits]:
     """The bits that the ops of the analysed graph will have.
 
@@ -213,6 +217,7 @@ def _bits_by_node(costs: CostModel, layers: Sequence[LoweredLayer]) -> dict[str 
     return {op.node: found[op.node.name] for op in costs.operations if op.node.name in found}
 
 
+@one_at_a_time
 def as_integers(
     cut: Cut,
     options: PostTraining,
@@ -241,6 +246,7 @@ def as_integers(
     )
 
 
+@one_at_a_time
 def with_integers(
     cut: Cut, quantized: Quantized, notes: Sequence[str], inputs: Sequence[Any] | None, *, measure_latency: bool
 ) -> CompressedModel:

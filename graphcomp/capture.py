@@ -6,9 +6,7 @@ because a branch depends on data, is recorded while it runs (see record.py). The
 
 from __future__ import annotations
 
-import copy
 import difflib
-import io
 import logging
 import os
 import re
@@ -17,7 +15,7 @@ import sysconfig
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -50,8 +48,10 @@ from graphcomp.graph_module import (
     tensor_names,
 )
 from graphcomp.inputs import copies
+from graphcomp.module_copy import module_copy
 from graphcomp.record import record
-from graphcomp.untouched import untouched
+from graphcomp.threads import in_this_thread, one_at_a_time, stderr_held
+from graphcomp.untouched import eval_copy
 
 log = logging.getLogger("graphcomp.capture")
 
@@ -102,6 +102,7 @@ class Captured:
         return copies((self.args, self.kwargs))
 
 
+@one_at_a_time
 def capture(
     model: nn.Module,
     example_inputs: Any,
@@ -227,16 +228,14 @@ def scoped(model: nn.Module, scope: str, args: Args, kwargs: Kwargs) -> tuple[nn
         seen.append((inner_args, inner_kwargs))
         raise _Reached
 
-    with untouched(model, real=True):
-        hook = modules[scope].register_forward_pre_hook(note, with_kwargs=True, prepend=True)
+    with eval_copy(model, real=True) as copied:
+        copied.get_submodule(scope).register_forward_pre_hook(note, with_kwargs=True, prepend=True)
         try:
-            _run(model, args, kwargs)
+            _run(copied, args, kwargs)
         except _Reached:
             pass
         except Exception as error:
             raise _input_error(model, error) from error
-        finally:
-            hook.remove()
     if not seen:
         raise CaptureError(
             f"the submodule {scope!r} of {type(model).__name__} was not called",
@@ -312,8 +311,8 @@ def _is_integer(tensor: torch.Tensor) -> bool:
 
 
 def _program(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any) -> torch.export.ExportedProgram:
-    with untouched(model, real=False), _quiet(), _masks_unread():
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    with eval_copy(model, real=False) as copied, _quiet(), _masks_unread():
+        return torch.export.export(copied, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
 @contextmanager
@@ -321,7 +320,8 @@ def _masks_unread() -> Iterator[None]:
     """Inside, torch's transformers take a mask for what it is: whether it is a causal one, for which there is a faster
     kernel, they would ask of its values."""
     before = transformer._detect_is_causal_mask
-    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
+    unread = in_this_thread(lambda mask, is_causal=None, size=None: bool(is_causal), before)
+    transformer._detect_is_causal_mask = unread
     try:
         yield
     finally:
@@ -353,13 +353,13 @@ def _follow_modes(
 
 def _training_modes(model: nn.Module) -> dict[str, bool]:
     """`training` of each module after the model's own `train()`, which is called on a copy without weights."""
-    memo = {id(t): _without_values(t) for t in tensor_names(model).values()}
+    copied = module_copy(model, _without_values)
     try:
-        twin = copy.deepcopy(model, memo).train()
+        copied.train()
     except Exception as error:  # of the user's code
-        log.debug("%s cannot be copied and switched to training mode: %s", type(model).__name__, _reason(error))
+        log.debug("%s cannot be switched to training mode: %s", type(model).__name__, _reason(error))
         return {}
-    return {path: module.training for path, module in twin.named_modules(remove_duplicate=False)}
+    return {path: module.training for path, module in copied.named_modules(remove_duplicate=False)}
 
 
 def _without_values(tensor: torch.Tensor) -> torch.Tensor:
@@ -380,10 +380,10 @@ def _follow_training(
     captured: CapturedModule, model: nn.Module, args: Args, kwargs: Kwargs, modes: Mapping[str, bool]
 ) -> None:
     try:
-        with untouched(model, real=False), _quiet(), _masks_unread():
-            for path, module in model.named_modules():
+        with eval_copy(model, real=False) as copied, _quiet(), _masks_unread():
+            for path, module in copied.named_modules():
                 module.training = modes.get(path, True)
-            program = torch.export.export(model, args, kwargs, strict=False)
+            program = torch.export.export(copied, args, kwargs, strict=False)
     except Exception as error:  # export has no base class for its refusals
         log.warning(
             "%s is trained without what it does in training mode alone, of which there is no graph: %s",
@@ -407,12 +407,13 @@ def _follow_training(
 def _quiet() -> Iterator[None]:
     """Hold back what torch.export has to say about graphs: warnings, log lines, and the graph it prints on failure."""
     loggers = [logging.getLogger(name) for name in EXPORT_LOGGERS]
-    said = io.StringIO()
+    # the exception says it all; what other threads log is theirs
+    silent = in_this_thread(lambda _record: False, lambda _record: True)
     graph = ""
     for logger in loggers:
-        logger.addFilter(_nothing)
+        logger.addFilter(silent)
     try:
-        with warnings.catch_warnings(), redirect_stderr(said):
+        with stderr_held() as said, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except Exception as error:
@@ -420,15 +421,10 @@ def _quiet() -> Iterator[None]:
         raise
     finally:
         for logger in loggers:
-            logger.removeFilter(_nothing)
+            logger.removeFilter(silent)
         # what the model itself wrote is not ours to swallow
         text = said.getvalue()
         sys.stderr.write(text.replace(f"{graph}\n", "") if graph else text)
-
-
-def _nothing(_record: logging.LogRecord) -> bool:
-    """A filter that lets no record through: the exception says it all."""
-    return False
 
 
 def _unlifted(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, tuple[str, ...]]:
@@ -448,8 +444,8 @@ def _record(model: nn.Module, args: Args, kwargs: Kwargs, refusal: Exception) ->
     """The graph of one real run, or the error that says why there is none."""
     copied_args, copied_kwargs = copies((args, kwargs))
     try:
-        with untouched(model, real=True):
-            recording = record(model, copied_args, copied_kwargs)
+        with eval_copy(model, real=True) as copied:
+            recording = record(copied, copied_args, copied_kwargs)
     except Exception as error:
         _check_runs(model, args, kwargs)
         raise CaptureError(
@@ -458,7 +454,9 @@ def _record(model: nn.Module, args: Args, kwargs: Kwargs, refusal: Exception) ->
             why=f"{_reason(refusal)}; recording: {_reason(error)}",
             fix=_fix(refusal),
         ) from refusal
-    return fx.GraphModule(recording.tensors, recording.graph), recording.output_names
+    held = tensor_names(model)  # the copy ran with buffers of its own
+    tensors = {name: held.get(name, tensor) for name, tensor in recording.tensors.items()}
+    return fx.GraphModule(tensors, recording.graph), recording.output_names
 
 
 @contextmanager
@@ -481,8 +479,8 @@ def blaming_inputs(captured: Captured) -> Iterator[None]:
 def _check_runs(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
     """Raise InputError if the plain model does not run on its example inputs."""
     try:
-        with untouched(model, real=True):
-            _run(model, args, kwargs)
+        with eval_copy(model, real=True) as copied:
+            _run(copied, args, kwargs)
     except Exception as error:
         raise _input_error(model, error) from error
 

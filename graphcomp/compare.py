@@ -11,6 +11,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from graphcomp.threads import LOCK
+
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest relative error that rounding may cause, by the dtype of the output."""
 
@@ -50,12 +52,13 @@ def in_float64(found: Any) -> Any:
 @contextmanager
 def default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
     """What tensors made without a dtype are, inside; None: as outside."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype or before)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    with LOCK:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype or before)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 def tolerance_of(output: Any) -> float:

@@ -31,7 +31,7 @@ from graphcomp.pruning.mask import InsertMasks, computed_with, hold_masks, set_m
 from graphcomp.pruning.slice import SliceGroups, by_factor, select
 from graphcomp.quantization.integers import IntegerInterpreter as IntegerInterpreter
 from graphcomp.quantization.integers import check_integers as check_integers
-from graphcomp.untouched import untouched
+from graphcomp.untouched import eval_copy, same_buffers
 
 KeptUnits: TypeAlias = dict[ChannelGroup, Tensor]
 
@@ -92,10 +92,14 @@ def check_law(
         args, kwargs = captured.inputs()
         return module(*args, **kwargs), args, kwargs
 
-    with torch.no_grad(), untouched(captured.original, real=True):
-        dense = run(captured.original)
+    def run_graph(graph: fx.GraphModule) -> Any:
+        with same_buffers(graph):
+            return run(graph)
+
+    with torch.no_grad(), eval_copy(captured.original, real=True) as copied:
+        dense = run(copied)
         allowed = tolerance_of(dense) if tolerance is None else tolerance
-        identity = relative_error(dense, run(masked))
+        identity = relative_error(dense, run_graph(masked))
         if not identity <= allowed:
             raise VerificationError(
                 f"with every unit kept the masked model is off by {identity:.1e} (relative), allowed {allowed:.0e}"
@@ -106,14 +110,14 @@ def check_law(
             kept = random_kept(wanted, generator, keep)
             set_masks(masked, wanted, kept)
             small = SliceGroups(analysis.coupling, kept)(captured.module)
-            expected, actual = run(masked), run(small)
+            expected, actual = run_graph(masked), run_graph(small)
             errors.append(relative_error(expected, actual))
             moves.append(relative_error(dense, expected))
             if not errors[-1] <= allowed:
                 raise _violated(errors[-1], allowed, analysis, masked, small, kept)
             zeroed = copy.deepcopy(held)
             hold_masks(zeroed, wanted, kept, computed_with(analysis.coupling))
-            off = relative_error(expected, run(zeroed))
+            off = relative_error(expected, run_graph(zeroed))
             if not off <= allowed:
                 raise VerificationError(
                     f"with masked units held at zero the model is off by {off:.1e} (relative), allowed {allowed:.0e}"

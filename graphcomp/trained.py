@@ -23,12 +23,14 @@ from graphcomp.methods.shrink import expanded, hand_over, settled
 from graphcomp.pruning.slice import SliceGroups
 from graphcomp.quantization.finish import Finish, from_training, with_embeddings
 from graphcomp.quantization.repeats import with_repeats
+from graphcomp.threads import one_at_a_time
 from graphcomp.untouched import same_buffers
 
 SLICING, FOLDING = 1e-9, 1e-6
 """Largest relative errors, in float64, of slicing a trained graph and of folding its batch norms into its steps."""
 
 
+@one_at_a_time
 def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> CompressedModel:
     """The model that training left: sliced to the units whose masks are 1, in integers where it was quantized.
 

@@ -10,52 +10,47 @@ import torch
 from torch import fx, nn
 from torch._ops import OpOverload
 
+from graphcomp.graph import assign
+from graphcomp.graph_module import tensor_names
 from graphcomp.inputs import copies
+from graphcomp.module_copy import module_copy, own_memory
+from graphcomp.threads import LOCK
 
 
 @contextmanager
-def untouched(model: nn.Module, *, real: bool) -> Iterator[None]:
-    """Eval mode inside; outside, the model and the random state are as they were.
+def eval_copy(model: nn.Module, *, real: bool) -> Iterator[nn.Module]:
+    """Yield a copy of `model` in eval mode to run; put the random state back afterwards.
 
-    Restored for every submodule: its own train/eval flag; its attributes, which a forward may cache things on, and one
-    level into those that are dicts (parameters, buffers, submodules, hooks); and, for a run on real data, the
-    values of its buffers. The flags are set directly, as a model's own `eval()` may do more than that.
+    The model itself is never touched, so that other threads may use it meanwhile. The flags of the copy are set
+    directly, as a model's own `eval()` may do more than that. Parameters are shared.
 
     Args:
         model: any module.
-        real: whether the model runs on real data inside (rather than on fake tensors), so that buffers may change.
+        real: whether the copy runs on real data (rather than on fake tensors): then it has buffers, and other tensors
+            that are no parameters, of its own, as the forward may write into them.
     """
-    modules = list(model.modules())
-    attributes = [dict(vars(module)) for module in modules]
-    tables = [(value, dict(value)) for saved in attributes for value in saved.values() if isinstance(value, dict)]
-    buffers = [(b, b._version, b.clone()) for b in model.buffers()] if real and not _inference(model) else []
+    copied = module_copy(model, own_memory(list(tensor_names(model).values())) if real else None)
+    shared = set(model.modules())
+    for module in copied.modules():
+        if module not in shared:  # a ScriptModule cannot be copied
+            module.training = False
     cuda = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices=cuda):
-        try:
-            for module in modules:
-                module.training = False
-            yield
-        finally:
-            for module, saved in zip(modules, attributes, strict=True):
-                _restore(vars(module), saved)
-            for table, saved in tables:
-                _restore(table, saved)
-            with torch.no_grad():
-                for buffer, version, value in buffers:
-                    if buffer._version != version:
-                        buffer.copy_(value)
+    with LOCK, torch.random.fork_rng(devices=cuda):
+        yield copied
 
 
 @contextmanager
 def same_buffers(graph: fx.GraphModule) -> Iterator[None]:
-    """What a run of `graph` writes into tensors of the model is undone; nothing is copied where no op writes."""
-    saved = [(b, b.clone()) for b in graph.buffers()] if writes(graph) else []
+    """Give `graph` copies of its buffers inside, if some op writes into a tensor that it is given."""
+    before = dict(graph.named_buffers(remove_duplicate=False)) if writes(graph) else {}
+    copies = {id(buffer): buffer.detach().clone() for buffer in before.values()}
+    for name, buffer in before.items():
+        assign(graph, name, copies[id(buffer)])
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in saved:
-                buffer.copy_(value)
+        for name, buffer in before.items():
+            assign(graph, name, buffer)
 
 
 def own_inputs(graph: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
@@ -67,16 +62,3 @@ def writes(graph: fx.GraphModule) -> bool:
     """Whether some op writes into a tensor that it is given."""
     nodes = (node for part in graph.modules() if isinstance(part, fx.GraphModule) for node in part.graph.nodes)
     return any(isinstance(node.target, OpOverload) and node.target._schema.is_mutable for node in nodes)
-
-
-def _inference(model: nn.Module) -> bool:
-    """Inference tensors count no versions; a model made of them is taken as is."""
-    return any(buffer.is_inference() for buffer in model.buffers())
-
-
-def _restore(now: dict[Any, Any], before: dict[Any, Any]) -> None:
-    """Give `now` the entries of `before`, in order, touching it only where they differ."""
-    if list(now) == list(before) and all(now[key] is before[key] for key in before):
-        return
-    now.clear()
-    now.update(before)

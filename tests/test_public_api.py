@@ -12,9 +12,11 @@ PACKAGE = Path(graphcomp.__file__).parent
 
 # Lower never imports higher. A module not named here has the rank of its folder.
 RANKS = [
-    {"errors", "compare", "progress"},
+    {"errors", "module_copy", "progress", "threads"},
+    {"compare"},
     {"graph"},
-    {"graph_module", "graph_json", "inputs", "untouched"},
+    {"graph_module", "graph_json", "inputs"},
+    {"untouched"},
     {"canonical", "record"},
     {"capture", "coupling"},
     {"describe", "analysis", "second_inputs"},

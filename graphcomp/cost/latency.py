@@ -13,7 +13,7 @@ from torch import nn
 
 from graphcomp.errors import PlanError
 from graphcomp.inputs import copies
-from graphcomp.untouched import untouched
+from graphcomp.untouched import eval_copy
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ def latency(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with untouched(module, real=True), torch.no_grad():
+        with eval_copy(module, real=True) as copied, torch.no_grad():
             inputs = tuple(args), dict(kwargs or {})
-            times = [_seconds(module, *copies(inputs)) for _ in range(warmup + repeats)][warmup:]
+            times = [_seconds(copied, *copies(inputs)) for _ in range(warmup + repeats)][warmup:]
     finally:
         torch.set_num_threads(before)
     tenths = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else [times[0]] * 9

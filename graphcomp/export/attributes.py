@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from graphcomp.coupling.axis import Axis, Concat, Factor, Product, kept_length, length, normal
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.graph import source_line
-from graphcomp.untouched import untouched
+from graphcomp.untouched import eval_copy
 
 Site: TypeAlias = tuple[str, str, int | None]
 """Path of a module, name of its attribute, position in it where it is a tuple or list of ints."""
@@ -203,12 +203,12 @@ def trace(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     A model that does not run with them (it checks `type(n) is int`, say) yields what was heard until then.
     """
     listen = _Listen()
-    with untouched(root, real=True), torch.no_grad():
-        for site, value in sites(root).items():
-            put(root, site, TracedInt.of(site, value))
+    with eval_copy(root, real=True) as copied, torch.no_grad():
+        for site, value in sites(copied).items():
+            put(copied, site, TracedInt.of(site, value))
         try:
             with listen:
-                root(*args, **kwargs)
+                copied(*args, **kwargs)
         except Exception:  # the trace is a source of hints; the verification that follows decides
             return listen.heard
     return listen.heard

@@ -31,6 +31,7 @@ from graphcomp.errors import CheckpointError
 from graphcomp.export import recipe
 from graphcomp.graph import assign
 from graphcomp.graph_module import tensor_names
+from graphcomp.threads import one_at_a_time
 
 if TYPE_CHECKING:
     from graphcomp.compressed import CompressedModel
@@ -59,6 +60,7 @@ class Loaded:
 
 
 # ------------------------------------------------------------------------------------------------ the public pair
+@one_at_a_time
 def save(compressed: CompressedModel, folder: str | Path) -> None:
     """Write a CompressedModel.
 
@@ -78,6 +80,7 @@ def save(compressed: CompressedModel, folder: str | Path) -> None:
     )
 
 
+@one_at_a_time
 def load(
     folder: str | Path,
     *,

@@ -28,7 +28,7 @@ from graphcomp.graph import assign, bind, source_line
 from graphcomp.graph_module import copied, leaf_names, tensor_names
 from graphcomp.inputs import updates
 from graphcomp.pruning.slice import SliceGroups, by_factor, kept_of_tensors, select
-from graphcomp.untouched import untouched
+from graphcomp.untouched import eval_copy
 
 Edit: TypeAlias = tuple[str, str, Any]
 """Module path, attribute, its new value."""
@@ -109,8 +109,9 @@ def _build(model: nn.Module, cuts: Mapping[str, Mapping[int, Tensor]], changes: 
     edits = {(site[0], site[1]): put(small, site, value) for site, value in changes.items()}
     for module in small.modules():
         _refresh_flat_weights(module)
-    with untouched(model, real=False), untouched(small, real=False):  # a weight may be computed when it is read
-        described = {p: _described(model.get_submodule(p), module) for p, module in small.named_modules()}
+    # a weight may be computed when it is read
+    with eval_copy(model, real=False) as before, eval_copy(small, real=False) as after:
+        described = {p: _described(before.get_submodule(p), module) for p, module in after.named_modules()}
     for path, values in described.items():
         vars(small.get_submodule(path)).update(values)
         edits.update({(path, name): value for name, value in values.items()})
@@ -356,9 +357,10 @@ def _outputs(module: nn.Module, analysis: Analysis, *, exactly: bool = False) ->
     if exactly:
         module = _as_float64(module)
         args, kwargs = pytree.tree_map(in_float64, (args, kwargs))
-    with untouched(module, real=True), torch.no_grad(), default_dtype(torch.float64 if exactly else None):
+    dtype = torch.float64 if exactly else None
+    with eval_copy(module, real=True) as copied, torch.no_grad(), default_dtype(dtype):
         torch.manual_seed(0)
-        outputs = _named(module(*args, **kwargs))
+        outputs = _named(copied(*args, **kwargs))
     return outputs | updates((analysis.captured.args, analysis.captured.kwargs), (args, kwargs))
 
 

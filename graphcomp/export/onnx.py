@@ -15,7 +15,7 @@ from torch import nn
 
 from graphcomp.errors import ExportError, GraphcompError
 from graphcomp.export.files import replacing
-from graphcomp.export.program import as_graph, evaluating, export_program, first_line, quiet
+from graphcomp.export.program import as_graph, export_program, first_line, in_eval_mode, quiet
 from graphcomp.graph_module import leaf_names
 from graphcomp.quantization.attention import WriteOutAttention
 
@@ -105,8 +105,7 @@ def _translate(
 
     # the exporter's own way takes a softmax apart for NaN, in each layer, and turns keys around by reshaping them
     graph = as_graph(module, args, kwargs)
-    with evaluating(graph):
-        written_out = WriteOutAttention(zero_hidden=True)(graph)
+    written_out = WriteOutAttention(zero_hidden=True)(in_eval_mode(graph))
     program = export_program(written_out, args, kwargs)
     try:
         with _silent():

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
@@ -16,10 +16,12 @@ from torch.export import Dim, ExportedProgram
 from graphcomp.capture import capture
 from graphcomp.errors import ExportError
 from graphcomp.export.files import replacing
+from graphcomp.graph import clone
 from graphcomp.quantization import ops as _ops  # noqa: F401 (the graph may hold these ops)
-from graphcomp.untouched import untouched
+from graphcomp.untouched import eval_copy
 
 Args = tuple[Any, ...]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def export_program(
@@ -41,9 +43,9 @@ def export_program(
     kwargs = dict(kwargs or {})
     graph = as_graph(module, args, kwargs)
     args, kwargs, shapes = _dynamic(graph, args, kwargs)
-    with evaluating(graph), untouched(graph, real=False), quiet():
+    with eval_copy(in_eval_mode(graph), real=False) as copied, quiet():
         try:
-            program = torch.export.export(graph, args, kwargs, dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(copied, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # export has no base class for its refusals
             raise ExportError(
                 f"torch.export refuses the graph of {type(module).__name__}",
@@ -110,18 +112,13 @@ def _twice(leaf: Any, dims: list[int]) -> Any:
     return leaf
 
 
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """A captured graph's batch norms and dropouts are in eval mode inside; other modules are left to `untouched`."""
-    if not isinstance(module, fx.GraphModule):
-        yield
-        return
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
+def in_eval_mode(module: Model) -> Model:
+    """Return a copy of a graph that is in training mode, whose batch norms and dropouts are in eval mode; any other
+    module as it is."""
+    if not isinstance(module, fx.GraphModule) or not any(part.training for part in module.modules()):
+        return module
+    copied, _ = clone(module)
+    return copied.eval()  # type: ignore[return-value]
 
 
 @contextmanager

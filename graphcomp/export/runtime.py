@@ -19,11 +19,11 @@ from graphcomp.compare import floating_tensors, tolerance_of
 from graphcomp.cost import Latency
 from graphcomp.errors import ExportError
 from graphcomp.export.onnx import need
-from graphcomp.export.program import evaluating, first_line
+from graphcomp.export.program import first_line, in_eval_mode
 from graphcomp.graph_module import tensor_leaves
 from graphcomp.inputs import copies
 from graphcomp.quantization.ops import dequantize_per_tensor, quantize_per_tensor
-from graphcomp.untouched import untouched
+from graphcomp.untouched import eval_copy
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -208,8 +208,8 @@ def agreement(
         ExportError: the outputs differ in number or shape.
     """
     args, given = copies((args, dict(kwargs or {})))
-    with evaluating(module), untouched(module, real=True), torch.no_grad():
-        expected = tensor_leaves(module(*args, **given))
+    with eval_copy(in_eval_mode(module), real=True) as copied, torch.no_grad():
+        expected = tensor_leaves(copied(*args, **given))
     shapes = [tuple(t.shape) for t in expected], [tuple(t.shape) for t in actual]
     if shapes[0] != shapes[1]:
         raise ExportError(

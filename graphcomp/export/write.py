@@ -19,6 +19,7 @@ from graphcomp.export.program import export_program, quiet
 from graphcomp.export.runtime import Agreement, agreement, compare
 from graphcomp.graph_module import tensor_leaves
 from graphcomp.inputs import copies
+from graphcomp.threads import one_at_a_time
 
 log = logging.getLogger("graphcomp.export")
 
@@ -66,6 +67,7 @@ class ExportReport:
         return {**asdict(self), "kernels": self.kernels and self.kernels.to_dict()}
 
 
+@one_at_a_time
 def write_file(module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExportReport:
     """Write `module` to a .onnx or .pt2 file and run the file on the example inputs; nothing is left if either fails.
 

@@ -27,6 +27,7 @@ from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.geta import GetaQuantizer
 from graphcomp.quantization.repeats import moved_from, quantizer_before, without_repeats
 from graphcomp.quantization.spec import QuantConfig, QuantSpec, matches
+from graphcomp.threads import one_at_a_time
 
 SESSION = "graphcomp_session"
 PROGRESS = "graphcomp_progress"
@@ -319,6 +320,7 @@ def training_config(bits: int, activation_bits: int | None, learn_exponent: bool
     )
 
 
+@one_at_a_time
 def prepare_graph(
     plan: Analysis,
     groups: Sequence[ChannelGroup],

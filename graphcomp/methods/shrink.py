@@ -18,6 +18,7 @@ from graphcomp.graph import all_tensors, assign, fetch, value
 from graphcomp.methods.prepared import Prepared, Session, with_masks
 from graphcomp.pruning.mask import PREFIX, gone
 from graphcomp.pruning.slice import SliceGroups, kept_of_tensors, select
+from graphcomp.threads import one_at_a_time
 
 REMNANT = 0.1
 """Of the largest magnitude in a parameter: what an average, for the most part of cool-down steps, may hold of units
@@ -66,6 +67,7 @@ def settled(ready: Prepared, *, verify: bool = True) -> Prepared:
     return exact
 
 
+@one_at_a_time
 def shrunk(ready: Prepared) -> Prepared:
     """A smaller copy without the units that are gone; see `graphcomp.shrink`.
 

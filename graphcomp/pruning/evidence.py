@@ -25,7 +25,7 @@ from graphcomp.errors import PlanError
 from graphcomp.graph import argument_at, attributes, bind
 from graphcomp.graph_module import tensor_leaves
 from graphcomp.inputs import copies
-from graphcomp.untouched import own_inputs, same_buffers, untouched
+from graphcomp.untouched import eval_copy, own_inputs, same_buffers
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 """loss(model output, batch) -> scalar tensor."""
@@ -243,10 +243,10 @@ def gradients(captured: Captured, loss: Loss, batches: Iterable[Any]) -> dict[st
         if parameter.is_floating_point()
     }
     count = 0
-    with untouched(model, real=True), torch.enable_grad():
+    with eval_copy(model, real=True) as copied, torch.enable_grad():
         for batch in batches:
             args, kwargs = copies(arguments_of(captured, batch))
-            value = loss(torch.func.functional_call(model, free, args, kwargs), batch)
+            value = loss(torch.func.functional_call(copied, free, args, kwargs), batch)
             check_loss(value)
             value.backward()  # type: ignore[no-untyped-call]
             count += 1

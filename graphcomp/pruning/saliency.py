@@ -26,6 +26,7 @@ from graphcomp.coupling.propagate import Coupling
 from graphcomp.errors import PlanError
 from graphcomp.graph import attributes, bind, is_op
 from graphcomp.pruning.evidence import Evidence, Loss, Meeting, Place, Scores, axis_at, units_at
+from graphcomp.threads import one_at_a_time
 
 aten = torch.ops.aten
 
@@ -39,6 +40,7 @@ class Saliency(Protocol):
     def __call__(self, evidence: Evidence, /) -> Scores: ...
 
 
+@one_at_a_time
 def score(
     saliency: str | Saliency,
     analysis: Analysis,
