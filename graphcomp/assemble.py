@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor, fx, nn
 
 from graphcomp.analysis import Analysis
 from graphcomp.capture import Captured
-from graphcomp.compare import relative_error, tolerance_of
 from graphcomp.compressed import CompressedModel
 from graphcomp.cost import Bits, Bops, Codes, CostModel, Counts, SizeModel, flat_inputs, latency
 from graphcomp.coupling.groups import ChannelGroup, Kept
@@ -22,9 +22,11 @@ from graphcomp.errors import CalibrationError, PlanError, VerificationError
 from graphcomp.export.native import NativeResult, native
 from graphcomp.graph import bind, value
 from graphcomp.graph_module import tensor_leaves
-from graphcomp.pruning.mask import InsertMasks, set_masks
+from graphcomp.pruning.law import LAW as SLICING
+from graphcomp.pruning.law import check_slicing
 from graphcomp.pruning.slice import SliceGroups, by_factor, kept_of_tensors
 from graphcomp.quantization import ops
+from graphcomp.quantization.law import LAW as LOWERING
 from graphcomp.quantization.law import check_lowering
 from graphcomp.quantization.lower import Lowered, LoweredLayer
 from graphcomp.quantization.ptq import PostTraining, Quantized, Rounding, planned, planned_layers, quantize
@@ -33,7 +35,6 @@ from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, Quant
 from graphcomp.quantization.stored import StoredBytes
 from graphcomp.report import Change, LayerReport, Report, group_dict, layers
 from graphcomp.threads import one_at_a_time
-from graphcomp.untouched import same_buffers
 
 logger = logging.getLogger("graphcomp")
 
@@ -49,6 +50,8 @@ class Cut:
         groups: whose units were up for pruning.
         graph: the sliced graph; None for a recorded model, which has none that can be run.
         verified: law -> largest relative error.
+        unchecked: law, or part of one -> why it could not be checked.
+        notes: how laws were checked.
     """
 
     plan: Analysis
@@ -56,6 +59,8 @@ class Cut:
     groups: Sequence[ChannelGroup]
     graph: fx.GraphModule | None
     verified: Mapping[str, float]
+    unchecked: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @one_at_a_time
@@ -69,8 +74,11 @@ def cut_groups(plan: Analysis, kept: Kept, groups: Sequence[ChannelGroup], *, ve
     if plan.captured.producer != "export":
         return Cut(plan, kept, groups, None, {})
     graph = SliceGroups(plan.coupling, kept)(plan.captured.module)
-    verified = {"masked == sliced": _check_masked(plan, kept, graph)} if verify and kept else {}
-    return Cut(plan, kept, groups, graph, verified)
+    if not verify or not kept:
+        return Cut(plan, kept, groups, graph, {})
+    found = check_slicing(plan.coupling, plan.captured, kept, graph)
+    verified = {} if math.isnan(found.error) else {SLICING: found.error}
+    return Cut(plan, kept, groups, graph, verified, found.unchecked, found.notes)
 
 
 @one_at_a_time
@@ -79,10 +87,12 @@ def as_model(cut: Cut, *, measure_latency: bool) -> CompressedModel:
     plan = cut.plan
     found = native(plan, cut.kept, cut.graph)
     module, form = _choose(found, cut.graph, plan)
-    verified = dict(cut.verified)
-    if found.module is not None:
+    verified, unchecked = dict(cut.verified), dict(cut.unchecked)
+    if found.module is not None and not math.isnan(found.error):
         verified[_law_of_native(plan, found)] = found.error
-    report = _report(cut, verified, _native_notes(plan, found))
+    elif found.module is not None:
+        unchecked[_law_of_native(plan, found)] = found.silent
+    report = _report(replace(cut, verified=verified, unchecked=unchecked), _native_notes(plan, found))
     module.train(plan.model.training)
     return _model(
         cut,
@@ -255,12 +265,14 @@ def with_integers(
     Raises:
         VerificationError: the integers do not compute what the fake-quant graph does.
     """
-    verified = dict(cut.verified)
-    if inputs is not None:
-        found = check_lowering(quantized.fake, quantized.lowered, inputs)
-        verified["integers == fake-quant, in steps"] = found.steps
+    verified, unchecked = dict(cut.verified), dict(cut.unchecked)
+    if inputs is not None and (quantized.lowered.weights or quantized.lowered.activations):
+        verified[LOWERING] = check_lowering(quantized.fake, quantized.lowered, inputs).steps
+    elif inputs is not None:
+        unchecked[LOWERING] = "nothing was quantized"
+    cut = replace(cut, verified=verified, unchecked=unchecked)
     left = [f"{count} ops stay float: {reason}" for reason, count in Counter(quantized.left_float.values()).items()]
-    report = _quantized_report(cut, verified, (*notes, *left), quantized)
+    report = _quantized_report(cut, (*notes, *left), quantized)
     module = quantized.lowered.module
     result = _model(
         cut,
@@ -273,11 +285,11 @@ def with_integers(
     return result
 
 
-def _quantized_report(cut: Cut, verified: Mapping[str, float], notes: Sequence[str], quantized: Quantized) -> Report:
+def _quantized_report(cut: Cut, notes: Sequence[str], quantized: Quantized) -> Report:
     """The float report with what the integers change in it."""
     lowered = quantized.lowered
     by_name = {layer.name: layer for layer in lowered.layers}
-    report = _report(cut, verified, notes, lowered.layers)
+    report = _report(cut, notes, lowered.layers)
     stored = sum(t.numel() * t.element_size() for t in _stored(lowered.module))
     return replace(
         report,
@@ -316,30 +328,6 @@ def _sizes(lowered: Lowered) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------------ verification
-def _check_masked(plan: Analysis, kept: Kept, small: fx.GraphModule) -> float:
-    """Law 2 on the example inputs; the largest relative error."""
-    captured = plan.captured
-    if any(p.is_meta for p in small.parameters()):
-        return float("nan")
-    masked = InsertMasks(plan.coupling, list(kept))(captured.module)
-    set_masks(masked, list(kept), kept)
-    outputs = []
-    for graph in (masked, small):
-        with same_buffers(graph), torch.no_grad():
-            args, kwargs = captured.inputs()
-            outputs.append((graph(*args, **kwargs), args, kwargs))
-    expected, actual = outputs
-    error = relative_error(expected, actual)
-    allowed = tolerance_of(expected)
-    if not error <= allowed:
-        raise VerificationError(
-            "the sliced model does not compute what the masked model computes",
-            why=f"largest relative error {error:.1e}, allowed {allowed:.0e}",
-            fix="please report the model; graphcomp.testing.check_law(model, inputs, groups=[…]) finds the group",
-        )
-    return error
-
-
 def _law_of_native(plan: Analysis, found: NativeResult) -> str:
     """What the user's class was compared with, and in which precision."""
     law = "native == masked" if plan.captured.producer == "record" else "native == sliced"
@@ -369,9 +357,7 @@ def _native_notes(plan: Analysis, found: NativeResult) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _report(
-    cut: Cut, verified: Mapping[str, float], notes: Sequence[str], quantized: Sequence[LoweredLayer] = ()
-) -> Report:
+def _report(cut: Cut, notes: Sequence[str], quantized: Sequence[LoweredLayer] = ()) -> Report:
     """What was cut; the ops after have the bits of the `quantized` layers, the others are float."""
     plan, kept, groups = cut.plan, cut.kept, cut.groups
     counts = {factor: len(units) for factor, units in by_factor(kept).items()}
@@ -389,8 +375,9 @@ def _report(
         groups=tuple(group_dict(group, kept) for group in plan.groups),
         frozen=plan.frozen,
         unknown_ops=tuple(u.op for u in plan.unknown_ops),
-        verified=verified,
-        notes=tuple(notes),
+        verified=cut.verified,
+        unchecked=cut.unchecked,
+        notes=(*notes, *cut.notes),
     )
 
 

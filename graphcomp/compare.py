@@ -33,6 +33,27 @@ def floating_tensors(output: Any) -> list[Tensor]:
     return [t.detach() for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
+def why_silent(output: Tensor) -> str:
+    """Return why a comparison of `output` proves nothing; "" where it proves something.
+
+    Classes, flags, one number everywhere and numbers that are not finite look alike for many models.
+    """
+    if output.is_meta:
+        return "has no values (meta device)"
+    if output.numel() == 0:
+        return "is empty"
+    if not output.is_floating_point() and not output.is_complex():
+        return "holds flags" if output.dtype == torch.bool else "holds integers"
+    numbers = torch.view_as_real(output) if output.is_complex() else output
+    finite = numbers[numbers.isfinite()]
+    if finite.numel() == 0:
+        return "is nowhere finite"
+    least, most = finite.min(), finite.max()
+    if numbers.numel() > 1 and least == most:
+        return "is zero everywhere" if least == 0 else "is one number everywhere"
+    return "is zero" if least == most == 0 else ""
+
+
 def _error(a: Tensor, b: Tensor) -> float:
     a, b = a.double(), b.double()
     finite = a.isfinite()

@@ -80,3 +80,8 @@ class ExportError(GraphcompError):
 
 class NotBuiltError(GraphcompError, NotImplementedError):
     """An option of the design that is not built yet."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that is not empty."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")

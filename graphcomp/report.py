@@ -70,6 +70,8 @@ class Report:
         params, macs, bops, bytes, latency_ms: as `graphcomp.cost` defines them.
         bops_attention: bit operations of products of two activations, which `bops` leaves out.
         verified: each law that was checked -> its largest relative error.
+        unchecked: each law, or part of one, that could not be checked -> why: nothing in the outputs that proves
+            anything, inputs that the model refuses.
         sizes: storage convention (see `graphcomp.cost.size`) -> bytes of the integer weights; empty without any.
         quantization_errors: layer -> relative error that quantization makes in its output.
         kernels: of the last ONNX file that was exported, what onnxruntime runs (`KernelProof.to_dict()`): integer and
@@ -88,6 +90,7 @@ class Report:
     frozen: tuple[FrozenAxis, ...]
     unknown_ops: tuple[str, ...]
     verified: Mapping[str, float]
+    unchecked: Mapping[str, str] = field(default_factory=dict)
     latency_ms: Change | None = None
     sizes: Mapping[str, float] = field(default_factory=dict)
     quantization_errors: Mapping[str, float] = field(default_factory=dict)
@@ -118,6 +121,7 @@ class Report:
             "frozen": [frozen_dict(f) for f in self.frozen],
             "unknown_ops": list(self.unknown_ops),
             "verified": dict(self.verified),
+            "unchecked": dict(self.unchecked),
             "notes": list(self.notes),
         }
 
@@ -139,6 +143,7 @@ class Report:
             groups=tuple(data["groups"]),
             frozen=tuple(frozen_axis(axis) for axis in data["frozen"]),
             unknown_ops=tuple(data["unknown_ops"]),
+            unchecked=dict(data.get("unchecked", {})),
             latency_ms=None if data["latency_ms"] is None else Change.from_dict(data["latency_ms"]),
             kernels=data["kernels"],
             notes=tuple(data["notes"]),
@@ -161,6 +166,7 @@ class Report:
             rows.append(_row("quantization", f"largest relative error {error:.1e}, of {worst}"))
         rows += [_row("kernels", text) for text in _kernels_text(self.kernels)]
         rows += [_row("verified", f"{law}: largest relative error {error:.1e}") for law, error in self.verified.items()]
+        rows += [_row("not checked", f"{law}: {why}") for law, why in self.unchecked.items()]
         return "\n".join([*rows, *(_row("note", note) for note in self.notes)])
 
 

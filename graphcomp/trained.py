@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import fx
-from torch.fx.node import map_aggregate
+from torch import Tensor, fx
 
 from graphcomp.assemble import as_model, cut_groups, with_integers
 from graphcomp.capture import Captured
-from graphcomp.compare import default_dtype, in_float64, relative_error
+from graphcomp.compare import default_dtype, in_float64, relative_error, why_silent
 from graphcomp.compressed import CompressedModel
 from graphcomp.cost import flat_inputs
 from graphcomp.coupling.groups import ChannelGroup
 from graphcomp.errors import TrainingError, VerificationError
+from graphcomp.graph_module import tensor_leaves
 from graphcomp.methods.prepared import Prepared, Session
 from graphcomp.methods.shrink import expanded, hand_over, settled
+from graphcomp.provenance import compare_before, heard
+from graphcomp.pruning.law import in_double
 from graphcomp.pruning.slice import SliceGroups
 from graphcomp.quantization.finish import Finish, from_training, with_embeddings
 from graphcomp.quantization.repeats import with_repeats
@@ -56,13 +58,15 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
     groups: list[ChannelGroup] = [in_floats[group.name] for group in session.groups]
     cut = cut_groups(plan, dict(zip(groups, kept.values(), strict=True)), groups, verify=False)
     sliced = SliceGroups(session.quantized.coupling, kept)(session.quantized.captured.module)
-    verified = _verified(trained, sliced, session) if verify else {}
+    if verify:
+        verified, unchecked = _verified(trained, sliced, session)
+        cut = replace(cut, verified=verified, unchecked=unchecked)
     if session.bits is None:
-        return as_model(replace(cut, verified=verified), measure_latency=measure_latency)
+        return as_model(cut, measure_latency=measure_latency)
     inputs = flat_inputs(plan.captured, plan.captured.args, plan.captured.kwargs)
     quantized = from_training(with_embeddings(with_repeats(sliced)), [inputs])
     return with_integers(
-        replace(cut, verified=verified),
+        cut,
         quantized,
         (*session.notes, *quantized.notes),
         inputs if verify else None,
@@ -71,24 +75,54 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
 
 
 # ------------------------------------------------------------------------------------------------ verification
-def _verified(ready: Prepared, sliced: fx.GraphModule, session: Session) -> dict[str, float]:
+def _verified(ready: Prepared, sliced: fx.GraphModule, session: Session) -> tuple[dict[str, float], dict[str, str]]:
     """How far the trained, the sliced and the folded graph are apart on the example inputs, in eval mode and in
     float64: in float32 the rounding of a sum can send an activation to the next code, and what follows with it.
 
     Raises:
         VerificationError: they differ.
     """
-    captured, exact = session.plan.captured, _in_double(sliced)
-    expected, actual = (_outputs(graph, captured) for graph in (_in_double(ready), exact))
-    errors = {"trained == sliced": _error(expected, actual, SLICING)}
+    captured, exact = session.plan.captured, in_double(sliced)
+    laws = {"trained == sliced": (in_double(ready), exact, SLICING)}
     if session.bits is not None:
-        folded = Finish()(with_repeats(exact))
-        errors["sliced == folded"] = _error(actual, _outputs(folded, captured), FOLDING)
-    return errors
+        laws["sliced == folded"] = (exact, Finish()(with_repeats(exact)), FOLDING)
+    errors: dict[str, float] = {}
+    unchecked: dict[str, str] = {}
+    for law, (wanted, got, allowed) in laws.items():
+        error, silent = _compare(wanted, got, captured, allowed)
+        errors |= {} if math.isnan(error) else {law: error}
+        unchecked |= {law: silent} if math.isnan(error) else {}
+    return errors, unchecked
+
+
+def _compare(wanted: fx.GraphModule, got: fx.GraphModule, captured: Captured, allowed: float) -> tuple[float, str]:
+    """Return the relative error of `got`, NaN with the reason where the outputs prove nothing.
+
+    Where an output proves nothing (classes, flags), the floats that it is computed from are compared.
+
+    Raises:
+        VerificationError: the two differ.
+    """
+    expected, actual = _outputs(wanted, captured), _outputs(got, captured)
+    errors = [_checked(relative_error(expected, actual), allowed)]
+    outputs = tensor_leaves(expected[0])
+    silent = [
+        f"output '{name}' {why}"
+        for name, t in zip(captured.output_names, outputs, strict=True)
+        if (why := why_silent(t))
+    ]
+    if not silent:
+        return max(errors), ""
+    if len(silent) == len(outputs):
+        errors = []
+    before = [_floats_before(graph, captured) for graph in (wanted, got)]
+    found = [compare_before(a, b) for a, b in zip(*before, strict=True) if a]
+    errors += [_checked(error, allowed) for error in found if not math.isnan(error)]
+    return max(errors, default=math.nan), "; ".join(silent)
 
 
 def _outputs(graph: fx.GraphModule, captured: Captured) -> Any:
-    """Return what a graph in float64 returns, and its inputs after that; tensors that it makes are in float64, too.
+    """Return what a graph in float64 returns, and its inputs after that.
 
     Raises:
         VerificationError: it does not run.
@@ -105,30 +139,24 @@ def _outputs(graph: fx.GraphModule, captured: Captured) -> Any:
         ) from error
 
 
-def _error(expected: Any, actual: Any, allowed: float) -> float:
-    """Their relative error.
+def _floats_before(graph: fx.GraphModule, captured: Captured) -> list[list[Tensor]]:
+    """Return the floats that each output of a graph in float64 is computed from where it proves nothing itself."""
+    args, kwargs = pytree.tree_map(in_float64, captured.inputs())
+    with same_buffers(graph), default_dtype(torch.float64):
+        output, provenance = heard(graph, args, kwargs)
+    return [provenance.before(tensor) if why_silent(tensor) else [] for tensor in tensor_leaves(output)]
+
+
+def _checked(error: float, allowed: float) -> float:
+    """Return `error`.
 
     Raises:
         VerificationError: it is more than `allowed`.
     """
-    error = relative_error(expected, actual)
-    if not error <= allowed:
+    if not (error <= allowed or math.isnan(error)):
         raise VerificationError(
             "the small model does not compute what the trained model computes",
             why=f"largest relative error {error:.1e} in float64, allowed {allowed:.0e}",
             fix="please report the model; finalize(ready, verify=False) goes on all the same",
         )
     return error
-
-
-def _in_double(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy in eval mode that computes in float64, where the graph names float32 too."""
-    exact = copy.deepcopy(module).double().eval()
-    for node in exact.graph.nodes:
-        node.args, node.kwargs = (map_aggregate(found, _named_double) for found in (node.args, node.kwargs))
-    exact.recompile()
-    return exact
-
-
-def _named_double(argument: Any) -> Any:
-    return torch.float64 if isinstance(argument, torch.dtype) and argument.is_floating_point else argument

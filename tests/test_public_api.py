@@ -13,7 +13,7 @@ PACKAGE = Path(graphcomp.__file__).parent
 # Lower never imports higher. A module not named here has the rank of its folder.
 RANKS = [
     {"errors", "module_copy", "progress", "threads"},
-    {"compare"},
+    {"compare", "provenance"},
     {"graph"},
     {"graph_module", "graph_json", "inputs"},
     {"untouched"},

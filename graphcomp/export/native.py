@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from graphcomp.analysis import Analysis
 from graphcomp.capture import user_line
-from graphcomp.compare import TOLERANCE, default_dtype, in_float64
+from graphcomp.compare import TOLERANCE, default_dtype, in_float64, why_silent
 from graphcomp.coupling.axis import Factor, all_leaves
 from graphcomp.coupling.groups import Kept
 from graphcomp.export.attributes import Lengths, Site, constraints, find_lengths, options, put, sites, solve, trace
@@ -27,6 +27,7 @@ from graphcomp.export.masked_run import masked_model
 from graphcomp.graph import assign, bind, source_line
 from graphcomp.graph_module import copied, leaf_names, tensor_names
 from graphcomp.inputs import updates
+from graphcomp.provenance import compare_before, heard
 from graphcomp.pruning.slice import SliceGroups, by_factor, kept_of_tensors, select
 from graphcomp.untouched import eval_copy
 
@@ -45,9 +46,10 @@ class NativeResult:
         module: shares no memory with the user's model; same train/eval flags, same requires_grad. None: see `reason`.
         reason: "" with a module.
         edits: attributes that were corrected.
-        error: largest relative difference from the reference; nan where nothing was compared (meta device).
+        error: largest relative difference from the reference; nan where nothing was compared: see `silent`.
         rounding: how the two differ in the model's own precision, where only float64 shows that they are one
             function (`error` is then that of float64); else "".
+        silent: why nothing was compared: the outputs prove nothing; "" where something was.
     """
 
     module: nn.Module | None
@@ -55,6 +57,7 @@ class NativeResult:
     edits: tuple[Edit, ...] = ()
     error: float = math.nan
     rounding: str = ""
+    silent: str = ""
 
 
 def native(analysis: Analysis, kept: Kept, reference: fx.GraphModule | None = None) -> NativeResult:
@@ -278,7 +281,7 @@ class _Search:
             return None, _Failure(_refusal(error), _modules_of(error, built.module), user_line(error))
         if found.difference:
             return None, _Failure(found.difference)
-        return NativeResult(built.module, "", built.edits, found.error, found.rounding), _Failure("")
+        return NativeResult(built.module, "", built.edits, found.error, found.rounding, found.silent), _Failure("")
 
     def reason(self, counts: Mapping[Factor, int]) -> str:
         """Why the last set of changes failed, and the op whose implied constant a cut would change, if there is one."""
@@ -293,11 +296,15 @@ class _Search:
 
 @dataclass(frozen=True)
 class _Verdict:
-    """How far a model is from the reference; `difference` says in what way it is not the same, "" where it is."""
+    """How far a model is from the reference; `difference` says in what way it is not the same, "" where it is.
+
+    `silent`: why nothing could be compared, where `error` is NaN.
+    """
 
     error: float = math.nan
     difference: str = ""
     rounding: str = ""
+    silent: str = ""
 
 
 class _Reference:
@@ -315,9 +322,11 @@ class _Reference:
         captured = analysis.captured
         if captured.producer == "record":
             self.masked = masked_model(analysis, kept)
+            self.module: nn.Module = self.masked
             self.expected = _outputs(self.masked, analysis)
         else:
-            found = _outputs(graph or SliceGroups(analysis.coupling, kept)(captured.module), analysis)
+            self.module = graph or SliceGroups(analysis.coupling, kept)(captured.module)
+            found = _outputs(self.module, analysis)
             names = (*captured.output_names, *list(found)[len(captured.output_names) :])
             self.expected = dict(zip(names, found.values(), strict=True))
 
@@ -329,7 +338,7 @@ class _Reference:
         """
         found = _difference(self.expected, _outputs(module, self.analysis))
         if not isinstance(found, str):
-            return _Verdict(found)
+            return self._with_floats_before(module, found)
         if self.masked is None or not any(_is_coarse(p) for p in module.parameters()):
             return _Verdict(difference=found)
         try:
@@ -340,6 +349,24 @@ class _Reference:
         if isinstance(exact, str):
             return _Verdict(difference=f"{found}, and in float64: {exact}")
         return _Verdict(exact, rounding=found)
+
+    def _with_floats_before(self, module: nn.Module, error: float) -> _Verdict:
+        """Compare the floats, too, that outputs are computed from whose own comparison proves nothing."""
+        silent = {name: why for name, found in self.expected.items() if (why := why_silent(found))}
+        outputs = [name for name in self.expected if not name.startswith("input ")]
+        errors = [] if math.isnan(error) else [error]
+        if any(name in silent and not self.expected[name].is_meta for name in outputs):
+            wanted = dict(zip(outputs, _floats_before(self.module, self.analysis).values(), strict=False))
+            got = _floats_before(module, self.analysis)
+            for name in silent.keys() & wanted.keys() & got.keys():
+                before = compare_before(wanted[name], got[name])
+                if before > max((TOLERANCE.get(tensor.dtype, 1e-1) for tensor in wanted[name]), default=0.0):
+                    return _Verdict(
+                        difference=f"what output '{name}' is computed of differs by {before:.1e} (relative)"
+                    )
+                errors += [] if math.isnan(before) else [before]
+        why = "; ".join(f"output '{name}' {why}" for name, why in silent.items())
+        return _Verdict(max(errors, default=math.nan), silent="" if errors else why)
 
 
 def _is_coarse(tensor: Tensor) -> bool:
@@ -362,6 +389,15 @@ def _outputs(module: nn.Module, analysis: Analysis, *, exactly: bool = False) ->
         torch.manual_seed(0)
         outputs = _named(copied(*args, **kwargs))
     return outputs | updates((analysis.captured.args, analysis.captured.kwargs), (args, kwargs))
+
+
+def _floats_before(module: nn.Module, analysis: Analysis) -> dict[str, list[Tensor]]:
+    """Output -> the floats that it is computed from, of one run; see `Provenance`."""
+    args, kwargs = analysis.captured.inputs()
+    with eval_copy(module, real=True) as copied:
+        torch.manual_seed(0)
+        output, provenance = heard(copied, args, kwargs)
+        return {name: provenance.before(tensor) for name, tensor in _named(output).items()}
 
 
 def _as_float64(module: nn.Module) -> nn.Module:
@@ -409,7 +445,8 @@ def _difference(
         error = _relative(wanted, got)
         if not error <= (TOLERANCE.get(wanted.dtype, 0.0) if allowed is None else allowed):
             return f"output '{name}' differs from the reference by {error:.1e} (relative)"
-        worst, compared = max(worst, error), True
+        if not why_silent(wanted):
+            worst, compared = max(worst, error), True
     return worst if compared else math.nan
 
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from graphcomp.errors import ExportError, GraphcompError
+from graphcomp.errors import ExportError, GraphcompError, first_line
 from graphcomp.export.files import replacing
-from graphcomp.export.program import as_graph, export_program, first_line, in_eval_mode, quiet
+from graphcomp.export.program import as_graph, export_program, in_eval_mode, quiet
 from graphcomp.graph_module import leaf_names
 from graphcomp.quantization.attention import WriteOutAttention
 

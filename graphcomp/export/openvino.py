@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from graphcomp.cost import Latency
-from graphcomp.errors import ExportError
+from graphcomp.errors import ExportError, first_line
 from graphcomp.export.onnx import need
-from graphcomp.export.program import first_line
 from graphcomp.export.runtime import Args, timed
 from graphcomp.graph_module import tensor_leaves
 

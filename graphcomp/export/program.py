@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from graphcomp.capture import capture
-from graphcomp.errors import ExportError
+from graphcomp.errors import ExportError, first_line
 from graphcomp.export.files import replacing
 from graphcomp.graph import clone
 from graphcomp.quantization import ops as _ops  # noqa: F401 (the graph may hold these ops)
@@ -127,8 +127,3 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message that is not empty."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")

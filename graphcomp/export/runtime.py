@@ -17,9 +17,9 @@ from torch import Tensor, fx, nn
 
 from graphcomp.compare import floating_tensors, tolerance_of
 from graphcomp.cost import Latency
-from graphcomp.errors import ExportError
+from graphcomp.errors import ExportError, first_line
 from graphcomp.export.onnx import need
-from graphcomp.export.program import first_line, in_eval_mode
+from graphcomp.export.program import in_eval_mode
 from graphcomp.graph_module import tensor_leaves
 from graphcomp.inputs import copies
 from graphcomp.quantization.ops import dequantize_per_tensor, quantize_per_tensor

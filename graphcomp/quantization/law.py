@@ -21,6 +21,7 @@ from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.lower import Lowered
 from graphcomp.untouched import own_inputs, same_buffers
 
+LAW = "integers == fake-quant, in steps"
 STEPS_ALLOWED = 1.0
 _ROUNDING = 1e-3  # of a step: what a product of two float32 may be off
 
