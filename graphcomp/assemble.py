@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -118,6 +117,9 @@ def _model(cut: Cut, module: nn.Module, report: Report, **about: Any) -> Compres
 
 
 # ------------------------------------------------------------------------------------------------ quantizing
+SHOWN = 12
+"""Layers that a note names before it counts the rest."""
+
 REDUCED_BITS = 7
 """Of weights whose products with 8-bit activations, added in pairs, fit into 16 bits: 2 · 63 · 255 < 2^15."""
 
@@ -271,8 +273,7 @@ def with_integers(
     elif inputs is not None:
         unchecked[LOWERING] = "nothing was quantized"
     cut = replace(cut, verified=verified, unchecked=unchecked)
-    left = [f"{count} ops stay float: {reason}" for reason, count in Counter(quantized.left_float.values()).items()]
-    report = _quantized_report(cut, (*notes, *left), quantized)
+    report = _quantized_report(cut, (*notes, *_left_float(quantized.left_float)), quantized)
     module = quantized.lowered.module
     result = _model(
         cut,
@@ -283,6 +284,23 @@ def with_integers(
     )
     result.quantized = quantized
     return result
+
+
+def _left_float(left: Mapping[str, str]) -> list[str]:
+    """Return one note per reason for which layers stay float."""
+    by_reason: dict[str, list[str]] = {}
+    for layer, reason in left.items():
+        by_reason.setdefault(reason, []).append(f"'{layer}'")
+    return [
+        f"{_listed(layers)} {'stays' if len(layers) == 1 else 'stay'} float: {reason}"
+        for reason, layers in by_reason.items()
+    ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return the names, those beyond SHOWN as their number."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def _quantized_report(cut: Cut, notes: Sequence[str], quantized: Quantized) -> Report:

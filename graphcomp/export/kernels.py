@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,8 +55,18 @@ FLOAT_LAYERS = frozenset(
         "FusedMatMul",
         "Attention",
         "MultiHeadAttention",
+        "Einsum",
+        "LSTM",
+        "GRU",
+        "RNN",
     }
 )
+"""Kernels of layers that read floats."""
+
+NEVER_INTEGER = ("Einsum", "LSTM", "GRU", "RNN")
+"""Layers that graphcomp writes in float alone."""
+
+LOOKUPS = ("Gather", "GatherND", "GatherElements")
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")
 DECORATED = re.compile(r"^(?:fused )?(.*?)(?:/MatMulAddFusion)?(?:_token_\d+)*(?:/MatMulAddFusion)?$")
@@ -71,8 +81,9 @@ class KernelProof:
         float_: float kernels of convolutions and matrix products by name.
         stayed_float: (layer, reason) for each quantized layer that multiplies floats. A layer is called like its
             weight; a product of two activations like its node.
-        unquantized: (node, reason) for each convolution and matrix product that is float in the file itself.
-        share: integer convolutions and matrix products, of all of them; 1.0 where there is none.
+        unquantized: (node, reason) for each layer that is float in the file itself: a convolution, a matrix product, a
+            recurrent layer, an einsum; or (table, reason) for each lookup in a float parameter.
+        share: integer layers, of all layers; 1.0 where there is none.
     """
 
     integer: Mapping[str, int]
@@ -92,8 +103,12 @@ class KernelProof:
         }
 
 
-def prove(path: str | Path) -> KernelProof:
+def prove(path: str | Path, parameters: Collection[str] = ()) -> KernelProof:
     """Load an ONNX file in onnxruntime as users do, and read the graph it would run.
+
+    Args:
+        path: the file.
+        parameters: names of the float parameters among the file's constants, to tell tables that are looked up.
 
     Raises:
         ExportError: the `onnx` extra is not installed; onnxruntime cannot load the file.
@@ -119,8 +134,12 @@ def prove(path: str | Path) -> KernelProof:
             stayed.append((layer, _reason(node)))
         if layer is None and _is_layer(node):
             unquantized.append((str(node.name), _why_float(node)))
+        if node.op_type in NEVER_INTEGER and node.domain == "":
+            unquantized.append((str(node.name), f"{node.op_type} has no integer form"))
+    tables = [table for node in written.graph.all_nodes() if (table := _table(node, parameters))]
+    unquantized += [(name, "its table is float") for name in dict.fromkeys(tables)]
     whole = sum(count for kind, count in integer.items() if kind in INTEGER_LAYERS)
-    total = whole + sum(floating.values())
+    total = whole + sum(floating.values()) + len(tables)
     share = whole / total if total else 1.0
     return KernelProof(dict(integer), dict(floating), tuple(stayed), tuple(unquantized), share)
 
@@ -147,6 +166,16 @@ def quantized_layer(node: ir.Node) -> str | None:
 
 def _is_layer(node: ir.Node) -> bool:
     return node.op_type in LAYERS and node.domain == "" and len(node.inputs) >= 2
+
+
+def _table(node: ir.Node, parameters: Collection[str]) -> str:
+    """The one of `parameters` that the node looks up at indices that depend on the inputs; "" for none."""
+    if node.op_type not in LOOKUPS or node.domain != "":
+        return ""
+    table, rows = node.inputs[:2]
+    if table is None or rows is None or rows.is_initializer() or table.name not in parameters:
+        return ""
+    return str(table.name)
 
 
 def _why_float(node: ir.Node) -> str:

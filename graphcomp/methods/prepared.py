@@ -17,6 +17,7 @@ from graphcomp.errors import CalibrationError, CheckpointError, InputError, Plan
 from graphcomp.graph import bind, clone, fetch, module_path, set_argument
 from graphcomp.graph_module import CapturedModule, trains
 from graphcomp.pruning.mask import PREFIX, InsertMasks, computed_with, hold_masks, parameter_behind
+from graphcomp.quantization.einsum import WriteOutEinsum
 from graphcomp.quantization.fold import folded_nodes
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers
@@ -349,12 +350,13 @@ def prepare_graph(
     sites: tuple[Site, ...] = ()
     notes: tuple[str, ...] = ()
     if bits is not None and config is not None:
-        floats = plan.captured.module
+        floats = WriteOutEinsum()(plan.captured.module)
         placement = place(floats, config, ignore, folded_nodes(floats.graph))
         graph = InsertQuantizers(without_repeats(placement))(floats)
         _calibrate(graph, batches)
         calibrate_weights(graph)
         sites, notes = _Ranges(graph, bits, activation_bits or bits, layer_bits).sites()
+        notes = (*placement.notes, *notes)
         _start_at_the_most(graph, sites)
         quantized = analyze_captured(replace(plan.captured, module=graph))
     by_name = {group.name: group for group in quantized.groups}

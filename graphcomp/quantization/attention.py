@@ -6,12 +6,11 @@ scaled_dot_product_attention(q, k, v, mask)  ->  softmax((q scale) @ kᵀ + mask
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
-from graphcomp.graph import bind, clone, value
+from graphcomp.graph import bind, call_like, clone, value
 
 aten = torch.ops.aten
 
@@ -61,17 +60,17 @@ def _write_out(node: fx.Node, zero_hidden: bool) -> None:
     with node.graph.inserting_before(node):
         if arguments["enable_gqa"]:
             each = value(query).shape[-3] // value(key).shape[-3]
-            key, val = (_call(node, aten.repeat_interleave.self_int, t, each, -3) for t in (key, val))
-        scaled = _call(node, aten.mul.Scalar, query, value(query).shape[-1] ** -0.5 if scale is None else scale)
-        scores = _call(node, aten.matmul.default, scaled, _call(node, aten.transpose.int, key, -2, -1))
+            key, val = (call_like(node, aten.repeat_interleave.self_int, t, each, -3) for t in (key, val))
+        scaled = call_like(node, aten.mul.Scalar, query, value(query).shape[-1] ** -0.5 if scale is None else scale)
+        scores = call_like(node, aten.matmul.default, scaled, call_like(node, aten.transpose.int, key, -2, -1))
         if arguments["is_causal"]:
-            lower = _call(node, aten.tril.default, _ones(node, query, key))
-            scores = _call(node, aten.add.Tensor, scores, _bias(node, lower, lowest))
+            lower = call_like(node, aten.tril.default, _ones(node, query, key))
+            scores = call_like(node, aten.add.Tensor, scores, _bias(node, lower, lowest))
         if mask is not None and value(mask).dtype is torch.bool:
-            scores = _call(node, aten.add.Tensor, scores, _bias(node, mask, lowest))
+            scores = call_like(node, aten.add.Tensor, scores, _bias(node, mask, lowest))
         elif mask is not None:
-            scores = _call(node, aten.add.Tensor, scores, _call(node, aten.clamp_min.default, mask, lowest))
-        weights = _call(node, aten.softmax.int, scores, -1)
+            scores = call_like(node, aten.add.Tensor, scores, call_like(node, aten.clamp_min.default, mask, lowest))
+        weights = call_like(node, aten.softmax.int, scores, -1)
     # the node keeps its name, by which costs find it
     node.target, node.args, node.kwargs = aten.matmul.default, (weights, val), {}
     if mask is None or not zero_hidden:
@@ -80,10 +79,10 @@ def _write_out(node: fx.Node, zero_hidden: bool) -> None:
     with node.graph.inserting_before(node.next):
         # of the mask alone: layers that share it share this, too
         if value(mask).dtype is torch.bool:
-            hidden = _call(node, aten.logical_not.default, _call(node, aten.any.dim, mask, -1, True))
+            hidden = call_like(node, aten.logical_not.default, call_like(node, aten.any.dim, mask, -1, True))
         else:
-            hidden = _call(node, aten.eq.Scalar, _call(node, aten.amax.default, mask, [-1], True), -torch.inf)
-        result = _call(node, aten.masked_fill.Scalar, node, hidden, 0.0)
+            hidden = call_like(node, aten.eq.Scalar, call_like(node, aten.amax.default, mask, [-1], True), -torch.inf)
+        result = call_like(node, aten.masked_fill.Scalar, node, hidden, 0.0)
     for user in users:
         user.replace_input_with(node, result)
 
@@ -94,24 +93,16 @@ def _bias(node: fx.Node, seen: fx.Node, lowest: float) -> fx.Node:
     Of the shape of the mask, which has no heads: adding it takes less than filling all scores, layer by layer.
     """
     dtype = value(node).dtype
-    zeros = _call(node, aten._to_copy.default, _call(node, aten.zeros_like.default, seen), dtype=dtype)
-    return _call(node, aten.masked_fill.Scalar, zeros, _call(node, aten.eq.Scalar, seen, 0), lowest)
+    zeros = call_like(node, aten._to_copy.default, call_like(node, aten.zeros_like.default, seen), dtype=dtype)
+    return call_like(node, aten.masked_fill.Scalar, zeros, call_like(node, aten.eq.Scalar, seen, 0), lowest)
 
 
 def _ones(node: fx.Node, query: fx.Node, key: fx.Node) -> fx.Node:
     """(s, t) of ones, for queries (…, s, d) and keys (…, t, d)."""
     rows, columns = query, key
     for _ in range(value(query).dim() - 2):
-        rows, columns = (_call(node, aten.select.int, t, 0, 0) for t in (rows, columns))
+        rows, columns = (call_like(node, aten.select.int, t, 0, 0) for t in (rows, columns))
     rows, columns = (
-        _call(node, aten.ones_like.default, _call(node, aten.slice.Tensor, t, 1, 0, 1)) for t in (rows, columns)
+        call_like(node, aten.ones_like.default, call_like(node, aten.slice.Tensor, t, 1, 0, 1)) for t in (rows, columns)
     )
-    return _call(node, aten.mul.Tensor, rows, _call(node, aten.transpose.int, columns, 0, 1))
-
-
-def _call(like: fx.Node, target: Any, *arguments: Any, **options: Any) -> fx.Node:
-    """A node where the graph inserts, that says it comes from where `like` does."""
-    node = like.graph.call_function(target, arguments, options)
-    node.meta = {key: like.meta[key] for key in ("stack_trace", "nn_module_stack") if key in like.meta}
-    node.meta["val"] = target(*(a.meta["val"] if isinstance(a, fx.Node) else a for a in arguments), **options)
-    return node
+    return call_like(node, aten.mul.Tensor, rows, call_like(node, aten.transpose.int, columns, 0, 1))

@@ -23,6 +23,7 @@ from graphcomp.errors import PlanError, VerificationError
 from graphcomp.graph import bind, clone, fetch, value
 from graphcomp.quantization.biases import fit_biases
 from graphcomp.quantization.calibrate import calibrate_weight
+from graphcomp.quantization.floats import float_layers
 from graphcomp.quantization.fold import Pair, affine_of, chains, drop_unread
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers, lower
@@ -37,6 +38,9 @@ from graphcomp.quantization.repeats import with_repeats
 from graphcomp.quantization.spec import MAX_BITS, MIN_BITS, QuantConfig, QuantSpec
 from graphcomp.quantization.tensors import add_tensor, attribute_readers, put, replace_argument
 from graphcomp.quantization.walk import Constants
+
+TRAINED_IN_FLOATS = "trained in floats"
+"""Why a layer has no integers, where training made the model."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,8 @@ def from_training(fake: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> Qua
     trained = _weight_codes(finished)
     fit_biases(finished)
     notes = tuple(_rounded_again(trained, _weight_codes(finished)))
-    return Quantized(twin, finished, lower(finished), errors, _left_float(finished), notes)
+    left = float_layers(finished, _float_products(finished), TRAINED_IN_FLOATS)
+    return Quantized(twin, finished, lower(finished), errors, left, notes)
 
 
 def with_embeddings(fake: fx.GraphModule) -> fx.GraphModule:
@@ -130,17 +135,18 @@ def _rounded_again(trained: Mapping[str, Integers], fitted: Mapping[str, Integer
             yield f"{layer}: weights next to nothing beside their bias were rounded again, so that it fits into 32 bits"
 
 
-def _left_float(fake: fx.GraphModule) -> dict[str, str]:
-    """The compute ops with a float weight; of those that multiply two activations, with two float ones."""
+def _float_products(fake: fx.GraphModule) -> dict[str, str]:
+    """Return the products of two activations that read no quantized one, though activations are quantized elsewhere."""
     quantized, constant = dict(quantizer_nodes(fake)), constants_with_quantizers(fake)
-    found = {}
-    for node in fake.graph.nodes:
-        if node.target in COMPUTE and node not in constant:
-            weight = bind(node)[COMPUTE[node.target].weight]
-            operands = [weight] if weight in constant else node.all_input_nodes
-            if quantized.keys().isdisjoint(operands):
-                found[node.name] = "trained in floats"
-    return found
+    if constant.issuperset(quantized):
+        return {}
+    return {
+        node.name: TRAINED_IN_FLOATS
+        for node in fake.graph.nodes
+        if node.target in COMPUTE
+        and constant.isdisjoint(node.all_input_nodes)
+        and quantized.keys().isdisjoint(node.all_input_nodes)
+    }
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ A quantizer belongs to a value and to those of its users that read it on integer
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -21,6 +21,7 @@ from torch import fx
 from graphcomp.graph import bind, fetch, module_path, tensor_values, value
 from graphcomp.quantization.attention import FUSED
 from graphcomp.quantization.spec import QuantConfig, QuantSpec, matches
+from graphcomp.quantization.wishes import Chosen, Wish, Wishes
 
 aten = torch.ops.aten
 
@@ -112,10 +113,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Placement:
-    """All sites in the order of the graph, and which compute ops stay float, and why."""
+    """All sites in the order of the graph, which compute ops stay float, and why, and what else was not met."""
 
     sites: tuple[Site, ...]
     left_float: Mapping[fx.Node, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def constants(graph: fx.Graph) -> set[fx.Node]:
@@ -160,45 +162,61 @@ class _Planner:
         self.ignore = ignore
         self.folded = folded
         self.constants = constants(module.graph)
-        self.sites: dict[fx.Node, Site] = {}
+        self.compute = {node: self._chosen(node) for node in module.graph.nodes if node.target in COMPUTE}
+        self.floats = self._reading_floats()
+        self.readers: dict[fx.Node, dict[fx.Node, None]] = {}
         self.weights: list[Site] = []
         self.left_float: dict[fx.Node, str] = {}
-        self.shared = _Classes()
+        self.notes: list[str] = []
+        self.wishes = Wishes()
 
     def plan(self) -> Placement:
-        compute = [n for n in self.graph.nodes if n.target in COMPUTE]
-        chosen = {n: self._specs(n) for n in compute}
-        inside = [n for n in compute if chosen[n] != (None, None)]
-        for node in {inside[0], inside[-1]} if inside else ():
-            chosen[node] = tuple(_at_least(s, self.config.first_and_last_bits) for s in chosen[node])  # type: ignore[assignment]
-        for node in compute:
-            self._compute(node, *chosen[node])
+        for node, chosen in self.compute.items():
+            self._compute(node, chosen)
         for node in self.graph.nodes:
             if node.target in EMBEDDINGS:
                 self._embedding(node)
-            elif node.target in FUSED and self._specs(node)[1] is not None:
-                self.left_float[node] = "attention in one op; QuantConfig(attention=True) writes it out"
+            elif node.target in FUSED:
+                self._fused(node)
         if self.config.activations is not None or self.config.overrides:
             self._spread()
-        sites = [*self.weights, *self.sites.values()]
         position = {node: k for k, node in enumerate(self.graph.nodes)}
+        sites = [*self.weights, *self._activations()]
         for site in sites:
-            site.shares = self.shared.of(site.value) if not site.is_weight else site.shares
             site.users.sort(key=position.__getitem__)
-        self._agree()
-        return Placement(tuple(sorted(sites, key=lambda s: position[s.value])), self.left_float)
+        self._answer_overrides()
+        return Placement(tuple(sorted(sites, key=lambda s: position[s.value])), self.left_float, tuple(self.notes))
 
     # ------------------------------------------------------------------------------------------ what ops ask for
-    def _specs(self, node: fx.Node) -> tuple[QuantSpec | None, QuantSpec | None]:
+    def _chosen(self, node: fx.Node) -> Chosen:
+        """Return the specs of an op: none where it is ignored, those of an override, or the default ones."""
         path = module_path(node)
         if any(matches(name, path) for name in self.ignore):
-            self.left_float[node] = "ignored"
-            return None, None
-        return self.config.specs(path)
+            return Chosen(None, None, named=True, ignored=True)
+        return Chosen(*self.config.specs(path), named=self.config.override(path) is not None)
 
-    def _compute(self, node: fx.Node, weights: QuantSpec | None, activations: QuantSpec | None) -> None:
-        if weights is None and activations is None:
-            self.left_float.setdefault(node, "no spec")
+    def _ends(self) -> set[fx.Node]:
+        """Return the first and the last op that is quantized."""
+        inside = [node for node, chosen in self.compute.items() if chosen.any]
+        return {inside[0], inside[-1]} if inside else set()
+
+    def _reading_floats(self) -> set[fx.Node]:
+        """Return the ops that are to read floats, and the moves and clips in front of those ops."""
+        found = {node for node, chosen in self.compute.items() if chosen.activations is None}
+        for node in reversed(self.graph.nodes):
+            users = [user in found for user in node.users]
+            if not users or node in self.constants:
+                continue
+            if (self._moves(node) and any(users)) or (node.target in CLIPS and all(users)):
+                found.add(node)
+        return found
+
+    def _moves(self, node: fx.Node) -> bool:
+        return node.target in SAME or self._source(node) is not None
+
+    def _compute(self, node: fx.Node, chosen: Chosen) -> None:
+        if not chosen.any:
+            self.left_float[node] = "ignored" if chosen.ignored else "no spec"
             return
         if node in self.constants:
             self.left_float[node] = "depends on no input"
@@ -208,23 +226,38 @@ class _Planner:
         if not all(t.is_floating_point() for n in read for t in tensor_values(n)):
             self.left_float[node] = "computes on whole numbers"
             return
+        if operands.weight not in operands.data and arguments[operands.weight] not in self.constants:
+            self.left_float[node] = "its weight is computed from the inputs"
+            return
+        if node in self._ends() and not chosen.named:
+            chosen = chosen.at_least(self.config.first_and_last_bits)
+        weights, activations = chosen.weights, chosen.activations
         for name in operands.data:
             operand = arguments[name]
             if operand not in self.constants and activations is not None:
-                self._need(operand, [node], activations)
+                self._need(operand, [node])
+                self.wishes.add(operand, Wish(activations, node, chosen.named, reads=True))
             elif operand in self.constants and name != operands.weight and weights is not None:
                 self._weight(operand, node, -2, weights)  # a constant on the left: its rows are the channels
         if operands.weight and arguments[operands.weight] in self.constants and weights is not None:
             self._weight(arguments[operands.weight], node, operands.dim, weights)
         if activations is not None and node.target in CONVOLUTIONS:
             result = self._result(node)
-            self._need(result, list(result.users), activations)
+            self._need(result, list(result.users))
+            self.wishes.add(result, Wish(activations, node, chosen.named, reads=False))
+            if result.users and self.floats.issuperset(result.users):
+                self.notes.append(
+                    f"{self.label(node)} returns floats, as what reads them was given float inputs by name"
+                )
 
     def _weight(self, operand: fx.Node, user: fx.Node, dim: int, spec: QuantSpec) -> None:
         rank = value(operand).dim()
         where = dim % rank if spec.granularity != "tensor" else None
-        if spec.granularity == "group" and (where != 0 or rank != 2):
-            # groups run along the last dim of a matrix whose rows are channels; elsewhere, one step per channel
+        if spec.granularity == "group" and (where != 0 or rank != 2 or user.target in EMBEDDINGS):
+            self.notes.append(
+                f"{self.label(user)}: one step per output channel, not per group of {spec.group_size}: groups divide "
+                "the rows of a linear layer's matrix"
+            )
             spec = replace(spec, granularity="channel", group_size=0)
         key = (self._tensor_key(operand), where, spec)
         for site in self.weights:
@@ -241,22 +274,22 @@ class _Planner:
 
     def _embedding(self, node: fx.Node) -> None:
         table = bind(node)["weight"]
-        spec = self.config.embeddings
         path = module_path(node)
-        for name, (weights, _) in self.config.overrides.items():
-            if matches(name, path):
-                spec = weights
-        if spec is None or table not in self.constants or any(matches(name, path) for name in self.ignore):
+        name = self.config.override(path)
+        spec = self.config.embeddings if name is None else self.config.overrides[name][0]
+        if spec is None or table not in self.constants or any(matches(entry, path) for entry in self.ignore):
             return
         self._weight(table, node, 0, spec)
 
-    def _need(self, value_: fx.Node, users: Iterable[fx.Node], spec: QuantSpec) -> None:
-        site = self.sites.get(value_)
-        if site is None:
-            self.sites[value_] = Site(value_, list(dict.fromkeys(users)), spec)
-            return
-        site.users += [u for u in users if u not in site.users]
-        site.spec = max(site.spec, spec, key=lambda s: s.bits)
+    def _fused(self, node: fx.Node) -> None:
+        if self._chosen(node).activations is not None:
+            self.left_float[node] = "attention in one op; QuantConfig(attention=True) writes it out"
+
+    def _need(self, value_: fx.Node, users: Iterable[fx.Node]) -> None:
+        """Quantize a value for those of `users` that do not read floats."""
+        wanted = dict.fromkeys(user for user in users if user not in self.floats)
+        if wanted:
+            self.readers.setdefault(value_, {}).update(wanted)
 
     def _result(self, node: fx.Node) -> fx.Node:
         """The value behind what will be folded into `node`, and behind the clip that alone reads that."""
@@ -272,12 +305,12 @@ class _Planner:
     def _spread(self) -> None:
         """Carry scales through ops that move elements, and forward through ops with integer kernels."""
         for node in reversed(self.graph.nodes):
-            if node in self.sites:
+            if node in self.readers:
                 self._through_same(node)
         leads = self._leading_to_compute()
         for node in self.graph.nodes:
             source = self._source(node)
-            if source in self.sites and node in leads and node not in self.sites and source is not None:
+            if source in self.readers and node in leads and node not in self.readers and source is not None:
                 self._carry(node, source)
             elif node.target in OWN and node in leads:
                 self._own(node)
@@ -297,9 +330,9 @@ class _Planner:
 
     def _through_same(self, node: fx.Node) -> None:
         source = self._source(node)
-        if source is not None and _is_float(source):
-            self._need(source, [self._reader(node)], self.sites[node].spec)
-            self.shared.union(source, node)
+        if source is not None and _is_float(source) and self._reader(node) not in self.floats:
+            self._need(source, [self._reader(node)])
+            self.wishes.union(source, node)
 
     def _reader(self, node: fx.Node) -> fx.Node:
         """The op that reads the source: for an item of a split, the split."""
@@ -307,11 +340,11 @@ class _Planner:
         return container if node.target is operator.getitem and isinstance(container, fx.Node) else node
 
     def _carry(self, node: fx.Node, source: fx.Node) -> None:
-        if not _is_float(node):
+        if not _is_float(node) or self._reader(node) in self.floats:
             return  # the list that a split returns: its items follow
-        self._need(source, [self._reader(node)], self.sites[source].spec)
-        self._need(node, list(node.users), self.sites[source].spec)
-        self.shared.union(source, node)
+        self._need(source, [self._reader(node)])
+        self._need(node, list(node.users))
+        self.wishes.union(source, node)
 
     def _leading_to_compute(self) -> set[fx.Node]:
         """Values that reach a quantized compute op through clips, moves and ops with integer kernels alone."""
@@ -320,59 +353,76 @@ class _Planner:
             for user in node.users:
                 passes = user.target in CLIPS or user.target in OWN or self._source(user) is not None
                 split = user.target in SAME and user in found
-                asked = node in self.sites and user in self.sites[node].users and user.target in COMPUTE
+                asked = user in self.readers.get(node, {}) and user.target in COMPUTE
                 if asked or split or (passes and user in found):
                     found.add(node)
         return found
 
     def _own(self, node: fx.Node) -> None:
         operands = node.all_input_nodes
-        if not operands or not all(n in self.sites for n in operands) or not _is_float(node):
+        if not operands or not all(n in self.readers for n in operands) or not _is_float(node):
             return
         if any(matches(name, module_path(node)) for name in self.ignore):
             return
-        spec = max((self.sites[n].spec for n in operands), key=lambda s: s.bits)
         result = self._result(node)
         for operand in operands:
-            self._need(operand, [node], self.sites[operand].spec)
-        self._need(result, list(result.users), spec)
+            self._need(operand, [node])
+        self._need(result, list(result.users))
+        self.wishes.derive(result, operands)
         if node.target is aten.cat.default and self.config.share_concat:
             for operand in operands:
-                self.shared.union(operand, result)
+                self.wishes.union(operand, result)
         if node.target is aten.add.Tensor and self.config.share_add:
-            self.shared.union(operands[0], operands[-1])
+            self.wishes.union(operands[0], operands[-1])
 
-    def _agree(self) -> None:
-        """Sites with one quantizer have one spec, the one with the most bits."""
-        specs: dict[object, QuantSpec] = {}
-        for site in self.sites.values():
-            known = specs.get(site.shares, site.spec)
-            specs[site.shares] = max(known, site.spec, key=lambda s: s.bits)
-        for site in self.sites.values():
-            site.spec = specs[site.shares]
+    # ------------------------------------------------------------------------------------------ what comes of it
+    def _activations(self) -> Iterator[Site]:
+        """Yield the sites of activations: one per value, and one per reader that was given another spec by name."""
+        others = {
+            value_: [user for user in readers if user not in self.compute and self._source(user) is not value_]
+            for value_, readers in self.readers.items()
+        }
+        self.wishes.settle(others)
+        for value_, readers in self.readers.items():
+            spec = self.wishes.spec(value_)
+            apart: dict[QuantSpec, list[fx.Node]] = {}
+            for wish in self.wishes.of(value_):
+                if wish.named and wish.reads and wish.spec != spec and wish.node in readers:
+                    apart.setdefault(wish.spec, []).append(wish.node)
+            away = {user for users in apart.values() for user in users}
+            together = [user for user in readers if user not in away]
+            if together:
+                yield Site(value_, together, spec, shares=self.wishes.shared(value_))
+            for own, users in apart.items():
+                yield Site(value_, list(dict.fromkeys(users)), own, shares=(value_, own))
+
+    def _answer_overrides(self) -> None:
+        """Note the overrides that ask for something and change no op."""
+        for name, specs in self.config.overrides.items():
+            if specs == (None, None):
+                continue
+            inside = [n for n in self.graph.nodes if n.op == "call_function" and matches(name, module_path(n))]
+            if any(self.config.override(module_path(n)) != name for n in inside):
+                continue  # another entry goes before
+            able = [n for n in inside if n.target in COMPUTE or n.target in EMBEDDINGS or n.target in FUSED]
+            if not able:
+                self.notes.append(f"{name}: the override changes nothing, as no op in it can be quantized")
+
+    def label(self, node: fx.Node) -> str:
+        """The name of the layer that an op belongs to, or of the op."""
+        return op_label(node, self.constants)
 
 
-class _Classes:
-    """Union-find over nodes."""
-
-    def __init__(self) -> None:
-        self.parent: dict[fx.Node, fx.Node] = {}
-
-    def of(self, node: fx.Node) -> fx.Node:
-        while (above := self.parent.get(node, node)) is not node:
-            node = above
-        return node
-
-    def union(self, a: fx.Node, b: fx.Node) -> None:
-        a, b = self.of(a), self.of(b)
-        if a is not b:
-            self.parent[b] = a
-
-
-def _at_least(spec: QuantSpec | None, bits: int) -> QuantSpec | None:
-    if spec is None or spec.bits >= bits:
-        return spec
-    return replace(spec, bits=bits)
+def op_label(node: fx.Node, constant: set[fx.Node]) -> str:
+    """Return the name of the layer whose weight the op reads; without one, the module's and the op's name."""
+    operands = COMPUTE.get(node.target)
+    weight = (
+        bind(node)[operands.weight if operands and operands.weight else "weight"]
+        if operands or node.target in EMBEDDINGS
+        else None
+    )
+    name = layer_name(weight, constant) if weight in constant else ""
+    return name or f"{module_path(node)}.{node.name}".lstrip(".")
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -18,7 +18,9 @@ from graphcomp.graph import bind, clone, fetch, set_argument, value
 from graphcomp.quantization.attention import WriteOutAttention
 from graphcomp.quantization.biases import fit_biases
 from graphcomp.quantization.calibrate import RangeObserver, calibrate_weight, make_observer
+from graphcomp.quantization.einsum import WriteOutEinsum
 from graphcomp.quantization.equalize import equalize
+from graphcomp.quantization.floats import float_layers
 from graphcomp.quantization.fold import FoldBatchNorm
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.lower import Lowered, LoweredLayer, constants_with_quantizers, layers_of, lower
@@ -110,13 +112,13 @@ def quantize(module: fx.GraphModule, batches: Sequence[Sequence[Any]], options: 
     calibrate_weights(fake)
     errors = _Setting(own_bias, fake, options).walk(batches[: options.walk_batches])
     fit_biases(fake)
-    left = {node.name: reason for node, reason in placement.left_float.items()}
-    return Quantized(folded, fake, lower(fake), errors, left, tuple(notes))
+    left = float_layers(fake, {node.name: reason for node, reason in placement.left_float.items()})
+    return Quantized(folded, fake, lower(fake), errors, left, (*notes, *placement.notes))
 
 
 def prepared(module: fx.GraphModule, config: QuantConfig) -> fx.GraphModule:
     """The float graph that quantizers are placed in."""
-    folded = FoldBatchNorm()(module)
+    folded = WriteOutEinsum()(FoldBatchNorm()(module))
     return WriteOutAttention()(folded) if config.attention else folded
 
 

@@ -7,7 +7,7 @@ and costs a pass. Where the largest level lies above the range it even keeps gra
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,15 +21,18 @@ from graphcomp.quantization.placement import SAME, Placement, Site
 
 def without_repeats(placement: Placement) -> Placement:
     """The placement without sites on values that were moved from another site with the same quantizer."""
-    at = {site.value: site for site in placement.sites if not site.is_weight}
+    at: dict[fx.Node, list[Site]] = {}
+    for site in placement.sites:
+        if not site.is_weight:
+            at.setdefault(site.value, []).append(site)
     kept = tuple(site for site in placement.sites if site.is_weight or not _repeats(site, at))
     return replace(placement, sites=kept)
 
 
-def _repeats(site: Site, at: Mapping[fx.Node, Site]) -> bool:
+def _repeats(site: Site, at: Mapping[fx.Node, Sequence[Site]]) -> bool:
     source = moved_from(site.value)
-    before = at.get(source) if source is not None else None
-    return before is not None and before.shares is site.shares and site.value in before.users
+    before = at.get(source, ()) if source is not None else ()
+    return any(other.shares is site.shares and site.value in other.users for other in before)
 
 
 def moved_from(node: fx.Node) -> fx.Node | None:

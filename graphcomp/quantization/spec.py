@@ -104,9 +104,11 @@ class QuantConfig:
         weights: for weights of convolutions, linear layers and matrix products; None leaves them float.
         activations: for what those ops read, and for what convolutions return; None: weights only.
         embeddings: for embedding tables, which are stored as integers and looked up; None leaves them float.
-        first_and_last_bits: the first and the last quantized layer get at least this many bits.
+        first_and_last_bits: the first and the last quantized layer get at least this many bits, unless an override
+            names them.
         overrides: module name, or "re:" pattern -> (weights, activations) of the ops inside; (None, None) leaves them
-            float. The last that matches counts.
+            float, and what they read. The last that matches counts. An op that is named reads activations of its own
+            spec, whatever the op that makes them and other readers ask for.
         share_concat: inputs and result of a concatenation get one common scale, so that an integer kernel only copies.
         share_add: the same for the two sides of an addition, for runtimes whose integer addition does not rescale.
         attention: write `scaled_dot_product_attention` out, so that its two products are quantized too.
@@ -123,11 +125,12 @@ class QuantConfig:
 
     def specs(self, module_path: str) -> tuple[QuantSpec | None, QuantSpec | None]:
         """The specs of weights and activations for an op that the module at `module_path` makes."""
-        found = (self.weights, self.activations)
-        for name, specs in self.overrides.items():
-            if matches(name, module_path):
-                found = specs
-        return found
+        name = self.override(module_path)
+        return (self.weights, self.activations) if name is None else self.overrides[name]
+
+    def override(self, module_path: str) -> str | None:
+        """Return the entry of `overrides` that counts for the module at `module_path`; None without one."""
+        return next((name for name in reversed(list(self.overrides)) if matches(name, module_path)), None)
 
 
 def matches(name: str, module_path: str) -> bool:

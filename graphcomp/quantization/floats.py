@@ -1,0 +1,99 @@
+"""The layers of a fake-quant graph that stay float: ops that multiply or look up a weight that is not quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator, OpOverload
+
+from graphcomp.graph import bind, fetch, value
+from graphcomp.quantization.attention import FUSED
+from graphcomp.quantization.insert import quantizer_nodes
+from graphcomp.quantization.lower import constants_with_quantizers
+from graphcomp.quantization.placement import COMPUTE, EMBEDDINGS, SAME, op_label
+
+aten = torch.ops.aten
+
+NORMS = frozenset(
+    {
+        aten.batch_norm.default, aten.layer_norm.default, aten.group_norm.default, aten.instance_norm.default,
+        aten.rms_norm.default, aten.native_layer_norm.default, aten.native_group_norm.default,
+        aten.native_batch_norm.default, aten._native_batch_norm_legit.default,
+        aten._native_batch_norm_legit_no_training.default,
+    }
+)  # fmt: skip
+"""Ops whose affine parameters scale and shift channels."""
+
+JOINS = frozenset(
+    {
+        aten.cat.default, aten.stack.default, aten.index_select.default, aten.chunk.default, aten.split.Tensor,
+        aten.expand_as.default, aten.broadcast_tensors.default, aten.slice_scatter.default,
+        aten.select_scatter.default, aten.copy_.default,
+    }
+)  # fmt: skip
+"""Ops that move parameters beside activations: class tokens, prompts, positions."""
+
+NO_INTEGER_FORM = "{} has no integer form"
+UNDER_AUTOCAST = "computed under torch.autocast"
+
+
+def float_layers(fake: fx.GraphModule, reasons: Mapping[str, str], default: str = "no spec") -> dict[str, str]:
+    """Return each layer that computes in float, with the reason.
+
+    Args:
+        fake: with quantizers.
+        reasons: node -> why the op of that name was not quantized.
+        default: the reason for other ops that have an integer form.
+    """
+    quantized, constant = dict(quantizer_nodes(fake)), constants_with_quantizers(fake)
+    found: dict[str, str] = {}
+    for node in fake.graph.nodes:
+        if node.op != "call_function" or (node in constant and node.name not in reasons):
+            continue
+        if node.target in COMPUTE:
+            weight = bind(node)[COMPUTE[node.target].weight]
+            if node.name in reasons or (weight in constant and weight not in quantized):
+                found[op_label(node, constant)] = reasons.get(node.name, default)
+        elif node.target in FUSED:
+            if node.name in reasons:
+                found[op_label(node, constant)] = reasons[node.name]
+        elif node.target in EMBEDDINGS:
+            if bind(node)["weight"] not in quantized and _parameters(fake, node, constant):
+                found[op_label(node, constant)] = reasons.get(node.name, default)
+        elif _multiplies(node) and (weights := _parameters(fake, node, constant)):
+            owner = weights[0].rpartition(".")[0]
+            found[owner or weights[0]] = _why(node)
+    return found
+
+
+def _multiplies(node: fx.Node) -> bool:
+    """Return whether the op may multiply or look up weights, rather than move, scale or shift."""
+    if isinstance(node.target, HigherOrderOperator):
+        return True
+    if not isinstance(node.target, OpOverload) or torch.Tag.pointwise in node.target.tags:
+        return False
+    return not (node.target in SAME or node.target in NORMS or node.target in JOINS)
+
+
+def _parameters(fake: fx.GraphModule, node: fx.Node, constant: set[fx.Node]) -> list[str]:
+    """Return the names of the float matrices among the parameters that constant operands of `node` are made of."""
+    return [name for operand in node.all_input_nodes if operand in constant for name in _matrices(fake, operand)]
+
+
+def _matrices(fake: fx.GraphModule, operand: fx.Node) -> Iterator[str]:
+    if operand.op == "get_attr":
+        tensor = fetch(fake, str(operand.target))
+        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and tensor.dim() >= 2:
+            yield str(operand.target)
+    elif operand.op == "call_function" and isinstance(value(operand), Tensor):
+        for source in operand.all_input_nodes:
+            yield from _matrices(fake, source)
+
+
+def _why(node: fx.Node) -> str:
+    if node.target is torch.ops.higher_order.wrap_with_autocast:
+        return UNDER_AUTOCAST
+    name = node.target._schema.name if isinstance(node.target, OpOverload) else str(node.target)
+    return NO_INTEGER_FORM.format(name.rpartition("::")[2])

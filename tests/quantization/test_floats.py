@@ -1,0 +1,103 @@
+"""Layers that stay float are named in the report, with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphcomp as gc
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.r, self.o = kind(8, 16, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.r(x)[0])
+
+
+class Bags(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.o = nn.EmbeddingBag(10, 8), nn.Linear(8, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.o(self.e(ids))
+
+
+class Autocast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = self.a(x)
+        return self.o(hidden.float())
+
+
+class Indexed(nn.Module):
+    """A table that is indexed, a class token and positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.token, self.positions = (
+            nn.Parameter(torch.randn(*s)) for s in ((10, 8), (1, 1, 8), (1, 6, 8))
+        )
+        self.o = nn.Linear(8, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self.table[ids]
+        return self.o(torch.cat([self.token.expand(rows.shape[0], -1, -1), rows], 1) + self.positions)
+
+
+class Kernels(nn.Module):
+    """A convolution whose kernels depend on the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.o = nn.Parameter(torch.randn(4, 3, 3)), nn.Conv1d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(nn.functional.conv1d(x, self.w * x.mean()))
+
+
+IDS = torch.randint(10, (3, 5))
+CASES: dict[str, tuple[nn.Module, Any, str]] = {
+    "lstm": (Recurrent(nn.LSTM), torch.randn(3, 5, 8), "'r' stays float: lstm has no integer form"),
+    "gru": (Recurrent(nn.GRU), torch.randn(3, 5, 8), "'r' stays float: gru has no integer form"),
+    "embedding_bag": (Bags(), IDS, "'e' stays float: embedding_bag has no integer form"),
+    "autocast": (Autocast(), torch.randn(3, 8), "'a' stays float: computed under torch.autocast"),
+    "index": (Indexed(), IDS, "'table' stays float: index has no integer form"),
+    "kernels": (Kernels(), torch.randn(1, 3, 8), "'conv1d' stays float: its weight is computed from the inputs"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_layer_that_stays_float_is_named(name: str) -> None:
+    model, x, note = CASES[name]
+    small = gc.compress(model.eval(), x, sparsity=0, bits=8, calibration=[x])
+    assert small.report.notes == (note,)
+
+
+def test_a_trained_model_names_them_too() -> None:
+    model, x, note = CASES["lstm"]
+    assert note in gc.finalize(gc.prepare(model, x, bits=8)).report.notes
+
+
+def test_ignored_layers_are_named_together() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(20))).eval()
+    x = torch.randn(4, 8)
+    small = gc.compress(model, x, sparsity=0, bits=8, ignore=["re:^[0-9]$", "re:^1[0-8]$"], calibration=[x])
+    shown = ", ".join(f"'{k}'" for k in range(12))
+    assert small.report.notes == (f"{shown} and 7 more stay float: ignored",)
+
+
+def test_products_of_activations_are_no_news_where_weights_alone_are_quantized() -> None:
+    model, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(2, 4, 8)
+    small = gc.compress(model, x, sparsity=0, bits=8, activation_bits=None)
+    assert small.report.notes == ()
