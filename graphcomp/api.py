@@ -529,20 +529,28 @@ def _modules(model: nn.Module, entries: tuple[str, ...], option: str) -> tuple[s
 
 
 # ------------------------------------------------------------------------------------------------ later parts
-def load(folder: str | Path, *, model_factory: Callable[[], nn.Module] | None = None) -> CompressedModel:
-    """Rebuild what `CompressedModel.save` wrote, without the original weights.
+def load(
+    folder: str | Path,
+    *,
+    model_factory: Callable[[], nn.Module] | None = None,
+    trust: str | Iterable[str] = (),
+) -> CompressedModel:
+    """Rebuild what `CompressedModel.save` wrote, without the original weights. No code of the folder is run.
 
     Args:
         folder: the checkpoint folder.
         model_factory: returns the original architecture (any weights), for native models whose class and constructor
             arguments could not be recorded.
+        trust: packages whose classes, and namespaces whose ops, the folder may name, besides those of torch,
+            torchvision, transformers, timm, and modules that are imported already.
 
     Raises:
-        CheckpointError: not a checkpoint, truncated, written by a newer graphcomp, or a class that cannot be built.
+        CheckpointError: not a checkpoint, damaged, written by a newer graphcomp, a class that cannot be built, or a
+            module or an op that the folder may not name.
     """
     from graphcomp.export.checkpoint import load as load_folder
 
-    return load_folder(folder, model_factory=model_factory)
+    return load_folder(folder, model_factory=model_factory, trust=trust)
 
 
 def prepare(

@@ -221,13 +221,18 @@ def run_shapes(module: fx.GraphModule) -> dict[fx.Node, Any]:
     """
     inputs = [value(n) for n in module.graph.find_nodes(op="placeholder")]
     try:
-        return _run_fake(module, FakeTensorMode(), [_example_sized(t) for t in inputs])
+        return run_fake(module, FakeTensorMode(), [_example_sized(t) for t in inputs])
     except (DynamicOutputShapeException, DataDependentOutputException):
         mode = next(t.fake_mode for t in inputs if isinstance(t, FakeTensor))
-        return _run_fake(module, mode, inputs)
+        return run_fake(module, mode, inputs)
 
 
-def _run_fake(module: fx.GraphModule, mode: FakeTensorMode, inputs: Sequence[Any]) -> dict[fx.Node, Any]:
+def run_fake(module: fx.GraphModule, mode: FakeTensorMode, inputs: Sequence[Any]) -> dict[fx.Node, Any]:
+    """What every node computes from `inputs`, fake tensors of `mode` or numbers.
+
+    Raises:
+        Whatever the op raises whose operands do not fit.
+    """
     with mode, torch.no_grad():
         fakes = [t() if callable(t) and not isinstance(t, Tensor) else t for t in inputs]
         interpreter = _ShapeInterpreter(module, mode)

@@ -1,30 +1,38 @@
 """An fx graph as JSON and back: ops by name, no code, nothing to import but libraries of ops.
 
-Loading accepts ops registered with torch (`torch.ops.*`) and the functions on lengths listed in FUNCTIONS. Output
-containers come back as their own class where that class is registered with torch's pytree (transformers' outputs are,
-once transformers is installed), else as a dict or a tuple.
+Loading accepts the ops that `trust.Trust` allows and the functions on lengths listed in FUNCTIONS. Output containers
+come back as their own class where that class is registered with torch's pytree (transformers' outputs are, once
+transformers is installed), else as a dict or a tuple.
+
+torch.fx writes Python from a graph and runs the Python. So all text of a document that could reach that Python is
+checked: names of nodes, inputs and keywords must be identifiers, paths of attributes must be text without quotes.
+Where shapes of inputs were stored, the loaded graph is run on fake tensors, so that what does not fit is found at once.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
+import inspect
+import keyword
 import math
 import operator
-from collections.abc import Callable, Mapping
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import fx
+from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphcomp.errors import CheckpointError
-from graphcomp.graph import clone, fetch
+from graphcomp.graph import clone, example_size, fetch, run_fake
 from graphcomp.graph_module import FOLLOWS_MODE, CapturedModule, build, calling_convention, is_constant
-
-JSON = Any
-OUTPUT_LIBRARIES = ("transformers",)  # packages that register output classes when imported
+from graphcomp.json_values import JSON, damaged, decode, encode
+from graphcomp.spec_json import dump_spec, load_spec
+from graphcomp.trust import EVERYTHING, Trust
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"{module.__name__}.{name}": getattr(module, name)
@@ -38,12 +46,23 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 """Functions on lengths that may stand in a graph beside ops."""
 
 _NAMES = {id(function): name for name, function in FUNCTIONS.items()}
-_KINDS = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
+_NODE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+EXAMPLE = "graphcomp_example"
+"""In node.meta of a placeholder of a loaded graph: what stood in the document of the input's shape."""
+
+TAKEN = frozenset({"self", "torch", "inf", "nan", "NoneType", "fx_pytree", "pytree", "getattr"}) | frozenset(
+    name.replace(".", "_") for name in FUNCTIONS
+)
+"""Names that generated code uses for something else than an argument."""
 
 
 # ------------------------------------------------------------------------------------------------ writing
-def dump(module: fx.GraphModule) -> JSON:
+def dump(module: fx.GraphModule, *, run: bool = True) -> JSON:
     """The graph of `module` in eval mode, without its tensors.
+
+    Args:
+        run: whether to note what the graph gives, so that `load` can compare.
 
     Raises:
         CheckpointError: a target or argument that has no JSON form.
@@ -58,12 +77,15 @@ def dump(module: fx.GraphModule) -> JSON:
             fix="save ready.state_dict() and load it into what graphcomp.prepare returns for the same model",
         )
     info = getattr(plain.graph._codegen, "pytree_info", None)
+    examples = [_example(node) for node in plain.graph.find_nodes(op="placeholder")]
     return {
         "name": type(module).__name__ if isinstance(module, CapturedModule) else "GraphModule",
         "nodes": [_dump_node(plain, node) for node in plain.graph.nodes],
         "arguments": None if info is None else list(info.orig_args),
-        "inputs": None if info is None else _dump_spec(info.in_spec),
-        "outputs": None if info is None or info.out_spec is None else _dump_spec(info.out_spec),
+        "inputs": None if info is None else dump_spec(info.in_spec),
+        "outputs": None if info is None or info.out_spec is None else dump_spec(info.out_spec),
+        "examples": examples,
+        "results": _results(plain, examples) if run and info is not None else None,
     }
 
 
@@ -79,7 +101,7 @@ def _dump_node(module: fx.GraphModule, node: fx.Node) -> JSON:
     if node.kwargs:
         row["kwargs"] = {name: encode(a) for name, a in node.kwargs.items()}
     if node.op == "get_attr" and isinstance(body := fetch(module, str(node.target)), fx.GraphModule):
-        row["graph"] = dump(body)
+        row["graph"] = dump(body, run=False)
     return row
 
 
@@ -97,159 +119,274 @@ def _target_name(node: fx.Node) -> str:
     return name
 
 
-def _dump_spec(spec: pytree.TreeSpec) -> JSON:
+def _example(node: fx.Node) -> JSON:
+    """An input of the example's size: [dtype, shape, device], a number, or None where it is not known."""
+    if EXAMPLE in node.meta:
+        return node.meta[EXAMPLE]
+    found = node.meta.get("val")
+    if isinstance(found, Tensor):
+        return [str(found.dtype).removeprefix("torch."), [example_size(n) for n in found.shape], str(found.device)]
+    if isinstance(found, torch.SymInt):
+        return example_size(found)
+    return None if found is None else encode(found)
+
+
+def _results(module: fx.GraphModule, examples: Sequence[JSON]) -> JSON:
+    """dtype and shape of each output for inputs like `examples`; None where the graph cannot be run without data."""
     try:
-        return json.loads(pytree.treespec_dumps(spec))
-    except (NotImplementedError, TypeError, ValueError):
-        # a container pytree cannot name in JSON: its leaves, as a flat tuple
-        return json.loads(pytree.treespec_dumps(pytree.tree_structure((0,) * spec.num_leaves)))
+        return _run(module, examples, {})
+    except Exception:  # an op may need data, or know nothing of fake tensors; what it raises is its own affair
+        return None
 
 
-def encode(value: Any) -> JSON:
-    """An argument of a node as JSON: numbers, strings, lists and None as they are, the rest as {"kind": …}.
+def _run(module: fx.GraphModule, examples: Sequence[JSON], devices: Mapping[str, torch.device]) -> list[JSON]:
+    mode = FakeTensorMode()
+    with mode:
+        inputs = [_input(example, devices) for example in examples]
+    (output,) = module.graph.find_nodes(op="output")
+    found = run_fake(module, mode, inputs)
+    leaves = pytree.tree_leaves(fx.map_arg(output.args[0], lambda node: found[node]))
+    return [[str(t.dtype).removeprefix("torch."), list(t.shape)] if isinstance(t, Tensor) else None for t in leaves]
 
-    Raises:
-        CheckpointError: there is no form for it.
-    """
-    if value is None or isinstance(value, (bool, str)):
-        return value
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else {"float": str(value)}
-    if isinstance(value, fx.Node):
-        return {"node": value.name}
-    if isinstance(value, list):
-        return [encode(item) for item in value]
-    if isinstance(value, tuple):
-        return {"tuple": [encode(item) for item in value]}
-    if isinstance(value, slice):
-        return {"slice": [encode(part) for part in (value.start, value.stop, value.step)]}
-    if isinstance(value, Mapping):
-        return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
-    if isinstance(value, complex):
-        return {"complex": [value.real, value.imag]}
-    if isinstance(value, torch.device):
-        return {"device": str(value)}
-    for kind, type_ in _KINDS.items():
-        if isinstance(value, type_):
-            return {kind: str(value).removeprefix("torch.")}
-    raise CheckpointError(f"a value of type {type(value).__name__} cannot be stored", why=repr(value)[:200])
+
+def _input(example: JSON, devices: Mapping[str, torch.device]) -> Any:
+    if not isinstance(example, list):
+        return decode(example, {}, devices)
+    dtype, shape, device = example
+    return torch.empty(shape, dtype=decode({"dtype": dtype}, {}, {}), device=decode({"device": device}, {}, devices))
 
 
 # ------------------------------------------------------------------------------------------------ reading
-def load(document: JSON, tensors: Mapping[str, Any], devices: Mapping[str, torch.device]) -> CapturedModule:
+def load(
+    document: JSON, tensors: Mapping[str, Any], devices: Mapping[str, torch.device], trust: Trust = EVERYTHING
+) -> CapturedModule:
     """A module in eval mode from what `dump` wrote.
 
     Args:
         tensors: what the get_attr nodes read.
         devices: for each device named in the graph that is to be another now, which.
+        trust: which ops the graph may call.
 
     Raises:
-        CheckpointError: an op that is not registered, or a document that is not a graph.
+        CheckpointError: an op that is not registered or not allowed, or a document that is not a graph.
     """
-    graph = fx.Graph()
-    held: dict[str, Any] = {}
-    nodes: dict[str, fx.Node] = {}
+    if not isinstance(document, dict) or not isinstance(document.get("nodes"), list):
+        raise damaged("there is no graph", f"{document!r:.100}")
+    reading = _Reading(tensors, devices, trust)
     for row in document["nodes"]:
-        args = tuple(decode(a, nodes, devices) for a in row.get("args", ()))
-        kwargs = {name: decode(a, nodes, devices) for name, a in row.get("kwargs", {}).items()}
-        if row["op"] == "get_attr":
-            target = row["target"]
-            held[target] = load(row["graph"], tensors, devices) if "graph" in row else _tensor(tensors, target)
-        nodes[row["name"]] = graph.create_node(row["op"], _target(row), args, kwargs, row["name"])
+        reading.add(row)
+    graph = reading.finished()
+    name = document.get("name")
+    if not isinstance(name, str) or not name.isprintable():
+        raise damaged(f"the graph is called {name!r:.100}")
+    if document.get("inputs") is not None:
+        _set_calling_convention(graph, document, trust)
+    try:
+        graph.lint()
+        module = build(reading.held, graph, name)
+    except Exception as error:  # torch.fx raises any of several kinds for a name it cannot use
+        raise damaged("the graph cannot be built", f"{type(error).__name__}: {str(error)[:200]}") from error
+    if document.get("results") is not None:
+        _check_results(module, document, devices)
+    return module
+
+
+class _Reading:
+    """A graph that is being read, row by row."""
+
+    def __init__(self, tensors: Mapping[str, Any], devices: Mapping[str, torch.device], trust: Trust) -> None:
+        self.tensors, self.devices, self.trust = tensors, devices, trust
+        self.graph = fx.Graph()
+        self.held: dict[str, Any] = {}
+        self.nodes: dict[str, fx.Node] = {}
+        self.ended = False
+
+    def add(self, row: JSON) -> None:
+        """Append the node of one row."""
+        name, op = self._checked(row)
+        args = tuple(self._decoded(a) for a in row.get("args", ()))
+        kwargs = {key: self._decoded(a) for key, a in row.get("kwargs", {}).items()}
+        target = self._target(row, args, kwargs)
+        node = self.nodes[name] = self.graph.create_node(op, target, args, kwargs, name)
+        if op == "placeholder":
+            node.target = node.name  # as good as any: how the graph is called is said by its specs
         if "constant" in row:
-            nodes[row["name"]].meta["val"] = decode(row["constant"], nodes, devices)
+            node.meta["val"] = decode(row["constant"], {}, self.devices)
+            if op != "placeholder" or not is_constant(node):
+                raise damaged(f"the node '{name}' is the constant {row['constant']!r:.100}")
         if "follows" in row:
-            nodes[row["name"]].meta[FOLLOWS_MODE] = decode(row["follows"], nodes, devices)
-    if document["inputs"] is not None:
-        specs = _load_spec(document["inputs"]), _load_spec(document["outputs"])
-        graph.set_codegen(calling_convention(document["arguments"], *specs))
-    graph.lint()
-    return build(held, graph, document["name"])
+            node.meta[FOLLOWS_MODE] = self._follows(row["follows"], node)
+
+    def finished(self) -> fx.Graph:
+        """The graph of all rows."""
+        if not self.ended:
+            raise damaged("the graph has no output")
+        return self.graph
+
+    def _decoded(self, value: JSON) -> Any:
+        return decode(value, self.nodes, self.devices)
+
+    def _checked(self, row: JSON) -> tuple[str, str]:
+        """Name and kind of the node, where the row has the form of one."""
+        if not isinstance(row, dict) or not {"name", "op", "target"} <= set(row):
+            raise damaged(f"a node is {row!r:.100}")
+        name, op = row["name"], row["op"]
+        if not isinstance(name, str) or not _NODE_NAME.fullmatch(name) or keyword.iskeyword(name):
+            raise damaged(f"a node is called {name!r:.100}", "the name must be an identifier of Python")
+        if name in self.nodes:
+            raise damaged(f"two nodes are called {name!r:.100}")
+        if self.ended:
+            raise damaged(f"the node '{name}' stands behind the output")
+        if op not in ("placeholder", "get_attr", "output", "call_function"):
+            raise CheckpointError(f"node '{name}' is of kind {op!r:.100}, which a checkpoint cannot hold")
+        if not isinstance(row["target"], str):
+            raise damaged(f"the node '{name}' has the target {row['target']!r:.100}")
+        if not isinstance(row.get("args", []), list) or not isinstance(row.get("kwargs", {}), dict):
+            raise damaged(f"the node '{name}' has no arguments that a node can have")
+        self.ended = op == "output"
+        return name, op
+
+    def _target(self, row: JSON, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        name, op, target = row["name"], row["op"], row["target"]
+        if op == "call_function":
+            found = _function(target, self.trust)
+            _check_call(found, args, kwargs, f"the node '{name}' calls {target}")
+            return found
+        if kwargs or len(args) != (1 if op == "output" else 0):
+            raise damaged(f"the node '{name}' of kind {op} has {len(args)} arguments and {len(kwargs)} keywords")
+        if op == "get_attr":
+            self.held[target] = self._attribute(row)
+        return target
+
+    def _attribute(self, row: JSON) -> Any:
+        target = row["target"]
+        if not all(map(_is_attribute, target.split("."))):
+            raise damaged(f"the graph reads {target!r:.100}", "the path of an attribute must be plain names")
+        if "graph" in row:
+            return load(row["graph"], self.tensors, self.devices, self.trust)
+        if target not in self.tensors:
+            raise CheckpointError(f"the graph reads '{target}', and the file of tensors has none of that name")
+        return self.tensors[target]
+
+    def _follows(self, document: JSON, node: fx.Node) -> dict[str, Any]:
+        """What arguments of the op are in eval and in training mode."""
+        found = decode(document, {}, self.devices)
+        names = [a.name for a in node.target._schema.arguments] if isinstance(node.target, OpOverload) else []
+        wrong = not isinstance(found, dict) or any(
+            name not in names or not isinstance(pair, tuple) or list(map(type, pair)) != [type(pair[0])] * 2
+            or not isinstance(pair[0], (bool, int, float))
+            for name, pair in found.items()
+        )  # fmt: skip
+        if wrong:
+            raise damaged(f"the node '{node.name}' follows the mode by {document!r:.100}")
+        return dict(found)
 
 
-def _tensor(tensors: Mapping[str, Any], name: str) -> Any:
-    if name not in tensors:
-        raise CheckpointError(f"the graph reads '{name}', and the file of tensors has none of that name")
-    return tensors[name]
+def _is_attribute(part: str) -> bool:
+    """Whether a part of a path may stand in generated code: an identifier as it is, anything else between quotes."""
+    if part.isidentifier():
+        return _is_argument(part) and not part.startswith("__")
+    return bool(part) and part.isprintable() and not set(part) & {'"', "\\"}
 
 
-def _target(row: JSON) -> Any:
-    name: str = row["target"]
-    if row["op"] in ("placeholder", "get_attr", "output"):
-        return name
-    if row["op"] != "call_function":
-        raise CheckpointError(f"node '{row['name']}' is of kind {row['op']!r}, which a checkpoint cannot hold")
+def _is_argument(name: Any) -> bool:
+    """Whether generated code can hold a name as it stands: Python reads identifiers in their NFKC form."""
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+        return False
+    return unicodedata.normalize("NFKC", name) == name
+
+
+def _function(name: str, trust: Trust) -> Any:
     if name in FUNCTIONS:
         return FUNCTIONS[name]
     library, _, rest = name.partition(".")
-    found: Any = getattr(torch.ops, library)
     try:
+        found: Any = getattr(torch.ops, library)
         for part in rest.split("."):
             found = getattr(found, part)
-    except AttributeError as error:
+    except Exception as error:  # a name that no op can have ends in other errors than one that no op has
         raise CheckpointError(
-            f"the graph calls the op '{name}', which is not registered",
-            why=str(error).splitlines()[0],
-            fix=f"import the library that defines '{library}' ops first; a newer torch may have renamed it",
+            f"the graph calls the op '{name:.100}', which is not registered",
+            why=(str(error).splitlines() or [""])[0],
+            fix=f"import the library that defines '{library:.100}' ops first; a newer torch may have renamed it",
         ) from error
     if not isinstance(found, (OpOverload, HigherOrderOperator)):
-        raise CheckpointError(f"'{name}' is not an op")
+        raise CheckpointError(f"'{name:.100}' is not an op")
+    if not trust.allows_op(found):
+        raise CheckpointError(
+            f"the graph calls the op '{name}', which a file may not ask for unasked",
+            why="the op could do anything, such as write files: it is not known to compute and do nothing else",
+            fix=f"graphcomp.load(folder, trust=[{library!r}]), where you trust the library and the file",
+        )
     return found
 
 
-def decode(value: JSON, nodes: Mapping[str, fx.Node], devices: Mapping[str, torch.device]) -> Any:
-    """What `encode` wrote.
-
-    Raises:
-        CheckpointError: a kind nobody writes.
-    """
-    if isinstance(value, list):
-        return [decode(item, nodes, devices) for item in value]
-    if not isinstance(value, dict):
-        return value
-    ((kind, inner),) = value.items()
-    if kind == "node":
-        return nodes[inner]
-    if kind == "device":
-        return devices.get(inner, torch.device(inner))
-    if kind in _KINDS:
-        return getattr(torch, inner)
-    if kind == "float":
-        return float(inner)
-    if kind == "complex":
-        return complex(*inner)
-    items = [decode(item, nodes, devices) for item in inner]
-    if kind == "tuple":
-        return tuple(items)
-    if kind == "slice":
-        return slice(*items)
-    if kind == "dict":
-        return dict(items)
-    raise CheckpointError(f"the checkpoint holds a value of the unknown kind {kind!r}")
+def _check_call(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], what: str) -> None:
+    """Refuse arguments that `function` does not take."""
+    if not all(map(_is_argument, kwargs)):
+        raise damaged(f"{what} with the keywords {sorted(kwargs)!r:.100}")
+    if isinstance(function, OpOverload):
+        _check_schema(function, args, kwargs, what)
+    elif not isinstance(function, HigherOrderOperator):
+        with suppress(ValueError):  # a function without a signature
+            _bind(inspect.signature(function), args, kwargs, what)
+        if kwargs:
+            raise damaged(f"{what} with keywords")
 
 
-def _load_spec(document: JSON) -> pytree.TreeSpec:
-    protocol, spec = document
-    return pytree.treespec_loads(json.dumps([protocol, _known(spec)]))
+def _bind(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any], what: str) -> None:
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise damaged(what, str(error)) from error
 
 
-def _known(spec: JSON) -> JSON:
-    """The spec with containers that this process does not know as dicts and tuples."""
-    name, children = spec["type"], [_known(child) for child in spec["children_spec"]]
-    if name is None or _registered(name):
-        return {**spec, "children_spec": children}
-    keys = json.loads(spec["context"]) if isinstance(spec["context"], str) else None
-    named = isinstance(keys, list) and len(keys) == len(children) and all(isinstance(k, str) for k in keys)
-    plain, context = ("builtins.dict", json.dumps(keys)) if named else ("builtins.tuple", "null")
-    return {"type": plain, "context": context, "children_spec": children}
+def _check_schema(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], what: str) -> None:
+    arguments = op._schema.arguments
+    positional = [a.name for a in arguments if not a.kwarg_only]
+    if len(args) > len(positional):
+        raise damaged(f"{what} with {len(args)} arguments", f"it takes {len(positional)}")
+    given = {*positional[: len(args)], *kwargs}
+    unknown = sorted(set(kwargs) - {a.name for a in arguments}) + sorted(set(kwargs) & set(positional[: len(args)]))
+    missing = [a.name for a in arguments if a.name not in given and not a.has_default_value()]
+    if unknown or missing:
+        raise damaged(what, f"with a wrong argument '{unknown[0]}'" if unknown else f"without '{missing[0]}'")
 
 
-def _registered(name: str) -> bool:
-    if name.partition(".")[0] in OUTPUT_LIBRARIES and name not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
-        try:
-            importlib.import_module(name.rpartition(".")[0])
-        except ImportError:
-            return False
-    return name in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE
+def _set_calling_convention(graph: fx.Graph, document: JSON, trust: Trust) -> None:
+    """Let the graph be called with the nested inputs, and return the nested outputs, that the document says."""
+    names = document.get("arguments")
+    if not isinstance(names, list) or not all(map(_is_argument, names)) or TAKEN & set(names):
+        raise damaged(f"the inputs are called {names!r:.100}")
+    takes = load_spec(document["inputs"], trust)
+    gives = load_spec(document.get("outputs"), trust)
+    if takes.type is not tuple or takes.num_children != 2 or [c.type for c in takes.children()] != [tuple, dict]:
+        raise damaged("the inputs are no arguments and keywords")
+    positional, keywords = takes.children()
+    if not all(map(_is_argument, keywords.context)):
+        raise damaged(f"the inputs have the keywords {keywords.context!r:.100}")
+    called = [*names[: positional.num_children], *keywords.context]
+    if len(names) != len(called) or len(set(called)) != len(names) or len(set(names)) != len(names):
+        raise damaged(f"the inputs are called {names!r:.100}", f"and the model is called with {called!r:.100}")
+    (output,) = graph.find_nodes(op="output")
+    counts = len(graph.find_nodes(op="placeholder")), len(pytree.tree_leaves(output.args[0]))
+    if counts != (takes.num_leaves, gives.num_leaves):
+        raise damaged(f"the graph has {counts} inputs and outputs, and {takes.num_leaves, gives.num_leaves} are stored")
+    graph.set_codegen(calling_convention(names, takes, gives))
+
+
+def _check_results(module: CapturedModule, document: JSON, devices: Mapping[str, torch.device]) -> None:
+    """Run the graph on fake tensors, and compare what it gives with what was stored."""
+    places, examples = module.graph.find_nodes(op="placeholder"), document.get("examples")
+    if not isinstance(examples, list) or len(examples) != len(places):
+        raise damaged(f"the inputs are like {examples!r:.100}")
+    try:
+        found = _run(module, examples, devices)
+    except CheckpointError:
+        raise
+    except Exception as error:  # an op that gets what it cannot take raises in any way
+        raise damaged("the graph does not run", f"{type(error).__name__}: {str(error)[:200]}") from error
+    if found != document["results"]:
+        raise damaged("the graph gives other outputs", f"{found!r:.150}, and {document['results']!r:.150} are stored")
+    for node, example in zip(places, examples, strict=True):
+        node.meta[EXAMPLE] = example

@@ -110,7 +110,7 @@ class CapturedModule(fx.GraphModule):
         again, which fails for graphs of torch.export."""
         from graphcomp.graph_json import dump
 
-        return _unpickled, (dump(self), tensor_names(self), self.training)
+        return _unpickled, (dump(self, run=False), tensor_names(self), self.training)
 
 
 def _unpickled(document: Any, tensors: Mapping[str, Any], training: bool) -> CapturedModule:

@@ -12,9 +12,10 @@ PACKAGE = Path(graphcomp.__file__).parent
 
 # Lower never imports higher. A module not named here has the rank of its folder.
 RANKS = [
-    {"errors", "module_copy", "progress", "threads"},
+    {"errors", "module_copy", "progress", "threads", "locks"},
     {"compare", "provenance"},
-    {"graph"},
+    {"graph", "trust", "json_values"},
+    {"spec_json"},
     {"graph_module", "graph_json", "inputs"},
     {"untouched"},
     {"canonical", "record"},

@@ -1,23 +1,24 @@
 """A compressed model as a folder: model.safetensors and graphcomp.json. No pickle, no code.
 
-A native model is rebuilt from its class and constructor arguments (recipe.py), then every tensor is put in place at
-its stored shape, non-persistent buffers included. A graph is rebuilt from its ops' names (graph_json.py).
+A native model is rebuilt from a recipe (recipe.py), then every tensor is put in place at its stored shape,
+non-persistent buffers included. A graph is rebuilt from its ops' names (graph_json.py). What a folder may name is
+limited (trust.py).
 
-A folder is written beside its place and moved there when complete. A reader never sees half of one; a failure leaves
-the old one.
+Both files are written into a fresh folder inside the folder, synced to disk and moved into place, tensors first. Other
+files of the folder are left alone. A process that is killed between the two moves leaves the new document in the fresh
+folder; whoever comes next moves that document, too. So there is always one whole checkpoint, the old or the new one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
+import logging
 import math
-import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,16 +30,26 @@ from torch import Tensor, fx, nn
 from graphcomp import graph_json
 from graphcomp.errors import CheckpointError
 from graphcomp.export import recipe
+from graphcomp.export.document import FORMAT, Document, check_fields, parsed, written
+from graphcomp.export.files import abandoned, put, staging, sync_folder
+from graphcomp.export.names import MAIN, class_path
+from graphcomp.export.state import Decoder, Encoder, replace_tensors, submodule
 from graphcomp.graph import assign
 from graphcomp.graph_module import tensor_names
+from graphcomp.json_values import damaged, decode, encode
+from graphcomp.locks import LOCK_FILE, lock_folder
 from graphcomp.threads import one_at_a_time
+from graphcomp.trust import NAMESPACES, Trust
 
 if TYPE_CHECKING:
     from graphcomp.compressed import CompressedModel
     from graphcomp.report import Report
 
-FORMAT = 1
+log = logging.getLogger("graphcomp.checkpoint")
+
 DOCUMENT, TENSORS = "graphcomp.json", "model.safetensors"
+STAGING = ".graphcomp-save-"
+"""First part of the name of the fresh folder that a save writes into."""
 
 Form = Literal["native", "graph"]
 Kept = Mapping[str, Mapping[int, Tensor]]
@@ -62,13 +73,15 @@ class Loaded:
 # ------------------------------------------------------------------------------------------------ the public pair
 @one_at_a_time
 def save(compressed: CompressedModel, folder: str | Path) -> None:
-    """Write a CompressedModel.
+    """Write a CompressedModel. What `load` will need besides the folder is logged, and noted in the report.
 
     Raises:
         CheckpointError: see `write`.
     """
+    from graphcomp.report import Report
+
     report = compressed.report
-    write(
+    needs = write(
         folder,
         compressed.module,
         form=compressed.form,
@@ -78,6 +91,8 @@ def save(compressed: CompressedModel, folder: str | Path) -> None:
         edits=compressed.edits,
         original_shapes=compressed.original_shapes,
     )
+    if isinstance(report, Report):
+        compressed.report = replace(report, notes=(*report.notes, *(n for n in needs if n not in report.notes)))
 
 
 @one_at_a_time
@@ -86,6 +101,7 @@ def load(
     *,
     model_factory: Callable[[], nn.Module] | None = None,
     map_location: str | torch.device = "cpu",
+    trust: str | Iterable[str] = (),
 ) -> CompressedModel:
     """The CompressedModel that `save` wrote; its report is the stored dict where that is of another version.
 
@@ -93,21 +109,35 @@ def load(
         CheckpointError: see `read`.
     """
     from graphcomp.compressed import CompressedModel
-    from graphcomp.report import Report
 
-    found = read(folder, model_factory, map_location)
-    report: Report | dict[str, Any] = found.report
-    with suppress(KeyError):
-        report = Report.from_dict(found.report)
+    found = read(folder, model_factory, map_location, trust)
     return CompressedModel(
         found.module,
         form=found.form,
         kept=found.kept,
-        report=report,
+        report=_report(found.report),
         reason=found.reason,
         edits=found.edits,
         original_shapes=found.original_shapes,
     )
+
+
+def _report(data: dict[str, Any]) -> Report | dict[str, Any]:
+    """The stored report, where it can be read and printed; as plain data where entries of this version are missing."""
+    from graphcomp.report import Report
+
+    try:
+        report = Report.from_dict(data)
+    except KeyError:
+        return data
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise damaged("the report", f"{type(error).__name__}: {error}") from error
+    try:
+        str(report)
+        report.to_dict()
+    except Exception as error:  # numbers that are none show in any way
+        raise damaged("the report", f"{type(error).__name__}: {error}") from error
+    return report
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -121,7 +151,7 @@ def write(
     reason: str = "",
     edits: Iterable[Edit] = (),
     original_shapes: Mapping[str, tuple[int, ...]] | None = None,
-) -> None:
+) -> tuple[str, ...]:
     """Write a checkpoint folder; one that is there already is replaced once the new one is complete.
 
     Args:
@@ -130,13 +160,19 @@ def write(
         report: JSON-able.
         edits: attributes corrected by the cut, for models that only a `model_factory` can build again.
 
+    Returns:
+        What `load` will need besides the folder, and what the folder does not hold, a sentence each.
+
     Raises:
         CheckpointError: the folder holds something that is no checkpoint; the model has no data (meta device), a
             tensor type or an op that cannot be stored.
     """
     folder = Path(folder).absolute()
+    _restore(folder)
     _check_target(folder)
-    tensors = tensor_names(module)
+    encoder = Encoder(module)
+    structure, needs = _structure(module, encoder)
+    tensors = tensor_names(module) | encoder.extra
     document = {
         "format": FORMAT,
         "graphcomp": _version(),
@@ -144,41 +180,94 @@ def write(
         "form": form,
         "reason": reason,
         "kept": {name: {str(d): indices.tolist() for d, indices in dims.items()} for name, dims in kept.items()},
-        "report": _finite(dict(report)),
-        "edits": [(path, name, graph_json.encode(value)) for path, name, value in edits],
+        "report": {**_finite(dict(report)), "notes": [*report.get("notes", ()), *needs]} if needs else _finite(report),
+        "edits": [(path, name, encode(value)) for path, name, value in edits],
         "original_shapes": {name: list(shape) for name, shape in (original_shapes or {}).items()},
-        "class": recipe.class_path(type(module)),
+        "class": class_path(type(module)),
         "device": str(next((t.device for t in tensors.values()), torch.device("cpu"))),
-        **_structure(module),
+        **structure,
         **_tensor_facts(tensors),
+        "plain": sorted(_plain_names(module) | set(encoder.extra)),
         "eval": [path for path, m in module.named_modules() if not m.training],
     }
+    made = not folder.exists()
     try:
-        with _replacing(folder) as fresh:
-            _write_tensors(fresh / TENSORS, tensors)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            _finish(folder)
+        with staging(folder, STAGING) as fresh:
+            document["tensors"] = _write_tensors(fresh / TENSORS, tensors)
             document["tensors_sha256"] = _digest(fresh / TENSORS)
-            (fresh / DOCUMENT).write_text(json.dumps(document, allow_nan=False, indent=1), encoding="utf-8")
+            (fresh / DOCUMENT).write_text(written(document), encoding="utf-8")
+            shutil.copymode(fresh / DOCUMENT, fresh / TENSORS)  # safetensors makes files that others cannot read
+            _commit(fresh, folder)
     except OSError as error:
         raise CheckpointError(
             f"cannot write {folder}",
             why=f"{type(error).__name__}: {error}",
             fix="give a folder you may write to, on a disk with room",
         ) from error
+    finally:
+        if made:
+            with suppress(OSError):  # a folder that holds something stays
+                folder.rmdir()
+    for need in needs:
+        log.warning("%s", need)
+    return needs
 
 
-def _structure(module: nn.Module) -> dict[str, Any]:
-    """The graph or the recipe, and the attributes a fresh model has otherwise; both for a model that holds a graph."""
+def _structure(module: nn.Module, encoder: Encoder) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The graph or the recipe, and the attributes a fresh model has otherwise; both for a model that holds a graph.
+    Then what a reader has to know."""
     at = _graph_path(module)
     found: dict[str, Any] = {"graph_at": at, "graph": None, "recipe": None, "attributes": []}
+    needs: list[str] = []
     if at is not None:
         part = module.get_submodule(at)
         assert isinstance(part, fx.GraphModule)
         found["graph"] = graph_json.dump(part)
+        needs += _needed_namespaces(part)
     if at != "":
-        found["recipe"] = recipe.find_recipe(module, at)
-        if found["recipe"] is not None:
-            found["attributes"] = recipe.differing_attributes(recipe.build(found["recipe"]), module, at)
+        how = recipe.find_recipe(module, encoder, at)
+        found["recipe"], found["attributes"] = how.recipe, how.attributes
+        needs += _needed_of(module, how)
+    return found, tuple(needs)
+
+
+def _needed_of(module: nn.Module, how: recipe.Found) -> list[str]:
+    kind = type(module)
+    if how.recipe is None:
+        return [
+            f"graphcomp.load of this checkpoint needs model_factory=lambda: {kind.__name__}(…): "
+            f"{class_path(kind)} cannot be built from what a file can hold"
+        ]
+    found = []
+    if any(type(m).__module__ == MAIN for m in module.modules()):
+        found.append(
+            "graphcomp.load of this checkpoint needs model_factory= in every program but this script, which defines "
+            "the model's class: move the class to a module that both import"
+        )
+    if how.lost:
+        found.append(f"the checkpoint does not hold the attribute {', '.join(how.lost[:5])}, which is no plain data")
     return found
+
+
+def _needed_namespaces(graph: fx.GraphModule) -> list[str]:
+    used = {n.target.namespace for n in graph.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
+    return [
+        f"graphcomp.load of this checkpoint needs trust=[{name!r}], and the library of these ops imported"
+        for name in sorted(used - NAMESPACES)
+    ]
+
+
+def _plain_names(module: nn.Module) -> set[str]:
+    """Names of tensors that are plain attributes: neither parameters nor buffers."""
+    return set(tensor_names(module)) - _registered(module)
+
+
+def _registered(module: nn.Module) -> set[str]:
+    parameters, buffers = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    return {name for name, _ in parameters} | {name for name, _ in buffers}
 
 
 def _graph_path(module: nn.Module) -> str | None:
@@ -198,8 +287,8 @@ def _tensor_facts(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Every tensor once, by its first name."""
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, list[int]]]:
+    """Write every tensor once, by its first name. Return name -> (dtype, shape)."""
     plain: dict[str, Tensor] = {}
     seen: set[int] = set()
     memory: set[int] = set()
@@ -217,6 +306,12 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         safetensors.torch.save_file(plain, path, metadata={"format": "pt", "graphcomp": str(FORMAT)})
     except (safetensors.SafetensorError, ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"cannot write {path.name}", why=str(error)) from error
+    return {name: _kind(tensor) for name, tensor in plain.items()}
+
+
+def _kind(tensor: Tensor) -> tuple[str, list[int]]:
+    """dtype and shape, as they stand in the document."""
+    return str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
 
 
 def _finite(value: Any) -> Any:
@@ -237,49 +332,57 @@ def _version() -> str:
 
 # ------------------------------------------------------------------------------------------------ the folder
 def _check_target(folder: Path) -> None:
-    _restore(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / DOCUMENT).is_file():
-        raise CheckpointError(
-            f"{folder} is not empty and no graphcomp checkpoint",
-            why=f"it holds {min(entry.name for entry in folder.iterdir())!r} and no {DOCUMENT}",
-            fix="give a new or empty folder",
-        )
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file", fix="give the name of a folder")
-
-
-class _replacing:
-    """A fresh folder beside `folder`, which takes its place when the block ends well, and leaves no trace if not."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.fresh = folder.with_name(f".{folder.name}.new-{os.getpid()}")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.fresh, ignore_errors=True)
-        self.fresh.mkdir(parents=True)
-        return self.fresh
-
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        if kind is not None:
-            shutil.rmtree(self.fresh, ignore_errors=True)
-            return
-        old = _old(self.folder)
-        shutil.rmtree(old, ignore_errors=True)
-        if self.folder.exists():
-            self.folder.rename(old)
-        self.fresh.rename(self.folder)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _old(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
+    entries = list(folder.iterdir()) if folder.exists() else []
+    held = sorted(e.name for e in entries if e.name != LOCK_FILE and not e.name.startswith(STAGING))
+    if held and DOCUMENT not in held:
+        raise CheckpointError(
+            f"{folder} is not empty and no graphcomp checkpoint",
+            why=f"it holds {held[0]!r} and no {DOCUMENT}",
+            fix="give a new or empty folder",
+        )
+    for entry in entries:
+        if entry.name in (DOCUMENT, TENSORS) and entry.is_dir():
+            raise CheckpointError(f"{entry} is a folder", fix="give the name of another folder")
 
 
 def _restore(folder: Path) -> None:
-    """Undo a replacement that was interrupted between its two renames."""
-    if not folder.exists() and (_old(folder) / DOCUMENT).is_file():
-        _old(folder).rename(folder)
+    """Undo a save of version 0.1, which moved whole folders, that was interrupted between its two moves."""
+    old = folder.with_name(f".{folder.name}.old")
+    if not folder.exists() and (old / DOCUMENT).is_file():
+        old.rename(folder)
+
+
+def _commit(fresh: Path, folder: Path) -> None:
+    """Move the two files of `fresh` into `folder`, where no other process reads or moves files at the same time."""
+    sync_folder(fresh)
+    with _locked(folder):
+        put(fresh / TENSORS, folder / TENSORS)
+        sync_folder(folder)
+        put(fresh / DOCUMENT, folder / DOCUMENT)
+        sync_folder(folder)
+    sync_folder(folder.parent)
+
+
+@contextmanager
+def _locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Keep other savers out, and other readers, too, unless `shared`."""
+    lock = lock_folder(folder, shared=shared)
+    assert lock is not None  # it was waited for
+    with lock:
+        yield
+
+
+def _finish(folder: Path) -> None:
+    """Complete a save whose process was killed after the tensors were moved and before the document was, and remove
+    what other killed processes left. The folder must be locked."""
+    for left in abandoned(folder, STAGING):
+        waits = (left / DOCUMENT).is_file() and not (left / TENSORS).exists()
+        if waits and _digest(folder / TENSORS) == parsed(left / DOCUMENT).get("tensors_sha256"):
+            put(left / DOCUMENT, folder / DOCUMENT)
+            sync_folder(folder)
+        shutil.rmtree(left, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -287,83 +390,94 @@ def read(
     folder: str | Path,
     model_factory: Callable[[], nn.Module] | None = None,
     map_location: str | torch.device = "cpu",
+    trust: str | Iterable[str] = (),
 ) -> Loaded:
     """Read a checkpoint folder.
 
     Args:
         model_factory: returns the original architecture with any weights; needed for native models whose class or
             constructor arguments could not be stored, used in place of the stored ones if given.
+        trust: packages, modules and namespaces of ops that the folder may name, besides those of `trust.Trust`.
 
     Raises:
-        CheckpointError: no checkpoint, a truncated or changed file, a newer format, a class that cannot be built.
+        CheckpointError: no checkpoint, a truncated or changed file, a newer format, a class that cannot be built, a
+            module or an op that the folder may not name.
     """
-    folder = Path(folder).absolute()
+    folder, trusted, device = Path(folder).absolute(), Trust(trust), torch.device(map_location)
     _restore(folder)
-    document = _read_document(folder)
+    if not (folder / DOCUMENT).is_file():
+        what = "does not exist" if not folder.exists() else f"holds no {DOCUMENT}"
+        raise CheckpointError(f"{folder} is no graphcomp checkpoint", why=f"it {what}")
+    with suppress(OSError), _locked(folder):  # a folder on a read-only disk is finished by nobody
+        _finish(folder)
+    with _locked(folder, shared=True):
+        document = check_fields(parsed(folder / DOCUMENT))
+        tensors = _read_tensors(folder / TENSORS, document, device)
+    skeleton = None if document["graph_at"] == "" else _skeleton(folder, document, model_factory, trusted)
     try:
-        return _read(folder, document, model_factory, torch.device(map_location))
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        return _read(document, tensors, skeleton, device, trusted, by_factory=model_factory is not None)
+    except CheckpointError:
+        raise
+    except Exception as error:  # names and values that nobody writes end in any error of torch
         raise CheckpointError(f"{folder / DOCUMENT} is damaged", why=f"{type(error).__name__}: {error}") from error
 
 
 def _read(
-    folder: Path, document: dict[str, Any], factory: Callable[[], nn.Module] | None, device: torch.device
+    document: Document,
+    tensors: Mapping[str, Tensor],
+    skeleton: nn.Module | None,
+    device: torch.device,
+    trust: Trust,
+    *,
+    by_factory: bool,
 ) -> Loaded:
-    tensors = _read_tensors(folder, document, device)
-    at = document["graph_at"]
-    graph = None
-    if document["graph"] is not None:
+    at, graph = document["graph_at"], None
+    if at is not None:
         prefix = f"{at}." if at else ""
         inside = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        graph = graph_json.load(document["graph"], inside, {document["device"]: device})
-    if graph is not None and at == "":
+        graph = graph_json.load(document["graph"], inside, {document["device"]: device}, trust)
+    if skeleton is None:
+        assert graph is not None
         module: nn.Module = graph
     else:
-        module = _skeleton(folder, document, factory)
+        module = skeleton
         if graph is not None:
+            submodule(module, at)  # there is one, which the graph takes the place of
             module.set_submodule(at, graph)
         _fill(module, tensors, document)
-        by_factory = factory is not None or document["recipe"] is None
-        recipe.apply_attributes(module, document["edits"] if by_factory else document["attributes"])
+        recipe.apply_attributes(
+            module, document["edits"] if by_factory else document["attributes"], Decoder(module, tensors, trust)
+        )
     _set_modes(module, set(document["eval"]))
     return Loaded(
         module,
         document["form"],
-        {name: {int(d): torch.tensor(i) for d, i in dims.items()} for name, dims in document["kept"].items()},
+        _kept(document),
         document["report"],
         document["reason"],
-        tuple((path, name, graph_json.decode(value, {}, {})) for path, name, value in document["edits"]),
+        tuple((path, name, decode(value, {}, {})) for path, name, value in document["edits"]),
         {name: tuple(shape) for name, shape in document["original_shapes"].items()},
     )
 
 
-def _read_document(folder: Path) -> dict[str, Any]:
-    path = folder / DOCUMENT
-    if not path.is_file():
-        what = "does not exist" if not folder.exists() else f"holds no {DOCUMENT}"
-        raise CheckpointError(f"{folder} is no graphcomp checkpoint", why=f"it {what}")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        version = document["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged or truncated", why=str(error)) from error
-    if not isinstance(version, int) or version < 1:
-        raise CheckpointError(f"{path} is damaged", why=f"format {version!r}")
-    if version > FORMAT:
-        raise CheckpointError(
-            f"{folder} was made by a newer graphcomp ({document.get('graphcomp', 'unknown')})",
-            why=f"its format is {version}, and this version reads up to {FORMAT}",
-            fix="pip install --upgrade graphcomp",
-        )
-    found: dict[str, Any] = document
-    return found
+def _kept(document: Document) -> dict[str, dict[int, Tensor]]:
+    """Kept indices, which must be indices of the original shapes where these are stored."""
+    shapes = document["original_shapes"]
+    for name, dims in document["kept"].items():
+        for dim, indices in dims.items():
+            length = shapes[name][int(dim)] if int(dim) < len(shapes.get(name, ())) else None
+            if (name in shapes and length is None) or any(length is not None and i >= length for i in indices):
+                raise damaged(f"the kept indices of '{name}', dim {dim}", f"its shape was {shapes[name]}")
+    return {
+        name: {int(d): torch.tensor(indices, dtype=torch.int64) for d, indices in dims.items()}
+        for name, dims in document["kept"].items()
+    }
 
 
-def _read_tensors(folder: Path, document: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
+def _read_tensors(path: Path, document: Document, device: torch.device) -> dict[str, Tensor]:
     """Name -> parameter or tensor, under all names of each."""
-    path = folder / TENSORS
     if not path.is_file():
-        raise CheckpointError(f"{folder} holds no {TENSORS}", fix="copy the whole folder")
+        raise CheckpointError(f"{path.parent} holds no {path.name}", fix="copy the whole folder")
     if _digest(path) != document["tensors_sha256"]:
         raise CheckpointError(
             f"{path} is truncated or was changed", why=f"its SHA-256 is not the one in {DOCUMENT}", fix="copy it again"
@@ -374,16 +488,41 @@ def _read_tensors(folder: Path, document: dict[str, Any], device: torch.device) 
         raise CheckpointError(f"cannot read {path}", why=str(error)) from error
     # a mapped file has no aligned memory, for which kernels round otherwise
     found = {name: tensor.clone() for name, tensor in found.items()}
+    _check_kinds(found, document["tensors"])
     parameters, fixed = set(document["parameters"]), set(document["not_trained"])
+    wrong = [n for n in fixed if n not in parameters]
+    wrong += [name for name in parameters - fixed if name in found and not _can_be_trained(found[name])]
+    if wrong:
+        raise damaged(f"the parameter {wrong[0]!r:.100}", "there is none that could be trained")
     tensors: dict[str, Tensor] = {
         name: nn.Parameter(t, name not in fixed) if name in parameters else t for name, t in found.items()
     }
     for first, others in document["aliases"].items():
+        if first not in found or any(name in found for name in others):
+            raise damaged(f"the tensor '{first:.100}' is also called {others!r:.100}")
         tensors |= dict.fromkeys(others, tensors[first])
+    unknown = sorted(parameters - set(tensors))
+    if unknown:
+        raise damaged(f"the parameter {unknown[0]!r:.100}", "the file of tensors has none of that name")
     return tensors
 
 
-def _skeleton(folder: Path, document: dict[str, Any], factory: Callable[[], nn.Module] | None) -> nn.Module:
+def _check_kinds(tensors: Mapping[str, Tensor], stored: Mapping[str, Any] | None) -> None:
+    """Refuse tensors of other dtypes or shapes than the document says; documents up to 0.1 say nothing."""
+    if stored is None:
+        return
+    found = {name: list(_kind(tensor)) for name, tensor in tensors.items()}
+    different = sorted(name for name in {*found, *stored} if found.get(name) != stored.get(name))
+    if different:
+        name = different[0]
+        raise damaged(f"the tensor '{name:.100}' is {found.get(name)}, and {stored.get(name)} is stored")
+
+
+def _can_be_trained(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _skeleton(folder: Path, document: Document, factory: Callable[[], nn.Module] | None, trust: Trust) -> nn.Module:
     """The model with the original architecture, in any shapes and with any values."""
     if factory is not None:
         built = factory()
@@ -399,7 +538,7 @@ def _skeleton(folder: Path, document: dict[str, Any], factory: Callable[[], nn.M
             fix=fix,
         )
     try:
-        return recipe.build(document["recipe"])
+        return recipe.build(document["recipe"], trust)
     except CheckpointError:
         raise
     except Exception as error:  # the class may have changed since, in any way
@@ -407,12 +546,13 @@ def _skeleton(folder: Path, document: dict[str, Any], factory: Callable[[], nn.M
         raise CheckpointError(f"{document['class']} cannot be built", why=why, fix=fix) from error
 
 
-def _fill(module: nn.Module, tensors: Mapping[str, Tensor], document: dict[str, Any]) -> None:
-    """Put every tensor in its place."""
+def _fill(module: nn.Module, tensors: Mapping[str, Tensor], document: Document) -> None:
+    """Put every tensor in its place. Tensors that are plain attributes are left to the recipe, or to the factory, where
+    one side alone has them: a cache that a forward pass left behind."""
     at = document["graph_at"]
     prefix = None if at is None else f"{at}."
-    names = set(tensor_names(module))
-    missing, extra = sorted(set(tensors) - names), sorted(names - set(tensors))
+    there, registered, plain = tensor_names(module), _registered(module), set(document["plain"])
+    missing, extra = sorted(set(tensors) - set(there) - plain), sorted(registered - set(tensors))
     if missing or extra:
         found = f"it lacks {missing[0]!r}" if missing else f"it has {extra[0]!r} besides"
         raise CheckpointError(
@@ -420,17 +560,22 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor], document: dict[str, 
             why=f"{found} ({len(missing)} missing, {len(extra)} too many)",
             fix="give the architecture that was compressed: model_factory=lambda: …",
         )
+    new: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
-        if prefix is None or not name.startswith(prefix):
+        if name in there and (prefix is None or not name.startswith(prefix)):
+            if (name in document["parameters"]) != isinstance(there[name], nn.Parameter):
+                raise damaged(f"the tensor '{name}' is a parameter on one side alone")
+            new[id(there[name])] = tensor
             assign(module, name, tensor)
-    for part in module.modules():
-        if isinstance(part, nn.RNNBase):
-            part._flat_weights = [getattr(part, name, None) for name in part._flat_weights_names]
+    replace_tensors(module, new)
 
 
 def _set_modes(module: nn.Module, evaluating: set[str]) -> None:
     """The train/eval flag of every submodule as it was."""
     graphs = [part for part in module.modules() if isinstance(part, fx.GraphModule)]
+    unknown = evaluating - {path for path, _ in module.named_modules()}
+    if unknown:
+        raise damaged(f"the submodule {min(unknown)!r:.100} is in eval mode", "the model has none of that name")
     for path, part in module.named_modules():
         part.training = path not in evaluating
     for graph in graphs:

@@ -1,14 +1,18 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and outlive a loss of power."""
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from graphcomp.errors import ExportError
+from graphcomp.locks import LOCK_FILE, lock_folder
 
 
 @contextmanager
@@ -24,19 +28,66 @@ def replacing(path: Path) -> Iterator[Path]:
     path = path.absolute()
     if path.is_dir():
         raise ExportError(f"{path} is a folder", fix="give the name of a file")
-    fresh = path.with_name(f".{path.name}.new-{os.getpid()}")
     try:
-        shutil.rmtree(fresh, ignore_errors=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.mkdir()
-        yield fresh / path.name
-        for made in sorted(fresh.iterdir(), key=lambda file: file.name == path.name):
-            os.replace(made, path.with_name(made.name))
+        prefix = f".{path.name}.new-"
+        for left in abandoned(path.parent, prefix):
+            shutil.rmtree(left, ignore_errors=True)
+        with staging(path.parent, prefix) as fresh:
+            yield fresh / path.name
+            for made in sorted(fresh.iterdir(), key=lambda file: file.name == path.name):
+                if made.name != LOCK_FILE:
+                    put(made, path.with_name(made.name))
+            sync_folder(path.parent)
     except OSError as error:
         raise ExportError(
             f"cannot write {path}",
             why=f"{type(error).__name__}: {error}",
             fix="give a path in a folder you may write to",
         ) from error
+
+
+@contextmanager
+def staging(parent: Path, prefix: str) -> Iterator[Path]:
+    """A fresh folder in `parent` whose name begins with `prefix`, removed at the end."""
+    made = Path(tempfile.mkdtemp(prefix=".graphcomp-", dir=parent))
+    fresh = made.with_name(prefix + made.name.removeprefix(".graphcomp-"))
+    lock = lock_folder(made)  # held while the process lives: see `abandoned`
+    try:
+        made.rename(fresh)  # locked before another process can take the folder for an abandoned one
+        yield fresh
     finally:
+        if lock is not None:
+            lock.release()
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def abandoned(parent: Path, prefix: str) -> list[Path]:
+    """The folders of `staging` in `parent` whose process is gone; none where the system cannot tell."""
+    found = []
+    for folder in sorted(parent.glob(f"{glob.escape(prefix)}*")):
+        with suppress(OSError):  # another process removes the folder at the same time
+            lock = None if folder.is_symlink() or not folder.is_dir() else lock_folder(folder, wait=False)
+            if lock is not None and lock.held:
+                lock.release()
+                found.append(folder)
+    return found
+
+
+def put(made: Path, target: Path) -> None:
+    """Move the file `made` to `target` on the same file system, synced to disk; a replaced file's mode is kept."""
+    with made.open("rb+") as file:
+        os.fsync(file.fileno())
+    with suppress(FileNotFoundError):
+        os.chmod(made, stat.S_IMODE(target.stat().st_mode))
+    os.replace(made, target)
+
+
+def sync_folder(folder: Path) -> None:
+    """Let the names in `folder` outlive a loss of power, where the system can do that."""
+    with suppress(OSError):  # Windows opens no folder; some network file systems sync none
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

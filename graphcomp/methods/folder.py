@@ -19,6 +19,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from graphcomp.errors import CheckpointError
+from graphcomp.locks import lock_folder
 
 logger = logging.getLogger("graphcomp.folder")
 
@@ -35,7 +36,8 @@ class RunFolder:
     """Where one run is kept.
 
     Files appear whole or not at all, and a line of metrics is written at once, so that the folder can be gone on from
-    whenever the process ends.
+    whenever the process ends. The folder is locked until `close`, or until the process ends: two runs in one folder
+    would write over each other.
 
     Args:
         path: made where it is not there.
@@ -45,7 +47,7 @@ class RunFolder:
         keep: so many checkpoints stay, the newest.
 
     Raises:
-        CheckpointError: the folder cannot be made.
+        CheckpointError: the folder cannot be made, or another run is at work in it.
     """
 
     def __init__(self, path: str | Path, about: Mapping[str, str], steps: int, keep: int) -> None:
@@ -53,6 +55,24 @@ class RunFolder:
         self._readable = False  # what is written: known after the first checkpoint
         with _written(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_folder(self.path, wait=False)
+        if self._lock is None:
+            raise CheckpointError(
+                f"another run is at work in {self.path}",
+                why="a process, or a thread of this one, holds the lock of the folder",
+                fix="give another folder, or wait for that run to end; a run that was killed holds no lock",
+            )
+        if not self._lock.held:
+            logger.warning("%s cannot be locked on this file system: let one run alone use the folder", self.path)
+
+    def close(self) -> None:
+        """Let other runs use the folder."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the lock, which the process keeps that took it: the others of a distributed run only read paths."""
+        return {**vars(self), "_lock": None}
 
     def newest(self) -> Path | None:
         """The checkpoint of the latest step."""

@@ -348,16 +348,19 @@ def train(
     }
     with torch.enable_grad(), seeded(seed + processes.rank()):  # dropout is to differ from process to process
         run = _Run(ready, whole or Whole.of(ready), data, loss, training, asked, seed)
-        run.resume()
-        with show_progress(run.total, progress) as bar:
-            bar.done = run.step
-            run.whole.train()
-            try:
-                run.go(bar)
-                # statistics of batch norms are each process's own
-                processes.copy_from_first(run.whole.module.buffers())
-            finally:
-                small = run.put_back()
+        try:
+            run.resume()
+            with show_progress(run.total, progress) as bar:
+                bar.done = run.step
+                run.whole.train()
+                try:
+                    run.go(bar)
+                    # statistics of batch norms are each process's own
+                    processes.copy_from_first(run.whole.module.buffers())
+                finally:
+                    small = run.put_back()
+        finally:
+            run.close()
         if small is not None:
             give_back(small, ready)
 
@@ -566,6 +569,11 @@ class _Run:
         else:
             replace_module(self.whole.module, self.ready, self.optimizer.ready)
         self.weights = self._weights()
+
+    def close(self) -> None:
+        """Let other runs use the folder."""
+        if self.folder is not None:
+            self.folder.close()
 
     def put_back(self) -> Prepared | None:
         """Let the prepared module stand in its place again; what it was shrunk to, if it was."""

@@ -1,10 +1,13 @@
 """The folder of a run: which files are its own, what cannot be kept, and damage of every kind, which is named."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
 
 import graphcomp as gc
+from graphcomp import locks
 from graphcomp.methods.folder import METRICS, RunFolder, plain
 
 ABOUT = {"model": "Mlp"}
@@ -40,6 +43,25 @@ def test_a_copy_of_another_name_is_the_users(folder, name):
 def test_steps_are_numbers_not_words(folder):
     folder.save(10**9, STATE)
     assert folder.load()["step"] == 10**9
+
+
+# ------------------------------------------------------------------------------------------------ one run at a time
+def test_two_runs_in_one_folder_are_refused(folder):
+    with pytest.raises(gc.CheckpointError, match="another run is at work") as caught:
+        RunFolder(folder.path, ABOUT, 100, keep=2)
+    assert "another folder" in caught.value.fix
+    copy = pickle.loads(pickle.dumps(folder))  # as the other processes of a distributed run get it
+    copy.close()
+    with pytest.raises(gc.CheckpointError, match="another run is at work"):
+        RunFolder(folder.path, ABOUT, 100, keep=2)
+    folder.close()
+    RunFolder(folder.path, ABOUT, 100, keep=2).close()
+
+
+def test_a_folder_that_cannot_be_locked_is_warned_of(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(locks, "fcntl", None)
+    RunFolder(tmp_path, ABOUT, 100, keep=2)
+    assert "cannot be locked" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------ damage
