@@ -73,5 +73,5 @@ class Analysis:
 @one_at_a_time
 def analyze_captured(captured: Captured) -> Analysis:
     """Couple the axes of a captured graph and collect its groups."""
-    coupling = propagate(captured.module, captured.output_names)
+    coupling = propagate(captured.module, captured.output_names, held=captured.outside.reads)
     return Analysis(captured, coupling, find_groups(coupling))

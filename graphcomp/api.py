@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,12 +19,11 @@ from graphcomp.assemble import (
     check_batches,
     check_floats,
     cut_groups,
-    into_whole,
     planned_bits,
     planned_bytes,
     post_training,
 )
-from graphcomp.capture import blaming_inputs, capture, example_arguments, scoped
+from graphcomp.capture import Captured, blaming_inputs, capture, example_arguments, scoped
 from graphcomp.compressed import CompressedModel
 from graphcomp.cost import flat_inputs
 from graphcomp.coupling.groups import ROLES, ChannelGroup, Kept
@@ -42,6 +42,7 @@ from graphcomp.pruning.saliency import Saliency, score
 from graphcomp.quantization.ptq import PostTraining, Rounding
 from graphcomp.quantization.spec import check_bits, matches
 from graphcomp.trained import as_trained
+from graphcomp.whole import into_whole
 
 
 def analyze(
@@ -185,6 +186,7 @@ def compress(
                 fix="data=loader, loss=lambda output, batch: …, epochs=10",
             )
         _check_weights(model, saliency)
+        example = example_arguments(example_inputs, example_kwargs)
         trained_model = _own(model)
         ready = _trained(
             trained_model,
@@ -208,7 +210,7 @@ def compress(
                 progress=progress,
                 seed=seed,
             ),
-            example=example_arguments(example_inputs, example_kwargs),
+            example=example,
             scope=scope,
             sparsity=sparsity,
             bits=_limits(bits),
@@ -221,7 +223,7 @@ def compress(
             small = finalize(ready, verify=verify, measure_latency=measure_latency)
         if not scope:
             return small
-        return _whole(trained_model.train(model.training), small, scope, example_inputs, example_kwargs)
+        return into_whole(trained_model.train(model.training), small, ready.session.plan.captured, example)
     _check_one_shot(bits, activation_bits, training)
     if sparsity is not None and budget is not None:
         raise PlanError(
@@ -246,6 +248,7 @@ def compress(
         if quantization is not None:
             _ignored(analysis.model, quantization.ignore)
             _modules(analysis.model, tuple(quantization.config.overrides), "overrides")
+            quantization = replace(quantization, ignore=(*quantization.ignore, *_read_outside(analysis)))
         layer_bits = None if quantization is None else planned_bits(analysis, quantization)
         groups: tuple[ChannelGroup, ...] = ()
         kept: Kept = {}
@@ -273,16 +276,15 @@ def compress(
                 bar.step("calibrating and lowering")
                 found = _calibration(model, analysis, example_inputs, example_kwargs, calibration)
                 small = as_integers(cut, quantization, found, verify=verify, measure_latency=measure_latency)
-    return _whole(model, small, scope, example_inputs, example_kwargs) if scope else small
+    if not scope:
+        return small
+    example = example_arguments(example_inputs, example_kwargs)
+    return into_whole(model, small, analysis.captured, example, cut if quantization is None else None)
 
 
-def _whole(
-    model: nn.Module, small: CompressedModel, scope: str, inputs: Any, kwargs: Mapping[str, Any] | None
-) -> CompressedModel:
-    """The whole model with what its submodule became, and the whole model's example inputs."""
-    whole = into_whole(model, small, scope)
-    whole.example_args, whole.example_kwargs = example_arguments(inputs, kwargs)
-    return whole
+def _read_outside(analysis: Analysis) -> tuple[str, ...]:
+    """Return the modules of a scope whose tensors the rest of the model reads, too: they stay float."""
+    return tuple({name.rpartition(".")[0]: None for name in analysis.captured.outside.reads if "." in name})
 
 
 def _calibration(
@@ -401,6 +403,7 @@ def _trained(
                 else none
             )
             ready = prepared(model, **quantized)
+        _check_called(ready.session.plan.captured)
         ready.keep({group: kept[group.name] for group in ready.session.groups if group.name in kept})
         own = sparsity if phase.prunes else 0.0
         part = ready.session.plan.model
@@ -412,6 +415,18 @@ def _trained(
             replace_module(model, ready, part)
         kept = {group.name: units for group, units in ready.kept().items()}
     return ready
+
+
+def _check_called(captured: Captured) -> None:
+    """Raise PlanError where the rest of the model calls parts of the submodule that becomes a graph while it trains."""
+    if captured.outside.called:
+        path = captured.outside.called[0]
+        raise PlanError(
+            f"'{captured.scope}' cannot be trained alone",
+            at=captured.outside.reads.get(f"{path}.weight", ""),
+            why=f"the rest of the model calls '{captured.scope}.{path}' itself",
+            fix="train the whole model, without scope=, or a submodule of which the rest calls no part",
+        )
 
 
 def _training(training: Training | None, **short: Any) -> Training | None:

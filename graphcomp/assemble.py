@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -404,20 +403,3 @@ def _with_latency(report: Report, plan: Analysis, module: nn.Module) -> Report:
     before = latency(plan.model, captured.args, captured.kwargs)
     after = latency(module, captured.args, captured.kwargs)
     return replace(report, latency_ms=Change(before.median_ms, after.median_ms))
-
-
-def into_whole(model: nn.Module, small: CompressedModel, scope: str) -> CompressedModel:
-    """The whole model, copied, with its submodule `scope` replaced."""
-    memo = {id(model.get_submodule(scope)): small.module}
-    whole = copy.deepcopy(model, memo)
-    found = CompressedModel(
-        whole,
-        form=small.form,
-        kept={f"{scope}.{name}": dims for name, dims in small.kept.items()},
-        report=small.report,
-        reason=small.reason,
-        edits=tuple((f"{scope}.{path}".rstrip("."), name, value) for path, name, value in small.edits),
-        original_shapes={name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()},
-    )
-    found.quantized = small.quantized
-    return found

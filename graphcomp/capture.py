@@ -16,7 +16,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +49,7 @@ from graphcomp.graph_module import (
 )
 from graphcomp.inputs import copies
 from graphcomp.module_copy import module_copy
+from graphcomp.outside import Outside, watching
 from graphcomp.record import record
 from graphcomp.threads import in_this_thread, one_at_a_time, stderr_held
 from graphcomp.untouched import eval_copy
@@ -85,6 +86,7 @@ class Captured:
         output_names: one per tensor output of the graph, such as "logits", "out.aux" or "0".
         aliases: first name -> every name, for tensors the model holds under several names.
         scope: path of `original` in the model that was given; "" for the model itself.
+        outside: what the rest of the model reads of `original`, with a scope.
     """
 
     module: fx.GraphModule
@@ -96,6 +98,7 @@ class Captured:
     output_names: tuple[str, ...]
     aliases: dict[str, tuple[str, ...]]
     scope: str
+    outside: Outside = field(default_factory=Outside)
 
     def inputs(self) -> tuple[Args, Kwargs]:
         """Return copies of the example inputs: a run may write into them."""
@@ -136,8 +139,11 @@ def capture(
     args, kwargs = copies(example_arguments(example_inputs, example_kwargs))
     _check_initialized(model)
     in_training = model.training
+    outside = Outside()
     if scope:
-        model, args, kwargs = scoped(model, scope, args, kwargs)
+        whole, given = model, (args, kwargs)
+        model, args, kwargs = scoped(whole, scope, args, kwargs)
+        outside = _read_outside(whole, scope, *given)
     _check_names(model)
     try:
         module, names = _export(model, args, kwargs, dynamic)
@@ -155,7 +161,7 @@ def capture(
     captured = _finish(module, model)
     if producer == "export":
         _follow_modes(captured, model, args, kwargs, training, _held_in_eval(model) if in_training else frozenset())
-    return Captured(captured, model, args, kwargs, producer, reason, names, aliases(model), scope)
+    return Captured(captured, model, args, kwargs, producer, reason, names, aliases(model), scope, outside)
 
 
 # ---------------------------------------------------------------------------------------------- inputs
@@ -243,6 +249,22 @@ def scoped(model: nn.Module, scope: str, args: Args, kwargs: Kwargs) -> tuple[nn
             fix="name a submodule that is called, or give example inputs that reach it",
         )
     return modules[scope], *seen[0]
+
+
+def _read_outside(model: nn.Module, scope: str, args: Args, kwargs: Kwargs) -> Outside:
+    """Return what the rest of the model reads of the submodule `scope` in a run on the example inputs.
+
+    Raises:
+        InputError: the model does not run on them.
+    """
+    with eval_copy(model, real=True) as copied, watching(copied, copied.get_submodule(scope)) as found:
+        try:
+            _run(copied, args, kwargs)
+        except Exception as error:
+            if not any(t.is_meta for t in tensor_names(model).values()):
+                raise _input_error(model, error) from error
+            log.debug("%s was watched up to an op that has no values: %s", type(model).__name__, _reason(error))
+    return found
 
 
 def _run(model: nn.Module, args: Args, kwargs: Kwargs) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from graphcomp.capture import example_arguments
-from graphcomp.errors import ExportError
+from graphcomp.errors import CheckpointError, ExportError
 from graphcomp.quantization.ptq import Quantized
 from graphcomp.report import Report
 
@@ -34,6 +34,7 @@ class CompressedModel(nn.Module):
         edits: Python attributes of the user's class that were corrected, as (module path, attribute, value).
         example_args, example_kwargs: inputs it was made with; not stored in a checkpoint, so empty after `load`.
         export_report: how the last exported file ran; None before.
+        called: modules of a graph in the model that the rest of the model calls or reads itself.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class CompressedModel(nn.Module):
         self.example_args = tuple(example_args)
         self.example_kwargs = dict(example_kwargs or {})
         self.export_report: ExportReport | None = None
+        self.called: tuple[str, ...] = ()
         self.train(module.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -81,10 +83,17 @@ class CompressedModel(nn.Module):
         """Write a checkpoint folder that `graphcomp.load` rebuilds without the original weights.
 
         Raises:
-            CheckpointError: the folder holds something else, or cannot be written.
+            CheckpointError: the folder holds something else, or cannot be written; the model holds modules that are
+                no part of its graph.
         """
         from graphcomp.export.checkpoint import save
 
+        if self.called:
+            raise CheckpointError(
+                "the model cannot be saved",
+                why=f"a part of it is a graph, and the rest calls '{self.called[0]}' of that part itself",
+                fix="export to .onnx or .pt2, or compress the whole model, without scope=",
+            )
         save(self, folder)
 
     def export(

@@ -65,23 +65,14 @@ class CapturedModule(fx.GraphModule):
         return super().__call__(*args, **kwargs)
 
     def _check_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        places = self.graph.find_nodes(op="placeholder")
-        info = getattr(self.graph._codegen, "pytree_info", None)
-        given: Any = args
-        if info is not None:
-            by_name = {**dict(zip(info.orig_args, args, strict=False)), **kwargs}
-            given = [by_name[name] for name in info.orig_args if name in by_name]
-        leaves = pytree.tree_leaves(given)
-        if len(leaves) != len(places):
-            return  # the forward says what is missing
-        for node, leaf in zip(places, leaves, strict=True):
+        for node, leaf in by_placeholder(self, args, kwargs):
             if is_constant(node) and (isinstance(leaf, torch.Tensor) or leaf != node.meta["val"]):
                 raise InputError(
                     f"{node.name} is {_shown(leaf)}, and the graph was captured with {node.meta['val']!r}",
                     why="what is no tensor is a constant of the graph",
                     fix=f"capture the model with example inputs that hold {_shown(leaf)}",
                 )
-            if RESIZED not in self.meta and _is_resized(node, leaf):
+            if RESIZED not in self.meta and is_resized(node, leaf):
                 self.meta[RESIZED] = True
                 log.warning(
                     "%s of shape %s was of shape %s when %s was captured: what a model computes from sizes is constant",
@@ -173,7 +164,19 @@ def is_constant(node: fx.Node) -> bool:
     return "val" in node.meta and isinstance(node.meta["val"], (bool, int, float, complex, str, type(None)))
 
 
-def _is_resized(node: fx.Node, leaf: Any) -> bool:
+def by_placeholder(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[fx.Node, Any]]:
+    """Return each placeholder with the leaf that a call gives it; nothing where the call has other leaves."""
+    places = module.graph.find_nodes(op="placeholder")
+    info = getattr(module.graph._codegen, "pytree_info", None)
+    given: Any = args
+    if info is not None:
+        by_name = {**dict(zip(info.orig_args, args, strict=False)), **kwargs}
+        given = [by_name[name] for name in info.orig_args if name in by_name]
+    leaves = pytree.tree_leaves(given)
+    return list(zip(places, leaves, strict=True)) if len(leaves) == len(places) else []  # the forward says what lacks
+
+
+def is_resized(node: fx.Node, leaf: Any) -> bool:
     """Whether a tensor has another length along a dim that the graph has no symbol for."""
     expected = node.meta.get("val")
     if not isinstance(expected, torch.Tensor) or not isinstance(leaf, torch.Tensor) or leaf.dim() != expected.dim():

@@ -279,7 +279,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         leaves, spec = pytree.tree_flatten(outputs)
         names = leaf_names(spec)
         if not all(leaf is None or isinstance(leaf, (torch.Tensor, bool, int, float, str)) for leaf in leaves):
-            found = dict(_named_tensors(outputs, ""))
+            found = dict(named_tensors(outputs, ""))
             names, leaves = list(found), list(found.values())
             spec = pytree.tree_structure(tuple(leaves))
         results = tuple(self.node_of(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
@@ -341,13 +341,13 @@ def _input_name(leaf: str, names: list[str]) -> str:
     return rest.replace(".", "_") or "input"
 
 
-def _named_tensors(value: Any, name: str, depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+def named_tensors(value: Any, name: str, depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors of a nested value of any kind: containers, dataclasses, plain objects; eight levels deep."""
     if isinstance(value, torch.Tensor):
         yield name or "0", value
     elif depth < 8:
         for key, child in _children(value):
-            yield from _named_tensors(child, f"{name}.{key}" if name else str(key), depth + 1)
+            yield from named_tensors(child, f"{name}.{key}" if name else str(key), depth + 1)
 
 
 def _children(value: Any) -> list[tuple[Any, Any]]:

@@ -18,7 +18,7 @@ RANKS = [
     {"spec_json"},
     {"graph_module", "graph_json", "inputs"},
     {"untouched"},
-    {"canonical", "record"},
+    {"canonical", "outside", "record"},
     {"capture", "coupling"},
     {"describe", "analysis", "second_inputs"},
     {"cost"},
@@ -28,7 +28,7 @@ RANKS = [
     {"compressed"},
     {"export"},
     {"assemble"},
-    {"trained"},
+    {"trained", "whole"},
     {"api"},
     {"__init__"},
 ]

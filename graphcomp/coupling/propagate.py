@@ -77,7 +77,10 @@ class Coupling:
 
 
 def propagate(
-    module: fx.GraphModule, output_names: Sequence[str] = (), order: Sequence[fx.Node] | None = None
+    module: fx.GraphModule,
+    output_names: Sequence[str] = (),
+    order: Sequence[fx.Node] | None = None,
+    held: Mapping[str, str] | None = None,
 ) -> Coupling:
     """Walk `module` once and couple all its axes.
 
@@ -85,9 +88,13 @@ def propagate(
         module: a captured graph; every node carries meta["val"].
         output_names: one per output tensor, for the reasons.
         order: another topological order of the nodes (the result must not depend on it).
+        held: tensors that must stay as they are -> why.
     """
     coupling = Coupling(module)
     _place_attributes(coupling)
+    for name, why in (held or {}).items():
+        for axis in coupling.attributes.get(name, ()):
+            freeze(axis, Reason(f"'{name}': {why}"))
     for node in order or module.graph.nodes:
         if node.op == "placeholder":
             coupling.axes[node] = [_inputs(node, t) for t in tensor_values(node)]
