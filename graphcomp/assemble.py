@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 
 from graphcomp.analysis import Analysis
 from graphcomp.capture import Captured
@@ -104,15 +105,29 @@ def as_model(cut: Cut, *, measure_latency: bool) -> CompressedModel:
 
 def _model(cut: Cut, module: nn.Module, report: Report, **about: Any) -> CompressedModel:
     model = cut.plan.model
+    # constants that the forward makes are cut, too, and have no names in the model
+    held = {name for name, _ in _parameters_and_buffers(model)}
+    kept = kept_of_tensors(cut.plan.coupling, cut.kept)
     return CompressedModel(
         module,
-        kept=kept_of_tensors(cut.plan.coupling, cut.kept),
+        kept={name: dims for name, dims in kept.items() if name in held},
         report=report,
-        original_shapes={name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()},
+        original_shapes=shapes(model),
         example_args=cut.plan.captured.args,
         example_kwargs=cut.plan.captured.kwargs,
         **about,
     )
+
+
+def _parameters_and_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name in the state_dict -> shape, of tensors: modules may put other state beside them."""
+    held = model.state_dict(keep_vars=True)
+    return {name: tuple(t.shape) for name, t in held.items() if isinstance(t, Tensor)}
 
 
 # ------------------------------------------------------------------------------------------------ quantizing
@@ -171,13 +186,13 @@ def planned_bits(plan: Analysis, options: PostTraining) -> dict[str | fx.Node, B
         PlanError: the model could only be recorded.
     """
     captured = plan.captured
+    check_floats(captured)
     if captured.producer != "export":
         raise PlanError(
             f"{type(plan.model).__name__} cannot be quantized: it could only be recorded",
             why=f"torch.export refused: {captured.reason}",
             fix='scope="path.to.submodule" compresses a part that can be exported',
         )
-    check_floats(captured)
     return _bits_by_node(CostModel(plan), planned_layers(captured.module, options))
 
 
@@ -185,12 +200,16 @@ def check_floats(captured: Captured) -> None:
     """Raise PlanError where the model is quantized already, by `compress` or for training."""
     model = captured.original
     prepared = any(isinstance(module, Quantizer) for module in model.modules())
-    if prepared or any(node.target in ops.OF_INTEGERS for node in captured.module.graph.nodes):
+    if prepared or any(_is_of_integers(node.target) for node in captured.module.graph.nodes):
         raise PlanError(
             f"{type(model).__name__} is quantized already",
             why="it holds quantizers" if prepared else "its weights are integers",
             fix="graphcomp.finalize(ready) makes the small model" if prepared else "quantize the float model",
         )
+
+
+def _is_of_integers(target: Any) -> bool:
+    return target in ops.OF_INTEGERS or (isinstance(target, OpOverload) and target.namespace.startswith("quantized"))
 
 
 def check_batches(example_inputs: Any, calibration: Iterable[Any]) -> None:

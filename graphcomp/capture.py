@@ -7,11 +7,11 @@ because a branch depends on data, is recorded while it runs (see record.py). The
 from __future__ import annotations
 
 import difflib
+import keyword
 import logging
 import os
 import re
 import sys
-import sysconfig
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,20 +44,20 @@ from graphcomp.graph_module import (
     follow_modules,
     follow_training,
     leaf_names,
+    names_quoted,
     tensor_leaves,
     tensor_names,
 )
 from graphcomp.inputs import copies
 from graphcomp.module_copy import module_copy
 from graphcomp.outside import Outside, watching
-from graphcomp.record import record
+from graphcomp.record import INSTALLED, STDLIB, record
 from graphcomp.threads import in_this_thread, one_at_a_time, stderr_held
 from graphcomp.untouched import eval_copy
 
 log = logging.getLogger("graphcomp.capture")
 
 NOT_THE_USERS = (*(os.path.join(os.path.dirname(file), "") for file in (torch.__file__, sympy.__file__, __file__)), "<")
-STDLIB, INSTALLED = sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")
 EXPORT_LOGGERS = (
     "torch._export.non_strict_utils",
     "torch._subclasses.fake_tensor",
@@ -136,6 +136,7 @@ def capture(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"the model is a {type(model).__name__}", fix="give a torch.nn.Module")
+    _check_is_plain(model)
     args, kwargs = copies(example_arguments(example_inputs, example_kwargs))
     _check_initialized(model)
     in_training = model.training
@@ -144,7 +145,7 @@ def capture(
         whole, given = model, (args, kwargs)
         model, args, kwargs = scoped(whole, scope, args, kwargs)
         outside = _read_outside(whole, scope, *given)
-    _check_names(model)
+    _check_names(model, kwargs)
     try:
         module, names = _export(model, args, kwargs, dynamic)
         producer: Literal["export", "record"] = "export"
@@ -190,6 +191,23 @@ def example_arguments(example_inputs: Any, example_kwargs: Mapping[str, Any] | N
     return args, kwargs
 
 
+def _check_is_plain(model: nn.Module) -> None:
+    """Raise InputError for a module that stands around the model, or was compiled from it."""
+    kind = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            f"the model is a {kind}",
+            why="torch.jit has compiled its forward, which torch.export cannot follow",
+            fix="give the torch.nn.Module that was scripted or traced",
+        )
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise InputError(
+            f"the model is wrapped in {kind}",
+            why="the wrapper is bound to the parameters that it was made for, of their present sizes",
+            fix="give what it wraps, model.module, and wrap the result anew",
+        )
+
+
 def _check_initialized(model: nn.Module) -> None:
     lazy = [n for n, p in model.named_parameters() if is_lazy(p)]
     if lazy:
@@ -201,8 +219,16 @@ def _check_initialized(model: nn.Module) -> None:
         )
 
 
-def _check_names(model: nn.Module) -> None:
-    """The graph module keeps the model's names at its own top level, so they must not be its own attributes."""
+def _check_names(model: nn.Module, kwargs: Kwargs) -> None:
+    """The graph module keeps the model's names at its own top level, so they must not be its own attributes. Names of
+    inputs are those of the arguments of its forward."""
+    for name in kwargs:
+        if not str(name).isidentifier() or keyword.iskeyword(name):
+            raise InputError(
+                f"an input is called {name!r}",
+                why="Python takes it for no name of an argument",
+                fix="rename it, or compress a module whose forward hands it on under another name",
+            )
     own = set(dir(fx.GraphModule({}, fx.Graph()))) - set(dir(nn.Module()))
     taken = sorted({name.partition(".")[0] for name in tensor_names(model)} & own)
     if taken:
@@ -451,7 +477,7 @@ def _quiet() -> Iterator[None]:
 
 def _unlifted(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """The program as a module that holds the model's own tensors, and the names of its tensor outputs."""
-    with _quiet():
+    with _quiet(), names_quoted():
         module = program.module(check_guards=False)
     spec = program.call_spec.out_spec
     assert spec is not None
@@ -468,6 +494,8 @@ def _record(model: nn.Module, args: Args, kwargs: Kwargs, refusal: Exception) ->
     try:
         with eval_copy(model, real=True) as copied:
             recording = record(copied, copied_args, copied_kwargs)
+    except CaptureError:
+        raise
     except Exception as error:
         _check_runs(model, args, kwargs)
         raise CaptureError(
@@ -478,7 +506,7 @@ def _record(model: nn.Module, args: Args, kwargs: Kwargs, refusal: Exception) ->
         ) from refusal
     held = tensor_names(model)  # the copy ran with buffers of its own
     tensors = {name: held.get(name, tensor) for name, tensor in recording.tensors.items()}
-    return fx.GraphModule(tensors, recording.graph), recording.output_names
+    return CapturedModule(tensors, recording.graph), recording.output_names
 
 
 @contextmanager

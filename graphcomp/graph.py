@@ -80,7 +80,12 @@ def tensor_values(node: fx.Node) -> list[Tensor]:
 
 def source_line(node: fx.Node) -> str:
     """Where in the user's code the node comes from: 'file.py:12, in forward -> x = self.fc(x)'; '' if unknown."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    return frame_text(node.meta.get("stack_trace") or "")
+
+
+def frame_text(trace: str) -> str:
+    """The innermost frame outside torch of a trace as torch.fx writes it, in one line; '' if there is none."""
+    frames = _FRAME.findall(trace)
     outside = [frame for frame in frames if _TORCH not in frame[0]] or frames
     if not outside:
         return ""

@@ -6,20 +6,23 @@ A captured module holds the very tensors of the model it came from, under their 
 from __future__ import annotations
 
 import copy
+import keyword
 import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._ops import OpOverload
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.fx.graph import PythonCode, _PyTreeCodeGen, _PyTreeInfo
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from graphcomp.errors import InputError
 from graphcomp.graph import bind, is_op, module_path, set_argument, tensor_values
+from graphcomp.threads import LOCK
 
 log = logging.getLogger("graphcomp.graph_module")
 
@@ -88,6 +91,14 @@ class CapturedModule(fx.GraphModule):
             self.recompile()
         return self
 
+    def recompile(self) -> PythonCode:
+        """Write the graph as code, whatever the model's submodules are called."""
+        targets = (str(node.target) for node in self.graph.nodes if node.op in ("get_attr", "call_module"))
+        if all(map(_is_plain_path, targets)):
+            return super().recompile()
+        with names_quoted():
+            return super().recompile()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
         with warnings.catch_warnings():
             # torch warns about its own deprecated class when a pytree spec is copied
@@ -108,6 +119,32 @@ def _unpickled(document: Any, tensors: Mapping[str, Any], training: bool) -> Cap
     from graphcomp.graph_json import load
 
     return load(document, tensors, {}).train(training)
+
+
+@contextmanager
+def names_quoted() -> Iterator[None]:
+    """Let torch.fx write `getattr(self, 'class')` where a submodule is called by a keyword, or by no identifier."""
+    with LOCK:
+        before = fx.graph._format_target
+        fx.graph._format_target = _quoted
+        try:
+            yield
+        finally:
+            fx.graph._format_target = before
+
+
+def _quoted(base: str, target: str) -> str:
+    for name in target.split("."):
+        base = f"{base}.{name}" if _is_plain(name) else f"getattr({base}, {name!r})"
+    return base
+
+
+def _is_plain_path(target: str) -> bool:
+    return all(map(_is_plain, target.split(".")))
+
+
+def _is_plain(name: str) -> bool:
+    return name.isidentifier() and not keyword.iskeyword(name)
 
 
 def build(tensors: Mapping[str, Any], graph: fx.Graph, name: str) -> CapturedModule:

@@ -99,7 +99,8 @@ class _Copy:
         if issubclass(kind, Tensor):
             return self.tensor
         if issubclass(kind, nn.Module):
-            return None if issubclass(kind, torch.jit.ScriptModule) else self._module
+            # a ScriptModule is an object of C++, whose shallow copy shares the tensors
+            return copy.copy if issubclass(kind, torch.jit.ScriptModule) else self._module
         if kind in MAPPINGS:
             return self._mapping
         if kind in (list, deque):

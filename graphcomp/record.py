@@ -12,6 +12,7 @@ import linecache
 import operator
 import os
 import sys
+import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from graphcomp.errors import CaptureError
+from graphcomp.graph import frame_text
 from graphcomp.graph_module import calling_convention, canonical_names, leaf_names, tensor_names
 
 aten = torch.ops.aten
@@ -36,18 +39,25 @@ aten = torch.ops.aten
 READS = frozenset({aten._local_scalar_dense.default, aten.equal.default})
 """Ops that hand numbers to Python: their nodes stay, without users, as the path hangs on them."""
 
+WINDOWS = frozenset({aten.set_.source_Storage, aten.set_.source_Storage_storage_offset})
+"""Ops that point a tensor at other memory; they compute nothing."""
+
+WRITABLE = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.SymInt)
+"""Types of arguments that the code of a graph can hold."""
+
 ModuleStack = dict[str, tuple[str, str]]
 OP_SITE = "op_site"  # node.meta: the OpSite of a recorded op, before canonical.py rewrites it
 TORCH_LAYERS = os.path.join(os.path.dirname(nn.__file__), "")
+STDLIB, INSTALLED = sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")
 SKIPPED_FRAMES = (*(os.path.join(os.path.dirname(file), "") for file in (torch.__file__, __file__)), "<")
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A graph, the tensors its get_attr nodes stand for, and a name per tensor output."""
+    """A graph, the tensors and other objects its get_attr nodes stand for, and a name per tensor output."""
 
     graph: fx.Graph
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, Any]
     output_names: tuple[str, ...]
 
 
@@ -64,6 +74,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         and `nn_module_stack`, one output. Numbers that the model read from tensors are constants in it.
 
     Raises:
+        CaptureError: a tensor of the model comes from memory that no op wrote.
         Whatever the model raises on these inputs.
     """
     recorder = Recorder(model)
@@ -142,10 +153,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
-        self.tensors: dict[str, torch.Tensor] = {}
+        self.tensors: dict[str, Any] = {}
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._nodes: Any = WeakIdKeyDictionary()
         self._memory: dict[int, _Memory] = {}
+        self._objects: dict[int, str] = {}
         self._names = canonical_names(model)
         self._held = tensor_names(model)
         self.sites = OpSites(model)
@@ -155,11 +167,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # ------------------------------------------------------------------------------------------ the dispatch mode
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in WINDOWS:
+            return self._move(func, args, kwargs)
         site = self.sites.next(func)
         operands = pytree.tree_map_only(torch.Tensor, self.node_of, (args, kwargs))
         result = func(*args, **kwargs)
         if func in READS or any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(result)):
-            node_args, node_kwargs = pytree.tree_map_only(torch.Generator, lambda _: None, operands)
+            node_args, node_kwargs = pytree.tree_map(self._argument, operands)
             # torch.tensor(...): the value is fresh memory, so it must not share that of the constant
             target = aten.clone.default if func is aten.lift_fresh.default else func
             name = target._schema.name.rpartition("::")[2]
@@ -167,6 +181,31 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._describe(node, result)
             self._bind(node, result)
             node.meta[OP_SITE] = site
+        return result
+
+    def _argument(self, leaf: Any) -> Any:
+        """An argument as a graph can hold it: what no code can write down becomes a get_attr."""
+        if isinstance(leaf, torch.Generator):
+            return None
+        if leaf is None or isinstance(leaf, (*WRITABLE, fx.Node)):
+            return leaf
+        name = self._objects.setdefault(id(leaf), f"_object{len(self._objects)}")
+        self.tensors[name] = leaf
+        node = self.graph.get_attr(name)
+        node.meta["val"] = leaf
+        return node
+
+    def _move(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Make a tensor a window on the memory of another one, as `copy.copy(tensor)` does."""
+        result = func(*args, **kwargs)
+        if self._memory_of(result) is None:
+            raise CaptureError(
+                "a tensor is made of memory that no op wrote",
+                at=frame_text(_user_line()),
+                why="a copy of the bytes alone does not say of what values they are",
+                fix="tensor.clone() in place of copy.deepcopy(tensor)",
+            )
+        self._nodes.pop(result, None)
         return result
 
     def _bind(self, node: fx.Node, result: Any) -> None:
@@ -379,7 +418,9 @@ def _user_line() -> str:
 
 @lru_cache(maxsize=4096)
 def _skipped(code: CodeType) -> bool:
-    return code.co_filename.startswith(SKIPPED_FRAMES)
+    file = code.co_filename
+    # the standard library's folder holds site-packages, where models may well live
+    return file.startswith(SKIPPED_FRAMES) or (file.startswith(STDLIB) and not file.startswith(INSTALLED))
 
 
 @lru_cache(maxsize=4096)

@@ -30,10 +30,8 @@ def eval_copy(model: nn.Module, *, real: bool) -> Iterator[nn.Module]:
             that are no parameters, of its own, as the forward may write into them.
     """
     copied = module_copy(model, own_memory(list(tensor_names(model).values())) if real else None)
-    shared = set(model.modules())
     for module in copied.modules():
-        if module not in shared:  # a ScriptModule cannot be copied
-            module.training = False
+        module.training = False
     cuda = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with LOCK, torch.random.fork_rng(devices=cuda):
         yield copied

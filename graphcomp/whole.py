@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from graphcomp.assemble import Cut
+from graphcomp.assemble import Cut, shapes
 from graphcomp.capture import Captured, user_line
 from graphcomp.compare import relative_error, tolerance_of, why_silent
 from graphcomp.compressed import CompressedModel
@@ -68,7 +68,7 @@ def into_whole(
         ),
         reason=small.reason,
         edits=tuple((f"{scope}.{path}".rstrip("."), name, value) for path, name, value in small.edits),
-        original_shapes={name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()},
+        original_shapes=shapes(model),
         example_args=inputs[0],
         example_kwargs=inputs[1],
     )

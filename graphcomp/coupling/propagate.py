@@ -157,8 +157,12 @@ def _getitem(coupling: Coupling, node: fx.Node) -> None:
     if source not in coupling.axes:
         return
     found = value(source)
-    tensors_before = sum(isinstance(v, Tensor) for v in found[:index])
-    coupling.axes[node] = [coupling.axes[source][tensors_before]] if isinstance(found[index], Tensor) else []
+    part, tensors_before = found[index], sum(isinstance(v, Tensor) for v in found[:index])
+    if isinstance(part, (list, tuple)):  # a list among several results, which axes are not kept of
+        why = Reason("stands in a list among the results of an op", str(source.target), source_line(node))
+        coupling.axes[node] = [tuple(fresh(size_of(n), why) for n in t.shape) for t in tensor_values(node)]
+    else:
+        coupling.axes[node] = [coupling.axes[source][tensors_before]] if isinstance(part, Tensor) else []
     if source in coupling.sources:
         coupling.sources[node] = coupling.sources[source]
     if source in coupling.origins:  # an elementwise op with two results, such as a quantizer with its mask

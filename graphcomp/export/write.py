@@ -17,9 +17,8 @@ from graphcomp.export.kernels import KernelProof, prove
 from graphcomp.export.onnx import export_onnx
 from graphcomp.export.program import export_program, quiet
 from graphcomp.export.runtime import Agreement, agreement, compare
-from graphcomp.graph_module import tensor_leaves
+from graphcomp.graph_module import names_quoted, tensor_leaves
 from graphcomp.inputs import copies
-from graphcomp.threads import one_at_a_time
 
 log = logging.getLogger("graphcomp.export")
 
@@ -67,7 +66,7 @@ class ExportReport:
         return {**asdict(self), "kernels": self.kernels and self.kernels.to_dict()}
 
 
-@one_at_a_time
+@names_quoted()
 def write_file(module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExportReport:
     """Write `module` to a .onnx or .pt2 file and run the file on the example inputs; nothing is left if either fails.
 
