@@ -284,7 +284,7 @@ class _Reading:
 
 def _is_attribute(part: str) -> bool:
     """Whether a part of a path may stand in generated code: an identifier as it is, anything else between quotes."""
-    if part.isidentifier():
+    if part.isidentifier() and not keyword.iskeyword(part):
         return _is_argument(part) and not part.startswith("__")
     return bool(part) and part.isprintable() and not set(part) & {'"', "\\"}
 
