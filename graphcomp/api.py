@@ -31,6 +31,7 @@ from graphcomp.describe import why_nothing
 from graphcomp.errors import CalibrationError, CaptureError, InputError, NothingToPrune, PlanError
 from graphcomp.graph import replace_module
 from graphcomp.graph_module import copied
+from graphcomp.held import equal_counts, held_by_class
 from graphcomp.methods import processes
 from graphcomp.methods.prepared import LayerBits, Prepared, prepare_graph, training_config, unwrapped
 from graphcomp.methods.shrink import shrunk
@@ -98,6 +99,7 @@ def compress(
     prune: Sequence[str] | None = None,
     round_to: int = 1,
     budget: Budget | None = None,
+    prefer_native: bool = True,
     scope: str = "",
     outputs: str | Sequence[str] | None = None,
     verify: bool = True,
@@ -143,6 +145,10 @@ def compress(
         round_to: the number of units kept in each group is a multiple of it.
         budget: a target on parameters, MACs, bit operations or bytes instead of `sparsity`. Bit operations count the
             bits that the layers are quantized to. In training, see `QASSO`.
+        prefer_native: where the model's class can hold some lengths only as long as they are equal (the parts of one
+            `chunk`, two lengths in one attribute), keep equally many units of these groups, at the same sparsity. Which
+            units stay is chosen group by group; the report names the groups. False: every group by its scores alone.
+            One-shot, and where nothing is quantized, as integer weights stand in a graph.
         scope: compress one submodule; the result holds the whole model with that part replaced. In training the loss is
             of the whole model's output, and all its parameters are trained: `requires_grad_(False)` holds those that
             are not to move.
@@ -271,7 +277,11 @@ def compress(
         with blaming_inputs(analysis.captured):
             cut = cut_groups(analysis, kept, groups, verify=verify)
             if quantization is None:
-                small = as_model(cut, measure_latency=measure_latency)
+                choose = None
+                if prefer_native and kept:
+                    choose = equal_counts(analysis, kept, scores, budget, ranking == "local", round_to)
+                cut, held = held_by_class(cut, choose)
+                small = as_model(cut, held, measure_latency=measure_latency)
             else:
                 bar.step("calibrating and lowering")
                 found = _calibration(model, analysis, example_inputs, example_kwargs, calibration)
@@ -340,7 +350,8 @@ def slice_groups(
     units: Kept = {group: torch.unique(torch.as_tensor(indices)) for group, indices in kept.items()}
     with blaming_inputs(plan.captured):
         cut = cut_groups(plan, units, up_for_pruning or plan.groups, verify=verify)
-        return as_model(cut, measure_latency=measure_latency)
+        _, held = held_by_class(cut)
+        return as_model(cut, held, measure_latency=measure_latency)
 
 
 def prunable_groups(

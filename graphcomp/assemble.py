@@ -18,7 +18,7 @@ from graphcomp.compressed import CompressedModel
 from graphcomp.cost import Bits, Bops, Codes, CostModel, Counts, SizeModel, flat_inputs, latency
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import CalibrationError, PlanError, VerificationError
-from graphcomp.export.native import NativeResult, native
+from graphcomp.export.native import NativeResult
 from graphcomp.graph import bind, value
 from graphcomp.graph_module import tensor_leaves
 from graphcomp.pruning.law import LAW as SLICING
@@ -81,10 +81,9 @@ def cut_groups(plan: Analysis, kept: Kept, groups: Sequence[ChannelGroup], *, ve
 
 
 @one_at_a_time
-def as_model(cut: Cut, *, measure_latency: bool) -> CompressedModel:
-    """The cut model in floats: of the user's own class where that can be verified, else the graph."""
+def as_model(cut: Cut, found: NativeResult, *, measure_latency: bool) -> CompressedModel:
+    """The cut model in floats: of the user's own class where that could be verified, else the graph."""
     plan = cut.plan
-    found = native(plan, cut.kept, cut.graph)
     module, form = _choose(found, cut.graph, plan)
     verified, unchecked = dict(cut.verified), dict(cut.unchecked)
     if found.module is not None and not math.isnan(found.error):

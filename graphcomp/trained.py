@@ -18,6 +18,7 @@ from graphcomp.cost import flat_inputs
 from graphcomp.coupling.groups import ChannelGroup
 from graphcomp.errors import TrainingError, VerificationError
 from graphcomp.graph_module import tensor_leaves
+from graphcomp.held import held_by_class
 from graphcomp.methods.prepared import Prepared, Session
 from graphcomp.methods.shrink import expanded, hand_over, settled
 from graphcomp.provenance import compare_before, heard
@@ -62,7 +63,8 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
         verified, unchecked = _verified(trained, sliced, session)
         cut = replace(cut, verified=verified, unchecked=unchecked)
     if session.bits is None:
-        return as_model(cut, measure_latency=measure_latency)
+        _, held = held_by_class(cut)
+        return as_model(cut, held, measure_latency=measure_latency)
     inputs = flat_inputs(plan.captured, plan.captured.args, plan.captured.kwargs)
     quantized = from_training(with_embeddings(with_repeats(sliced)), [inputs])
     return with_integers(

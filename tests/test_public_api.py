@@ -28,6 +28,7 @@ RANKS = [
     {"compressed"},
     {"export"},
     {"assemble"},
+    {"held"},
     {"trained", "whole"},
     {"api"},
     {"__init__"},

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import fx, nn
@@ -219,17 +219,25 @@ Change: TypeAlias = tuple[int, int]
 """A length before and after the cut."""
 
 
+class AxisLength(NamedTuple):
+    """Length of one axis before and after the cut."""
+
+    before: int
+    after: int
+    axis: Axis
+
+
 @dataclass(frozen=True)
 class OpLengths:
     """The arguments of one node that hold lengths: for each the lengths in order, None for what is not one."""
 
-    arguments: tuple[tuple[Change | None, ...], ...]
+    arguments: tuple[tuple[AxisLength | None, ...], ...]
     lists: tuple[bool, ...]  # for each argument whether it is a list of lengths, or one length
     modules: frozenset[str]  # paths of the modules whose forward was running
 
     def known(self) -> set[int]:
         """All lengths before the cut."""
-        return {change[0] for argument in self.arguments for change in argument if change is not None}
+        return {length.before for argument in self.arguments for length in argument if length is not None}
 
     def like(self, numbers: Sequence[int]) -> bool:
         """Whether one argument is these numbers."""
@@ -237,7 +245,7 @@ class OpLengths:
             len(argument) == len(numbers)
             and any(argument)
             and all(
-                change is None or change[0] in (n, -1) or n == -1 for change, n in zip(argument, numbers, strict=True)
+                known is None or known.before in (n, -1) or n == -1 for known, n in zip(argument, numbers, strict=True)
             )
             for argument in self.arguments
         )
@@ -283,10 +291,11 @@ def module_paths(node: fx.Node) -> list[str]:
     return [path.removeprefix("L['self'].").removeprefix("L['self']") for path in paths]
 
 
-def _changes(axes: Any, counts: Mapping[Factor, int]) -> tuple[Change | None, ...]:
+def _changes(axes: Any, counts: Mapping[Factor, int]) -> tuple[AxisLength | None, ...]:
     """Of what a Call says of one argument: an Axis, None, or a list of these."""
     listed: Sequence[Axis | None] = axes if isinstance(axes, (list, tuple)) else [axes]
-    return tuple(None if axis is None else _change(axis, counts) for axis in listed)
+    changes = [(axis, None if axis is None else _change(axis, counts)) for axis in listed]
+    return tuple(None if axis is None or change is None else AxisLength(*change, axis) for axis, change in changes)
 
 
 def _change(axis: Axis, counts: Mapping[Factor, int]) -> Change | None:
@@ -320,6 +329,7 @@ class Constraint:
     number: TracedInt
     allowed: frozenset[int]
     place: Place
+    axes: tuple[Axis, ...] = ()  # whose length the number is
 
     def holds(self, values: Values) -> bool:
         """Whether it does with these values of the attributes."""
@@ -331,10 +341,14 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Solutions:
-    """Assignments of new values, those that change least first; or why there is none."""
+    """Assignments of new values, those that change least first; or why there is none.
+
+    `axes`: for each set of attributes without a value, the axes whose lengths it holds.
+    """
 
     candidates: tuple[dict[Site, int], ...]
     conflict: str = ""
+    axes: tuple[tuple[Axis, ...], ...] = ()
 
 
 def constraints(arrivals: Iterable[Arrival], lengths: Lengths) -> list[Constraint]:
@@ -348,8 +362,9 @@ def constraints(arrivals: Iterable[Arrival], lengths: Lengths) -> list[Constrain
     for place, calls in by_place.items():
         for arrival, nodes in _matched(calls, lengths.arguments[place]):
             for position, number in arrival.traced:
-                allowed = {after for node in nodes for after in _allowed(node, arrival, position)}
-                found.append(Constraint(number, frozenset(allowed or {int(number)}), place))
+                fitting = [length for node in nodes for length in _allowed(node, arrival, position)]
+                allowed = frozenset(length.after for length in fitting) or frozenset([int(number)])
+                found.append(Constraint(number, allowed, place, tuple(length.axis for length in fitting)))
     return found
 
 
@@ -376,8 +391,8 @@ def _fitting(
     return [node for node in nodes if traced <= node.known()] or [n for n in nodes if traced & n.known()] or nodes
 
 
-def _allowed(node: OpLengths, arrival: Arrival, position: int) -> set[int]:
-    """New values of the number at `position` of a call's numbers.
+def _allowed(node: OpLengths, arrival: Arrival, position: int) -> list[AxisLength]:
+    """Lengths of the node that the number at `position` of a call's numbers can be.
 
     A number that came in a sequence (a stride, a shape) is a length only of an argument that is a list as long.
     """
@@ -386,25 +401,30 @@ def _allowed(node: OpLengths, arrival: Arrival, position: int) -> set[int]:
         lists = [
             a for a, is_list in zip(node.arguments, node.lists, strict=True) if is_list and len(a) == len(together)
         ]
-        return {change[1] for a in lists if (change := a[position - together.start]) and change[0] == wanted}
+        return [length for a in lists if (length := a[position - together.start]) and length.before == wanted]
     for argument in node.arguments:
         if len(argument) == len(arrival.numbers):
-            change = argument[position]
-            if change is not None and change[0] == wanted:
-                return {change[1]}
-    return {change[1] for argument in node.arguments for change in argument if change and change[0] == wanted}
+            known = argument[position]
+            if known is not None and known.before == wanted:
+                return [known]
+    return [length for argument in node.arguments for length in argument if length and length.before == wanted]
 
 
 def solve(values: Values, found: Sequence[Constraint], lengths: Lengths) -> Solutions:
     """Values of all attributes that meet the constraints; an attribute that need not change does not."""
     chosen: list[list[dict[Site, int]]] = []
+    conflicts: list[list[Constraint]] = []
     for names, bounds in _components(found):
         options = _component(names, bounds, values, lengths) or _component(
             names, [bound for bound in bounds if not bound.number.mixed], values, lengths
         )
-        if not options:
-            return Solutions((), _conflict(bounds))
-        chosen.append(options)
+        if options:
+            chosen.append(options)
+        else:
+            conflicts.append(bounds)
+    if conflicts:
+        axes = tuple(tuple(axis for bound in bounds for axis in bound.axes) for bounds in conflicts)
+        return Solutions((), _conflict(conflicts[0]), axes)
     combined = itertools.islice(itertools.product(*chosen), MAX_SOLUTIONS)
     merged = [{site: new for part in parts for site, new in part.items() if new != values[site]} for parts in combined]
     return Solutions(tuple(merged))

@@ -9,33 +9,29 @@ is not returned.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from graphcomp.analysis import Analysis
 from graphcomp.capture import user_line
-from graphcomp.compare import TOLERANCE, default_dtype, in_float64, why_silent
-from graphcomp.coupling.axis import Factor, all_leaves
-from graphcomp.coupling.groups import Kept
+from graphcomp.coupling.axis import Axis, Factor, all_leaves
+from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.export.attributes import Lengths, Site, constraints, find_lengths, options, put, sites, solve, trace
-from graphcomp.export.masked_run import masked_model
+from graphcomp.export.reference import Reference, refresh_flat_weights, refusal
+from graphcomp.export.ties import FactorTie, first_mismatch, ties_among
 from graphcomp.graph import assign, bind, source_line
-from graphcomp.graph_module import copied, leaf_names, tensor_names
-from graphcomp.inputs import updates
-from graphcomp.provenance import compare_before, heard
-from graphcomp.pruning.slice import SliceGroups, by_factor, kept_of_tensors, select
+from graphcomp.graph_module import copied, tensor_names
+from graphcomp.pruning.slice import by_factor, kept_of_tensors, select
+from graphcomp.pruning.ties import merged
 from graphcomp.untouched import eval_copy
 
 Edit: TypeAlias = tuple[str, str, Any]
 """Module path, attribute, its new value."""
 
 MAX_TRIES = 16  # runs of the smaller model on the example inputs
-EXACT = 1e-6  # largest relative error in float64; some models compute in float32 inside, whatever they are given
 
 
 @dataclass(frozen=True)
@@ -50,6 +46,8 @@ class NativeResult:
         rounding: how the two differ in the model's own precision, where only float64 shows that they are one
             function (`error` is then that of float64); else "".
         silent: why nothing was compared: the outputs prove nothing; "" where something was.
+        ties: without a module, sets of factors of which equally many units must stay, that the class may hold the cut.
+        blamed: without a module, cut groups that the line in `reason` reads.
     """
 
     module: nn.Module | None
@@ -58,6 +56,8 @@ class NativeResult:
     error: float = math.nan
     rounding: str = ""
     silent: str = ""
+    ties: tuple[FactorTie, ...] = ()
+    blamed: tuple[ChannelGroup, ...] = ()
 
 
 def native(analysis: Analysis, kept: Kept, reference: fx.GraphModule | None = None) -> NativeResult:
@@ -75,25 +75,51 @@ def native(analysis: Analysis, kept: Kept, reference: fx.GraphModule | None = No
     try:
         whole = copied(model, share=True)
     except Exception as error:  # a class may refuse to be copied in any way
-        return NativeResult(None, f"the model cannot be copied: {_refusal(error)}")
+        return NativeResult(None, f"the model cannot be copied: {refusal(error)}")
     try:
-        expected = _Reference(analysis, kept, reference)
+        expected = Reference(analysis, kept, reference)
     except Exception as error:  # a path that data decides may end anywhere
-        return NativeResult(None, f"the masked model to compare with does not run: {_refusal(error)}")
+        return NativeResult(None, f"the masked model to compare with does not run: {refusal(error)}")
     arrivals = trace(whole, *analysis.captured.inputs())
     counts = {factor: len(units) for factor, units in by_factor(kept).items()}
     lengths = find_lengths(analysis.coupling, counts)
     bounds = constraints(arrivals, lengths)
     found = solve(sites(whole), bounds, lengths)
     if found.conflict:
-        return NativeResult(None, found.conflict)
+        ties = merged(tie for axes in found.axes for tie in ties_among(axes))
+        blamed = _groups_of([axis for axes in found.axes for axis in axes], kept)
+        return NativeResult(None, found.conflict, ties=ties, blamed=blamed)
     settled = frozenset(site for bound in bounds for site in bound.number.attributes)
     search = _Search(analysis, cuts, lengths, expected, settled)
     for changes in found.candidates[:MAX_TRIES]:
         result = search.follow(changes)
         if result is not None:
             return result
-    return NativeResult(None, search.reason(counts))
+    return _refused(analysis, kept, search, whole)
+
+
+# ------------------------------------------------------------------------------------------------ refusing
+def _refused(analysis: Analysis, kept: Kept, search: _Search, whole: nn.Module) -> NativeResult:
+    """Say which line of the class does not follow the cut, which ties may mend that, and what to pass."""
+    coupling, counts = analysis.coupling, {factor: len(units) for factor, units in by_factor(kept).items()}
+    mismatch = None
+    if search.built is not None:
+        mismatch = first_mismatch(coupling, counts, whole, search.built, analysis.captured.inputs)
+    path = next(iter(search.failure.paths), None)
+    blamed = tuple(g for g in kept if path and any(m.name.rpartition(".")[0] == path for m in g.members))
+    text = search.reason(counts)
+    if path:
+        text += f" in {type(analysis.model.get_submodule(path)).__name__} '{path}'"
+    if mismatch is not None:
+        text = mismatch.text or text
+        blamed = _groups_of(mismatch.axes, kept) or blamed
+    return NativeResult(None, text, ties=() if mismatch is None else mismatch.ties, blamed=blamed)
+
+
+def _groups_of(axes: Sequence[Axis], kept: Kept) -> tuple[ChannelGroup, ...]:
+    """Return the cut groups that `axes` are made of."""
+    inside = set(all_leaves(axes))
+    return tuple(group for group, units in kept.items() if group.factor in inside and len(units) < group.size)
 
 
 # ------------------------------------------------------------------------------------------------ building
@@ -111,7 +137,7 @@ def _build(model: nn.Module, cuts: Mapping[str, Mapping[int, Tensor]], changes: 
         assign(small, name, new[id(tensor)])
     edits = {(site[0], site[1]): put(small, site, value) for site, value in changes.items()}
     for module in small.modules():
-        _refresh_flat_weights(module)
+        refresh_flat_weights(module)
     # a weight may be computed when it is read
     with eval_copy(model, real=False) as before, eval_copy(small, real=False) as after:
         described = {p: _described(before.get_submodule(p), module) for p, module in after.named_modules()}
@@ -125,12 +151,6 @@ def _build(model: nn.Module, cuts: Mapping[str, Mapping[int, Tensor]], changes: 
 class _Built:
     module: nn.Module
     edits: tuple[Edit, ...]
-
-
-def _refresh_flat_weights(module: nn.Module) -> None:
-    """Recurrent layers keep a list of their weights beside the weights."""
-    if isinstance(module, nn.RNNBase):
-        module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
 
 
 # ------------------------------------------------------------------------------------------------ descriptions
@@ -234,13 +254,14 @@ class _Search:
         analysis: Analysis,
         cuts: Mapping[str, Mapping[int, Tensor]],
         lengths: Lengths,
-        expected: _Reference,
+        expected: Reference,
         settled: frozenset[Site],
     ) -> None:
         self.analysis, self.cuts, self.lengths, self.expected = analysis, cuts, lengths, expected
         self.open = {site: value for site, value in sites(analysis.model).items() if site not in settled}
         self.tries = 0
         self.failure = _Failure("nothing was tried")
+        self.built: nn.Module | None = None  # by the last try
 
     def follow(self, changes: dict[Site, int]) -> NativeResult | None:
         """Try `changes`; where the model raises, try the attributes of the module that did, as long as that helps."""
@@ -275,10 +296,11 @@ class _Search:
         """Build and run one candidate."""
         self.tries += 1
         built = _build(self.analysis.model, self.cuts, changes)
+        self.built = built.module
         try:
             found = self.expected.compare(built.module)
         except Exception as error:  # a length that does not fit shows as any exception
-            return None, _Failure(_refusal(error), _modules_of(error, built.module), user_line(error))
+            return None, _Failure(refusal(error), _modules_of(error), user_line(error))
         if found.difference:
             return None, _Failure(found.difference)
         return NativeResult(built.module, "", built.edits, found.error, found.rounding, found.silent), _Failure("")
@@ -294,193 +316,14 @@ class _Search:
         return self.failure.text
 
 
-@dataclass(frozen=True)
-class _Verdict:
-    """How far a model is from the reference; `difference` says in what way it is not the same, "" where it is.
-
-    `silent`: why nothing could be compared, where `error` is NaN.
-    """
-
-    error: float = math.nan
-    difference: str = ""
-    rounding: str = ""
-    silent: str = ""
-
-
-class _Reference:
-    """What the native model must return: by the sliced graph, or where the graph holds for one path only, by the
-    user's model with everything masked that goes.
-
-    Two runs of the latter may differ by no more than rounding and still take different paths (which of two boxes that
-    score alike survives). So what differs is run again in float64, both sides.
-    """
-
-    def __init__(self, analysis: Analysis, kept: Kept, graph: fx.GraphModule | None) -> None:
-        self.analysis = analysis
-        self.masked: nn.Module | None = None
-        self.exact: dict[str, Any] | None = None
-        captured = analysis.captured
-        if captured.producer == "record":
-            self.masked = masked_model(analysis, kept)
-            self.module: nn.Module = self.masked
-            self.expected = _outputs(self.masked, analysis)
-        else:
-            self.module = graph or SliceGroups(analysis.coupling, kept)(captured.module)
-            found = _outputs(self.module, analysis)
-            names = (*captured.output_names, *list(found)[len(captured.output_names) :])
-            self.expected = dict(zip(names, found.values(), strict=True))
-
-    def compare(self, module: nn.Module) -> _Verdict:
-        """Run `module` on the example inputs.
-
-        Raises:
-            Whatever the module raises.
-        """
-        found = _difference(self.expected, _outputs(module, self.analysis))
-        if not isinstance(found, str):
-            return self._with_floats_before(module, found)
-        if self.masked is None or not any(_is_coarse(p) for p in module.parameters()):
-            return _Verdict(difference=found)
-        try:
-            self.exact = self.exact or _outputs(self.masked, self.analysis, exactly=True)
-            exact = _difference(self.exact, _outputs(module, self.analysis, exactly=True), EXACT)
-        except Exception as error:  # a model may insist on its dtype in any way
-            return _Verdict(difference=f"{found}; in float64 the comparison does not run: {_refusal(error)}")
-        if isinstance(exact, str):
-            return _Verdict(difference=f"{found}, and in float64: {exact}")
-        return _Verdict(exact, rounding=found)
-
-    def _with_floats_before(self, module: nn.Module, error: float) -> _Verdict:
-        """Compare the floats, too, that outputs are computed from whose own comparison proves nothing."""
-        silent = {name: why for name, found in self.expected.items() if (why := why_silent(found))}
-        outputs = [name for name in self.expected if not name.startswith("input ")]
-        errors = [] if math.isnan(error) else [error]
-        if any(name in silent and not self.expected[name].is_meta for name in outputs):
-            wanted = dict(zip(outputs, _floats_before(self.module, self.analysis).values(), strict=False))
-            got = _floats_before(module, self.analysis)
-            for name in silent.keys() & wanted.keys() & got.keys():
-                before = compare_before(wanted[name], got[name])
-                if before > max((TOLERANCE.get(tensor.dtype, 1e-1) for tensor in wanted[name]), default=0.0):
-                    return _Verdict(
-                        difference=f"what output '{name}' is computed of differs by {before:.1e} (relative)"
-                    )
-                errors += [] if math.isnan(before) else [before]
-        why = "; ".join(f"output '{name}' {why}" for name, why in silent.items())
-        return _Verdict(max(errors, default=math.nan), silent="" if errors else why)
-
-
-def _is_coarse(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.dtype != torch.float64 and not tensor.is_meta
-
-
-def _outputs(module: nn.Module, analysis: Analysis, *, exactly: bool = False) -> dict[str, Any]:
-    """Name -> tensor, of one run in eval mode: the outputs, then the inputs that the run wrote into.
-
-    The random state is the same each time.
-
-    `exactly`: a copy of `module` runs in float64.
-    """
-    args, kwargs = analysis.captured.inputs()
-    if exactly:
-        module = _as_float64(module)
-        args, kwargs = pytree.tree_map(in_float64, (args, kwargs))
-    dtype = torch.float64 if exactly else None
-    with eval_copy(module, real=True) as copied, torch.no_grad(), default_dtype(dtype):
-        torch.manual_seed(0)
-        outputs = _named(copied(*args, **kwargs))
-    return outputs | updates((analysis.captured.args, analysis.captured.kwargs), (args, kwargs))
-
-
-def _floats_before(module: nn.Module, analysis: Analysis) -> dict[str, list[Tensor]]:
-    """Output -> the floats that it is computed from, of one run; see `Provenance`."""
-    args, kwargs = analysis.captured.inputs()
-    with eval_copy(module, real=True) as copied:
-        torch.manual_seed(0)
-        output, provenance = heard(copied, args, kwargs)
-        return {name: provenance.before(tensor) for name, tensor in _named(output).items()}
-
-
-def _as_float64(module: nn.Module) -> nn.Module:
-    """A copy whose floating tensors are float64: parameters, buffers and plain attributes."""
-    exact = copied(module).double()
-    for part in exact.modules():
-        for name, tensor in [(n, t) for n, t in vars(part).items() if isinstance(t, Tensor)]:
-            vars(part)[name] = in_float64(tensor)
-        _refresh_flat_weights(part)
-    return exact
-
-
-def _named(output: Any) -> dict[str, Any]:
-    leaves, spec = pytree.tree_flatten(output)
-    if all(leaf is None or isinstance(leaf, (Tensor, bool, int, float, str)) for leaf in leaves):
-        return {n: leaf for n, leaf in zip(leaf_names(spec), leaves, strict=True) if isinstance(leaf, Tensor)}
-    return dict(_inside(output, "", 0))
-
-
-def _inside(value: Any, name: str, depth: int) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in containers that pytree does not know."""
-    if isinstance(value, Tensor):
-        yield name, value
-    elif depth < 8:
-        pairs: Any = value.items() if isinstance(value, Mapping) else ()
-        pairs = enumerate(value) if isinstance(value, (list, tuple)) else pairs
-        pairs = vars(value).items() if hasattr(value, "__dict__") and not isinstance(value, (type, Mapping)) else pairs
-        for key, child in list(pairs):
-            yield from _inside(child, f"{name}.{key}", depth + 1)
-
-
-def _difference(
-    expected: Mapping[str, Tensor], actual: Mapping[str, Tensor], allowed: float | None = None
-) -> float | str:
-    """The largest relative difference, or in what way the outputs differ; `allowed` is by the dtype if None."""
-    worst, compared = 0.0, False
-    for name, wanted in expected.items():
-        got = actual.get(name)
-        if got is None:
-            return f"the smaller model returns no output '{name}'"
-        if got.shape != wanted.shape or got.dtype != wanted.dtype:
-            return f"output '{name}' is {_kind(got)} and has to be {_kind(wanted)}"
-        if wanted.is_meta or wanted.numel() == 0:
-            continue
-        error = _relative(wanted, got)
-        if not error <= (TOLERANCE.get(wanted.dtype, 0.0) if allowed is None else allowed):
-            return f"output '{name}' differs from the reference by {error:.1e} (relative)"
-        if not why_silent(wanted):
-            worst, compared = max(worst, error), True
-    return worst if compared else math.nan
-
-
-def _relative(a: Tensor, b: Tensor) -> float:
-    if not a.is_floating_point() and not a.is_complex():
-        return 0.0 if torch.equal(a, b) else math.inf
-    finite = a.isfinite()
-    if not torch.equal(finite, b.isfinite()):
-        return math.inf
-    a, b = a[finite], b[finite]
-    if a.numel() == 0:
-        return 0.0
-    return float((a - b).abs().double().max() / a.abs().double().max().clamp(min=1e-30))
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def _refusal(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-    at = user_line(error)
-    return f"{text} at {at}" if at else text
-
-
-def _modules_of(error: Exception, root: nn.Module) -> tuple[str, ...]:
+def _modules_of(error: Exception) -> tuple[str, ...]:
     """Paths of the modules whose forward raised `error`, innermost first."""
-    paths = {id(module): path for path, module in root.named_modules()}
-    found: list[str] = []
-    for frame, _ in _frames(error):
-        path = paths.get(id(frame.f_locals.get("self")))
-        if path is not None and path not in found:
-            found.append(path)
+    running = [frame.f_locals.get("self") for frame, _ in _frames(error)]
+    modules = [module for module in running if isinstance(module, nn.Module)]
+    if not modules:
+        return ()
+    paths = {id(module): path for path, module in modules[0].named_modules()}  # of the copy that ran
+    found = dict.fromkeys(paths[id(module)] for module in modules if id(module) in paths)
     return tuple(reversed(found))
 
 
