@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from graphcomp.analysis import Analysis, analyze_captured
 from graphcomp.assemble import (
+    Cut,
     as_integers,
     as_model,
     check_batches,
@@ -26,8 +26,7 @@ from graphcomp.assemble import (
 from graphcomp.capture import Captured, blaming_inputs, capture, example_arguments, scoped
 from graphcomp.compressed import CompressedModel
 from graphcomp.cost import flat_inputs
-from graphcomp.coupling.groups import ROLES, ChannelGroup, Kept
-from graphcomp.describe import why_nothing
+from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import CalibrationError, CaptureError, InputError, NothingToPrune, PlanError
 from graphcomp.graph import replace_module
 from graphcomp.graph_module import copied
@@ -36,14 +35,22 @@ from graphcomp.methods import processes
 from graphcomp.methods.prepared import LayerBits, Prepared, prepare_graph, training_config, unwrapped
 from graphcomp.methods.shrink import shrunk
 from graphcomp.methods.train import Phase, Training, Whole, parts, phases_of, train
+from graphcomp.names import by_module_name, module_names, scope_name
+from graphcomp.options import check_options
 from graphcomp.progress import progress as show_progress
-from graphcomp.pruning.allocation import Budget, Scope, allocate, allocate_budget, is_share
+from graphcomp.pruning.allocation import Budget, Scope, allocate_budget
 from graphcomp.pruning.evidence import arguments_like, arguments_of
-from graphcomp.pruning.saliency import Saliency, score
+from graphcomp.pruning.prunable import find_prunable
+from graphcomp.pruning.saliency import Saliency, reads_data, score
+from graphcomp.pruning.shares import allocate_parts, parts_of
+from graphcomp.pruning.slice import as_kept, check_groups
 from graphcomp.quantization.ptq import PostTraining, Rounding
-from graphcomp.quantization.spec import check_bits, matches
+from graphcomp.quantization.spec import check_bits
 from graphcomp.trained import as_trained
 from graphcomp.whole import into_whole
+
+Modules: TypeAlias = str | nn.Module | Sequence[str | nn.Module]
+"""Modules of a model: a name, a "re:" pattern, a module itself, or several of these."""
 
 
 def analyze(
@@ -51,7 +58,7 @@ def analyze(
     example_inputs: Any,
     example_kwargs: Mapping[str, Any] | None = None,
     *,
-    scope: str = "",
+    scope: str | nn.Module = "",
     outputs: str | Sequence[str] | None = None,
 ) -> Analysis:
     """Find which channels, heads and features of `model` live or die together, and which must stay, and why.
@@ -69,6 +76,8 @@ def analyze(
     Raises:
         CaptureError, InputError: the model cannot be followed, or does not run on the inputs.
     """
+    check_options(example_kwargs=example_kwargs, outputs=outputs)
+    scope = _scope(model, scope)
     return analyze_captured(capture(model, example_inputs, example_kwargs, scope=scope, outputs=outputs))
 
 
@@ -77,7 +86,7 @@ def compress(
     example_inputs: Any,
     example_kwargs: Mapping[str, Any] | None = None,
     *,
-    sparsity: float | None = None,
+    sparsity: float | Mapping[Any, float] | None = None,
     bits: int | tuple[int, int] | None = None,
     activation_bits: int | tuple[int, int] | Literal["same"] | None = "same",
     group_size: int = 0,
@@ -95,12 +104,13 @@ def compress(
     training: Training | None = None,
     saliency: str | Saliency | None = None,
     ranking: Scope = "global",
-    ignore: str | Sequence[str] = (),
+    ignore: Modules = (),
+    keep_inputs: Modules = (),
     prune: Sequence[str] | None = None,
     round_to: int = 1,
     budget: Budget | None = None,
     prefer_native: bool = True,
-    scope: str = "",
+    scope: str | nn.Module = "",
     outputs: str | Sequence[str] | None = None,
     verify: bool = True,
     measure_latency: bool = False,
@@ -113,7 +123,9 @@ def compress(
         model: not modified.
         example_inputs: a tensor, a tuple, or a dict of keyword tensors; `example_kwargs` adds keywords to a tuple.
         sparsity: fraction of the prunable units (channels, heads, features) to remove, 0 <= sparsity < 1; met to the
-            nearest whole unit. Default: 0.5, where the method prunes.
+            nearest whole unit. Or fractions by module, {"layer1": 0.2, "re:conv": 0.5}: each of the units that the
+            modules make which the name or pattern matches, the last match counting; other modules keep their width.
+            Default: 0.5, where the method prunes.
         bits: of weights and activations, 2 to 16; None: no quantization. One-shot, the first and the last layer get 8
             at least. In training also a range, (4, 8): each layer ends with bits of its own.
         activation_bits: where they differ from `bits`, in training also a range; None: weights only, activations stay
@@ -138,11 +150,16 @@ def compress(
         training: all options of training at once, in place of the four above.
         saliency: how units are ranked; see `graphcomp.pruning.saliency`. Default: "l2", in training "geta".
         ranking: "global" ranks all units together, "local" removes the same share of every group.
-        ignore: names, or "re:" patterns, of modules that keep their width.
+        ignore: modules that keep their output width and stay float: names, "re:" patterns, or the modules themselves.
+            What they read may get narrower.
+        keep_inputs: modules, named likewise, that keep their input width and their output width.
         prune: roles to prune, of "channel", "head", "head_dim", "hidden", "width", "expert", "group". Default: all,
             but for "head_dim" (queries and values would get heads of different sizes, which hardly any class of
-            model can hold) and "width" in groups that layer, RMS or group norms take statistics over.
-        round_to: the number of units kept in each group is a multiple of it.
+            model can hold), "group" (the groups of group norms and grouped convolutions, and the query heads of each
+            key head: what they divide is cut already) and "width" in groups that layer, RMS or group norms take
+            statistics over.
+        round_to: the number of units kept in each group is a multiple of it. The sparsity is then met to the nearest
+            number of units that is possible, and the report says so.
         budget: a target on parameters, MACs, bit operations or bytes instead of `sparsity`. Bit operations count the
             bits that the layers are quantized to. In training, see `QASSO`.
         prefer_native: where the model's class can hold some lengths only as long as they are equal (the parts of one
@@ -167,17 +184,33 @@ def compress(
         TrainingError: the loss is not finite, or the data hold too few batches.
         CheckpointError: the folder is of another run, or cannot be written or read.
     """
-    _check_arguments(sparsity, prune, seed)
+    check_options(
+        example_kwargs=example_kwargs, sparsity=sparsity, group_size=group_size,
+        rounding=rounding, reduce_range=reduce_range, quantization=quantization, method=method, data=data, loss=loss,
+        folder=folder, training=training, saliency=saliency, ranking=ranking, prune=prune, round_to=round_to,
+        budget=budget, prefer_native=prefer_native, outputs=outputs, verify=verify, measure_latency=measure_latency,
+        progress=progress, seed=seed,
+    )  # fmt: skip
+    scope = _scope(model, scope)
+    part = _submodule(model, scope)
+    ignore, keep_inputs = module_names(part, ignore, "ignore"), module_names(part, keep_inputs, "keep_inputs")
     progress = progress and processes.rank() == 0
     training = _training(training, epochs=epochs, steps=steps, lr=lr, folder=folder)
     if method is None:
-        method = "oneshot" if data is None or loss is None or training is None else "geta"
+        method = "geta" if data is not None and loss is not None and training is not None else "oneshot"
+        _check_length(data, loss, training, saliency)
     if method != "oneshot":
         one_shot_only = {
             "ranking": ranking != "global", "reduce_range": reduce_range,
             "quantization": quantization is not None, "group_size": group_size, "rounding": rounding != "nearest",
         }  # fmt: skip
         _check_trainable(method, [name for name, given in one_shot_only.items() if given])
+        if isinstance(sparsity, Mapping):
+            raise PlanError(
+                f"sparsity by module with method={method!r}",
+                why="training removes one share of all units",
+                fix='sparsity=0.5, or method="oneshot" first and training after it',
+            )
         phases = phases_of(method, sparsity, bits, budget)
         _activation_limits(bits, activation_bits)
         if calibration is not None and bits is None:
@@ -202,6 +235,7 @@ def compress(
                 example_inputs=example_inputs,
                 example_kwargs=example_kwargs,
                 ignore=ignore,
+                keep_inputs=keep_inputs,
                 prune=prune,
                 scope=scope,
                 outputs=outputs,
@@ -247,25 +281,28 @@ def compress(
     quantization = quantization or post_training(
         bits, activation_bits, group_size, rounding, ignore, reduce_range, calibration is not None
     )
+    quantization = quantization and _with_names(quantization, part)
+    notes: list[str] = []
     with show_progress(4 if quantization is None else 5, progress) as bar:
         bar.step("capturing and coupling")
         analysis = analyze(model, example_inputs, example_kwargs, scope=scope, outputs=outputs)
-        _ignored(analysis.model, ignore)
         if quantization is not None:
-            _ignored(analysis.model, quantization.ignore)
-            _modules(analysis.model, tuple(quantization.config.overrides), "overrides")
             quantization = replace(quantization, ignore=(*quantization.ignore, *_read_outside(analysis)))
         layer_bits = None if quantization is None else planned_bits(analysis, quantization)
         groups: tuple[ChannelGroup, ...] = ()
         kept: Kept = {}
         if sparsity or budget is not None or quantization is None:
-            groups = prunable_groups(analysis, ignore=ignore, prune=prune)
+            prunable = find_prunable(analysis, ignore, keep_inputs, prune)
+            parts_to_cut = parts_of(analysis.model, prunable.groups, sparsity)
+            groups = tuple(group for each in parts_to_cut for group in each.groups)
+            notes += prunable.notes
             _check_weights(analysis.model, saliency)
             bar.step(f"scoring {sum(group.size for group in groups)} units")
             scores = score(saliency, analysis, groups, data=data, loss=loss, seed=seed)
             bar.step("choosing")
             if budget is None:
-                kept = allocate(groups, scores, sparsity=sparsity, scope=ranking, round_to=round_to)
+                kept, found_notes = allocate_parts(parts_to_cut, scores, scope=ranking, round_to=round_to)
+                notes += found_notes
             else:
                 stored = None
                 if budget.bytes is not None and quantization is not None and layer_bits is not None:
@@ -281,11 +318,13 @@ def compress(
                 if prefer_native and kept:
                     choose = equal_counts(analysis, kept, scores, budget, ranking == "local", round_to)
                 cut, held = held_by_class(cut, choose)
-                small = as_model(cut, held, measure_latency=measure_latency)
+                small = as_model(_noted(cut, notes), held, measure_latency=measure_latency)
             else:
                 bar.step("calibrating and lowering")
                 found = _calibration(model, analysis, example_inputs, example_kwargs, calibration)
-                small = as_integers(cut, quantization, found, verify=verify, measure_latency=measure_latency)
+                small = as_integers(
+                    _noted(cut, notes), quantization, found, verify=verify, measure_latency=measure_latency
+                )
     if not scope:
         return small
     example = example_arguments(example_inputs, example_kwargs)
@@ -295,6 +334,54 @@ def compress(
 def _read_outside(analysis: Analysis) -> tuple[str, ...]:
     """Return the modules of a scope whose tensors the rest of the model reads, too: they stay float."""
     return tuple({name.rpartition(".")[0]: None for name in analysis.captured.outside.reads if "." in name})
+
+
+def _noted(cut: Cut, notes: Sequence[str]) -> Cut:
+    return replace(cut, notes=(*notes, *cut.notes))
+
+
+def _scope(model: nn.Module, scope: str | nn.Module) -> str:
+    """Return the path of the submodule that `scope` is.
+
+    Raises:
+        InputError: `model` is no module.
+        PlanError: `scope` is neither a path nor a module of the model.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"the model is a {type(model).__name__}", fix="give a torch.nn.Module")
+    return scope_name(model, scope)
+
+
+def _submodule(model: nn.Module, scope: str) -> nn.Module:
+    """Return the submodule that is compressed; `model` where there is none of that name, which `capture` says."""
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    return modules.get(scope, model)
+
+
+def _with_names(quantization: PostTraining, part: nn.Module) -> PostTraining:
+    """Return the options with names in place of modules, each of a module of `part`.
+
+    Raises:
+        PlanError: an entry is of no module.
+    """
+    config = quantization.config
+    overrides = by_module_name(part, config.overrides, "overrides")
+    ignore = module_names(part, quantization.ignore, "ignore")
+    return replace(quantization, ignore=ignore, config=replace(config, overrides=overrides))
+
+
+def _check_length(data: Any, loss: Any, training: Training | None, saliency: str | Saliency | None) -> None:
+    """Refuse data and a loss that nothing would use: without a length there is no training.
+
+    Raises:
+        PlanError: they are given without a length of training, and without a saliency that may use them.
+    """
+    if data is not None and loss is not None and training is None and not reads_data(saliency):
+        raise PlanError(
+            "data and loss are given, and no length of training: nothing would be trained",
+            why="the saliency reads neither",
+            fix="epochs=10, or steps=1000; or saliency='taylor', which ranks units by the gradients of the loss",
+        )
 
 
 def _calibration(
@@ -328,7 +415,7 @@ def _calibration(
 
 def slice_groups(
     plan: Analysis,
-    kept: Mapping[ChannelGroup, Tensor | Sequence[int]],
+    kept: Mapping[ChannelGroup, Tensor | Sequence[int] | Sequence[bool]],
     *,
     up_for_pruning: Sequence[ChannelGroup] | None = None,
     verify: bool = True,
@@ -338,16 +425,20 @@ def slice_groups(
 
     Args:
         plan: what `analyze` returned.
-        kept: group -> indices of the units that stay; groups left out stay whole.
+        kept: group of the plan -> indices of the units that stay, or a mask (size,) of bools; groups left out stay
+            whole.
         up_for_pruning: the groups whose units count in the report's sparsity (default: all).
         verify: check that the masked and the sliced model agree on the example inputs.
         measure_latency: time the model before and after.
 
     Raises:
-        PlanError: a group would lose all units, or an index is none of its units.
+        PlanError: a group is of another plan, or would lose all units, or an index is none of its units.
         VerificationError: the laws do not hold on the result.
     """
-    units: Kept = {group: torch.unique(torch.as_tensor(indices)) for group, indices in kept.items()}
+    check_options(plan=plan, verify=verify, measure_latency=measure_latency)
+    units = as_kept(plan.groups, kept)
+    if up_for_pruning is not None:
+        check_groups("up_for_pruning", plan.groups, up_for_pruning)
     with blaming_inputs(plan.captured):
         cut = cut_groups(plan, units, up_for_pruning or plan.groups, verify=verify)
         _, held = held_by_class(cut)
@@ -355,33 +446,20 @@ def slice_groups(
 
 
 def prunable_groups(
-    analysis: Analysis, *, ignore: str | Sequence[str] = (), prune: Sequence[str] | None = None
+    analysis: Analysis, *, ignore: Modules = (), keep_inputs: Modules = (), prune: Sequence[str] | None = None
 ) -> tuple[ChannelGroup, ...]:
     """The groups that a method may cut.
 
+    Args:
+        analysis: what `analyze` returned.
+        ignore, keep_inputs, prune: as for `compress`.
+
     Raises:
-        PlanError: a name in `ignore` matches no module, or `prune` holds no role.
+        PlanError: an entry of `ignore` or `keep_inputs` is of no module, or `prune` holds no role.
         NothingToPrune: none is left.
     """
-    ignored = _ignored(analysis.model, ignore)
-    owners = {member.name: member.name.rpartition(".")[0] for group in analysis.groups for member in group.members}
-    inside = {name for name, owner in owners.items() if any(matches(entry, owner) for entry in ignored)}
-    groups = [g for g in analysis.groups if not any(m.name in inside for m in g.members)]
-    if prune is None:
-        groups = [g for g in groups if g.role != "head_dim" and not (g.role == "width" and g.normalized)]
-    else:
-        groups = [g for g in groups if g.role in prune]
-    if groups:
-        return tuple(groups)
-    left_out = f"{len(analysis.groups)} groups are left out by ignore= and prune=; " if analysis.groups else ""
-    unknown = "; ".join(u.fix for u in analysis.unknown_ops)
-    fix = f"give rules for the unknown ops: {unknown}" if unknown else "see graphcomp.analyze(…).report()"
-    uncut = {g.role: None for g in analysis.groups if g.role in ("head_dim", "width")} if prune is None else {}
-    if uncut:
-        fix = f"prune={tuple(uncut)!r} cuts what is left whole by default; {fix}"
-    raise NothingToPrune(
-        f"nothing in {type(analysis.model).__name__} can be pruned", why=left_out + why_nothing(analysis), fix=fix
-    )
+    check_options(analysis=analysis)
+    return find_prunable(analysis, ignore, keep_inputs, prune).groups
 
 
 # ------------------------------------------------------------------------------------------------ by training
@@ -404,6 +482,7 @@ def _trained(
     With a scope, the prepared submodule stands in the model while it is trained.
     """
     kept: dict[str, Tensor] = {}
+    remarks: dict[str, None] = {}
     for phase, training in phases:
         with show_progress(1, progress) as bar:
             bar.step("capturing, coupling and calibrating")
@@ -425,6 +504,8 @@ def _trained(
         finally:
             replace_module(model, ready, part)
         kept = {group.name: units for group, units in ready.kept().items()}
+        remarks |= dict.fromkeys(ready.remarks)
+    ready.remarks = tuple(remarks)
     return ready
 
 
@@ -460,21 +541,6 @@ def _training(training: Training | None, **short: Any) -> Training | None:
 
 
 # ------------------------------------------------------------------------------------------------ checks of arguments
-def _check_arguments(sparsity: float | None, prune: Sequence[str] | None, seed: Any) -> None:
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise PlanError(f"seed={seed!r} is not a whole number of 64 bits", fix="seed=0")
-    if sparsity is not None and not is_share(sparsity):
-        raise PlanError(
-            f"sparsity={sparsity!r} is outside [0, 1)",
-            why="it is the fraction of prunable units to remove, and at least one unit of each group stays",
-            fix="sparsity=0.5",
-        )
-    for role in prune or ():
-        if role not in ROLES:
-            near = difflib.get_close_matches(role, ROLES, n=1)
-            raise PlanError(f"prune holds {role!r}, which is no role", fix=f"one of {', '.join(near or ROLES)}")
-
-
 def _check_one_shot(bits: Any, activation_bits: Any, training: Training | None) -> None:
     for name, asked in (("bits", bits), ("activation_bits", activation_bits)):
         if isinstance(asked, (tuple, list)):
@@ -531,29 +597,6 @@ def _check_weights(model: nn.Module, saliency: str | Saliency | None) -> None:
             )
 
 
-def _ignored(model: nn.Module, ignore: str | Sequence[str]) -> tuple[str, ...]:
-    """The names and patterns, each of which is of some module.
-
-    Raises:
-        PlanError: one is of none.
-    """
-    return _modules(model, (ignore,) if isinstance(ignore, str) else tuple(ignore), "ignore")
-
-
-def _modules(model: nn.Module, entries: tuple[str, ...], option: str) -> tuple[str, ...]:
-    modules = [name for name, _ in model.named_modules()]
-    for entry in entries:
-        pattern = entry.removeprefix("re:")
-        if pattern != entry and not any(matches(entry, name) for name in modules):
-            raise PlanError(f"{option} pattern {pattern!r} matches no module", fix=f"modules: {modules[:20]}")
-        if pattern == entry and entry not in modules:
-            near = difflib.get_close_matches(entry, modules, n=1)
-            raise PlanError(
-                f"{option} names {entry!r}, which is no module of the model", fix=f"{option}: {near or modules[:20]}"
-            )
-    return entries
-
-
 # ------------------------------------------------------------------------------------------------ later parts
 def load(
     folder: str | Path,
@@ -576,6 +619,7 @@ def load(
     """
     from graphcomp.export.checkpoint import load as load_folder
 
+    check_options(path=folder, model_factory=model_factory)
     return load_folder(folder, model_factory=model_factory, trust=trust)
 
 
@@ -586,12 +630,13 @@ def prepare(
     *,
     bits: int | tuple[int, int] | None = (4, 8),
     activation_bits: int | tuple[int, int] | Literal["same"] | None = "same",
-    layer_bits: Mapping[str, tuple[Any, Any]] | None = None,
+    layer_bits: Mapping[Any, tuple[Any, Any]] | None = None,
     learn_exponent: bool = False,
     calibration: Iterable[Any] | None = None,
-    ignore: str | Sequence[str] = (),
+    ignore: Modules = (),
+    keep_inputs: Modules = (),
     prune: Sequence[str] | None = None,
-    scope: str = "",
+    scope: str | nn.Module = "",
     outputs: str | Sequence[str] | None = None,
     recompute: bool = False,
 ) -> Prepared:
@@ -613,8 +658,7 @@ def prepare(
         learn_exponent: let the levels of weights be unevenly spaced, x^t, with t learned. The integers stay integers.
         calibration: batches, in the form of the example inputs, that the first ranges of activations are read off;
             without it, the example inputs.
-        ignore: names, or "re:" patterns, of modules that keep their width and stay float.
-        prune: roles to prune, as for `compress`.
+        ignore, keep_inputs, prune: as for `compress`.
         scope: prepare one submodule, which is what is returned: put it in its place in your model to train it there.
         outputs: names of the outputs that matter.
         recompute: compute quantized weights and activations again in the backward pass instead of keeping them for it:
@@ -625,16 +669,23 @@ def prepare(
         PlanError: bits outside 2 to 16, a name that matches no module.
         CalibrationError: calibration data that do not fit, or are not finite.
     """
+    check_options(
+        example_kwargs=example_kwargs, learn_exponent=learn_exponent, prune=prune,
+        outputs=outputs, recompute=recompute,
+    )  # fmt: skip
+    scope = _scope(model, scope)
+    part = _submodule(model, scope)
     ready = _prepared(
         _own(model),
         example_inputs,
         example_kwargs,
         bits=bits,
         activation_bits=activation_bits,
-        layer_bits=layer_bits,
+        layer_bits=by_module_name(part, layer_bits or {}, "layer_bits"),
         learn_exponent=learn_exponent,
         calibration=calibration,
-        ignore=ignore,
+        ignore=module_names(part, ignore, "ignore"),
+        keep_inputs=module_names(part, keep_inputs, "keep_inputs"),
         prune=prune,
         scope=scope,
         outputs=outputs,
@@ -666,10 +717,11 @@ def _prepared(
     *,
     bits: int | tuple[int, int] | None,
     activation_bits: int | tuple[int, int] | Literal["same"] | None,
-    layer_bits: Mapping[str, tuple[Any, Any]] | None = None,
+    layer_bits: Mapping[Any, tuple[Any, Any]] | None = None,
     learn_exponent: bool = False,
     calibration: Iterable[Any] | None = None,
-    ignore: str | Sequence[str],
+    ignore: Sequence[str],
+    keep_inputs: Sequence[str],
     prune: Sequence[str] | None,
     scope: str,
     outputs: str | Sequence[str] | None,
@@ -686,11 +738,12 @@ def _prepared(
         )
     if limits is not None:
         check_floats(captured)
-    ignored = _ignored(plan.model, ignore)
     groups: tuple[ChannelGroup, ...] = ()
+    notes: tuple[str, ...] = ()
     no_groups = ""
     try:
-        groups = prunable_groups(plan, ignore=ignored, prune=prune)
+        prunable = find_prunable(plan, ignore, keep_inputs, prune)
+        groups, notes = prunable.groups, prunable.notes
     except NothingToPrune as error:
         no_groups = error.why  # it can still be quantized; QASSO says it where units are to go
     batches = _calibration(model, plan, example_inputs, example_kwargs, calibration)
@@ -706,9 +759,10 @@ def _prepared(
             if limits is None
             else training_config(limits[1], of_activations and of_activations[1], learn_exponent),
             layer_bits={name: _layer_bits(own) for name, own in (layer_bits or {}).items()},
-            ignore=ignored,
+            ignore=ignore,
             batches=batches,
             no_groups=no_groups,
+            notes=notes,
         )
 
 
@@ -815,4 +869,5 @@ def finalize(ready: nn.Module, *, verify: bool = True, measure_latency: bool = F
         TrainingError: a parameter or buffer is NaN or infinite.
         VerificationError: the small model does not compute what the trained one does. Nothing is returned then.
     """
+    check_options(verify=verify, measure_latency=measure_latency)
     return as_trained(unwrapped(ready), verify=verify, measure_latency=measure_latency)

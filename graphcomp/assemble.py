@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -50,7 +51,7 @@ class Cut:
         graph: the sliced graph; None for a recorded model, which has none that can be run.
         verified: law -> largest relative error.
         unchecked: law, or part of one -> why it could not be checked.
-        notes: how laws were checked.
+        notes: what was asked and not done, or done otherwise; how laws were checked.
     """
 
     plan: Analysis
@@ -412,8 +413,14 @@ def _report(cut: Cut, notes: Sequence[str], quantized: Sequence[LoweredLayer] = 
         unknown_ops=tuple(u.op for u in plan.unknown_ops),
         verified=cut.verified,
         unchecked=cut.unchecked,
-        notes=(*notes, *cut.notes),
+        notes=(*_uncounted_notes(costs), *notes, *cut.notes),
     )
+
+
+def _uncounted_notes(costs: CostModel) -> list[str]:
+    """One note per op and reason that macs and bops leave out."""
+    found = Counter(str(op) for op in costs.uncounted)
+    return [f"not counted in macs and bops: {count} x {op}" for op, count in found.items()]
 
 
 def _with_latency(report: Report, plan: Analysis, module: nn.Module) -> Report:

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)(?:\n\s+(.*))?')
 
@@ -218,18 +219,18 @@ class _ShapeInterpreter(fx.Interpreter):
 def run_shapes(module: fx.GraphModule) -> dict[fx.Node, Any]:
     """What every node computes, as fake tensors, for inputs of the example's size.
 
-    Dynamic lengths take the example's value: over symbols every op is many times slower. Where an op's result has a
-    length that depends on data there is no way but over the symbols of the capture.
+    Dynamic lengths take the example's value: over symbols every op is many times slower. Lengths that depend on data
+    become symbols of a shape environment made for this run alone: the graph's own would specialise its symbols to
+    what this run meets, and everything read off them later with it.
 
     Raises:
         Whatever the op raises whose operands do not fit.
     """
-    inputs = [value(n) for n in module.graph.find_nodes(op="placeholder")]
+    inputs = [_example_sized(value(n)) for n in module.graph.find_nodes(op="placeholder")]
     try:
-        return run_fake(module, FakeTensorMode(), [_example_sized(t) for t in inputs])
+        return run_fake(module, FakeTensorMode(), inputs)
     except (DynamicOutputShapeException, DataDependentOutputException):
-        mode = next(t.fake_mode for t in inputs if isinstance(t, FakeTensor))
-        return run_fake(module, mode, inputs)
+        return run_fake(module, FakeTensorMode(shape_env=ShapeEnv()), inputs)
 
 
 def run_fake(module: fx.GraphModule, mode: FakeTensorMode, inputs: Sequence[Any]) -> dict[fx.Node, Any]:

@@ -58,6 +58,7 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
     in_floats = {group.name: group for group in plan.groups}
     groups: list[ChannelGroup] = [in_floats[group.name] for group in session.groups]
     cut = cut_groups(plan, dict(zip(groups, kept.values(), strict=True)), groups, verify=False)
+    cut = replace(cut, notes=(*session.notes, *trained.remarks))
     sliced = SliceGroups(session.quantized.coupling, kept)(session.quantized.captured.module)
     if verify:
         verified, unchecked = _verified(trained, sliced, session)
@@ -70,7 +71,7 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
     return with_integers(
         cut,
         quantized,
-        (*session.notes, *quantized.notes),
+        quantized.notes,
         inputs if verify else None,
         measure_latency=measure_latency,
     )

@@ -47,9 +47,17 @@ def test_sparsity_that_no_choice_meets_says_what_is_possible():
         gc.compress(MLP(), X, sparsity=0.99)
 
 
-def test_round_to_that_cannot_be_met():
-    with pytest.raises(gc.BudgetError):
-        gc.compress(MLP(), X, sparsity=0.4, round_to=8)
+def test_round_to_takes_the_nearest_number_of_units_and_says_so():
+    small = gc.compress(MLP(), X, sparsity=0.4, round_to=8)
+    assert small.module.up.out_features == 8
+    assert any("round_to=8" in note and "sparsity=0.4" in note for note in small.report.notes)
+    exact = gc.compress(MLP(), X, sparsity=0.5, round_to=8)
+    assert not any("round_to" in note for note in exact.report.notes)
+
+
+def test_round_to_that_no_group_can_meet():
+    with pytest.raises(gc.BudgetError, match="in steps of 32"):
+        gc.compress(MLP(), X, sparsity=0.4, round_to=32)
 
 
 def test_sparsity_zero_returns_the_same_function():
@@ -456,3 +464,23 @@ def test_integers_of_a_model_in_another_dtype(dtype):
             call()
     small = gc.finalize(gc.prepare(model, x, bits=8, activation_bits=None))
     assert small(x).dtype is dtype and relative_error(model(x), small(x)) < 0.05
+
+
+def test_data_and_a_loss_without_a_length():
+    with pytest.raises(gc.PlanError, match="no length of training"):
+        gc.compress(MLP(), X, data=[X], loss=lambda y, _: y.square().mean())
+    small = gc.compress(MLP(), X, data=[X], loss=lambda y, _: y.square().mean(), saliency="taylor", progress=False)
+    assert small.report.units_removed == 8
+
+
+@pytest.mark.parametrize("call", [gc.compress, gc.prepare])
+@pytest.mark.parametrize("prune", [["nope"], "channel", 5])
+def test_roles_that_do_not_exist(call, prune):
+    with pytest.raises(gc.PlanError, match="prune"):
+        call(MLP(), X, prune=prune)
+
+
+@pytest.mark.parametrize("saliency", [5, lambda evidence: None, lambda evidence: {}, lambda e: {e.groups[0]: 3}])
+def test_saliencies_that_give_no_scores(saliency):
+    with pytest.raises(gc.PlanError, match=r"saliency"):
+        gc.compress(MLP(), X, saliency=saliency)

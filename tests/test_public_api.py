@@ -13,7 +13,7 @@ PACKAGE = Path(graphcomp.__file__).parent
 # Lower never imports higher. A module not named here has the rank of its folder.
 RANKS = [
     {"errors", "module_copy", "progress", "threads", "locks"},
-    {"compare", "provenance"},
+    {"arguments", "compare", "provenance"},
     {"graph", "trust", "json_values"},
     {"spec_json"},
     {"graph_module", "graph_json", "inputs"},
@@ -22,12 +22,12 @@ RANKS = [
     {"capture", "coupling"},
     {"describe", "analysis", "second_inputs"},
     {"cost"},
-    {"pruning", "quantization"},
+    {"names", "pruning", "quantization"},
     {"methods"},
     {"report", "testing", "picture"},
     {"compressed"},
     {"export"},
-    {"assemble"},
+    {"assemble", "options"},
     {"held"},
     {"trained", "whole"},
     {"api"},

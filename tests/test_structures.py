@@ -289,7 +289,7 @@ def grouped_query(how: str) -> Callable[[Any, Tensor], Tensor]:
 def test_a_key_value_head_takes_its_query_heads_along(how: str) -> None:
     parts = {"q": nn.Linear(5, 24), "k": nn.Linear(5, 8), "v": nn.Linear(5, 8), "o": nn.Linear(24, 4)}
     groups = checked(net(grouped_query(how), **parts), SEQUENCE)
-    kv, repeats = (g for g in groups.values() if g.role == "head")
+    (kv,), (repeats,) = ([g for g in groups.values() if g.role == role] for role in ("head", "group"))
     assert (kv.size, repeats.size) == (2, 3)
     assert {m.name for m in kv.members} >= {"q.weight", "k.weight", "v.weight", "o.weight"}
     assert indices(kv, "k.weight", 1) == [4, 5, 6, 7]

@@ -20,11 +20,12 @@ from torch.fx import _pytree as fx_pytree
 
 from graphcomp.analysis import Analysis
 from graphcomp.capture import Captured
-from graphcomp.coupling.axis import UNIT, Axes, Axis, Factor, Product, leaves, length, normal
-from graphcomp.coupling.groups import Kept
+from graphcomp.coupling import table
+from graphcomp.coupling.axis import UNIT, Axes, Axis, Factor, Product, all_leaves, leaves, length, normal
+from graphcomp.coupling.groups import Kept, summed_axes
 from graphcomp.coupling.notation import einsum_letters
-from graphcomp.coupling.propagate import Coupling
-from graphcomp.graph import argument_at, attributes, bind, is_op, module_path, tensor_values
+from graphcomp.coupling.propagate import Coupling, is_real
+from graphcomp.graph import argument_at, attributes, bind, is_op, module_path, source_line, tensor_values
 
 aten = torch.ops.aten
 
@@ -78,6 +79,27 @@ class Operation:
     macs: Polynomial
 
 
+@dataclass(frozen=True)
+class Uncounted:
+    """An op whose multiply-accumulates are left out of every count.
+
+    Attributes:
+        op: the op.
+        source: the user's source line.
+        why: the reason.
+        multiplies: whether its coupling rule says that it multiplies and sums.
+    """
+
+    op: str
+    source: str
+    why: str = "no formula counts its multiply-accumulates"
+    multiplies: bool = False
+
+    def __str__(self) -> str:
+        at = f" at {self.source}" if self.source else ""
+        return f"{self.op}{at} ({self.why})"
+
+
 class CostModel:
     """The costs of one analysed model as polynomials in the number of units kept, made once, evaluated often.
 
@@ -86,8 +108,8 @@ class CostModel:
         layers: the name without ".weight" of every parameter, and the layer of every operation.
         weights: the name without ".weight" of every parameter that an op multiplies with or looks up; others are added,
             scaled with or fed in: norms, class tokens, tables of positions, biases of attention.
-        uncounted: ops that multiply but whose lengths are only known while the model runs (they depend on the data),
-            as "op at source"; they count 0.
+        uncounted: ops that may have multiply-accumulates and have no formula, or lengths that depend on data; they
+            count 0.
     """
 
     def __init__(self, analysis: Analysis) -> None:
@@ -113,12 +135,17 @@ class CostModel:
             formula = _formula(node)
             if node.target in LOOKUPS or formula not in (None, _attention):
                 weights.update(layers.read(node))
-            if formula is None or node not in coupling.axes:
+            if formula is None:
+                unknown = _without_formula(node, coupling)
+                weights.update(layers.read(node) if unknown else ())
+                uncounted += unknown
+                continue
+            if node not in coupling.axes:
                 continue
             try:
                 kind, count = formula(_Operands(node, coupling, self._size))
             except _UnknownLength:
-                uncounted.append(str(node.target))
+                uncounted.append(Uncounted(str(node.target), source_line(node), "its lengths depend on data"))
                 continue
             operations.append(Operation(node, layers.of(node, kind), kind, count))
             self._macs[kind] += count
@@ -355,6 +382,11 @@ def _recurrent(op: _Operands, source: str) -> Count:
     return "recurrent", steps * sum((op.size(m) for m in matrices if len(m) == 2), start=Polynomial())
 
 
+def _mkldnn_layer(op: _Operands) -> Count:
+    """One layer in one direction: both of its matrices meet every step of every sequence once."""
+    return "recurrent", op.size(op.of("input")[:-1]) * (op.size(op.of("weight0")) + op.size(op.of("weight1")))
+
+
 def _cell(op: _Operands) -> Count:
     return "recurrent", op.size(op.of("input")[:-1]) * (op.size(op.of("w_ih")) + op.size(op.of("w_hh")))
 
@@ -406,6 +438,7 @@ FORMULAS: dict[Any, Callable[[_Operands], Count]] = {
     aten.rnn_tanh.data: partial(_recurrent, source="data"),
     aten.rnn_relu.input: partial(_recurrent, source="input"),
     aten.rnn_relu.data: partial(_recurrent, source="data"),
+    aten.mkldnn_rnn_layer.default: _mkldnn_layer,
     aten.lstm_cell.default: _cell,
     aten.gru_cell.default: _cell,
     aten.rnn_tanh_cell.default: _cell,
@@ -420,6 +453,21 @@ def _formula(node: fx.Node) -> Callable[[_Operands], Count] | None:
     if not is_op(node):
         return None
     return FORMULAS.get(node.target) or FORMULAS.get(node.target._schema.name)  # type: ignore[union-attr]
+
+
+# ------------------------------------------------------------------------------------------------ what is not counted
+def _without_formula(node: fx.Node, coupling: Coupling) -> list[Uncounted]:
+    """Name the op where its rule sums over what several operands share, or where nothing of graphcomp's knows the op
+    and the op reads several matrices."""
+    call = coupling.calls.get(node)
+    operands = [n for n in node.all_input_nodes if coupling.axes.get(n)]
+    axes = [coupling.axes[n][0] for n in operands]
+    alike = len({tuple(all_leaves(own)) for own in axes}) < 2
+    if call is not None and not alike and summed_axes(coupling, node, call):
+        return [Uncounted(str(node.target), source_line(node), multiplies=True)]
+    strange = str(node.target) in coupling.unknown if call is None else table.is_taught(node.target)
+    matrices = [n for n, own in zip(operands, axes, strict=True) if len(own) > 1 and is_real(tensor_values(n)[0])]
+    return [Uncounted(str(node.target), source_line(node))] if strange and len(matrices) > 1 else []
 
 
 # ------------------------------------------------------------------------------------------------ example inputs

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, fx
 
-from graphcomp.coupling.axis import Axes, Axis, Factor, Reason, coordinates, freeze, is_frozen, leaves, normal
+from graphcomp.coupling.axis import Axes, Axis, Factor, Product, Reason, coordinates, freeze, is_frozen, leaves, normal
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.coupling.table import Call
 from graphcomp.graph import argument_at, attributes, bind
 
 Role = Literal["channel", "head", "head_dim", "hidden", "width", "expert", "group"]
 ROLES: tuple[Role, ...] = ("channel", "head", "head_dim", "hidden", "width", "expert", "group")
+APART: tuple[Role, ...] = ("head_dim", "head", "expert")
+"""Roles of units that are counted on their own where they divide a dim together with others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,13 +119,14 @@ def find_groups(coupling: Coupling) -> tuple[ChannelGroup, ...]:
                 members.setdefault(factor, []).append(member)
     groups: list[ChannelGroup] = []
     names: Counter[str] = Counter()
+    nested = nested_factors([(m.axis, _is_matrix(m)) for found in members.values() for m in found if m.is_parameter])
     for factor, found_in in members.items():
         if not any(m.is_parameter for m in found_in):
             continue
         if not any((m.name, m.dim) in made for m in found_in):
             freeze(factor, _NOT_MADE)
             continue
-        role = _role(factor, found_in)
+        role = _role(factor, factor in nested)
         name = _name(role, found_in)
         names[name] += 1
         unique = name if names[name] == 1 else f"{name}#{names[name]}"
@@ -133,6 +136,52 @@ def find_groups(coupling: Coupling) -> tuple[ChannelGroup, ...]:
 
 _NOT_MADE = Reason("copies that the forward makes, as many as it says: no parameter or buffer holds what they are")
 _ALONE = Reason("cut until every index stands alone: the ops that read it group it in ways that do not nest")
+
+
+def _is_matrix(member: Member) -> bool:
+    return sum(length > 1 for length in member.shape) > 1
+
+
+def nested_factors(dims: Sequence[tuple[Axis, bool]]) -> set[Factor]:
+    """Factors that divide units which another factor counts already: cutting both would cut one dim twice.
+
+    In a dim of 128 = (32 4) channels, as group norm and grouped convolutions make, one factor alone is cut by default:
+    those that are all of some matrix's dim (a depthwise convolution's, whose filters are several a channel), else the
+    innermost. Heads and the channels in them are apart: each is cut once.
+
+    Args:
+        dims: axis of each dim of each parameter, and whether the parameter is a matrix.
+    """
+    cut = {leaf for axis, is_matrix in dims if is_matrix for leaf in _not_nested(normal(axis))}
+    nested: set[Factor] = set()
+    for nest in (nest for axis, _ in dims for nest in _nests(normal(axis))):
+        if not any(rank & cut for rank in nest):
+            cut |= nest[-1] - nested
+        nested.update(*(rank - cut for rank in nest))
+    return nested
+
+
+def _nests(axis: Axis) -> Iterator[list[set[Factor]]]:
+    """The unfrozen factors of each product in `axis`, outermost first, apart for each kind of unit."""
+    if isinstance(axis, Factor):
+        return
+    if isinstance(axis, Product):
+        ranks = [{leaf for leaf in leaves(part) if not leaf.frozen} for part in axis.parts]
+        for kind in dict.fromkeys(_kind(leaf) for rank in ranks for leaf in rank):
+            of_kind = [{leaf for leaf in rank if _kind(leaf) == kind} for rank in ranks]
+            if len(nest := [rank for rank in of_kind if rank]) > 1:
+                yield nest
+    for part in axis.parts:
+        yield from _nests(part)
+
+
+def _not_nested(axis: Axis) -> set[Factor]:
+    """The factors of `axis` that stand in no product with others of their kind."""
+    return set(leaves(axis)) - {leaf for nest in _nests(axis) for rank in nest for leaf in rank}
+
+
+def _kind(factor: Factor) -> str:
+    return next((mark for mark in APART if mark in factor.marks), "")
 
 
 def find_frozen(coupling: Coupling) -> tuple[FrozenAxis, ...]:
@@ -173,7 +222,7 @@ def _consumed_and_made(coupling: Coupling) -> tuple[set[tuple[str, int]], set[tu
     consumed: set[tuple[str, int]] = set()
     made: set[tuple[str, int]] = set()
     for node, call in coupling.calls.items():
-        summed = _summed(coupling, node, call)
+        summed = summed_axes(coupling, node, call)
         for operand in node.all_input_nodes:
             for name in coupling.sources.get(operand, ()):
                 axes = coupling.attributes[name]
@@ -184,7 +233,7 @@ def _consumed_and_made(coupling: Coupling) -> tuple[set[tuple[str, int]], set[tu
     return consumed, made
 
 
-def _summed(coupling: Coupling, node: fx.Node, call: Call) -> list[Axis]:
+def summed_axes(coupling: Coupling, node: fx.Node, call: Call) -> list[Axis]:
     """The axes that the op sums away."""
     if not call.contracted or (node in coupling.sources and len(node.all_input_nodes) == 1):
         return []  # the range or the norm of a parameter is a property of it, not what is computed with it
@@ -211,28 +260,29 @@ def _dims_in(axes: Sequence[Axis], summed: Sequence[Axis]) -> list[int]:
     return [dim for dim, axis in enumerate(axes) if any(leaf in inside for leaf in leaves(axis))]
 
 
-def _role(factor: Factor, members: Sequence[Member]) -> Role:
-    marks = factor.marks
-    if "head_dim" in marks:
+def _role(factor: Factor, nested: bool) -> Role:
+    if "head_dim" in factor.marks:
         return "head_dim"
-    if _is_stream(marks):
+    if _is_stream(factor.marks, nested):
         return "width"
-    for found, role in (("head", "head"), ("expert", "expert"), ("group", "group")):
-        if found in marks:
-            return cast(Role, role)
-    if "residual" in marks:
+    if nested:
+        return "group"
+    for role in APART:
+        if role in factor.marks:
+            return role
+    if "residual" in factor.marks:
         return "width"
-    return "channel" if "conv" in marks else "hidden"
+    return "channel" if "conv" in factor.marks else "hidden"
 
 
-def _is_stream(marks: frozenset[str]) -> bool:
+def _is_stream(marks: frozenset[str], nested: bool) -> bool:
     """Return whether the indices are a stream of features that norms take statistics over, or a factor of a stream.
 
     A stream is what residual branches add to, or the channels of a convolution that a layer or RMS norm reads whole.
     """
     if "residual" in marks:
         return "normalized" in marks
-    return {"conv", "layer_norm"} <= marks and not marks & {"head", "expert", "group"}
+    return {"conv", "layer_norm"} <= marks and not nested and not marks & {"head", "expert"}
 
 
 def _name(role: Role, members: Sequence[Member]) -> str:

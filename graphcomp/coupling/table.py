@@ -83,13 +83,13 @@ class Call:
         return results
 
     def mark(self, axes: Axis | Sequence[Axis], *names: str) -> None:
-        """Note facts that decide a group's role: head, head_dim, expert, group, conv, residual, normalized,
-        layer_norm."""
+        """Note facts that decide a group's role: head, head_dim, expert, conv, residual, normalized, layer_norm."""
         for axis in axes if isinstance(axes, (tuple, list)) else (axes,):
             mark(axis, *names)
 
 
 _RULES: dict[OpKey, RuleFunction] = {}
+_BUILT_IN: set[OpKey] = set()
 _FAMILIES: list[tuple[Callable[[OpOverload], bool], RuleFunction]] = []
 _ELEMENTWISE: list[RuleFunction] = []
 
@@ -140,6 +140,20 @@ def _register(op: OpKey, function: RuleFunction) -> None:
 def forget(op: OpKey) -> None:
     """Remove the rule of `op`, so that another can be given."""
     _RULES.pop(op, None)
+    _BUILT_IN.discard(op)
+
+
+def close_built_in() -> None:
+    """Take all rules that are registered by now for graphcomp's own; rules registered later are the user's."""
+    _BUILT_IN.update(_RULES)
+
+
+def is_taught(op: object) -> bool:
+    """Whether the rule of the op is one that the user registered."""
+    if not isinstance(op, OpOverload):
+        return False
+    key: OpKey = op if op in _RULES else op._schema.name
+    return key in _RULES and key not in _BUILT_IN
 
 
 def family(holds: Callable[[OpOverload], bool], function: RuleFunction) -> None:

@@ -27,7 +27,7 @@ from graphcomp.methods.prepared import Prepared, Session, Site, unwrapped
 from graphcomp.methods.schedule import Moment, Schedule, Stage
 from graphcomp.methods.shrink import move, shrunk
 from graphcomp.methods.target import BISECTIONS, BY_COST, Target
-from graphcomp.pruning.allocation import Budget, Normalize, allocate, normalized, units_to_remove
+from graphcomp.pruning.allocation import Budget, Normalize, allocate, normalized, rounding_note, units_to_remove
 from graphcomp.pruning.evidence import Evidence, Scores
 from graphcomp.pruning.mask import gone
 from graphcomp.pruning.saliency import Activation, Saliency, named
@@ -153,9 +153,7 @@ class QASSO(Optimizer):
         _check_options(eta, xi, forgetting, sparsity != 0, max_quantizer_gradient, session)
         self.groups = _trainable(self.ready, session.groups)
         if sparsity != 0 and not self.groups:
-            raise NothingToPrune(
-                "nothing can be pruned", why="each group has a parameter with requires_grad=False", fix="sparsity=0"
-            )
+            raise _nothing_trainable()
         self.total = sum(group.size for group in self.groups)
         self._parameters = dict(self.ready.named_parameters())
         self._sites = [site for site, q in self.ready.quantizers() if isinstance(q, GetaQuantizer)]
@@ -184,9 +182,11 @@ class QASSO(Optimizer):
         self.target: Target | None = None
         if budget is not None:
             self.target = Target(session, budget, self.groups, self._sites, self.bank.low)
+        self._rounding = ""  # how the sparsity was rounded
         self._final = 0  # units that are gone in the end, as far as is known
         self._foreseen: Tensor | None = None  # the bits that a budget will leave
         self._check_reachable()
+        self.ready.remarks = tuple(note for note in (_frozen_note(session, self.groups), self._rounding) if note)
 
     # ------------------------------------------------------------------------------------------ where it stands
     @property
@@ -394,8 +394,7 @@ class QASSO(Optimizer):
             self._scores(own, own)  # a saliency that finds nothing to go by says so
         scores = {group: torch.ones(group.size) for group in self.groups}
         if self.sparsity is not None:
-            self._final = units_to_remove(self.sparsity, self.total)
-            chosen = self._allocate(scores, self._final) if self._final else self.kept
+            chosen = self._nearest(scores, self.sparsity)
             if self.target is not None:
                 cheapest = (
                     self._allocate(self._cheap_enough(self.target, scores), self._final) if self._final else chosen
@@ -410,6 +409,24 @@ class QASSO(Optimizer):
         elif self.target is not None:
             wanted = self.target.units(scores, self.kept, self.target.low, self.round_to, self.max_group_sparsity)
             self._final = self.total - sum(len(units) for units in wanted.values())
+
+    def _nearest(self, scores: Scores, sparsity: float) -> Kept:
+        """Settle how many units go: `sparsity` of them, or the nearest number that multiples of `round_to` allow."""
+        if not units_to_remove(sparsity, self.total):
+            return self.kept
+        chosen = allocate(
+            self.groups,
+            scores,
+            sparsity=sparsity,
+            normalize="none",
+            round_to=self.round_to,
+            max_group_sparsity=self.max_group_sparsity,
+            already=self.kept,
+            nearest=True,
+        )
+        self._final = self.total - sum(len(units) for units in chosen.values())
+        self._rounding = rounding_note(self.groups, chosen, sparsity, self.round_to)
+        return chosen
 
     def _allocate(self, scores: Scores, count: int) -> Kept:
         """`count` units gone in all, those that are gone already among them.
@@ -428,11 +445,10 @@ class QASSO(Optimizer):
         return self.kept
 
     def _exactly(self, scores: Scores, count: int, already: Kept) -> Kept:
-        share = count / self.total  # 1 where the sparsity rounds to all units: it is refused as itself
         return allocate(
             self.groups,
             scores,
-            sparsity=share if self.sparsity is None else min(share, self.sparsity),
+            sparsity=count / self.total,
             normalize="none",
             round_to=self.round_to,
             max_group_sparsity=self.max_group_sparsity,
@@ -684,6 +700,23 @@ def _trainable(ready: Prepared, groups: Sequence[ChannelGroup]) -> tuple[Channel
     """The groups none of whose parameters is frozen."""
     frozen = {name for name, parameter in ready.named_parameters() if not parameter.requires_grad}
     return tuple(g for g in groups if not any(m.is_parameter and m.name in frozen for m in g.members))
+
+
+def _nothing_trainable() -> NothingToPrune:
+    return NothingToPrune(
+        "nothing can be pruned",
+        why="each group has a parameter with requires_grad=False",
+        fix="model.requires_grad_(True), or requires_grad_(True) for the layers that may get narrower; or sparsity=0",
+    )
+
+
+def _frozen_note(session: Session, groups: Sequence[ChannelGroup]) -> str:
+    """Name the groups that the sparsity is no share of; "" where there are none."""
+    out = [group for group in session.groups if group not in groups]
+    if not out:
+        return ""
+    named = ", ".join(f"{group.name} ({group.size})" for group in out[:8]) + (", …" if len(out) > 8 else "")
+    return f"left whole, and out of the sparsity, for frozen parameters (requires_grad=False): {named}"
 
 
 def _quantizer_parameters(ready: Prepared) -> list[nn.Parameter]:

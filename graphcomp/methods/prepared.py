@@ -70,7 +70,7 @@ class Session:
         sites: the quantizers.
         bits: the range asked for; None: nothing is quantized.
         config: which tensors are quantized.
-        notes: wishes for bits of single layers that were not met, and why.
+        notes: groups that were left whole, and wishes for bits of single layers that were not met, and why.
         computed: parameters that weights are computed of: what leaves is not held at zero in them, see `computed_with`.
         no_groups: why nothing can be pruned, where `groups` is empty.
         whole: the module as it was before it was shrunk; None: it is whole.
@@ -145,9 +145,11 @@ class Prepared(CapturedModule):
 
     Attributes:
         recompute: compute quantized weights and activations again in the backward pass instead of keeping them for it.
+        remarks: what was asked of the training and not done, or done otherwise, for the report.
     """
 
     recompute: bool = False
+    remarks: tuple[str, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
@@ -172,7 +174,7 @@ class Prepared(CapturedModule):
         copied = super().__deepcopy__(memo)
         assert isinstance(copied, Prepared)
         copied.save_as_the_model()
-        copied.recompute = self.recompute
+        copied.recompute, copied.remarks = self.recompute, self.remarks
         return copied
 
     def train(self, mode: bool = True) -> Prepared:
@@ -333,6 +335,7 @@ def prepare_graph(
     ignore: Sequence[str],
     batches: Sequence[Sequence[Any]],
     no_groups: str = "",
+    notes: Sequence[str] = (),
 ) -> Prepared:
     """Insert quantizers and masks into a captured graph.
 
@@ -345,23 +348,27 @@ def prepare_graph(
         layer_bits: module name or "re:" pattern -> ranges of its own; the last that matches counts.
         ignore: modules that stay float.
         batches: flat inputs that the ranges of activations are read off.
+        no_groups: why nothing can be pruned, where `groups` is empty.
+        notes: what a reader of the report should know of the groups.
     """
     quantized = plan
     sites: tuple[Site, ...] = ()
-    notes: tuple[str, ...] = ()
+    wishes: tuple[str, ...] = ()
     if bits is not None and config is not None:
         floats = WriteOutEinsum()(plan.captured.module)
         placement = place(floats, config, ignore, folded_nodes(floats.graph))
         graph = InsertQuantizers(without_repeats(placement))(floats)
         _calibrate(graph, batches)
         calibrate_weights(graph)
-        sites, notes = _Ranges(graph, bits, activation_bits or bits, layer_bits).sites()
-        notes = (*placement.notes, *notes)
+        sites, wishes = _Ranges(graph, bits, activation_bits or bits, layer_bits).sites()
+        wishes = (*placement.notes, *wishes)
         _start_at_the_most(graph, sites)
         quantized = analyze_captured(replace(plan.captured, module=graph))
     by_name = {group.name: group for group in quantized.groups}
     chosen = tuple(by_name[group.name] for group in groups)
-    session = Session(plan, quantized, chosen, sites, bits, config, computed_with(plan.coupling), no_groups, notes)
+    session = Session(
+        plan, quantized, chosen, sites, bits, config, computed_with(plan.coupling), no_groups, (*notes, *wishes)
+    )
     ready = with_masks(session)
     ready.train(plan.model.training)
     return ready

@@ -96,7 +96,7 @@ def shrunk(ready: Prepared) -> Prepared:
     whole.zero_grad()
     small = with_masks(replace(session, plan=plan, quantized=quantized, groups=groups, whole=whole))
     small.set_progress(*ready.progress)
-    small.recompute, small.norms_frozen = ready.recompute, ready.norms_frozen
+    small.recompute, small.norms_frozen, small.remarks = ready.recompute, ready.norms_frozen, ready.remarks
     small.train(ready.training)
     return small
 

@@ -12,13 +12,13 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from numbers import Real
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from graphcomp.analysis import Analysis
+from graphcomp.arguments import check_number, check_whole, check_word, is_number, shown
 from graphcomp.cost import BitsOf, Bops, CostModel, Counts
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import BudgetError, NotBuiltError, NothingToPrune, PlanError
@@ -48,6 +48,7 @@ def allocate(
     min_units: int = 1,
     max_group_sparsity: float = 1.0,
     already: Kept | None = None,
+    nearest: bool = False,
 ) -> Kept:
     """Remove exactly `units_to_remove(sparsity, total units)` units, those with the lowest scores.
 
@@ -62,12 +63,14 @@ def allocate(
         min_units: kept of each group, at least (smaller groups stay whole).
         max_group_sparsity: fraction of each group that may be removed, at most.
         already: an earlier choice: what it removed stays removed, and counts.
+        nearest: where multiples of `round_to` do not allow that number, remove the nearest they allow.
 
     Returns:
         For every group the units that stay: (k,) int64, ascending.
 
     Raises:
-        BudgetError: no legal choice removes exactly that many units; the message says which numbers are possible.
+        BudgetError: no legal choice removes exactly that many units, or with `nearest` a number less than `round_to`
+            apart; the message says which numbers are possible.
         PlanError: an argument out of range, or scores that are missing, of the wrong shape or not finite.
         NothingToPrune: there are no groups.
     """
@@ -77,12 +80,29 @@ def allocate(
         raise NothingToPrune("there are no groups to prune")
     ranking = rank(groups, scores, scope, normalize, round_to, min_units, max_group_sparsity, already)
     gone = total - sum(ranking.left)
-    return ranking.keep(_exactly(ranking, wanted, gone, total))
+    return ranking.keep(_exactly(ranking, wanted, gone, total, nearest))
+
+
+def rounding_note(groups: Sequence[ChannelGroup], kept: Kept, sparsity: float, round_to: int, name: str = "") -> str:
+    """Say that another number of units than asked went, as `allocate(…, nearest=True)` chose; "" where none did.
+
+    Args:
+        name: the modules that the sparsity is of; "" for all.
+    """
+    total = sum(group.size for group in groups)
+    removed = sum(group.size - len(kept[group]) for group in groups)
+    if removed == units_to_remove(sparsity, total):
+        return ""
+    of = f" of {name}" if name else ""
+    return (
+        f"round_to={round_to}: {removed} of {total} units{of} are removed (sparsity {removed / total:.3g}), "
+        f"the nearest to sparsity={sparsity:g} that multiples of {round_to} allow"
+    )
 
 
 def is_share(found: Any) -> bool:
     """Whether it is a number from 0 to below 1."""
-    return not isinstance(found, bool) and isinstance(found, Real) and 0 <= float(found) < 1
+    return is_number(found) and 0 <= float(found) < 1
 
 
 def normalized(scores: Scores, normalize: Normalize) -> Scores:
@@ -91,8 +111,7 @@ def normalized(scores: Scores, normalize: Normalize) -> Scores:
     Raises:
         PlanError: `normalize` is none of these.
     """
-    if normalize not in NORMALIZE:
-        raise PlanError(f"normalize={normalize!r}", fix=f"one of {', '.join(NORMALIZE)}")
+    check_word("normalize", normalize, tuple(NORMALIZE))
     found = {}
     for group, own in scores.items():
         values = own.detach().double().cpu()
@@ -108,7 +127,7 @@ def units_to_remove(sparsity: float, total: int) -> int:
     """
     if not is_share(sparsity):
         raise PlanError(
-            f"sparsity={sparsity!r} is outside [0, 1)",
+            f"sparsity={shown(sparsity)} is outside [0, 1)",
             why="it is the fraction of prunable units to remove, and at least one unit of each group stays",
         )
     exact = Fraction(str(float(sparsity))) * total  # the number as it is written: 0.07 * 50 is 3.5, not a bit more
@@ -134,7 +153,10 @@ def iterative(sparsity: float, steps: int, *, start: float = 0.0, power: float =
 
     Source: Zhu and Gupta, To Prune, or Not to Prune, 2017, eq. 1.
     """
-    if steps < 1 or not 0 <= start <= sparsity < 1 or power <= 0:
+    check_whole("steps", steps)
+    for name, value in (("sparsity", sparsity), ("start", start), ("power", power)):
+        check_number(name, value)
+    if not start <= sparsity < 1 or power == 0:
         raise PlanError(f"no schedule from {start} to {sparsity} in {steps} steps of power {power}")
     found = [sparsity + (start - sparsity) * (1 - t / steps) ** power for t in range(1, steps)]
     return (*found, sparsity)
@@ -252,14 +274,11 @@ def _checked(group: ChannelGroup, scores: Scores) -> Tensor:
 
 
 def _check_options(scope: str, normalize: str, round_to: int, min_units: int, max_group_sparsity: float) -> None:
-    if scope not in get_args(Scope):
-        raise PlanError(f"scope={scope!r}", fix=f"one of {', '.join(get_args(Scope))}")
-    if normalize not in NORMALIZE:
-        raise PlanError(f"normalize={normalize!r}", fix=f"one of {', '.join(NORMALIZE)}")
-    if round_to < 1 or min_units < 1:
-        raise PlanError(f"round_to={round_to} and min_units={min_units} must be at least 1")
-    if not 0 <= max_group_sparsity <= 1:
-        raise PlanError(f"max_group_sparsity={max_group_sparsity!r} is outside [0, 1]")
+    check_word("scope", scope, get_args(Scope))
+    check_word("normalize", normalize, tuple(NORMALIZE))
+    check_whole("round_to", round_to)
+    check_whole("min_units", min_units)
+    check_number("max_group_sparsity", max_group_sparsity, 0, 1, fix="max_group_sparsity=1.0")
 
 
 # ------------------------------------------------------------------------------------------------ exact numbers
@@ -276,7 +295,7 @@ _Chosen: TypeAlias = tuple[int, "_Chosen"] | None
 """Positions of odd blocks, as a linked list."""
 
 
-def _exactly(ranking: Ranking, wanted: int, gone: int, total: int) -> list[int]:
+def _exactly(ranking: Ranking, wanted: int, gone: int, total: int, nearest: bool) -> list[int]:
     """Units left of each group when `wanted` units in all are gone, of which `gone` are already.
 
     Whole blocks are taken in the order of the ranking. Which of the odd first blocks go decides whether the number can
@@ -297,7 +316,12 @@ def _exactly(ranking: Ranking, wanted: int, gone: int, total: int) -> list[int]:
         spans = {low: (low, free - int(cost)) for low, (cost, _) in widest.items()}
         low = next((low for low, span in spans.items() if _reaches(span, more, step)), -1)
         if low < 0:
-            raise _impossible(wanted, gone, total, step, list(spans.values()))
+            possible = _possible(wanted, gone, step, list(spans.values()))
+            closest = min(possible, key=lambda n: abs(n - wanted))
+            most = gone + max(high for _, high in spans.values())
+            if nearest and abs(closest - wanted) < step and most > gone:
+                return _exactly(ranking, closest, gone, total, nearest)
+            raise _impossible(wanted, gone, total, step, possible, most)
         chosen = _positions(widest[low][1])
     return ranking.left_after(_with_odd(ranking, odd, chosen, (more - low) // step))
 
@@ -350,19 +374,23 @@ def _with_odd(ranking: Ranking, odd: Sequence[_Odd], chosen: set[int], count: in
     return torch.cat([torch.tensor(sorted(chosen), dtype=torch.int64), candidates[:count]])
 
 
-def _impossible(wanted: int, gone: int, total: int, step: int, spans: Sequence[tuple[int, int]]) -> BudgetError:
-    """What was asked, and the nearest numbers that can be met."""
+def _possible(wanted: int, gone: int, step: int, spans: Sequence[tuple[int, int]]) -> list[int]:
+    """The nearest numbers below and above `wanted` that can be removed, `gone` among them."""
     more = wanted - gone
     below = [n - (n - low) % step for low, n in ((low, min(high, more)) for low, high in spans) if n >= low]
     above = [n for n, high in ((max(low, more + (low - more) % step), high) for low, high in spans) if n <= high]
-    nearest = [gone + n for n in (*sorted(below)[-1:], *sorted(above)[:1])]
-    options = " or ".join(f"{n} (sparsity={_fraction(n, total)})" for n in nearest)
+    return [gone + n for n in (*sorted(below)[-1:], *sorted(above)[:1])]
+
+
+def _impossible(wanted: int, gone: int, total: int, step: int, possible: Sequence[int], most: int) -> BudgetError:
+    """What was asked, and the nearest numbers that can be met."""
+    options = " or ".join(f"{n} (sparsity={_fraction(n, total)})" for n in possible)
     rules = f" in steps of {step}" if step > 1 else ""
     already = f", {gone} of them gone already" if gone else ""
-    closest = min(nearest, key=lambda n: abs(n - wanted))
+    closest = min(possible, key=lambda n: abs(n - wanted))
     return BudgetError(
         f"cannot remove exactly {wanted} of {total} units{rules}{already}",
-        why=f"possible are {options}, and at most {gone + max(high for _, high in spans)}",
+        why=f"possible are {options}, and at most {most}",
         fix=f"sparsity={_fraction(closest, total)}",
     )
 
@@ -402,8 +430,8 @@ class Budget:
         if not self.limits():
             raise PlanError("a budget without a limit", fix="Budget(macs=0.5)")
         for name, value in self.limits().items():
-            if isinstance(value, bool) or not 0 < value < math.inf:
-                raise PlanError(f"Budget({name}={value!r}) is not a positive number", fix=f"Budget({name}=0.5)")
+            if not is_number(value) or value <= 0:
+                raise PlanError(f"Budget({name}={shown(value)}) is not a positive number", fix=f"Budget({name}=0.5)")
 
     def limits(self) -> dict[str, float | int]:
         """The limits that are given, by name."""
@@ -485,6 +513,7 @@ class Meter:
         bits: BitsOf | None = None,
         stored: Callable[[Counts], int] | None = None,
     ) -> None:
+        _check_counted(costs, budget)
         self.groups = groups
         self.measures: dict[str, Callable[[Counts], int]] = {
             "params": costs.params,
@@ -528,6 +557,23 @@ class Meter:
 
     def _counts(self, left: Sequence[int]) -> Counts:
         return {group.factor: n for group, n in zip(self.groups, left, strict=True)}
+
+
+def _check_counted(costs: CostModel, budget: Budget) -> None:
+    """Refuse a budget on multiply-accumulates or bit operations where products are left out of the count.
+
+    Raises:
+        BudgetError: an op multiplies and has no formula.
+    """
+    limits = [name for name in budget.limits() if name in ("macs", "bops")]
+    products = [op for op in costs.uncounted if op.multiplies]
+    if limits and products:
+        raise BudgetError(
+            f"a budget of {limits[0]} cannot be checked: {products[0].op} multiplies and is not counted",
+            at=products[0].source,
+            why=products[0].why,
+            fix="Budget(params=0.5), Budget(bytes=0.5) or sparsity=0.5; torch.matmul or a linear layer is counted",
+        )
 
 
 def _weight_bits(costs: CostModel, bits: BitsOf) -> dict[str, float]:

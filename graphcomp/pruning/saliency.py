@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from graphcomp.analysis import Analysis
+from graphcomp.arguments import check_callable, check_mapping, shown
 from graphcomp.coupling.axis import normal
 from graphcomp.coupling.groups import ChannelGroup, Member
 from graphcomp.coupling.propagate import Coupling
@@ -65,15 +66,26 @@ def score(
         PlanError: no such saliency; it needs data, a loss or weights that are not there; a result of the wrong shape.
     """
     scorer = named(saliency) if isinstance(saliency, str) else saliency
+    check_callable("saliency", scorer, 'saliency="l2"')
     scores = scorer(Evidence(analysis, tuple(groups), data, loss, seed))
-    result = {}
-    for group in groups:
-        found = scores.get(group)
-        if found is None or tuple(found.shape) != (group.size,):
-            shape = None if found is None else tuple(found.shape)
-            raise PlanError(f"{saliency!r} gives {group.name} scores of shape {shape}; it has {group.size} units")
-        result[group] = found.detach().float().cpu()
-    return result
+    check_mapping("what a saliency returns", scores, "{group: scores for group in evidence.groups}, each (size,)")
+    return {group: _score_of(group, scores, saliency) for group in groups}
+
+
+def _score_of(group: ChannelGroup, scores: Scores, saliency: object) -> Tensor:
+    """Return the scores of a group, as a saliency gave them: (size,) float32 on the CPU.
+
+    Raises:
+        PlanError: they are missing, or of another shape.
+    """
+    found = scores.get(group)
+    if not isinstance(found, Tensor) or tuple(found.shape) != (group.size,):
+        given = f"scores of shape {tuple(found.shape)}" if isinstance(found, Tensor) else shown(found)
+        raise PlanError(
+            f"the saliency {shown(saliency)} gives {group.name} {given}; it has {group.size} units",
+            fix="a tensor of one number per unit, (size,)",
+        )
+    return found.detach().float().cpu()
 
 
 def named(name: str) -> Saliency:
@@ -86,6 +98,14 @@ def named(name: str) -> Saliency:
         near = difflib.get_close_matches(name, SALIENCIES, n=1, cutoff=0.0)
         raise PlanError(f"no saliency {name!r}", why=f"there are {', '.join(SALIENCIES)}", fix=f"saliency={near[0]!r}")
     return SALIENCIES[name]
+
+
+def reads_data(saliency: str | Saliency | None) -> bool:
+    """Whether a saliency may read data or a loss: all but those that are known to read weights alone."""
+    scorer = SALIENCIES.get(saliency) if isinstance(saliency, str) else saliency
+    if isinstance(scorer, NormScale):
+        return reads_data(scorer.fallback)
+    return scorer is not None and not isinstance(scorer, (Magnitude, Random, GeometricMedian))
 
 
 # ------------------------------------------------------------------------------------------------ sums over units

@@ -18,8 +18,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from graphcomp.arguments import check_mapping, wrong
 from graphcomp.coupling.axis import Axes, Axis, Factor, all_leaves, kept_indices, kept_length, length
-from graphcomp.coupling.groups import Kept
+from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.coupling.size import Size, size_of
 from graphcomp.coupling.table import Call
@@ -48,6 +49,64 @@ def check_kept(kept: Kept) -> None:
                 f"the kept units of {group.name} are not ascending indices below {group.size}",
                 why=f"got {units.tolist()[:8]}…",
             )
+
+
+def as_kept(groups: Sequence[ChannelGroup], given: Any) -> dict[ChannelGroup, Tensor]:
+    """Return what a user gives as kept units as ascending indices: (k,) int64 each.
+
+    Args:
+        groups: of the plan that is to be cut.
+        given: group -> indices of the units that stay, or a mask (size,) of bools that is True for these.
+
+    Raises:
+        PlanError: a group is of another plan, or its units are neither indices nor a mask of its size.
+    """
+    check_mapping("kept", given, "kept={plan.groups[0]: [0, 1, 2]}")
+    found: dict[ChannelGroup, Tensor] = {}
+    for group, units in given.items():
+        check_groups("kept", groups, [group])
+        found[group] = _indices(group, units)
+    check_kept(found)
+    return found
+
+
+def check_groups(option: str, groups: Sequence[ChannelGroup], given: Any) -> None:
+    """Refuse groups that are of another plan.
+
+    Raises:
+        PlanError: an entry of `given` is none of `groups`.
+    """
+    if isinstance(given, (str, Tensor)) or not isinstance(given, Sequence):
+        raise wrong(option, "a sequence of groups", given, f"{option}=plan.groups")
+    for group in given:
+        if any(group is own for own in groups):
+            continue
+        if not isinstance(group, ChannelGroup):
+            raise wrong(f"each group of {option}", "a ChannelGroup", group, "plan.group(name), or one of plan.groups")
+        raise PlanError(
+            f"{option} holds {group.name}, a group of another plan",
+            why="groups of two plans are different ones, of one model too",
+            fix=f"plan.group({group.name!r}) of the plan that is cut",
+        )
+
+
+def _indices(group: ChannelGroup, units: Any) -> Tensor:
+    """The units of a group as ascending indices: (k,) int64 on the CPU."""
+    fix = f"indices from 0 to {group.size - 1}, or a mask of {group.size} bools"
+    try:
+        found = torch.as_tensor(list(units) if isinstance(units, (range, set, frozenset)) else units).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise wrong(f"the kept units of {group.name}", "indices or a mask", units, fix) from error
+    if found.dtype is torch.bool:
+        if tuple(found.shape) != (group.size,):
+            raise PlanError(
+                f"the mask of {group.name} has shape {tuple(found.shape)}, and the group {group.size} units", fix=fix
+            )
+        found = found.nonzero().flatten()
+    if found.numel() and (found.is_floating_point() or found.is_complex() or found.dim() != 1):
+        raise wrong(f"the kept units of {group.name}", "whole numbers in one dim, or bools", units, fix)
+    indices: Tensor = torch.unique(found.long())
+    return indices
 
 
 def by_factor(kept: Kept) -> dict[Factor, Tensor]:

@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, fx, nn
 
-from graphcomp.errors import CalibrationError, PlanError
+from graphcomp.arguments import as_names, check_flag, check_instance, check_whole, check_word
+from graphcomp.errors import CalibrationError
 from graphcomp.graph import bind, clone, fetch, set_argument, value
 from graphcomp.quantization.attention import WriteOutAttention
 from graphcomp.quantization.biases import fit_biases
@@ -59,12 +60,13 @@ class PostTraining:
     walk_batches: int = 8
 
     def __post_init__(self) -> None:
-        if self.rounding not in get_args(Rounding):
-            raise PlanError(f"rounding={self.rounding!r} is not known", why=f"one of {', '.join(get_args(Rounding))}")
-        if self.equalize not in (None, True, False):
-            raise PlanError(f"equalize={self.equalize!r}", fix="equalize=True, False, or None to choose by the weights")
-        if not isinstance(self.walk_batches, int) or self.walk_batches < 1:
-            raise PlanError(f"walk_batches={self.walk_batches!r} is no whole number, 1 at least", fix="walk_batches=8")
+        check_instance("config", self.config, QuantConfig, "config=graphcomp.QuantConfig(…)")
+        object.__setattr__(self, "ignore", as_names("ignore", self.ignore, 'ignore=("head",)'))
+        check_word("rounding", self.rounding, get_args(Rounding))
+        check_flag("correct_bias", self.correct_bias)
+        if self.equalize is not None:
+            check_flag("equalize", self.equalize, "equalize=True, False, or None to choose by the weights")
+        check_whole("walk_batches", self.walk_batches, fix="walk_batches=8")
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from graphcomp.arguments import (
+    as_names,
+    check_flag,
+    check_instance,
+    check_mapping,
+    check_whole,
+    check_word,
+    shown,
+    wrong,
+)
 from graphcomp.errors import PlanError
 
 MIN_BITS, MAX_BITS = 2, 16
@@ -43,8 +52,11 @@ class QuantSpec:
     def __post_init__(self) -> None:
         check_bits(self.bits)
         for name, words in (("granularity", Granularity), ("kind", Kind), ("observer", Observer)):
-            _check_word(name, getattr(self, name), get_args(words))
-        if self.group_size < 0 or (self.granularity == "group") != (self.group_size > 0):
+            check_word(name, getattr(self, name), get_args(words))
+        for name in ("symmetric", "learn_exponent"):
+            check_flag(name, getattr(self, name))
+        check_whole("group_size", self.group_size, 0)
+        if (self.granularity == "group") != (self.group_size > 0):
             raise PlanError(
                 f"granularity={self.granularity!r} with group_size={self.group_size}",
                 why="group_size counts the input indices that share a step, and belongs to granularity 'group'",
@@ -85,13 +97,6 @@ def check_bits(bits: Any, name: str = "bits") -> int:
     return bits
 
 
-def _check_word(name: str, value: Any, words: tuple[str, ...]) -> None:
-    """Raise PlanError unless `value` is one of `words`."""
-    if value not in words:
-        near = difflib.get_close_matches(str(value).lower(), words, 1, 0.0)[0]
-        raise PlanError(f"{name}={value!r} is not known", why=f"one of {', '.join(words)}", fix=f"{name}={near!r}")
-
-
 WEIGHTS = QuantSpec(8, symmetric=True, granularity="channel")
 ACTIVATIONS = QuantSpec(8, symmetric=False)
 
@@ -123,6 +128,21 @@ class QuantConfig:
     share_add: bool = False
     attention: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("weights", "activations", "embeddings"):
+            _check_spec(name, getattr(self, name))
+        check_bits(self.first_and_last_bits, "first_and_last_bits")
+        for name in ("share_concat", "share_add", "attention"):
+            check_flag(name, getattr(self, name))
+        fix = 'overrides={"layer1": (QuantSpec(4), None)}'
+        check_mapping("overrides", self.overrides, fix)
+        as_names("overrides", list(self.overrides), fix)
+        for key, specs in self.overrides.items():
+            if not isinstance(specs, (tuple, list)) or len(specs) != 2:
+                raise wrong(f"overrides[{shown(key)}]", "a pair (weights, activations)", specs, fix)
+            for spec in specs:
+                _check_spec(f"overrides[{shown(key)}]", spec)
+
     def specs(self, module_path: str) -> tuple[QuantSpec | None, QuantSpec | None]:
         """The specs of weights and activations for an op that the module at `module_path` makes."""
         name = self.override(module_path)
@@ -138,6 +158,16 @@ def matches(name: str, module_path: str) -> bool:
     if name.startswith("re:"):
         return re.search(name.removeprefix("re:"), module_path) is not None
     return module_path == name or module_path.startswith(name + ".")
+
+
+def _check_spec(name: str, spec: object) -> None:
+    """Refuse what is neither a QuantSpec nor None.
+
+    Raises:
+        PlanError: `spec` is something else.
+    """
+    if spec is not None:
+        check_instance(name, spec, QuantSpec, f"{name.partition('[')[0]}=graphcomp.QuantSpec(8), or None for floats")
 
 
 def with_bits(spec: QuantSpec | None, bits: int) -> QuantSpec | None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import graphcomp as gc
 from graphcomp.analysis import Analysis, analyze_captured
 from graphcomp.capture import capture
 from graphcomp.cost import CostModel, counts_of, macs, param_bytes, params
 from graphcomp.coupling.groups import Kept
+from graphcomp.coupling.table import forget
 from graphcomp.pruning.slice import SliceGroups
 
 
@@ -260,3 +264,116 @@ def test_counts_of() -> None:
     analysis = analysed(Mlp(), torch.randn(5, 4))
     (group,) = analysis.groups
     assert counts_of({group: torch.tensor([1, 3, 4])}) == {group.factor: 3}
+
+
+class Products(nn.Module):
+    """Two products of parameters, written with `product`."""
+
+    def __init__(self, product: Any) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(3, 8))
+        self.product = product
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, 4) -> (n, 3)."""
+        result: Tensor = self.product(torch.relu(self.product(x, self.a)), self.b)
+        return result
+
+
+def test_products_without_a_formula_are_named() -> None:
+    model, x = Products(lambda x, w: torch.tensordot(x, w, dims=([1], [1]))), torch.randn(2, 4)
+    costs = CostModel(gc.analyze(model, x))
+    assert [(op.op, op.multiplies) for op in costs.uncounted] == [("aten.tensordot.default", True)] * 2
+    assert {"a", "b"} <= costs.weights
+    small = gc.compress(model, x, progress=False)
+    (note,) = [note for note in small.report.notes if "not counted" in note]
+    assert "aten.tensordot.default" in note and "test_model.py" in note
+    for limit in ({"macs": 0.5}, {"bops": 0.5}):
+        with pytest.raises(gc.BudgetError, match="tensordot"):
+            gc.compress(model, x, budget=gc.Budget(**limit), progress=False)
+    halved = gc.compress(model, x, budget=gc.Budget(params=0.5), progress=False)
+    assert halved.report.params.ratio <= 0.5
+
+
+@torch.library.custom_op("graphcomp_tests::gate", mutates_args=())
+def gate(x: Tensor, w: Tensor) -> Tensor:
+    """An op that no formula can know."""
+    return x * w
+
+
+@gate.register_fake
+def _(x: Tensor, w: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def test_ops_of_the_users_own_are_named() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.a(x)
+            return self.b(torch.ops.graphcomp_tests.gate(y, y.sigmoid()))
+
+    def found() -> list[tuple[str, bool]]:
+        return [(op.op, op.multiplies) for op in CostModel(gc.analyze(Gated(), torch.randn(2, 4))).uncounted]
+
+    assert found() == [("graphcomp_tests.gate.default", False)]
+    gc.rule("graphcomp_tests::gate", "n c, n c -> n c")
+    try:
+        assert found() == [("graphcomp_tests.gate.default", False)]
+    finally:
+        forget("graphcomp_tests::gate")
+
+
+def test_norms_and_similarities_are_no_products() -> None:
+    class Similar(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.b = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(4, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cosine_similarity(self.norm(self.a(x)), self.b(x), -1)
+
+    assert CostModel(gc.analyze(Similar(), torch.randn(2, 4))).uncounted == ()
+
+
+class Striding(nn.Module):
+    """A number read off a buffer beside a length of the input's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.register_buffer("stride", torch.tensor([8.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, 3, h, w) -> (n, 4, 2 h, 2 w)."""
+        y: Tensor = self.b(nn.functional.interpolate(self.a(x).relu(), scale_factor=2.0))
+        return y * torch.full((y.shape[-1],), self.stride[0])
+
+
+def test_nothing_after_the_analysis_specialises_its_symbols() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    plan = gc.analyze(Striding(), x)
+    batch = plan.captured.module.graph.find_nodes(op="placeholder")[0].meta["val"].shape[0]
+    environment = batch.node.shape_env
+    before = macs(plan), len(environment.guards), dict(environment.replacements)
+    small = gc.slice_groups(plan, {plan.groups[0]: torch.arange(4)})
+    assert (macs(plan), len(environment.guards), environment.replacements) == before
+    assert small.report.macs.before == 2 * 64 * (3 * 8 * 9 + 4 * 8 * 4)
+
+
+def test_a_recorded_recurrent_layer_counts_as_an_exported_one() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.r, self.f = nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.r(x)[0]
+            return self.f(y * 2 if float(y.sum()) > 1e9 else y)
+
+    plan = gc.analyze(Branching(), torch.randn(2, 5, 8))
+    assert plan.captured.producer == "record"
+    assert macs(plan) == 2 * 5 * (4 * 16 * (8 + 16) + 16 * 4)

@@ -72,8 +72,6 @@ def test_grouped() -> None:
     assert same(normal(w["w"][0]).parts[0], g)  # type: ignore[union-attr]
     assert same(w["w"][1], i)
     assert same(w.call.lengths["groups"], g)
-    assert "group" in marks(g)
-    assert "group" not in marks(i)
     assert check_law(w) == 4  # n, g, i, o
 
 

@@ -1,5 +1,6 @@
 """The coupling rules, one file per op family. Importing this package registers them all."""
 
+from graphcomp.coupling import table
 from graphcomp.coupling.rules import (
     conv,
     create,
@@ -15,6 +16,8 @@ from graphcomp.coupling.rules import (
     recurrent,
     reductions,
 )
+
+table.close_built_in()
 
 __all__ = [
     "conv",

@@ -87,11 +87,8 @@ def _conv(
     space, result_space = ["x y z"[: 2 * len(weight) - 5]] * 2 if passes else ["*s", "*t"]
     text = f"{n}(g i) {space}, {filters} *k, (g o) -> {n}(g o) {result_space}"
     result = call.einsum(text, {"g": groups}, **{name: source}, weight=weight, bias=bias)
-    g, per_group = split(weight[0], groups, call.why)
     call.mark(weight[:2], "conv")
-    if groups != 1 and (length(per_group), length(weight[1])) != (1, 1):
-        call.mark(g, "group")
-    call.lengths["groups"] = g
+    call.lengths["groups"], _ = split(weight[0], groups, call.why)
     return result
 
 
