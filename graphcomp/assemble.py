@@ -91,6 +91,9 @@ def as_model(cut: Cut, found: NativeResult, *, measure_latency: bool) -> Compres
         verified[_law_of_native(plan, found)] = found.error
     elif found.module is not None:
         unchecked[_law_of_native(plan, found)] = found.silent
+    others = {_law_of_other(name): error for name, error in found.others.items()}
+    verified |= {law: error for law, error in others.items() if not math.isnan(error)}
+    unchecked |= {_law_of_other(name): why for name, why in found.unchecked.items()}
     report = _report(replace(cut, verified=verified, unchecked=unchecked), _native_notes(plan, found))
     module.train(plan.model.training)
     return _model(
@@ -368,6 +371,10 @@ def _law_of_native(plan: Analysis, found: NativeResult) -> str:
     """What the user's class was compared with, and in which precision."""
     law = "native == masked" if plan.captured.producer == "record" else "native == sliced"
     return f"{law}, in float64" if found.rounding else law
+
+
+def _law_of_other(name: str) -> str:
+    return f"native == masked, on {name}"
 
 
 def _choose(found: NativeResult, small: fx.GraphModule | None, plan: Analysis) -> tuple[nn.Module, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,8 +12,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from graphcomp.capture import Captured
+from graphcomp.compare import floating_tensors
 from graphcomp.graph import tensor_values
 from graphcomp.inputs import copies
+from graphcomp.untouched import eval_copy
 
 SEED = 0x5EC0
 
@@ -48,6 +51,84 @@ def variants(captured: Captured) -> list[Variant]:
             args, kwargs = pytree.tree_unflatten(values, spec)
             result.append(Variant(name, tuple(args), dict(kwargs)))
     return result
+
+
+MASKS: tuple[tuple[str, torch.dtype], ...] = (("b s", torch.long), ("b 1 s s", torch.bool), ("b s", torch.bool))
+"""Shapes and dtypes that a mask over a batch of sequences may have."""
+
+
+def padded_masks(captured: Captured) -> list[Variant]:
+    """Return the example inputs with a mask with padding, for masks that the forward takes and the example leaves out.
+
+    A parameter of the forward is a mask if the word stands in its name, a tensor of ones changes nothing, and zeros in
+    the tensor change the output. The user's model runs on each try.
+    """
+    size = _batch_and_length(captured)
+    if size is None:
+        return []
+    found = []
+    for name in _masks_left_out(captured):
+        mask = _accepted_mask(captured, name, *size)
+        if mask is not None:
+            found.append(Variant(f"a padded mask as {name}", *_with(captured, name, mask)))
+    return found
+
+
+def _masks_left_out(captured: Captured) -> list[str]:
+    try:
+        known = inspect.signature(captured.original.forward).parameters.values()
+    except (TypeError, ValueError):  # a forward that is no function of Python
+        return []
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    names = [p.name for p in known if p.kind in kinds]
+    given = {*names[: len(captured.args)], *captured.kwargs}
+    return [p.name for p in known if p.kind in kinds and "mask" in p.name and p.default is None and p.name not in given]
+
+
+def _batch_and_length(captured: Captured) -> tuple[int, int] | None:
+    """Return batch size and length of the first input that is a batch of token numbers or of vectors."""
+    for leaf in pytree.tree_leaves((captured.args, captured.kwargs)):
+        if isinstance(leaf, Tensor):
+            tokens = leaf.dim() == 2 and not leaf.is_floating_point()
+            return (leaf.shape[0], leaf.shape[1]) if (tokens or leaf.dim() == 3) and _has_values(leaf) else None
+    return None
+
+
+def _with(captured: Captured, name: str, mask: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args, kwargs = captured.inputs()
+    return args, {**kwargs, name: mask}
+
+
+def _accepted_mask(captured: Captured, name: str, batch: int, length: int) -> Tensor | None:
+    """Return the first mask with padding that the model takes for one."""
+    plain = _run(captured, *captured.inputs())
+    for form, dtype in MASKS if plain else ():
+        shape = [{"b": batch, "s": length, "1": 1}[part] for part in form.split()]
+        full = torch.ones(shape, dtype=dtype, device=plain[0].device)
+        whole, padded = (
+            _run(captured, *_with(captured, name, full)),
+            _run(captured, *_with(captured, name, _padded(full))),
+        )
+        if whole and padded:
+            return _padded(full) if _alike(plain, whole) and not _alike(plain, padded) else None
+    return None
+
+
+def _run(captured: Captured, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the floating tensors that the model returns; none where the model raises."""
+    with eval_copy(captured.original, real=True) as model, torch.no_grad():
+        torch.manual_seed(SEED)
+        try:
+            return floating_tensors(model(*args, **kwargs))
+        except Exception:  # a model may refuse a mask of another form in any way
+            return []
+
+
+def _alike(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(
+        one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-4, equal_nan=True)
+        for one, other in zip(a, b, strict=True)
+    )
 
 
 def _has_values(tensor: Tensor) -> bool:

@@ -19,11 +19,12 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcomp.analysis import Analysis
-from graphcomp.coupling.axis import Axis, Factor, kept_indices, length
+from graphcomp.coupling.axis import Axis, Factor, all_leaves, kept_indices, length
 from graphcomp.coupling.groups import Kept
 from graphcomp.coupling.table import Call
 from graphcomp.graph import argument_at, bind
-from graphcomp.graph_module import tensor_names
+from graphcomp.graph_module import copied, tensor_names
+from graphcomp.pruning.mask import computed_with, parameter_behind
 from graphcomp.pruning.masked import FORMS
 from graphcomp.pruning.slice import by_factor
 from graphcomp.record import OP_SITE, OpSite, OpSites, op_by_op
@@ -34,6 +35,29 @@ def masked_model(analysis: Analysis, kept: Kept) -> nn.Module:
     model = copy.deepcopy(analysis.model)
     _zero_what_reads(model, kept)
     return MaskedRun(model, _masks(analysis, by_factor(kept)))
+
+
+def zeroed_model(analysis: Analysis, kept: Kept) -> nn.Module | None:
+    """Return a copy of the user's model with zeros where a parameter would read a removed unit.
+
+    The copy is the masked model on every path, whatever the inputs are. None where zeros are not enough: an op sums
+    or takes statistics over activations that hold removed units, or over a weight that is computed.
+    """
+    coupling, cut = analysis.coupling, by_factor(kept)
+    computed = computed_with(coupling)
+    for call in coupling.calls.values():
+        arguments = bind(call.node)
+        for key, dims in call.contracted.items():
+            operand = argument_at(arguments, key)
+            axes = coupling.axes[operand][0]
+            if not any(leaf in cut for dim in dims for leaf in all_leaves([axes[dim]])):
+                continue
+            name = parameter_behind(coupling.module, operand)
+            if call.node.target in FORMS or not name or name in computed:
+                return None
+    model = copied(analysis.model)
+    _zero_what_reads(model, kept)
+    return model
 
 
 def _zero_what_reads(model: nn.Module, kept: Kept) -> None:

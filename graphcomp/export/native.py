@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from torch import Tensor, fx, nn
@@ -20,7 +20,8 @@ from graphcomp.capture import user_line
 from graphcomp.coupling.axis import Axis, Factor, all_leaves
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.export.attributes import Lengths, Site, constraints, find_lengths, options, put, sites, solve, trace
-from graphcomp.export.reference import Reference, refresh_flat_weights, refusal
+from graphcomp.export.other_runs import OtherRuns
+from graphcomp.export.reference import Reference, Verdict, refresh_flat_weights, refusal
 from graphcomp.export.ties import FactorTie, first_mismatch, ties_among
 from graphcomp.graph import assign, bind, source_line
 from graphcomp.graph_module import copied, tensor_names
@@ -46,6 +47,8 @@ class NativeResult:
         rounding: how the two differ in the model's own precision, where only float64 shows that they are one
             function (`error` is then that of float64); else "".
         silent: why nothing was compared: the outputs prove nothing; "" where something was.
+        others: name of other inputs -> largest relative difference on them.
+        unchecked: name of other inputs -> why nothing could be compared on them.
         ties: without a module, sets of factors of which equally many units must stay, that the class may hold the cut.
         blamed: without a module, cut groups that the line in `reason` reads.
     """
@@ -56,6 +59,8 @@ class NativeResult:
     error: float = math.nan
     rounding: str = ""
     silent: str = ""
+    others: Mapping[str, float] = field(default_factory=dict)
+    unchecked: Mapping[str, str] = field(default_factory=dict)
     ties: tuple[FactorTie, ...] = ()
     blamed: tuple[ChannelGroup, ...] = ()
 
@@ -90,7 +95,8 @@ def native(analysis: Analysis, kept: Kept, reference: fx.GraphModule | None = No
         blamed = _groups_of([axis for axes in found.axes for axis in axes], kept)
         return NativeResult(None, found.conflict, ties=ties, blamed=blamed)
     settled = frozenset(site for bound in bounds for site in bound.number.attributes)
-    search = _Search(analysis, cuts, lengths, expected, settled)
+    others = OtherRuns(analysis, kept, expected.module)
+    search = _Search(analysis, cuts, lengths, expected, others, settled)
     for changes in found.candidates[:MAX_TRIES]:
         result = search.follow(changes)
         if result is not None:
@@ -255,9 +261,11 @@ class _Search:
         cuts: Mapping[str, Mapping[int, Tensor]],
         lengths: Lengths,
         expected: Reference,
+        others: OtherRuns,
         settled: frozenset[Site],
     ) -> None:
-        self.analysis, self.cuts, self.lengths, self.expected = analysis, cuts, lengths, expected
+        self.analysis, self.cuts, self.lengths = analysis, cuts, lengths
+        self.expected, self.others = expected, others
         self.open = {site: value for site, value in sites(analysis.model).items() if site not in settled}
         self.tries = 0
         self.failure = _Failure("nothing was tried")
@@ -299,11 +307,23 @@ class _Search:
         self.built = built.module
         try:
             found = self.expected.compare(built.module)
+            other = Verdict() if found.difference else self.others.compare(built.module)
         except Exception as error:  # a length that does not fit shows as any exception
             return None, _Failure(refusal(error), _modules_of(error), user_line(error))
         if found.difference:
             return None, _Failure(found.difference)
-        return NativeResult(built.module, "", built.edits, found.error, found.rounding, found.silent), _Failure("")
+        if other.difference:
+            return None, _Failure(other.difference, self._unread())
+        errors, unchecked = dict(self.others.errors), dict(self.others.unchecked)
+        result = NativeResult(
+            built.module, "", built.edits, found.error, found.rounding, found.silent, others=errors, unchecked=unchecked
+        )
+        return result, _Failure("")
+
+    def _unread(self) -> tuple[str, ...]:
+        """Paths of modules with attributes that no run has settled and that may hold a length that was cut."""
+        paths = (site[0] for site, old in self.open.items() if len(options(site, old, self.lengths)) > 1)
+        return tuple(dict.fromkeys(paths))
 
     def reason(self, counts: Mapping[Factor, int]) -> str:
         """Why the last set of changes failed, and the op whose implied constant a cut would change, if there is one."""

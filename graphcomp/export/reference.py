@@ -17,7 +17,7 @@ from graphcomp.compare import TOLERANCE, default_dtype, in_float64, why_silent
 from graphcomp.coupling.groups import Kept
 from graphcomp.export.masked_run import masked_model
 from graphcomp.graph_module import copied, leaf_names
-from graphcomp.inputs import updates
+from graphcomp.inputs import copies, updates
 from graphcomp.provenance import compare_before, heard
 from graphcomp.pruning.slice import SliceGroups
 from graphcomp.untouched import eval_copy
@@ -54,10 +54,10 @@ class Reference:
         if captured.producer == "record":
             self.masked = masked_model(analysis, kept)
             self.module: nn.Module = self.masked
-            self.expected = _outputs(self.masked, analysis)
+            self.expected = outputs_of(self.masked, captured.inputs())
         else:
             self.module = graph or SliceGroups(analysis.coupling, kept)(captured.module)
-            found = _outputs(self.module, analysis)
+            found = outputs_of(self.module, captured.inputs())
             names = (*captured.output_names, *list(found)[len(captured.output_names) :])
             self.expected = dict(zip(names, found.values(), strict=True))
 
@@ -67,14 +67,15 @@ class Reference:
         Raises:
             Whatever the module raises.
         """
-        found = _difference(self.expected, _outputs(module, self.analysis))
+        inputs = self.analysis.captured.inputs
+        found = difference(self.expected, outputs_of(module, inputs()))
         if not isinstance(found, str):
             return self._with_floats_before(module, found)
-        if self.masked is None or not any(_is_coarse(p) for p in module.parameters()):
+        if self.masked is None or not any(is_coarse(p) for p in module.parameters()):
             return Verdict(difference=found)
         try:
-            self.exact = self.exact or _outputs(self.masked, self.analysis, exactly=True)
-            exact = _difference(self.exact, _outputs(module, self.analysis, exactly=True), EXACT)
+            self.exact = self.exact or outputs_of(self.masked, inputs(), exactly=True)
+            exact = difference(self.exact, outputs_of(module, inputs(), exactly=True), EXACT)
         except Exception as error:  # a model may insist on its dtype in any way
             return Verdict(difference=f"{found}; in float64 the comparison does not run: {refusal(error)}")
         if isinstance(exact, str):
@@ -98,18 +99,20 @@ class Reference:
         return Verdict(max(errors, default=math.nan), silent="" if errors else why)
 
 
-def _is_coarse(tensor: Tensor) -> bool:
+def is_coarse(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dtype != torch.float64 and not tensor.is_meta
 
 
-def _outputs(module: nn.Module, analysis: Analysis, *, exactly: bool = False) -> dict[str, Any]:
+def outputs_of(module: nn.Module, inputs: tuple[Any, Any], *, exactly: bool = False) -> dict[str, Any]:
     """Name -> tensor, of one run in eval mode: the outputs, then the inputs that the run wrote into.
 
     The random state is the same each time.
 
-    `exactly`: a copy of `module` runs in float64.
+    Args:
+        inputs: (args, kwargs); the run gets copies.
+        exactly: a copy of `module` runs in float64.
     """
-    args, kwargs = analysis.captured.inputs()
+    args, kwargs = copies(inputs)
     if exactly:
         module = _as_float64(module)
         args, kwargs = pytree.tree_map(in_float64, (args, kwargs))
@@ -117,7 +120,7 @@ def _outputs(module: nn.Module, analysis: Analysis, *, exactly: bool = False) ->
     with eval_copy(module, real=True) as copied, torch.no_grad(), default_dtype(dtype):
         torch.manual_seed(0)
         outputs = _named(copied(*args, **kwargs))
-    return outputs | updates((analysis.captured.args, analysis.captured.kwargs), (args, kwargs))
+    return outputs | updates(inputs, (args, kwargs))
 
 
 def _floats_before(module: nn.Module, analysis: Analysis) -> dict[str, list[Tensor]]:
@@ -164,7 +167,7 @@ def _inside(value: Any, name: str, depth: int) -> Iterator[tuple[str, Tensor]]:
             yield from _inside(child, f"{name}.{key}", depth + 1)
 
 
-def _difference(
+def difference(
     expected: Mapping[str, Tensor], actual: Mapping[str, Tensor], allowed: float | None = None
 ) -> float | str:
     """The largest relative difference, or in what way the outputs differ; `allowed` is by the dtype if None."""
@@ -205,4 +208,5 @@ def refusal(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
     at = user_line(error)
-    return f"{text} at {at}" if at else text
+    notes = "".join(f", {note}" for note in getattr(error, "__notes__", ()))
+    return f"{text} at {at}{notes}" if at else text + notes
