@@ -420,7 +420,7 @@ def _report(cut: Cut, notes: Sequence[str], quantized: Sequence[LoweredLayer] = 
         unknown_ops=tuple(u.op for u in plan.unknown_ops),
         verified=cut.verified,
         unchecked=cut.unchecked,
-        notes=(*_uncounted_notes(costs), *notes, *cut.notes),
+        notes=(*plan.captured.notes, *_uncounted_notes(costs), *notes, *cut.notes),
     )
 
 

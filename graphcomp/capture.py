@@ -30,6 +30,8 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.modules import transformer
 from torch.nn.parameter import is_lazy
 
+from graphcomp.cache import NOTE as CACHE_NOTE
+from graphcomp.cache import loses_the_cache_alone, switched_off
 from graphcomp.canonical import canonicalize
 from graphcomp.errors import CaptureError, InputError
 from graphcomp.graph import fetch, module_path
@@ -87,6 +89,7 @@ class Captured:
         aliases: first name -> every name, for tensors the model holds under several names.
         scope: path of `original` in the model that was given; "" for the model itself.
         outside: what the rest of the model reads of `original`, with a scope.
+        notes: what the graph differs in from the model, for the report.
     """
 
     module: fx.GraphModule
@@ -99,6 +102,7 @@ class Captured:
     aliases: dict[str, tuple[str, ...]]
     scope: str
     outside: Outside = field(default_factory=Outside)
+    notes: tuple[str, ...] = ()
 
     def inputs(self) -> tuple[Args, Kwargs]:
         """Return copies of the example inputs: a run may write into them."""
@@ -146,14 +150,20 @@ def capture(
         model, args, kwargs = scoped(whole, scope, args, kwargs)
         outside = _read_outside(whole, scope, *given)
     _check_names(model, kwargs)
+    notes: tuple[str, ...] = ()
     try:
         module, names = _export(model, args, kwargs, dynamic)
         producer: Literal["export", "record"] = "export"
         reason = ""
     except Exception as error:  # export has no base class for its refusals
-        module, names = _record(model, args, kwargs, error)
-        producer, reason = "record", _refusal(error)
-        log.info("%s was recorded, as torch.export refused it: %s", type(model).__name__, reason)
+        found = _without_cache(model, args, kwargs, dynamic) if _about_cache(error) else None
+        if found is not None:
+            (module, names), kwargs, notes = *found, (CACHE_NOTE,)
+            producer, reason = "export", ""
+        else:
+            module, names = _record(model, args, kwargs, error)
+            producer, reason = "record", _refusal(error)
+            log.info("%s was recorded, as torch.export refused it: %s", type(model).__name__, reason)
     if not names:
         raise CaptureError(f"{type(model).__name__} returns no tensor", fix="compress a module that returns tensors")
     if outputs is not None:
@@ -162,7 +172,7 @@ def capture(
     captured = _finish(module, model)
     if producer == "export":
         _follow_modes(captured, model, args, kwargs, training, _held_in_eval(model) if in_training else frozenset())
-    return Captured(captured, model, args, kwargs, producer, reason, names, aliases(model), scope, outside)
+    return Captured(captured, model, args, kwargs, producer, reason, names, aliases(model), scope, outside, notes)
 
 
 # ---------------------------------------------------------------------------------------------- inputs
@@ -356,6 +366,21 @@ def _symbolic_dims(tensor: torch.Tensor, batch: int | None, lengths: set[int]) -
 
 def _is_integer(tensor: torch.Tensor) -> bool:
     return not tensor.is_floating_point() and not tensor.is_complex()
+
+
+def _without_cache(
+    model: nn.Module, args: Args, kwargs: Kwargs, dynamic: bool
+) -> tuple[tuple[fx.GraphModule, tuple[str, ...]], Kwargs] | None:
+    """The graph with the cache switched off, and the keywords that do so; None where that would change the outputs."""
+    off = switched_off(model, args, kwargs)
+    if off is None:
+        return None
+    try:
+        graph = _export(model, args, off, dynamic)
+        return (graph, off) if loses_the_cache_alone(model, args, kwargs, off) else None
+    except Exception as error:  # export has no base class for its refusals, nor has the user's code
+        log.debug("%s without its cache: %s", type(model).__name__, _reason(error))
+        return None
 
 
 def _program(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any) -> torch.export.ExportedProgram:

@@ -19,6 +19,7 @@ RANKS = [
     {"graph_module", "graph_json", "inputs"},
     {"untouched"},
     {"canonical", "outside", "record"},
+    {"cache"},
     {"capture", "coupling"},
     {"describe", "analysis", "second_inputs"},
     {"cost"},

@@ -14,6 +14,7 @@ from graphcomp.coupling.axis import UNIT, Axes, Axis, couple, freeze, length, re
 from graphcomp.coupling.notation import broadcast, einsum_letters, from_end
 from graphcomp.coupling.size import divide
 from graphcomp.coupling.table import Call, rule
+from graphcomp.graph import bind
 
 aten = torch.ops.aten
 
@@ -174,6 +175,7 @@ def _mark_product(call: Call, names: list[str], result: str, axis_of: dict[str, 
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_attention_math.default,
 )
 def scaled_dot_product_attention(
@@ -215,6 +217,8 @@ def scaled_dot_product_attention(
 
 def _attention_batch(query: Axes, key: Axes, value: Axes, grouped: bool, call: Call) -> Axes:
     q, k, v = query[:-2], key[:-2], value[:-2]
+    # the fused kernels have no argument enable_gqa: they group wherever there are fewer key heads
+    grouped = grouped or "enable_gqa" not in bind(call.node)
     if grouped and q and length(q[-1]) != length(k[-1]):
         heads = length(k[-1])
         kv, _ = regroup([q[-1]], [heads, divide(length(q[-1]), heads)], call.why)
