@@ -32,6 +32,7 @@ from torch.nn.parameter import is_lazy
 
 from graphcomp.cache import NOTE as CACHE_NOTE
 from graphcomp.cache import loses_the_cache_alone, switched_off
+from graphcomp.calling import calling_convention, parameters_of
 from graphcomp.canonical import canonicalize
 from graphcomp.errors import CaptureError, InputError
 from graphcomp.graph import fetch, module_path
@@ -41,7 +42,6 @@ from graphcomp.graph_module import (
     aliases,
     averages_over_all,
     build,
-    calling_convention,
     canonical_names,
     follow_modules,
     follow_training,
@@ -148,6 +148,7 @@ def capture(
     if scope:
         whole, given = model, (args, kwargs)
         model, args, kwargs = scoped(whole, scope, args, kwargs)
+        _check_is_plain(model)
         outside = _read_outside(whole, scope, *given)
     _check_names(model, kwargs)
     notes: tuple[str, ...] = ()
@@ -169,6 +170,7 @@ def capture(
     if outputs is not None:
         names = select_outputs(module.graph, names, [outputs] if isinstance(outputs, str) else outputs)
     canonicalize(module)
+    _call_as(module.graph, model)
     captured = _finish(module, model)
     if producer == "export":
         _follow_modes(captured, model, args, kwargs, training, _held_in_eval(model) if in_training else frozenset())
@@ -622,6 +624,12 @@ def select_outputs(graph: fx.Graph, names: Sequence[str], wanted: Sequence[str])
     info = graph._codegen.pytree_info  # type: ignore[attr-defined]
     graph.set_codegen(calling_convention(info.orig_args, info.in_spec, pytree.tree_structure(one_or_tuple)))
     return tuple(name for name, _ in kept)
+
+
+def _call_as(graph: fx.Graph, model: nn.Module) -> None:
+    """Let the graph know the parameters of the model's forward."""
+    info = graph._codegen.pytree_info  # type: ignore[attr-defined]
+    graph.set_codegen(calling_convention(info.orig_args, info.in_spec, info.out_spec, parameters_of(model)))
 
 
 def _is_tensor(result: Any) -> bool:

@@ -27,9 +27,10 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from graphcomp.calling import CONSTANTS, REQUIRED, calling_convention, is_constant
 from graphcomp.errors import CheckpointError
 from graphcomp.graph import clone, example_size, fetch, run_fake
-from graphcomp.graph_module import FOLLOWS_MODE, CapturedModule, build, calling_convention, is_constant
+from graphcomp.graph_module import FOLLOWS_MODE, CapturedModule, build
 from graphcomp.json_values import JSON, damaged, decode, encode
 from graphcomp.spec_json import dump_spec, load_spec
 from graphcomp.trust import EVERYTHING, Trust
@@ -82,11 +83,18 @@ def dump(module: fx.GraphModule, *, run: bool = True) -> JSON:
         "name": type(module).__name__ if isinstance(module, CapturedModule) else "GraphModule",
         "nodes": [_dump_node(plain, node) for node in plain.graph.nodes],
         "arguments": None if info is None else list(info.orig_args),
+        "parameters": _parameters(plain.graph),
         "inputs": None if info is None else dump_spec(info.in_spec),
         "outputs": None if info is None or info.out_spec is None else dump_spec(info.out_spec),
         "examples": examples,
         "results": _results(plain, examples) if run and info is not None else None,
     }
+
+
+def _parameters(graph: fx.Graph) -> JSON:
+    """[name] or [name, default] of each parameter of the model's forward."""
+    found = getattr(graph._codegen, "parameters", {})
+    return [[name] if default is REQUIRED else [name, encode(default)] for name, default in found.items()]
 
 
 def _dump_node(module: fx.GraphModule, node: fx.Node) -> JSON:
@@ -372,7 +380,20 @@ def _set_calling_convention(graph: fx.Graph, document: JSON, trust: Trust) -> No
     counts = len(graph.find_nodes(op="placeholder")), len(pytree.tree_leaves(output.args[0]))
     if counts != (takes.num_leaves, gives.num_leaves):
         raise damaged(f"the graph has {counts} inputs and outputs, and {takes.num_leaves, gives.num_leaves} are stored")
-    graph.set_codegen(calling_convention(names, takes, gives))
+    graph.set_codegen(calling_convention(names, takes, gives, _load_parameters(document.get("parameters", []))))
+
+
+def _load_parameters(rows: JSON) -> dict[str, Any]:
+    """Name -> default of each parameter; older checkpoints name none."""
+    found: dict[str, Any] = {}
+    for row in rows if isinstance(rows, list) else [rows]:
+        if not isinstance(row, list) or not 1 <= len(row) <= 2 or not _is_argument(row[0]):
+            raise damaged(f"a parameter of the model is {row!r:.100}")
+        default = decode(row[1], {}, {}) if len(row) > 1 else REQUIRED
+        if default is not REQUIRED and not isinstance(default, CONSTANTS):
+            raise damaged(f"the default of {row[0]!r} is {row[1]!r:.100}")
+        found[row[0]] = default
+    return found
 
 
 def _check_results(module: CapturedModule, document: JSON, devices: Mapping[str, torch.device]) -> None:

@@ -17,9 +17,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._ops import OpOverload
-from torch.fx.graph import PythonCode, _PyTreeCodeGen, _PyTreeInfo
+from torch.fx.graph import PythonCode
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from graphcomp.calling import argument_names, bind_call, is_constant, other_than_default
 from graphcomp.errors import InputError
 from graphcomp.graph import bind, is_op, module_path, set_argument, tensor_values
 from graphcomp.threads import LOCK
@@ -29,6 +30,9 @@ log = logging.getLogger("graphcomp.graph_module")
 FOLLOWS_MODE = "follows_mode"
 """In node.meta: argument of the op -> what it is in eval and in training mode; CapturedModule.train() gives it that."""
 
+
+LEFT_OUT = "graphcomp_left_out"
+"""In the meta of a module: that a constant was warned of which a call left out, and whose default is another."""
 
 RESIZED = "graphcomp_resized"
 """In the meta of a module: that an input of another size was warned of."""
@@ -55,17 +59,40 @@ class CapturedModule(fx.GraphModule):
     """
 
     norms_frozen: bool = False
+    argument_count: int = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model; numbers, flags and words must be those that it was captured with: they are fixed in the graph.
-        So is what the model computed from sizes: where these are others, a warning is logged, once.
+        """As the model, defaults included. Numbers, flags and words may be left out, and must else be those that it was
+        captured with: they are fixed in the graph. So is what the model computed from sizes: where these are others, a
+        warning is logged, once.
 
         Raises:
-            InputError: a number, flag or word is another.
+            InputError: a number, flag or word is another, or an argument is given that the model was captured without.
         """
+        if torch.compiler.is_compiling() and len(args) + len(kwargs) == self.argument_count:
+            return super().__call__(*args, **kwargs)
+        args, kwargs = self._as_captured(args, kwargs)
         if not torch.compiler.is_compiling():
             self._check_inputs(args, kwargs)
         return super().__call__(*args, **kwargs)
+
+    def _as_captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments that the graph takes: constants may be left out, and defaults be given."""
+        info = getattr(self.graph._codegen, "pytree_info", None)
+        if info is None:
+            return args, kwargs
+        bound = bind_call(self.graph, args, kwargs)
+        if bound.keys() != set(info.orig_args):
+            return args, kwargs  # the forward says what is missing
+        named = {**dict(zip(info.orig_args, args, strict=False)), **kwargs}
+        as_given = len(args) + len(kwargs) == len(bound) and named.keys() == bound.keys()
+        if as_given and all(named[name] is bound[name] for name in bound):
+            return args, kwargs
+        if LEFT_OUT not in self.meta:
+            for name, (held, default) in other_than_default(self.graph, bound.keys() - named.keys()).items():
+                self.meta[LEFT_OUT] = True
+                log.warning("%s is left out: the graph holds %r, the default of the model is %r", name, held, default)
+        return tuple(bound[name] for name in info.orig_args), {}
 
     def _check_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         for node, leaf in by_placeholder(self, args, kwargs):
@@ -93,6 +120,8 @@ class CapturedModule(fx.GraphModule):
 
     def recompile(self) -> PythonCode:
         """Write the graph as code, whatever the model's submodules are called."""
+        info = getattr(self.graph._codegen, "pytree_info", None)
+        self.argument_count = len(self.graph.find_nodes(op="placeholder") if info is None else info.orig_args)
         targets = (str(node.target) for node in self.graph.nodes if node.op in ("get_attr", "call_module"))
         if all(map(_is_plain_path, targets)):
             return super().recompile()
@@ -164,11 +193,6 @@ def build(tensors: Mapping[str, Any], graph: fx.Graph, name: str) -> CapturedMod
     return module
 
 
-def calling_convention(arg_names: Sequence[str], in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpec) -> _PyTreeCodeGen:
-    """The code generator of a graph that takes and returns nested values: `arg_names` positional, then keywords."""
-    return _PyTreeCodeGen(_PyTreeInfo(list(arg_names), in_spec, out_spec))
-
-
 def leaf_names(spec: pytree.TreeSpec, prefix: str = "") -> list[str]:
     """A name per leaf of a nested value, such as "logits", "out.aux", "hidden_states.0"; "0" for a bare leaf."""
     if spec.is_leaf():
@@ -196,11 +220,6 @@ def _first(context: Any) -> Any:
     return context[0] if isinstance(context, (list, tuple)) and context else None
 
 
-def is_constant(node: fx.Node) -> bool:
-    """Whether a placeholder stands for a number, a flag, a word or None, which the graph holds fixed."""
-    return "val" in node.meta and isinstance(node.meta["val"], (bool, int, float, complex, str, type(None)))
-
-
 def by_placeholder(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[fx.Node, Any]]:
     """Return each placeholder with the leaf that a call gives it; nothing where the call has other leaves."""
     places = module.graph.find_nodes(op="placeholder")
@@ -208,7 +227,7 @@ def by_placeholder(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[
     given: Any = args
     if info is not None:
         by_name = {**dict(zip(info.orig_args, args, strict=False)), **kwargs}
-        given = [by_name[name] for name in info.orig_args if name in by_name]
+        given = [by_name[name] for name in argument_names(module.graph) if name in by_name]
     leaves = pytree.tree_leaves(given)
     return list(zip(places, leaves, strict=True)) if len(leaves) == len(places) else []  # the forward says what lacks
 

@@ -30,9 +30,10 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from graphcomp.calling import calling_convention
 from graphcomp.errors import CaptureError
 from graphcomp.graph import frame_text
-from graphcomp.graph_module import calling_convention, canonical_names, leaf_names, tensor_names
+from graphcomp.graph_module import canonical_names, leaf_names, tensor_names
 
 aten = torch.ops.aten
 

@@ -78,6 +78,11 @@ def attention(m: Any, x: Tensor, **options: Any) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(2)
 
 
+def grouped_by_the_kernel(m: Any, x: Tensor) -> Tensor:
+    q, k, v = (f(x).unflatten(-1, (-1, 4)).transpose(1, 2) for f in (m.q, m.k, m.v))
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0].transpose(1, 2).flatten(2)
+
+
 def grouped_by_expand(m: Any, x: Tensor) -> Tensor:
     q, k, v = (f(x).unflatten(-1, (-1, 4)).transpose(1, 2) for f in (m.q, m.k, m.v))
     n, h, s, d = k.shape
@@ -265,6 +270,7 @@ FAMILIES: dict[str, Case] = {
     "sdpa with a bias for each head": lambda: sequence(lambda m, x: attention(m, x, attn_mask=m.bias), 16,
                                                       **qkv(), bias=parameter(1, 4, 6, 6)),
     "grouped-query by enable_gqa": lambda: sequence(lambda m, x: attention(m, x, enable_gqa=True), 16, **qkv(4, 2)),
+    "grouped-query by the fused kernel": lambda: sequence(grouped_by_the_kernel, 16, **qkv(4, 2)),
     "grouped-query by expand": lambda: sequence(grouped_by_expand, 16, **qkv(4, 2)),
     "grouped-query by repeat_interleave": lambda: sequence(grouped_by_repeat, 16, **qkv(4, 2)),
     "multi-query": lambda: sequence(lambda m, x: attention(m, x, enable_gqa=True), 16, **qkv(4, 1)),

@@ -13,7 +13,7 @@ PACKAGE = Path(graphcomp.__file__).parent
 # Lower never imports higher. A module not named here has the rank of its folder.
 RANKS = [
     {"errors", "module_copy", "progress", "threads", "locks"},
-    {"arguments", "compare", "provenance"},
+    {"arguments", "calling", "compare", "provenance"},
     {"graph", "trust", "json_values"},
     {"spec_json"},
     {"graph_module", "graph_json", "inputs"},
