@@ -273,6 +273,8 @@ def as_integers(
         batches = [flat_inputs(captured, captured.args, captured.kwargs)]
         if options.config.activations is not None:
             notes.append("calibrated on the example inputs alone, as no calibration= was given")
+        elif options.rounding == "second_order":
+            notes.append("rounded to second order on the example inputs alone, as no calibration= was given")
     quantized = quantize(cut.graph, batches, options)
     return with_integers(
         cut, quantized, (*notes, *quantized.notes), batches[0] if verify else None, measure_latency=measure_latency

@@ -69,6 +69,9 @@ NEVER_INTEGER = ("Einsum", "LSTM", "GRU", "RNN")
 LOOKUPS = ("Gather", "GatherND", "GatherElements")
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")
+LONGEST = 10
+"""Steps from a layer back to the codes of its weight, where these are shifted, dequantized and turned around."""
+
 DECORATED = re.compile(r"^(?:fused )?(.*?)(?:/MatMulAddFusion)?(?:_token_\d+)*(?:/MatMulAddFusion)?$")
 
 
@@ -156,7 +159,7 @@ def quantized_layer(node: ir.Node) -> str | None:
     multiplies two quantized activations. None for another node, or where nothing is quantized."""
     if not _is_layer(node):
         return None
-    weight = _integers(node.inputs[1])
+    weight = _integers(node.inputs[1]) or _integers(node.inputs[0])
     if weight is not None:
         return weight
     sources = [_through_moves(value) for value in node.inputs[:2]]
@@ -189,11 +192,11 @@ def _why_float(node: ir.Node) -> str:
 
 def _integers(value: ir.Value | None) -> str | None:
     """The integer constant behind a dequantization, blocked or written out for unequal groups."""
-    for _ in range(6):
+    for _ in range(LONGEST):
         producer = value.producer() if value is not None else None
         if producer is None:
             break
-        if producer.op_type not in ("DequantizeLinear", "Cast", "Mul", "Sub", "Transpose"):
+        if producer.op_type not in ("DequantizeLinear", "Cast", "Mul", "Sub", *MOVES):
             return None
         value = producer.inputs[0]
     if value is None or not value.is_initializer() or value.dtype is None or not value.dtype.is_integer():
@@ -204,12 +207,14 @@ def _integers(value: ir.Value | None) -> str | None:
 def _reason(node: ir.Node) -> str:
     """Why onnxruntime has no integer kernel for a quantized layer."""
     source, producer = _through_moves(node.inputs[0]), _through_moves(node.inputs[1])
+    if _integers(node.inputs[1]) is None and _integers(node.inputs[0]) is not None:
+        return "a constant on the left with a step per row has no integer kernel"
     if node.op_type == "ConvTranspose":
         return "onnxruntime has no integer kernel for ConvTranspose"
     if source is None or source.op_type != "DequantizeLinear":
         return "the activation is not quantized (weight-only)"
     if producer is None or producer.op_type != "DequantizeLinear":
-        return "group-wise weights of unequal groups are made float when the file is loaded"
+        return _reason_written_out(node)
     if "block_size" in producer.attributes and producer.attributes["block_size"].as_int() > 0:
         return "group-wise weights with quantized activations have no integer kernel"
     codes = (source.inputs[0], producer.inputs[0], *_codes_of_output(node))
@@ -217,6 +222,14 @@ def _reason(node: ir.Node) -> str:
     if max(bits, default=8) > 8:
         return f"integers of {max(bits)} bits have no kernel"
     return _reason_of_output(node)
+
+
+def _reason_written_out(node: ir.Node) -> str:
+    """Why a weight is dequantized by arithmetic, and so float once the file is loaded (see `onnx_unfused`)."""
+    weight = node.inputs[1]
+    if weight is not None and weight.shape is not None and len(weight.shape) > 2:
+        return "a stack of matrices with a step per channel has no integer kernel"
+    return "group-wise weights with quantized activations have no integer kernel"
 
 
 def _codes_of_output(node: ir.Node) -> Iterator[ir.Value]:

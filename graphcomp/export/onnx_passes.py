@@ -12,6 +12,7 @@ from graphcomp.errors import ExportError
 from graphcomp.export.onnx_norms import write_sums
 from graphcomp.export.onnx_ops import DOMAIN, GROUPED, UNPACK
 from graphcomp.export.onnx_pads import fold_pads
+from graphcomp.export.onnx_unfused import dequantized, keep_sums_apart, readers, write_out_unfusable
 from graphcomp.quantization import ops
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def finish(model: ir.Model) -> None:
     model.opset_imports.pop(DOMAIN, None)
     for node in _nodes(model, "DequantizeLinear"):
         _widen_for_integer_kernels(model.graph, node)
+    write_out_unfusable(model)
     _share_weights(model.graph)
     fold_pads(model)
     write_sums(model)
@@ -184,7 +186,9 @@ def _widen_for_integer_kernels(graph: ir.Graph, node: ir.Node) -> None:
     if codes is None or codes.dtype not in four or _block_size(node) > 0:
         return
     shift = codes.meta.get(SHIFT, 0)
-    if not shift and not any(user.op_type in COMPUTE and _quantized_input(user) for user, _ in node.outputs[0].uses()):
+    if not shift and not any(
+        user.op_type in COMPUTE and dequantized(user.inputs[0]) for user, _ in node.outputs[0].uses()
+    ):
         return
     wide = four[codes.dtype]
     tape = _tape()
@@ -206,16 +210,6 @@ def _widen_for_integer_kernels(graph: ir.Graph, node: ir.Node) -> None:
 
 def _block_size(node: ir.Node) -> int:
     return node.attributes["block_size"].as_int() if "block_size" in node.attributes else 0
-
-
-def _quantized_input(layer: ir.Node) -> bool:
-    """Whether the layer's data comes from a dequantization, through ops that only move it."""
-    value = layer.inputs[0]
-    producer = value.producer() if value is not None else None
-    while producer is not None and producer.op_type in ("Reshape", "Transpose", "Flatten", "Unsqueeze", "Squeeze"):
-        value = producer.inputs[0]
-        producer = value.producer() if value is not None else None
-    return producer is not None and producer.op_type == "DequantizeLinear"
 
 
 # ------------------------------------------------------------------------------------------------ groups
@@ -242,7 +236,8 @@ def _as_matmul(node: ir.Node) -> None:
 
 
 def _blocks(graph: ir.Graph, node: ir.Node) -> None:
-    """Runs of equal length become blocks of one DequantizeLinear; other groups wait for `_gathered`."""
+    """Runs of equal length become blocks of one DequantizeLinear, where activations are float; other groups wait for
+    `_gathered`."""
     import numpy as np
     import onnx_ir as ir
 
@@ -251,6 +246,9 @@ def _blocks(graph: ir.Graph, node: ir.Node) -> None:
     index = _constant(groups, "the groups of a weight")
     count = int(index.max()) + 1
     length = len(index) // count
+    users = [(user, place) for user, place in readers(node.outputs[0]) if user.op_type in COMPUTE and place < 2]
+    if any(dequantized(user.inputs[1 - place]) for user, place in users):
+        return
     if values.shape is None or len(values.shape) != 2 or not np.array_equal(index, np.arange(len(index)) // length):
         return
     points = _constant(zeros, "zero points")
@@ -277,7 +275,9 @@ def _gathered(node: ir.Node) -> None:
         _between(tape, tape.op("Gather", [table, groups], {"axis": 1}), rank)
         for table in (tape.op("Cast", [zeros], to), scales)
     )
-    _insert(node, tape, tape.op("Mul", [tape.op("Sub", [tape.op("Cast", [values], to), zero]), scale]))
+    result = tape.op("Mul", [tape.op("Sub", [tape.op("Cast", [values], to), zero]), scale])
+    _insert(node, tape, result)
+    keep_sums_apart(result)
 
 
 def _between(tape: Any, value: ir.Value, rank: int) -> Any:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphcomp.graph import assign, attributes, bind, clone, fetch, is_op, value
-from graphcomp.quantization.placement import CLIPS, CONVOLUTIONS, TRANSPOSED
+from graphcomp.quantization.placement import CLIPS, CONVOLUTIONS, TRANSPOSED, channels_of
 
 aten = torch.ops.aten
 
@@ -218,14 +218,14 @@ class _Plan:
         layer = _Layer(self.module, node)
         place = self._place(arguments["input"])
         rank = value(arguments["input"]).dim()
-        contracted = 1 if node.target in CONVOLUTIONS else rank - 1
+        contracted = channels_of(node)
         if place is not None and (place.dim, rank) == (contracted, max(rank, 2)) and self._fits(node, place):
             place.link.read_by.append(_End(layer, place.repeat))
         elif place is not None:
             self._stop(place.link, node)
         made = _Link(len(layer.made), [_End(layer)])
         self.all.append(made)
-        return _Place(made, 1 if node.target in CONVOLUTIONS else value(node).dim() - 1)
+        return _Place(made, channels_of(node))
 
     def _fits(self, node: fx.Node, place: _Place) -> bool:
         return place.repeat == 1 or node.target is aten.linear.default

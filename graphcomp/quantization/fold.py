@@ -88,6 +88,8 @@ def _channels_second(compute: fx.Node) -> bool:
         return False
     if compute.target is aten.linear.default:
         return bool(value(compute).dim() == 2)
+    if value(compute).dim() != value(bind(compute)["weight"]).dim():
+        return False  # a convolution of one image: what the norm scales are rows
     # a grouped transposed convolution holds the channels of all its groups in one dim of the weight
     return COMPUTE[compute.target].dim == 0 or bind(compute)["groups"] == 1
 

@@ -29,14 +29,21 @@ from graphcomp.errors import VerificationError
 from graphcomp.graph import bind, is_op
 from graphcomp.quantization import ops
 from graphcomp.quantization.lower import INT32_MAX
-from graphcomp.quantization.placement import CLIPS, COMPUTE, CONVOLUTIONS, SAME, TRANSPOSED
+from graphcomp.quantization.placement import (
+    CLIPS,
+    COMPUTE,
+    CONVOLUTIONS,
+    MAX_POOLS,
+    PADS,
+    SAME,
+    TRANSPOSED,
+    padded_with,
+)
 from graphcomp.untouched import own_inputs, same_buffers
 
 aten = torch.ops.aten
 
 STEPS_ALLOWED = 1
-
-MAX_POOLS = frozenset({aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default})
 
 
 @dataclass(frozen=True)
@@ -200,7 +207,7 @@ def _products(node: fx.Node, a: dict[str, Any]) -> Scaled:
     if x[1].dim() != 0:
         raise _NotIntegers("its operand has several scales")
     sums = _sums(node, a, x[0], weight[0])
-    channels = 1 if node.target in CONVOLUTIONS else sums.dim() - 1
+    channels = sums.dim() + 1 - weight[0].dim() if node.target in CONVOLUTIONS else sums.dim() - 1
     scale = x[1] * weight[1]
     if scale.dim() != 0:
         if weight[0].shape[operands.dim] != scale.numel():
@@ -260,8 +267,8 @@ def _move(node: fx.Node, a: dict[str, Any]) -> Any:
     found = a[key]
     if not isinstance(found, Scaled) or not found.one_scale:
         raise _NotIntegers("its operand has several scales")
-    pads = node.target is aten.constant_pad_nd.default
-    if (pads and (found.clipped or a["value"] != 0)) or (node.target in MAX_POOLS and len(found.terms) > 1):
+    pads = node.target in PADS
+    if (pads and (found.clipped or padded_with(node) != 0)) or (node.target in MAX_POOLS and len(found.terms) > 1):
         raise _NotIntegers("its operand is a sum or clipped")
     moved = []
     for integers, scale in found.terms:

@@ -25,7 +25,16 @@ from graphcomp.quantization import ops
 from graphcomp.quantization.biases import KERNEL_BITS, biased_layers
 from graphcomp.quantization.fold import drop_unread
 from graphcomp.quantization.insert import quantizer_nodes
-from graphcomp.quantization.placement import CLIPS, COMPUTE, EMBEDDINGS, SAME, TRANSPOSED, constants, layer_name
+from graphcomp.quantization.placement import (
+    CLIPS,
+    COMPUTE,
+    EMBEDDINGS,
+    SAME,
+    TRANSPOSED,
+    constants,
+    layer_name,
+    padded_with,
+)
 from graphcomp.quantization.quantizers.base import Integers, Quantizer, container
 from graphcomp.quantization.tensors import add_tensor
 from graphcomp.quantization.walk import Constants
@@ -339,8 +348,9 @@ def _clipped_at_zero(graph: fx.Graph, quantizers: Mapping[fx.Node, Quantizer]) -
         low = _bounds(node)[0] if node.target in CLIPS else None
         moves = node in quantizers or node.target in (*SAME, aten.cat.default, operator.getitem)
         operands = [n for n in node.all_input_nodes if tensor_values(n)]
-        pads_below = node.target is aten.constant_pad_nd.default and bind(node)["value"] < 0
-        if (low is not None and low >= 0) or (moves and operands and found.issuperset(operands) and not pads_below):
+        if (low is not None and low >= 0) or (
+            moves and operands and found.issuperset(operands) and padded_with(node) >= 0
+        ):
             found.add(node)
     return found
 

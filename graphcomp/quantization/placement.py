@@ -62,6 +62,15 @@ TRANSPOSED = frozenset(op for op, operands in COMPUTE.items() if operands is _TR
 
 EMBEDDINGS = frozenset({aten.embedding.default})
 
+MAX_POOLS = frozenset({aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default})
+
+PADS = frozenset({aten.constant_pad_nd.default, aten.pad.default})
+
+FILLS = frozenset(
+    {aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
+)
+"""Ops that put a constant in the place of elements."""
+
 # op -> the argument whose elements it moves
 SAME: dict[object, str] = {
     **dict.fromkeys(
@@ -70,9 +79,9 @@ SAME: dict[object, str] = {
             aten.unflatten.int, aten.permute.default, aten.transpose.int, aten.t.default, aten.squeeze.default,
             aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.expand.default, aten.contiguous.default,
             aten.clone.default, aten.alias.default, aten.slice.Tensor, aten.select.int, aten.constant_pad_nd.default,
-            aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.pixel_shuffle.default,
-            aten.pixel_unshuffle.default, aten.channel_shuffle.default, aten.flip.default, aten.roll.default,
-            aten.split_with_sizes.default, aten.unbind.int, aten.movedim.intlist, aten.repeat.default,
+            aten.pad.default, *MAX_POOLS, aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
+            aten.channel_shuffle.default, aten.flip.default, aten.roll.default, aten.split_with_sizes.default,
+            aten.unbind.int, aten.movedim.intlist, aten.repeat.default,
         ),
         "self",
     ),
@@ -252,6 +261,8 @@ class _Planner:
 
     def _weight(self, operand: fx.Node, user: fx.Node, dim: int, spec: QuantSpec) -> None:
         rank = value(operand).dim()
+        if rank < 2:  # a vector makes one output
+            spec = replace(spec, granularity="tensor", group_size=0)
         where = dim % rank if spec.granularity != "tensor" else None
         if spec.granularity == "group" and (where != 0 or rank != 2 or user.target in EMBEDDINGS):
             self.notes.append(
@@ -323,13 +334,15 @@ class _Planner:
             return self._source(container)
         if node.target not in SAME:
             return None
-        if node.target is aten.constant_pad_nd.default and bind(node)["value"] != 0:
+        if fills(node):
             return None
         source = bind(node)[SAME[node.target]]
         return source if isinstance(source, fx.Node) and source not in self.constants else None
 
     def _through_same(self, node: fx.Node) -> None:
         source = self._source(node)
+        if source is not None and node.target in MAX_POOLS and fills(source):
+            return  # the constant is there for no output to see: it is no part of what is quantized
         if source is not None and _is_float(source) and self._reader(node) not in self.floats:
             self._need(source, [self._reader(node)])
             self.wishes.union(source, node)
@@ -423,6 +436,26 @@ def op_label(node: fx.Node, constant: set[fx.Node]) -> str:
     )
     name = layer_name(weight, constant) if weight in constant else ""
     return name or f"{module_path(node)}.{node.name}".lstrip(".")
+
+
+def channels_of(node: fx.Node) -> int:
+    """Return the dim of a compute op's result that counts the output channels; an input of a convolution may have no
+    batch."""
+    rank: int = value(node).dim()
+    kernel: int = value(bind(node)["weight"]).dim() if node.target in CONVOLUTIONS else 2
+    return rank + 1 - kernel
+
+
+def padded_with(node: fx.Node) -> float:
+    """Return the number that a padding puts around its operand; 0 for another op, or one that repeats elements."""
+    if node.target not in PADS or bind(node).get("mode", "constant") != "constant":
+        return 0.0
+    return float(bind(node)["value"] or 0)
+
+
+def fills(node: fx.Node) -> bool:
+    """Whether the op puts a constant other than 0 beside the elements that it passes on."""
+    return node.target in FILLS or padded_with(node) != 0
 
 
 def _is_float(node: fx.Node) -> bool:

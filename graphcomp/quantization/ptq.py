@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from graphcomp.arguments import as_names, check_flag, check_instance, check_whole, check_word
 from graphcomp.errors import CalibrationError
-from graphcomp.graph import bind, clone, fetch, set_argument, value
+from graphcomp.graph import attributes, bind, clone, fetch, set_argument, value
 from graphcomp.quantization.attention import WriteOutAttention
 from graphcomp.quantization.biases import fit_biases
 from graphcomp.quantization.calibrate import RangeObserver, calibrate_weight, make_observer
@@ -25,7 +25,7 @@ from graphcomp.quantization.floats import float_layers
 from graphcomp.quantization.fold import FoldBatchNorm
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.lower import Lowered, LoweredLayer, constants_with_quantizers, layers_of, lower
-from graphcomp.quantization.placement import COMPUTE, CONVOLUTIONS, layer_name, place
+from graphcomp.quantization.placement import COMPUTE, CONVOLUTIONS, channels_of, layer_name, place
 from graphcomp.quantization.second_order import round_second_order, second_moments
 from graphcomp.quantization.spec import QuantConfig
 from graphcomp.quantization.tensors import add_tensor, attribute_readers, put, read_by_others, replace_argument
@@ -101,6 +101,7 @@ def quantize(module: fx.GraphModule, batches: Sequence[Sequence[Any]], options: 
     Raises:
         CalibrationError: no batch, one the model does not run on, or values that are not finite.
     """
+    _check_tensors(module)  # before batch norms hand theirs on to weights
     notes: list[str] = []
     folded = prepared(module, options.config)
     weights = options.config.weights
@@ -110,8 +111,8 @@ def quantize(module: fx.GraphModule, batches: Sequence[Sequence[Any]], options: 
     own_bias = _with_biases(folded) if options.correct_bias else folded
     placement = place(own_bias, options.config, options.ignore)
     fake = InsertQuantizers(placement)(own_bias)
-    calibrate_activations(fake, batches)
     calibrate_weights(fake)
+    calibrate_activations(fake, batches)
     errors = _Setting(own_bias, fake, options).walk(batches[: options.walk_batches])
     fit_biases(fake)
     left = float_layers(fake, {node.name: reason for node, reason in placement.left_float.items()})
@@ -156,7 +157,7 @@ def _with_biases(module: fx.GraphModule) -> fx.GraphModule:
         if node.target not in CONVOLUTIONS or bind(node)["bias"] is not None:
             continue
         weight = bind(node)["weight"]
-        filters = value(node).shape[1]
+        filters = value(node).shape[channels_of(node)]
         if not isinstance(filters, int):
             continue
         path = str(weight.target).rpartition(".")[0] if weight.op == "get_attr" else node.name
@@ -226,12 +227,33 @@ class _Watcher(fx.Interpreter):
 
 
 def calibrate_weights(fake: fx.GraphModule) -> None:
-    """Set the range of every quantizer of a weight from the weight."""
+    """Set the range of every quantizer of a weight from the weight.
+
+    Raises:
+        CalibrationError: a parameter or buffer is NaN, or a weight infinite; the message names it.
+    """
+    _check_tensors(fake)
     constant = constants_with_quantizers(fake)
     values = Constants(fake)
     for node, quantizer in quantizer_nodes(fake):
         if node in constant:
-            calibrate_weight(quantizer, values.of(node.all_input_nodes[0]), str(node.target))
+            (source,) = node.all_input_nodes
+            calibrate_weight(quantizer, values.of(source), layer_name(source, constant) or source.name)
+
+
+def _check_tensors(module: fx.GraphModule) -> None:
+    """Raise CalibrationError where a tensor that the graph reads holds a NaN, or a parameter an infinity."""
+    for node, tensor in attributes(module):
+        if not tensor.is_floating_point() or tensor.is_meta:
+            continue
+        wrong = ~tensor.isfinite() if isinstance(tensor, nn.Parameter) else tensor.isnan()
+        if bool(wrong.any()):
+            kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+            raise CalibrationError(
+                f"{kind} '{node.target}' is not finite",
+                why=f"{int(wrong.sum())} of its {tensor.numel()} elements are NaN or infinite",
+                fix="load a sound checkpoint",
+            )
 
 
 # ------------------------------------------------------------------------------------------------ setting
@@ -297,7 +319,7 @@ class _Setting:
         bias = arguments.get(operands.bias) if operands.bias else None
         if not isinstance(bias, fx.Node) or bias.op != "get_attr":
             return
-        channels = 1 if node.target in CONVOLUTIONS else exact[0].dim() - 1
+        channels = channels_of(node)
         mean = significant_mean(exact, rough, channels)
         old = fetch(self.fake, str(bias.target))
         self._give(node, operands.bias, (old.double() + mean).to(old.dtype))

@@ -16,7 +16,7 @@ from torch import fx
 from graphcomp.graph import bind, clone
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers
-from graphcomp.quantization.placement import SAME, Placement, Site
+from graphcomp.quantization.placement import SAME, Placement, Site, fills
 
 
 def without_repeats(placement: Placement) -> Placement:
@@ -39,7 +39,7 @@ def moved_from(node: fx.Node) -> fx.Node | None:
     """What a node moves the elements of; None where it does more than that, or returns several values."""
     if node.target not in SAME or node.target is operator.getitem or not isinstance(node.meta.get("val"), torch.Tensor):
         return None
-    if node.target is torch.ops.aten.constant_pad_nd.default and bind(node)["value"] != 0:
+    if fills(node):
         return None
     source = bind(node)[SAME[node.target]]
     return source if isinstance(source, fx.Node) else None

@@ -120,7 +120,7 @@ def test_blocks_without_quantized_activations(tmp_path: Path, shape: tuple[int, 
         (ROWS, Quantization(8, 12), 2, "integers of 16 bits have no kernel"),
         (ROWS, Quantization(12, 8), 2, "integers of 16 bits have no kernel"),
         (ROWS, Quantization(4, 8, groups=torch.arange(12) // 4), 2, "group-wise weights with quantized activations"),
-        (ROWS, Quantization(4, 8, groups=torch.arange(12) // 5), 2, "unequal groups"),
+        (ROWS, Quantization(4, 8, groups=torch.arange(12) // 5), 2, "group-wise weights with quantized activations"),
     ],
 )
 def test_reasons(tmp_path: Path, shape: tuple[int, ...], how: Quantization, count: int, reason: str) -> None:

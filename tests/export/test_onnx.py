@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +253,7 @@ def test_equal_groups_are_blocks(tmp_path: Path, shape: tuple[int, ...], bits: t
     module = lower(model, x, Quantization(*bits, groups=torch.arange(12) // 4))
     export_onnx(module, (x,), None, path)
     blocks = [n.attributes["block_size"].as_int() for n in ir.load(path).graph if n.op_type == "DequantizeLinear"]
-    assert blocks.count(4) == 2
+    assert blocks.count(4) == (2 if bits[1] is None else 0)  # onnxruntime fails on blocks behind quantized activations
     assert compare(path, module, (torch.randn(5, *shape),)).within_a_step
 
 
@@ -269,6 +270,45 @@ def test_unequal_groups(tmp_path: Path, activation_bits: int | None) -> None:
     found = compare(path, module, (torch.randn(5, 12),), exact=False)
     assert found.error < 1e-5
     assert ir.DataType.INT4 in {v.dtype for v in initializers(path).values()}
+
+
+class Product(nn.Module):
+    """A linear layer, and a product of its result with a parameter."""
+
+    def __init__(self, product: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.first, self.p, self.product = nn.Linear(8, 8), nn.Parameter(torch.randn(shape)), product
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(self.first(x), self.p)
+
+
+PRODUCTS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...], tuple[int, ...]]] = {
+    "bmm": (lambda x, p: torch.bmm(x.expand(4, -1, -1), p), (4, 8, 6), (3, 8)),
+    "matmul": (lambda x, p: x @ p, (4, 8, 6), (3, 8)),
+    "baddbmm": (lambda x, p: torch.baddbmm(p[:, :1], x.expand(4, -1, -1), p), (4, 8, 8), (3, 8)),
+    "vector": (lambda x, p: x @ p, (8,), (3, 8)),
+    "vector on the left": (lambda x, p: p @ x, (3,), (3, 8)),
+    "constant on the left": (lambda x, p: p @ x, (5, 3), (3, 8)),
+    "stack on the left": (lambda x, p: torch.bmm(p, x), (2, 5, 3), (2, 3, 8)),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize(
+    "options", [{"bits": 8}, {"bits": 4, "activation_bits": 8, "group_size": 4}], ids=["8", "groups"]
+)
+@pytest.mark.slow
+@pytest.mark.ci
+def test_products_with_parameters_of_any_rank(tmp_path: Path, name: str, options: dict[str, int]) -> None:
+    """onnxruntime would make integer products of all of them, and fail to run those."""
+    product, shape, size = PRODUCTS[name]
+    model, x = Product(product, shape).eval(), torch.randn(size)
+    small = gc.compress(model, x, sparsity=0, calibration=[torch.randn(size) for _ in range(4)], **options)
+    small.export(tmp_path / "m.onnx")
+    found = small.export_report
+    assert found is not None and found.agreement.error < 1e-4 and found.kernels is not None
+    assert {layer for layer, _ in found.kernels.stayed_float} <= {"p_codes", "p_codes_int4", "first.weight_codes"}
 
 
 # ------------------------------------------------------------------------------------------------ embeddings

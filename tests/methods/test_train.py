@@ -562,7 +562,10 @@ def test_half_of_the_steps_each_in_stages_of_their_own_length():
         ({"method": "qat", "bits": 4, "activation_bits": "most"}, "activation_bits='most'"),
         ({"bits": 4, "activation_bits": (4, 8)}, r"activation_bits=\(4, 8\): .* learned in training"),
         ({"method": "hesso", "calibration": [IMAGES]}, "calibration with"),
-        ({"method": "geta", "bits": 8, "data": 3, "loss": loss, "steps": 20}, "data must be a series of batches, got 3"),
+        (
+            {"method": "geta", "bits": 8, "data": 3, "loss": loss, "steps": 20},
+            "data must be a series of batches, got 3",
+        ),
         ({"training": {"steps": 20}, "data": [1], "loss": loss}, "training must be a Training, got"),
         ({"seed": None}, "seed=None"),
         ({"seed": 2**64}, "seed=18446744073709551616"),
