@@ -44,6 +44,8 @@ from graphcomp.pruning.prunable import find_prunable
 from graphcomp.pruning.saliency import Saliency, reads_data, score
 from graphcomp.pruning.shares import allocate_parts, parts_of
 from graphcomp.pruning.slice import as_kept, check_groups
+from graphcomp.pruning.zeros import NAME as ZEROS
+from graphcomp.pruning.zeros import check_alone, without_zeros
 from graphcomp.quantization.ptq import PostTraining, Rounding
 from graphcomp.quantization.spec import check_bits
 from graphcomp.trained import as_trained
@@ -148,7 +150,8 @@ def compress(
         epochs, steps, lr, folder: of the training; see `Training`. With a folder, a run that was cut short goes on when
             it is called again.
         training: all options of training at once, in place of the four above.
-        saliency: how units are ranked; see `graphcomp.pruning.saliency`. Default: "l2", in training "geta".
+        saliency: how units are ranked; see `graphcomp.pruning.saliency`. Default: "l2", in training "geta". Or
+            "zeros": no ranking, exactly the units go that are zero already and leave the outputs as they are.
         ranking: "global" ranks all units together, "local" removes the same share of every group.
         ignore: modules that keep their output width and stay float: names, "re:" patterns, or the modules themselves.
             What they read may get narrower.
@@ -199,6 +202,9 @@ def compress(
     if method is None:
         method = "geta" if data is not None and loss is not None and training is not None else "oneshot"
         _check_length(data, loss, training, saliency)
+    zeros = saliency == ZEROS
+    if zeros:
+        check_alone({"sparsity": sparsity is not None, "budget": budget is not None, "method": method != "oneshot"})
     if method != "oneshot":
         one_shot_only = {
             "ranking": ranking != "global", "reduce_range": reduce_range,
@@ -298,9 +304,12 @@ def compress(
             notes += prunable.notes
             _check_weights(analysis.model, saliency)
             bar.step(f"scoring {sum(group.size for group in groups)} units")
-            scores = score(saliency, analysis, groups, data=data, loss=loss, seed=seed)
+            scores = {} if zeros else score(saliency, analysis, groups, data=data, loss=loss, seed=seed)
             bar.step("choosing")
-            if budget is None:
+            if zeros:
+                kept, found_notes = without_zeros(analysis, groups, round_to)
+                notes += found_notes
+            elif budget is None:
                 kept, found_notes = allocate_parts(parts_to_cut, scores, scope=ranking, round_to=round_to)
                 notes += found_notes
             else:
@@ -315,7 +324,7 @@ def compress(
             cut = cut_groups(analysis, kept, groups, verify=verify)
             if quantization is None:
                 choose = None
-                if prefer_native and kept:
+                if prefer_native and kept and not zeros:
                     choose = equal_counts(analysis, kept, scores, budget, ranking == "local", round_to)
                 cut, held = held_by_class(cut, choose)
                 small = as_model(_noted(cut, notes), held, measure_latency=measure_latency)

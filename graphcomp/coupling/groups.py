@@ -10,7 +10,19 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
-from graphcomp.coupling.axis import Axes, Axis, Factor, Product, Reason, coordinates, freeze, is_frozen, leaves, normal
+from graphcomp.coupling.axis import (
+    Axes,
+    Axis,
+    Factor,
+    Product,
+    Reason,
+    all_leaves,
+    coordinates,
+    freeze,
+    is_frozen,
+    leaves,
+    normal,
+)
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.coupling.table import Call
 from graphcomp.graph import argument_at, attributes, bind
@@ -221,16 +233,30 @@ def _consumed_and_made(coupling: Coupling) -> tuple[set[tuple[str, int]], set[tu
     canonical = {str(n.target): first_name[id(t)] for n, t in attributes(coupling.module)}
     consumed: set[tuple[str, int]] = set()
     made: set[tuple[str, int]] = set()
+    inside: set[tuple[str, int]] = set()  # summed over while a weight is computed
+    read: set[tuple[str, int]] = set()  # by an op beside activations, which does not sum over it
     for node, call in coupling.calls.items():
         summed = summed_axes(coupling, node, call)
         for operand in node.all_input_nodes:
             for name in coupling.sources.get(operand, ()):
                 axes = coupling.attributes[name]
-                here = _dims_in(axes, summed) if summed else []
-                consumed |= {(canonical[name], dim) for dim in here}
-                if node not in coupling.sources:
-                    made |= {(canonical[name], dim) for dim in range(len(axes)) if dim not in here}
-    return consumed, made
+                here = {(canonical[name], dim) for dim in (_dims_in(axes, summed) if summed else [])}
+                if node in coupling.sources:
+                    inside |= here
+                    continue
+                others = {(canonical[name], dim) for dim in range(len(axes))} - here
+                consumed |= here
+                made |= others
+                seen = set(all_leaves(coupling.axes[operand][0]))
+                read |= {(n, dim) for n, dim in others if seen & set(leaves(axes[dim]))}
+    return consumed | (inside - read), made
+
+
+def consumed_dims(coupling: Coupling, node: fx.Node, axes: Axes) -> list[int]:
+    """Return the dims of one of the op's operands, whose axes are given, that the op sums over."""
+    call = coupling.calls[node]
+    summed = summed_axes(coupling, node, call)
+    return _dims_in(axes, summed) if summed else []
 
 
 def summed_axes(coupling: Coupling, node: fx.Node, call: Call) -> list[Axis]:

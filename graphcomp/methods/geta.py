@@ -27,6 +27,7 @@ from graphcomp.methods.prepared import Prepared, Session, Site, unwrapped
 from graphcomp.methods.schedule import Moment, Schedule, Stage
 from graphcomp.methods.shrink import move, shrunk
 from graphcomp.methods.target import BISECTIONS, BY_COST, Target
+from graphcomp.pruning.acting import acting_weights, tensors_of, with_acting
 from graphcomp.pruning.allocation import Budget, Normalize, allocate, normalized, rounding_note, units_to_remove
 from graphcomp.pruning.evidence import Evidence, Scores
 from graphcomp.pruning.mask import gone
@@ -305,7 +306,15 @@ class QASSO(Optimizer):
         self._activate()
 
     def _scores(self, weights: Mapping[str, Tensor], updates: Mapping[str, Tensor]) -> Scores:
-        made = {replace(group, members=tuple(_makers(group))): group for group in self.groups}
+        acting = acting_weights(self.ready.session.quantized.coupling)
+        own = with_acting(self.groups, acting)
+        made = {replace(own[group], members=tuple(_makers(own[group]))): group for group in self.groups}
+        now = tensors_of(self.ready)
+        before = {
+            name: weight.value(lambda n: weights[n] if n in weights else now(n)) for name, weight in acting.items()
+        }
+        weights = {**weights, **before}
+        updates = {**updates, **{name: weight - acting[name].value(now) for name, weight in before.items()}}
         evidence = Movement(self.ready.session.quantized, tuple(made), weights=weights, updates=updates)
         found = {made[copy]: values for copy, values in self.saliency(evidence).items()}
         return normalized(found, self.normalize)  # here: what is divided by later, such as costs, has to stay in

@@ -25,6 +25,7 @@ from graphcomp.errors import PlanError
 from graphcomp.graph import argument_at, attributes, bind
 from graphcomp.graph_module import tensor_leaves
 from graphcomp.inputs import copies
+from graphcomp.pruning.acting import Acting, acting_weights
 from graphcomp.untouched import eval_copy, own_inputs, same_buffers
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
@@ -67,8 +68,23 @@ class Evidence:
     def _tensors(self) -> dict[str, Tensor]:
         return {str(node.target): tensor for node, tensor in attributes(self.analysis.coupling.module)}
 
+    @cached_property
+    def acting(self) -> dict[str, Acting]:
+        """Weights that are computed from parameters, by the names that members of the groups have for them."""
+        return acting_weights(self.analysis.coupling)
+
     def weight(self, name: str) -> Tensor:
-        """A parameter's values as float32, without gradient.
+        """The values of a parameter, or of a weight that acts, as float32, without gradient.
+
+        Raises:
+            PlanError: it is on the meta device.
+        """
+        if name in self.acting:
+            return self.acting[name].value(self.weight_of)
+        return self.weight_of(name).float()
+
+    def weight_of(self, name: str) -> Tensor:
+        """A parameter or buffer of the graph, in its own dtype.
 
         Raises:
             PlanError: it is on the meta device.
@@ -80,12 +96,12 @@ class Evidence:
                 at=f"parameter '{name}'",
                 fix='load the weights, or use saliency="random"',
             )
-        return tensor.detach().float()
+        return tensor.detach()
 
     def gradient(self, name: str) -> Tensor:
-        """d loss / d parameter as float32, mean over the batches; zeros where the loss does not depend on it."""
+        """d loss / d weight as float32, mean over the batches; zeros where the loss does not depend on it."""
         found = self.gradients.get(name)
-        return torch.zeros_like(self._tensors[name], dtype=torch.float32) if found is None else found.float()
+        return torch.zeros_like(self.weight(name)) if found is None else found.float()
 
     @cached_property
     def gradients(self) -> dict[str, Tensor]:
@@ -100,7 +116,12 @@ class Evidence:
                 f"this saliency needs gradients, and there is no {missing}",
                 fix="data=batches, loss=lambda output, batch: …, or a saliency that needs none, such as 'l2'",
             )
-        return gradients(self.analysis.captured, self.loss, self.data)
+        names = {weight.node: name for name, weight in self.acting.items()}
+        if not names:
+            return gradients(self.analysis.captured, self.loss, self.data)
+        batches = list(self.data)  # gone over twice
+        found = gradients(self.analysis.captured, self.loss, batches)
+        return found | gradients_at(self.analysis.captured, self.loss, batches, names)
 
     @cached_property
     def meetings(self) -> tuple[Meeting, ...]:
@@ -123,8 +144,7 @@ class Evidence:
     def of(self, groups: Sequence[ChannelGroup]) -> Evidence:
         """The same for other groups; what is known already is kept."""
         other = replace(self, groups=groups)
-        if "gradients" in vars(self):
-            vars(other)["gradients"] = self.gradients
+        vars(other).update({name: vars(self)[name] for name in ("gradients", "acting") if name in vars(self)})
         return other
 
 
@@ -253,6 +273,47 @@ def gradients(captured: Captured, loss: Loss, batches: Iterable[Any]) -> dict[st
     if not count:
         raise PlanError("there are no batches to take gradients on", fix="data=[batch, …]; an iterator runs only once")
     return {name: tensor.grad / count for name, tensor in free.items() if tensor.grad is not None}
+
+
+def gradients_at(
+    captured: Captured, loss: Loss, batches: Iterable[Any], names: Mapping[fx.Node, str]
+) -> dict[str, Tensor]:
+    """d loss / d value of some nodes of the graph by their names, mean over `batches`; of others the loss does not
+    depend on, nothing.
+
+    Raises:
+        PlanError: the graph does not run on a batch, or `loss` gives no scalar that depends on the nodes.
+    """
+    runner = _Leaves(captured.module, names)
+    count = 0
+    for batch in batches:
+        args, kwargs = copies(arguments_of(captured, batch))
+        with same_buffers(captured.module), torch.enable_grad():
+            flat = flat_inputs(captured, args, kwargs)
+            try:
+                output = captured.module.graph.process_outputs(runner.run(*flat, enable_io_processing=False))
+            except Exception as error:  # whatever the ops raise on inputs of another shape
+                raise PlanError("the model does not run on a batch of data", why=str(error)[:300]) from error
+            value = loss(output, batch)
+            check_loss(value)
+            value.backward()  # type: ignore[no-untyped-call]
+        count += 1
+    return {name: leaf.grad / count for name, leaf in runner.leaves.items() if leaf.grad is not None}
+
+
+class _Leaves(fx.Interpreter):
+    """Runs the graph with leaves in place of some values, the same ones in every run."""
+
+    def __init__(self, module: fx.GraphModule, names: Mapping[fx.Node, str]) -> None:
+        super().__init__(module)
+        self.names = names
+        self.leaves: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n not in self.names:
+            return result
+        return self.leaves.setdefault(self.names[n], result.detach().requires_grad_())
 
 
 # ------------------------------------------------------------------------------------------------ activations

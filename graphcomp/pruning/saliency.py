@@ -4,7 +4,8 @@ A saliency is a callable that takes an Evidence and returns, for each of its gro
 below are values (frozen dataclasses) with their options as fields; SALIENCIES gives each a name.
 
 Over a unit: every floating-point parameter of the group counts (no buffers), all elements whose index on the member's
-dim belongs to the unit. An element of a weight lies in a unit of its rows' group and in one of its columns' group, and
+dim belongs to the unit. Where a weight is computed from parameters (masks, weight norm), the weight counts in their
+place. An element of a weight lies in a unit of its rows' group and in one of its columns' group, and
 counts for both. Scores are of the parameters in float32, sums taken on their device, results on the CPU.
 """
 
@@ -26,6 +27,7 @@ from graphcomp.coupling.groups import ChannelGroup, Member
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.errors import PlanError
 from graphcomp.graph import attributes, bind, is_op
+from graphcomp.pruning.acting import with_acting
 from graphcomp.pruning.evidence import Evidence, Loss, Meeting, Place, Scores, axis_at, units_at
 from graphcomp.threads import one_at_a_time
 
@@ -67,18 +69,40 @@ def score(
     """
     scorer = named(saliency) if isinstance(saliency, str) else saliency
     check_callable("saliency", scorer, 'saliency="l2"')
-    scores = scorer(Evidence(analysis, tuple(groups), data, loss, seed))
+    evidence = Evidence(analysis, tuple(groups), data, loss, seed)
+    acting = with_acting(groups, evidence.acting)
+    evidence = evidence.of(tuple(acting.values()))
+    scores = scorer(evidence)
     check_mapping("what a saliency returns", scores, "{group: scores for group in evidence.groups}, each (size,)")
-    return {group: _score_of(group, scores, saliency) for group in groups}
+    found = {g: _score_of(g, scores.get(own, scores.get(g)), saliency) for g, own in acting.items()}
+    if not isinstance(scorer, (Magnitude, Cosine, Geta, NormScale, GeometricMedian, Activation, Taylor)):
+        return found
+    return {group: _dead_first(values, dead_units(acting[group], evidence)) for group, values in found.items()}
 
 
-def _score_of(group: ChannelGroup, scores: Scores, saliency: object) -> Tensor:
+def _dead_first(values: Tensor, dead: Tensor) -> Tensor:
+    """Give units that are dead the lowest score."""
+    return values.masked_fill(dead, min(float(values.min()), 0.0)) if bool(dead.any()) else values
+
+
+def dead_units(group: ChannelGroup, evidence: Evidence) -> Tensor:
+    """Return which units carry nothing: all matrices that make them, or all that read them, are zero there. (size,)
+    bool."""
+    matrices = [member for member in parameters(group) if len(member.shape) > 1]
+    dead = torch.zeros(group.size, dtype=torch.bool)
+    for consumes in (False, True):
+        own = [member for member in matrices if member.consumes == consumes]
+        if own:
+            dead |= per_unit(group, lambda name: (evidence.weight(name) != 0).float(), own) == 0
+    return dead
+
+
+def _score_of(group: ChannelGroup, found: Any, saliency: object) -> Tensor:
     """Return the scores of a group, as a saliency gave them: (size,) float32 on the CPU.
 
     Raises:
         PlanError: they are missing, or of another shape.
     """
-    found = scores.get(group)
     if not isinstance(found, Tensor) or tuple(found.shape) != (group.size,):
         given = f"scores of shape {tuple(found.shape)}" if isinstance(found, Tensor) else shown(found)
         raise PlanError(
@@ -415,7 +439,7 @@ def _met(group: ChannelGroup, meeting: Meeting, evidence: Evidence) -> Tensor:
         left, right = right, left
     if right[0] not in coupling.sources:
         return _rms(group, left, evidence) * _rms(group, right, evidence)
-    names = coupling.sources[right[0]]
+    names = coupling.sources[right[0]] | {name for name, own in evidence.acting.items() if own.node is right[0]}
     total = torch.zeros(group.size)
     for member in parameters(group):
         if member.consumes and member.name in names:
