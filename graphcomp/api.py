@@ -40,6 +40,7 @@ from graphcomp.options import check_options
 from graphcomp.progress import progress as show_progress
 from graphcomp.pruning.allocation import Budget, Scope, allocate_budget
 from graphcomp.pruning.evidence import arguments_like, arguments_of
+from graphcomp.pruning.multiples import in_multiples
 from graphcomp.pruning.prunable import find_prunable
 from graphcomp.pruning.saliency import Saliency, reads_data, score
 from graphcomp.pruning.shares import allocate_parts, parts_of
@@ -319,6 +320,8 @@ def compress(
                 kept = allocate_budget(
                     analysis, groups, scores, budget, scope=ranking, round_to=round_to, bits=layer_bits, stored=stored
                 )
+            kept, rounded = in_multiples(kept, scores, round_to, at_most=budget is not None)
+            notes += rounded
         bar.step("cutting and verifying")
         with blaming_inputs(analysis.captured):
             cut = cut_groups(analysis, kept, groups, verify=verify)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor, fx
 from graphcomp.coupling.axis import (
     Axes,
     Axis,
+    Concat,
     Factor,
     Product,
     Reason,
@@ -21,11 +23,12 @@ from graphcomp.coupling.axis import (
     freeze,
     is_frozen,
     leaves,
+    length,
     normal,
 )
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.coupling.table import Call
-from graphcomp.graph import argument_at, attributes, bind
+from graphcomp.graph import argument_at, attributes, bind, source_line
 
 Role = Literal["channel", "head", "head_dim", "hidden", "width", "expert", "group"]
 ROLES: tuple[Role, ...] = ("channel", "head", "head_dim", "hidden", "width", "expert", "group")
@@ -78,6 +81,8 @@ class ChannelGroup:
     members: tuple[Member, ...]
     factor: Factor
     normalized: bool  # its axis takes part in layer, RMS or group norm statistics
+    multiple: int = 1  # an op takes no other numbers of units but multiples of this, and all of them
+    multiple_why: str = ""  # which op, and where
 
     @property
     def producers(self) -> tuple[Member, ...]:
@@ -130,6 +135,7 @@ def find_groups(coupling: Coupling) -> tuple[ChannelGroup, ...]:
                 member = Member(name, dim, normal(axis), torch.stack(found), consumes, is_parameter, shape)
                 members.setdefault(factor, []).append(member)
     groups: list[ChannelGroup] = []
+    multiples = _multiples(coupling)
     names: Counter[str] = Counter()
     nested = nested_factors([(m.axis, _is_matrix(m)) for found in members.values() for m in found if m.is_parameter])
     for factor, found_in in members.items():
@@ -142,7 +148,9 @@ def find_groups(coupling: Coupling) -> tuple[ChannelGroup, ...]:
         name = _name(role, found_in)
         names[name] += 1
         unique = name if names[name] == 1 else f"{name}#{names[name]}"
-        groups.append(ChannelGroup(unique, factor.size, role, tuple(found_in), factor, "normalized" in factor.marks))
+        multiple, why = multiples.get(factor, (1, ""))
+        normalized = "normalized" in factor.marks
+        groups.append(ChannelGroup(unique, factor.size, role, tuple(found_in), factor, normalized, multiple, why))
     return tuple(groups)
 
 
@@ -194,6 +202,36 @@ def _not_nested(axis: Axis) -> set[Factor]:
 
 def _kind(factor: Factor) -> str:
     return next((mark for mark in APART if mark in factor.marks), "")
+
+
+def _multiples(coupling: Coupling) -> dict[Factor, tuple[int, str]]:
+    """Factor -> the number that its count of units must be a multiple of, and the op that says so."""
+    found: dict[Factor, tuple[int, str]] = {}
+    for node, call in coupling.calls.items():
+        for axis, multiple in call.multiples:
+            for factor, own in _steps(normal(axis), multiple):
+                before, why = found.get(factor, (1, f"{node.target}, {source_line(node)}"))
+                found[factor] = math.lcm(before, own), why
+    return {factor: own for factor, own in found.items() if own[0] > 1}
+
+
+def _steps(axis: Axis, multiple: int) -> Iterator[tuple[Factor, int]]:
+    """Of what each factor must be a multiple, for the length of the axis to be one of `multiple`."""
+    if isinstance(axis, Factor):
+        yield axis, multiple
+        return
+    for part in axis.parts:
+        rest = _sure(axis, part)
+        yield from _steps(normal(part), multiple // math.gcd(multiple, rest))
+
+
+def _sure(axis: Product | Concat, part: Axis) -> int:
+    """A number that the length of `axis` is a multiple of, beside the length of `part`."""
+    if isinstance(axis, Concat):
+        first = list(leaves(axis.parts[0]))
+        return len(axis.parts) if all(list(leaves(other)) == first for other in axis.parts) else 1
+    others = [length(other) for other in axis.parts if other is not part and is_frozen(other)]
+    return math.prod(n for n in others if isinstance(n, int))
 
 
 def find_frozen(coupling: Coupling) -> tuple[FrozenAxis, ...]:

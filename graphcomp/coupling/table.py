@@ -46,6 +46,8 @@ class Call:
     """argument -> the Axis whose length it is (None: leave), or a list of these."""
     pins: dict[str, Any] = field(default_factory=dict)
     """argument -> the value that an implied constant had before any cut."""
+    multiples: list[tuple[Axis, int]] = field(default_factory=list)
+    """axes whose lengths must be multiples of a number"""
     residual: bool = False  # the op adds a branch to the stream it left
 
     @property
@@ -70,6 +72,10 @@ class Call:
     def contract(self, argument: str, *dims: int) -> None:
         """Masked units of these dims of `argument` must be multiplied by zero before the op."""
         self.contracted[argument] = tuple(dict.fromkeys((*self.contracted.get(argument, ()), *dims)))
+
+    def align(self, axis: Axis, multiple: int) -> None:
+        """Say that the op takes no length of `axis` but multiples of a number."""
+        self.multiples.append((axis, multiple))
 
     def einsum(self, text: str, /, sizes: Mapping[str, Size] | None = None, **operands: Axes | None) -> list[Axes]:
         """Apply a rule in notation to the arguments given by name; contractions are noted."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import PlanError
 from graphcomp.pruning.evidence import Scores
+from graphcomp.pruning.multiples import step_of
 
 Tie: TypeAlias = frozenset[ChannelGroup]
 Left: TypeAlias = Mapping[ChannelGroup, int]
@@ -48,7 +49,7 @@ def equalized(
         kept: an untied choice.
         scores: comparable between groups, (size,) per group.
         ties: sets of groups of one size; groups that `kept` does not name are left out.
-        step: units are given back in blocks of `step`.
+        step: units are given back in blocks of `step`, or of what ops can take.
         local: give back where the largest share of a group is gone, rather than where scores are highest.
         holds: whether these counts are allowed; by default as many units as `kept` keeps are.
         already: an earlier choice: units that the earlier choice removed stay removed.
@@ -104,7 +105,7 @@ def _give_back(
         """Return minus the worth of the next block: its mean score, or the share that is gone."""
         if local:
             return left[entry[0]] / entry[0].size
-        block = [v for group in entry for v in values[group][: len(orders[group]) - left[group]][-step:]]
+        block = [v for g in entry for v in values[g][: len(orders[g]) - left[g]][-step_of(g, step) :]]
         return -sum(block) / len(block)
 
     def has_more(entry: Sequence[ChannelGroup]) -> bool:
@@ -116,7 +117,7 @@ def _give_back(
         _, k = heapq.heappop(heap)
         entry = entries[k]
         before = {group: left[group] for group in entry}
-        left.update({group: min(n + step, len(orders[group])) for group, n in before.items()})
+        left.update({group: min(n + step_of(group, step), len(orders[group])) for group, n in before.items()})
         if not holds(left):
             left.update(before)
         elif has_more(entry):

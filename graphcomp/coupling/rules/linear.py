@@ -14,7 +14,7 @@ from graphcomp.coupling.axis import UNIT, Axes, Axis, couple, freeze, length, re
 from graphcomp.coupling.notation import broadcast, einsum_letters, from_end
 from graphcomp.coupling.size import divide
 from graphcomp.coupling.table import Call, rule
-from graphcomp.graph import bind
+from graphcomp.graph import bind, value
 
 aten = torch.ops.aten
 
@@ -233,7 +233,8 @@ def _attention_batch(query: Axes, key: Axes, value: Axes, grouped: bool, call: C
 def grouped_mm(call: Call, **arguments: Any) -> Axes:
     """Rows of the first operand, sorted by expert, meet that expert's matrix: (t, i), (e, i, o) -> (t, o).
 
-    Experts are dispatched by number, so e is frozen.
+    Experts are dispatched by number, so e is frozen. torch's kernel takes rows of whole blocks of 16 bytes; in a graph
+    the fallback stands for the kernel, which the class calls.
     """
     names = list(arguments)
     tokens, weight = arguments[names[0]], arguments[names[1]]
@@ -241,8 +242,24 @@ def grouped_mm(call: Call, **arguments: Any) -> Axes:
     call.mark(weight[0], "expert")
     couple(tokens[-1], weight[-2], call.why)
     call.contract(names[1], len(weight) - 2)
+    for name, axes in ((names[0], tokens), (names[1], weight)):
+        _align_rows(call, name, axes)
     _freeze_offsets(call, [v for name, v in arguments.items() if name in ("offs", "offsets")])
     return (*tokens[:-1], weight[-1])
+
+
+BLOCK = 16
+"""Bytes that rows of operands of torch's grouped product are multiples of."""
+
+
+def _align_rows(call: Call, name: str, axes: Axes) -> None:
+    """Let the dim whose elements lie side by side be as long as blocks of bytes are."""
+    operand = value(bind(call.node)[name])
+    side_by_side = [
+        k for k, stride in enumerate(operand.stride()) if k >= len(axes) - 2 and type(stride) is int and stride == 1
+    ]
+    for k in side_by_side[-1:]:
+        call.align(axes[k], BLOCK // math.gcd(BLOCK, operand.element_size()))
 
 
 def _freeze_offsets(call: Call, offsets: Sequence[Axes | None]) -> None:

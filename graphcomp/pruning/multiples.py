@@ -1,0 +1,62 @@
+"""Numbers of units that an op can take: where a kernel wants rows of whole blocks of bytes, widths are multiples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from graphcomp.coupling.groups import ChannelGroup, Kept
+from graphcomp.pruning.evidence import Scores
+
+
+def step_of(group: ChannelGroup, round_to: int) -> int:
+    """The number of units kept of `group` is a multiple of this, or all of the group."""
+    return math.lcm(round_to, group.multiple)
+
+
+def in_multiples(
+    kept: Kept, scores: Scores, round_to: int = 1, *, at_most: bool = False
+) -> tuple[dict[ChannelGroup, Tensor], list[str]]:
+    """Return the choice nearest to `kept` in which every group has a number of units that its ops can take, and notes.
+
+    Each group keeps its best units; the rounding of one group makes up for that of those before.
+
+    Args:
+        kept: a choice that meets the sparsity or the budget.
+        scores: (size,) per group, of those with a `multiple`.
+        round_to: all other numbers are multiples of it already.
+        at_most: round down, where a budget is not to be exceeded.
+    """
+    found = dict(kept)
+    surplus = 0
+    for group, units in kept.items():
+        step = step_of(group, round_to)
+        if len(units) == group.size or len(units) % step == 0:
+            continue
+        low, high = len(units) // step * step, min(-(-len(units) // step) * step, group.size)
+        down = surplus + low - len(units), low
+        up = surplus + high - len(units), high
+        nearest = min((up, down), key=lambda choice: abs(choice[0]))
+        surplus, count = up if low == 0 else down if at_most else nearest
+        found[group] = _best(units, scores[group], count)
+    changed = [group for group in kept if len(found[group]) != len(kept[group])]
+    return found, [_note(changed, found, kept)] if changed else []
+
+
+def _best(units: Tensor, scores: Tensor, count: int) -> Tensor:
+    """The `count` best units, those of `units` before all others: (count,) int64, ascending."""
+    values = scores.detach().double().cpu()
+    stays = torch.zeros(len(values), dtype=torch.bool)
+    stays[units.cpu()] = True
+    order = values.argsort(descending=True, stable=True)
+    return torch.cat([order[stays[order]], order[~stays[order]]])[:count].sort().values
+
+
+def _note(changed: list[ChannelGroup], found: Mapping[ChannelGroup, Tensor], asked: Kept) -> str:
+    reasons = dict.fromkeys(f"a multiple of {group.multiple} ({group.multiple_why})" for group in changed)
+    names = ", ".join(group.name for group in changed[:3]) + (" and others" if len(changed) > 3 else "")
+    kept, wanted = (sum(len(units) for units in choice.values()) for choice in (found, asked))
+    return f"{names}: the number of units kept is {' or '.join(reasons)}, so {kept} are kept in all, not {wanted}"
