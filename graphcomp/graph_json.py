@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import inspect
 import keyword
+import logging
 import math
 import operator
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from graphcomp.graph import clone, example_size, fetch, run_fake
 from graphcomp.graph_module import FOLLOWS_MODE, CapturedModule, build
 from graphcomp.json_values import JSON, damaged, decode, encode
 from graphcomp.spec_json import dump_spec, load_spec
+from graphcomp.threads import LOCK
 from graphcomp.trust import EVERYTHING, Trust
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -51,6 +53,19 @@ _NODE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 EXAMPLE = "graphcomp_example"
 """In node.meta of a placeholder of a loaded graph: what stood in the document of the input's shape."""
+
+_SETTINGS = (torch.dtype, torch.layout, torch.memory_format)
+_VALUES: dict[str, tuple[type, ...]] = {
+    "Tensor": (),
+    "number": (int, float, complex),
+    "int": (int, *_SETTINGS),
+    "float": (int, float),
+    "complex": (int, float, complex),
+    "bool": (bool,),
+    "str": (str,),
+    "Device": (torch.device,),
+}
+"""Type in a schema -> what may stand there besides nodes; dtypes and the like are numbers in a schema."""
 
 TAKEN = frozenset({"self", "torch", "inf", "nan", "NoneType", "fx_pytree", "pytree", "getattr"}) | frozenset(
     name.replace(".", "_") for name in FUNCTIONS
@@ -142,7 +157,8 @@ def _example(node: fx.Node) -> JSON:
 def _results(module: fx.GraphModule, examples: Sequence[JSON]) -> JSON:
     """dtype and shape of each output for inputs like `examples`; None where the graph cannot be run without data."""
     try:
-        return _run(module, examples, {})
+        with _unlogged("torch._subclasses.fake_tensor"):
+            return _run(module, examples, {})
     except Exception:  # an op may need data, or know nothing of fake tensors; what it raises is its own affair
         return None
 
@@ -155,6 +171,18 @@ def _run(module: fx.GraphModule, examples: Sequence[JSON], devices: Mapping[str,
     found = run_fake(module, mode, inputs)
     leaves = pytree.tree_leaves(fx.map_arg(output.args[0], lambda node: found[node]))
     return [[str(t.dtype).removeprefix("torch."), list(t.shape)] if isinstance(t, Tensor) else None for t in leaves]
+
+
+@contextmanager
+def _unlogged(name: str) -> Iterator[None]:
+    """Keep a logger quiet inside: torch logs what an op raises, and the error says the same."""
+    logger, nothing = logging.getLogger(name), lambda record: False
+    with LOCK:
+        logger.addFilter(nothing)
+        try:
+            yield
+        finally:
+            logger.removeFilter(nothing)
 
 
 def _input(example: JSON, devices: Mapping[str, torch.device]) -> Any:
@@ -178,8 +206,10 @@ def load(
     Raises:
         CheckpointError: an op that is not registered or not allowed, or a document that is not a graph.
     """
-    if not isinstance(document, dict) or not isinstance(document.get("nodes"), list):
+    if not isinstance(document, dict) or not {"name", "nodes", "arguments", "inputs", "outputs"} <= set(document):
         raise damaged("there is no graph", f"{document!r:.100}")
+    if not isinstance(document["nodes"], list):
+        raise damaged(f"the nodes of the graph are {document['nodes']!r:.100}")
     reading = _Reading(tensors, devices, trust)
     for row in document["nodes"]:
         reading.add(row)
@@ -319,7 +349,7 @@ def _function(name: str, trust: Trust) -> Any:
             fix=f"import the library that defines '{library:.100}' ops first; a newer torch may have renamed it",
         ) from error
     if not isinstance(found, (OpOverload, HigherOrderOperator)):
-        raise CheckpointError(f"'{name:.100}' is not an op")
+        raise CheckpointError(f"'{name:.100}' is not an op", why=f"it is a {type(found).__name__}")
     if not trust.allows_op(found):
         raise CheckpointError(
             f"the graph calls the op '{name}', which a file may not ask for unasked",
@@ -359,6 +389,31 @@ def _check_schema(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
     missing = [a.name for a in arguments if a.name not in given and not a.has_default_value()]
     if unknown or missing:
         raise damaged(what, f"with a wrong argument '{unknown[0]}'" if unknown else f"without '{missing[0]}'")
+    types = {a.name: str(a.type) if _is_number_alone(a) else "dtype" for a in arguments}
+    numbers = torch._C._should_allow_numbers_as_tensors(op._schema.name.rpartition("::")[2])
+    for name, value in (*zip(positional, args, strict=False), *kwargs.items()):
+        if not (_fits(value, types[name]) or (numbers and types[name] == "Tensor" and _fits(value, "number"))):
+            raise damaged(f"{what} with {name} = {value!r:.100}", f"it must be {types[name]}")
+
+
+def _is_number_alone(argument: Any) -> bool:
+    """Whether an argument is none of those that a schema calls int and that are dtypes in Python."""
+    return str(argument.real_type) not in ("ScalarType", "Optional[ScalarType]")
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """Whether torch takes `value` for an argument of that type; what a node computes may be anything."""
+    if isinstance(value, fx.Node):
+        return True
+    if kind == "dtype":
+        return value is None or isinstance(value, torch.dtype)
+    if kind.startswith("Optional["):
+        return value is None or _fits(value, kind[len("Optional[") : -1])
+    if kind.startswith("List["):
+        return isinstance(value, (list, tuple)) and all(_fits(item, kind[len("List[") : -1]) for item in value)
+    if isinstance(value, bool):
+        return kind in ("bool", "number")
+    return isinstance(value, _VALUES[kind]) if kind in _VALUES else True
 
 
 def _set_calling_convention(graph: fx.Graph, document: JSON, trust: Trust) -> None:
@@ -377,7 +432,10 @@ def _set_calling_convention(graph: fx.Graph, document: JSON, trust: Trust) -> No
     if len(names) != len(called) or len(set(called)) != len(names) or len(set(names)) != len(names):
         raise damaged(f"the inputs are called {names!r:.100}", f"and the model is called with {called!r:.100}")
     (output,) = graph.find_nodes(op="output")
-    counts = len(graph.find_nodes(op="placeholder")), len(pytree.tree_leaves(output.args[0]))
+    results = output.args[0]
+    if not isinstance(results, (list, tuple)) or any(isinstance(r, (list, tuple, dict, slice)) for r in results):
+        raise damaged(f"the graph returns {results!r:.100}", "it must be a flat tuple")
+    counts = len(graph.find_nodes(op="placeholder")), len(results)
     if counts != (takes.num_leaves, gives.num_leaves):
         raise damaged(f"the graph has {counts} inputs and outputs, and {takes.num_leaves, gives.num_leaves} are stored")
     graph.set_codegen(calling_convention(names, takes, gives, _load_parameters(document.get("parameters", []))))
@@ -402,7 +460,8 @@ def _check_results(module: CapturedModule, document: JSON, devices: Mapping[str,
     if not isinstance(examples, list) or len(examples) != len(places):
         raise damaged(f"the inputs are like {examples!r:.100}")
     try:
-        found = _run(module, examples, devices)
+        with _unlogged("torch._subclasses.fake_tensor"):
+            found = _run(module, examples, devices)
     except CheckpointError:
         raise
     except Exception as error:  # an op that gets what it cannot take raises in any way

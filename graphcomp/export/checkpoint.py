@@ -33,7 +33,7 @@ from graphcomp.export import recipe
 from graphcomp.export.document import FORMAT, Document, check_fields, parsed, written
 from graphcomp.export.files import abandoned, put, staging, sync_folder
 from graphcomp.export.names import MAIN, class_path
-from graphcomp.export.state import Decoder, Encoder, replace_tensors, submodule
+from graphcomp.export.state import Decoder, replace_tensors, submodule
 from graphcomp.graph import assign
 from graphcomp.graph_module import tensor_names
 from graphcomp.json_values import damaged, decode, encode
@@ -92,7 +92,7 @@ def save(compressed: CompressedModel, folder: str | Path) -> None:
         original_shapes=compressed.original_shapes,
     )
     if isinstance(report, Report):
-        compressed.report = replace(report, notes=(*report.notes, *(n for n in needs if n not in report.notes)))
+        compressed.report = replace(report, notes=tuple(_with_notes({"notes": report.notes}, needs)["notes"]))
 
 
 @one_at_a_time
@@ -170,9 +170,8 @@ def write(
     folder = Path(folder).absolute()
     _restore(folder)
     _check_target(folder)
-    encoder = Encoder(module)
-    structure, needs = _structure(module, encoder)
-    tensors = tensor_names(module) | encoder.extra
+    structure, extra, needs = _structure(module)
+    tensors = {**tensor_names(module), **extra}
     document = {
         "format": FORMAT,
         "graphcomp": _version(),
@@ -180,14 +179,15 @@ def write(
         "form": form,
         "reason": reason,
         "kept": {name: {str(d): indices.tolist() for d, indices in dims.items()} for name, dims in kept.items()},
-        "report": {**_finite(dict(report)), "notes": [*report.get("notes", ()), *needs]} if needs else _finite(report),
+        "report": _finite(_with_notes(report, needs)),
         "edits": [(path, name, encode(value)) for path, name, value in edits],
         "original_shapes": {name: list(shape) for name, shape in (original_shapes or {}).items()},
         "class": class_path(type(module)),
         "device": str(next((t.device for t in tensors.values()), torch.device("cpu"))),
         **structure,
         **_tensor_facts(tensors),
-        "plain": sorted(_plain_names(module) | set(encoder.extra)),
+        "plain": sorted(set(tensor_names(module)) - _registered(module)),
+        "inside_attributes": sorted(extra),
         "eval": [path for path, m in module.named_modules() if not m.training],
     }
     made = not folder.exists()
@@ -216,30 +216,39 @@ def write(
     return needs
 
 
-def _structure(module: nn.Module, encoder: Encoder) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _with_notes(report: Mapping[str, Any], notes: Iterable[str]) -> dict[str, Any]:
+    """A report with these notes, too, each once."""
+    there = list(report.get("notes", ()))
+    added = [note for note in notes if note not in there]
+    return {**report, "notes": [*there, *added]} if added else dict(report)
+
+
+def _structure(module: nn.Module) -> tuple[dict[str, Any], Mapping[str, Tensor], tuple[str, ...]]:
     """The graph or the recipe, and the attributes a fresh model has otherwise; both for a model that holds a graph.
-    Then what a reader has to know."""
+    Then the tensors inside these attributes, and what a reader has to know."""
     at = _graph_path(module)
     found: dict[str, Any] = {"graph_at": at, "graph": None, "recipe": None, "attributes": []}
     needs: list[str] = []
+    extra: Mapping[str, Tensor] = {}
     if at is not None:
         part = module.get_submodule(at)
         assert isinstance(part, fx.GraphModule)
         found["graph"] = graph_json.dump(part)
         needs += _needed_namespaces(part)
     if at != "":
-        how = recipe.find_recipe(module, encoder, at)
-        found["recipe"], found["attributes"] = how.recipe, how.attributes
+        how = recipe.find_recipe(module, at)
+        found["recipe"], found["attributes"], extra = how.recipe, how.attributes, how.extra
         needs += _needed_of(module, how)
-    return found, tuple(needs)
+    return found, extra, tuple(needs)
 
 
 def _needed_of(module: nn.Module, how: recipe.Found) -> list[str]:
     kind = type(module)
     if how.recipe is None:
+        why = f": its attribute {', '.join(how.lost[:5])} is no plain data" if how.lost else ""
         return [
-            f"graphcomp.load of this checkpoint needs model_factory=lambda: {kind.__name__}(…): "
-            f"{class_path(kind)} cannot be built from what a file can hold"
+            f"graphcomp.load of this checkpoint needs model_factory=lambda: {kind.__name__}(…), since "
+            f"{class_path(kind)} cannot be built from what a file can hold{why}"
         ]
     found = []
     if any(type(m).__module__ == MAIN for m in module.modules()):
@@ -258,11 +267,6 @@ def _needed_namespaces(graph: fx.GraphModule) -> list[str]:
         f"graphcomp.load of this checkpoint needs trust=[{name!r}], and the library of these ops imported"
         for name in sorted(used - NAMESPACES)
     ]
-
-
-def _plain_names(module: nn.Module) -> set[str]:
-    """Names of tensors that are plain attributes: neither parameters nor buffers."""
-    return set(tensor_names(module)) - _registered(module)
 
 
 def _registered(module: nn.Module) -> set[str]:
@@ -444,6 +448,8 @@ def _read(
         if graph is not None:
             submodule(module, at)  # there is one, which the graph takes the place of
             module.set_submodule(at, graph)
+        if by_factory:
+            _say_what_is_left_out(module, tensors, document)
         _fill(module, tensors, document)
         recipe.apply_attributes(
             module, document["edits"] if by_factory else document["attributes"], Decoder(module, tensors, trust)
@@ -534,7 +540,7 @@ def _skeleton(folder: Path, document: Document, factory: Callable[[], nn.Module]
     if document["recipe"] is None:
         raise CheckpointError(
             f"{document['class']} cannot be built from what the checkpoint holds",
-            why="its constructor arguments are not attributes of the same name, or its class cannot be imported",
+            why="its class cannot be imported, or it has hooks or attributes that are no plain data",
             fix=fix,
         )
     try:
@@ -546,13 +552,24 @@ def _skeleton(folder: Path, document: Document, factory: Callable[[], nn.Module]
         raise CheckpointError(f"{document['class']} cannot be built", why=why, fix=fix) from error
 
 
+def _say_what_is_left_out(module: nn.Module, tensors: Mapping[str, Tensor], document: Document) -> None:
+    """Log the plain attributes of the saved model that the model of the factory has not: caches of a forward pass."""
+    left = sorted(set(document["plain"]) & set(tensors) - set(tensor_names(module)))
+    if left:
+        log.warning(
+            "%s: left out, as the model of model_factory has no such attribute: what a forward pass keeps is no weight",
+            ", ".join(left),
+        )
+
+
 def _fill(module: nn.Module, tensors: Mapping[str, Tensor], document: Document) -> None:
     """Put every tensor in its place. Tensors that are plain attributes are left to the recipe, or to the factory, where
     one side alone has them: a cache that a forward pass left behind."""
     at = document["graph_at"]
     prefix = None if at is None else f"{at}."
     there, registered, plain = tensor_names(module), _registered(module), set(document["plain"])
-    missing, extra = sorted(set(tensors) - set(there) - plain), sorted(registered - set(tensors))
+    missing = sorted(set(tensors) - set(there) - plain - set(document["inside_attributes"]))
+    extra = sorted(registered - set(tensors))
     if missing or extra:
         found = f"it lacks {missing[0]!r}" if missing else f"it has {extra[0]!r} besides"
         raise CheckpointError(

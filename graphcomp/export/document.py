@@ -100,7 +100,7 @@ def check_fields(document: Document) -> Document:
     Raises:
         CheckpointError: a field is missing or of another kind.
     """
-    document = {"tensors": None, "plain": [], **document}
+    document = {"tensors": None, "plain": [], "inside_attributes": [], **document}
     for name, fits in FIELDS.items():
         if name not in document:
             raise damaged(f"{name!r} is missing")
@@ -176,6 +176,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "not_trained": _is_names,
     "eval": _is_names,
     "plain": _is_names,
+    "inside_attributes": _is_names,
     "tensors_sha256": _is_text,
     "tensors": _or_none(lambda value: _each(value, dict, _is_kind)),
 }

@@ -70,7 +70,7 @@ def import_class(path: Any, trust: Trust) -> type[nn.Module]:
     """
     found = import_object(path, trust)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise CheckpointError(f"{path} is not an nn.Module class")
+        raise CheckpointError(f"{path} is not an nn.Module class", why="a checkpoint is built of modules alone")
     return found
 
 

@@ -54,33 +54,35 @@ class Found:
     Attributes:
         recipe: None where there is none.
         attributes: those that what the recipe builds has otherwise.
-        lost: attributes that differ and have no form in a file.
+        extra: tensors that values of these hold, by the names they are given in the file.
+        lost: attributes that differ and have no form in a file; without a recipe, why there is none.
     """
 
     recipe: Recipe | None = None
     attributes: Attributes = field(default_factory=list)
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
     lost: tuple[str, ...] = ()
 
 
 # ------------------------------------------------------------------------------------------------ finding
-def find_recipe(model: nn.Module, encoder: Encoder, graph_at: str | None = None) -> Found:
+def find_recipe(model: nn.Module, graph_at: str | None = None) -> Found:
     """A recipe that was seen to build `model` again, but for tensors and the attributes beside it.
 
     Args:
-        encoder: of `model`.
         graph_at: path of a submodule that stands for another one (a graph in place of the user's); not compared.
     """
+    found = Found()
     for make in (_of_transformers, _of_class, _of_torchvision, _of_timm, _of_tree):
         for recipe in make(model, graph_at):
-            found = _tried(recipe, model, encoder, graph_at)
-            if found is not None:
+            found = _tried(recipe, model, graph_at)
+            if found.recipe is not None:
                 return found
-    return Found()
+    return found
 
 
-def _tried(recipe: Recipe, model: nn.Module, encoder: Encoder, graph_at: str | None) -> Found | None:
+def _tried(recipe: Recipe, model: nn.Module, graph_at: str | None) -> Found:
     """The recipe with the device that fits and what differs from `model`: without memory if that works, else on the
-    CPU. None where the recipe builds another model."""
+    CPU. No recipe where it builds another model."""
     for device in ("meta", "cpu"):
         placed = {**recipe, "device": device}
         try:
@@ -88,13 +90,14 @@ def _tried(recipe: Recipe, model: nn.Module, encoder: Encoder, graph_at: str | N
         except Exception:  # a constructor may object to its arguments, or to the device, in any way
             continue
         if not same_structure(built, model, graph_at):
-            return None
+            break
         if device == "cpu" or not _stray_meta(built, model):
+            encoder = Encoder(model)
             attributes, lost = differing_attributes(built, model, encoder, graph_at)
             names = tuple(f"{path}.{name}" if path else name for path, name, _ in lost)
             whole = recipe["kind"] != "tree" and not any(isinstance(v, types.FunctionType) for _, _, v in lost)
-            return Found(placed, attributes, names) if whole or not lost else None
-    return None
+            return Found(placed, attributes, encoder.extra, names) if whole or not lost else Found(lost=names)
+    return Found()
 
 
 def same_structure(built: nn.Module, model: nn.Module, graph_at: str | None = None) -> bool:

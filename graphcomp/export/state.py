@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import functools
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
 from typing import Any
 
 import torch
@@ -13,7 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from graphcomp.errors import CheckpointError
-from graphcomp.export.names import class_path, find_function, function_path, import_class, importable
+from graphcomp.export.names import class_path, find_function, function_path, import_class, import_object, importable
 from graphcomp.graph_module import tensor_names
 from graphcomp.json_values import JSON, damaged, decode, encode
 from graphcomp.trust import Trust
@@ -23,6 +26,15 @@ INTERNAL = frozenset(vars(nn.Module())) | {"training"}
 """Attributes that every module has."""
 
 _NUMBERS = (bool, int, float, str, complex, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+_RECORDS: dict[str, type] = {class_path(kind): kind for kind in (types.SimpleNamespace, argparse.Namespace)}
+
+
+def _is_record(kind: Any) -> bool:
+    """Whether instances of a class are named values and nothing else: a dataclass that is no module."""
+    plain = isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind.__dictoffset__ != 0
+    return plain and not issubclass(kind, (nn.Module, tuple, dict, list))
 
 
 class Encoder:
@@ -77,6 +89,11 @@ class Encoder:
             return {type(value).__name__: sorted(items, key=repr)}
         if type(value) is range:
             return {"range": [value.start, value.stop, value.step]}
+        if isinstance(value, Enum) and importable(type(value)):
+            return {"enum": [class_path(type(value)), value.name]}
+        if type(value) in _RECORDS.values() or (_is_record(type(value)) and importable(type(value))):
+            fields = {str(name): self.encode(item, owner) for name, item in vars(value).items()}
+            return {"record": [class_path(type(value)), fields]}
         if type(value) is functools.partial:
             return {"partial": [self.encode(part, owner) for part in (value.func, value.args, value.keywords)]}
         path = function_path(value, owner)
@@ -138,6 +155,22 @@ class Decoder:
     def _function(self, inner: JSON, owner: type) -> Callable[..., Any]:
         return find_function(inner, owner)
 
+    def _enum(self, inner: JSON, owner: type) -> Enum:
+        path, name = _pair(inner)
+        kind = import_object(path, self.trust)
+        if not isinstance(kind, type) or not issubclass(kind, Enum) or name not in kind.__members__:
+            raise damaged(f"an attribute is the member {name!r:.100} of {path!r:.100}", "there is no such enum")
+        return kind.__members__[name]
+
+    def _record(self, inner: JSON, owner: type) -> Any:
+        path, fields = _pair(inner)
+        kind = _RECORDS.get(path) or import_object(path, self.trust)
+        if not isinstance(fields, dict) or not (_is_record(kind) or kind in _RECORDS.values()):
+            raise damaged(f"an attribute is a {path!r:.100} with {fields!r:.100}", "it must be a dataclass")
+        made = object.__new__(kind)
+        vars(made).update({name: self.decode(item, owner) for name, item in fields.items()})
+        return made
+
     def _built(self, make: Callable[..., Any], inner: JSON, owner: type) -> Any:
         items = [self.decode(item, owner) for item in inner] if isinstance(inner, list) else None
         try:
@@ -149,6 +182,8 @@ class Decoder:
         "tensor": _tensor,
         "module": _module,
         "class": _class,
+        "enum": _enum,
+        "record": _record,
         "function": _function,
         "ordered": lambda self, inner, owner: self._built(OrderedDict, inner, owner),
         "set": lambda self, inner, owner: self._built(set, inner, owner),
@@ -158,6 +193,12 @@ class Decoder:
             lambda parts: functools.partial(parts[0], *parts[1], **parts[2]), inner, owner
         ),
     }
+
+
+def _pair(inner: JSON) -> tuple[str, Any]:
+    if not isinstance(inner, list) or len(inner) != 2 or not isinstance(inner[0], str):
+        raise damaged(f"an attribute is {inner!r:.100}", "it must be a class and what the class makes")
+    return inner[0], inner[1]
 
 
 def submodule(root: nn.Module, path: Any) -> nn.Module:
@@ -203,7 +244,9 @@ class Twins:
             return list(a) == list(b) and all(self.alike(a[key], b[key]) for key in a)
         if isinstance(a, types.FunctionType):
             return a.__code__ is b.__code__ and _same_cells(a, b)
-        if type(a) in _NUMBERS or isinstance(a, (slice, set, frozenset, range)):
+        if _is_record(type(a)) or type(a) in _RECORDS.values():
+            return self.alike(vars(a), vars(b))
+        if type(a) in _NUMBERS or isinstance(a, (slice, set, frozenset, range, Enum)):
             return bool(a == b) or (a != a and b != b)
         return True  # objects of one class that a constructor made: no more can be seen
 
