@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import networkx
 from torch import nn
 
+from graphcomp.beside import RunsBeside, runs_beside
 from graphcomp.capture import Captured
 from graphcomp.coupling.groups import ChannelGroup, FrozenAxis, find_frozen, find_groups
-from graphcomp.coupling.propagate import Coupling, UnknownOp, propagate
+from graphcomp.coupling.propagate import Coupling, UnknownOp, couple_beside, propagate
 from graphcomp.describe import analysis_graph, analysis_text
+from graphcomp.graph import attributes
+from graphcomp.graph_module import tensor_names
 from graphcomp.threads import one_at_a_time
 
 
@@ -20,12 +23,14 @@ from graphcomp.threads import one_at_a_time
 class Analysis:
     """The quantization-aware dependency graph (QADG) of one captured model.
 
-    `groups` are all groups that may be cut; which of them a method prunes by default is decided in `api`.
+    `groups` are all groups that may be cut; which of them a method prunes by default is decided in `api`. `beside` is
+    what the model does beside the captured graph: in training mode, and for results that it does not return.
     """
 
     captured: Captured
     coupling: Coupling
     groups: tuple[ChannelGroup, ...]
+    beside: RunsBeside = field(default_factory=RunsBeside)
 
     @property
     def model(self) -> nn.Module:
@@ -74,4 +79,10 @@ class Analysis:
 def analyze_captured(captured: Captured) -> Analysis:
     """Couple the axes of a captured graph and collect its groups."""
     coupling = propagate(captured.module, captured.output_names, held=captured.outside.reads)
-    return Analysis(captured, coupling, find_groups(coupling))
+    beside = runs_beside(captured)
+    for other in beside.graphs:
+        names = {str(node.target) for node, _ in attributes(other.module)} - set(tensor_names(captured.original))
+        constants = dict.fromkeys(names, f"a constant of the code {other.what}")
+        held = {**captured.outside.reads, **constants}
+        couple_beside(coupling, other.module, other.output_names, other.what, held)
+    return Analysis(captured, coupling, find_groups(coupling), beside)

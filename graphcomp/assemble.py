@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
 from graphcomp.analysis import Analysis
+from graphcomp.beside import TRAINING
 from graphcomp.capture import Captured
 from graphcomp.compressed import CompressedModel
 from graphcomp.cost import Bits, Bops, Codes, CostModel, Counts, SizeModel, flat_inputs, latency
@@ -24,7 +25,7 @@ from graphcomp.graph import bind, value
 from graphcomp.graph_module import tensor_leaves
 from graphcomp.pruning.law import LAW as SLICING
 from graphcomp.pruning.law import check_slicing
-from graphcomp.pruning.slice import SliceGroups, by_factor, kept_of_tensors
+from graphcomp.pruning.slice import SliceGroups, by_factor, kept_of_model, kept_of_tensors
 from graphcomp.quantization import ops
 from graphcomp.quantization.law import LAW as LOWERING
 from graphcomp.quantization.law import check_lowering
@@ -94,6 +95,7 @@ def as_model(cut: Cut, found: NativeResult, *, measure_latency: bool) -> Compres
     others = {_law_of_other(name): error for name, error in found.others.items()}
     verified |= {law: error for law, error in others.items() if not math.isnan(error)}
     unchecked |= {_law_of_other(name): why for name, why in found.unchecked.items()}
+    unchecked |= plan.beside.unchecked
     report = _report(replace(cut, verified=verified, unchecked=unchecked), _native_notes(plan, found))
     module.train(plan.model.training)
     return _model(
@@ -110,7 +112,7 @@ def _model(cut: Cut, module: nn.Module, report: Report, **about: Any) -> Compres
     model = cut.plan.model
     # constants that the forward makes are cut, too, and have no names in the model
     held = {name for name, _ in _parameters_and_buffers(model)}
-    kept = kept_of_tensors(cut.plan.coupling, cut.kept)
+    kept = (kept_of_model if about["form"] == "native" else kept_of_tensors)(cut.plan.coupling, cut.kept)
     return CompressedModel(
         module,
         kept={name: dims for name, dims in kept.items() if name in held},
@@ -376,7 +378,7 @@ def _law_of_native(plan: Analysis, found: NativeResult) -> str:
 
 
 def _law_of_other(name: str) -> str:
-    return f"native == masked, on {name}"
+    return f"native == masked, {name}" if name == TRAINING else f"native == masked, on {name}"
 
 
 def _choose(found: NativeResult, small: fx.GraphModule | None, plan: Analysis) -> tuple[nn.Module, Any]:

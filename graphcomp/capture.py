@@ -53,7 +53,7 @@ from graphcomp.graph_module import (
 from graphcomp.inputs import copies
 from graphcomp.module_copy import module_copy
 from graphcomp.outside import Outside, watching
-from graphcomp.record import INSTALLED, STDLIB, record
+from graphcomp.record import INSTALLED, STDLIB, Recording, record
 from graphcomp.threads import in_this_thread, one_at_a_time, stderr_held
 from graphcomp.untouched import eval_copy
 
@@ -417,16 +417,33 @@ def _follow_modes(
     `held`: paths of modules that the user put in eval mode inside of a model in training mode; they stay in eval mode.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    modes = {**_training_modes(model), **dict.fromkeys(held, False)}
+    modes = {**training_modes(model), **dict.fromkeys(held, False)}
     unknown = follow_modules(captured.graph, modules, modes)
     averaging = [path for path, module in modules.items() if averages_over_all(module)]
     if training and averaging:
         log.warning("batch norms of momentum=None get momentum=%g in training: %s", MOMENTUM, ", ".join(averaging))
-    if training and (unknown or any(map(_asks_for_the_mode, modules.values()))):
+    if training and (unknown or any(map(asks_for_the_mode, modules.values()))):
         _follow_training(captured, model, args, kwargs, modes)
 
 
-def _training_modes(model: nn.Module) -> dict[str, bool]:
+def graph_in_training(
+    model: nn.Module, args: Args, kwargs: Kwargs, modes: Mapping[str, bool]
+) -> tuple[CapturedModule, tuple[str, ...]]:
+    """Return the graph of the model in training mode, for inputs of these sizes, and the names of its outputs.
+
+    Raises:
+        Whatever torch.export raises.
+    """
+    with eval_copy(model, real=False) as copied, _quiet(), _masks_unread():
+        for path, part in copied.named_modules(remove_duplicate=False):
+            part.training = modes.get(path, True)
+        program = torch.export.export(copied, args, kwargs, strict=False)
+    module, names = _unlifted(program)
+    canonicalize(module)
+    return _finish(module, model), names
+
+
+def training_modes(model: nn.Module) -> dict[str, bool]:
     """`training` of each module after the model's own `train()`, which is called on a copy without weights."""
     copied = module_copy(model, _without_values)
     try:
@@ -442,7 +459,7 @@ def _without_values(tensor: torch.Tensor) -> torch.Tensor:
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
-def _asks_for_the_mode(module: nn.Module) -> bool:
+def asks_for_the_mode(module: nn.Module) -> bool:
     """Whether the forward of a module may do something else in training mode than the ops' flags say."""
     if isinstance(module, nn.MultiheadAttention):
         return bool(module.dropout)
@@ -455,10 +472,7 @@ def _follow_training(
     captured: CapturedModule, model: nn.Module, args: Args, kwargs: Kwargs, modes: Mapping[str, bool]
 ) -> None:
     try:
-        with eval_copy(model, real=False) as copied, _quiet(), _masks_unread():
-            for path, module in copied.named_modules():
-                module.training = modes.get(path, True)
-            program = torch.export.export(copied, args, kwargs, strict=False)
+        module, _ = graph_in_training(model, args, kwargs, modes)
     except Exception as error:  # export has no base class for its refusals
         log.warning(
             "%s is trained without what it does in training mode alone, of which there is no graph: %s",
@@ -466,8 +480,6 @@ def _follow_training(
             _reason(error),
         )
         return
-    module, _ = _unlifted(program)
-    canonicalize(module)
     places: dict[str, list[str]] = {}
     for node in follow_training(captured.graph, module.graph):
         places.setdefault(str(node.target), []).append(f"'{module_path(node)}'")
@@ -531,9 +543,14 @@ def _record(model: nn.Module, args: Args, kwargs: Kwargs, refusal: Exception) ->
             why=f"{_reason(refusal)}; recording: {_reason(error)}",
             fix=_fix(refusal),
         ) from refusal
+    return recorded_graph(model, recording), recording.output_names
+
+
+def recorded_graph(model: nn.Module, recording: Recording) -> CapturedModule:
+    """Return a recorded run of a copy of `model` as a module that holds the model's own tensors."""
     held = tensor_names(model)  # the copy ran with buffers of its own
     tensors = {name: held.get(name, tensor) for name, tensor in recording.tensors.items()}
-    return CapturedModule(tensors, recording.graph), recording.output_names
+    return CapturedModule(tensors, recording.graph)
 
 
 @contextmanager

@@ -115,7 +115,11 @@ class CostModel:
     def __init__(self, analysis: Analysis) -> None:
         coupling = analysis.coupling
         self._size = Lengths(analysis.captured, {group.factor: group.factor for group in analysis.groups}).size
-        axes_of = {id(tensor): coupling.attributes[str(node.target)] for node, tensor in attributes(coupling.module)}
+        axes_of = {
+            id(tensor): own.attributes[str(node.target)]
+            for own in (*coupling.beside, coupling)
+            for node, tensor in attributes(own.module)
+        }
         parameters = {id(p): p for p in analysis.model.parameters()}
         stored = {id(t): t for t in analysis.model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
         names = {id(p): name.removesuffix(".weight") for name, p in reversed(list(analysis.model.named_parameters()))}

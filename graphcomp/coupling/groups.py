@@ -121,7 +121,7 @@ def find_groups(coupling: Coupling) -> tuple[ChannelGroup, ...]:
 
     Units that parameters read and nothing makes (the copies that `repeat` lays end to end) are frozen here.
     """
-    consumed, made = _consumed_and_made(coupling)
+    consumed, made = consumed_and_made(coupling)
     members: dict[Factor, list[Member]] = {}
     for name, tensor in _distinct(coupling):
         is_parameter = isinstance(tensor, torch.nn.Parameter)
@@ -265,7 +265,7 @@ def _distinct(coupling: Coupling) -> list[tuple[str, Tensor]]:
     return found
 
 
-def _consumed_and_made(coupling: Coupling) -> tuple[set[tuple[str, int]], set[tuple[str, int]]]:
+def consumed_and_made(coupling: Coupling) -> tuple[set[tuple[str, int]], set[tuple[str, int]]]:
     """(tensor, dim) pairs that some op sums over, and those that some op reads and does not sum over."""
     first_name = {id(tensor): name for name, tensor in _distinct(coupling)}
     canonical = {str(n.target): first_name[id(t)] for n, t in attributes(coupling.module)}

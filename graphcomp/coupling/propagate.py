@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from graphcomp.coupling import rules as _rules  # noqa: F401  (fills the table)
 from graphcomp.coupling import table
-from graphcomp.coupling.axis import Axes, Reason, freeze, fresh, length
+from graphcomp.coupling.axis import Axes, Concat, Reason, all_leaves, freeze, fresh, leaves, length, normal
 from graphcomp.coupling.size import size_of
 from graphcomp.coupling.table import AxesValue, Call
 from graphcomp.errors import RuleError
@@ -70,6 +70,8 @@ class Coupling:
     """For results of pointwise ops: the values that they were made of, element by element; at most MAX_ORIGINS."""
     many: dict[frozenset[fx.Node], fx.Node] = field(default_factory=dict)
     """More origins than that -> the first value made of them, which stands for them."""
+    beside: list[Coupling] = field(default_factory=list)
+    """Couplings of other graphs of the same model, with axes in common: see `couple_beside`."""
 
     def origins_of(self, nodes: Sequence[fx.Node]) -> frozenset[fx.Node]:
         """The values that `nodes` were made of by pointwise ops."""
@@ -81,6 +83,7 @@ def propagate(
     output_names: Sequence[str] = (),
     order: Sequence[fx.Node] | None = None,
     held: Mapping[str, str] | None = None,
+    known: Coupling | None = None,
 ) -> Coupling:
     """Walk `module` once and couple all its axes.
 
@@ -89,9 +92,10 @@ def propagate(
         output_names: one per output tensor, for the reasons.
         order: another topological order of the nodes (the result must not depend on it).
         held: tensors that must stay as they are -> why.
+        known: of another graph of the same model: tensors that both graphs read have the same axes.
     """
     coupling = Coupling(module)
-    _place_attributes(coupling)
+    _place_attributes(coupling, known)
     for name, why in (held or {}).items():
         for axis in coupling.attributes.get(name, ()):
             freeze(axis, Reason(f"'{name}': {why}"))
@@ -115,10 +119,39 @@ def propagate(
     return coupling
 
 
-def _place_attributes(coupling: Coupling) -> None:
+def couple_beside(
+    coupling: Coupling,
+    module: fx.GraphModule,
+    output_names: Sequence[str],
+    what: str,
+    held: Mapping[str, str] | None = None,
+) -> None:
+    """Couple another graph of the same model, in place: what the other graph asks of common tensors holds for both.
+
+    What the other graph freezes is frozen in both, and so is what it reads in parts that the first graph does not know:
+    the lengths of such parts stand in code that no sliced graph can follow.
+
+    Args:
+        what: completes the reasons: "in training mode".
+    """
+    before = {leaf: leaf.frozen for axes in coupling.attributes.values() for leaf in all_leaves(axes)}
+    coupling.beside.append(propagate(module, output_names, held=held, known=coupling))
+    for leaf, frozen in before.items():
+        if isinstance(normal(leaf), Concat):
+            freeze(leaf, Reason(f"read in parts {what}"))
+        elif frozen is None:
+            for inner in leaves(leaf):
+                if inner.frozen is not None:
+                    inner.frozen = Reason(f"{inner.frozen.text}, {what}", inner.frozen.op, inner.frozen.source)
+
+
+def _place_attributes(coupling: Coupling, known: Coupling | None = None) -> None:
     """Fresh axes for every tensor the graph reads. The same tensor under two names has the same axes."""
-    by_tensor: dict[int, Axes] = {}
-    by_storage: dict[int, tuple[int, Axes]] = {}
+    shared = [] if known is None else attributes(known.module)
+    by_tensor: dict[int, Axes] = {id(t): known.attributes[str(n.target)] for n, t in shared} if known else {}
+    by_storage: dict[int, tuple[int, Axes]] = {
+        tensor.untyped_storage()._cdata: (id(tensor), by_tensor[id(tensor)]) for _, tensor in shared
+    }
     for node, tensor in attributes(coupling.module):
         axes = by_tensor.get(id(tensor))
         if axes is None:

@@ -264,6 +264,12 @@ class Lengths:
 def find_lengths(coupling: Coupling, counts: Mapping[Factor, int]) -> Lengths:
     """What the graph says of lengths; `counts` are the units that stay of each cut factor."""
     found = Lengths()
+    for own in (coupling, *coupling.beside):
+        _find_lengths(own, counts, found)
+    return found
+
+
+def _find_lengths(coupling: Coupling, counts: Mapping[Factor, int], found: Lengths) -> None:
     for node in coupling.module.graph.nodes:
         axes = [axis for value in coupling.axes.get(node, []) for axis in value]
         changes = {change for axis in axes for change in _parts(axis, counts)}
@@ -281,7 +287,6 @@ def find_lengths(coupling: Coupling, counts: Mapping[Factor, int]) -> Lengths:
         owner = name.rpartition(".")[0]
         for path in (owner, owner.rpartition(".")[0]):
             found.of_module[path] |= {change for axis in held for change in _parts(axis, counts)}
-    return found
 
 
 def module_paths(node: fx.Node) -> list[str]:

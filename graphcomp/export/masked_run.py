@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcomp.analysis import Analysis
 from graphcomp.coupling.axis import Axis, Factor, all_leaves, kept_indices, length
-from graphcomp.coupling.groups import Kept
+from graphcomp.coupling.groups import Kept, consumed_and_made
+from graphcomp.coupling.propagate import Coupling
 from graphcomp.coupling.table import Call
 from graphcomp.graph import argument_at, bind
 from graphcomp.graph_module import copied, tensor_names
@@ -43,7 +44,17 @@ def zeroed_model(analysis: Analysis, kept: Kept) -> nn.Module | None:
     The copy is the masked model on every path, whatever the inputs are. None where zeros are not enough: an op sums
     or takes statistics over activations that hold removed units, or over a weight that is computed.
     """
-    coupling, cut = analysis.coupling, by_factor(kept)
+    cut = by_factor(kept)
+    if any(_needs_masks(coupling, cut) for coupling in (analysis.coupling, *analysis.coupling.beside)):
+        return None
+    model = copied(analysis.model)
+    _zero_what_reads(model, kept)
+    for coupling in analysis.coupling.beside:
+        _zero_what_is_read_beside(model, coupling, cut)
+    return model
+
+
+def _needs_masks(coupling: Coupling, cut: Mapping[Factor, Tensor]) -> bool:
     computed = computed_with(coupling)
     for call in coupling.calls.values():
         arguments = bind(call.node)
@@ -54,10 +65,19 @@ def zeroed_model(analysis: Analysis, kept: Kept) -> nn.Module | None:
                 continue
             name = parameter_behind(coupling.module, operand)
             if call.node.target in FORMS or not name or name in computed:
-                return None
-    model = copied(analysis.model)
-    _zero_what_reads(model, kept)
-    return model
+                return True
+    return False
+
+
+def _zero_what_is_read_beside(model: nn.Module, coupling: Coupling, cut: Mapping[Factor, Tensor]) -> None:
+    """Zero what the tensors read of removed units that the captured graph does not hold."""
+    tensors = tensor_names(model)
+    consumed, _ = consumed_and_made(coupling)
+    for name, dim in consumed:
+        stays = _stays(coupling.attributes[name][dim], cut)
+        if stays is not None and name in tensors:
+            gone = (~stays).nonzero().flatten().to(tensors[name].device)
+            tensors[name].detach().index_fill_(dim, gone, 0)
 
 
 def _zero_what_reads(model: nn.Module, kept: Kept) -> None:

@@ -25,7 +25,7 @@ from graphcomp.export.reference import Reference, Verdict, refresh_flat_weights,
 from graphcomp.export.ties import FactorTie, first_mismatch, ties_among
 from graphcomp.graph import assign, bind, source_line
 from graphcomp.graph_module import copied, tensor_names
-from graphcomp.pruning.slice import by_factor, kept_of_tensors, select
+from graphcomp.pruning.slice import by_factor, kept_of_model, select
 from graphcomp.pruning.ties import merged
 from graphcomp.untouched import eval_copy
 
@@ -73,7 +73,7 @@ def native(analysis: Analysis, kept: Kept, reference: fx.GraphModule | None = No
         reference: the sliced graph, if it is there already.
     """
     model = analysis.model
-    cuts = kept_of_tensors(analysis.coupling, kept)
+    cuts = kept_of_model(analysis.coupling, kept)
     lost = sorted(set(cuts) - set(tensor_names(model)))
     if lost:
         return NativeResult(None, f"the model holds no tensor named {lost[0]!r} that could be cut")

@@ -1,4 +1,4 @@
-"""The native model on other inputs than the example: another batch size, another length, a mask with padding.
+"""The native model beside the example: another batch size, another length, a mask with padding, training mode.
 
 The example inputs take one path through the user's code. An attribute that only another path reads, such as how often
 key heads are repeated for a padded batch, can be found and verified on inputs that take the other path alone.
@@ -15,9 +15,19 @@ from typing import Any
 from torch import fx, nn
 
 from graphcomp.analysis import Analysis
+from graphcomp.beside import TRAINING
 from graphcomp.coupling.groups import Kept
 from graphcomp.export.masked_run import zeroed_model
-from graphcomp.export.reference import EXACT, Verdict, difference, is_coarse, outputs_of, refusal
+from graphcomp.export.reference import (
+    EXACT,
+    Verdict,
+    difference,
+    is_coarse,
+    outputs_in_modes,
+    outputs_of,
+    refusal,
+)
+from graphcomp.pruning.slice import SliceGroups
 from graphcomp.second_inputs import Variant, padded_masks, variants
 
 SAME_PATH = "other values"  # the variant that takes the path of the example
@@ -57,7 +67,49 @@ class OtherRuns:
             if verdict.difference:
                 return Verdict(difference=f"{verdict.difference}, on {inputs.name}")
             self.errors[inputs.name] = verdict.error
+        verdict = self._compare_training(module)
+        if verdict.difference:
+            return verdict
         return Verdict(max((e for e in self.errors.values() if not math.isnan(e)), default=math.nan))
+
+    def _compare_training(self, module: nn.Module) -> Verdict:
+        """Run `module` in training mode, where training mode may do more than eval mode."""
+        beside = self.analysis.beside
+        if beside.modes is None or any(p.is_meta for p in module.parameters()):
+            return Verdict()
+        try:
+            got = outputs_in_modes(module, beside.inputs, beside.modes)
+        except Exception as error:
+            error.add_note(TRAINING)
+            raise
+        found = difference(self._expected_in_training, got)
+        if isinstance(found, str):
+            return Verdict(difference=f"{found}, {TRAINING}")
+        self.errors[TRAINING] = found
+        return Verdict(found)
+
+    @cached_property
+    def _expected_in_training(self) -> dict[str, Any]:
+        """What the native model must return in training mode; outputs without values where these are not known."""
+        beside, captured = self.analysis.beside, self.analysis.captured
+        if self._zeroed is not None:
+            return outputs_in_modes(self._zeroed, beside.inputs, beside.modes)
+        whole = outputs_in_modes(captured.original, beside.inputs, beside.modes)
+        graphs = [
+            own
+            for own, known in zip(self.analysis.coupling.beside, beside.graphs, strict=True)
+            if known.what == TRAINING
+        ]
+        if graphs:
+            try:
+                small = SliceGroups(graphs[0], self.kept)(graphs[0].module)
+                found = outputs_in_modes(small, beside.inputs, None)
+                return dict(zip(whole, found.values(), strict=True))
+            except Exception as error:  # a recorded graph holds for one path
+                self.unchecked[TRAINING] = f"the graph of training mode cannot be cut: {refusal(error)}"
+        else:
+            self.unchecked[TRAINING] = "its values were not compared, but it runs and returns tensors of these sizes"
+        return {name: tensor.to("meta") for name, tensor in whole.items()}
 
     def _compare(self, module: nn.Module, inputs: Variant, expected: dict[str, Any]) -> Verdict:
         given = inputs.args, inputs.kwargs

@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from graphcomp.analysis import Analysis
+from graphcomp.beside import in_modes
 from graphcomp.capture import user_line
 from graphcomp.compare import TOLERANCE, default_dtype, in_float64, why_silent
 from graphcomp.coupling.groups import Kept
@@ -121,6 +122,13 @@ def outputs_of(module: nn.Module, inputs: tuple[Any, Any], *, exactly: bool = Fa
         torch.manual_seed(0)
         outputs = _named(copied(*args, **kwargs))
     return outputs | updates(inputs, (args, kwargs))
+
+
+def outputs_in_modes(module: nn.Module, inputs: tuple[Any, Any], modes: Mapping[str, bool] | None) -> dict[str, Any]:
+    """Name -> tensor, of one run with each module in its mode (None: eval mode) and random ops made certain."""
+    args, kwargs = copies(inputs)
+    with in_modes(module, modes) as copied:
+        return _named(copied(*args, **kwargs))
 
 
 def _floats_before(module: nn.Module, analysis: Analysis) -> dict[str, list[Tensor]]:

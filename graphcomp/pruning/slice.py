@@ -115,6 +115,14 @@ def by_factor(kept: Kept) -> dict[Factor, Tensor]:
     return {group.factor: units for group, units in kept.items() if units.numel() < group.size}
 
 
+def kept_of_model(coupling: Coupling, kept: Kept) -> dict[str, dict[int, Tensor]]:
+    """As `kept_of_tensors`, with tensors that the model reads beside the captured graph alone (in training mode)."""
+    found: dict[str, dict[int, Tensor]] = {}
+    for own in (*coupling.beside, coupling):
+        found |= kept_of_tensors(own, kept)
+    return found
+
+
 def kept_of_tensors(coupling: Coupling, kept: Kept) -> dict[str, dict[int, Tensor]]:
     """Tensor name -> dim -> kept indices ((k,) int64, ascending), for the dims that get shorter."""
     units = by_factor(kept)
