@@ -34,7 +34,7 @@ from graphcomp.held import equal_counts, held_by_class
 from graphcomp.methods import processes
 from graphcomp.methods.prepared import LayerBits, Prepared, prepare_graph, training_config, unwrapped
 from graphcomp.methods.shrink import shrunk
-from graphcomp.methods.train import Phase, Training, Whole, parts, phases_of, train
+from graphcomp.methods.train import Phase, Training, Whole, first_batches, parts, phases_of, to_device, train
 from graphcomp.names import by_module_name, module_names, scope_name
 from graphcomp.options import check_options
 from graphcomp.progress import progress as show_progress
@@ -48,7 +48,7 @@ from graphcomp.pruning.slice import as_kept, check_groups
 from graphcomp.pruning.zeros import NAME as ZEROS
 from graphcomp.pruning.zeros import check_alone, without_zeros
 from graphcomp.quantization.ptq import PostTraining, Rounding
-from graphcomp.quantization.spec import check_bits
+from graphcomp.quantization.spec import check_bits, with_bits
 from graphcomp.trained import as_trained
 from graphcomp.whole import into_whole
 
@@ -142,7 +142,10 @@ def compress(
         quantization: all options of post-training quantization at once, in place of the six above.
         method: "oneshot": score, cut, done. Or by training: "geta", jointly pruned and quantized; "hesso", pruned only;
             "qat", quantized only; "sequential", pruned first and quantized then, in half of the steps each. Default:
-            "geta" where `data`, `loss` and a length of training are given, else "oneshot".
+            "geta" where `data`, `loss` and a length of training are given, else "oneshot". "qat" takes all options of
+            quantization that "oneshot" takes, and trains by LSQ and LSQ+ from what post-training quantization gives;
+            where that does not lower the loss (see `Training.held_out`), it returns what it began with. With a range of
+            bits, "qat" trains GETA's quantizers, which learn their bits.
         data: batches to train on, or for saliencies that need them. Each is a tensor, a tuple that begins with the
             model's positional inputs, or a dict that holds its keyword inputs; labels may follow. For training they
             are gone over several times: a DataLoader, a list, … Of several processes (`torch.distributed`, torchrun)
@@ -207,10 +210,13 @@ def compress(
     if zeros:
         check_alone({"sparsity": sparsity is not None, "budget": budget is not None, "method": method != "oneshot"})
     if method != "oneshot":
+        start = None
+        if method == "qat" and (quantization is not None or not (_is_range(bits) or _is_range(activation_bits))):
+            start = _start(bits, activation_bits, group_size, rounding, reduce_range, quantization)
         one_shot_only = {
-            "ranking": ranking != "global", "reduce_range": reduce_range,
-            "quantization": quantization is not None, "group_size": group_size, "rounding": rounding != "nearest",
-        }  # fmt: skip
+            "ranking": ranking != "global",
+            **({} if start is not None else _quantizing(quantization, group_size, rounding, reduce_range)),
+        }
         _check_trainable(method, [name for name, given in one_shot_only.items() if given])
         if isinstance(sparsity, Mapping):
             raise PlanError(
@@ -218,14 +224,15 @@ def compress(
                 why="training removes one share of all units",
                 fix='sparsity=0.5, or method="oneshot" first and training after it',
             )
-        phases = phases_of(method, sparsity, bits, budget)
-        _activation_limits(bits, activation_bits)
-        if calibration is not None and bits is None:
+        phases = phases_of(method, sparsity, bits if quantization is None else quantization, budget)
+        _activation_limits(bits if quantization is None else 8, activation_bits)
+        if calibration is not None and bits is None and start is None:
             raise PlanError(
                 f"calibration with method={method!r}, and no bits are given",
                 why="it gives quantizers their first ranges",
                 fix="bits=(4, 8), or no calibration",
             )
+        _check_lsq(start, budget, training)
         if data is None or loss is None or training is None:
             raise PlanError(
                 f"method={method!r} trains: it needs data, a loss and a length",
@@ -234,6 +241,12 @@ def compress(
         _check_weights(model, saliency)
         example = example_arguments(example_inputs, example_kwargs)
         trained_model = _own(model)
+        measured: Sequence[Any] = ()
+        if start is not None:
+            measured, data = first_batches(data, seed)
+            device = next((p.device for p in model.parameters()), torch.device("cpu"))
+            calibration = [to_device(b, device) for b in measured] if calibration is None else calibration
+            measured = measured if training.held_out is None else list(training.held_out)
         ready = _trained(
             trained_model,
             list(zip(phases, parts(training, data, phases), strict=True)),
@@ -246,11 +259,13 @@ def compress(
                 prune=prune,
                 scope=scope,
                 outputs=outputs,
+                start=start and _with_names(start, part),
             ),
             partial(
                 train,
                 data=data,
                 loss=loss,
+                measured=measured,
                 budget=budget,
                 saliency=saliency or "geta",
                 round_to=round_to,
@@ -260,8 +275,8 @@ def compress(
             example=example,
             scope=scope,
             sparsity=sparsity,
-            bits=_limits(bits),
-            activation_bits=activation_bits,
+            bits=None if start is not None else _limits(bits),
+            activation_bits=None if start is not None else activation_bits,
             calibration=calibration,
             progress=progress,
         )
@@ -270,7 +285,9 @@ def compress(
             small = finalize(ready, verify=verify, measure_latency=measure_latency)
         if not scope:
             return small
-        return into_whole(trained_model.train(model.training), small, ready.session.plan.captured, example)
+        for trained, own in zip(trained_model.modules(), model.modules(), strict=True):
+            trained.training = own.training
+        return into_whole(trained_model, small, ready.session.plan.captured, example)
     _check_one_shot(bits, activation_bits, training)
     if sparsity is not None and budget is not None:
         raise PlanError(
@@ -279,11 +296,7 @@ def compress(
             fix="one of the two",
         )
     if quantization is not None:
-        one_by_one = {
-            "bits": bits is not None, "activation_bits": activation_bits != "same", "group_size": group_size,
-            "rounding": rounding != "nearest", "reduce_range": reduce_range,
-        }  # fmt: skip
-        _check_alone([name for name, given in one_by_one.items() if given])
+        _check_alone(bits, activation_bits, group_size, rounding, reduce_range)
     sparsity, saliency = 0.5 if sparsity is None else sparsity, saliency or "l2"
     quantization = quantization or post_training(
         bits, activation_bits, group_size, rounding, ignore, reduce_range, calibration is not None
@@ -568,12 +581,70 @@ def _check_one_shot(bits: Any, activation_bits: Any, training: Training | None) 
         )
 
 
-def _check_alone(given: Sequence[str]) -> None:
-    if given:
+def _check_alone(bits: Any, activation_bits: Any, group_size: int, rounding: str, reduce_range: bool) -> None:
+    """Raise PlanError where an option of quantization is given beside `quantization`."""
+    others = _quantizing(None, group_size, rounding, reduce_range)
+    one_by_one = {"bits": bits is not None, "activation_bits": activation_bits != "same", **others}
+    if given := [name for name, value in one_by_one.items() if value]:
         raise PlanError(
             f"{', '.join(given)} beside quantization=",
             why="it holds all options of quantization",
             fix="quantization=PostTraining(QuantConfig(…)), or the others alone",
+        )
+
+
+def _quantizing(quantization: Any, group_size: int, rounding: str, reduce_range: bool) -> dict[str, bool]:
+    """Return which options of quantization are given, but for those of bits."""
+    return {
+        "quantization": quantization is not None, "group_size": bool(group_size), "rounding": rounding != "nearest",
+        "reduce_range": reduce_range,
+    }  # fmt: skip
+
+
+def _is_range(bits: Any) -> bool:
+    """Return whether `bits` is a range of more than one number of bits."""
+    return isinstance(bits, (tuple, list)) and len(set(bits)) > 1
+
+
+def _start(
+    bits: Any,
+    activation_bits: Any,
+    group_size: int,
+    rounding: Rounding,
+    reduce_range: bool,
+    quantization: PostTraining | None,
+) -> PostTraining | None:
+    """Return the post-training quantization that LSQ starts from; None where no bits are given.
+
+    Ranges have the least squared error: at few bits the largest value is a poor end of a range.
+
+    Raises:
+        PlanError: options that do not go together, or bits out of range.
+    """
+    if quantization is not None:
+        _check_alone(bits, activation_bits, group_size, rounding, reduce_range)
+        if not isinstance(quantization, PostTraining):
+            raise PlanError(
+                f"quantization is a {type(quantization).__name__}", fix="quantization=PostTraining(QuantConfig(…))"
+            )
+        return quantization
+    one = [own[0] if isinstance(own, (tuple, list)) and own else own for own in (bits, activation_bits)]
+    return post_training(one[0], one[1], group_size, rounding, (), reduce_range, observer="mse")
+
+
+def _check_lsq(start: PostTraining | None, budget: Budget | None, training: Training | None) -> None:
+    """Raise PlanError where a budget is given with fixed bits, or held-out data without."""
+    if start is not None and budget is not None:
+        raise PlanError(
+            'a budget with method="qat" and fixed bits',
+            why="no units go, and each layer has the bits that are asked for",
+            fix="bits=(4, 8), of which a budget chooses, or no budget",
+        )
+    if start is None and training is not None and training.held_out is not None:
+        raise PlanError(
+            "Training(held_out=…) of a method other than LSQ",
+            why="the loss is measured before and after training from a post-training quantization",
+            fix='method="qat" with bits=4, or no held_out',
         )
 
 
@@ -642,7 +713,10 @@ def prepare(
     *,
     bits: int | tuple[int, int] | None = (4, 8),
     activation_bits: int | tuple[int, int] | Literal["same"] | None = "same",
-    layer_bits: Mapping[Any, tuple[Any, Any]] | None = None,
+    layer_bits: Mapping[Any, Any] | None = None,
+    quantizer: Literal["geta", "lsq"] | None = None,
+    group_size: int = 0,
+    quantization: PostTraining | None = None,
     learn_exponent: bool = False,
     calibration: Iterable[Any] | None = None,
     ignore: Modules = (),
@@ -666,7 +740,16 @@ def prepare(
             activations stay float.
         layer_bits: module name or "re:" pattern -> a range for the layer's weight and for what the layer reads, (4, 8),
             or one each, ((4, 4), (8, 8)); the last that matches counts, before `bits` and `activation_bits`. Where
-            layers that read one value are given different ranges, the highest counts, and the report says so.
+            layers that read one value are given different ranges, the highest counts, and the report says so. An int:
+            exactly these bits.
+        quantizer: "geta": a learned step and range for each tensor, and with a range of bits, learned bits. "lsq": LSQ
+            for weights (a learned step for each output channel) and LSQ+ for activations (a learned step and zero
+            point), at fixed bits, 8 at least in the first and the last layer, from what post-training quantization
+            gives; any optimizer trains it, and `QASSO` prunes it too. Default: "lsq" with group_size or quantization,
+            else "geta".
+        group_size: so many input indices of a weight share a step; 0: one step per output channel.
+        quantization: all options of the post-training quantization that LSQ starts from, in place of bits,
+            activation_bits and group_size.
         learn_exponent: let the levels of weights be unevenly spaced, x^t, with t learned. The integers stay integers.
         calibration: batches, in the form of the example inputs, that the first ranges of activations are read off;
             without it, the example inputs.
@@ -687,13 +770,16 @@ def prepare(
     )  # fmt: skip
     scope = _scope(model, scope)
     part = _submodule(model, scope)
+    layer_bits = by_module_name(part, layer_bits or {}, "layer_bits")
+    start = _lsq(quantizer, bits, activation_bits, layer_bits, group_size, quantization, learn_exponent)
     ready = _prepared(
         _own(model),
         example_inputs,
         example_kwargs,
-        bits=bits,
-        activation_bits=activation_bits,
-        layer_bits=by_module_name(part, layer_bits or {}, "layer_bits"),
+        bits=bits if start is None else None,
+        activation_bits=activation_bits if start is None else None,
+        layer_bits=layer_bits if start is None else None,
+        start=start and _with_names(start, part),
         learn_exponent=learn_exponent,
         calibration=calibration,
         ignore=module_names(part, ignore, "ignore"),
@@ -729,7 +815,8 @@ def _prepared(
     *,
     bits: int | tuple[int, int] | None,
     activation_bits: int | tuple[int, int] | Literal["same"] | None,
-    layer_bits: Mapping[Any, tuple[Any, Any]] | None = None,
+    layer_bits: Mapping[str, Any] | None = None,
+    start: PostTraining | None = None,
     learn_exponent: bool = False,
     calibration: Iterable[Any] | None = None,
     ignore: Sequence[str],
@@ -738,7 +825,7 @@ def _prepared(
     scope: str,
     outputs: str | Sequence[str] | None,
 ) -> Prepared:
-    """As `prepare`, but the tensors are those of `model`, which is trained then."""
+    """As `prepare`, but the tensors are those of `model`, which is trained then; `start` is what LSQ begins with."""
     limits, of_activations = _limits(bits), _activation_limits(bits, activation_bits)
     captured = capture(model, example_inputs, example_kwargs, scope=scope, outputs=outputs, training=True)
     plan = analyze_captured(captured)
@@ -748,7 +835,7 @@ def _prepared(
             why=f"torch.export refused: {captured.reason}",
             fix='scope="path.to.submodule" prepares a part that can be exported',
         )
-    if limits is not None:
+    if limits is not None or start is not None:
         check_floats(captured)
     groups: tuple[ChannelGroup, ...] = ()
     notes: tuple[str, ...] = ()
@@ -771,11 +858,66 @@ def _prepared(
             if limits is None
             else training_config(limits[1], of_activations and of_activations[1], learn_exponent),
             layer_bits={name: _layer_bits(own) for name, own in (layer_bits or {}).items()},
-            ignore=ignore,
+            ignore=(*ignore, *_read_outside(plan)),
             batches=batches,
             no_groups=no_groups,
             notes=notes,
+            start=start,
         )
+
+
+def _lsq(
+    quantizer: str | None,
+    bits: Any,
+    activation_bits: Any,
+    layer_bits: Mapping[str, Any] | None,
+    group_size: int,
+    quantization: PostTraining | None,
+    learn_exponent: bool,
+) -> PostTraining | None:
+    """Return what LSQ starts from, by the arguments of `prepare`; None where GETA's quantizers are asked for.
+
+    Raises:
+        PlanError: arguments that do not go together.
+    """
+    if quantizer not in (None, "geta", "lsq"):
+        raise PlanError(f"quantizer={quantizer!r} is not known", fix='quantizer="lsq" or quantizer="geta"')
+    asks = quantization is not None or bool(group_size)
+    if quantizer == "geta" and asks:
+        raise PlanError(
+            "group_size and quantization are not for GETA's quantizer",
+            why="GETA's quantizer has one step per tensor",
+            fix='quantizer="lsq"',
+        )
+    if quantizer != "lsq" and not asks:
+        return None
+    if learn_exponent:
+        raise PlanError("LSQ learns no exponent, got learn_exponent=True", fix='quantizer="geta"')
+    given: tuple[Any, Any] = (None if quantization is not None and bits == (4, 8) else bits, activation_bits)
+    for name, own in zip(("bits", "activation_bits"), given, strict=True):
+        if _is_range(own):
+            raise PlanError(f"{name} of LSQ must be one number of bits, got {own!r}", fix=f"{name}={own[0]}")
+    start = _start(*given, group_size, "nearest", False, quantization)
+    if start is None:
+        raise PlanError("LSQ needs bits, got bits=None", fix="bits=4")
+    return _with_layer_bits(start, layer_bits or {})
+
+
+def _with_layer_bits(start: PostTraining, layer_bits: Mapping[str, Any]) -> PostTraining:
+    """Return the options with other bits for the layers that are named."""
+    config, overrides = start.config, dict(start.config.overrides)
+    for name, own in layer_bits.items():
+        asked = _layer_bits(own)
+        for low, high in (asked.weights, asked.activations):
+            if low != high:
+                raise PlanError(
+                    f"layer_bits of LSQ must be one number of bits for each tensor, got {name!r}: {own!r}",
+                    fix=f"layer_bits={{{name!r}: (({low}, {low}), ({high}, {high}))}} for the weight and the input",
+                )
+        overrides[name] = (
+            with_bits(config.weights, asked.weights[0]), with_bits(config.activations, asked.activations[0])
+        )  # fmt: skip
+    return replace(start, config=replace(config, overrides=overrides))
 
 
 def _limits(bits: int | tuple[int, int] | None, name: str = "bits") -> tuple[int, int] | None:
@@ -814,7 +956,8 @@ def _layer_bits(own: Any) -> LayerBits:
     """
     if isinstance(own, (tuple, list)) and len(own) == 2 and all(isinstance(part, (tuple, list)) for part in own):
         return LayerBits(_range(own[0]), _range(own[1]))
-    return LayerBits(_range(own), _range(own))
+    both = (check_bits(own), own) if isinstance(own, int) else _range(own)
+    return LayerBits(both, both)
 
 
 def _range(bits: Sequence[int], name: str = "bits") -> tuple[int, int]:

@@ -32,7 +32,7 @@ from graphcomp.quantization.law import check_lowering
 from graphcomp.quantization.lower import Lowered, LoweredLayer
 from graphcomp.quantization.ptq import PostTraining, Quantized, Rounding, planned, planned_layers, quantize
 from graphcomp.quantization.quantizers.base import Quantizer, spread
-from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, QuantSpec, check_bits
+from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, Observer, QuantConfig, QuantSpec, check_bits
 from graphcomp.quantization.stored import StoredBytes
 from graphcomp.report import Change, LayerReport, Report, group_dict, layers
 from graphcomp.threads import one_at_a_time
@@ -151,8 +151,11 @@ def post_training(
     ignore: str | Sequence[str],
     reduce_range: bool = False,
     calibrated: bool = False,
+    observer: Observer = "minmax",
 ) -> PostTraining | None:
     """The options that `compress` was given one by one; None where nothing is to be quantized.
+
+    `observer` is how ranges of weights and activations are read off data.
 
     Raises:
         PlanError: bits outside 2 to 16, or options of a quantization that was not asked for.
@@ -175,8 +178,8 @@ def post_training(
         bits, least = min(bits, REDUCED_BITS), REDUCED_BITS
     weights = QuantSpec(bits, granularity="group", group_size=group_size) if group_size else replace(WEIGHTS, bits=bits)
     config = QuantConfig(
-        weights=weights,
-        activations=None if acts is None else replace(ACTIVATIONS, bits=acts),
+        weights=replace(weights, observer=observer),
+        activations=None if acts is None else replace(ACTIVATIONS, bits=acts, observer=observer),
         embeddings=QuantSpec(max(bits, 8), granularity="channel"),
         first_and_last_bits=least,
     )

@@ -67,7 +67,9 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
         _, held = held_by_class(cut)
         return as_model(cut, held, measure_latency=measure_latency)
     inputs = flat_inputs(plan.captured, plan.captured.args, plan.captured.kwargs)
-    quantized = from_training(with_embeddings(with_repeats(sliced)), [inputs])
+    assert session.config is not None
+    stored = with_embeddings(with_repeats(sliced), session.config.embeddings, session.ignore)
+    quantized = from_training(stored, [inputs])
     return with_integers(
         cut,
         quantized,

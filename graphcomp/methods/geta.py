@@ -23,6 +23,7 @@ from graphcomp.coupling.groups import ChannelGroup, Kept, Member
 from graphcomp.errors import BudgetError, CheckpointError, NothingToPrune, PlanError
 from graphcomp.methods.bank import Bank
 from graphcomp.methods.forgetting import Entry, Forgetting, Rule
+from graphcomp.methods.lsq import hold_steps, lsq_groups, uniform
 from graphcomp.methods.prepared import Prepared, Session, Site, unwrapped
 from graphcomp.methods.schedule import Moment, Schedule, Stage
 from graphcomp.methods.shrink import move, shrunk
@@ -84,7 +85,8 @@ class QASSO(Optimizer):
         ready: what `graphcomp.prepare` returned, or a wrapper around it.
         base: class of the optimizer that makes the steps: SGD, Adam, AdamW, … Not one that needs a closure.
         lr: learning rate of the weights.
-        lr_quant: of steps, ranges and exponents. Default: 1e-3, with attention in the model 1e-4.
+        lr_quant: of steps, ranges and exponents. Default: 1e-3, with attention in the model 1e-4. Of LSQ's steps and
+            zero points see `lsq_groups`.
         params: the parameters to train, or groups of them as for any optimizer; default: all.
         sparsity: fraction of the units to remove, met to the unit. Default: 0.5, or with a budget what it takes.
         budget: limits on the costs of the result that hold when the joint stage is over: by the number of units that
@@ -159,12 +161,14 @@ class QASSO(Optimizer):
         self._parameters = dict(self.ready.named_parameters())
         self._sites = [site for site, q in self.ready.quantizers() if isinstance(q, GetaQuantizer)]
         self.bank = _bank(self.ready, *_range(self._sites, bits))
-        learned = _quantizer_parameters(self.ready)
-        self._learned = [p for p in learned if p.requires_grad]
-        lr_quant = (1e-4 if session.has_attention else 1e-3) if lr_quant is None else lr_quant
-        if not _is_rate(lr_quant):  # torch checks that of the weights alone
+        self._learned = _learned(self.ready)
+        if lr_quant is not None and not _is_rate(lr_quant):  # torch checks that of the weights alone
             raise PlanError(f"lr_quant={lr_quant!r} is not 0 or positive", fix="lr_quant=1e-3")
-        groups = _param_groups(self.ready, params, learned, lr_quant)
+        self._uniform = uniform(self.ready)
+        geta = (1e-4 if session.has_attention else 1e-3) if lr_quant is None else lr_quant
+        # The scalars of all quantizers move in a few operations instead of a few each; decay would draw d to 0.
+        own = [{"params": self._learned, "lr": geta, "weight_decay": 0.0, "foreach": True}] if self._learned else []
+        groups = _param_groups(self.ready, params, [*own, *lsq_groups(self._uniform, base, lr, lr_quant)])
         self.base = _base_optimizer(base, groups, lr, options, base_options)
         super().__init__(self.base.param_groups, self.base.defaults)
         self._share_with_base()
@@ -235,8 +239,10 @@ class QASSO(Optimizer):
         weights = {name: self._parameters[name].clone() for name in self._made} if begins or foresees else None
         old = self._active.gather() if self._active is not None else None
         d = self.bank.d()
+        steps = [quantizer.scale.clone() for quantizer in self._uniform]
         self.base.step()
         self.bank.clamp()
+        hold_steps(self._uniform, steps)
         if weights is not None and foresees:
             self._foresee(weights)
         if weights is not None and begins:
@@ -528,7 +534,7 @@ class QASSO(Optimizer):
         self.groups = tuple(group for group in small.session.groups if group.name in names)
         self._parameters = dict(small.named_parameters())
         self.bank = _bank(small, self.bank.low.tolist(), self.bank.high.tolist())
-        self._learned = [p for p in _quantizer_parameters(small) if p.requires_grad]
+        self._learned, self._uniform = _learned(small), uniform(small)
         self.kept = self.chosen = {group: torch.arange(group.size) for group in self.groups}
         self._ungrouped = left - sum(group.size for group in self.groups)
         self._index_zeros()
@@ -728,20 +734,21 @@ def _frozen_note(session: Session, groups: Sequence[ChannelGroup]) -> str:
     return f"left whole, and out of the sparsity, for frozen parameters (requires_grad=False): {named}"
 
 
-def _quantizer_parameters(ready: Prepared) -> list[nn.Parameter]:
-    found = {id(p): p for m in ready.modules() if isinstance(m, Quantizer) for p in m.parameters()}
-    return list(found.values())
+def _learned(ready: Prepared) -> list[nn.Parameter]:
+    """What GETA's quantizers learn."""
+    found = {id(p): p for m in ready.modules() if isinstance(m, GetaQuantizer) for p in m.parameters()}
+    return [p for p in found.values() if p.requires_grad]
 
 
 def _param_groups(
-    ready: Prepared, params: Iterable[Any] | None, learned: Sequence[nn.Parameter], lr_quant: float
+    ready: Prepared, params: Iterable[Any] | None, of_quantizers: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The caller's groups without the quantizers' parameters, and these in a group of their own.
+    """The caller's groups without the quantizers' parameters, and then the groups of these.
 
     Raises:
         PlanError: a parameter that is not the module's, or none that can be trained.
     """
-    of_quantizers = {id(p) for p in learned}
+    learned = {id(p) for m in ready.modules() if isinstance(m, Quantizer) for p in m.parameters()}
     names = {id(p): name for name, p in ready.named_parameters()}
     entries = list(ready.parameters()) if params is None else _listed(params)
     found: list[dict[str, Any]] = [{"params": entries}]
@@ -762,16 +769,14 @@ def _param_groups(
                 why="the module that `prepare` returned holds copies of the model's parameters",
                 fix="params=ready.parameters()",
             )
-        group["params"] = [p for p in given if _parameter(p).requires_grad and id(_parameter(p)) not in of_quantizers]
+        group["params"] = [p for p in given if _parameter(p).requires_grad and id(_parameter(p)) not in learned]
     found = [group for group in found if group["params"]]
     if not found:
         raise PlanError("no parameter can be trained", why="requires_grad is False for all", fix="requires_grad_(True)")
-    own: list[Any] = [p for p in learned if p.requires_grad]
-    if isinstance(found[0]["params"][0], tuple):
-        own = [(names[id(p)], p) for p in own]  # torch asks for names in all groups or in none
-    if own:
-        # The scalars of all quantizers move in a few operations instead of a few each; decay would draw d to 0.
-        found.append({"params": own, "lr": lr_quant, "weight_decay": 0.0, "foreach": True})
+    named = isinstance(found[0]["params"][0], tuple)  # torch asks for names in all groups or in none
+    for group in of_quantizers:
+        own = group["params"]
+        found.append({**group, "params": [(names[id(p)], p) for p in own] if named else own})
     return found
 
 
@@ -846,7 +851,9 @@ def _range(sites: Sequence[Site], bits: int | tuple[int, int] | None) -> tuple[S
     ranges = [(float(site.low), float(site.high)) for site in sites]
     if bits is not None and not sites:
         raise PlanError(
-            "bits of a module without quantizers", fix="graphcomp.prepare(model, example_inputs, bits=(4, 8))"
+            "bits of a module whose quantizers learn none",
+            why="the module has no quantizers, or those of LSQ, whose bits are fixed",
+            fix="graphcomp.prepare(model, example_inputs, bits=(4, 8))",
         )
     if bits is not None:
         least, most = (bits, bits) if isinstance(bits, int) else bits

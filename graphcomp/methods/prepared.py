@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from graphcomp.analysis import Analysis, analyze_captured
 from graphcomp.cost import FLOAT_BITS
 from graphcomp.coupling.groups import ChannelGroup, Kept
-from graphcomp.errors import CalibrationError, CheckpointError, InputError, PlanError
-from graphcomp.graph import bind, clone, fetch, module_path, set_argument
+from graphcomp.errors import CheckpointError, InputError, PlanError
+from graphcomp.graph import bind, fetch, module_path
 from graphcomp.graph_module import CapturedModule, trains
 from graphcomp.pruning.mask import PREFIX, InsertMasks, computed_with, hold_masks, parameter_behind
 from graphcomp.quantization.einsum import WriteOutEinsum
@@ -22,12 +22,13 @@ from graphcomp.quantization.fold import folded_nodes
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers
 from graphcomp.quantization.placement import COMPUTE, layer_name, place
-from graphcomp.quantization.ptq import calibrate_activations, calibrate_weights
+from graphcomp.quantization.ptq import PostTraining, calibrate_weights
 from graphcomp.quantization.quantizers.again import made_again
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.geta import GetaQuantizer
 from graphcomp.quantization.repeats import moved_from, quantizer_before, without_repeats
-from graphcomp.quantization.spec import QuantConfig, QuantSpec, matches
+from graphcomp.quantization.spec import MAX_BITS, MIN_BITS, QuantConfig, QuantSpec, matches
+from graphcomp.quantization.trainable import calibrate_in_training, quantize_to_train
 from graphcomp.threads import one_at_a_time
 
 SESSION = "graphcomp_session"
@@ -69,7 +70,8 @@ class Session:
         groups: of `quantized`, those whose units may go.
         sites: the quantizers.
         bits: the range asked for; None: nothing is quantized.
-        config: which tensors are quantized.
+        config: which tensors are quantized. GETA's quantizers stand on no embedding tables.
+        ignore: module names or "re:" patterns that stay float.
         notes: groups that were left whole, and wishes for bits of single layers that were not met, and why.
         computed: parameters that weights are computed of: what leaves is not held at zero in them, see `computed_with`.
         no_groups: why nothing can be pruned, where `groups` is empty.
@@ -85,12 +87,19 @@ class Session:
     computed: frozenset[str]
     no_groups: str = ""
     notes: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
     whole: Prepared | None = None
 
     @property
     def has_attention(self) -> bool:
         """Whether the model has heads: it is trained more gently."""
         return any(group.role == "head" for group in self.plan.groups)
+
+    @property
+    def learns_bits(self) -> bool:
+        """Whether the quantizers learn their bits, as GETA's do; LSQ's have fixed bits."""
+        weights = None if self.config is None else self.config.weights
+        return self.bits is not None and weights is not None and weights.kind == "geta"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         return self  # it describes; the tensors are those of the module that carries it
@@ -318,7 +327,6 @@ def training_config(bits: int, activation_bits: int | None, learn_exponent: bool
     return QuantConfig(
         weights=QuantSpec(bits, kind="geta", learn_exponent=learn_exponent),
         activations=None if activation_bits is None else QuantSpec(activation_bits, kind="geta"),
-        embeddings=None,
         first_and_last_bits=bits,
     )
 
@@ -336,6 +344,7 @@ def prepare_graph(
     batches: Sequence[Sequence[Any]],
     no_groups: str = "",
     notes: Sequence[str] = (),
+    start: PostTraining | None = None,
 ) -> Prepared:
     """Insert quantizers and masks into a captured graph.
 
@@ -350,16 +359,24 @@ def prepare_graph(
         batches: flat inputs that the ranges of activations are read off.
         no_groups: why nothing can be pruned, where `groups` is empty.
         notes: what a reader of the report should know of the groups.
+        start: post-training quantization that LSQ starts from, in place of bits, config and layer_bits; None: GETA's
+            quantizers.
     """
     quantized = plan
     sites: tuple[Site, ...] = ()
     wishes: tuple[str, ...] = ()
-    if bits is not None and config is not None:
+    if start is not None:
+        start = replace(start, ignore=(*start.ignore, *ignore))
+        graph, wishes = quantize_to_train(plan.captured.module, batches, start)
+        sites, config, ignore = _fixed_sites(graph), start.config, start.ignore
+        bits = min((site.low for site in sites), default=MIN_BITS), max((site.high for site in sites), default=MAX_BITS)
+        quantized = analyze_captured(replace(plan.captured, module=graph))
+    elif bits is not None and config is not None:
         floats = WriteOutEinsum()(plan.captured.module)
-        placement = place(floats, config, ignore, folded_nodes(floats.graph))
+        placement = place(floats, replace(config, embeddings=None), ignore, folded_nodes(floats.graph))
         graph = InsertQuantizers(without_repeats(placement))(floats)
         calibrate_weights(graph)
-        _calibrate(graph, batches)
+        calibrate_in_training(graph, batches)
         sites, wishes = _Ranges(graph, bits, activation_bits or bits, layer_bits).sites()
         wishes = (*placement.notes, *wishes)
         _start_at_the_most(graph, sites)
@@ -367,7 +384,16 @@ def prepare_graph(
     by_name = {group.name: group for group in quantized.groups}
     chosen = tuple(by_name[group.name] for group in groups)
     session = Session(
-        plan, quantized, chosen, sites, bits, config, computed_with(plan.coupling), no_groups, (*notes, *wishes)
+        plan,
+        quantized,
+        chosen,
+        sites,
+        bits,
+        config,
+        computed_with(plan.coupling),
+        no_groups,
+        (*notes, *wishes),
+        tuple(ignore),
     )
     ready = with_masks(session)
     ready.train(plan.model.training)
@@ -382,21 +408,6 @@ def with_masks(session: Session) -> Prepared:
     ready.meta[SESSION] = session
     ready.save_as_the_model()
     return ready
-
-
-def _calibrate(graph: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> None:
-    """Ranges of activations as training will see them: with batch norms on the statistics of the batch, which those of
-    an untrained model have little to do with. In eval mode where a batch is too small for that."""
-    training, new_node = clone(graph)  # its quantizers have the same parameters
-    for node in new_node.values():
-        if node.target is torch.ops.aten.batch_norm.default and trains(node):
-            set_argument(node, "training", True)
-            set_argument(node, "momentum", 0.0)  # the running statistics stay as they are
-    training.recompile()
-    try:
-        calibrate_activations(training, batches)
-    except CalibrationError:
-        calibrate_activations(graph, batches)
 
 
 def _as_prepared(masked: fx.GraphModule, name: str, groups: int) -> Prepared:
@@ -501,6 +512,19 @@ class _Ranges:
                 found = own.weights if is_weight else own.activations
                 self.matched.add(pattern)
         return found
+
+
+def _fixed_sites(graph: fx.GraphModule) -> tuple[Site, ...]:
+    """Return the quantizers, each with the bits of its spec."""
+    constant = constants_with_quantizers(graph)
+    found: dict[str, Site] = {}
+    for node, quantizer in quantizer_nodes(graph):
+        (source,) = node.all_input_nodes
+        name, is_weight, bits = str(node.target), node in constant, quantizer.spec.bits
+        layer = layer_name(source, constant) if is_weight else source.name
+        parameter = parameter_behind(graph, source) if is_weight else ""
+        found.setdefault(name, Site(name, layer, parameter, is_weight, bits, bits))
+    return tuple(found.values())
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,11 +24,12 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from graphcomp.errors import CheckpointError, PlanError, TrainingError
-from graphcomp.graph import replace_module
+from graphcomp.graph import all_tensors, replace_module
 from graphcomp.inputs import copies
 from graphcomp.methods import processes
 from graphcomp.methods.folder import INITIAL, RunFolder, generators_of, plain, random_state, seeded, set_random_state
 from graphcomp.methods.geta import QASSO
+from graphcomp.methods.lsq import decaying
 from graphcomp.methods.prepared import Prepared
 from graphcomp.methods.schedule import Schedule, Stage, is_number, is_whole
 from graphcomp.methods.shrink import give_back
@@ -41,6 +42,9 @@ from graphcomp.quantization.placement import CONVOLUTIONS
 
 SHRINK_FROM = 100
 """Steps that are left at least where the module is shrunk: that captures it anew, which takes as long as some steps."""
+
+MEASURED = 16
+"""Training batches, the first ones, that LSQ is calibrated on, and that the loss is measured on before and after."""
 
 ELSEWHERE = {
     **{name: f"Training({name}=…)" for name in ("lr", "lr_quant", "schedule")},
@@ -62,7 +66,10 @@ class Training:
             for all others.
         lr: of the weights, at its highest. Default: 1e-2 for SGD, 1e-4 for models with attention, 1e-3 for all others.
         lr_quant: of steps, ranges and exponents of quantizers; see `QASSO`.
-        weight_decay: of the weights.
+        weight_decay: of the weights; with LSQ (method "qat"), not of biases and norms.
+        held_out: batches that the loss is measured on before and after training by LSQ: where training has not lowered
+            the loss, the result is what post-training quantization gives, and the report says so. None: the first
+            batches of the training data, see `MEASURED`.
         options: more of the optimizer's: momentum, betas, …; in place of the defaults above.
         scheduler: makes a learning-rate scheduler of the optimizer; it is stepped after each step. Default: a linear
             warm-up over the first twentieth of the run, 100 steps at most, then a cosine down to 0.
@@ -95,6 +102,7 @@ class Training:
     lr_quant: float | None = None
     weight_decay: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    held_out: Iterable[Any] | None = None
     scheduler: Callable[[Optimizer], LRScheduler] | None = None
     accumulate: int = 1
     clip_norm: float | None = None
@@ -208,6 +216,31 @@ METHODS: dict[str, tuple[Phase, ...]] = {
 """Each method of training as the runs it is made of, which share its steps equally."""
 
 
+def first_batches(data: Iterable[Any], seed: int) -> tuple[list[Any], Iterable[Any]]:
+    """Return the first batches of the data, and data to train on that hold them still; random states stay.
+
+    Raises:
+        PlanError: `data` cannot be iterated over.
+        TrainingError: there is no batch.
+    """
+    _check_iterable(data)
+    generators = generators_of(data)
+    before = [generator.get_state() for generator in generators]
+    with seeded(seed + processes.rank()):
+        batches = iter(data)
+        found = list(itertools.islice(batches, MEASURED))
+    for generator, state in zip(generators, before, strict=True):
+        generator.set_state(state)
+    if not found:
+        raise _no_batches(data, 0, 0)
+    return found, _joined(found, batches) if batches is data else data
+
+
+def _joined(first: Sequence[Any], rest: Iterator[Any]) -> Iterator[Any]:
+    yield from first
+    yield from rest
+
+
 def phases_of(method: str, sparsity: float | None, bits: object, budget: object) -> tuple[Phase, ...]:
     """The runs of a method.
 
@@ -251,6 +284,21 @@ def parts(training: Training, data: Iterable[Any], phases: Sequence[Phase]) -> l
         else:
             found.append(replace(training, epochs=None, steps=steps, folder=folder))
     return found
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside; outside, each submodule is in the mode that it was in."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for each, mode in modes:
+            each.training = mode
+        for each, mode in modes:
+            if isinstance(each, Prepared):
+                each.train(mode)
 
 
 @dataclass(frozen=True, eq=False)
@@ -313,6 +361,7 @@ def train(
     saliency: str | Saliency = "geta",
     forgetting: Literal["descent", "uniform"] = "descent",
     round_to: int = 1,
+    measured: Sequence[Any] = (),
     progress: bool = True,
     seed: int = 0,
 ) -> None:
@@ -331,6 +380,8 @@ def train(
         training: how.
         whole: the model that `ready` stands in, trained with it; None: `ready` is the model.
         sparsity, budget, saliency, forgetting, round_to: see `QASSO`.
+        measured: batches that the loss is measured on before and after, in eval mode. Where training has not lowered
+            the loss, all is as before, and a note of the module's session says so. Without batches, nothing is.
         progress: show a progress line on a terminal.
         seed: of everything that is drawn: torch, Python and NumPy are seeded inside, and left as they were.
 
@@ -349,6 +400,7 @@ def train(
     with torch.enable_grad(), seeded(seed + processes.rank()):  # dropout is to differ from process to process
         run = _Run(ready, whole or Whole.of(ready), data, loss, training, asked, seed)
         try:
+            start = run.measure(measured) if measured else None
             run.resume()
             with show_progress(run.total, progress) as bar:
                 bar.done = run.step
@@ -363,6 +415,16 @@ def train(
             run.close()
         if small is not None:
             give_back(small, ready)
+        if start is not None:
+            run.keep_better(start, measured)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What training begins with: the state of the whole model, and the loss."""
+
+    state: Mapping[str, Tensor]
+    loss: float
 
 
 class _Run:
@@ -388,15 +450,14 @@ class _Run:
         asked: Mapping[str, Any],
         seed: int,
     ) -> None:
-        if not isinstance(data, Iterable):
-            raise PlanError(f"data is a {type(data).__name__}", why="it holds no batches", fix="data=[batch, …]")
+        _check_iterable(data)
         _check_loss_function(loss, whole.module)
         self.ready, self.whole, self.data, self.loss, self.training = ready, whole, data, loss, training
         self.prefix, outside = whole.around(ready)
         self.step = self.epoch = self.position = 0
         self.total = training.steps_over(data)
         if not self.total:
-            raise self._no_batches()
+            raise _no_batches(self.data, self.step, self.total)
         self.device = next(ready.parameters()).device
         if processes.count() > 1:
             _check_shares(data, self.total)
@@ -405,8 +466,10 @@ class _Run:
         base, lr, options = _defaults(ready, training, transformer)
         schedule = training.schedule
         if not isinstance(schedule, Schedule):
-            prune, quantize = asked["sparsity"] != 0, ready.session.bits is not None
-            schedule = Schedule.of(self.total, transformer=transformer, prune=prune, quantize=quantize)
+            prune, learns_bits = asked["sparsity"] != 0, ready.session.learns_bits
+            schedule = Schedule.of(self.total, transformer=transformer, prune=prune, quantize=learns_bits)
+        if not ready.session.learns_bits and ready.session.bits is not None:
+            options["params"] = decaying(list(ready.parameters()))
         self.optimizer = QASSO(ready, base, lr=lr, lr_quant=training.lr_quant, schedule=schedule, **asked, **options)
         if outside:
             self.optimizer.add_param_group({"params": outside})
@@ -426,7 +489,7 @@ class _Run:
                     fix="persistent_workers=False, or no folder",
                 )
             about = {
-                **_about_model(ready, whole.module),
+                **_about_model(ready, whole.module, self.prefix),
                 **_about_training(training, data, lr, base),
                 **{name: _name(value) if callable(value) else str(value) for name, value in asked.items()},
                 "sparsity": str(self.optimizer.sparsity),
@@ -441,6 +504,27 @@ class _Run:
         self.last_loss = math.nan
         self.losses: list[float] = []  # since the last line of metrics
         self.seconds, self.start = 0.0, time.monotonic()
+
+    # ------------------------------------------------------------------------------------------ before and after
+    def measure(self, batches: Sequence[Any]) -> _Start:
+        """Return the state that there is now, and the mean loss in eval mode."""
+        module, total = self.whole.module, torch.zeros((), device=self.device)
+        with in_eval_mode(module):
+            for given in batches:
+                total += self._loss(to_device(given, self.device)).detach().reshape(()) / len(batches)
+        state = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+        return _Start(state, float(processes.mean(total)))
+
+    def keep_better(self, start: _Start, batches: Sequence[Any]) -> None:
+        """Go back to `start` where the loss is not lower now, and note both losses."""
+        end = self.measure(batches).loss
+        worse = not end < start.loss and math.isfinite(start.loss)
+        if worse:
+            self.whole.module.load_state_dict(start.state)
+        of = "held-out data" if self.training.held_out is not None else "the training data"
+        losses = f"{start.loss:.4g} before, {end:.4g} after, in eval mode on {len(batches)} batches of {of}"
+        outcome = "training has not lowered the loss: the result is that of post-training quantization; " * worse
+        self.ready.remarks = (*self.ready.remarks, f"{outcome}loss {losses}")
 
     # ------------------------------------------------------------------------------------------ the loop
     def go(self, bar: Progress) -> None:
@@ -458,7 +542,7 @@ class _Run:
                     self._shrink_if_due()
                     self._report(bar)
             if not self.position:
-                raise self._no_batches()
+                raise _no_batches(self.data, self.step, self.total)
             if self.step < self.total:
                 self.epoch, self.position = self.epoch + 1, 0
         if self.optimizer.stage != Stage.COOLDOWN:
@@ -487,19 +571,6 @@ class _Run:
         set_random_state(self.resumed)
         self.resumed = None
         return batches
-
-    def _no_batches(self) -> TrainingError:
-        if isinstance(self.data, Iterator):
-            return TrainingError(
-                f"the data ended at step {self.step} of {self.total}",
-                why=f"a {type(self.data).__name__} can be gone over only once",
-                fix="data=list(…), or a DataLoader",
-            )
-        return TrainingError(
-            "the data hold no batches",
-            why="a DataLoader with drop_last=True has none where there are fewer examples than a batch takes",
-            fix="data=[batch, …]",
-        )
 
     def _step(self, chunk: Sequence[Any]) -> bool:
         """One step; False where the scaler skipped it, as gradients were not finite at its scale."""
@@ -541,6 +612,19 @@ class _Run:
         self.step += 1
         self.scheduler.step()
         return True
+
+    def _loss(self, batch: Any) -> Tensor:
+        """The loss of a batch.
+
+        Raises:
+            PlanError: the batch has not what the example inputs have, or the loss does not fit.
+        """
+        args, kwargs = arguments_like(self.whole.original, self.whole.args, self.whole.kwargs, batch)
+        _check_loss_takes(self.loss, batch)
+        with self._precision():
+            value = self.loss(self.whole.module(*args, **kwargs), batch)
+        check_loss(value)
+        return value
 
     def _weights(self) -> list[nn.Parameter]:
         """What is trained, but for the parameters of quantizers."""
@@ -641,7 +725,8 @@ class _Run:
 
     def _bits(self) -> tuple[float | None, float | None]:
         """Mean bits of the quantizers of weights, and of those of activations; None where there are none."""
-        bits = self.optimizer.bank.bits().cpu()
+        bank = self.optimizer.bank
+        bits = bank.bits().cpu() if len(bank) else torch.tensor([float(site.high) for site in self.ready.session.sites])
         found = (bits[self.is_weight], bits[~self.is_weight])
         weights, activations = (round(float(own.mean()), 4) if len(own) else None for own in found)
         return weights, activations
@@ -770,18 +855,19 @@ def _cosine(steps: int) -> Callable[[Optimizer], LRScheduler]:
     return lambda optimizer: LambdaLR(optimizer, factor)
 
 
-def _about_model(ready: Prepared, whole: nn.Module) -> dict[str, str]:
+def _about_model(ready: Prepared, whole: nn.Module, prefix: str) -> dict[str, str]:
     """What tells one prepared module from another: shapes, and the weights that the run begins with. Those of
-    quantizers follow from the example inputs, which may be drawn anew when a run goes on."""
+    quantizers, and what a calibration corrects, follow from inputs, which may be drawn anew when a run goes on."""
     session = ready.session
     found = whole.state_dict()
+    originals = {f"{prefix}{name}": t for name, t in all_tensors(session.plan.captured.module)}
     tensors = "\n".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in found.items())
     digest = hashlib.sha256(tensors.encode()).hexdigest()[:16]
     limits = sorted({(site.low, site.high) for site in session.sites})
     return {
         "model": type(session.plan.model).__name__,
         "tensors": digest,
-        INITIAL: _digest(t for name, t in found.items() if "graphcomp_" not in name),
+        INITIAL: _digest(originals.get(name, t) for name, t in found.items() if "graphcomp_" not in name),
         "bits": str(session.bits),
         "layer bits": ", ".join(f"{low} to {high}" for low, high in limits),
     }
@@ -865,6 +951,26 @@ def _check_loss_takes(loss: Any, batch: Any) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ batches
+def _check_iterable(data: Any) -> None:
+    """Raise PlanError where it cannot be iterated over."""
+    if not isinstance(data, Iterable):
+        raise PlanError(f"data is a {type(data).__name__}", why="it holds no batches", fix="data=[batch, …]")
+
+
+def _no_batches(data: Any, step: int, total: int) -> TrainingError:
+    if isinstance(data, Iterator) and total:
+        return TrainingError(
+            f"the data ended at step {step} of {total}",
+            why=f"a {type(data).__name__} can be gone over only once",
+            fix="data=list(…), or a DataLoader",
+        )
+    return TrainingError(
+        "the data hold no batches",
+        why="a DataLoader with drop_last=True has none where there are fewer examples than a batch takes",
+        fix="data=[batch, …]",
+    )
+
+
 def _check_shares(data: Iterable[Any], steps: int) -> None:
     """Raise PlanError where the processes would not make the same number of steps."""
     found = processes.gathered((_length(data), steps))

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from graphcomp.graph import bind, call_like, clone, value
+from graphcomp.graph_module import FOLLOWS_MODE
 
 aten = torch.ops.aten
 
@@ -70,9 +71,10 @@ def _write_out(node: fx.Node, zero_hidden: bool) -> None:
             scores = call_like(node, aten.add.Tensor, scores, _bias(node, mask, lowest))
         elif mask is not None:
             scores = call_like(node, aten.add.Tensor, scores, call_like(node, aten.clamp_min.default, mask, lowest))
-        weights = call_like(node, aten.softmax.int, scores, -1)
+        weights = _dropped(node, call_like(node, aten.softmax.int, scores, -1))
     # the node keeps its name, by which costs find it
     node.target, node.args, node.kwargs = aten.matmul.default, (weights, val), {}
+    node.meta.pop(FOLLOWS_MODE, None)
     if mask is None or not zero_hidden:
         return
     users = list(node.users)
@@ -85,6 +87,16 @@ def _write_out(node: fx.Node, zero_hidden: bool) -> None:
         result = call_like(node, aten.masked_fill.Scalar, node, hidden, 0.0)
     for user in users:
         user.replace_input_with(node, result)
+
+
+def _dropped(attention: fx.Node, weights: fx.Node) -> fx.Node:
+    """Return the weights behind the dropout that attention has in training mode alone; `weights` without one."""
+    _, in_training = attention.meta.get(FOLLOWS_MODE, {}).get("dropout_p", (0.0, 0.0))
+    if not in_training:
+        return weights
+    dropout = call_like(attention, aten.dropout.default, weights, in_training, False)
+    dropout.meta[FOLLOWS_MODE] = {"train": (False, True)}
+    return dropout
 
 
 def _bias(node: fx.Node, seen: fx.Node, lowest: float) -> fx.Node:

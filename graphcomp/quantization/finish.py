@@ -35,7 +35,7 @@ from graphcomp.quantization.quantizers.geta import GetaQuantizer
 from graphcomp.quantization.quantizers.make import make_quantizer
 from graphcomp.quantization.quantizers.uniform import SMALLEST_STEP, UniformQuantizer
 from graphcomp.quantization.repeats import with_repeats
-from graphcomp.quantization.spec import MAX_BITS, MIN_BITS, QuantConfig, QuantSpec
+from graphcomp.quantization.spec import MAX_BITS, MIN_BITS, TABLES, QuantConfig, QuantSpec
 from graphcomp.quantization.tensors import add_tensor, attribute_readers, put, replace_argument
 from graphcomp.quantization.walk import Constants
 
@@ -94,10 +94,17 @@ def from_training(fake: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> Qua
     return Quantized(twin, finished, lower(finished), errors, left, notes)
 
 
-def with_embeddings(fake: fx.GraphModule) -> fx.GraphModule:
-    """Tables that were looked up in floats get their quantizers: one step per row."""
+def with_embeddings(
+    fake: fx.GraphModule, spec: QuantSpec | None = TABLES, ignore: Sequence[str] = ()
+) -> fx.GraphModule:
+    """Tables that were looked up in floats get their quantizers, as `spec` says; None leaves them float.
+
+    Args:
+        ignore: module names or "re:" patterns that stay float.
+    """
     before = {str(node.target) for node, _ in quantizer_nodes(fake)}
-    found = InsertQuantizers(place(fake, QuantConfig(weights=None, activations=None)))(fake)
+    config = QuantConfig(weights=None, activations=None, embeddings=spec)
+    found = InsertQuantizers(place(fake, config, ignore))(fake)
     values = Constants(found)
     for node, quantizer in quantizer_nodes(found):
         if str(node.target) not in before:

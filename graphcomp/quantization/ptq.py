@@ -6,7 +6,7 @@ layer, so that each is set on the operands it will get.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -108,12 +108,12 @@ def quantize(module: fx.GraphModule, batches: Sequence[Sequence[Any]], options: 
     if options.equalize or (options.equalize is None and weights is not None and weights.granularity == "tensor"):
         folded, found = equalize(folded)
         notes += found
-    own_bias = _with_biases(folded) if options.correct_bias else folded
+    own_bias = with_biases(folded) if options.correct_bias else folded
     placement = place(own_bias, options.config, options.ignore)
     fake = InsertQuantizers(placement)(own_bias)
     calibrate_weights(fake)
     calibrate_activations(fake, batches)
-    errors = _Setting(own_bias, fake, options).walk(batches[: options.walk_batches])
+    errors = Setting(own_bias, fake, options).walk(batches[: options.walk_batches])
     fit_biases(fake)
     left = float_layers(fake, {node.name: reason for node, reason in placement.left_float.items()})
     return Quantized(folded, fake, lower(fake), errors, left, (*notes, *placement.notes))
@@ -135,7 +135,7 @@ def planned(module: fx.GraphModule, options: PostTraining) -> fx.GraphModule:
     """The integer graph that `quantize` will make, as far as the shapes of its tensors go, its codes not packed; it
     takes no data."""
     folded = prepared(module, options.config)
-    own_bias = _with_biases(folded) if options.correct_bias else folded
+    own_bias = with_biases(folded) if options.correct_bias else folded
     fake = InsertQuantizers(place(own_bias, options.config, options.ignore))(own_bias)
     constant, one = constants_with_quantizers(fake), torch.ones(())
     for node, quantizer in quantizer_nodes(fake):
@@ -147,14 +147,18 @@ def planned(module: fx.GraphModule, options: PostTraining) -> fx.GraphModule:
 
 
 # ------------------------------------------------------------------------------------------------ tensors of its own
-def _with_biases(module: fx.GraphModule) -> fx.GraphModule:
+def with_biases(module: fx.GraphModule, without: Collection[fx.Node] = ()) -> fx.GraphModule:
     """A bias of zeros for each convolution that has none: there is then where to correct.
 
     Where the number of filters is dynamic (those of every sample side by side) no bias fits.
+
+    Args:
+        without: convolutions that need no bias.
     """
-    found, _ = clone(module)
+    found, new_node = clone(module)
+    others = {new_node[node] for node in without}
     for node in list(found.graph.nodes):
-        if node.target not in CONVOLUTIONS or bind(node)["bias"] is not None:
+        if node in others or node.target not in CONVOLUTIONS or bind(node)["bias"] is not None:
             continue
         weight = bind(node)["weight"]
         filters = value(node).shape[channels_of(node)]
@@ -267,10 +271,10 @@ def layer_errors(folded: fx.GraphModule, fake: fx.GraphModule, batches: Sequence
     Returns:
         layer -> relative error of its output, ||fake - float|| / ||float||.
     """
-    return _Setting(folded, fake, PostTraining(correct_bias=False)).walk(batches)
+    return Setting(folded, fake, PostTraining(correct_bias=False)).walk(batches)
 
 
-class _Setting:
+class Setting:
     """Rounds weights and corrects biases, layer after layer, and measures what is left."""
 
     def __init__(self, folded: fx.GraphModule, fake: fx.GraphModule, options: PostTraining) -> None:
@@ -296,7 +300,7 @@ class _Setting:
                     self._round(node, rough)
                 rough.step(node)
                 if self.options.correct_bias:
-                    self._correct(node, exact.of(twin), rough.of(node))
+                    self._correct(node, exact.of(twin), rough)
                 self.errors[self._name(node)] = _relative(exact.of(twin), rough.of(node))
             else:
                 rough.step(node)
@@ -313,18 +317,18 @@ class _Setting:
         name = layer_name(bind(node)[operands.weight] if operands.weight else None, self.constant) or node.name
         return name if name not in self.errors else f"{name} ({node.name})"
 
-    def _correct(self, node: fx.Node, exact: list[Tensor], rough: list[Tensor]) -> None:
-        """Add the mean error of each output channel to the bias; `rough` becomes what the corrected layer gives."""
+    def _correct(self, node: fx.Node, exact: list[Tensor], rough: Lockstep) -> None:
+        """Add the mean error of each output channel to the bias; `rough` gets what the corrected layer gives."""
         operands, arguments = COMPUTE[node.target], bind(node)
         bias = arguments.get(operands.bias) if operands.bias else None
         if not isinstance(bias, fx.Node) or bias.op != "get_attr":
             return
         channels = channels_of(node)
-        mean = significant_mean(exact, rough, channels)
+        mean = significant_mean(exact, rough.of(node), channels)
         old = fetch(self.fake, str(bias.target))
         self._give(node, operands.bias, (old.double() + mean).to(old.dtype))
         shape = [-1 if d == channels else 1 for d in range(exact[0].dim())]
-        for r in rough:
+        for r in rough.of(node):
             r += mean.view(shape).to(r.dtype)
 
     def _round(self, node: fx.Node, rough: Lockstep) -> None:

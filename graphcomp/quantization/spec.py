@@ -99,6 +99,7 @@ def check_bits(bits: Any, name: str = "bits") -> int:
 
 WEIGHTS = QuantSpec(8, symmetric=True, granularity="channel")
 ACTIVATIONS = QuantSpec(8, symmetric=False)
+TABLES = QuantSpec(8, symmetric=True, granularity="channel")
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class QuantConfig:
 
     weights: QuantSpec | None = WEIGHTS
     activations: QuantSpec | None = ACTIVATIONS
-    embeddings: QuantSpec | None = QuantSpec(8, symmetric=True, granularity="channel")
+    embeddings: QuantSpec | None = TABLES
     first_and_last_bits: int = 8
     overrides: Mapping[str, tuple[QuantSpec | None, QuantSpec | None]] = field(default_factory=dict)
     share_concat: bool = False

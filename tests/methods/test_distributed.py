@@ -148,13 +148,14 @@ def _compress_rank(rank, port, folder):
             compressed(rank, 2, loss=stopping, **options)
         resumed = compressed(rank, 2, **options).state_dict()
         plain = compressed(rank, 2, double=True, bits=None, method="hesso").state_dict()
+        steps = compressed(rank, 2, bits=4, activation_bits=8, method="qat").state_dict()
         with pytest.raises(gc.TrainingError, match="the loss is nan at step 1 of"):
             compressed(rank, 2, bits=8, loss=bad_in_one)
         with pytest.raises(gc.PlanError, match="14 in process 0, 13 in process 1"):
             compressed(rank, 2, bits=8, batches=shares(rank, 2)[rank:])
         with pytest.raises(gc.CheckpointError, match="another run"):  # the first process finds it, and tells
             compressed(rank, 2, **(options | {"sparsity": 0.3}))
-        torch.save([first, resumed, plain], os.path.join(folder, f"{rank}.pt"))
+        torch.save([first, resumed, plain, steps], os.path.join(folder, f"{rank}.pt"))
     finally:
         dist.destroy_process_group()
 
@@ -169,7 +170,7 @@ def test_compress_in_two_processes(tmp_path, monkeypatch):
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for mine, other in zip(first, second, strict=True):
         assert mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
-    run, resumed, plain = first
+    run, resumed, plain, _ = first
     assert run.keys() == resumed.keys() and all(torch.equal(run[name], resumed[name]) for name in run)
     alone = compressed(double=True, bits=None, method="hesso").state_dict()
     for name, tensor in alone.items():

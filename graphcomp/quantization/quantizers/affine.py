@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from graphcomp.quantization.quantizers import again
 from graphcomp.quantization.quantizers.base import Integers, container
 from graphcomp.quantization.quantizers.gradients import fake_quantize, multiples, round_through
 from graphcomp.quantization.quantizers.uniform import UniformQuantizer
@@ -44,6 +45,11 @@ class AffineQuantizer(UniformQuantizer):
         """The nearest level of each element: shape and dtype of `x`."""
         if not self.enabled:
             return x
+        result = self._quantized(x)
+        again.note(result, self._quantized, x, (self.scale, self.zero_point))
+        return result
+
+    def _quantized(self, x: Tensor) -> Tensor:
         low, high = self.spec.quant_min, self.spec.quant_max
         return fake_quantize(x.to(self._wide(x)), self._step(x), self._zero(x), low, high).to(x.dtype)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from graphcomp.quantization.quantizers import again
 from graphcomp.quantization.quantizers.base import Integers, container
 from graphcomp.quantization.quantizers.gradients import fake_quantize, multiples
 from graphcomp.quantization.quantizers.uniform import UniformQuantizer
@@ -25,6 +26,11 @@ class SymmetricQuantizer(UniformQuantizer):
         """The nearest level of each element: shape and dtype of `x`."""
         if not self.enabled:
             return x
+        result = self._quantized(x)
+        again.note(result, self._quantized, x, (self.scale,))
+        return result
+
+    def _quantized(self, x: Tensor) -> Tensor:
         wide = x.to(self._wide(x))
         return fake_quantize(wide, self._step(x), None, self.spec.quant_min, self.spec.quant_max).to(x.dtype)
 
