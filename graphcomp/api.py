@@ -33,6 +33,7 @@ from graphcomp.graph_module import copied
 from graphcomp.held import equal_counts, held_by_class
 from graphcomp.methods import processes
 from graphcomp.methods.prepared import LayerBits, Prepared, prepare_graph, training_config, unwrapped
+from graphcomp.methods.same_gradients import settle_gradients
 from graphcomp.methods.shrink import shrunk
 from graphcomp.methods.train import Phase, Training, Whole, first_batches, parts, phases_of, to_device, train
 from graphcomp.names import by_module_name, module_names, scope_name
@@ -828,7 +829,6 @@ def _prepared(
     """As `prepare`, but the tensors are those of `model`, which is trained then; `start` is what LSQ begins with."""
     limits, of_activations = _limits(bits), _activation_limits(bits, activation_bits)
     captured = capture(model, example_inputs, example_kwargs, scope=scope, outputs=outputs, training=True)
-    plan = analyze_captured(captured)
     if captured.producer == "record":
         raise CaptureError(
             f"{type(model).__name__} cannot be trained: it could only be recorded",
@@ -837,6 +837,8 @@ def _prepared(
         )
     if limits is not None or start is not None:
         check_floats(captured)
+    other = settle_gradients(captured, quantized=limits is not None or start is not None)
+    plan = analyze_captured(captured)
     groups: tuple[ChannelGroup, ...] = ()
     notes: tuple[str, ...] = ()
     no_groups = ""
@@ -861,7 +863,7 @@ def _prepared(
             ignore=(*ignore, *_read_outside(plan)),
             batches=batches,
             no_groups=no_groups,
-            notes=notes,
+            notes=(*notes, other) if other else notes,
             start=start,
         )
 

@@ -23,6 +23,7 @@ from graphcomp.errors import CalibrationError, PlanError, VerificationError
 from graphcomp.export.native import NativeResult
 from graphcomp.graph import bind, value
 from graphcomp.graph_module import tensor_leaves
+from graphcomp.methods.same_gradients import other_gradients
 from graphcomp.pruning.law import LAW as SLICING
 from graphcomp.pruning.law import check_slicing
 from graphcomp.pruning.slice import SliceGroups, by_factor, kept_of_model, kept_of_tensors
@@ -400,6 +401,8 @@ def _choose(found: NativeResult, small: fx.GraphModule | None, plan: Analysis) -
 # ------------------------------------------------------------------------------------------------ results
 def _native_notes(plan: Analysis, found: NativeResult) -> tuple[str, ...]:
     notes = [] if found.module is not None else [f"a graph, not the model's own class: {found.reason}"]
+    other = other_gradients(plan.captured) if found.module is None and plan.captured.functions else ""
+    notes += [f"the graph is for inference: {other}"] if other else []
     if plan.captured.producer == "record":
         notes.append(f"recorded, since torch.export refused: {plan.captured.reason}")
     if found.rounding:

@@ -30,6 +30,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.modules import transformer
 from torch.nn.parameter import is_lazy
 
+from graphcomp.backward import WrittenBackward, functions_followed
 from graphcomp.cache import NOTE as CACHE_NOTE
 from graphcomp.cache import loses_the_cache_alone, switched_off
 from graphcomp.calling import calling_convention, parameters_of
@@ -90,6 +91,7 @@ class Captured:
         scope: path of `original` in the model that was given; "" for the model itself.
         outside: what the rest of the model reads of `original`, with a scope.
         notes: what the graph differs in from the model, for the report.
+        functions: torch.autograd.Functions that the forward calls, whose backward a user wrote.
     """
 
     module: fx.GraphModule
@@ -103,6 +105,7 @@ class Captured:
     scope: str
     outside: Outside = field(default_factory=Outside)
     notes: tuple[str, ...] = ()
+    functions: tuple[WrittenBackward, ...] = ()
 
     def inputs(self) -> tuple[Args, Kwargs]:
         """Return copies of the example inputs: a run may write into them."""
@@ -151,20 +154,9 @@ def capture(
         _check_is_plain(model)
         outside = _read_outside(whole, scope, *given)
     _check_names(model, kwargs)
-    notes: tuple[str, ...] = ()
-    try:
-        module, names = _export(model, args, kwargs, dynamic)
-        producer: Literal["export", "record"] = "export"
-        reason = ""
-    except Exception as error:  # export has no base class for its refusals
-        found = _without_cache(model, args, kwargs, dynamic) if _about_cache(error) else None
-        if found is not None:
-            (module, names), kwargs, notes = *found, (CACHE_NOTE,)
-            producer, reason = "export", ""
-        else:
-            module, names = _record(model, args, kwargs, error)
-            producer, reason = "record", _refusal(error)
-            log.info("%s was recorded, as torch.export refused it: %s", type(model).__name__, reason)
+    with functions_followed(keep=training) as functions:
+        traced = _traced(model, args, kwargs, dynamic)
+    module, names = traced.module, traced.names
     if not names:
         raise CaptureError(f"{type(model).__name__} returns no tensor", fix="compress a module that returns tensors")
     if outputs is not None:
@@ -172,9 +164,37 @@ def capture(
     canonicalize(module)
     _call_as(module.graph, model)
     captured = _finish(module, model)
-    if producer == "export":
-        _follow_modes(captured, model, args, kwargs, training, _held_in_eval(model) if in_training else frozenset())
-    return Captured(captured, model, args, kwargs, producer, reason, names, aliases(model), scope, outside, notes)
+    if traced.producer == "export":
+        held = _held_in_eval(model) if in_training else frozenset()
+        _follow_modes(captured, model, args, traced.kwargs, training, held)
+    return Captured(
+        captured, model, args, traced.kwargs, traced.producer, traced.reason, names, aliases(model), scope, outside,
+        traced.notes, tuple(dict.fromkeys(functions)),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """The graph of torch.export or of the recorder; the other fields are those of Captured."""
+
+    module: fx.GraphModule
+    names: tuple[str, ...]
+    kwargs: Kwargs
+    producer: Literal["export", "record"] = "export"
+    reason: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def _traced(model: nn.Module, args: Args, kwargs: Kwargs, dynamic: bool) -> _Traced:
+    try:
+        return _Traced(*_export(model, args, kwargs, dynamic), kwargs)
+    except Exception as error:  # export has no base class for its refusals
+        found = _without_cache(model, args, kwargs, dynamic) if _about_cache(error) else None
+        if found is not None:
+            return found
+        traced = _Traced(*_record(model, args, kwargs, error), kwargs, "record", _refusal(error))
+        log.info("%s was recorded, as torch.export refused it: %s", type(model).__name__, traced.reason)
+        return traced
 
 
 # ---------------------------------------------------------------------------------------------- inputs
@@ -370,16 +390,14 @@ def _is_integer(tensor: torch.Tensor) -> bool:
     return not tensor.is_floating_point() and not tensor.is_complex()
 
 
-def _without_cache(
-    model: nn.Module, args: Args, kwargs: Kwargs, dynamic: bool
-) -> tuple[tuple[fx.GraphModule, tuple[str, ...]], Kwargs] | None:
-    """The graph with the cache switched off, and the keywords that do so; None where that would change the outputs."""
+def _without_cache(model: nn.Module, args: Args, kwargs: Kwargs, dynamic: bool) -> _Traced | None:
+    """The graph with the cache switched off; None where that would change the outputs."""
     off = switched_off(model, args, kwargs)
     if off is None:
         return None
     try:
-        graph = _export(model, args, off, dynamic)
-        return (graph, off) if loses_the_cache_alone(model, args, kwargs, off) else None
+        traced = _Traced(*_export(model, args, off, dynamic), off, notes=(CACHE_NOTE,))
+        return traced if loses_the_cache_alone(model, args, kwargs, off) else None
     except Exception as error:  # export has no base class for its refusals, nor has the user's code
         log.debug("%s without its cache: %s", type(model).__name__, _reason(error))
         return None

@@ -202,7 +202,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._memory_of(result) is None:
             raise CaptureError(
                 "a tensor is made of memory that no op wrote",
-                at=frame_text(_user_line()),
+                at=frame_text(user_frame()),
                 why="a copy of the bytes alone does not say of what values they are",
                 fix="tensor.clone() in place of copy.deepcopy(tensor)",
             )
@@ -225,7 +225,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _describe(self, node: fx.Node, result: Any) -> None:
         node.meta["val"] = pytree.tree_map_only(torch.Tensor, self._value, result)
-        node.meta["stack_trace"] = _user_line()
+        node.meta["stack_trace"] = user_frame()
         node.meta["nn_module_stack"] = self.sites.modules
 
     # ------------------------------------------------------------------------------------------ tensors and nodes
@@ -401,7 +401,7 @@ def _children(value: Any) -> list[tuple[Any, Any]]:
 
 
 # ---------------------------------------------------------------------------------------------- source lines
-def _user_line() -> str:
+def user_frame() -> str:
     """The innermost frame outside torch, written as in a traceback (and as torch.fx writes `stack_trace`).
 
     A model made of nothing but torch's modules has no such frame; the layer's own forward stands in.

@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from graphcomp.assemble import as_model, cut_groups, with_integers
+from graphcomp.backward import without_backward
 from graphcomp.capture import Captured
 from graphcomp.compare import default_dtype, in_float64, relative_error, why_silent
 from graphcomp.compressed import CompressedModel
@@ -68,7 +69,8 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
         return as_model(cut, held, measure_latency=measure_latency)
     inputs = flat_inputs(plan.captured, plan.captured.args, plan.captured.kwargs)
     assert session.config is not None
-    stored = with_embeddings(with_repeats(sliced), session.config.embeddings, session.ignore)
+    whole = with_repeats(without_backward(sliced))
+    stored = with_embeddings(whole, session.config.embeddings, session.ignore)
     quantized = from_training(stored, [inputs])
     return with_integers(
         cut,

@@ -19,7 +19,7 @@ RANKS = [
     {"graph_module", "graph_json", "inputs"},
     {"untouched"},
     {"canonical", "outside", "record"},
-    {"cache"},
+    {"backward", "cache"},
     {"capture", "coupling"},
     {"beside"},
     {"describe", "analysis", "second_inputs"},

@@ -13,6 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
+from graphcomp.backward import without_backward
 from graphcomp.capture import capture
 from graphcomp.errors import ExportError, first_line
 from graphcomp.export.files import replacing
@@ -72,7 +73,8 @@ def save_program(program: ExportedProgram, path: str | Path) -> None:
 
 def as_graph(module: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> fx.GraphModule:
     """`module` if it is a captured graph, else its graph."""
-    return module if isinstance(module, fx.GraphModule) else capture(module, args, kwargs).module
+    graph = module if isinstance(module, fx.GraphModule) else capture(module, args, kwargs).module
+    return without_backward(graph)
 
 
 def _dynamic(
