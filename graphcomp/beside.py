@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from graphcomp.capture import Captured, asks_for_the_mode, graph_in_training, recorded_graph, training_modes
-from graphcomp.chance import Certain
+from graphcomp.chance import certain, generators_kept
 from graphcomp.errors import first_line
 from graphcomp.graph import attributes
 from graphcomp.graph_module import CapturedModule, tensor_names
@@ -77,7 +77,7 @@ def in_modes(model: nn.Module, modes: Modes | None) -> Iterator[nn.Module]:
     cuda = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with LOCK, torch.random.fork_rng(devices=cuda), torch.no_grad(), op_by_op():
         torch.manual_seed(0)
-        with Certain():  # type: ignore[no-untyped-call]
+        with certain():
             yield copied
 
 
@@ -121,7 +121,8 @@ def _in_training(captured: Captured, quiet: _Calls, read: set[int]) -> RunsBesid
     if not loud.seen - alike.seen and not loud.tensors - alike.tensors:
         return RunsBeside(modes=modes, inputs=inputs)
     try:
-        module, names = graph_in_training(model, *copies(inputs), modes)
+        with generators_kept():
+            module, names = graph_in_training(model, *copies(inputs), modes)
         graph: Beside | None = Beside(module, names, TRAINING)
     except Exception as error:  # export has no base class for its refusals
         log.debug("%s has no graph of training mode: %s", type(model).__name__, error)

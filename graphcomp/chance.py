@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,9 +37,34 @@ def _shape_options(options: dict[str, Any]) -> dict[str, Any]:
     return {key: options[key] for key in ("dtype", "device", "layout") if key in options}
 
 
-class Certain(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Certain(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside, the ops in CERTAIN draw nothing; other random ops draw as ever."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         certain = CERTAIN.get(func.overloadpacket)
         return func(*args, **(kwargs or {})) if certain is None else certain(*args, **(kwargs or {}))
+
+
+@contextmanager
+def certain() -> Iterator[None]:
+    """Inside, torch's ops in CERTAIN draw nothing, and Python's and NumPy's generators begin at one seed."""
+    with generators_kept():
+        random.seed(0)
+        numpy = sys.modules.get("numpy")
+        if numpy is not None:
+            numpy.random.seed(0)
+        with _Certain():  # type: ignore[no-untyped-call]
+            yield
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Put Python's and NumPy's generators back afterwards; torch's generators are left to the caller."""
+    numpy = sys.modules.get("numpy")
+    python_state, numpy_state = random.getstate(), None if numpy is None else numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)

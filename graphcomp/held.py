@@ -78,11 +78,11 @@ def _tied(cut: Cut, found: NativeResult, choose: Choose) -> tuple[Cut, NativeRes
 
 
 def _what_keeps_the_class(cut: Cut, found: NativeResult) -> str:
-    """Say what to pass so that the class holds the rest of the cut: tried out, but for the trivial."""
+    """Say what to pass so that the class holds the rest of the cut: tried out, where there is a rest."""
     by_role = {group.role: [g for g in cut.kept if g.role == group.role] for group in (*found.blamed, *cut.kept)}
     for whole in ([*found.blamed], *by_role.values()):
         rest = {group: units for group, units in cut.kept.items() if group not in whole}
-        if whole and (not rest or native(cut.plan, rest).module is not None):
+        if whole and (native(cut.plan, rest).module is not None if rest else found.blamed):
             return f"; to keep the class, pass {_leave_whole(whole, list(rest))}"
     return ""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -158,6 +160,40 @@ def test_a_training_mode_that_does_not_run_on_the_example_is_said() -> None:
     assert "training needs targets" in small.report.unchecked["training mode"]
 
 
+class Drawing(nn.Module):
+    """Scales a result by a random number of Python in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def drawn(self) -> float:
+        return random.random()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.b(self.a(x).relu())
+        return out * self.drawn() if self.training else out
+
+
+class DrawingAnew(Drawing):
+    def drawn(self) -> float:
+        return random.SystemRandom().random()
+
+
+def test_random_numbers_of_python_are_the_same_for_both_models() -> None:
+    before = random.getstate()
+    small = gc.compress(Drawing().eval(), torch.rand(3, 8), sparsity=0.5, progress=False)
+    assert type(small.module) is Drawing, small.reason
+    assert small.report.verified[LAW] < 1e-5
+    assert random.getstate() == before
+
+
+def test_a_training_mode_of_which_no_two_runs_are_alike_is_said() -> None:
+    small = gc.compress(DrawingAnew().eval(), torch.rand(3, 8), sparsity=0.5, progress=False)
+    assert type(small.module) is DrawingAnew, small.reason
+    assert "no two runs are alike" in small.report.unchecked[LAW]
+
+
 class Dropped(nn.Module):
     """Computes a result that it does not return."""
 
@@ -192,9 +228,9 @@ def test_the_model_is_left_as_it_was() -> None:
     model.norm.eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     x = torch.rand(2, 3, 8, 8)
-    random = torch.get_rng_state()
+    drawn = torch.get_rng_state()
     gc.compress(model, x, sparsity=0.5, progress=False)
     assert [m.training for m in model.modules()] == [m is not model.norm for m in model.modules()]
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
-    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(torch.get_rng_state(), drawn)

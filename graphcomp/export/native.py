@@ -19,7 +19,19 @@ from graphcomp.analysis import Analysis
 from graphcomp.capture import user_line
 from graphcomp.coupling.axis import Axis, Factor, all_leaves
 from graphcomp.coupling.groups import ChannelGroup, Kept
-from graphcomp.export.attributes import Lengths, Site, constraints, find_lengths, options, put, sites, solve, trace
+from graphcomp.coupling.propagate import Coupling
+from graphcomp.export.attributes import (
+    LINE,
+    Lengths,
+    Site,
+    constraints,
+    find_lengths,
+    options,
+    put,
+    sites,
+    solve,
+    trace,
+)
 from graphcomp.export.other_runs import OtherRuns
 from graphcomp.export.reference import Reference, Verdict, refresh_flat_weights, refusal
 from graphcomp.export.ties import FactorTie, first_mismatch, ties_among
@@ -119,7 +131,20 @@ def _refused(analysis: Analysis, kept: Kept, search: _Search, whole: nn.Module) 
     if mismatch is not None:
         text = mismatch.text or text
         blamed = _groups_of(mismatch.axes, kept) or blamed
+    blamed = blamed or _groups_of(_read_at(search.failure.line, coupling), kept)
     return NativeResult(None, text, ties=() if mismatch is None else mismatch.ties, blamed=blamed)
+
+
+def _read_at(line: str, coupling: Coupling) -> list[Axis]:
+    """Return the axes of what the ops on a source line read, in the captured graph and beside it."""
+    place = LINE.match(line)
+    found: list[Axis] = []
+    for own in (coupling, *coupling.beside) if place else ():
+        for node in own.calls:
+            here = LINE.match(source_line(node))
+            if place and here and here.groups() == place.groups():
+                found += [a for n in node.all_input_nodes for axes in own.axes.get(n, []) for a in axes]
+    return found
 
 
 def _groups_of(axes: Sequence[Axis], kept: Kept) -> tuple[ChannelGroup, ...]:

@@ -92,24 +92,31 @@ class OtherRuns:
     def _expected_in_training(self) -> dict[str, Any]:
         """What the native model must return in training mode; outputs without values where these are not known."""
         beside, captured = self.analysis.beside, self.analysis.captured
+        whole = outputs_in_modes(captured.original, beside.inputs, beside.modes)
+        try:
+            found = self._run_in_training()
+            again = self._run_in_training()
+        except Exception as error:  # a recorded graph holds for one path
+            found, why = None, f"its masked form does not run: {refusal(error)}"
+        else:
+            why = "there is no masked form of it"
+            if found is not None and isinstance(difference(found, again or {}), str):
+                found, why = None, "it draws random numbers, and no two runs are alike"
+        if found is not None:
+            return dict(zip(whole, found.values(), strict=True))
+        self.unchecked[TRAINING] = f"{why}; it runs, and returns tensors of the right sizes"
+        return {name: tensor.to("meta") for name, tensor in whole.items()}
+
+    def _run_in_training(self) -> dict[str, Any] | None:
+        """Run what stands for the masked model in training mode, if there is something that does."""
+        beside = self.analysis.beside
         if self._zeroed is not None:
             return outputs_in_modes(self._zeroed, beside.inputs, beside.modes)
-        whole = outputs_in_modes(captured.original, beside.inputs, beside.modes)
-        graphs = [
-            own
-            for own, known in zip(self.analysis.coupling.beside, beside.graphs, strict=True)
-            if known.what == TRAINING
-        ]
-        if graphs:
-            try:
-                small = SliceGroups(graphs[0], self.kept)(graphs[0].module)
-                found = outputs_in_modes(small, beside.inputs, None)
-                return dict(zip(whole, found.values(), strict=True))
-            except Exception as error:  # a recorded graph holds for one path
-                self.unchecked[TRAINING] = f"the graph of training mode cannot be cut: {refusal(error)}"
-        else:
-            self.unchecked[TRAINING] = "its values were not compared, but it runs and returns tensors of these sizes"
-        return {name: tensor.to("meta") for name, tensor in whole.items()}
+        pairs = zip(self.analysis.coupling.beside, beside.graphs, strict=True)
+        for coupling, graph in pairs:
+            if graph.what == TRAINING:
+                return outputs_in_modes(SliceGroups(coupling, self.kept)(graph.module), beside.inputs, None)
+        return None
 
     def _compare(self, module: nn.Module, inputs: Variant, expected: dict[str, Any]) -> Verdict:
         given = inputs.args, inputs.kwargs
