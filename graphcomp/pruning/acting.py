@@ -45,10 +45,19 @@ class Acting:
 
 
 def acting_weights(coupling: Coupling) -> dict[str, Acting]:
-    """Return the weights that act and are no parameters, by the names of their members."""
+    """Return the weights that act and are no parameters, by the names of their members.
+
+    A value whose size follows from the model's inputs (a table that is expanded to the batch) is no weight.
+    """
     found: dict[str, Acting] = {}
     computed: set[fx.Node] = set()
+    sized: set[fx.Node] = set()
+    for node in coupling.module.graph.nodes:
+        if node.op == "placeholder" or not sized.isdisjoint(node.all_input_nodes):
+            sized.add(node)
     for node, sources in coupling.sources.items():
+        if node in sized:
+            continue
         if _computes(coupling, node) or any(operand in computed for operand in node.all_input_nodes):
             computed.add(node)
         readers = [user for user in node.users if user in coupling.calls and user not in coupling.sources]

@@ -193,3 +193,19 @@ def test_nothing_is_zero() -> None:
     small = gc.compress(net(), X, saliency="zeros", progress=False)
     assert small.report.units_removed == 0
     assert 'saliency="zeros": no unit is zero' in small.report.notes
+
+
+class Expanded(nn.Module):
+    """A table that is scaled, and expanded to the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.up, self.down = nn.Parameter(torch.randn(1, 5, 16)), nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down((self.up(x) + (self.table * 2).expand(x.shape[0], -1, -1).mul(0.5)).relu())
+
+
+def test_a_table_that_is_expanded_to_the_batch_is_no_weight() -> None:
+    small = gc.compress(Expanded().eval(), torch.randn(2, 5, 8), sparsity=0.5, progress=False)
+    assert small.module.down.in_features == 8
