@@ -18,6 +18,7 @@ from graphcomp.assemble import (
     as_model,
     check_batches,
     check_floats,
+    check_second_call,
     cut_groups,
     planned_bits,
     planned_bytes,
@@ -835,6 +836,7 @@ def _prepared(
             why=f"torch.export refused: {captured.reason}",
             fix='scope="path.to.submodule" prepares a part that can be exported',
         )
+    check_second_call(captured)
     if limits is not None or start is not None:
         check_floats(captured)
     other = settle_gradients(captured, quantized=limits is not None or start is not None)

@@ -114,7 +114,7 @@ def _model(cut: Cut, module: nn.Module, report: Report, **about: Any) -> Compres
     # constants that the forward makes are cut, too, and have no names in the model
     held = {name for name, _ in _parameters_and_buffers(model)}
     kept = (kept_of_model if about["form"] == "native" else kept_of_tensors)(cut.plan.coupling, cut.kept)
-    return CompressedModel(
+    small = CompressedModel(
         module,
         kept={name: dims for name, dims in kept.items() if name in held},
         report=report,
@@ -123,6 +123,8 @@ def _model(cut: Cut, module: nn.Module, report: Report, **about: Any) -> Compres
         example_kwargs=cut.plan.captured.kwargs,
         **about,
     )
+    small.path = cut.plan.captured.path
+    return small
 
 
 def _parameters_and_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -196,6 +198,7 @@ def planned_bits(plan: Analysis, options: PostTraining) -> dict[str | fx.Node, B
     """
     captured = plan.captured
     check_floats(captured)
+    check_second_call(captured)
     if captured.producer != "export":
         raise PlanError(
             f"{type(plan.model).__name__} cannot be quantized: it could only be recorded",
@@ -203,6 +206,16 @@ def planned_bits(plan: Analysis, options: PostTraining) -> dict[str | fx.Node, B
             fix='scope="path.to.submodule" compresses a part that can be exported',
         )
     return _bits_by_node(CostModel(plan), planned_layers(captured.module, options))
+
+
+def check_second_call(captured: Captured) -> None:
+    """Raise PlanError where a graph cannot stand for the model, whose first call changes what the next one reads."""
+    if captured.second_call:
+        raise PlanError(
+            f"a graph of {type(captured.original).__name__} holds for its first call alone",
+            why=f"the forward changes attributes of the model: {captured.second_call}",
+            fix="call the model once in eval mode before, if its first call alone is another; or keep state in buffers",
+        )
 
 
 def check_floats(captured: Captured) -> None:
@@ -389,6 +402,7 @@ def _choose(found: NativeResult, small: fx.GraphModule | None, plan: Analysis) -
     if found.module is not None:
         return found.module, "native"
     if small is not None:
+        check_second_call(plan.captured)
         logger.info("the result is a graph, not a %s: %s", type(plan.model).__name__, found.reason)
         return small, "graph"
     raise VerificationError(
@@ -430,7 +444,7 @@ def _report(cut: Cut, notes: Sequence[str], quantized: Sequence[LoweredLayer] = 
         unknown_ops=tuple(u.op for u in plan.unknown_ops),
         verified=cut.verified,
         unchecked=cut.unchecked,
-        notes=(*plan.captured.notes, *_uncounted_notes(costs), *notes, *cut.notes),
+        notes=(*plan.captured.notes, *_uncounted_notes(costs), *notes, *cut.notes, *plan.captured.path.notes()),
     )
 
 

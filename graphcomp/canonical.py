@@ -36,10 +36,10 @@ def canonicalize(module: fx.GraphModule) -> None:
     make_functional(module.graph)
     rewrite(module.graph)
     tidy_meta(module.graph)
-    module.graph.eliminate_dead_code(lambda node: node.is_impure() or _is_read(node))
+    module.graph.eliminate_dead_code(lambda node: node.is_impure() or is_read(node))
 
 
-def _is_read(node: fx.Node) -> bool:
+def is_read(node: fx.Node) -> bool:
     """Whether a recorded model took a number from tensors here: what the run did then depends on them."""
     return OP_SITE in node.meta and node.target in READS
 

@@ -15,9 +15,9 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path as File
 from typing import Any, Literal
 
 import sympy
@@ -34,10 +34,12 @@ from graphcomp.backward import WrittenBackward, functions_followed
 from graphcomp.cache import NOTE as CACHE_NOTE
 from graphcomp.cache import loses_the_cache_alone, switched_off
 from graphcomp.calling import calling_convention, parameters_of
-from graphcomp.canonical import canonicalize
+from graphcomp.canonical import canonicalize, is_read
+from graphcomp.compare import relative_error, tolerance_of
 from graphcomp.errors import CaptureError, InputError
-from graphcomp.graph import fetch, module_path
+from graphcomp.graph import fetch, module_path, source_line
 from graphcomp.graph_module import (
+    GUARDS,
     MOMENTUM,
     CapturedModule,
     aliases,
@@ -54,9 +56,10 @@ from graphcomp.graph_module import (
 from graphcomp.inputs import copies
 from graphcomp.module_copy import module_copy
 from graphcomp.outside import Outside, watching
+from graphcomp.path import Path, guards, seen_path
 from graphcomp.record import INSTALLED, STDLIB, Recording, record
 from graphcomp.threads import in_this_thread, one_at_a_time, stderr_held
-from graphcomp.untouched import eval_copy
+from graphcomp.untouched import HoldParameters, ParameterWritten, eval_copy, same_buffers, writes, written_parameters
 
 log = logging.getLogger("graphcomp.capture")
 
@@ -92,6 +95,9 @@ class Captured:
         outside: what the rest of the model reads of `original`, with a scope.
         notes: what the graph differs in from the model, for the report.
         functions: torch.autograd.Functions that the forward calls, whose backward a user wrote.
+        path: the path that the example inputs take, and under which conditions other inputs take it.
+        second_call: how a second call of the graph differs from one of the model, whose first call changed what the
+            next reads; "" where the two agree.
     """
 
     module: fx.GraphModule
@@ -106,6 +112,8 @@ class Captured:
     outside: Outside = field(default_factory=Outside)
     notes: tuple[str, ...] = ()
     functions: tuple[WrittenBackward, ...] = ()
+    path: Path = field(default_factory=Path)
+    second_call: str = ""
 
     def inputs(self) -> tuple[Args, Kwargs]:
         """Return copies of the example inputs: a run may write into them."""
@@ -164,13 +172,34 @@ def capture(
     canonicalize(module)
     _call_as(module.graph, model)
     captured = _finish(module, model)
+    for written, node in written_parameters(captured):
+        raise _writes_parameter(model, written, source_line(node))
     if traced.producer == "export":
         held = _held_in_eval(model) if in_training else frozenset()
         _follow_modes(captured, model, args, traced.kwargs, training, held)
+    path = _seen_path(model, captured, args, traced.kwargs)
+    captured.meta[GUARDS] = guards(captured.graph)
+    again = ""
+    if traced.producer == "export" and (path.stateful or writes(captured)):
+        again = _second_call(model, captured, args, traced.kwargs)
     return Captured(
         captured, model, args, traced.kwargs, traced.producer, traced.reason, names, aliases(model), scope, outside,
-        traced.notes, tuple(dict.fromkeys(functions)),
+        traced.notes, tuple(dict.fromkeys(functions)), path, again,
     )  # fmt: skip
+
+
+def _seen_path(model: nn.Module, captured: CapturedModule, args: Args, kwargs: Kwargs) -> Path:
+    """Return the path of the example inputs.
+
+    Raises:
+        CaptureError: the forward writes into a parameter.
+    """
+    reads = dict.fromkeys(source_line(node) for node in captured.graph.nodes if is_read(node))
+    arguments = captured.graph._codegen.pytree_info.orig_args  # type: ignore[attr-defined]
+    try:
+        return seen_path(model, arguments, args, kwargs, [line for line in reads if line])
+    except ParameterWritten as error:
+        raise _run_error(model, error) from error
 
 
 @dataclass(frozen=True)
@@ -195,6 +224,35 @@ def _traced(model: nn.Module, args: Args, kwargs: Kwargs, dynamic: bool) -> _Tra
         traced = _Traced(*_record(model, args, kwargs, error), kwargs, "record", _refusal(error))
         log.info("%s was recorded, as torch.export refused it: %s", type(model).__name__, traced.reason)
         return traced
+
+
+def _second_call(model: nn.Module, captured: CapturedModule, args: Args, kwargs: Kwargs) -> str:
+    """Return how the second call of the graph differs from the model's, "" where it does not."""
+    if any(t.is_meta for t in tensor_names(model).values()):
+        return ""
+    try:
+        with eval_copy(model, real=True) as copied:
+            first, second = _two_calls(copied, args, kwargs)
+        with same_buffers(captured):
+            graph_first, graph_second = _two_calls(captured, args, kwargs)
+    except Exception as error:  # of the user's code, which was not called twice before
+        return f"a second call fails: {_reason(error)}"
+    allowed = tolerance_of(first)
+    if not relative_error(first, graph_first) <= allowed:  # the graph returns outputs that were selected, or no cache
+        log.debug("the second call of %s cannot be compared with that of its graph", type(model).__name__)
+        return ""
+    off = relative_error(second, graph_second)
+    return "" if off <= allowed else f"the second call is off by {off:.1e} (relative)"
+
+
+def _two_calls(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return the tensors that two calls return, and after the second what they made of the inputs."""
+    given, named = copies((args, kwargs))
+    with torch.no_grad():
+        torch.manual_seed(0)
+        first = tensor_leaves(copies(module(*given, **named)))
+        second = tensor_leaves((module(*given, **named), given, named))
+    return first, second
 
 
 # ---------------------------------------------------------------------------------------------- inputs
@@ -299,7 +357,7 @@ def scoped(model: nn.Module, scope: str, args: Args, kwargs: Kwargs) -> tuple[nn
         except _Reached:
             pass
         except Exception as error:
-            raise _input_error(model, error) from error
+            raise _run_error(model, error) from error
     if not seen:
         raise CaptureError(
             f"the submodule {scope!r} of {type(model).__name__} was not called",
@@ -320,15 +378,20 @@ def _read_outside(model: nn.Module, scope: str, args: Args, kwargs: Kwargs) -> O
             _run(copied, args, kwargs)
         except Exception as error:
             if not any(t.is_meta for t in tensor_names(model).values()):
-                raise _input_error(model, error) from error
+                raise _run_error(model, error) from error
             log.debug("%s was watched up to an op that has no values: %s", type(model).__name__, _reason(error))
     return found
 
 
-def _run(model: nn.Module, args: Args, kwargs: Kwargs) -> Any:
-    """A plain forward pass without gradients, on copies of the inputs (a model may write into them)."""
+def _run(model: nn.Module, args: Args, kwargs: Kwargs, *, hold: bool = True) -> Any:
+    """A plain forward pass without gradients, on copies of the inputs (a model may write into them).
+
+    Raises:
+        ParameterWritten: the forward writes into a parameter; with `hold` before it does.
+        Whatever the model raises.
+    """
     args, kwargs = copies((args, kwargs))
-    with torch.no_grad():
+    with torch.no_grad(), HoldParameters(model) if hold else nullcontext():
         return model(*args, **kwargs)
 
 
@@ -549,10 +612,12 @@ def _record(model: nn.Module, args: Args, kwargs: Kwargs, refusal: Exception) ->
     """The graph of one real run, or the error that says why there is none."""
     copied_args, copied_kwargs = copies((args, kwargs))
     try:
-        with eval_copy(model, real=True) as copied:
+        with eval_copy(model, real=True) as copied, HoldParameters(copied):
             recording = record(copied, copied_args, copied_kwargs)
     except CaptureError:
         raise
+    except ParameterWritten as error:
+        raise _run_error(model, error) from error
     except Exception as error:
         _check_runs(model, args, kwargs)
         raise CaptureError(
@@ -590,11 +655,30 @@ def blaming_inputs(captured: Captured) -> Iterator[None]:
 
 def _check_runs(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
     """Raise InputError if the plain model does not run on its example inputs."""
-    try:
-        with eval_copy(model, real=True) as copied:
-            _run(copied, args, kwargs)
-    except Exception as error:
-        raise _input_error(model, error) from error
+    for hold in (True, False):  # a model may refuse to run under a dispatch mode
+        try:
+            with eval_copy(model, real=True) as copied:
+                _run(copied, args, kwargs, hold=hold)
+            return
+        except Exception as error:
+            if isinstance(error, ParameterWritten) or not hold:
+                raise _run_error(model, error) from error
+
+
+def _run_error(model: nn.Module, error: Exception) -> CaptureError:
+    """Return what is wrong where the plain model raises `error` on its example inputs."""
+    if isinstance(error, ParameterWritten):
+        return _writes_parameter(model, error.name, user_line(error))
+    return _input_error(model, error)
+
+
+def _writes_parameter(model: nn.Module, name: str, at: str) -> CaptureError:
+    return CaptureError(
+        f"{type(model).__name__}.forward writes into its own parameter '{name}'",
+        at=at,
+        why="a graph would write at every call, and so would each run here into the weights of the model",
+        fix="call the model once in eval mode before, if it writes only then; or keep in a buffer what is written",
+    )
 
 
 def _input_error(model: nn.Module, error: Exception) -> InputError:
@@ -637,7 +721,7 @@ def user_line(error: BaseException) -> str:
     if not frames:
         return ""
     last = frames[-1]
-    return f"{Path(last.filename).name}:{last.lineno}, in {last.name} -> {last.line}"
+    return f"{File(last.filename).name}:{last.lineno}, in {last.name} -> {last.line}"
 
 
 # ---------------------------------------------------------------------------------------------- outputs and names

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
 
 from graphcomp.capture import example_arguments
 from graphcomp.errors import CheckpointError, ExportError
+from graphcomp.graph_module import WATCHED, tensor_leaves
+from graphcomp.path import Branches, branches_of
+from graphcomp.path import Path as SeenPath
 from graphcomp.quantization.ptq import Quantized
 from graphcomp.report import Report
 
 if TYPE_CHECKING:
     from graphcomp.export.write import ExportReport
+
+log = logging.getLogger("graphcomp.compressed")
 
 Form = Literal["native", "graph"]
 
@@ -34,6 +41,7 @@ class CompressedModel(nn.Module):
         edits: Python attributes of the user's class that were corrected, as (module path, attribute, value).
         example_args, example_kwargs: inputs it was made with; not stored in a checkpoint, so empty after `load`.
         export_report: how the last exported file ran; None before.
+        path: the path through the model that was seen: calls that leave it are warned of. None after `load`.
         called: modules of a graph in the model that the rest of the model calls or reads itself.
     """
 
@@ -62,12 +70,41 @@ class CompressedModel(nn.Module):
         self.example_args = tuple(example_args)
         self.example_kwargs = dict(example_kwargs or {})
         self.export_report: ExportReport | None = None
+        self.path: SeenPath | None = None
+        self._seen: set[Any] = set()
         self.called: tuple[str, ...] = ()
         self.train(module.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original model's."""
-        return self.module(*args, **kwargs)
+        """As the original model's. A call that takes another path than the example inputs is warned of, once."""
+        path = self.path
+        if path is None or torch.compiler.is_compiling() or isinstance(self.module, fx.GraphModule):  # it warns itself
+            return self.module(*args, **kwargs)
+        self._watch_sizes(path, args, kwargs)
+        if not path.has("values"):
+            return self.module(*args, **kwargs)
+        with Branches(sizes=False) as branches:
+            result = self.module(*args, **kwargs)
+        self._warn(path.left_by(frozenset(branches.taken)))
+        return result
+
+    def _watch_sizes(self, path: SeenPath, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Where the model's code compares sizes, look once per set of sizes which branches a call takes."""
+        self._warn(path.left_with(args, kwargs))
+        shapes = tuple(tuple(t.shape) for t in tensor_leaves((args, kwargs)))
+        if not path.has("sizes") or shapes in self._seen or len(self._seen) > WATCHED:
+            return
+        self._seen.add(shapes)
+        branches = branches_of(self.module, args, kwargs)
+        self._warn(path.left_by(branches))
+
+    def _warn(self, how: str) -> None:
+        if how and how not in self._seen:
+            self._seen.add(how)
+            log.warning(
+                "%s was called off the path that the example inputs took, where it was not compared: %s",
+                type(self.module).__name__, how,
+            )  # fmt: skip
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedModel:
         """All of it; pickling leaves `quantized` out."""
@@ -130,5 +167,9 @@ class CompressedModel(nn.Module):
         if example_inputs is not None or example_kwargs is not None:
             args, kwargs = example_arguments(() if example_inputs is None else example_inputs, example_kwargs)
         self.export_report = write_file(self.module, path, args, kwargs)
-        if self.export_report.kernels is not None and isinstance(self.report, Report):
+        if not isinstance(self.report, Report):
+            return
+        said = [f"{path.name} {note}" for note in self.export_report.notes if note not in self.report.notes]
+        self.report = replace(self.report, notes=tuple(dict.fromkeys((*self.report.notes, *said))))
+        if self.export_report.kernels is not None:
             self.report = replace(self.report, kernels=self.export_report.kernels.to_dict())

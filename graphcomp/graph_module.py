@@ -11,8 +11,10 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
@@ -33,15 +35,42 @@ FOLLOWS_MODE = "follows_mode"
 
 LEFT_OUT = "graphcomp_left_out"
 """In the meta of a module: that a constant was warned of which a call left out, and whose default is another."""
+WATCHED = 32
+"""Sets of sizes that a model is watched for."""
 
 RESIZED = "graphcomp_resized"
 """In the meta of a module: that an input of another size was warned of."""
+
+GUARDS, GUARDED = "graphcomp_guards", "graphcomp_guarded"
+"""In the meta of a module: what its graph holds for (a Guard each), and the sizes that were looked at."""
 
 MOMENTUM = 0.1
 """Of a batch norm that averages over all batches (momentum=None): a graph holds one number, and this is torch's."""
 
 aten = torch.ops.aten
 DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A comparison of sizes in the model's code, whose outcome for the example inputs is fixed in the graph.
+
+    Attributes:
+        text: in the names of the inputs: "x.shape[0] <= 8".
+        source: file, line and code.
+        holds: over `symbols`.
+        symbols: symbol -> (placeholder, dim).
+    """
+
+    text: str
+    source: str
+    holds: sympy.Basic
+    symbols: Mapping[sympy.Symbol, tuple[str, int]]
+
+    def broken_by(self, shapes: Mapping[str, Sequence[int]]) -> bool:
+        """Return whether inputs of these sizes lead to the other outcome."""
+        values = {symbol: shapes[name][dim] for symbol, (name, dim) in self.symbols.items()}
+        return bool(self.holds.subs(values) == sympy.false)
 
 
 class CapturedModule(fx.GraphModule):
@@ -95,7 +124,9 @@ class CapturedModule(fx.GraphModule):
         return tuple(bound[name] for name in info.orig_args), {}
 
     def _check_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        for node, leaf in by_placeholder(self, args, kwargs):
+        pairs = by_placeholder(self, args, kwargs)
+        self._check_guards({n.name: tuple(leaf.shape) for n, leaf in pairs if isinstance(leaf, torch.Tensor)})
+        for node, leaf in pairs:
             if is_constant(node) and (isinstance(leaf, torch.Tensor) or leaf != node.meta["val"]):
                 raise InputError(
                     f"{node.name} is {_shown(leaf)}, and the graph was captured with {node.meta['val']!r}",
@@ -107,6 +138,20 @@ class CapturedModule(fx.GraphModule):
                 log.warning(
                     "%s of shape %s was of shape %s when %s was captured: what a model computes from sizes is constant",
                     node.name, tuple(leaf.shape), tuple(node.meta["val"].shape), self.__class__.__name__,
+                )  # fmt: skip
+
+    def _check_guards(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Log a warning, once for each set of sizes, where the model itself would take another path than the graph."""
+        seen = self.meta.setdefault(GUARDED, set())
+        key = tuple(shapes.values())
+        if not self.meta.get(GUARDS) or not shapes or key in seen or len(seen) > WATCHED:
+            return
+        seen.add(key)
+        for guard in self.meta[GUARDS]:
+            if guard.broken_by(shapes):
+                log.warning(
+                    "%s takes the path that the example inputs took, though %s does not hold: %s",
+                    self.__class__.__name__, guard.text, guard.source,
                 )  # fmt: skip
 
     def train(self, mode: bool = True) -> CapturedModule:

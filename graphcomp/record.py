@@ -80,7 +80,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     """
     recorder = Recorder(model)
     in_leaves, in_spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    names = _argument_names(model, args, kwargs)
+    names = argument_names(model, args, kwargs)
     for name, leaf in zip(leaf_names(in_spec), in_leaves, strict=True):
         recorder.add_input(_input_name(name, names), leaf)
     with op_by_op(), recorder.sites.following(), recorder:
@@ -364,7 +364,7 @@ def op_by_op() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _argument_names(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
+def argument_names(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
     """Names of the arguments of the recorded forward: the model's own for positional ones, where it has them."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     own = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]

@@ -14,6 +14,7 @@ from torch import Tensor
 from graphcomp.capture import Captured
 from graphcomp.compare import floating_tensors
 from graphcomp.graph import tensor_values
+from graphcomp.graph_module import GUARDS
 from graphcomp.inputs import copies
 from graphcomp.untouched import eval_copy
 
@@ -234,31 +235,38 @@ def _resized(captured: Captured, leaves: list[Any]) -> dict[str, list[Any]]:
                 first |= {size} if dim == 0 else set()
     length = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), None)
     batch = {symbol for symbol in first if now[symbol] == length}
-    ranges = _ranges(places)
     result = {}
     for name, symbols in (("another batch size", batch), ("another length", set(now) - batch)):
-        values = {**now, **{symbol: _other_length(now[symbol], ranges.get(symbol)) for symbol in symbols}}
-        resized = [_fit(leaf, shape, values) for leaf, shape in zip(leaves, shapes, strict=True)]
-        if symbols and not any(found is None for found in resized):
-            result[name] = [found[0] for found in resized if found is not None]
+        for step in (-1, 1, -2, 2) if symbols else ():
+            values = {symbol: n + step if symbol in symbols else n for symbol, n in now.items()}
+            resized = [_fit(leaf, shape, values) for leaf, shape in zip(leaves, shapes, strict=True)]
+            if min(values.values()) > 1 and None not in resized and _allowed(captured, places, values, resized):
+                result[name] = [found[0] for found in resized if found is not None]
+                break
     return result
 
 
-def _ranges(places: list[Any]) -> Mapping[sympy.Symbol, Any]:
-    """Return the lengths that the graph was captured for: symbol -> range with `lower` and `upper`."""
+def _allowed(
+    captured: Captured, places: list[Any], values: Mapping[sympy.Symbol, int], resized: list[tuple[Any] | None]
+) -> bool:
+    """Return whether the graph holds for these sizes: within its ranges, and on the path of the example inputs."""
+    shapes = {
+        place.name: tuple(found[0].shape)
+        for place, found in zip(places, resized, strict=True)
+        if found is not None and isinstance(found[0], Tensor)
+    }
+    within = all(found.lower <= values[symbol] <= found.upper for symbol, found in _ranges(places) if symbol in values)
+    return within and not any(guard.broken_by(shapes) for guard in captured.module.meta.get(GUARDS, ()))
+
+
+def _ranges(places: list[Any]) -> list[tuple[sympy.Symbol, Any]]:
+    """Return the lengths that the graph was captured for: (symbol, range with `lower` and `upper`)."""
     for place in places:
         for tensor in tensor_values(place):
             environment = getattr(getattr(tensor, "fake_mode", None), "shape_env", None)
             if environment is not None:
-                found: Mapping[sympy.Symbol, Any] = environment.var_to_range
-                return found
-    return {}
-
-
-def _other_length(length: int, allowed: Any) -> int:
-    """Return a length beside `length` within `allowed`; `length` itself where there is none."""
-    candidates = [length - 1, length + 1] if length > 2 else [length + 1]
-    return next((n for n in candidates if allowed is None or allowed.lower <= n <= allowed.upper), length)
+                return list(environment.var_to_range.items())
+    return []
 
 
 def _expressions(place: Any) -> list[Any]:

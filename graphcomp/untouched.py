@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from graphcomp.graph import assign
-from graphcomp.graph_module import tensor_names
+from graphcomp.graph import assign, bind, fetch
+from graphcomp.graph_module import tensor_leaves, tensor_names
 from graphcomp.inputs import copies
 from graphcomp.module_copy import module_copy, own_memory
 from graphcomp.threads import LOCK
@@ -54,6 +57,71 @@ def same_buffers(graph: fx.GraphModule) -> Iterator[None]:
 def own_inputs(graph: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
     """Return flat inputs for one run of `graph`: copies where some op writes into a tensor, else `inputs`."""
     return copies(list(inputs)) if writes(graph) else list(inputs)
+
+
+class ParameterWritten(Exception):
+    """A forward writes into a parameter of its model. `name`: of the parameter."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"the forward writes into the parameter '{name}'")
+        self.name = name
+
+
+class HoldParameters(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raises ParameterWritten before an op writes into a parameter of `model`, or at the end where the forward gave one
+    other data, which are put back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        strided = [(n, p) for n, p in model.named_parameters() if p.layout is torch.strided and not p.is_meta]
+        self._names = {p.untyped_storage()._cdata: name for name, p in strided}
+        # storages, as `p.data` would be an op that other modes hear of
+        self._held = [(n, p, p.untyped_storage(), (p.storage_offset(), p.shape, p.stride())) for n, p in strided]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        given = [held for held in self._held if held[1].untyped_storage()._cdata != held[2]._cdata]
+        for _, parameter, storage, window in given:
+            parameter.data = torch.empty(0, dtype=parameter.dtype, device=storage.device).set_(storage, *window)
+        if given and error[0] is None:
+            raise ParameterWritten(given[0][0])
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable:
+            arguments = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
+            for tensor in tensor_leaves([arguments.get(name) for name in written_arguments(func)]):
+                if tensor.layout is torch.strided and not tensor.is_meta:
+                    name = self._names.get(tensor.untyped_storage()._cdata)
+                    if name is not None:
+                        raise ParameterWritten(name)
+        return func(*args, **(kwargs or {}))
+
+
+def written_arguments(op: OpOverload) -> list[str]:
+    """Return the names of the arguments that an op writes into."""
+    return [a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
+def written_parameters(graph: fx.GraphModule) -> Iterator[tuple[str, fx.Node]]:
+    """Yield each parameter that an op writes into, itself or a view, with the op."""
+    for node in graph.graph.nodes:
+        if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
+            continue
+        bound = bind(node)
+        for operand in pytree.tree_leaves([bound.get(name) for name in written_arguments(node.target)]):
+            source = _memory_of(operand)
+            if source is not None and isinstance(fetch(graph, str(source.target)), nn.Parameter):
+                yield str(source.target), node
+
+
+def _memory_of(node: Any) -> fx.Node | None:
+    """Return the get_attr node whose memory the value of `node` is, or a view of; None for other memory."""
+    while isinstance(node, fx.Node) and node.op != "get_attr":
+        is_view = isinstance(node.target, OpOverload) and any(r.alias_info for r in node.target._schema.returns)
+        if node.target is not operator.getitem and not is_view:
+            return None
+        node = node.args[0] if node.args else None
+    return node if isinstance(node, fx.Node) else None
 
 
 def writes(graph: fx.GraphModule) -> bool:

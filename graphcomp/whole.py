@@ -21,9 +21,10 @@ from graphcomp.graph import assign, fetch, replace_module
 from graphcomp.graph_module import by_placeholder, copied, is_resized, tensor_names
 from graphcomp.inputs import copies
 from graphcomp.outside import Outside, held_outside
+from graphcomp.path import seen_path
 from graphcomp.pruning.law import LAW as SLICING
 from graphcomp.pruning.mask import InsertMasks, set_masks
-from graphcomp.record import named_tensors
+from graphcomp.record import argument_names, named_tensors
 from graphcomp.report import Report
 from graphcomp.untouched import eval_copy
 
@@ -49,13 +50,15 @@ def into_whole(
     scope, part = captured.scope, model.get_submodule(captured.scope)
     module = small.module
     if isinstance(module, fx.GraphModule):
-        for path in captured.outside.modules():
-            _adopt(module, path, part.get_submodule(path))
+        for called in captured.outside.modules():
+            _adopt(module, called, part.get_submodule(called))
     memo: dict[int, Any] = {id(part): module}
     apart = _share(memo, model, part, module)
     whole = _copied(model, memo)
     found = check_whole(model, whole, small, scope, inputs, None if cut is None else masked_part(cut))
     assert isinstance(small.report, Report)
+    path = seen_path(model, argument_names(model, *inputs), *inputs, captured.path.reads)
+    notes = [*small.report.notes, *_notes(scope, captured.outside), *path.notes(), *apart]
     result = CompressedModel(
         whole,
         form=small.form,
@@ -64,7 +67,7 @@ def into_whole(
             small.report,
             verified={**small.report.verified, **found.verified},
             unchecked={**small.report.unchecked, **found.unchecked},
-            notes=(*small.report.notes, *_notes(scope, captured.outside), *apart),
+            notes=tuple(dict.fromkeys(notes)),
         ),
         reason=small.reason,
         edits=tuple((f"{scope}.{path}".rstrip("."), name, value) for path, name, value in small.edits),
@@ -73,6 +76,7 @@ def into_whole(
         example_kwargs=inputs[1],
     )
     result.quantized = small.quantized
+    result.path = path
     if isinstance(module, fx.GraphModule):
         result.called = tuple(f"{scope}.{path}" for path in captured.outside.modules())
     return result

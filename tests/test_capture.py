@@ -185,7 +185,6 @@ def test_in_place_ops_become_functional() -> None:
     [
         lambda self, x: _then(self.fc(x), lambda y: y[:, :2].add_(1), lambda y: y),  # the base is read later
         lambda self, x: _then(self.fc(x).view(-1), lambda y: y.view(2, -1).mul_(2), lambda y: y + 1),
-        lambda self, x: _then(x * 1, lambda y: (self.fc.bias.data.add_(0), y.add_(1)), lambda y: y),  # a parameter
         lambda self, x: _then(x.argmax(1), lambda y: y.mul_(2), lambda y: y),
     ],
 )

@@ -18,7 +18,7 @@ RANKS = [
     {"spec_json"},
     {"graph_module", "graph_json", "inputs"},
     {"untouched"},
-    {"canonical", "outside", "record"},
+    {"canonical", "outside", "path", "record"},
     {"backward", "cache"},
     {"capture", "coupling"},
     {"beside"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from graphcomp.export.files import replacing
 from graphcomp.graph import clone
 from graphcomp.quantization import ops as _ops  # noqa: F401 (the graph may hold these ops)
 from graphcomp.untouched import eval_copy
+
+log = logging.getLogger("graphcomp.export.program")
 
 Args = tuple[Any, ...]
 Model = TypeVar("Model", bound=nn.Module)
@@ -73,8 +76,20 @@ def save_program(program: ExportedProgram, path: str | Path) -> None:
 
 def as_graph(module: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> fx.GraphModule:
     """`module` if it is a captured graph, else its graph."""
-    graph = module if isinstance(module, fx.GraphModule) else capture(module, args, kwargs).module
-    return without_backward(graph)
+    return graph_and_notes(module, args, kwargs)[0]
+
+
+def graph_and_notes(module: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """Return `module` if it is a captured graph, else its graph; and for which inputs alone the graph holds."""
+    if isinstance(module, fx.GraphModule):
+        return without_backward(module), ()
+    captured = capture(module, args, kwargs)
+    notes = captured.path.notes()
+    if captured.producer == "record":
+        fixed = f"holds for inputs of the example's sizes alone, as torch.export refused the model: {captured.reason}"
+        log.warning("the graph of %s %s", type(module).__name__, fixed)
+        notes = [fixed, *notes]
+    return without_backward(captured.module), tuple(notes)
 
 
 def _dynamic(

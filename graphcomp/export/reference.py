@@ -21,7 +21,7 @@ from graphcomp.graph_module import copied, leaf_names
 from graphcomp.inputs import copies, updates
 from graphcomp.provenance import compare_before, heard
 from graphcomp.pruning.slice import SliceGroups
-from graphcomp.untouched import eval_copy
+from graphcomp.untouched import eval_copy, writes
 
 EXACT = 1e-6  # largest relative error in float64; some models compute in float32 inside, whatever they are given
 
@@ -55,12 +55,15 @@ class Reference:
         if captured.producer == "record":
             self.masked = masked_model(analysis, kept)
             self.module: nn.Module = self.masked
-            self.expected = outputs_of(self.masked, captured.inputs())
+            self.calls = 1 + captured.path.stateful
+            self.expected = outputs_of(self.masked, captured.inputs(), calls=self.calls)
         else:
             self.module = graph or SliceGroups(analysis.coupling, kept)(captured.module)
-            found = outputs_of(self.module, captured.inputs())
-            names = (*captured.output_names, *list(found)[len(captured.output_names) :])
-            self.expected = dict(zip(names, found.values(), strict=True))
+            stateful = captured.path.stateful or writes(captured.module)
+            self.calls = 1 + (stateful and not captured.second_call)
+            found = outputs_of(self.module, captured.inputs(), calls=self.calls)
+            names = dict(zip(found, captured.output_names, strict=False))
+            self.expected = {_renamed(name, names): tensor for name, tensor in found.items()}
 
     def compare(self, module: nn.Module) -> Verdict:
         """Run `module` on the example inputs.
@@ -69,7 +72,7 @@ class Reference:
             Whatever the module raises.
         """
         inputs = self.analysis.captured.inputs
-        found = difference(self.expected, outputs_of(module, inputs()))
+        found = difference(self.expected, outputs_of(module, inputs(), calls=self.calls))
         if not isinstance(found, str):
             return self._with_floats_before(module, found)
         if self.masked is None or not any(is_coarse(p) for p in module.parameters()):
@@ -100,11 +103,17 @@ class Reference:
         return Verdict(max(errors, default=math.nan), silent="" if errors else why)
 
 
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    """Return "logits, second call" for "0, second call"."""
+    first, comma, call = name.partition(", ")
+    return f"{names.get(first, first)}{comma}{call}"
+
+
 def is_coarse(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dtype != torch.float64 and not tensor.is_meta
 
 
-def outputs_of(module: nn.Module, inputs: tuple[Any, Any], *, exactly: bool = False) -> dict[str, Any]:
+def outputs_of(module: nn.Module, inputs: tuple[Any, Any], *, exactly: bool = False, calls: int = 1) -> dict[str, Any]:
     """Name -> tensor, of one run in eval mode: the outputs, then the inputs that the run wrote into.
 
     The random state is the same each time.
@@ -112,6 +121,7 @@ def outputs_of(module: nn.Module, inputs: tuple[Any, Any], *, exactly: bool = Fa
     Args:
         inputs: (args, kwargs); the run gets copies.
         exactly: a copy of `module` runs in float64.
+        calls: 2: what a second call returns then, too.
     """
     args, kwargs = copies(inputs)
     if exactly:
@@ -121,6 +131,8 @@ def outputs_of(module: nn.Module, inputs: tuple[Any, Any], *, exactly: bool = Fa
     with eval_copy(module, real=True) as copied, torch.no_grad(), default_dtype(dtype):
         torch.manual_seed(0)
         outputs = _named(copied(*args, **kwargs))
+        if calls == 2:
+            outputs |= {f"{name}, second call": tensor for name, tensor in _named(copied(*args, **kwargs)).items()}
     return outputs | updates(inputs, (args, kwargs))
 
 

@@ -15,7 +15,7 @@ from graphcomp.errors import ExportError
 from graphcomp.export.files import replacing
 from graphcomp.export.kernels import KernelProof, prove
 from graphcomp.export.onnx import export_onnx
-from graphcomp.export.program import export_program, quiet
+from graphcomp.export.program import export_program, graph_and_notes, quiet
 from graphcomp.export.runtime import Agreement, agreement, compare
 from graphcomp.graph_module import names_quoted, tensor_leaves
 from graphcomp.inputs import copies
@@ -52,6 +52,7 @@ class ExportReport:
         as_run: the same in onnxruntime as users run it by default, on this CPU; it is off where the CPU's fast integer
             kernels saturate (see `graphcomp.export.runtime.open_session`). None for a program.
         kernels: which layers onnxruntime runs on integers; None for a program.
+        notes: for which inputs alone the file holds: sizes that are fixed in it, branches that were not seen.
     """
 
     path: str
@@ -60,6 +61,7 @@ class ExportReport:
     agreement: Agreement
     as_run: Agreement | None
     kernels: KernelProof | None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -86,14 +88,15 @@ def write_file(module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: Map
     if FORMATS[path.suffix] == "onnx":
         _check_dtypes(module, tensor_leaves((args, dict(kwargs))))
     proof = as_run = None
+    graph, notes = graph_and_notes(module, args, kwargs)
     with replacing(path) as fresh:
         if FORMATS[path.suffix] == "onnx":
-            export_onnx(module, args, kwargs, fresh)
+            export_onnx(graph, args, kwargs, fresh)
             found = compare(fresh, module, args, kwargs)
             as_run = compare(fresh, module, args, kwargs, exact=False)
             proof = prove(fresh, {name for name, parameter in module.named_parameters() if parameter.dim() >= 2})
         else:
-            export_program(module, args, kwargs, fresh)
+            export_program(graph, args, kwargs, fresh)
             with quiet(), torch.no_grad():
                 given, named = copies((args, dict(kwargs)))
                 result = torch.export.load(fresh).module()(*given, **named)
@@ -105,7 +108,7 @@ def write_file(module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: Map
     if as_run is not None and as_run.steps > SATURATED * max(found.steps, 1.0):
         weight_only = proof is not None and "MatMulNBits" in proof.integer
         log.warning(WEIGHT_ONLY if weight_only else SATURATES, path.name, as_run.steps)
-    return ExportReport(str(path), FORMATS[path.suffix], size, found, as_run, proof)
+    return ExportReport(str(path), FORMATS[path.suffix], size, found, as_run, proof, notes)
 
 
 def _check_dtypes(module: nn.Module, inputs: Sequence[Tensor]) -> None:

@@ -144,3 +144,22 @@ def test_a_file_that_is_off_is_logged(
         small.export(tmp_path / "m.onnx")
     messages = [record.getMessage() for record in caplog.records if record.name == "graphcomp.export"]
     assert len(messages) == 1 and said in messages[0]
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_a_recorded_model_is_written_with_fixed_sizes_and_says_so(
+    suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class ByValue(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.b(self.a(x if x.sum() > 0 else -x).relu())
+
+    small = gc.compress(ByValue().eval(), torch.rand(4, 8), progress=False)
+    small.export(tmp_path / f"small{suffix}")
+    assert any("example's sizes alone" in note for note in small.export_report.notes)
+    assert any("example's sizes alone" in note for note in small.report.notes)
+    assert "example's sizes alone" in caplog.text
