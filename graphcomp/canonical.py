@@ -187,8 +187,13 @@ def functional(target: Any) -> OpOverload | None:
 def _storages(node: fx.Node) -> Iterator[int]:
     """A key for each piece of memory that the value of `node` lives in."""
     for value in pytree.tree_leaves(node.meta.get("val")):
-        if isinstance(value, torch.Tensor) and value.layout is torch.strided:
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided and not is_batched(value):
             yield value.untyped_storage()._cdata
+
+
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Whether it is one inside of torch.vmap, which has no memory of its own."""
+    return bool(torch._C._functorch.is_batchedtensor(tensor))
 
 
 def _unobserved(node: fx.Node, order: dict[fx.Node, int], sharing: dict[int, list[fx.Node]]) -> bool:

@@ -426,8 +426,13 @@ def _export_dynamic(model: nn.Module, args: Args, kwargs: Kwargs) -> torch.expor
     program = _program(model, args, kwargs, shapes)
     values = [n.meta.get("val") for n in program.graph.find_nodes(op="placeholder")]
     fakes = [v for v in values if isinstance(v, torch.Tensor)][-len(inputs) :]
-    tied = any(v.dim() > 0 and type(v.shape[0]) is int and v.shape[0] == 2 for v in fakes)
+    tied = any(v.dim() > 0 and _as_int(v.shape[0]) == 2 for v in fakes)
     return None if doubled and tied else program
+
+
+def _as_int(length: int | torch.SymInt) -> int | None:
+    """The length where it is one number, whatever the inputs; a symbol may have been found to be one meanwhile."""
+    return length.node.maybe_as_int() if isinstance(length, torch.SymInt) else length
 
 
 def _batch(args: Args, kwargs: Kwargs) -> int | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphcomp as gc
@@ -174,6 +175,38 @@ def test_kept_names_what_the_model_holds() -> None:
 
     small = gc.compress(Factors().eval(), torch.rand(2, 8), sparsity=0.5)
     assert small.kept.keys() == {"a.weight", "a.bias", "b.weight"}
+
+
+class PerSample(nn.Module):
+    """Every sample has kernels of its own."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.w, self.style = nn.Parameter(torch.randn(8, 6, 3, 3) / 5), nn.Linear(4, 6)
+        self.front, self.last = nn.Conv2d(3, 6, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        x = self.front(x)
+        b, c, h, w = x.shape
+        kernels = self.w[None] * self.style(z)[:, None, :, None, None]
+        if self.how == "loop":
+            y = torch.cat([F.conv2d(x[i : i + 1], kernels[i], padding=1) for i in range(b)])
+        elif self.how == "vmap":
+            y = torch.vmap(lambda one, own: F.conv2d(one[None], own, padding=1)[0])(x, kernels)
+        else:
+            y = F.conv2d(x.reshape(1, -1, h, w), kernels.reshape(-1, c, 3, 3), padding=1, groups=b).reshape(b, -1, h, w)
+        return self.last(y.relu())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("how", ["groups", "loop", "vmap"])
+def test_kernels_of_each_sample_are_cut_or_refused_with_a_reason(how: str, batch: int) -> None:
+    model, inputs = PerSample(how).eval(), (torch.rand(batch, 3, 6, 6), torch.randn(batch, 4))
+    plan = gc.analyze(model, inputs)
+    assert not any("Error" in frozen.reason.text for frozen in plan.frozen)
+    if how == "loop":
+        assert gc.compress(model, inputs, sparsity=0.5).form == "native"
 
 
 def test_results_in_a_list_among_results_are_frozen() -> None:

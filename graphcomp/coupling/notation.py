@@ -215,7 +215,10 @@ class _Binding:
             raise RuleError(f"the lengths of {unknown} are both unknown in ({' '.join(names)})", at=str(self.why))
         if unknown:
             known = multiply(self.sizes[name] for name in names if name != unknown[0])
-            self.sizes[unknown[0]] = divide(total, known)
+            rest = divide(total, known)
+            if rest is None:
+                raise RuleError(f"a length of {total} is no multiple of {known} for all inputs", at=str(self.why))
+            self.sizes[unknown[0]] = rest
         return [self.sizes[name] for name in names]
 
 
