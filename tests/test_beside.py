@@ -234,3 +234,13 @@ def test_the_model_is_left_as_it_was() -> None:
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
     assert torch.equal(torch.get_rng_state(), drawn)
+
+
+def test_a_power_iteration_of_training_mode_follows_the_cut() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    nn.utils.parametrizations.spectral_norm(model[0])
+    small = gc.compress(model.eval(), torch.randn(5, 8), sparsity=0.5, progress=False)
+    assert small.form == "native", small.reason
+    assert small.report.verified[LAW] < 1e-5
+    small.train()(torch.randn(5, 8))

@@ -34,9 +34,7 @@ UNTAGGED = frozenset(_UNTAGGED.split())
 
 
 def is_pointwise(op: OpOverload) -> bool:
-    """Tagged so by ATen, or named above; not the variants that write to an `out` argument."""
-    if "out" in (argument.name for argument in op._schema.arguments):
-        return False
+    """Tagged so by ATen, or named above. A variant that writes into `out` reads a tensor more, of the result's axes."""
     return torch.Tag.pointwise in op.tags or (
         op.namespace == "aten" and op._schema.name.removeprefix("aten::") in UNTAGGED
     )
