@@ -248,7 +248,7 @@ def compress(
             measured, data = first_batches(data, seed)
             device = next((p.device for p in model.parameters()), torch.device("cpu"))
             calibration = [to_device(b, device) for b in measured] if calibration is None else calibration
-            measured = measured if training.held_out is None else list(training.held_out)
+            measured = measured if training.held_out is None else _held_out(training.held_out)
         ready = _trained(
             trained_model,
             list(zip(phases, parts(training, data, phases), strict=True)),
@@ -625,13 +625,20 @@ def _start(
     """
     if quantization is not None:
         _check_alone(bits, activation_bits, group_size, rounding, reduce_range)
-        if not isinstance(quantization, PostTraining):
-            raise PlanError(
-                f"quantization is a {type(quantization).__name__}", fix="quantization=PostTraining(QuantConfig(…))"
-            )
         return quantization
     one = [own[0] if isinstance(own, (tuple, list)) and own else own for own in (bits, activation_bits)]
     return post_training(one[0], one[1], group_size, rounding, (), reduce_range, observer="mse")
+
+
+def _held_out(batches: Iterable[Any]) -> list[Any]:
+    """Return the batches that the loss is measured on.
+
+    Raises:
+        PlanError: there is none.
+    """
+    if not (found := list(batches)):
+        raise PlanError("Training(held_out=…) holds no batches", fix="held_out=[batch, …], or None")
+    return found
 
 
 def _check_lsq(start: PostTraining | None, budget: Budget | None, training: Training | None) -> None:
@@ -767,8 +774,8 @@ def prepare(
         CalibrationError: calibration data that do not fit, or are not finite.
     """
     check_options(
-        example_kwargs=example_kwargs, learn_exponent=learn_exponent, prune=prune,
-        outputs=outputs, recompute=recompute,
+        example_kwargs=example_kwargs, group_size=group_size, quantization=quantization,
+        learn_exponent=learn_exponent, prune=prune, outputs=outputs, recompute=recompute,
     )  # fmt: skip
     scope = _scope(model, scope)
     part = _submodule(model, scope)

@@ -168,7 +168,8 @@ class QASSO(Optimizer):
         geta = (1e-4 if session.has_attention else 1e-3) if lr_quant is None else lr_quant
         # The scalars of all quantizers move in a few operations instead of a few each; decay would draw d to 0.
         own = [{"params": self._learned, "lr": geta, "weight_decay": 0.0, "foreach": True}] if self._learned else []
-        groups = _param_groups(self.ready, params, [*own, *lsq_groups(self._uniform, base, lr, lr_quant)])
+        rate = lr if isinstance(lr, (int, float, Tensor)) else 0.0  # the base optimizer refuses all else
+        groups = _param_groups(self.ready, params, [*own, *lsq_groups(self._uniform, base, rate, lr_quant)])
         self.base = _base_optimizer(base, groups, lr, options, base_options)
         super().__init__(self.base.param_groups, self.base.defaults)
         self._share_with_base()

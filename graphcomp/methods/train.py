@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from graphcomp.arguments import check_batches
 from graphcomp.errors import CheckpointError, PlanError, TrainingError
 from graphcomp.graph import all_tensors, replace_module
 from graphcomp.inputs import copies
@@ -137,6 +138,8 @@ class Training:
                 why="must be a number of steps (int), or a share of the run (float from 0 to below 1)",
                 fix="freeze_norms=0.8",
             )
+        if self.held_out is not None:
+            check_batches("held_out", self.held_out)
         for name in self.options:
             if name in ELSEWHERE:
                 raise PlanError(

@@ -180,7 +180,7 @@ def test_a_layer_has_the_bits_that_it_is_given_by_name():
         ({"bits": 4, "quantizer": "qst"}, "quantizer='qst'"),
         ({"bits": 4, "quantizer": "geta", "group_size": 4}, "GETA's quantizer"),
         ({"bits": 6, "quantization": KINDS["per channel"]}, "bits beside quantization"),
-        ({"quantization": 8}, "quantization is a int"),
+        ({"quantization": 8}, "quantization must be"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options, message):
@@ -196,6 +196,7 @@ def test_what_does_not_go_together_is_refused(options, message):
         ({"bits": (4, 8), "group_size": 4}, "group_size"),
         ({"bits": (4, 8), "training": gc.Training(steps=2, held_out=[])}, "held_out"),
         ({"quantization": KINDS["per channel"], "bits": 4}, "bits beside quantization"),
+        ({"bits": 4, "training": gc.Training(steps=2, held_out=[])}, "held_out.* holds no batches"),
         ({}, "no bits are given"),
     ],
 )
@@ -225,6 +226,11 @@ def test_training_that_lowers_the_loss_is_kept():
     note = note_of(small)
     assert note.startswith("loss ") and "8 batches of the training data" in note
     assert float(note.split()[1]) > float(note.split()[3])
+
+
+def test_held_out_data_that_hold_no_batches_are_refused():
+    with pytest.raises(gc.PlanError, match="held_out must be a series of batches"):
+        gc.Training(steps=2, held_out=5)
 
 
 @pytest.mark.slow
