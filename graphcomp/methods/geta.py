@@ -852,7 +852,7 @@ def _range(sites: Sequence[Site], bits: int | tuple[int, int] | None) -> tuple[S
     ranges = [(float(site.low), float(site.high)) for site in sites]
     if bits is not None and not sites:
         raise PlanError(
-            "bits of a module whose quantizers learn none",
+            "bits of a module without quantizers that learn bits",
             why="the module has no quantizers, or those of LSQ, whose bits are fixed",
             fix="graphcomp.prepare(model, example_inputs, bits=(4, 8))",
         )
