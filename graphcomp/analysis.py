@@ -9,6 +9,7 @@ from functools import cached_property
 import networkx
 from torch import nn
 
+from graphcomp.arguments import check_word
 from graphcomp.beside import RunsBeside, runs_beside
 from graphcomp.capture import Captured
 from graphcomp.coupling.groups import ChannelGroup, FrozenAxis, find_frozen, find_groups
@@ -59,12 +60,11 @@ class Analysis:
         """The group of that name.
 
         Raises:
-            KeyError: there is none; the message lists the names.
+            PlanError: there is none; the message lists the names.
         """
-        for group in self.groups:
-            if group.name == name:
-                return group
-        raise KeyError(f"no group {name!r}; there are {[g.name for g in self.groups]}")
+        names = [group.name for group in self.groups]
+        check_word("name", name, names)
+        return self.groups[names.index(name)]
 
     def report(self) -> str:
         """Groups, what is frozen and why, unknown ops with the fix, as text."""

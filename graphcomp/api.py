@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcomp.analysis import Analysis, analyze_captured
+from graphcomp.arguments import wrong
 from graphcomp.assemble import (
     Cut,
     as_integers,
@@ -30,7 +31,7 @@ from graphcomp.cost import flat_inputs
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import CalibrationError, CaptureError, InputError, NothingToPrune, PlanError
 from graphcomp.graph import replace_module
-from graphcomp.graph_module import copied
+from graphcomp.graph_module import copied, tensor_leaves
 from graphcomp.held import equal_counts, held_by_class
 from graphcomp.methods import processes
 from graphcomp.methods.prepared import LayerBits, Prepared, prepare_graph, training_config, unwrapped
@@ -194,7 +195,7 @@ def compress(
         CheckpointError: the folder is of another run, or cannot be written or read.
     """
     check_options(
-        example_kwargs=example_kwargs, sparsity=sparsity, group_size=group_size,
+        example_kwargs=example_kwargs, sparsity=sparsity, activation_bits=activation_bits, group_size=group_size,
         rounding=rounding, reduce_range=reduce_range, quantization=quantization, method=method, data=data, loss=loss,
         folder=folder, training=training, saliency=saliency, ranking=ranking, prune=prune, round_to=round_to,
         budget=budget, prefer_native=prefer_native, outputs=outputs, verify=verify, measure_latency=measure_latency,
@@ -208,6 +209,8 @@ def compress(
     if method is None:
         method = "geta" if data is not None and loss is not None and training is not None else "oneshot"
         _check_length(data, loss, training, saliency)
+    if isinstance(data, Tensor):
+        _check_stacked(data, example_inputs)
     zeros = saliency == ZEROS
     if zeros:
         check_alone({"sparsity": sparsity is not None, "budget": budget is not None, "method": method != "oneshot"})
@@ -361,6 +364,17 @@ def compress(
 def _read_outside(analysis: Analysis) -> tuple[str, ...]:
     """Return the modules of a scope whose tensors the rest of the model reads, too: they stay float."""
     return tuple({name.rpartition(".")[0]: None for name in analysis.captured.outside.reads if "." in name})
+
+
+def _check_stacked(data: Tensor, example_inputs: Any) -> None:
+    """Refuse a tensor that is one batch: its rows would be taken for batches.
+
+    Raises:
+        PlanError: the tensor has as many dims as an example input, or fewer.
+    """
+    example = next(iter(tensor_leaves(example_inputs)), None)
+    if example is not None and data.dim() <= example.dim():
+        raise wrong("data", "a series of batches", data, "data=[batch, …], such as data=tensor.split(32)")
 
 
 def _noted(cut: Cut, notes: Sequence[str]) -> Cut:
@@ -711,7 +725,7 @@ def load(
     """
     from graphcomp.export.checkpoint import load as load_folder
 
-    check_options(path=folder, model_factory=model_factory)
+    check_options(path=folder, model_factory=model_factory, trust=trust)
     return load_folder(folder, model_factory=model_factory, trust=trust)
 
 
@@ -774,12 +788,13 @@ def prepare(
         CalibrationError: calibration data that do not fit, or are not finite.
     """
     check_options(
-        example_kwargs=example_kwargs, group_size=group_size, quantization=quantization,
-        learn_exponent=learn_exponent, prune=prune, outputs=outputs, recompute=recompute,
+        example_kwargs=example_kwargs, activation_bits=activation_bits, layer_bits=layer_bits, quantizer=quantizer,
+        group_size=group_size, quantization=quantization, learn_exponent=learn_exponent, prune=prune,
+        outputs=outputs, recompute=recompute,
     )  # fmt: skip
     scope = _scope(model, scope)
     part = _submodule(model, scope)
-    layer_bits = by_module_name(part, layer_bits or {}, "layer_bits")
+    layer_bits = by_module_name(part, {} if layer_bits is None else layer_bits, "layer_bits")
     start = _lsq(quantizer, bits, activation_bits, layer_bits, group_size, quantization, learn_exponent)
     ready = _prepared(
         _own(model),

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from graphcomp.errors import PlanError
 
+LISTED = 20
+"""Words that a message lists."""
+
 SHOWN = 80
 """Characters of a wrong value that a message shows."""
 
@@ -90,7 +93,8 @@ def check_word(name: str, value: object, words: Sequence[str]) -> None:
     """
     if not isinstance(value, str) or value not in words:
         near = difflib.get_close_matches(str(value).lower(), words, 1, 0.0) if isinstance(value, str) else words
-        raise wrong(name, f"one of {', '.join(map(repr, words))}", value, f"{name}={near[0]!r}")
+        listed = ", ".join(map(repr, words[:LISTED])) + (", …" if len(words) > LISTED else "")
+        raise wrong(name, f"one of {listed}", value, f"{name}={near[0]!r}" if near else "")
 
 
 def check_instance(name: str, value: object, kinds: type | tuple[type, ...], fix: str) -> None:
@@ -104,14 +108,27 @@ def check_instance(name: str, value: object, kinds: type | tuple[type, ...], fix
         raise wrong(name, f"a {' or a '.join(names)}", value, fix)
 
 
-def check_callable(name: str, value: object, fix: str) -> None:
-    """Refuse what cannot be called.
+def check_callable(name: str, value: object, fix: str, *, modules: bool = False) -> None:
+    """Refuse what is no function. Classes can be called, too, and mean something else, and so do modules.
+
+    Args:
+        modules: take modules.
 
     Raises:
-        PlanError: `value` cannot be called.
+        PlanError: `value` is something else.
     """
-    if not callable(value):
-        raise wrong(name, "something that can be called", value, fix)
+    if not callable(value) or isinstance(value, type) or (isinstance(value, nn.Module) and not modules):
+        raise wrong(name, "a function", value, fix)
+
+
+def check_choice(name: str, value: object, choices: Sequence[int]) -> None:
+    """Refuse anything but one of a few whole numbers.
+
+    Raises:
+        PlanError: `value` is something else.
+    """
+    if not is_whole(value) or value not in choices:
+        raise wrong(name, " or ".join(map(str, choices)), value, f"{name}={choices[0]}")
 
 
 def check_mapping(name: str, value: object, fix: str) -> None:

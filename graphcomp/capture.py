@@ -262,6 +262,11 @@ def example_arguments(example_inputs: Any, example_kwargs: Mapping[str, Any] | N
     Raises:
         InputError: there is no tensor among them.
     """
+    if example_kwargs is not None and not isinstance(example_kwargs, Mapping):
+        raise InputError(
+            f"example_kwargs must be a dict of keyword inputs, got a {type(example_kwargs).__name__}",
+            fix='example_kwargs={"mask": mask}',
+        )
     kwargs = dict(example_kwargs or {})
     if isinstance(example_inputs, torch.Tensor):
         args: Args = (example_inputs,)

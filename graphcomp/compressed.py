@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from graphcomp.arguments import check_path
 from graphcomp.capture import example_arguments
 from graphcomp.errors import CheckpointError, ExportError
 from graphcomp.graph_module import WATCHED, tensor_leaves
@@ -125,6 +126,7 @@ class CompressedModel(nn.Module):
         """
         from graphcomp.export.checkpoint import save
 
+        check_path("folder", folder)
         if self.called:
             raise CheckpointError(
                 "the model cannot be saved",
@@ -153,6 +155,7 @@ class CompressedModel(nn.Module):
         """
         from graphcomp.export.write import FORMATS, write_file
 
+        check_path("path", path)
         path = Path(path)
         if not path.suffix:
             self.save(path)

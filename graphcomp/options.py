@@ -78,9 +78,15 @@ def _seed(name: str, value: Any) -> None:
 def _texts(name: str, value: Any) -> None:
     entries = [value] if isinstance(value, str) else value
     if not isinstance(entries, Iterable) or isinstance(entries, (Tensor, Mapping, nn.Module)):
-        raise wrong(name, "a name, or several names", value, f'{name}="logits"')
+        raise wrong(name, "a name, or several names", value, f'{name}="…"')
     for entry in entries:
-        check_instance(f"each entry of {name}", entry, str, f'{name}="logits"')
+        check_instance(f"each entry of {name}", entry, str, f'{name}="…"')
+
+
+def _outputs(name: str, value: Any) -> None:
+    _texts(name, value)
+    if not isinstance(value, str) and not list(value):
+        raise wrong(name, "a name, or several names", value, f'{name}="logits", or None for all')
 
 
 def _keywords(name: str, value: Any) -> None:
@@ -95,7 +101,7 @@ def _saliency(name: str, value: Any) -> None:
         check_callable(name, value, 'saliency="l2"')
 
 
-def _an(kind: type, fix: str) -> Check:
+def _an(kind: type | tuple[type, ...], fix: str) -> Check:
     return partial(check_instance, kinds=kind, fix=fix)
 
 
@@ -105,13 +111,16 @@ CHECKS: dict[str, Check] = {
     "model": _an(nn.Module, "give a torch.nn.Module"),
     "example_kwargs": _keywords,
     "sparsity": check_sparsity,
+    "activation_bits": _an((int, tuple, list, str), "activation_bits=8, (4, 8), 'same' or None"),
     "group_size": partial(check_whole, least=0),
     "rounding": partial(check_word, words=get_args(Rounding)),
     "reduce_range": check_flag,
     "quantization": _an(PostTraining, "quantization=graphcomp.PostTraining(graphcomp.QuantConfig(…))"),
+    "layer_bits": partial(check_mapping, fix='layer_bits={"layer1": (8, 8)}'),
+    "quantizer": partial(check_word, words=("geta", "lsq")),
     "method": partial(check_word, words=("oneshot", *METHODS)),
     "data": check_batches,
-    "loss": partial(check_callable, fix="loss=lambda output, batch: …"),
+    "loss": partial(check_callable, fix="loss=lambda output, batch: …", modules=True),
     "folder": check_path,
     "path": check_path,
     "training": _an(Training, "training=graphcomp.Training(steps=1000, …)"),
@@ -120,8 +129,9 @@ CHECKS: dict[str, Check] = {
     "prune": lambda _, value: check_roles(value),
     "round_to": check_whole,
     "budget": _an(Budget, "budget=graphcomp.Budget(macs=0.5)"),
-    "outputs": _texts,
+    "outputs": _outputs,
     "prefer_native": check_flag,
+    "trust": _texts,
     "verify": check_flag,
     "measure_latency": check_flag,
     "progress": check_flag,
@@ -134,7 +144,7 @@ CHECKS: dict[str, Check] = {
 
 REQUIRED = frozenset(
     {
-        "analysis", "plan", "model", "group_size", "rounding", "reduce_range", "path", "ranking",
+        "trust", "analysis", "plan", "model", "group_size", "rounding", "reduce_range", "path", "ranking",
         "round_to", "verify", "measure_latency", "progress", "seed", "learn_exponent", "recompute",
         "prefer_native",
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from graphcomp.arguments import check_path
 from graphcomp.errors import CheckpointError, ExportError
 from graphcomp.methods.folder import METRICS, read_metrics
 
@@ -19,9 +20,12 @@ def plot(folder: str | Path, path: str | Path) -> None:
         path: of the picture; its suffix says in which format: .png, .svg, .pdf.
 
     Raises:
+        PlanError: `folder` or `path` is no path.
         CheckpointError: the folder holds no metrics.
         ExportError: matplotlib is not installed, does not know the format, or the picture cannot be written.
     """
+    check_path("folder", folder)
+    check_path("path", path)
     lines = _lines(Path(folder))
     try:
         from matplotlib.figure import Figure

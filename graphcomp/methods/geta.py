@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from graphcomp.arguments import check_callable, check_instance, check_mapping, check_word, is_number, shown
 from graphcomp.coupling.groups import ChannelGroup, Kept, Member
 from graphcomp.errors import BudgetError, CheckpointError, NothingToPrune, PlanError
 from graphcomp.methods.bank import Bank
@@ -32,7 +33,7 @@ from graphcomp.pruning.acting import acting_weights, tensors_of, with_acting
 from graphcomp.pruning.allocation import Budget, Normalize, allocate, normalized, rounding_note, units_to_remove
 from graphcomp.pruning.evidence import Evidence, Scores
 from graphcomp.pruning.mask import gone
-from graphcomp.pruning.saliency import Activation, Saliency, named
+from graphcomp.pruning.saliency import Activation, Saliency, named, score_of
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.geta import GetaQuantizer
 from graphcomp.quantization.spec import check_bits
@@ -148,9 +149,16 @@ class QASSO(Optimizer):
         self.schedule = (
             Schedule.of(schedule, transformer=session.has_attention) if isinstance(schedule, int) else schedule
         )
+        if budget is not None:
+            check_instance("budget", budget, Budget, "budget=graphcomp.Budget(macs=0.5)")
+        if base_options is not None:
+            check_mapping("base_options", base_options, 'base_options={"eta": 1e-3}')
         sparsity = 0.5 if sparsity is None and budget is None else sparsity
+        if sparsity is not None:
+            units_to_remove(sparsity, 0)  # says what is wrong with the number
         self.sparsity, self.round_to, self.max_group_sparsity = sparsity, round_to, max_group_sparsity
         self.saliency = named(saliency) if isinstance(saliency, str) else saliency
+        check_callable("saliency", self.saliency, 'saliency="geta"')
         self.normalize = normalize
         self.max_quantizer_gradient = max_quantizer_gradient
         _check_options(eta, xi, forgetting, sparsity != 0, max_quantizer_gradient, session)
@@ -162,8 +170,8 @@ class QASSO(Optimizer):
         self._sites = [site for site, q in self.ready.quantizers() if isinstance(q, GetaQuantizer)]
         self.bank = _bank(self.ready, *_range(self._sites, bits))
         self._learned = _learned(self.ready)
-        if lr_quant is not None and not _is_rate(lr_quant):  # torch checks that of the weights alone
-            raise PlanError(f"lr_quant={lr_quant!r} is not 0 or positive", fix="lr_quant=1e-3")
+        if lr_quant is not None:
+            _check_rate(lr_quant)
         self._uniform = uniform(self.ready)
         geta = (1e-4 if session.has_attention else 1e-3) if lr_quant is None else lr_quant
         # The scalars of all quantizers move in a few operations instead of a few each; decay would draw d to 0.
@@ -323,7 +331,9 @@ class QASSO(Optimizer):
         weights = {**weights, **before}
         updates = {**updates, **{name: weight - acting[name].value(now) for name, weight in before.items()}}
         evidence = Movement(self.ready.session.quantized, tuple(made), weights=weights, updates=updates)
-        found = {made[copy]: values for copy, values in self.saliency(evidence).items()}
+        scores = self.saliency(evidence)
+        check_mapping("what a saliency returns", scores, "{group: scores for group in evidence.groups}, each (size,)")
+        found = {group: score_of(group, scores.get(copy), self.saliency) for copy, group in made.items()}
         return normalized(found, self.normalize)  # here: what is divided by later, such as costs, has to stay in
 
     def _share_of(self, wanted: Kept, scores: Scores, periods_left: int) -> Kept:
@@ -781,9 +791,16 @@ def _param_groups(
     return found
 
 
-def _is_rate(value: Any) -> bool:
-    """Whether it is 0 or positive, and no text."""
-    return not isinstance(value, str) and bool(value >= 0)
+def _check_rate(lr_quant: Any) -> None:
+    """Refuse what is no learning rate; torch checks that of the weights alone.
+
+    Raises:
+        PlanError: it is not 0 or positive. A tensor of one number is taken, as torch takes one.
+    """
+    if isinstance(lr_quant, Tensor) and lr_quant.numel() == 1:
+        lr_quant = lr_quant.item()
+    if not is_number(lr_quant) or lr_quant < 0:
+        raise PlanError(f"lr_quant={shown(lr_quant)} is not 0 or positive", fix="lr_quant=1e-3")
 
 
 def _listed(params: Any) -> list[Any]:
@@ -833,12 +850,11 @@ def _base_optimizer(
 
 def _check_options(eta: float, xi: float, forgetting: str, prunes: bool, clamp: float, session: Session) -> None:
     for name, value in (("eta", eta), ("xi", xi)):
-        if not 0 < value < 1:
-            raise PlanError(f"{name}={value!r} is not between 0 and 1", fix=f"{name}=0.9")
-    if forgetting not in ("descent", "uniform"):
-        raise PlanError(f"forgetting={forgetting!r}", fix='forgetting="descent" or forgetting="uniform"')
-    if not clamp > 0:
-        raise PlanError(f"max_quantizer_gradient={clamp!r} is not positive", fix="max_quantizer_gradient=1.0")
+        if not is_number(value) or not 0 < value < 1:
+            raise PlanError(f"{name}={shown(value)} is not between 0 and 1", fix=f"{name}=0.9")
+    check_word("forgetting", forgetting, ("descent", "uniform"))
+    if not is_number(clamp) or not clamp > 0:
+        raise PlanError(f"max_quantizer_gradient={shown(clamp)} is not positive", fix="max_quantizer_gradient=1.0")
     if prunes and not session.groups:
         raise NothingToPrune("nothing can be pruned", why=session.no_groups, fix="sparsity=0")
 

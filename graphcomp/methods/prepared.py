@@ -17,6 +17,7 @@ from graphcomp.errors import CheckpointError, InputError, PlanError
 from graphcomp.graph import bind, fetch, module_path
 from graphcomp.graph_module import CapturedModule, trains
 from graphcomp.pruning.mask import PREFIX, InsertMasks, computed_with, hold_masks, parameter_behind
+from graphcomp.pruning.slice import check_groups, check_kept
 from graphcomp.quantization.einsum import WriteOutEinsum
 from graphcomp.quantization.fold import folded_nodes
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
@@ -246,7 +247,13 @@ class Prepared(CapturedModule):
         return {group: mask.round().nonzero().flatten() for group, mask in masks.items()}
 
     def keep(self, kept: Kept) -> None:
-        """Set the masks, and all elements of masked units to zero: a unit that is gone is as if it never existed."""
+        """Set the masks, and all elements of masked units to zero: a unit that is gone is as if it never existed.
+
+        Raises:
+            PlanError: a group is none of `session.groups`, or its units are no ascending indices.
+        """
+        check_kept(kept)
+        check_groups("kept", self.session.groups, list(kept))
         hold_masks(self, self.session.groups, kept, self.session.computed)
 
     @property

@@ -8,6 +8,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from graphcomp.arguments import check_flag
 from graphcomp.errors import PlanError
 from graphcomp.methods.folder import plain
 
@@ -140,6 +141,8 @@ class Schedule:
         Transformers lose more when bits go down, and come back more slowly: each stage takes more of the run. Where
         nothing is pruned, or nothing quantized, the cool-down gets the steps of that stage.
         """
+        for name, flag in (("transformer", transformer), ("prune", prune), ("quantize", quantize)):
+            check_flag(name, flag)
         warmup, projection, joint = (0.10, 0.20, 0.25) if transformer else (0.05, 0.10, 0.20)
         return cls(steps, warmup=warmup, projection=projection * quantize, joint=joint * prune)
 

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from graphcomp.arguments import check_batches
+from graphcomp.arguments import check_batches, check_flag, check_path, wrong
 from graphcomp.errors import CheckpointError, PlanError, TrainingError
 from graphcomp.graph import all_tensors, replace_module
 from graphcomp.inputs import copies
@@ -149,6 +149,13 @@ class Training:
                 )
         if self.autocast not in (None, torch.bfloat16, torch.float16):
             raise PlanError(f"Training(autocast={self.autocast!r})", fix="autocast=torch.bfloat16, or torch.float16")
+        check_flag("shrink", self.shrink)
+        if self.folder is not None:
+            check_path("folder", self.folder)
+        if self.optimizer is not None and not (
+            isinstance(self.optimizer, type) and issubclass(self.optimizer, Optimizer)
+        ):
+            raise wrong("optimizer", "a class of torch.optim", self.optimizer, "optimizer=torch.optim.AdamW")
         if self.scheduler is not None and not callable(self.scheduler):
             raise PlanError(
                 f"Training(scheduler={self.scheduler!r})",

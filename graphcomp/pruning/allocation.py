@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from graphcomp.analysis import Analysis
-from graphcomp.arguments import check_number, check_whole, check_word, is_number, shown
+from graphcomp.arguments import check_mapping, check_number, check_whole, check_word, is_number, shown
 from graphcomp.cost import BitsOf, Bops, CostModel, Counts
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import BudgetError, NotBuiltError, NothingToPrune, PlanError
 from graphcomp.pruning.evidence import Scores
-from graphcomp.pruning.slice import check_kept
+from graphcomp.pruning.slice import check_group_list, check_kept
 
 Scope: TypeAlias = Literal["global", "local"]
 Normalize: TypeAlias = Literal["mean", "max", "l2", "none"]
@@ -74,6 +74,7 @@ def allocate(
         PlanError: an argument out of range, or scores that are missing, of the wrong shape or not finite.
         NothingToPrune: there are no groups.
     """
+    check_group_list("groups", groups)
     total = sum(group.size for group in groups)
     wanted = units_to_remove(sparsity, total)
     if not groups:
@@ -210,7 +211,8 @@ def rank(
 ) -> Ranking:
     """Rank the units of all groups; the arguments are those of `allocate`."""
     _check_options(scope, normalize, round_to, min_units, max_group_sparsity)
-    check_kept(already or {})
+    check_mapping("scores", scores, "score(saliency, analysis, groups)")
+    check_kept({} if already is None else already)
     orders, sizes, keys = [], [], []
     for group in groups:
         units = (already or {}).get(group, torch.arange(group.size)).cpu()
@@ -260,9 +262,9 @@ def _shares(blocks: Tensor, removed: int, size: int) -> Tensor:
 def _checked(group: ChannelGroup, scores: Scores) -> Tensor:
     """The group's scores: (size,) float64."""
     found = scores.get(group)
-    if found is None or tuple(found.shape) != (group.size,):
-        shape = None if found is None else tuple(found.shape)
-        raise PlanError(f"{group.name} has {group.size} units and scores of shape {shape}")
+    if not isinstance(found, Tensor) or tuple(found.shape) != (group.size,):
+        given = f"scores of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"scores {shown(found)}"
+        raise PlanError(f"{group.name} has {group.size} units and {given}", fix="one score per unit: (size,)")
     bad = int((~torch.isfinite(found)).sum())
     if bad:
         raise PlanError(

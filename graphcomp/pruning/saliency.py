@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from graphcomp.analysis import Analysis
-from graphcomp.arguments import check_callable, check_mapping, shown
+from graphcomp.arguments import (
+    check_callable,
+    check_choice,
+    check_instance,
+    check_mapping,
+    check_number,
+    check_whole,
+    shown,
+)
 from graphcomp.coupling.axis import normal
 from graphcomp.coupling.groups import ChannelGroup, Member
 from graphcomp.coupling.propagate import Coupling
@@ -29,6 +37,7 @@ from graphcomp.errors import PlanError
 from graphcomp.graph import attributes, bind, is_op
 from graphcomp.pruning.acting import with_acting
 from graphcomp.pruning.evidence import Evidence, Loss, Meeting, Place, Scores, axis_at, units_at
+from graphcomp.pruning.slice import check_groups
 from graphcomp.threads import one_at_a_time
 
 aten = torch.ops.aten
@@ -67,6 +76,8 @@ def score(
     Raises:
         PlanError: no such saliency; it needs data, a loss or weights that are not there; a result of the wrong shape.
     """
+    check_instance("analysis", analysis, Analysis, "graphcomp.analyze(model, example_inputs)")
+    check_groups("groups", analysis.groups, groups)
     scorer = named(saliency) if isinstance(saliency, str) else saliency
     check_callable("saliency", scorer, 'saliency="l2"')
     evidence = Evidence(analysis, tuple(groups), data, loss, seed)
@@ -74,7 +85,7 @@ def score(
     evidence = evidence.of(tuple(acting.values()))
     scores = scorer(evidence)
     check_mapping("what a saliency returns", scores, "{group: scores for group in evidence.groups}, each (size,)")
-    found = {g: _score_of(g, scores.get(own, scores.get(g)), saliency) for g, own in acting.items()}
+    found = {g: score_of(g, scores.get(own, scores.get(g)), saliency) for g, own in acting.items()}
     if not isinstance(scorer, (Magnitude, Cosine, Geta, NormScale, GeometricMedian, Activation, Taylor)):
         return found
     return {group: _dead_first(values, dead_units(acting[group], evidence)) for group, values in found.items()}
@@ -97,7 +108,7 @@ def dead_units(group: ChannelGroup, evidence: Evidence) -> Tensor:
     return dead
 
 
-def _score_of(group: ChannelGroup, found: Any, saliency: object) -> Tensor:
+def score_of(group: ChannelGroup, found: Any, saliency: object) -> Tensor:
     """Return the scores of a group, as a saliency gave them: (size,) float32 on the CPU.
 
     Raises:
@@ -189,8 +200,7 @@ class Magnitude:
     p: int = 2
 
     def __post_init__(self) -> None:
-        if self.p not in (1, 2):
-            raise PlanError(f"Magnitude(p={self.p!r})", fix="p=1 or p=2")
+        check_choice("p", self.p, (1, 2))
 
     def __call__(self, evidence: Evidence) -> Scores:
         """(size,) per group, in the units of the weights."""
@@ -230,8 +240,7 @@ class Taylor:
     order: int = 1
 
     def __post_init__(self) -> None:
-        if self.order not in (1, 2):
-            raise PlanError(f"Taylor(order={self.order!r})", fix="order=1 or order=2")
+        check_choice("order", self.order, (1, 2))
 
     def __call__(self, evidence: Evidence) -> Scores:
         """(size,) per group; needs data and a loss."""
@@ -252,8 +261,7 @@ class Cosine:
     sign: int = 1
 
     def __post_init__(self) -> None:
-        if self.sign not in (1, -1):
-            raise PlanError(f"Cosine(sign={self.sign!r})", fix="sign=1 or sign=-1")
+        check_choice("sign", self.sign, (1, -1))
 
     def __call__(self, evidence: Evidence) -> Scores:
         """(size,) per group; needs data and a loss."""
@@ -280,6 +288,11 @@ class Geta:
     taylor: float = 0.2
     taylor2: float = 0.2
     cosine_sign: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("magnitude", "mean_magnitude", "cosine", "taylor", "taylor2"):
+            check_number(name, getattr(self, name), fix=f"{name}=0.2")
+        check_choice("cosine_sign", self.cosine_sign, (1, -1))
 
     def __call__(self, evidence: Evidence) -> Scores:
         """(size,) per group, without unit."""
@@ -325,6 +338,10 @@ class NormScale:
 
     fallback: Saliency | None = None
 
+    def __post_init__(self) -> None:
+        if self.fallback is not None:
+            check_callable("fallback", self.fallback, "fallback=Magnitude()")
+
     def __call__(self, evidence: Evidence) -> Scores:
         """(size,) per group, in the units of gamma."""
         gammas = _norm_weights(evidence.analysis.coupling)
@@ -355,7 +372,9 @@ def _filled(evidence: Evidence, scores: Scores, fallback: Saliency | None, why: 
             why=f"{why} {', '.join(g.name for g in missing[:8])}{', …' if len(missing) > 8 else ''}",
             fix=f"saliency={scorer}(fallback=Magnitude()), or leave these groups out",
         )
-    return {**scores, **fallback(evidence.of(missing))}
+    others = fallback(evidence.of(missing))
+    check_mapping("what a saliency returns", others, "{group: scores for group in evidence.groups}, each (size,)")
+    return {**scores, **others}
 
 
 # ------------------------------------------------------------------------------------------------ geometric median
@@ -372,6 +391,9 @@ class GeometricMedian:
     """
 
     chunk: int = 1 << 24
+
+    def __post_init__(self) -> None:
+        check_whole("chunk", self.chunk)
 
     def __call__(self, evidence: Evidence) -> Scores:
         """(size,) per group, in the units of the weights."""
@@ -419,6 +441,10 @@ class Activation:
     """
 
     fallback: Saliency | None = None
+
+    def __post_init__(self) -> None:
+        if self.fallback is not None:
+            check_callable("fallback", self.fallback, "fallback=Magnitude()")
 
     def __call__(self, evidence: Evidence) -> Scores:
         """(size,) per group, in the units of the outputs; needs data."""

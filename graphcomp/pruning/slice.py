@@ -18,7 +18,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from graphcomp.arguments import check_mapping, wrong
+from graphcomp.arguments import check_instance, check_mapping, wrong
 from graphcomp.coupling.axis import Axes, Axis, Factor, all_leaves, kept_indices, kept_length, length
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.coupling.propagate import Coupling
@@ -41,7 +41,10 @@ from graphcomp.graph import (
 
 def check_kept(kept: Kept) -> None:
     """Raise PlanError where a group would be empty or an index is not one of its units."""
+    check_mapping("kept units", kept, "{group: units}")
     for group, units in kept.items():
+        check_instance("each group of kept units", group, ChannelGroup, "plan.group(name)")
+        check_instance(f"the kept units of {group.name}", units, Tensor, "torch.tensor([0, 1, 2])")
         if units.numel() == 0:
             raise PlanError(f"{group.name} would lose all of its {group.size} units", fix="keep at least one unit")
         if bool((units[1:] <= units[:-1]).any()) or int(units[0]) < 0 or int(units[-1]) >= group.size:
@@ -76,18 +79,27 @@ def check_groups(option: str, groups: Sequence[ChannelGroup], given: Any) -> Non
     Raises:
         PlanError: an entry of `given` is none of `groups`.
     """
-    if isinstance(given, (str, Tensor)) or not isinstance(given, Sequence):
-        raise wrong(option, "a sequence of groups", given, f"{option}=plan.groups")
+    check_group_list(option, given)
     for group in given:
         if any(group is own for own in groups):
             continue
-        if not isinstance(group, ChannelGroup):
-            raise wrong(f"each group of {option}", "a ChannelGroup", group, "plan.group(name), or one of plan.groups")
         raise PlanError(
             f"{option} holds {group.name}, a group of another plan",
             why="groups of two plans are different ones, of one model too",
             fix=f"plan.group({group.name!r}) of the plan that is cut",
         )
+
+
+def check_group_list(option: str, given: Any) -> None:
+    """Refuse what is no sequence of groups.
+
+    Raises:
+        PlanError: `given`, or an entry, is something else.
+    """
+    if isinstance(given, (str, Tensor)) or not isinstance(given, Sequence):
+        raise wrong(option, "a sequence of groups", given, f"{option}=plan.groups")
+    for group in given:
+        check_instance(f"each group of {option}", group, ChannelGroup, "plan.group(name), or one of plan.groups")
 
 
 def _indices(group: ChannelGroup, units: Any) -> Tensor:

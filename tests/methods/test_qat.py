@@ -177,10 +177,10 @@ def test_a_layer_has_the_bits_that_it_is_given_by_name():
         ({"bits": 4, "quantizer": "lsq", "layer_bits": {"4": (4, 8)}}, "layer_bits of LSQ"),
         ({"bits": 4, "quantizer": "lsq", "layer_bits": {"nope": 4}}, "nope"),
         ({"bits": 4, "quantizer": "lsq", "learn_exponent": True}, "no exponent"),
-        ({"bits": 4, "quantizer": "qst"}, "quantizer='qst'"),
+        ({"bits": 4, "quantizer": "qst"}, "quantizer must be one of 'geta', 'lsq'"),
         ({"bits": 4, "quantizer": "geta", "group_size": 4}, "GETA's quantizer"),
         ({"bits": 6, "quantization": KINDS["per channel"]}, "bits beside quantization"),
-        ({"quantization": 8}, "quantization must be"),
+        ({"quantization": 8}, "quantization must be a PostTraining"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options, message):

@@ -257,7 +257,7 @@ def test_what_cannot_be_cut_is_refused_and_nothing_is_changed():
 
 
 class Normalized(nn.Module):
-    """A group norm: its groups, and the channels of each, are two groups of one name."""
+    """A group norm: its groups, and the channels of each, are two groups of units."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -271,7 +271,7 @@ class Normalized(nn.Module):
 def test_where_one_unit_is_left_of_a_group_the_others_keep_their_names(bits):
     torch.manual_seed(0)
     model, x = Normalized(), torch.randn(2, 3, 8, 8)
-    ready = gc.prepare(model, x, bits=bits)
+    ready = gc.prepare(model, x, bits=bits, prune=("channel", "group"))
     kept = {g: torch.arange(1) if g.size == 2 else torch.arange(3) for g in ready.session.groups}
     assert len({g.size for g in kept}) == 2
     ready.keep(kept)

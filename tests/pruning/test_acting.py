@@ -107,9 +107,18 @@ def test_what_the_mask_holds_at_zero_goes_first(rewrite: Callable[[nn.Sequential
         assert kept[name][0].tolist() == plain.tolist()
 
 
-def test_spectral_norm_makes_units_and_reads_none() -> None:
+class Unit(nn.Module):
+    """w -> w over its norm, which sums over all dims of w."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        """(o, i, h, w) -> itself, of norm 1."""
+        flat = w.flatten(1)
+        return w / torch.vdot(flat[:, 0], flat @ torch.ones(flat.shape[1]))
+
+
+def test_what_a_weight_is_summed_over_while_it_is_computed_does_not_read_its_units() -> None:
     model = net()
-    parametrizations.spectral_norm(model[0])
+    parametrize.register_parametrization(model[0], "weight", Unit(), unsafe=True)
     (group,) = gc.analyze(model, X).groups
     assert {member.name for member in group.producers if member.is_parameter} == {"0.parametrizations.weight.original"}
     with pytest.raises(gc.NothingToPrune):

@@ -256,7 +256,7 @@ def test_bad_scores() -> None:
         allocate(groups, {**good, groups[0]: torch.tensor([1.0, float("nan"), 2.0])})
     with pytest.raises(PlanError, match="g1 has 2 units"):
         allocate(groups, {**good, groups[1]: torch.ones(3)})
-    with pytest.raises(PlanError, match="shape None"):
+    with pytest.raises(PlanError, match="scores None"):
         allocate(groups, {groups[0]: good[groups[0]]})
 
 
