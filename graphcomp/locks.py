@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 LOCK_FILE = ".graphcomp.lock"
-"""Stands in for the folder on file systems that lock files alone (NFS)."""
+"""In a folder that belongs to a process, and in place of the folder on file systems that lock files alone (NFS)."""
 
 try:
     fcntl: Any = importlib.import_module("fcntl")
@@ -78,14 +78,16 @@ def lock_folder(folder: Path, *, shared: bool = False, wait: bool = True) -> Fol
         os.close(descriptor)
         if error.errno in _BUSY and not wait:
             return None
-    return FolderLock(None) if shared else _lock_file(folder, kind, wait)
+    return FolderLock(None) if shared else lock_file(folder / LOCK_FILE, wait=wait)
 
 
-def _lock_file(folder: Path, kind: int, wait: bool) -> FolderLock | None:
-    """Lock a file in `folder` in place of the folder."""
-    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+def lock_file(path: Path, *, wait: bool = True) -> FolderLock | None:
+    """Lock a file, which is made where there is none; otherwise as `lock_folder`."""
+    if fcntl is None:
+        return FolderLock(None)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(descriptor, kind)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         return FolderLock(descriptor)
     except OSError as error:
         os.close(descriptor)

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch._ops import HigherOrderOperator, OpOverload
 
+from graphcomp.arguments import wrong
 from graphcomp.errors import CheckpointError
 
 PACKAGES = frozenset({"torch", "torchvision", "transformers", "timm"})
@@ -46,14 +47,12 @@ class Trust:
     """
 
     def __init__(self, names: str | Iterable[str] = (), *, everything: bool = False) -> None:
-        self.names = frozenset([names] if isinstance(names, str) else names)
+        found = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
+        for name in found:
+            if not _is_path(name):
+                raise wrong("trust", "names of packages or of namespaces of ops", name, "trust=['mypackage']")
+        self.names = frozenset(found)
         self.everything = everything
-        wrong = [name for name in self.names if not isinstance(name, str) or not _is_path(name)]
-        if wrong:
-            raise CheckpointError(
-                f"trust holds {wrong[0]!r}", why="it must hold names of packages or of namespaces of ops",
-                fix="trust=['mypackage']",
-            )  # fmt: skip
 
     def module(self, name: str) -> ModuleType:
         """The module of that name, imported where that is allowed.

@@ -16,8 +16,8 @@ import importlib.metadata
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,16 +28,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphcomp import graph_json
+from graphcomp.arguments import check_path, wrong
 from graphcomp.errors import CheckpointError
 from graphcomp.export import recipe
 from graphcomp.export.document import FORMAT, Document, check_fields, parsed, written
-from graphcomp.export.files import abandoned, put, staging, sync_folder
+from graphcomp.export.files import abandoned, locked, put, staging, sync_folder
 from graphcomp.export.names import MAIN, class_path
 from graphcomp.export.state import Decoder, replace_tensors, submodule
 from graphcomp.graph import assign
 from graphcomp.graph_module import tensor_names
 from graphcomp.json_values import damaged, decode, encode
-from graphcomp.locks import LOCK_FILE, lock_folder
+from graphcomp.locks import LOCK_FILE
 from graphcomp.threads import one_at_a_time
 from graphcomp.trust import NAMESPACES, Trust
 
@@ -167,8 +168,7 @@ def write(
         CheckpointError: the folder holds something that is no checkpoint; the model has no data (meta device), a
             tensor type or an op that cannot be stored.
     """
-    folder = Path(folder).absolute()
-    _restore(folder)
+    folder = _absolute(folder)
     _check_target(folder)
     structure, extra, needs = _structure(module)
     tensors = {**tensor_names(module), **extra}
@@ -193,7 +193,7 @@ def write(
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
+        with locked(folder):
             _finish(folder)
         with staging(folder, STAGING) as fresh:
             document["tensors"] = _write_tensors(fresh / TENSORS, tensors)
@@ -351,6 +351,17 @@ def _check_target(folder: Path) -> None:
             raise CheckpointError(f"{entry} is a folder", fix="give the name of another folder")
 
 
+def _absolute(folder: str | Path) -> Path:
+    """The folder as an absolute path, with an interrupted save of version 0.1 undone."""
+    check_path("folder", folder)
+    found = Path(folder).absolute()
+    try:
+        _restore(found)
+    except OSError as error:  # a name that the file system cannot have
+        raise CheckpointError(f"{folder!s:.200} is no path", why=str(error.strerror), fix='folder="small"') from error
+    return found
+
+
 def _restore(folder: Path) -> None:
     """Undo a save of version 0.1, which moved whole folders, that was interrupted between its two moves."""
     old = folder.with_name(f".{folder.name}.old")
@@ -361,21 +372,12 @@ def _restore(folder: Path) -> None:
 def _commit(fresh: Path, folder: Path) -> None:
     """Move the two files of `fresh` into `folder`, where no other process reads or moves files at the same time."""
     sync_folder(fresh)
-    with _locked(folder):
+    with locked(folder):
         put(fresh / TENSORS, folder / TENSORS)
         sync_folder(folder)
         put(fresh / DOCUMENT, folder / DOCUMENT)
         sync_folder(folder)
     sync_folder(folder.parent)
-
-
-@contextmanager
-def _locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
-    """Keep other savers out, and other readers, too, unless `shared`."""
-    lock = lock_folder(folder, shared=shared)
-    assert lock is not None  # it was waited for
-    with lock:
-        yield
 
 
 def _finish(folder: Path) -> None:
@@ -407,16 +409,20 @@ def read(
         CheckpointError: no checkpoint, a truncated or changed file, a newer format, a class that cannot be built, a
             module or an op that the folder may not name.
     """
-    folder, trusted, device = Path(folder).absolute(), Trust(trust), torch.device(map_location)
-    _restore(folder)
+    folder, trusted, device = _absolute(folder), Trust(trust), torch.device(map_location)
+    if isinstance(model_factory, nn.Module):
+        raise wrong("model_factory", "a function that returns a model", model_factory, "model_factory=lambda: model")
     if not (folder / DOCUMENT).is_file():
         what = "does not exist" if not folder.exists() else f"holds no {DOCUMENT}"
         raise CheckpointError(f"{folder} is no graphcomp checkpoint", why=f"it {what}")
-    with suppress(OSError), _locked(folder):  # a folder on a read-only disk is finished by nobody
-        _finish(folder)
-    with _locked(folder, shared=True):
-        document = check_fields(parsed(folder / DOCUMENT))
-        tensors = _read_tensors(folder / TENSORS, document, device)
+    try:
+        with suppress(OSError), locked(folder):  # a folder on a read-only disk is finished by nobody
+            _finish(folder)
+        with locked(folder, shared=True):
+            document = check_fields(parsed(folder / DOCUMENT))
+            tensors = _read_tensors(folder / TENSORS, document, device)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {folder}", why=f"{type(error).__name__}: {error}") from error
     skeleton = None if document["graph_at"] == "" else _skeleton(folder, document, model_factory, trusted)
     try:
         return _read(document, tensors, skeleton, device, trusted, by_factory=model_factory is not None)
@@ -490,8 +496,8 @@ def _read_tensors(path: Path, document: Document, device: torch.device) -> dict[
         )
     try:
         found = safetensors.torch.load_file(path, device=str(device))
-    except (safetensors.SafetensorError, OSError, RuntimeError) as error:
-        raise CheckpointError(f"cannot read {path}", why=str(error)) from error
+    except Exception as error:  # a dtype that torch lacks, or memory that does, ends in any error
+        raise CheckpointError(f"cannot read {path}", why=f"{type(error).__name__}: {error}") from error
     # a mapped file has no aligned memory, for which kernels round otherwise
     found = {name: tensor.clone() for name, tensor in found.items()}
     _check_kinds(found, document["tensors"])

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from graphcomp.errors import ExportError
-from graphcomp.locks import LOCK_FILE, lock_folder
+from graphcomp.locks import LOCK_FILE, lock_file, lock_folder
 
 
 @contextmanager
@@ -31,8 +31,9 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         prefix = f".{path.name}.new-"
-        for left in abandoned(path.parent, prefix):
-            shutil.rmtree(left, ignore_errors=True)
+        with locked(path.parent):
+            for left in abandoned(path.parent, prefix):
+                shutil.rmtree(left, ignore_errors=True)
         with staging(path.parent, prefix) as fresh:
             yield fresh / path.name
             for made in sorted(fresh.iterdir(), key=lambda file: file.name == path.name):
@@ -48,13 +49,24 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Wait until no other process holds the folder, then hold the folder; with `shared`, beside others who share."""
+    lock = lock_folder(folder, shared=shared)
+    assert lock is not None  # it was waited for
+    with lock:
+        yield
+
+
+@contextmanager
 def staging(parent: Path, prefix: str) -> Iterator[Path]:
-    """A fresh folder in `parent` whose name begins with `prefix`, removed at the end."""
-    made = Path(tempfile.mkdtemp(prefix=".graphcomp-", dir=parent))
-    fresh = made.with_name(prefix + made.name.removeprefix(".graphcomp-"))
-    lock = lock_folder(made)  # held while the process lives: see `abandoned`
+    """A fresh folder in `parent` whose name begins with `prefix`, removed at the end.
+
+    The lock of a file in the folder says that the process lives: see `abandoned`.
+    """
+    with locked(parent):  # nobody may take the folder for an abandoned one before the file is there
+        fresh = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        lock = lock_file(fresh / LOCK_FILE)
     try:
-        made.rename(fresh)  # locked before another process can take the folder for an abandoned one
         yield fresh
     finally:
         if lock is not None:
@@ -63,11 +75,14 @@ def staging(parent: Path, prefix: str) -> Iterator[Path]:
 
 
 def abandoned(parent: Path, prefix: str) -> list[Path]:
-    """The folders of `staging` in `parent` whose process is gone; none where the system cannot tell."""
+    """The folders of `staging` in `parent` whose process is gone; none where the system cannot tell. `parent` must be
+    locked."""
     found = []
     for folder in sorted(parent.glob(f"{glob.escape(prefix)}*")):
-        with suppress(OSError):  # another process removes the folder at the same time
-            lock = None if folder.is_symlink() or not folder.is_dir() else lock_folder(folder, wait=False)
+        if folder.is_symlink() or not folder.is_dir():
+            continue
+        with suppress(OSError):
+            lock = lock_file(folder / LOCK_FILE, wait=False)
             if lock is not None and lock.held:
                 lock.release()
                 found.append(folder)

@@ -19,7 +19,7 @@ from torch import nn
 
 import graphcomp as gc
 from graphcomp import spec_json
-from graphcomp.errors import CheckpointError
+from graphcomp.errors import CheckpointError, GraphcompError, PlanError
 from graphcomp.export.checkpoint import read, write
 from graphcomp.export.document import DEPTH, written
 from graphcomp.trust import EVERYTHING, HIGHER_ORDER, Trust, computes
@@ -346,8 +346,6 @@ def test_ops_of_other_libraries_are_trusted_by_name(tmp_path: Path) -> None:
     assert any("trust=['stranger_ops']" in need for need in needs)
     refused(tmp_path / "out", r"(?s)stranger_ops.halve.*trust=\['stranger_ops'\]")
     assert torch.allclose(gc.load(tmp_path / "out", trust="stranger_ops")(x), model(x))
-    with pytest.raises(CheckpointError, match="trust holds 5"):
-        gc.load(tmp_path / "out", trust=[5])  # type: ignore[list-item]
 
 
 def test_control_flow_is_allowed_and_kernels_are_not() -> None:
@@ -498,3 +496,24 @@ def test_tensors_of_another_dtype_or_shape_are_refused(graph: Path) -> None:
 def test_fields_that_do_not_fit_are_refused(native: Path, change: Callable[[Document], Any]) -> None:
     edit(native, lambda document: (document["original_shapes"].update({"up.weight": [16, 6]}), change(document)))
     refused(native)
+
+
+# ------------------------------------------------------------------------------------------------ arguments of load
+@pytest.mark.parametrize("folder", [None, 5, "a\0b", b"bytes", ["list"], "x" * 5000, ""])
+def test_what_is_no_folder_is_refused(folder: Any, native: Path) -> None:
+    with pytest.raises(GraphcompError):
+        gc.load(folder)
+    with pytest.raises(GraphcompError):
+        write(folder, models.Mlp(), form="native", kept={}, report={})
+
+
+@pytest.mark.parametrize("factory", [5, "Mlp", models.Mlp()])
+def test_a_factory_must_be_a_function(factory: Any, native: Path) -> None:
+    with pytest.raises(PlanError, match="model_factory must be"):
+        gc.load(native, model_factory=factory)
+
+
+@pytest.mark.parametrize("trust", [5, [5], "a b", [None], ["os;system"], models])
+def test_trust_must_hold_names(trust: Any, native: Path) -> None:
+    with pytest.raises(PlanError, match="trust must be names"):
+        gc.load(native, trust=trust)

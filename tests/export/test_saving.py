@@ -180,6 +180,13 @@ def test_a_file_of_an_export_that_was_killed_is_cleaned(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [".m.onnx.new-users.txt", "m.onnx"]
 
 
+def test_one_file_is_replaced_inside_another_replacement(tmp_path: Path) -> None:
+    with files.replacing(tmp_path / "m.onnx") as outer, files.replacing(outer) as inner:
+        inner.write_text("model")
+        inner.with_name("m.data").write_text("weights")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.data", "m.onnx"]
+
+
 # ------------------------------------------------------------------------------------------------ several at once
 def save_often(folder: str, seed: int) -> None:
     for k in range(4):
