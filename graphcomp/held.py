@@ -82,7 +82,7 @@ def _what_keeps_the_class(cut: Cut, found: NativeResult) -> str:
     by_role = {group.role: [g for g in cut.kept if g.role == group.role] for group in (*found.blamed, *cut.kept)}
     for whole in ([*found.blamed], *by_role.values()):
         rest = {group: units for group, units in cut.kept.items() if group not in whole}
-        if whole and (native(cut.plan, rest).module is not None if rest else found.blamed):
+        if whole and (native(cut.plan, rest, explain=False).module is not None if rest else found.blamed):
             return f"; to keep the class, pass {_leave_whole(whole, list(rest))}"
     return ""
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from graphcomp.capture import capture
 from graphcomp.inputs import copies
-from graphcomp.second_inputs import variants
+from graphcomp.second_inputs import padded_masks, variants
 
 
 class Reader(nn.Module):
@@ -84,3 +84,28 @@ def test_the_same_at_each_call_and_the_example_stays() -> None:
 def test_tensors_without_values_have_no_variants() -> None:
     with torch.device("meta"):
         assert variants(capture(nn.Linear(8, 2).eval(), torch.rand(4, 8))) == []
+
+
+class Pooled(nn.Module):
+    """Takes two masks that the example leaves out: one counts, one is ignored; `masked_share` is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.last = nn.Embedding(10, 8), nn.Linear(8, 4)
+
+    def forward(self, ids, attention_mask=None, other_mask=None, masked_share=None):
+        found = self.table(ids)
+        if masked_share is not None:
+            found = found * masked_share["value"]
+        if attention_mask is not None:
+            found = found * attention_mask[..., None]
+        return self.last(found.mean(1))
+
+
+def test_masks_that_the_example_leaves_out_are_tried() -> None:
+    ids = torch.randint(0, 9, (4, 6))
+    (found,) = padded_masks(capture(Pooled().eval(), ids))
+    assert found.name == "a padded mask as attention_mask"
+    assert found.kwargs["attention_mask"].sum(-1).tolist() == [6, 4, 6, 4]
+    given = capture(Pooled().eval(), (ids, torch.ones(4, 6, dtype=torch.long)))
+    assert padded_masks(given) == []

@@ -77,12 +77,15 @@ class NativeResult:
     blamed: tuple[ChannelGroup, ...] = ()
 
 
-def native(analysis: Analysis, kept: Kept, reference: fx.GraphModule | None = None) -> NativeResult:
+def native(
+    analysis: Analysis, kept: Kept, reference: fx.GraphModule | None = None, *, explain: bool = True
+) -> NativeResult:
     """Cut the user's own model.
 
     Args:
         kept: the units that stay of each cut group.
         reference: the sliced graph, if it is there already.
+        explain: look for the line that stands in the way, and for ties, where the class cannot hold the cut.
     """
     model = analysis.model
     cuts = kept_of_model(analysis.coupling, kept)
@@ -113,7 +116,7 @@ def native(analysis: Analysis, kept: Kept, reference: fx.GraphModule | None = No
         result = search.follow(changes)
         if result is not None:
             return result
-    return _refused(analysis, kept, search, whole)
+    return _refused(analysis, kept, search, whole) if explain else NativeResult(None, search.failure.text)
 
 
 # ------------------------------------------------------------------------------------------------ refusing
