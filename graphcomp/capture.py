@@ -653,14 +653,34 @@ def blaming_inputs(captured: Captured) -> Iterator[None]:
     Export runs the model on tensors without data, some of whose ops take dtypes that the real ones do not.
 
     Raises:
-        InputError: the model does not run on its example inputs.
+        InputError: the model does not run on its example inputs, or its weights changed meanwhile.
     """
+    before = _versions(captured.original)
     try:
         yield
+        _check_unchanged(captured.original, before)
     except Exception:
+        _check_unchanged(captured.original, before)
         if not any(t.is_meta for t in (*captured.original.parameters(), *captured.original.buffers())):
             _check_runs(captured.original, captured.args, captured.kwargs)
         raise
+
+
+def _versions(model: nn.Module) -> dict[str, int]:
+    """How often each tensor of the model was written into; inference tensors do not count."""
+    return {name: t._version for name, t in tensor_names(model).items() if not t.is_inference()}
+
+
+def _check_unchanged(model: nn.Module, before: Mapping[str, int]) -> None:
+    now = _versions(model)
+    changed = [name for name, version in before.items() if now.get(name, version) != version]
+    if changed:
+        raise InputError(
+            f"the weights of {type(model).__name__} changed while it was compressed",
+            at=changed[0],
+            why="another thread trains the model, so that no two runs of it are alike",
+            fix="give a copy: copy.deepcopy(model), taken between two steps of the training",
+        )
 
 
 def _check_runs(model: nn.Module, args: Args, kwargs: Kwargs) -> None:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-
-from graphcomp.threads import LOCK
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest relative error that rounding may cause, by the dtype of the output."""
@@ -68,18 +64,6 @@ def _error(a: Tensor, b: Tensor) -> float:
 def in_float64(found: Any) -> Any:
     """A floating tensor in float64; anything else as it is."""
     return found.double() if isinstance(found, Tensor) and found.is_floating_point() else found
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
-    """What tensors made without a dtype are, inside; None: as outside."""
-    with LOCK:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype or before)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
 
 
 def tolerance_of(output: Any) -> float:

@@ -13,11 +13,12 @@ from torch import Tensor, fx
 from graphcomp.assemble import as_model, cut_groups, with_integers
 from graphcomp.backward import without_backward
 from graphcomp.capture import Captured
-from graphcomp.compare import default_dtype, in_float64, relative_error, why_silent
+from graphcomp.compare import in_float64, relative_error, why_silent
 from graphcomp.compressed import CompressedModel
 from graphcomp.cost import flat_inputs
 from graphcomp.coupling.groups import ChannelGroup
 from graphcomp.errors import TrainingError, VerificationError
+from graphcomp.float64 import Float64ByDefault
 from graphcomp.graph_module import tensor_leaves
 from graphcomp.held import held_by_class
 from graphcomp.methods.prepared import Prepared, Session
@@ -136,7 +137,7 @@ def _outputs(graph: fx.GraphModule, captured: Captured) -> Any:
     """
     args, kwargs = pytree.tree_map(in_float64, captured.inputs())
     try:
-        with same_buffers(graph), default_dtype(torch.float64), torch.no_grad():
+        with same_buffers(graph), Float64ByDefault(), torch.no_grad():
             return graph(*args, **kwargs), args, kwargs
     except Exception as error:  # whatever the ops raise that do not take float64
         raise VerificationError(
@@ -149,7 +150,7 @@ def _outputs(graph: fx.GraphModule, captured: Captured) -> Any:
 def _floats_before(graph: fx.GraphModule, captured: Captured) -> list[list[Tensor]]:
     """Return the floats that each output of a graph in float64 is computed from where it proves nothing itself."""
     args, kwargs = pytree.tree_map(in_float64, captured.inputs())
-    with same_buffers(graph), default_dtype(torch.float64):
+    with same_buffers(graph), Float64ByDefault():
         output, provenance = heard(graph, args, kwargs)
     return [provenance.before(tensor) if why_silent(tensor) else [] for tensor in tensor_leaves(output)]
 

@@ -12,7 +12,7 @@ PACKAGE = Path(graphcomp.__file__).parent
 
 # Lower never imports higher. A module not named here has the rank of its folder.
 RANKS = [
-    {"chance", "errors", "module_copy", "progress", "threads", "locks"},
+    {"chance", "errors", "float64", "module_copy", "progress", "threads", "locks"},
     {"arguments", "calling", "compare", "provenance"},
     {"graph", "trust", "json_values"},
     {"spec_json"},

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import graphcomp as gc
+from graphcomp.float64 import Float64ByDefault
 from graphcomp.threads import in_this_thread, stderr_held
 
 COUNT = 3
@@ -153,3 +154,57 @@ def test_a_replacement_is_of_one_thread() -> None:
     thread.start()
     thread.join()
     assert (chosen(), found) == ("here", ["there"])
+
+
+def test_float64_by_default_is_of_one_thread_and_says_what_the_switch_of_torch_would() -> None:
+    ints, made = torch.arange(1, 5), []
+    makers: list[Callable[[], Tensor]] = [
+        lambda: torch.tensor([0.1, 0.2]),
+        lambda: torch.full((2,), 0.1),
+        lambda: torch.full((2,), 1),
+        lambda: torch.zeros(2),
+        lambda: torch.linspace(0, 1, 7),
+        lambda: torch.arange(0, 1, 0.1),
+        lambda: torch.arange(3),
+        lambda: torch.tensor([True]),
+        lambda: torch.zeros(2, dtype=torch.float32),
+        lambda: ints / 3,
+        lambda: ints * 0.5,
+        lambda: ints.sqrt(),
+        lambda: ints.float(),
+        lambda: torch.ones(2, dtype=torch.float16) * 2,
+        lambda: torch.ops.aten.full.default([2], 0.1),
+        lambda: torch.nn.functional.one_hot(ints) / 2,
+    ]
+    torch.set_default_dtype(torch.float64)
+    try:
+        wanted = [maker() for maker in makers]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with Float64ByDefault():
+        thread = threading.Thread(target=lambda: made.append(torch.randn(2)))
+        thread.start()
+        thread.join()
+        got = [maker() for maker in makers]
+    assert [t.dtype for t in got] == [t.dtype for t in wanted]
+    assert all(torch.allclose(g, w, rtol=1e-7) for g, w in zip(got, wanted, strict=True))
+    assert all(torch.equal(g, w) for g, w in list(zip(got, wanted, strict=True))[:9])
+    assert made[0].dtype is torch.float32
+
+
+def test_weights_that_another_thread_changes_meanwhile_are_named() -> None:
+    model, stop = _net(0), threading.Event()
+
+    def train() -> None:
+        while not stop.is_set():
+            with torch.no_grad():
+                model[2].weight.add_(1e-6)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        with pytest.raises(gc.InputError, match=r"weights of Sequential changed(.|\n)*copy\.deepcopy"):
+            gc.compress(model, torch.randn(4, 8), sparsity=0.5)
+    finally:
+        stop.set()
+        thread.join()

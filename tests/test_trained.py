@@ -200,11 +200,11 @@ def test_buffers_that_a_run_moves_are_as_training_left_them(bits):
 
 
 def test_what_does_not_run_in_float64_says_so(monkeypatch):
-    def refuse(dtype):
-        raise RuntimeError(f"no {dtype} here")
+    def refuse():
+        raise RuntimeError("no float64 here")
 
     ready = trained("mlp", bits=None)
-    monkeypatch.setattr("graphcomp.trained.default_dtype", refuse)
+    monkeypatch.setattr("graphcomp.trained.Float64ByDefault", refuse)
     with pytest.raises(gc.VerificationError, match="does not run in float64") as caught:
         gc.finalize(ready)
     assert "verify=False" in caught.value.fix

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,10 @@ from torch import Tensor, fx, nn
 from graphcomp.analysis import Analysis
 from graphcomp.beside import in_modes
 from graphcomp.capture import user_line
-from graphcomp.compare import TOLERANCE, default_dtype, in_float64, why_silent
+from graphcomp.compare import TOLERANCE, in_float64, why_silent
 from graphcomp.coupling.groups import Kept
 from graphcomp.export.masked_run import masked_model
+from graphcomp.float64 import Float64ByDefault
 from graphcomp.graph_module import copied, leaf_names
 from graphcomp.inputs import copies, updates
 from graphcomp.provenance import compare_before, heard
@@ -127,8 +129,8 @@ def outputs_of(module: nn.Module, inputs: tuple[Any, Any], *, exactly: bool = Fa
     if exactly:
         module = _as_float64(module)
         args, kwargs = pytree.tree_map(in_float64, (args, kwargs))
-    dtype = torch.float64 if exactly else None
-    with eval_copy(module, real=True) as copied, torch.no_grad(), default_dtype(dtype):
+    precision = Float64ByDefault() if exactly else nullcontext()
+    with eval_copy(module, real=True) as copied, torch.no_grad(), precision:
         torch.manual_seed(0)
         outputs = _named(copied(*args, **kwargs))
         if calls == 2:

@@ -20,12 +20,13 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from graphcomp.capture import Captured
-from graphcomp.compare import TOLERANCE, default_dtype, in_float64, relative_error, why_silent
+from graphcomp.compare import TOLERANCE, in_float64, relative_error, why_silent
 from graphcomp.cost import flat_inputs
 from graphcomp.coupling.axis import Factor, kept_indices
 from graphcomp.coupling.groups import Kept
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.errors import VerificationError, first_line
+from graphcomp.float64 import Float64ByDefault
 from graphcomp.graph import value
 from graphcomp.graph_module import tensor_leaves
 from graphcomp.inputs import copies, updates
@@ -159,7 +160,7 @@ class _Pair:
         args, kwargs = pytree.tree_map(in_float64, (given.args, given.kwargs))
         exactly = Variant(given.name, args, kwargs)
         try:
-            with default_dtype(torch.float64):
+            with Float64ByDefault():
                 pair = [_run(in_double(graph), self.captured, exactly) for graph in (self.masked, self.small)]
         except Exception as error:  # an op may insist on a dtype in any way
             log.debug("Law 2 cannot be checked in float64: %s", error)
