@@ -108,16 +108,18 @@ def check_instance(name: str, value: object, kinds: type | tuple[type, ...], fix
         raise wrong(name, f"a {' or a '.join(names)}", value, fix)
 
 
-def check_callable(name: str, value: object, fix: str, *, modules: bool = False) -> None:
+def check_callable(name: str, value: object, fix: str, *, modules: bool = False, classes: bool = False) -> None:
     """Refuse what is no function. Classes can be called, too, and mean something else, and so do modules.
 
     Args:
         modules: take modules.
+        classes: take classes, where what they make is asked for.
 
     Raises:
         PlanError: `value` is something else.
     """
-    if not callable(value) or isinstance(value, type) or (isinstance(value, nn.Module) and not modules):
+    refused = (isinstance(value, type) and not classes) or (isinstance(value, nn.Module) and not modules)
+    if not callable(value) or refused:
         raise wrong(name, "a function", value, fix)
 
 

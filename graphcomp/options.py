@@ -138,7 +138,7 @@ CHECKS: dict[str, Check] = {
     "seed": _seed,
     "learn_exponent": check_flag,
     "recompute": check_flag,
-    "model_factory": partial(check_callable, fix="model_factory=lambda: MyModel()"),
+    "model_factory": partial(check_callable, fix="model_factory=lambda: MyModel()", classes=True),
 }
 """Option -> its check."""
 

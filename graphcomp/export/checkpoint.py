@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphcomp import graph_json
-from graphcomp.arguments import check_path, wrong
+from graphcomp.arguments import check_path
 from graphcomp.errors import CheckpointError
 from graphcomp.export import recipe
 from graphcomp.export.document import FORMAT, Document, check_fields, parsed, written
@@ -410,8 +410,6 @@ def read(
             module or an op that the folder may not name.
     """
     folder, trusted, device = _absolute(folder), Trust(trust), torch.device(map_location)
-    if isinstance(model_factory, nn.Module):
-        raise wrong("model_factory", "a function that returns a model", model_factory, "model_factory=lambda: model")
     if not (folder / DOCUMENT).is_file():
         what = "does not exist" if not folder.exists() else f"holds no {DOCUMENT}"
         raise CheckpointError(f"{folder} is no graphcomp checkpoint", why=f"it {what}")
