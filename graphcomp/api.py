@@ -224,11 +224,7 @@ def compress(
         }
         _check_trainable(method, [name for name, given in one_shot_only.items() if given])
         if isinstance(sparsity, Mapping):
-            raise PlanError(
-                f"sparsity by module with method={method!r}",
-                why="training removes one share of all units",
-                fix='sparsity=0.5, or method="oneshot" first and training after it',
-            )
+            sparsity = by_module_name(part, sparsity, "sparsity")
         phases = phases_of(method, sparsity, bits if quantization is None else quantization, budget)
         _activation_limits(bits if quantization is None else 8, activation_bits)
         if calibration is not None and bits is None and start is None:
@@ -323,6 +319,7 @@ def compress(
             notes += prunable.notes
             _check_weights(analysis.model, saliency)
             bar.step(f"scoring {sum(group.size for group in groups)} units")
+            notes += _unused(data, loss, saliency)
             scores = {} if zeros else score(saliency, analysis, groups, data=data, loss=loss, seed=seed)
             bar.step("choosing")
             if zeros:
@@ -364,6 +361,14 @@ def compress(
 def _read_outside(analysis: Analysis) -> tuple[str, ...]:
     """Return the modules of a scope whose tensors the rest of the model reads, too: they stay float."""
     return tuple({name.rpartition(".")[0]: None for name in analysis.captured.outside.reads if "." in name})
+
+
+def _unused(data: Any, loss: Any, saliency: str | Saliency) -> list[str]:
+    """Name the data and the loss that one shot was given and has no use for."""
+    given = [name for name, value in (("data", data), ("loss", loss)) if value is not None]
+    if not given or reads_data(saliency):
+        return []
+    return [f"{' and '.join(given)} not used: the saliency reads weights alone, and nothing was trained"]
 
 
 def _check_stacked(data: Tensor, example_inputs: Any) -> None:
@@ -512,7 +517,7 @@ def _trained(
     *,
     example: tuple[tuple[Any, ...], dict[str, Any]],
     scope: str,
-    sparsity: float | None,
+    sparsity: float | Mapping[str, float] | None,
     bits: tuple[int, int] | None,
     activation_bits: int | tuple[int, int] | Literal["same"] | None,
     calibration: Iterable[Any] | None,

@@ -470,7 +470,9 @@ def test_data_and_a_loss_without_a_length():
     with pytest.raises(gc.PlanError, match="no length of training"):
         gc.compress(MLP(), X, data=[X], loss=lambda y, _: y.square().mean())
     small = gc.compress(MLP(), X, data=[X], loss=lambda y, _: y.square().mean(), saliency="taylor", progress=False)
-    assert small.report.units_removed == 8
+    assert small.report.units_removed == 8 and not small.report.notes
+    small = gc.compress(MLP(), X, data=[X], method="oneshot", progress=False)
+    assert "data not used" in small.report.notes[0]
 
 
 @pytest.mark.parametrize("call", [gc.compress, gc.prepare])

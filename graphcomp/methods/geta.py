@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from graphcomp.arguments import check_callable, check_instance, check_mapping, check_word, is_number, shown
+from graphcomp.arguments import check_callable, check_instance, check_mapping, check_word, is_number, shown, wrong
 from graphcomp.coupling.groups import ChannelGroup, Kept, Member
 from graphcomp.errors import BudgetError, CheckpointError, NothingToPrune, PlanError
 from graphcomp.methods.bank import Bank
@@ -34,6 +34,7 @@ from graphcomp.pruning.allocation import Budget, Normalize, allocate, normalized
 from graphcomp.pruning.evidence import Evidence, Scores
 from graphcomp.pruning.mask import gone
 from graphcomp.pruning.saliency import Activation, Saliency, named, score_of
+from graphcomp.pruning.shares import Part, parts_of
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.geta import GetaQuantizer
 from graphcomp.quantization.spec import check_bits
@@ -89,7 +90,9 @@ class QASSO(Optimizer):
         lr_quant: of steps, ranges and exponents. Default: 1e-3, with attention in the model 1e-4. Of LSQ's steps and
             zero points see `lsq_groups`.
         params: the parameters to train, or groups of them as for any optimizer; default: all.
-        sparsity: fraction of the units to remove, met to the unit. Default: 0.5, or with a budget what it takes.
+        sparsity: fraction of the units to remove, met to the unit, or with `round_to` to the nearest number that is
+            possible. Or fractions by module name or "re:" pattern, as for `compress`, without a budget. Default: 0.5,
+            or with a budget what it takes.
         budget: limits on the costs of the result that hold when the joint stage is over: by the number of units that
             go, where `sparsity` leaves it open, else by which units go; and by bits, which are lowered where that is
             not enough.
@@ -125,7 +128,7 @@ class QASSO(Optimizer):
         schedule: Schedule | int,
         lr_quant: float | None = None,
         params: Iterable[Any] | None = None,
-        sparsity: float | None = None,
+        sparsity: float | Mapping[str, float] | None = None,
         budget: Budget | None = None,
         bits: int | tuple[int, int] | None = None,
         saliency: str | Saliency = "geta",
@@ -154,7 +157,9 @@ class QASSO(Optimizer):
         if base_options is not None:
             check_mapping("base_options", base_options, 'base_options={"eta": 1e-3}')
         sparsity = 0.5 if sparsity is None and budget is None else sparsity
-        if sparsity is not None:
+        if isinstance(sparsity, Mapping):
+            _check_by_module(sparsity, budget)
+        elif sparsity is not None:
             units_to_remove(sparsity, 0)  # says what is wrong with the number
         self.sparsity, self.round_to, self.max_group_sparsity = sparsity, round_to, max_group_sparsity
         self.saliency = named(saliency) if isinstance(saliency, str) else saliency
@@ -165,6 +170,11 @@ class QASSO(Optimizer):
         self.groups = _trainable(self.ready, session.groups)
         if sparsity != 0 and not self.groups:
             raise _nothing_trainable()
+        frozen = _frozen_note(session, self.groups)
+        self.parts = parts_of(session.plan.model, self.groups, sparsity) if isinstance(sparsity, Mapping) else []
+        if self.parts:
+            self.groups = tuple(group for part in self.parts for group in part.groups)
+        self._finals: list[int] = []  # units of each part that are gone in the end
         self.total = sum(group.size for group in self.groups)
         self._parameters = dict(self.ready.named_parameters())
         self._sites = [site for site, q in self.ready.quantizers() if isinstance(q, GetaQuantizer)]
@@ -196,11 +206,11 @@ class QASSO(Optimizer):
         self.target: Target | None = None
         if budget is not None:
             self.target = Target(session, budget, self.groups, self._sites, self.bank.low)
-        self._rounding = ""  # how the sparsity was rounded
+        self._rounding: list[str] = []  # how the sparsity was rounded
         self._final = 0  # units that are gone in the end, as far as is known
         self._foreseen: Tensor | None = None  # the bits that a budget will leave
         self._check_reachable()
-        self.ready.remarks = tuple(note for note in (_frozen_note(session, self.groups), self._rounding) if note)
+        self.ready.remarks = tuple(note for note in (frozen, *self._rounding) if note)
 
     # ------------------------------------------------------------------------------------------ where it stands
     @property
@@ -436,23 +446,35 @@ class QASSO(Optimizer):
             wanted = self.target.units(scores, self.kept, self.target.low, self.round_to, self.max_group_sparsity)
             self._final = self.total - sum(len(units) for units in wanted.values())
 
-    def _nearest(self, scores: Scores, sparsity: float) -> Kept:
-        """Settle how many units go: `sparsity` of them, or the nearest number that multiples of `round_to` allow."""
-        if not units_to_remove(sparsity, self.total):
-            return self.kept
-        chosen = allocate(
-            self.groups,
+    def _nearest(self, scores: Scores, sparsity: float | Mapping[str, float]) -> Kept:
+        """Settle how many units go: a share of them, or the nearest number that multiples of `round_to` allow."""
+        parts = self.parts if isinstance(sparsity, Mapping) else [Part(self.groups, sparsity)]
+        chosen: dict[ChannelGroup, Tensor] = {}
+        for part in parts:
+            found = self._allocate_part(part, scores, part.sparsity, self.kept, nearest=True)
+            self._finals.append(sum(group.size - len(found[group]) for group in part.groups))
+            self._rounding.append(rounding_note(part.groups, found, part.sparsity, self.round_to, part.name))
+            chosen |= found
+        self._final = sum(self._finals)
+        return chosen if self._final else self.kept
+
+    def _allocate_part(
+        self, part: Part, scores: Scores, sparsity: float, already: Kept, *, nearest: bool = False
+    ) -> dict[ChannelGroup, Tensor]:
+        """Let `sparsity` of the units of a part be gone, those that are gone `already` among them."""
+        if not units_to_remove(sparsity, sum(group.size for group in part.groups)):
+            return {group: already[group] for group in part.groups}
+        found = allocate(
+            part.groups,
             scores,
             sparsity=sparsity,
             normalize="none",
             round_to=self.round_to,
             max_group_sparsity=self.max_group_sparsity,
-            already=self.kept,
-            nearest=True,
+            already={group: already[group] for group in part.groups},
+            nearest=nearest,
         )
-        self._final = self.total - sum(len(units) for units in chosen.values())
-        self._rounding = rounding_note(self.groups, chosen, sparsity, self.round_to)
-        return chosen
+        return dict(found)
 
     def _allocate(self, scores: Scores, count: int) -> Kept:
         """`count` units gone in all, those that are gone already among them.
@@ -471,15 +493,15 @@ class QASSO(Optimizer):
         return self.kept
 
     def _exactly(self, scores: Scores, count: int, already: Kept) -> Kept:
-        return allocate(
-            self.groups,
-            scores,
-            sparsity=count / self.total,
-            normalize="none",
-            round_to=self.round_to,
-            max_group_sparsity=self.max_group_sparsity,
-            already=already,
-        )
+        if not self.parts:
+            return self._allocate_part(Part(self.groups, 0.0), scores, count / self.total, already)
+        found: dict[ChannelGroup, Tensor] = {}
+        for part, final in zip(self.parts, self._finals, strict=True):
+            total = sum(group.size for group in part.groups)
+            gone = total - sum(len(already[group]) for group in part.groups)
+            wanted = max(final * count // max(self._final, 1), gone)  # each part goes in step with the others
+            found |= self._allocate_part(part, scores, wanted / total, already)
+        return found
 
     def _activate(self) -> None:
         """Index the slices of the units that are to be forgotten in this period."""
@@ -726,6 +748,24 @@ def _trainable(ready: Prepared, groups: Sequence[ChannelGroup]) -> tuple[Channel
     """The groups none of whose parameters is frozen."""
     frozen = {name for name, parameter in ready.named_parameters() if not parameter.requires_grad}
     return tuple(g for g in groups if not any(m.is_parameter and m.name in frozen for m in g.members))
+
+
+def _check_by_module(sparsity: Mapping[str, float], budget: Budget | None) -> None:
+    """Refuse shares that are none, and shares beside a budget.
+
+    Raises:
+        PlanError: either.
+    """
+    if not sparsity:
+        raise wrong("sparsity", "a number, or shares by module name", sparsity, 'sparsity={"layer1": 0.5}')
+    for share in sparsity.values():
+        units_to_remove(share, 0)
+    if budget is not None:
+        raise PlanError(
+            "sparsity by module beside a budget",
+            why="a budget says which units go, whatever the module",
+            fix="sparsity=0.5, or no budget",
+        )
 
 
 def _nothing_trainable() -> NothingToPrune:

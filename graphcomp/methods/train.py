@@ -251,7 +251,7 @@ def _joined(first: Sequence[Any], rest: Iterator[Any]) -> Iterator[Any]:
     yield from rest
 
 
-def phases_of(method: str, sparsity: float | None, bits: object, budget: object) -> tuple[Phase, ...]:
+def phases_of(method: str, sparsity: object, bits: object, budget: object) -> tuple[Phase, ...]:
     """The runs of a method.
 
     Raises:
@@ -366,7 +366,7 @@ def train(
     training: Training,
     *,
     whole: Whole | None = None,
-    sparsity: float | None = None,
+    sparsity: float | Mapping[str, float] | None = None,
     budget: Budget | None = None,
     saliency: str | Saliency = "geta",
     forgetting: Literal["descent", "uniform"] = "descent",

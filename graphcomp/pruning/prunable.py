@@ -55,6 +55,7 @@ def find_prunable(
     if not groups:
         raise _nothing(analysis, prune)
     notes = [_note(why, [g for g in by_role if reasons[g] == why]) for why in (IGNORE, KEEP_INPUTS, RANKS)]
+    notes += [_no_effect(entry) for entry in ignored if not any(makes_units(entry, group) for group in by_role)]
     return Prunable(groups, tuple(note for note in notes if note))
 
 
@@ -82,11 +83,20 @@ def _is_pruned(group: ChannelGroup, prune: Sequence[str] | None) -> bool:
 
 def _taken_out(group: ChannelGroup, ignored: Sequence[str], held: Sequence[str]) -> str:
     """Return why a group is left whole; "" where it is not."""
-    makers = {_owner(member.name) for member in group.producers}
-    readers = {_owner(member.name) for member in group.consumers}
-    if any(matches(entry, owner) for entry in ignored for owner in makers):
+    if any(makes_units(entry, group) for entry in ignored):
         return IGNORE
-    return KEEP_INPUTS if any(matches(entry, owner) for entry in held for owner in makers | readers) else ""
+    readers = [_owner(member.name) for member in group.consumers]
+    reads = any(matches(entry, owner) for entry in held for owner in readers)
+    return KEEP_INPUTS if reads or any(makes_units(entry, group) for entry in held) else ""
+
+
+def makes_units(entry: str, group: ChannelGroup) -> bool:
+    """Whether a module that `entry` names makes units of the group."""
+    return any(matches(entry, _owner(member.name)) for member in group.producers)
+
+
+def _no_effect(entry: str) -> str:
+    return f"ignore={entry!r} leaves no group whole: its outputs are not cut; keep_inputs= keeps what a module reads"
 
 
 def adapter_ranks(analysis: Analysis, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:

@@ -13,7 +13,7 @@ from graphcomp.errors import PlanError
 from graphcomp.names import by_module_name
 from graphcomp.pruning.allocation import Scope, allocate, rounding_note
 from graphcomp.pruning.evidence import Scores
-from graphcomp.quantization.spec import matches
+from graphcomp.pruning.prunable import makes_units
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ def parts_of(model: nn.Module, groups: Sequence[ChannelGroup], sparsity: float |
     if not isinstance(sparsity, Mapping):
         return [Part(tuple(groups), sparsity)]
     shares = by_module_name(model, sparsity, "sparsity")
-    entry_of = {group: entry for group in groups for entry in shares if _makes(entry, group)}
+    entry_of = {group: entry for group in groups for entry in shares if makes_units(entry, group)}
     for entry in shares:
-        if not any(_makes(entry, group) for group in groups):
+        if not any(makes_units(entry, group) for group in groups):
             raise PlanError(
                 f"sparsity names {entry!r}, which makes no units that may go",
                 why="its outputs are frozen, or left whole by ignore=, keep_inputs= or prune=",
@@ -52,11 +52,6 @@ def parts_of(model: nn.Module, groups: Sequence[ChannelGroup], sparsity: float |
             )
     members = {entry: tuple(g for g in groups if entry_of.get(g) == entry) for entry in shares}
     return [Part(members[entry], share, entry) for entry, share in shares.items() if members[entry]]
-
-
-def _makes(entry: str, group: ChannelGroup) -> bool:
-    """Whether a module that `entry` names makes units of the group."""
-    return any(matches(entry, member.name.rpartition(".")[0]) for member in group.producers if member.is_parameter)
 
 
 def allocate_parts(

@@ -52,6 +52,8 @@ def test_the_report_names_the_groups_that_were_taken_out() -> None:
     notes = compress(Chain(), ignore=["a"], keep_inputs="re:^d$").report.notes
     assert "left whole by ignore=: a/hidden (16)" in notes
     assert "left whole by keep_inputs=: c/hidden (16)" in notes
+    (note,) = compress(Chain(), ignore="d").report.notes
+    assert "ignore='d' leaves no group whole" in note
 
 
 def test_modules_stand_for_their_names() -> None:
@@ -210,3 +212,35 @@ def test_groups_of_another_plan_are_refused() -> None:
         gc.slice_groups(plan, {plan.groups[0]: [0, 1]}, up_for_pruning=other.groups)
     with pytest.raises(gc.PlanError, match="ChannelGroup"):
         gc.slice_groups(plan, {"a/hidden": [0, 1]})  # type: ignore[dict-item]
+
+
+# ------------------------------------------------------------------------------------------------ in training
+@pytest.mark.parametrize("round_to", [1, 4])
+def test_shares_by_module_in_training(round_to: int) -> None:
+    model = Chain()
+    options: dict[str, Any] = {"data": [X] * 2, "loss": lambda y, _: y.square().mean(), "steps": 25}
+    small = gc.compress(
+        model,
+        X,
+        sparsity={model.a: 0.25, "re:[bc]": 0.75},
+        round_to=round_to,
+        method="hesso",
+        progress=False,
+        **options,
+    )
+    first, *others, _ = widths(small.module)
+    assert first == 12 and sum(others) == 8
+    assert all(width % round_to == 0 for width in (first, *others))
+
+
+def test_shares_by_module_in_training_leave_the_rest_whole() -> None:
+    ready = gc.prepare(Chain(), X, bits=None)
+    optimizer = gc.QASSO(ready, lr=0.1, schedule=25, sparsity={"b": 0.5})
+    for _ in range(25):
+        ready(X).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [len(units) for units in ready.kept().values()] == [16, 8, 16]
+    assert optimizer.removed == 8 and optimizer.total == 16
+    with pytest.raises(gc.PlanError, match="beside a budget"):
+        gc.QASSO(ready, lr=0.1, schedule=25, sparsity={"b": 0.5}, budget=gc.Budget(params=0.5))
