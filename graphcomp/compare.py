@@ -40,7 +40,7 @@ def why_silent(output: Tensor) -> str:
         return "is empty"
     if not output.is_floating_point() and not output.is_complex():
         return "holds flags" if output.dtype == torch.bool else "holds integers"
-    numbers = torch.view_as_real(output) if output.is_complex() else output
+    numbers = torch.view_as_real(output) if output.is_complex() else _computable(output)
     finite = numbers[numbers.isfinite()]
     if finite.numel() == 0:
         return "is nowhere finite"
@@ -48,6 +48,19 @@ def why_silent(output: Tensor) -> str:
     if numbers.numel() > 1 and least == most:
         return "is zero everywhere" if least == 0 else "is one number everywhere"
     return "is zero" if least == most == 0 else ""
+
+
+def is_whole(output: Tensor) -> bool:
+    """Return whether a tensor of floats holds whole numbers alone, as classes and flags do that were cast to floats."""
+    if not output.is_floating_point() or output.is_meta:
+        return False
+    numbers = _computable(output)
+    return bool((numbers == numbers.round())[numbers.isfinite()].all())
+
+
+def _computable(output: Tensor) -> Tensor:
+    """Return floats of 8 bits, which few ops take, as float32; all else as it is."""
+    return output.float() if output.is_floating_point() and output.itemsize == 1 else output
 
 
 def _error(a: Tensor, b: Tensor) -> float:

@@ -39,13 +39,27 @@ class Outside:
 
 
 def held_outside(model: nn.Module, part: nn.Module) -> dict[str, str]:
-    """Return the tensors of `part` that the rest of `model` holds, too: name in the part -> name in the rest."""
-    names = canonical_names(part)
-    inside = [f"{path}." for path, module in model.named_modules(remove_duplicate=False) if module is part]
+    """Return the tensors of `part` that modules of the rest of `model` hold, too: name in the part -> in the rest.
+
+    Modules of the part itself may be registered in the rest under other names: they become what those in the part do.
+    """
+    names, own = canonical_names(part), set(part.modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     found: dict[str, str] = {}
     for name, tensor in tensor_names(model).items():
-        if id(tensor) in names and not name.startswith(tuple(inside)):
+        if id(tensor) in names and modules[name.rpartition(".")[0]] not in own:
             found.setdefault(names[id(tensor)], name)
+    return found
+
+
+def registered_outside(model: nn.Module, part: nn.Module) -> dict[str, str]:
+    """Return the modules inside of `part` that the rest of `model` registers, too: path in the part -> in the rest."""
+    inside = [path for path, module in model.named_modules(remove_duplicate=False) if module is part]
+    paths = {id(module): path for path, module in part.named_modules() if path}
+    found: dict[str, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if id(module) in paths and not any(path.startswith(f"{own}.") or not own for own in inside):
+            found.setdefault(paths[id(module)], path)
     return found
 
 

@@ -88,7 +88,7 @@ class Path:
         """Return what a report says: which branches the model was seen on."""
         ordered = sorted(self.branches, key=lambda b: (b.file, b.line, b.taken))
         found = [
-            f"one branch was not seen: the condition on {b.kind} is {b.taken} for the example inputs, at {b.source}"
+            f"one path was not seen: the condition on {b.kind} is {b.taken} for the example inputs, at {b.source}"
             for b in ordered
             if not self.branches & _others(b)
         ]
@@ -96,7 +96,7 @@ class Path:
         reads = [read for read in self.reads if read not in places]
         found += [f"other values that are read may lead to a path that was not seen, at {read}" for read in reads]
         more = len(found) - SHOWN
-        return found if more <= 0 else [*found[:SHOWN], f"{more} more branches were not seen"]
+        return found if more <= 0 else [*found[:SHOWN], f"{more} more paths were not seen"]
 
     def left_by(self, branches: frozenset[Branch]) -> str:
         """Return at which branch a run leaves the path, "" where it does not."""

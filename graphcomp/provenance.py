@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from graphcomp.compare import relative_error, why_silent
+from graphcomp.compare import is_whole, relative_error, why_silent
 
 aten = torch.ops.aten
 
@@ -29,7 +29,8 @@ def jumps(op: Any) -> bool:
 
 
 class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Knows of each tensor that proves nothing (see `why_silent`, STEPS) the nearest floats that it was computed from.
+    """Knows of each tensor that proves nothing (see `why_silent`, STEPS), or holds whole numbers alone, the nearest
+    floats that it was computed from.
 
     Parameters, buffers and inputs are no such floats: they are equal in any two models that are compared.
     """
@@ -44,7 +45,7 @@ class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         made = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
-        silent = made if jumps(func) else [t for t in made if why_silent(t)]
+        silent = made if jumps(func) else [t for t in made if why_silent(t) or is_whole(t)]
         if silent:
             operands = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             before = list({id(t): t for operand in operands for t in self.before(operand)}.values())
@@ -56,7 +57,7 @@ class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Return the floats that `tensor` was computed from: itself where it proves something."""
         known: list[Tensor] | None = self._before.get(tensor)
         if known is None:
-            known = [] if why_silent(tensor) else [tensor]
+            known = [] if why_silent(tensor) or is_whole(tensor) else [tensor]
         return known
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from graphcomp.assemble import as_model, cut_groups, with_integers
 from graphcomp.backward import without_backward
 from graphcomp.capture import Captured
-from graphcomp.compare import in_float64, relative_error, why_silent
+from graphcomp.compare import in_float64, is_whole, relative_error, why_silent
 from graphcomp.compressed import CompressedModel
 from graphcomp.cost import flat_inputs
 from graphcomp.coupling.groups import ChannelGroup
@@ -119,7 +119,7 @@ def _compare(wanted: fx.GraphModule, got: fx.GraphModule, captured: Captured, al
         for name, t in zip(captured.output_names, outputs, strict=True)
         if (why := why_silent(t))
     ]
-    if not silent:
+    if not silent and not any(map(is_whole, outputs)):
         return max(errors), ""
     if len(silent) == len(outputs):
         errors = []
@@ -152,7 +152,9 @@ def _floats_before(graph: fx.GraphModule, captured: Captured) -> list[list[Tenso
     args, kwargs = pytree.tree_map(in_float64, captured.inputs())
     with same_buffers(graph), Float64ByDefault():
         output, provenance = heard(graph, args, kwargs)
-    return [provenance.before(tensor) if why_silent(tensor) else [] for tensor in tensor_leaves(output)]
+    return [
+        provenance.before(tensor) if why_silent(tensor) or is_whole(tensor) else [] for tensor in tensor_leaves(output)
+    ]
 
 
 def _checked(error: float, allowed: float) -> float:

@@ -20,7 +20,7 @@ from graphcomp.export.program import in_eval_mode
 from graphcomp.graph import assign, fetch, replace_module
 from graphcomp.graph_module import by_placeholder, copied, is_resized, tensor_names
 from graphcomp.inputs import copies
-from graphcomp.outside import Outside, held_outside
+from graphcomp.outside import Outside, held_outside, registered_outside
 from graphcomp.path import seen_path
 from graphcomp.pruning.law import LAW as SLICING
 from graphcomp.pruning.mask import InsertMasks, set_masks
@@ -119,6 +119,14 @@ def _share(memo: dict[int, Any], model: nn.Module, part: nn.Module, module: nn.M
     if not isinstance(module, fx.GraphModule):
         twins = dict(module.named_modules())
         memo |= {id(m): twins[path] for path, m in part.named_modules() if path and path in twins}
+        return apart
+    modules = dict(module.named_modules())
+    for path, other in registered_outside(model, part).items():
+        own = part.get_submodule(path)
+        if type(modules.get(path)) is type(own):  # adopted
+            memo[id(own)] = modules[path]
+        else:
+            apart.append(f"'{other}' is no longer one module with '{path}' of the submodule, which became a graph")
     return apart
 
 

@@ -187,6 +187,22 @@ def test_tensors_and_modules_that_the_rest_holds_too_stay_one(bits: int | None) 
         assert whole.same.weight is whole.body.get_submodule("6").weight
 
 
+@pytest.mark.parametrize("bits", [None, 8])
+def test_modules_that_the_rest_registers_and_never_calls(bits: int | None) -> None:
+    class Registered(Whole):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([self.body.stem, self.body.mid])
+
+    model, x = Registered().eval(), image()
+    small = compress(model, x, bits=bits)
+    assert small.report.units_removed > 0 and "body.stem.weight" in small.kept
+    if bits is None:
+        assert small.module.layers[0] is small.module.body.stem
+    else:
+        assert any("'layers.0' is no longer one module" in note for note in small.report.notes)
+
+
 def test_a_recorded_part() -> None:
     class ByValue(Body):
         def forward(self, x):

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from graphcomp.analysis import Analysis
 from graphcomp.beside import in_modes
 from graphcomp.capture import user_line
-from graphcomp.compare import TOLERANCE, in_float64, why_silent
+from graphcomp.compare import TOLERANCE, in_float64, is_whole, why_silent
 from graphcomp.coupling.groups import Kept
 from graphcomp.export.masked_run import masked_model
 from graphcomp.float64 import Float64ByDefault
@@ -93,10 +93,11 @@ class Reference:
         silent = {name: why for name, found in self.expected.items() if (why := why_silent(found))}
         outputs = [name for name in self.expected if not name.startswith("input ")]
         errors = [] if math.isnan(error) else [error]
-        if any(name in silent and not self.expected[name].is_meta for name in outputs):
+        weak = {name for name in outputs if name in silent or is_whole(self.expected[name])}
+        if any(not self.expected[name].is_meta for name in weak):
             wanted = dict(zip(outputs, _floats_before(self.module, self.analysis).values(), strict=False))
             got = _floats_before(module, self.analysis)
-            for name in silent.keys() & wanted.keys() & got.keys():
+            for name in weak & wanted.keys() & got.keys():
                 before = compare_before(wanted[name], got[name])
                 if before > max((TOLERANCE.get(tensor.dtype, 1e-1) for tensor in wanted[name]), default=0.0):
                     return Verdict(difference=f"what output '{name}' is computed of differs by {before:.1e} (relative)")

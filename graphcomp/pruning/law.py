@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from graphcomp.capture import Captured
-from graphcomp.compare import TOLERANCE, in_float64, relative_error, why_silent
+from graphcomp.compare import TOLERANCE, in_float64, is_whole, relative_error, why_silent
 from graphcomp.cost import flat_inputs
 from graphcomp.coupling.axis import Factor, kept_indices
 from graphcomp.coupling.groups import Kept
@@ -130,7 +130,8 @@ class _Pair:
         for place in wanted:
             if place not in silent:
                 self.silent.pop(place, None)
-        before = self._compare_before(silent, given) if silent else set()
+        weak = {place for place, found in wanted.items() if place in silent or is_whole(found)}
+        before = self._compare_before(weak, given) if weak else set()
         if given.name == EXAMPLE:
             self.silent = {place: why for place, why in silent.items() if place not in before and _is_output(place)}
             compared = "the floats that it is computed from were compared"
@@ -168,8 +169,8 @@ class _Pair:
         return {place: _error(found, pair[1][place]) for place, found in pair[0].items() if place in pair[1]}
 
     # -------------------------------------------------------------------------------------- what outputs are made of
-    def _compare_before(self, silent: Mapping[str, str], given: Variant) -> set[str]:
-        """Compare the floats that silent outputs are computed from; return the outputs for which there are some.
+    def _compare_before(self, weak: set[str], given: Variant) -> set[str]:
+        """Compare the floats that weak outputs are computed from; return the outputs for which there are some.
 
         The sliced graph goes on with the values of the masked graph, so that classes and flags must be the same.
         """
@@ -177,7 +178,7 @@ class _Pair:
         telling = _Telling(self.masked)
         self._interpret(telling, given)
         known = telling.names & set(self.axes)
-        before = {place: _nearest(results[place], known) for place in silent if place in results}
+        before = {place: _nearest(results[place], known) for place in weak if place in results}
         names = frozenset().union(*before.values())
         if not names:
             return set()
@@ -210,7 +211,9 @@ class _Telling(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if n.op == "call_function" and isinstance(result, Tensor) and not jumps(n.target) and not why_silent(result):
+        if n.op != "call_function" or not isinstance(result, Tensor) or jumps(n.target):
+            return result
+        if not why_silent(result) and not is_whole(result):
             self.names.add(n.name)
         return result
 
