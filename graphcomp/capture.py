@@ -159,7 +159,6 @@ def capture(
     if scope:
         whole, given = model, (args, kwargs)
         model, args, kwargs = scoped(whole, scope, args, kwargs)
-        _check_is_plain(model)
         outside = _read_outside(whole, scope, *given)
     _check_names(model, kwargs)
     with functions_followed(keep=training) as functions:
@@ -349,6 +348,7 @@ def scoped(model: nn.Module, scope: str, args: Args, kwargs: Kwargs) -> tuple[nn
     if scope not in modules:
         near = difflib.get_close_matches(scope, modules, n=1, cutoff=0.0)
         raise CaptureError(f"{type(model).__name__} has no submodule {scope!r}", fix=f"scope={near[0]!r}")
+    _check_is_plain(modules[scope])
     seen: list[tuple[Args, Kwargs]] = []
 
     def note(_module: nn.Module, inner_args: Args, inner_kwargs: Kwargs) -> None:

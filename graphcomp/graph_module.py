@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from graphcomp.calling import argument_names, bind_call, is_constant, other_than_default
 from graphcomp.errors import InputError
 from graphcomp.graph import bind, is_op, module_path, set_argument, tensor_values
+from graphcomp.module_copy import module_copy
 from graphcomp.threads import LOCK
 
 log = logging.getLogger("graphcomp.graph_module")
@@ -301,11 +302,16 @@ def tensor_names(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def copied(model: nn.Module, *, share: bool = False) -> nn.Module:
-    """A copy of the module tree; with `share` it holds the very tensors of `model`."""
+    """A copy of the module tree; with `share` it holds the very tensors of `model`, and what cannot be copied."""
     tensors = {id(tensor): tensor for tensor in tensor_names(model).values()}
     # what a hook computes from parameters before each forward is no leaf, which deepcopy refuses
     memo: dict[int, Any] = {i: t if share else t.detach().clone() for i, t in tensors.items() if share or not t.is_leaf}
-    return copy.deepcopy(model, memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception:  # a lock, a file, a function of torch.jit, or whatever else a class refuses to copy
+        if not share:
+            raise
+        return module_copy(model)
 
 
 def canonical_names(model: nn.Module) -> dict[int, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,8 @@ def test_a_scripted_part_is_cut_with_the_rest() -> None:
     model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8), part).eval()
     part.train()
     small = gc.compress(model, torch.rand(2, 8), sparsity=0.5)
+    with pytest.raises(gc.InputError, match="that was scripted"):
+        gc.compress(model, torch.rand(2, 8), sparsity=0.5, scope="2")
     assert part.training
     assert small.form == "native"
     assert small.kept["2.0.weight"][0].numel() < 16
@@ -134,6 +137,22 @@ class Through(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(self.function(torch.relu(self.a(x))))  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_model_with_objects_that_cannot_be_copied_keeps_its_class() -> None:
+    model = Through(torch.jit.script(_doubled)).eval()
+    model.lock = threading.Lock()  # type: ignore[assignment]
+    x = torch.randn(1, 1, 4, 4)
+    small = gc.compress(model, x, sparsity=0.5)
+    assert small.form == "native"
+    assert small.module.lock is model.lock
+    assert small.module.a is not model.a
+    assert small.kept["a.weight"][0].numel() == 8
+
+
+def _doubled(x: Tensor) -> Tensor:
+    return x * 2
 
 
 def test_a_shallow_copy_of_a_tensor_is_the_tensor() -> None:
