@@ -7,7 +7,8 @@
 Both digits models are trained in floats first. ResNet-20 has real weights, from the shared folder beside the checkout.
 "After training" is `compress(bits=…)` on calibration data, with ranges from the least to the largest value; "least
 squares" is the same with ranges of least squared error, which `method="qat"` starts from. Of each bit width one run per
-seed is shown, of the same length. Test data are never trained on, and do not choose what is returned.
+seed is shown, of the same length; "least gain" is that of the worst run over the better of the two before training.
+Test data are never trained on, and do not choose what is returned.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     print(common.header(), flush=True)
-    columns = ["weights/activations", "after training", "least squares", "qat, by seed", "lowest − start", "s per run"]
+    columns = ["weights/activations", "after training", "least squares", "qat, by seed", "least gain", "s per run"]
     for name in options.models.split(","):
         case = CASES[name]()
         rows = [_row(case, bits, min(options.seeds, case.seeds), options.json) for bits in options.bits.split(",")]

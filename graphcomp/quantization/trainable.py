@@ -20,7 +20,7 @@ from graphcomp.graph_module import keeps_statistics, trains
 from graphcomp.quantization.attention import WriteOutAttention
 from graphcomp.quantization.einsum import WriteOutEinsum
 from graphcomp.quantization.fold import FoldForTraining, chains, folded_nodes
-from graphcomp.quantization.insert import InsertQuantizers
+from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.placement import COMPUTE, EMBEDDINGS, place
 from graphcomp.quantization.ptq import (
     PostTraining,
@@ -63,9 +63,12 @@ def quantize_to_train(
         floats = with_biases(floats, [pair.compute for pair in chains(floats.graph)])
     config = trainable(floats.graph, options.config)
     placement = place(floats, config, options.ignore, folded_nodes(floats.graph))
+    whole = InsertQuantizers(placement)(floats)
+    calibrate_weights(whole)
+    (calibrate_in_training if fresh else calibrate_activations)(whole, batches)
     fake = InsertQuantizers(without_repeats(placement))(floats)
-    calibrate_weights(fake)
-    (calibrate_in_training if fresh else calibrate_activations)(fake, batches)
+    for node, quantizer in quantizer_nodes(fake):
+        quantizer.load_state_dict(whole.get_submodule(str(node.target)).state_dict())
     if not fresh:
         _TrainableSetting(floats, fake, options).walk(batches[: options.walk_batches])
         _keep_frozen(floats, fake)
