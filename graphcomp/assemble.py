@@ -36,6 +36,7 @@ from graphcomp.quantization.quantizers.base import Quantizer, spread
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, Observer, QuantConfig, QuantSpec, check_bits
 from graphcomp.quantization.stored import StoredBytes
 from graphcomp.report import Change, LayerReport, Report, group_dict, layers
+from graphcomp.resized import OPEN, open_lengths
 from graphcomp.threads import one_at_a_time
 
 logger = logging.getLogger("graphcomp")
@@ -114,6 +115,8 @@ def _model(cut: Cut, module: nn.Module, report: Report, **about: Any) -> Compres
     # constants that the forward makes are cut, too, and have no names in the model
     held = {name for name, _ in _parameters_and_buffers(model)}
     kept = (kept_of_model if about["form"] == "native" else kept_of_tensors)(cut.plan.coupling, cut.kept)
+    if isinstance(module, fx.GraphModule):
+        module.meta[OPEN] = open_lengths(cut.plan.captured)
     small = CompressedModel(
         module,
         kept={name: dims for name, dims in kept.items() if name in held},

@@ -14,9 +14,10 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path as File
 from typing import Any, Literal
 
@@ -130,6 +131,7 @@ def capture(
     outputs: str | Sequence[str] | None = None,
     dynamic: bool = True,
     training: bool = False,
+    more: Sequence[Collection[int]] = (),
 ) -> Captured:
     """Turn a model into a graph.
 
@@ -142,6 +144,7 @@ def capture(
             a flat tuple (or one tensor). None: all, in the model's own structure.
         dynamic: leave the batch (dim 0 of the inputs that share the first one's length) and the sequence (dim 1 of
             integer inputs, and of inputs that are as long there) symbolic where the model allows it.
+        more: dims of each tensor input, in order, that are left symbolic, too, where the model allows it.
         training: the graph is to be trained: `.train()` does to it what it does to the model, also where code of the
             user's or the dropout of attention asks for the mode. That takes a second export.
 
@@ -162,7 +165,7 @@ def capture(
         outside = _read_outside(whole, scope, *given)
     _check_names(model, kwargs)
     with functions_followed(keep=training) as functions:
-        traced = _traced(model, args, kwargs, dynamic)
+        traced = _traced(model, args, kwargs, dynamic, more)
     module, names = traced.module, traced.names
     if not names:
         raise CaptureError(f"{type(model).__name__} returns no tensor", fix="compress a module that returns tensors")
@@ -213,9 +216,9 @@ class _Traced:
     notes: tuple[str, ...] = ()
 
 
-def _traced(model: nn.Module, args: Args, kwargs: Kwargs, dynamic: bool) -> _Traced:
+def _traced(model: nn.Module, args: Args, kwargs: Kwargs, dynamic: bool, more: Sequence[Collection[int]]) -> _Traced:
     try:
-        return _Traced(*_export(model, args, kwargs, dynamic), kwargs)
+        return _Traced(*_export(model, args, kwargs, dynamic, more), kwargs)
     except Exception as error:  # export has no base class for its refusals
         found = _without_cache(model, args, kwargs, dynamic) if _about_cache(error) else None
         if found is not None:
@@ -401,11 +404,13 @@ def _run(model: nn.Module, args: Args, kwargs: Kwargs, *, hold: bool = True) -> 
 
 
 # ---------------------------------------------------------------------------------------------- export
-def _export(model: nn.Module, args: Args, kwargs: Kwargs, dynamic: bool) -> tuple[fx.GraphModule, tuple[str, ...]]:
+def _export(
+    model: nn.Module, args: Args, kwargs: Kwargs, dynamic: bool, more: Sequence[Collection[int]] = ()
+) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """The graph of torch.export: with symbolic batch and sequence if the model allows it, else as the inputs are."""
     if dynamic:
         try:
-            program = _export_dynamic(model, args, kwargs)
+            program = _export_dynamic(model, args, kwargs, more)
         except DATA_DEPENDENT:  # fixed shapes would not help
             raise
         except Exception as error:  # export has no base class for its refusals
@@ -416,7 +421,9 @@ def _export(model: nn.Module, args: Args, kwargs: Kwargs, dynamic: bool) -> tupl
     return _unlifted(_program(model, args, kwargs, None))
 
 
-def _export_dynamic(model: nn.Module, args: Args, kwargs: Kwargs) -> torch.export.ExportedProgram | None:
+def _export_dynamic(
+    model: nn.Module, args: Args, kwargs: Kwargs, more: Sequence[Collection[int]]
+) -> torch.export.ExportedProgram | None:
     """Export with symbolic dims. None where that would tie the graph to a batch that is not the user's."""
     batch = _batch(args, kwargs)
     doubled = batch == 1
@@ -426,8 +433,9 @@ def _export_dynamic(model: nn.Module, args: Args, kwargs: Kwargs) -> torch.expor
     shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
     inputs = tensor_leaves((args, kwargs))
     lengths = {t.shape[1] for t in inputs if t.dim() > 1 and _is_integer(t)}
-    for tensor in inputs:
-        shapes[tensor] = _symbolic_dims(tensor, 2 if doubled else batch, lengths)
+    for tensor, others in zip_longest(inputs, more, fillvalue=()):
+        assert isinstance(tensor, torch.Tensor)
+        shapes[tensor] = _symbolic_dims(tensor, 2 if doubled else batch, lengths, others)
     program = _program(model, args, kwargs, shapes)
     values = [n.meta.get("val") for n in program.graph.find_nodes(op="placeholder")]
     fakes = [v for v in values if isinstance(v, torch.Tensor)][-len(inputs) :]
@@ -449,13 +457,16 @@ def _twice(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat([tensor, tensor]) if tensor.dim() > 0 and tensor.shape[0] == 1 else tensor
 
 
-def _symbolic_dims(tensor: torch.Tensor, batch: int | None, lengths: set[int]) -> dict[int, Any] | None:
-    """Dim 0 where it is the batch, dim 1 where it is as long as that of a token input (one of `lengths`).
+def _symbolic_dims(
+    tensor: torch.Tensor, batch: int | None, lengths: set[int], others: Collection[int]
+) -> dict[int, Any] | None:
+    """Dim 0 where it is the batch, dim 1 where it is as long as that of a token input (one of `lengths`), and `others`.
 
     Lengths of 0 and 1 are constants to export.
     """
     dims = [0] if tensor.dim() > 0 and tensor.shape[0] == batch else []
     dims += [1] if tensor.dim() > 1 and tensor.shape[1] in lengths else []
+    dims += others
     return {dim: Dim.AUTO for dim in dims if tensor.shape[dim] > 1} or None
 
 

@@ -136,7 +136,12 @@ class CompressedModel(nn.Module):
         save(self, folder)
 
     def export(
-        self, path: str | Path, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None
+        self,
+        path: str | Path,
+        example_inputs: Any = None,
+        example_kwargs: Mapping[str, Any] | None = None,
+        *,
+        dynamic: Mapping[str, Mapping[int, str]] | None = None,
     ) -> None:
         """Write the model for another runtime, chosen by the suffix; a path without suffix is a checkpoint folder.
 
@@ -147,6 +152,9 @@ class CompressedModel(nn.Module):
         Args:
             path: a file `.onnx` or `.pt2`, or a folder.
             example_inputs, example_kwargs: as for `compress`; by default those the model was compressed with.
+            dynamic: input -> dim -> name, {"x": {2: "height", 3: "width"}}, for lengths that must be open in the file.
+                By default, those of an `.onnx` file are open that the graph does not depend on; `export_report`
+                names them.
 
         Raises:
             CaptureError: the model cannot be captured.
@@ -169,7 +177,7 @@ class CompressedModel(nn.Module):
         args, kwargs = self.example_args, self.example_kwargs
         if example_inputs is not None or example_kwargs is not None:
             args, kwargs = example_arguments(() if example_inputs is None else example_inputs, example_kwargs)
-        self.export_report = write_file(self.module, path, args, kwargs)
+        self.export_report = write_file(self.module, path, args, kwargs, dynamic)
         if not isinstance(self.report, Report):
             return
         said = [f"{path.name} {note}" for note in self.export_report.notes if note not in self.report.notes]

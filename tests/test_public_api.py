@@ -22,7 +22,7 @@ RANKS = [
     {"backward", "cache"},
     {"capture", "coupling"},
     {"beside"},
-    {"describe", "analysis", "second_inputs"},
+    {"describe", "analysis", "second_inputs", "resized"},
     {"cost"},
     {"names", "pruning", "quantization"},
     {"methods"},

@@ -7,21 +7,24 @@ import functools
 import importlib.util
 import io
 import logging
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import fx, nn
 
 from graphcomp.errors import ExportError, GraphcompError, first_line
 from graphcomp.export.files import replacing
-from graphcomp.export.program import as_graph, export_program, in_eval_mode, quiet
-from graphcomp.graph_module import leaf_names
+from graphcomp.export.lengths import CAPTURED, Lengths
+from graphcomp.export.outputs import with_own_outputs
+from graphcomp.export.program import export_program, graph_of, in_eval_mode, quiet
+from graphcomp.graph import is_op, source_line
 from graphcomp.quantization.attention import WriteOutAttention
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from torch.export import ExportedProgram
 
 OPSET = 21  # the first with 16-bit and 4-bit integers, and with blocks
 OPSET_OF_TWO_BITS = 25
@@ -40,6 +43,7 @@ def export_onnx(
     opset: int | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
+    lengths: Lengths = CAPTURED,
 ) -> None:
     """Write `module` in eval mode as an ONNX file, whole or not at all.
 
@@ -54,7 +58,9 @@ def export_onnx(
         opset: 21 or more. By default 21, but 25 where there are weights of two bits and the installed onnxruntime runs
             that: no earlier one has a type for them, and they take four bits, as those of three bits always do.
         input_names, output_names: one for each tensor; by default those of the arguments and of what the model returns,
-            such as "logits", or "output" where that is one tensor.
+            such as "logits", or "output" where that is one tensor. Numbers, words and sizes that the model returns are
+            no outputs of the file.
+        lengths: which dims of the inputs are dynamic; by default those that capture left symbolic.
 
     Raises:
         CaptureError: `module` cannot be captured.
@@ -67,7 +73,7 @@ def export_onnx(
             why="integers of 4 and 16 bits, and one scale per block, came with opset 21",
             fix=f"opset={OPSET}",
         )
-    model = _translate(module, args, dict(kwargs or {}), opset, input_names, output_names)
+    model = _translate(module, args, dict(kwargs or {}), opset, input_names, output_names, lengths)
     with replacing(Path(path)) as fresh:
         _save(model, fresh)
 
@@ -97,16 +103,16 @@ def _translate(
     opset: int | None,
     input_names: Sequence[str] | None,
     output_names: Sequence[str] | None,
+    lengths: Lengths,
 ) -> ir.Model:
-    import torch
-
     from graphcomp.export import onnx_passes
     from graphcomp.export.onnx_ops import translation_table
 
     # the exporter's own way takes a softmax apart for NaN, in each layer, and turns keys around by reshaping them
-    graph = as_graph(module, args, kwargs)
-    written_out = WriteOutAttention(zero_hidden=True)(in_eval_mode(graph))
-    program = export_program(written_out, args, kwargs)
+    found = graph_of(module, args, kwargs)
+    graph, names = with_own_outputs(in_eval_mode(found.module), found.names)
+    written_out = WriteOutAttention(zero_hidden=True)(graph)
+    program = export_program(written_out, args, kwargs, lengths=lengths)
     try:
         with _silent():
             written = torch.onnx.export(
@@ -114,7 +120,7 @@ def _translate(
                 dynamo=True,
                 opset_version=opset or OPSET,
                 input_names=input_names,
-                output_names=output_names or _output_names(program),
+                output_names=output_names or names,
                 custom_translation_table=translation_table(opset or OPSET),
                 optimize=False,
                 verbose=False,
@@ -123,32 +129,33 @@ def _translate(
             onnx_passes.prepare(written.model)
             written.optimize()
             onnx_passes.finish(written.model)
+            onnx_passes.name_lengths(written.model, lengths.names_by_place(graph))
             if opset is None and _runs_two_bits():
                 onnx_passes.narrow(written.model, OPSET_OF_TWO_BITS)
     except GraphcompError:
         raise
     except Exception as error:  # the exporter, its optimizer and onnx-ir's passes share no base class
+        op, line = _untranslated(error)
         raise ExportError(
             f"{type(module).__name__} cannot be written as ONNX",
-            why=_cause(error),
-            fix="export to .pt2, or replace the op",
+            at=line,
+            why=f"{op}: {_cause(error)}" if op else _cause(error),
+            fix=f"export to .pt2, or replace {op or 'the op'}",
         ) from error
     model: ir.Model = written.model
     return model
 
 
-def _output_names(program: ExportedProgram) -> list[str] | None:
-    """By the structure of what the model returns: "logits", "hidden_states.0", "output_1", "output" for one tensor.
-
-    None where a tensor has a name already: an input, or what is returned twice.
-    """
-    returned, spec = list(program.graph_signature.user_outputs), program.call_spec.out_spec
-    read = program.graph_signature.user_inputs
-    if spec is None or len(set(returned)) < len(returned) or any(found in read for found in returned):
-        return None
-    names = ["output"] if spec.is_leaf() else leaf_names(spec)
-    names = [f"output_{name}" if name[0].isdigit() or name in read else name for name in names]
-    return names if len(names) == len(returned) else None
+def _untranslated(error: BaseException) -> tuple[str, str]:
+    """Return the op that the exporter could not translate, and the user's line; "" where they are not known."""
+    found: fx.Node | None = None
+    cause: BaseException | None = error
+    while cause is not None:
+        for frame, _ in traceback.walk_tb(cause.__traceback__):
+            node = frame.f_locals.get("node")
+            found = node if isinstance(node, fx.Node) and is_op(node) else found
+        cause = cause.__cause__
+    return (str(found.target), source_line(found)) if found is not None else ("", "")
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import torch
 from graphcomp.quantization import ops
 
 DOMAIN = "graphcomp"
-UNPACK, GROUPED = "Unpack", "DequantizeGrouped"
+UNPACK, GROUPED, WIDE = "Unpack", "DequantizeGrouped", "DequantizeDouble"
 
 
 def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -30,7 +30,10 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
     private = Opset(DOMAIN, 1)
     schema = onnx.defs.OpSchema
     parameter, attribute = schema.FormalParameter, schema.Attribute
-    kinds = [("T", ["tensor(int8)", "tensor(uint8)"], ""), ("F", ["tensor(float)", "tensor(float16)"], "")]
+    kinds = [
+        ("T", ["tensor(int8)", "tensor(uint8)"], ""),
+        ("F", ["tensor(float)", "tensor(float16)", "tensor(double)"], ""),
+    ]
     integers = schema.AttrType.INT, schema.AttrType.INTS
     unpack_schema = schema(
         UNPACK,
@@ -59,7 +62,21 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
         outputs=[parameter("weight", "F")],
         type_constraints=kinds,
     )
+    wide_schema = schema(
+        WIDE,
+        DOMAIN,
+        1,
+        inputs=[
+            parameter("values", "T"),
+            parameter("scales", "tensor(double)"),
+            parameter("zero_points", "tensor(int32)"),
+        ],
+        outputs=[parameter("weight", "tensor(double)")],
+        type_constraints=kinds[:1],
+        attributes=[attribute("axis", integers[0])],
+    )
     unpack_op, grouped_op = Op(private, UNPACK, unpack_schema), Op(private, GROUPED, grouped_schema)
+    wide_op = Op(private, WIDE, wide_schema)
 
     def constant(number: float, dtype: int) -> Any:
         kind = DataType(dtype)
@@ -90,6 +107,8 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
         x, scales, zero_points, axis: int, quant_min: int, quant_max: int, dtype: int, out_dtype: int = -1
     ):
         to = DataType.FLOAT if out_dtype in (-1, None) else out_dtype
+        if scales.dtype == DataType.DOUBLE:  # for which DequantizeLinear has no kernel
+            return op.Cast(wide_op(x, scales, zero_points, axis=axis), to=to)
         scales = op.Cast(scales, to=to)
         if zero_points is None:
             return op.DequantizeLinear(x, scales, axis=axis)

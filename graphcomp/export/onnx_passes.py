@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from graphcomp.errors import ExportError
 from graphcomp.export.onnx_norms import write_sums
-from graphcomp.export.onnx_ops import DOMAIN, GROUPED, UNPACK
+from graphcomp.export.onnx_ops import DOMAIN, GROUPED, UNPACK, WIDE
 from graphcomp.export.onnx_pads import fold_pads
-from graphcomp.export.onnx_unfused import dequantized, keep_sums_apart, readers, write_out_unfusable
+from graphcomp.export.onnx_unfused import by_arithmetic, dequantized, keep_sums_apart, readers, write_out_unfusable
 from graphcomp.quantization import ops
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ def finish(model: ir.Model) -> None:
 
     for node in _nodes(model, GROUPED, DOMAIN):
         _gathered(node)
+    for node in _nodes(model, WIDE, DOMAIN):
+        _double(node)
     for node in _nodes(model, UNPACK, DOMAIN):
         _halve(node)
     model.opset_imports.pop(DOMAIN, None)
@@ -65,6 +67,26 @@ def finish(model: ir.Model) -> None:
     _own_zero_points(model)
     common.RemoveUnusedNodesPass()(model)
     common.ClearMetadataAndDocStringPass()(model)
+
+
+def name_lengths(model: ir.Model, named: Sequence[Mapping[int, str]]) -> None:
+    """Give dynamic lengths the names that were asked for, by input and dim, wherever the lengths occur."""
+    import onnx_ir as ir
+
+    new: dict[str, str] = {}
+    for value, names in zip(model.graph.inputs, named, strict=False):
+        for dim, name in names.items():
+            if value.shape is not None and isinstance(value.shape[dim], ir.SymbolicDim):
+                new[str(value.shape[dim].value)] = name  # type: ignore[union-attr]
+    values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
+    for value in values if new else ():
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed(size, new) for size in value.shape])
+
+
+def _renamed(size: Any, new: Mapping[str, str]) -> Any:
+    name = getattr(size, "value", None)
+    return new.get(name, size) if isinstance(name, str) else size
 
 
 def narrow(model: ir.Model, opset: int) -> None:
@@ -247,7 +269,7 @@ def _blocks(graph: ir.Graph, node: ir.Node) -> None:
     count = int(index.max()) + 1
     length = len(index) // count
     users = [(user, place) for user, place in readers(node.outputs[0]) if user.op_type in COMPUTE and place < 2]
-    if any(dequantized(user.inputs[1 - place]) for user, place in users):
+    if any(dequantized(user.inputs[1 - place]) for user, place in users) or scales.dtype == ir.DataType.DOUBLE:
         return
     if values.shape is None or len(values.shape) != 2 or not np.array_equal(index, np.arange(len(index)) // length):
         return
@@ -278,6 +300,13 @@ def _gathered(node: ir.Node) -> None:
     result = tape.op("Mul", [tape.op("Sub", [tape.op("Cast", [values], to), zero]), scale])
     _insert(node, tape, result)
     keep_sums_apart(result)
+
+
+def _double(node: ir.Node) -> None:
+    """A weight of a model in float64: onnxruntime's DequantizeLinear gives float32 at most."""
+    values, scales, zeros = node.inputs
+    assert values is not None and scales is not None
+    by_arithmetic(node, values, scales, zeros, node.attributes["axis"].as_int())
 
 
 def _between(tape: Any, value: ir.Value, rank: int) -> Any:

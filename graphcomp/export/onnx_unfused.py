@@ -70,26 +70,33 @@ def _cannot_fuse(user: ir.Node, place: int) -> bool:
 
 def _write_out(graph: ir.Graph, node: ir.Node) -> None:
     """DequantizeLinear(codes, scale, zero) as (Cast(codes) - zero) * scale."""
-    from onnx_ir.tape import Tape
-
     codes, scale = node.inputs[:2]
     zero = node.inputs[2] if len(node.inputs) > 2 else None
     assert codes is not None and scale is not None
+    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
+    keep_sums_apart(by_arithmetic(node, codes, scale, zero, axis))
+
+
+def by_arithmetic(node: ir.Node, codes: ir.Value, scale: ir.Value, zero: ir.Value | None, axis: int) -> ir.Value:
+    """Replace `node` by (Cast(codes) - zero) * scale, with one scale and zero point per index of `axis`; the result."""
+    from onnx_ir.tape import Tape
+
     rank = len(codes.shape) if codes.shape is not None else 1
-    axis = (node.attributes["axis"].as_int() if "axis" in node.attributes else 1) % rank
-    to = {"to": scale.dtype}
+    to, axis = {"to": scale.dtype}, axis % rank
     tape = Tape()
     found: Any = tape.op("Cast", [codes], to)
     if zero is not None and zero.const_value is not None and zero.const_value.numpy().any():
         found = tape.op("Sub", [found, tape.op("Cast", [_along(tape, zero, axis, rank)], to)])
     found = tape.op("Mul", [found, _along(tape, scale, axis, rank)])
     old = node.outputs[0]
-    found.dtype, found.shape = old.dtype, old.shape
+    found.dtype, found.shape = old.dtype or scale.dtype, old.shape or codes.shape
     found.name, old.name = old.name, f"{old.name}_replaced"
-    graph.insert_before(node, tape.nodes)
+    assert node.graph is not None
+    node.graph.insert_before(node, tape.nodes)
     old.replace_all_uses_with(found, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-    keep_sums_apart(found)
+    node.graph.remove(node, safe=True)
+    result: ir.Value = found
+    return result
 
 
 def _along(tape: Any, value: ir.Value, axis: int, rank: int) -> Any:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
 from graphcomp.backward import without_backward
 from graphcomp.capture import capture
 from graphcomp.errors import ExportError, first_line
 from graphcomp.export.files import replacing
+from graphcomp.export.lengths import CAPTURED, Lengths
 from graphcomp.graph import clone
 from graphcomp.quantization import ops as _ops  # noqa: F401 (the graph may hold these ops)
+from graphcomp.resized import input_name
 from graphcomp.untouched import eval_copy
 
 log = logging.getLogger("graphcomp.export.program")
@@ -29,7 +32,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def export_program(
-    module: nn.Module, args: Args, kwargs: Mapping[str, Any] | None = None, path: str | Path | None = None
+    module: nn.Module,
+    args: Args,
+    kwargs: Mapping[str, Any] | None = None,
+    path: str | Path | None = None,
+    *,
+    lengths: Lengths = CAPTURED,
 ) -> ExportedProgram:
     """The ExportedProgram of `module` in eval mode, with the dims left dynamic that capture left symbolic.
 
@@ -39,18 +47,26 @@ def export_program(
         path: also write it there (.pt2), whole or not at all. `torch.export.load(path)` reads it back. Where the graph
             is quantized, only after `import graphcomp`, which registers its ops; torch fails without ("error when
             deserializing the saved file") and names the op in a warning.
+        lengths: which dims of the inputs are dynamic; by default those that capture left symbolic.
 
     Raises:
         CaptureError: `module` cannot be captured.
         ExportError: torch.export refuses the graph; the path cannot be written.
     """
     kwargs = dict(kwargs or {})
-    graph = as_graph(module, args, kwargs)
-    args, kwargs, shapes = _dynamic(graph, args, kwargs)
+    graph = graph_of(module, args, kwargs).module
+    lengths.check(graph)
+    args, kwargs, shapes = _dynamic(graph, args, kwargs, lengths)
     with eval_copy(in_eval_mode(graph), real=False) as copied, quiet():
         try:
             program = torch.export.export(copied, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # export has no base class for its refusals
+            if lengths.named:
+                raise ExportError(
+                    f"dynamic={dict(lengths.named)} cannot be met",
+                    why=first_line(error),
+                    fix="name fewer dims: the model computes something that holds for the example's lengths alone",
+                ) from error
             raise ExportError(
                 f"torch.export refuses the graph of {type(module).__name__}",
                 why=f"{type(error).__name__}: {first_line(error)}",
@@ -74,28 +90,50 @@ def save_program(program: ExportedProgram, path: str | Path) -> None:
             raise ExportError(f"cannot write {path}", why=first_line(error)) from error
 
 
-def as_graph(module: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> fx.GraphModule:
-    """`module` if it is a captured graph, else its graph."""
-    return graph_and_notes(module, args, kwargs)[0]
+@dataclass(frozen=True)
+class Graph:
+    """What a file is written of.
+
+    Attributes:
+        module: the graph.
+        names: of its tensor outputs, where the graph does not hold them.
+        notes: for which inputs alone the graph holds.
+    """
+
+    module: fx.GraphModule
+    names: Sequence[str] | None = None
+    notes: tuple[str, ...] = ()
 
 
-def graph_and_notes(module: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> tuple[fx.GraphModule, tuple[str, ...]]:
-    """Return `module` if it is a captured graph, else its graph; and for which inputs alone the graph holds."""
+def graph_of(
+    module: nn.Module, args: Args, kwargs: Mapping[str, Any], more: Mapping[str, Iterable[int]] | None = None
+) -> Graph:
+    """Return `module` if it is a captured graph, else its graph.
+
+    Args:
+        module: not modified.
+        args, kwargs: example inputs.
+        more: input -> dims that are left symbolic, too, where the module allows it.
+    """
     if isinstance(module, fx.GraphModule):
-        return without_backward(module), ()
+        return Graph(without_backward(module))
     captured = capture(module, args, kwargs)
-    notes = captured.path.notes()
-    if captured.producer == "record":
-        fixed = f"holds for inputs of the example's sizes alone, as torch.export refused the model: {captured.reason}"
-        log.warning("the graph of %s %s", type(module).__name__, fixed)
-        notes = [fixed, *notes]
-    return without_backward(captured.module), tuple(notes)
+    if more and captured.producer == "export":
+        places = captured.module.graph.find_nodes(op="placeholder")
+        inputs = [input_name(place) for place in places if isinstance(place.meta.get("val"), Tensor)]
+        captured = capture(module, args, kwargs, more=[tuple(more.get(name, ())) for name in inputs])
+    graph, notes = without_backward(captured.module), tuple(captured.path.notes())
+    if captured.producer == "export":
+        return Graph(graph, None, notes)
+    fixed = f"holds for inputs of the example's sizes alone, as torch.export refused the model: {captured.reason}"
+    log.warning("the graph of %s %s", type(module).__name__, fixed)
+    return Graph(graph, captured.output_names, (fixed, *notes))
 
 
 def _dynamic(
-    graph: fx.GraphModule, args: Args, kwargs: Mapping[str, Any]
+    graph: fx.GraphModule, args: Args, kwargs: Mapping[str, Any], lengths: Lengths
 ) -> tuple[Args, dict[str, Any], tuple[Any, ...] | None]:
-    """Example inputs and dynamic shapes for torch.export: a dim is dynamic where the placeholder's shape is symbolic.
+    """Example inputs and dynamic shapes for torch.export.
 
     Export takes a length of 1 for a constant, so such dims are shown to it twice as long.
     """
@@ -106,9 +144,9 @@ def _dynamic(
             f"the graph has {len(places)} inputs, the example inputs are {len(leaves)}",
             fix="give the example inputs that the model was captured with",
         )
-    symbolic = [_symbolic_dims(place, leaf) for place, leaf in zip(places, leaves, strict=True)]
+    symbolic = [lengths.of(place, leaf) for place, leaf in zip(places, leaves, strict=True)]
     shown = [_twice(leaf, dims) for leaf, dims in zip(leaves, symbolic, strict=True)]
-    shapes = [dict.fromkeys(dims, Dim.AUTO) or None for dims in symbolic]
+    shapes = [dims or None for dims in symbolic]
     args, kwargs = pytree.tree_unflatten(shown, spec)
     if not any(symbolic):
         return args, dict(kwargs), None
@@ -116,14 +154,7 @@ def _dynamic(
     return args, dict(kwargs), (*by_argument, *by_name.values())
 
 
-def _symbolic_dims(place: fx.Node, leaf: Any) -> list[int]:
-    held = place.meta.get("val")
-    if not isinstance(leaf, Tensor) or not isinstance(held, Tensor):
-        return []
-    return [d for d, size in enumerate(held.shape) if type(size) is not int]
-
-
-def _twice(leaf: Any, dims: list[int]) -> Any:
+def _twice(leaf: Any, dims: Iterable[int]) -> Any:
     for dim in dims:
         leaf = torch.cat([leaf, leaf], dim) if leaf.shape[dim] == 1 else leaf
     return leaf

@@ -21,9 +21,8 @@ from graphcomp.errors import ExportError, first_line
 from graphcomp.export.onnx import need
 from graphcomp.export.program import in_eval_mode
 from graphcomp.graph_module import tensor_leaves
-from graphcomp.inputs import copies
 from graphcomp.quantization.ops import dequantize_per_tensor, quantize_per_tensor
-from graphcomp.untouched import eval_copy
+from graphcomp.resized import outputs
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -189,27 +188,39 @@ def timed(call: Callable[[], object], warmup: int, repeats: int) -> Latency:
 
 # ------------------------------------------------------------------------------------------------ comparing
 def compare(
-    path: str | Path, module: nn.Module, args: Args, kwargs: Mapping[str, Any] | None = None, *, exact: bool = True
+    path: str | Path,
+    module: nn.Module,
+    args: Args,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    exact: bool = True,
+    resized: bool = False,
 ) -> Agreement:
     """Run an ONNX file in onnxruntime and `module` in torch on the same inputs.
+
+    Args:
+        resized: the inputs have other lengths than the example inputs, which a graph need not warn of.
 
     Raises:
         ExportError: see `run`; the outputs differ in number or shape.
     """
-    return agreement(module, run(path, args, kwargs, exact=exact), args, kwargs)
+    return agreement(module, run(path, args, kwargs, exact=exact), args, kwargs, resized=resized)
 
 
 def agreement(
-    module: nn.Module, actual: list[Tensor], args: Args, kwargs: Mapping[str, Any] | None = None
+    module: nn.Module,
+    actual: list[Tensor],
+    args: Args,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    resized: bool = False,
 ) -> Agreement:
     """What `module` in eval mode computes from `args` and `kwargs`, against flat outputs of another runtime.
 
     Raises:
         ExportError: the outputs differ in number or shape.
     """
-    args, given = copies((args, dict(kwargs or {})))
-    with eval_copy(in_eval_mode(module), real=True) as copied, torch.no_grad():
-        expected = tensor_leaves(copied(*args, **given))
+    expected = outputs(in_eval_mode(module), args, kwargs or {}, resized=resized)
     shapes = [tuple(t.shape) for t in expected], [tuple(t.shape) for t in actual]
     if shapes[0] != shapes[1]:
         raise ExportError(
@@ -230,15 +241,15 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return math.inf if bool(error.isnan().any()) else float(error.max())
 
 
-def output_steps(module: nn.Module, outputs: list[Tensor]) -> list[float]:
+def output_steps(module: nn.Module, computed: list[Tensor]) -> list[float]:
     """The quantization step of each output, in its units (see Agreement)."""
     if not isinstance(module, fx.GraphModule):
-        return [_rounding(output) for output in outputs]
+        return [_rounding(output) for output in computed]
     codes = [_levels(node) for node in module.graph.find_nodes(op="call_function", target=quantize_per_tensor)]
     results = [r for r in pytree.tree_leaves(module.graph.output_node().args[0]) if _is_tensor(r)]
     found = []
-    for k, output in enumerate(outputs):
-        result = results[k] if len(results) == len(outputs) else None
+    for k, output in enumerate(computed):
+        result = results[k] if len(results) == len(computed) else None
         if result is not None and result.target is dequantize_per_tensor:
             found.append(_scale(result))
         elif codes and output.is_floating_point() and output.numel():

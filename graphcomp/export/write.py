@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
 
-from graphcomp.errors import ExportError
+from graphcomp.errors import ExportError, first_line
 from graphcomp.export.files import replacing
 from graphcomp.export.kernels import KernelProof, prove
+from graphcomp.export.lengths import CAPTURED, Lengths, Names, doubled
 from graphcomp.export.onnx import export_onnx
-from graphcomp.export.program import export_program, graph_and_notes, quiet
-from graphcomp.export.runtime import Agreement, agreement, compare
+from graphcomp.export.outputs import file_names
+from graphcomp.export.program import export_program, graph_of, quiet
+from graphcomp.export.runtime import Agreement, agreement, compare, open_session
 from graphcomp.graph_module import names_quoted, tensor_leaves
 from graphcomp.inputs import copies
+from graphcomp.resized import OPEN, fixed_lengths, input_name, outputs, with_twice
 
 log = logging.getLogger("graphcomp.export")
 
@@ -37,6 +41,9 @@ WEIGHT_ONLY = (
     'SessionOptions.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1") keeps them float'
 )
 
+LONGER = 10.0
+"""Quantization steps that a file may be off on inputs that are longer, and so lie outside of what was calibrated."""
+
 FORMATS: dict[str, Format] = {".onnx": "onnx", ".pt2": "program"}
 
 
@@ -52,7 +59,9 @@ class ExportReport:
         as_run: the same in onnxruntime as users run it by default, on this CPU; it is off where the CPU's fast integer
             kernels saturate (see `graphcomp.export.runtime.open_session`). None for a program.
         kernels: which layers onnxruntime runs on integers; None for a program.
-        notes: for which inputs alone the file holds: sizes that are fixed in it, branches that were not seen.
+        notes: for which inputs alone the file holds (lengths that are fixed in it, branches that were not seen), and
+            what could not be checked.
+        open_lengths: names of lengths, other than the batch, that may be others than those of the example inputs.
     """
 
     path: str
@@ -62,6 +71,7 @@ class ExportReport:
     as_run: Agreement | None
     kernels: KernelProof | None
     notes: tuple[str, ...] = ()
+    open_lengths: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -69,11 +79,17 @@ class ExportReport:
 
 
 @names_quoted()
-def write_file(module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExportReport:
+def write_file(
+    module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Names | None = None
+) -> ExportReport:
     """Write `module` to a .onnx or .pt2 file and run the file on the example inputs; nothing is left if either fails.
 
     How far the file is off is in the report; where the default kernels are off by far more than the exact ones, that is
     logged as a warning.
+
+    Args:
+        dynamic: input -> dim -> name of its length, for lengths that must be open. By default those are open that the
+            graph does not depend on.
 
     Raises:
         CaptureError: the module cannot be captured.
@@ -88,15 +104,16 @@ def write_file(module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: Map
     if FORMATS[path.suffix] == "onnx":
         _check_dtypes(module, tensor_leaves((args, dict(kwargs))))
     proof = as_run = None
-    graph, notes = graph_and_notes(module, args, kwargs)
+    open_: tuple[str, ...] = ()
     with replacing(path) as fresh:
         if FORMATS[path.suffix] == "onnx":
-            export_onnx(graph, args, kwargs, fresh)
-            found = compare(fresh, module, args, kwargs)
+            found, notes, open_ = _write_onnx(module, fresh, args, kwargs, dynamic or {})
             as_run = compare(fresh, module, args, kwargs, exact=False)
             proof = prove(fresh, {name for name, parameter in module.named_parameters() if parameter.dim() >= 2})
         else:
-            export_program(graph, args, kwargs, fresh)
+            graph = graph_of(module, args, kwargs, dynamic)
+            notes = graph.notes
+            export_program(graph.module, args, kwargs, fresh, lengths=Lengths(dynamic or {}))
             with quiet(), torch.no_grad():
                 given, named = copies((args, dict(kwargs)))
                 result = torch.export.load(fresh).module()(*given, **named)
@@ -108,7 +125,136 @@ def write_file(module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: Map
     if as_run is not None and as_run.steps > SATURATED * max(found.steps, 1.0):
         weight_only = proof is not None and "MatMulNBits" in proof.integer
         log.warning(WEIGHT_ONLY if weight_only else SATURATES, path.name, as_run.steps)
-    return ExportReport(str(path), FORMATS[path.suffix], size, found, as_run, proof, notes)
+    return ExportReport(str(path), FORMATS[path.suffix], size, found, as_run, proof, notes, open_)
+
+
+# ------------------------------------------------------------------------------------------------ open lengths
+def _write_onnx(
+    module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: Mapping[str, Any], named: Names
+) -> tuple[Agreement, tuple[str, ...], tuple[str, ...]]:
+    """Write a file with as many open lengths as can be, and run the file on the example inputs and on longer ones.
+
+    Returns:
+        How far the file is off, notes, and the lengths that are open.
+    """
+    graph = graph_of(module, args, kwargs)
+    given = file_names(graph.module, graph.names) if graph.names else None
+    refused: ExportError | None = None
+    for lengths in _attempts(module, graph.module, (args, dict(kwargs)), named):
+        try:
+            if lengths.named or lengths.others:  # what the model computes from these is then computed in the file
+                longer = graph_of(module, args, kwargs, {**lengths.others, **lengths.named})
+            else:
+                longer = graph
+            export_onnx(longer.module, args, kwargs, path, output_names=given, lengths=lengths)
+            found = compare(path, module, args, kwargs)
+            open_, notes = _check_longer(module, path, args, kwargs, found, named)
+        except ExportError as error:
+            log.debug("%s: %s", lengths, error)
+            refused = error if refused is None or lengths == CAPTURED else refused
+            continue
+        if not lengths.captured and refused is not None:
+            notes = (*notes, f"holds for inputs of the example's shapes alone: {refused.why or refused.what}")
+            log.warning("%s %s", path.name, notes[-1])
+        return found, (*longer.notes, *notes), open_
+    assert refused is not None
+    raise refused
+
+
+def _attempts(module: nn.Module, graph: fx.GraphModule, inputs: Any, named: Names) -> list[Lengths]:
+    """Return which lengths to leave open, the most first."""
+    if named:
+        _check_depends(module, named)
+        return [Lengths(named)]
+    leaves = pytree.tree_leaves(inputs)
+    places = graph.graph.find_nodes(op="placeholder")
+    some = any(CAPTURED.of(place, leaf) for place, leaf in zip(places, leaves, strict=False))
+    others = _others(module, graph, inputs)
+    more = [Lengths(others=others)] if any(others.values()) else []
+    return [*more, CAPTURED, *([Lengths(captured=False)] if some else [])]
+
+
+def _others(module: nn.Module, graph: fx.GraphModule, inputs: Any) -> Mapping[str, Sequence[int]]:
+    """Return dims whose lengths may be open: of a graph those that were checked when the graph was made; of a model of
+    the user's class those on which the model runs, as the file is compared with the model."""
+    if isinstance(module, fx.GraphModule):
+        checked: Mapping[str, Sequence[int]] = module.meta.get(OPEN, {})
+        return checked
+    if any(isinstance(part, fx.GraphModule) for part in module.modules()):
+        return {}
+    fixed = fixed_lengths(graph, pytree.tree_leaves(inputs))
+    return {
+        name: [dim for dim in dims if _runs(module, with_twice(graph, inputs, name, dim))]
+        for name, dims in fixed.items()
+    }
+
+
+def _runs(module: nn.Module, inputs: Any) -> bool:
+    """Whether the user's module runs on inputs of other lengths."""
+    try:
+        outputs(module, *inputs, resized=True)
+    except Exception as error:  # of the user's code
+        log.debug("other lengths do not run: %s", error)
+        return False
+    return True
+
+
+def _check_depends(module: nn.Module, named: Names) -> None:
+    """Raise ExportError where a graph is known to compute something else than its model on other lengths."""
+    if not isinstance(module, fx.GraphModule) or OPEN not in module.meta:
+        return
+    checked = module.meta[OPEN]
+    for place in module.graph.find_nodes(op="placeholder"):
+        name, held = input_name(place), place.meta.get("val")
+        dims = [dim for dim in named.get(name, ()) if dim not in checked.get(name, ())]
+        fixed = [dim for dim in dims if isinstance(held, Tensor) and dim < held.dim() and type(held.shape[dim]) is int]
+        if fixed:
+            raise ExportError(
+                f"dynamic={{{name!r}: …}} cannot be met along dim {', '.join(map(str, fixed))}",
+                why="the model does not run on twice the length, or computes from it what is constant in the graph",
+                fix="name other dims, or compress the model on inputs of the size to run on",
+            )
+
+
+def _checked(graph: fx.GraphModule, named: Names) -> bool:
+    """Whether a graph was compared with the model on other lengths of the named dims."""
+    checked = graph.meta.get(OPEN, {})
+    return all(dim in checked.get(name, ()) for name, dims in named.items() for dim in dims)
+
+
+def _check_longer(
+    module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: Mapping[str, Any], found: Agreement, named: Names
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Run the file and the module on inputs whose open lengths, other than the batch, are twice as long.
+
+    Returns:
+        The open lengths, and notes.
+
+    Raises:
+        ExportError: the file computes something else than the module; or the module fails, and no length was named.
+    """
+    shapes = [list(given.shape) for given in open_session(path).get_inputs()]
+    (longer, more), open_ = doubled(shapes, (args, dict(kwargs)))
+    if not open_:
+        return (), ()
+    which = ", ".join(open_)
+    try:
+        off = compare(path, module, longer, more, resized=True)
+    except ExportError:
+        raise
+    except Exception as error:  # of the user's code
+        if named:
+            return open_, (f"was not checked with other {which}: the model fails on inputs twice as long",)
+        raise ExportError("the model fails on inputs twice as long", why=first_line(error)) from error
+    if off.steps > max(SATURATED * found.steps, LONGER):
+        raise ExportError(
+            f"the file computes other results than the model where {which} are twice as long",
+            why=f"{off.steps:.3g} quantization steps off; what the model computes from lengths is constant in the file",
+            fix="no dynamic=, or example_inputs= of the size to run on",
+        )
+    if isinstance(module, fx.GraphModule) and not _checked(module, named):
+        return open_, (f"takes other {which}, but what the model computes from these lengths is constant",)
+    return open_, ()
 
 
 def _check_dtypes(module: nn.Module, inputs: Sequence[Tensor]) -> None:
