@@ -318,7 +318,8 @@ def with_integers(
     elif inputs is not None:
         unchecked[LOWERING] = "nothing was quantized"
     cut = replace(cut, verified=verified, unchecked=unchecked)
-    report = _quantized_report(cut, (*notes, *_left_float(quantized.left_float)), quantized)
+    left = _left_float(quantized.left_float)
+    report = _quantized_report(cut, (*notes, *_replaced_notes(cut.plan.captured), *left), quantized)
     module = quantized.lowered.module
     result = _model(
         cut,
@@ -417,7 +418,9 @@ def _choose(found: NativeResult, small: fx.GraphModule | None, plan: Analysis) -
 
 # ------------------------------------------------------------------------------------------------ results
 def _native_notes(plan: Analysis, found: NativeResult) -> tuple[str, ...]:
-    notes = [] if found.module is not None else [f"a graph, not the model's own class: {found.reason}"]
+    notes = []
+    if found.module is None:
+        notes = [f"a graph, not the model's own class: {found.reason}", *_replaced_notes(plan.captured)]
     other = other_gradients(plan.captured) if found.module is None and plan.captured.functions else ""
     notes += [f"the graph is for inference: {other}"] if other else []
     if plan.captured.producer == "record":
@@ -425,6 +428,12 @@ def _native_notes(plan: Analysis, found: NativeResult) -> tuple[str, ...]:
     if found.rounding:
         notes.append(f"verified in float64, since in the model's own precision rounding shows: {found.rounding}")
     return tuple(notes)
+
+
+def _replaced_notes(captured: Captured) -> list[str]:
+    """Say which inputs the forward replaces in lists and dicts of the caller, which a graph does not do."""
+    names = ", ".join(captured.path.replaced)
+    return [f"the model puts other tensors in the place of its inputs {names}, and the graph does not"] if names else []
 
 
 def _report(cut: Cut, notes: Sequence[str], quantized: Sequence[LoweredLayer] = ()) -> Report:

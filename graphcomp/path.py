@@ -76,6 +76,7 @@ class Path:
         arguments: names of the arguments of the forward, in the order of the call.
         constants: numbers, flags and words among the inputs, by name.
         stateful: whether the forward changes attributes of its modules, which the next call may read.
+        replaced: inputs in lists and dicts that the forward replaces by other tensors or adds, which a graph does not.
     """
 
     branches: frozenset[Branch] = frozenset()
@@ -83,6 +84,7 @@ class Path:
     arguments: tuple[str, ...] = ()
     constants: Mapping[str, Any] = field(default_factory=dict)
     stateful: bool = False
+    replaced: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
         """Return what a report says: which branches the model was seen on."""
@@ -147,25 +149,34 @@ def seen_path(
     """
     inputs = named_inputs(arguments, args, kwargs)
     constants = {name: leaf for name, leaf in inputs.items() if isinstance(leaf, (bool, int, float, str))}
-    branches, stateful = _watched(model, args, kwargs)
-    return Path(branches, tuple(reads), tuple(arguments), constants, stateful)
+    run = _watched(model, arguments, args, kwargs)
+    return Path(run.branches, tuple(reads), tuple(arguments), constants, run.stateful, run.replaced)
 
 
 def branches_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> frozenset[Branch]:
     """Return the branches that the code of `model` takes on these inputs; those up to the first line that does not
     take sizes that are traced."""
-    return _watched(model, args, kwargs)[0]
+    return _watched(model, (), args, kwargs).branches
 
 
-def _watched(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[frozenset[Branch], bool]:
-    """Return the branches of one run, and whether it changed attributes of the modules.
+@dataclass(frozen=True)
+class _Run:
+    """What one run showed; the fields are those of Path."""
+
+    branches: frozenset[Branch]
+    stateful: bool
+    replaced: tuple[str, ...]
+
+
+def _watched(model: nn.Module, arguments: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Run:
+    """Run a copy of the model, and look at its branches, its attributes and its inputs.
 
     Raises:
         ParameterWritten: the run would change the model's own parameters.
     """
     given, named = copies((tuple(args), dict(kwargs)))
     with eval_copy(model, real=True) as copied, torch.no_grad(), HoldParameters(copied):
-        before = _attributes(copied)
+        attributes, inputs = _attributes(copied), named_inputs(arguments, given, named)
         with Branches(sizes=True) as branches:
             try:
                 copied(*given, **named)
@@ -173,7 +184,9 @@ def _watched(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
                 raise
             except Exception as error:  # of the user's code, which may insist on `type(n) is int`
                 log.debug("%s was followed up to an error: %s", type(model).__name__, first_line(error))
-        return frozenset(branches.taken), _attributes(copied) != before
+        after = named_inputs(arguments, given, named)
+        replaced = (n for n, t in after.items() if isinstance(t, Tensor) and t is not inputs.get(n))
+        return _Run(frozenset(branches.taken), _attributes(copied) != attributes, tuple(replaced))
 
 
 def _attributes(model: nn.Module) -> dict[tuple[str, str], Any]:

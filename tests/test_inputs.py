@@ -126,3 +126,25 @@ def test_updates_are_named() -> None:
     assert list(updates(before, after)) == ["input a"]
     after["b"].append(torch.zeros(2))
     assert list(updates(before, after)) == ["input a", "input b.1"]
+
+
+class Cached(nn.Module):
+    """Puts another tensor into a dict of the caller's."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x, cache):
+        y = self.b(torch.relu(self.a(x + cache["k"])))
+        cache["k"] = y
+        return y
+
+
+def test_inputs_that_the_forward_replaces() -> None:
+    x, cache = torch.randn(2, 8), {"k": torch.randn(2, 8)}
+    model, before = Cached().eval(), cache["k"]
+    small = gc.compress(model, (x, cache), progress=False)
+    assert small.form == "native" and cache["k"] is before and small.report.notes == ()
+    notes = gc.compress(model, (x, cache), bits=8, progress=False).report.notes
+    assert any("cache.k, and the graph does not" in note for note in notes)
