@@ -308,8 +308,8 @@ def copied(model: nn.Module, *, share: bool = False) -> nn.Module:
     memo: dict[int, Any] = {i: t if share else t.detach().clone() for i, t in tensors.items() if share or not t.is_leaf}
     try:
         return copy.deepcopy(model, memo)
-    except Exception:  # a lock, a file, a function of torch.jit, or whatever else a class refuses to copy
-        if not share:
+    except Exception:  # a lock, a file, a function of torch.jit, or a class that refuses
+        if not share or any(hasattr(module, "__deepcopy__") for module in model.modules()):
             raise
         return module_copy(model)
 
