@@ -27,6 +27,7 @@ from graphcomp.inputs import copies
 from graphcomp.module_copy import module_copy, own_memory
 from graphcomp.record import op_by_op, record
 from graphcomp.threads import LOCK
+from graphcomp.untouched import HoldParameters
 
 log = logging.getLogger("graphcomp.beside")
 
@@ -77,7 +78,7 @@ def in_modes(model: nn.Module, modes: Modes | None) -> Iterator[nn.Module]:
     cuda = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with LOCK, torch.random.fork_rng(devices=cuda), torch.no_grad(), op_by_op():
         torch.manual_seed(0)
-        with certain():
+        with certain(), HoldParameters(copied):  # the copy has the model's own parameters
             yield copied
 
 

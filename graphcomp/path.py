@@ -39,8 +39,8 @@ TRUTH = frozenset(
 SHAPES: frozenset[Any] = frozenset({Tensor.shape.__get__, Tensor.size})  # type: ignore[attr-defined]
 NUMBERS: frozenset[Any] = frozenset({Tensor.ndim.__get__, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.size})  # type: ignore[attr-defined]
 """Functions that return sizes of a tensor: all of them, or one number."""
-SHOWN = 6
-"""Branches that the notes of a report show before they count the rest."""
+SHOWN = 2
+"""Branches that a report gives a note each; of more, a note names the lines."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,11 @@ class Path:
         places = {b.source for b in self.branches}
         reads = [read for read in self.reads if read not in places]
         found += [f"other values that are read may lead to a path that was not seen, at {read}" for read in reads]
-        more = len(found) - SHOWN
-        return found if more <= 0 else [*found[:SHOWN], f"{more} more paths were not seen"]
+        if len(found) <= SHOWN:
+            return found
+        kinds = " and ".join(sorted({b.kind for b in ordered}) or ["values"])
+        lines = ", ".join(dict.fromkeys(line.rpartition(" at ")[2].partition(",")[0] for line in found))
+        return [f"{len(found)} paths were not seen, by conditions on {kinds} at {lines}"]
 
     def left_by(self, branches: frozenset[Branch]) -> str:
         """Return at which branch a run leaves the path, "" where it does not."""

@@ -58,7 +58,9 @@ def into_whole(
     found = check_whole(model, whole, small, scope, inputs, None if cut is None else masked_part(cut))
     assert isinstance(small.report, Report)
     path = seen_path(model, argument_names(model, *inputs), *inputs, captured.path.reads)
-    notes = [*small.report.notes, *_notes(scope, captured.outside), *path.notes(), *apart]
+    own = captured.path.notes()  # the path of the whole model takes their place
+    notes = [note for note in small.report.notes if note not in own]
+    notes += [*_notes(scope, captured.outside), *path.notes(), *apart]
     result = CompressedModel(
         whole,
         form=small.form,

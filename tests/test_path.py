@@ -174,3 +174,15 @@ def test_sizes_stay_plain_for_the_user() -> None:
 
     small = compress(Returns(), torch.rand(4, 8))
     assert type(small(torch.rand(5, 8))[1]) is int
+
+
+def test_many_branches_are_one_note() -> None:
+    class Many(Net):
+        def other(self, x):
+            first = x.shape[0] > 100
+            second = x.shape[0] > 200
+            third = x.shape[1] > 300
+            return first or second or third
+
+    (note,) = compress(Many(), torch.rand(4, 8)).report.notes
+    assert note.startswith("3 paths were not seen, by conditions on sizes at test_path.py:") and note.count(",") == 3

@@ -126,3 +126,19 @@ def test_a_cache_that_changes_nothing_is_no_matter() -> None:
     x = torch.rand(4, 8)
     assert compress(Caches(), x, bits=8).report.units_removed == 8
     assert compress(Caches(), x).form == "native"
+
+
+def test_a_forward_that_writes_into_parameters_in_training_mode_alone() -> None:
+    class Averages(Net):
+        """Keeps a moving average of a weight in another weight, while it trains."""
+
+        def change(self):
+            if self.training:
+                with torch.no_grad():
+                    self.b.weight.mul_(0.9)
+
+    model, x = Averages().train(), torch.rand(4, 8)
+    before = model.b.weight.clone()
+    small = gc.compress(model, x, progress=False)
+    assert small.report.units_removed == 8 and model.b.weight.equal(before)
+    assert any("writes into the parameter" in why for why in small.report.unchecked.values())
