@@ -202,10 +202,11 @@ def counted(model: nn.Module, x: Tensor) -> dict[str, int]:
 
         return count
 
-    for name, layer in model.named_modules():
-        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-            layer.register_forward_hook(hook(name))
+    layers = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+    handles = [m.register_forward_hook(hook(name)) for name, m in model.named_modules() if isinstance(m, layers)]
     model(x)
+    for handle in handles:
+        handle.remove()
     return found
 
 
