@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -186,3 +187,15 @@ def test_many_branches_are_one_note() -> None:
 
     (note,) = compress(Many(), torch.rand(4, 8)).report.notes
     assert note.startswith("3 paths were not seen, by conditions on sizes at test_path.py:") and note.count(",") == 3
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_model_that_compares_sizes_is_exported_with_an_open_batch(bits: int | None, tmp_path: Path) -> None:
+    small = compress(Batch(), torch.rand(4, 8), bits=bits)
+    small.export(tmp_path / "small.pt2")
+    program = torch.export.load(tmp_path / "small.pt2").module()
+    for batch in (2, 7):
+        x = torch.rand(batch, 8)
+        assert torch.allclose(program(x), small(x), atol=1e-6)
+    (place,) = gc.analyze(small, torch.rand(4, 8)).captured.module.graph.find_nodes(op="placeholder")
+    assert type(place.meta["val"].shape[0]) is torch.SymInt
