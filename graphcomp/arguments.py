@@ -143,6 +143,23 @@ def check_mapping(name: str, value: object, fix: str) -> None:
         raise wrong(name, "a mapping (a dict)", value, fix)
 
 
+def check_dynamic(name: str, value: object) -> None:
+    """Refuse what does not name lengths of inputs: input -> dim -> name.
+
+    Raises:
+        PlanError: `value` is something else.
+    """
+    fix = f'{name}={{"x": {{2: "height", 3: "width"}}}}'
+    if not isinstance(value, Mapping):
+        raise wrong(name, "a mapping, input -> dim -> name", value, fix)
+    for key, dims in value.items():
+        if not isinstance(key, str) or not isinstance(dims, Mapping):
+            raise wrong(f"{name}[{shown(key)}]", "a mapping, dim -> name", dims, fix)
+        for dim, length in dims.items():
+            if not is_whole(dim) or not isinstance(length, str) or not length:
+                raise wrong(f"{name}[{shown(key)}]", "dims (whole numbers) with names", dims, fix)
+
+
 def check_batches(name: str, value: object) -> None:
     """Refuse what is no series of batches.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from graphcomp.arguments import check_path
+from graphcomp.arguments import check_dynamic, check_path
 from graphcomp.capture import example_arguments
 from graphcomp.errors import CheckpointError, ExportError
 from graphcomp.graph_module import WATCHED, tensor_leaves
@@ -164,6 +164,8 @@ class CompressedModel(nn.Module):
         from graphcomp.export.write import FORMATS, write_file
 
         check_path("path", path)
+        if dynamic is not None:
+            check_dynamic("dynamic", dynamic)
         path = Path(path)
         if not path.suffix:
             self.save(path)
