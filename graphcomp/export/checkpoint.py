@@ -307,7 +307,8 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple
         plain[name] = data.clone() if storage in memory else data
         memory.add(storage)
     try:
-        safetensors.torch.save_file(plain, path, metadata={"format": "pt", "graphcomp": str(FORMAT)})
+        # one entry: safetensors writes several in another order in each process
+        safetensors.torch.save_file(plain, path, metadata={"format": "pt"})
     except (safetensors.SafetensorError, ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"cannot write {path.name}", why=str(error)) from error
     return {name: _kind(tensor) for name, tensor in plain.items()}

@@ -230,3 +230,16 @@ def test_several_threads_save_at_once(folder: Path) -> None:
     found = read(folder)
     assert found.module.up.weight.shape[0] == found.report["width"]
     assert sorted(p.name for p in folder.iterdir()) == [DOCUMENT, TENSORS]
+
+
+# ------------------------------------------------------------------------------------------------ reproducible
+@pytest.mark.slow
+@pytest.mark.ci
+def test_processes_write_the_same_bytes(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    for name in ("one", "two"):
+        process = context.Process(target=save, args=(tmp_path / name,))
+        process.start()
+        process.join()
+    for file in (DOCUMENT, TENSORS):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
