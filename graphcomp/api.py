@@ -21,6 +21,7 @@ from graphcomp.assemble import (
     check_floats,
     check_second_call,
     cut_groups,
+    group_sizes,
     planned_bits,
     planned_bytes,
     post_training,
@@ -43,7 +44,7 @@ from graphcomp.options import check_options
 from graphcomp.progress import progress as show_progress
 from graphcomp.pruning.allocation import Budget, Scope, allocate_budget
 from graphcomp.pruning.evidence import arguments_like, arguments_of
-from graphcomp.pruning.multiples import in_multiples
+from graphcomp.pruning.multiples import in_multiples, with_group_sizes
 from graphcomp.pruning.prunable import find_prunable
 from graphcomp.pruning.saliency import Saliency, reads_data, score
 from graphcomp.pruning.shares import allocate_parts, parts_of
@@ -136,7 +137,8 @@ def compress(
             at least. In training also a range, (4, 8): each layer ends with bits of its own.
         activation_bits: where they differ from `bits`, in training also a range; None: weights only, activations stay
             float.
-        group_size: so many input indices of a weight share a step; 0: one step per output channel.
+        group_size: so many input indices of a weight share a step; 0: one step per output channel. Widths that pruning
+            leaves are multiples of it, so that all groups are whole.
         calibration: batches in the form of the example inputs (of the whole model, with a scope too), off which the
             ranges of activations are read. Without it they are read off the example inputs, and the report says so.
         rounding: of weights: "nearest", or "second_order" (GPTQ), which needs calibration data.
@@ -310,6 +312,9 @@ def compress(
         if quantization is not None:
             quantization = replace(quantization, ignore=(*quantization.ignore, *_read_outside(analysis)))
         layer_bits = None if quantization is None else planned_bits(analysis, quantization)
+        if quantization is not None:
+            sizes = group_sizes(analysis, quantization)
+            analysis = replace(analysis, groups=with_group_sizes(analysis.groups, sizes))
         groups: tuple[ChannelGroup, ...] = ()
         kept: Kept = {}
         if sparsity or budget is not None or quantization is None:

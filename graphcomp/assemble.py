@@ -31,7 +31,15 @@ from graphcomp.quantization import ops
 from graphcomp.quantization.law import LAW as LOWERING
 from graphcomp.quantization.law import check_lowering
 from graphcomp.quantization.lower import Lowered, LoweredLayer
-from graphcomp.quantization.ptq import PostTraining, Quantized, Rounding, planned, planned_layers, quantize
+from graphcomp.quantization.ptq import (
+    PostTraining,
+    Quantized,
+    Rounding,
+    planned,
+    planned_layers,
+    planned_sites,
+    quantize,
+)
 from graphcomp.quantization.quantizers.base import Quantizer, spread
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, Observer, QuantConfig, QuantSpec, check_bits
 from graphcomp.quantization.stored import StoredBytes
@@ -221,6 +229,16 @@ def check_second_call(captured: Captured) -> None:
         )
 
 
+def group_sizes(plan: Analysis, options: PostTraining) -> dict[str, int]:
+    """Return the weights whose inputs will be quantized in groups, with the size of a group."""
+    captured = plan.captured
+    specs = (options.config.weights, *(weights for weights, _ in options.config.overrides.values()))
+    if all(spec is None or spec.granularity != "group" for spec in specs):
+        return {}
+    sites = planned_sites(captured.module, options)
+    return {str(site.value.target): site.spec.group_size for site in sites if site.value.op == "get_attr"}
+
+
 def check_floats(captured: Captured) -> None:
     """Raise PlanError where the model is quantized already, by `compress` or for training."""
     model = captured.original
@@ -352,7 +370,11 @@ def _listed(names: Sequence[str]) -> str:
 def _quantized_report(cut: Cut, notes: Sequence[str], quantized: Quantized) -> Report:
     """The float report with what the integers change in it."""
     lowered = quantized.lowered
-    by_name = {layer.name: layer for layer in lowered.layers}
+    by_node = {layer.node: layer for layer in lowered.layers}
+    # a weight that is computed of a parameter has a name of its own once it is stored
+    operations = CostModel(cut.plan).operations
+    by_name = {op.layer: by_node[op.node.name] for op in operations if op.node.name in by_node}
+    by_name |= {layer.name: layer for layer in lowered.layers}
     report = _report(cut, notes, lowered.layers)
     stored = sum(t.numel() * t.element_size() for t in _stored(lowered.module))
     return replace(

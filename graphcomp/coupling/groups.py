@@ -209,20 +209,20 @@ def _multiples(coupling: Coupling) -> dict[Factor, tuple[int, str]]:
     found: dict[Factor, tuple[int, str]] = {}
     for node, call in coupling.calls.items():
         for axis, multiple in call.multiples:
-            for factor, own in _steps(normal(axis), multiple):
+            for factor, own in steps(normal(axis), multiple):
                 before, why = found.get(factor, (1, f"{node.target}, {source_line(node)}"))
                 found[factor] = math.lcm(before, own), why
     return {factor: own for factor, own in found.items() if own[0] > 1}
 
 
-def _steps(axis: Axis, multiple: int) -> Iterator[tuple[Factor, int]]:
+def steps(axis: Axis, multiple: int) -> Iterator[tuple[Factor, int]]:
     """Of what each factor must be a multiple, for the length of the axis to be one of `multiple`."""
     if isinstance(axis, Factor):
         yield axis, multiple
         return
     for part in axis.parts:
         rest = _sure(axis, part)
-        yield from _steps(normal(part), multiple // math.gcd(multiple, rest))
+        yield from steps(normal(part), multiple // math.gcd(multiple, rest))
 
 
 def _sure(axis: Product | Concat, part: Axis) -> int:

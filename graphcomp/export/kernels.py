@@ -72,6 +72,9 @@ MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")
 LONGEST = 10
 """Steps from a layer back to the codes of its weight, where these are shifted, dequantized and turned around."""
 
+SMALLEST_BLOCK = 16
+"""Inputs that share a step, for onnxruntime's kernel of weights of few bits."""
+
 DECORATED = re.compile(r"^(?:fused )?(.*?)(?:/MatMulAddFusion)?(?:_token_\d+)*(?:/MatMulAddFusion)?$")
 
 
@@ -212,7 +215,7 @@ def _reason(node: ir.Node) -> str:
     if node.op_type == "ConvTranspose":
         return "onnxruntime has no integer kernel for ConvTranspose"
     if source is None or source.op_type != "DequantizeLinear":
-        return "the activation is not quantized (weight-only)"
+        return _reason_weight_only(producer)
     if producer is None or producer.op_type != "DequantizeLinear":
         return _reason_written_out(node)
     if "block_size" in producer.attributes and producer.attributes["block_size"].as_int() > 0:
@@ -222,6 +225,25 @@ def _reason(node: ir.Node) -> str:
     if max(bits, default=8) > 8:
         return f"integers of {max(bits)} bits have no kernel"
     return _reason_of_output(node)
+
+
+def _reason_weight_only(producer: ir.Node | None) -> str:
+    """Why the weight of a layer that reads floats has no kernel, by what dequantizes the weight."""
+    if (
+        producer is not None
+        and producer.op_type == "Mul"
+        and _maker_kind(producer.inputs[1]) in ("Gather", "Unsqueeze")
+    ):
+        return "groups of unequal sizes are made float when the file is loaded"
+    size = producer.attributes["block_size"].as_int() if producer and "block_size" in producer.attributes else 0
+    if size and (size < SMALLEST_BLOCK or size & (size - 1)):
+        return f"groups of {size} have no kernel, which takes powers of two from {SMALLEST_BLOCK} on"
+    return "the activation is not quantized (weight-only)"
+
+
+def _maker_kind(value: ir.Value | None) -> str:
+    maker = value.producer() if value is not None else None
+    return "" if maker is None else maker.op_type
 
 
 def _reason_written_out(node: ir.Node) -> str:

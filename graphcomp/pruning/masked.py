@@ -168,6 +168,47 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
+def batch_norm(
+    mask: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    """Standardize a weight (1, c, …): mean and variance of each channel over the kept indices of all other dims."""
+    return _per_channel(mask, input, [0, *range(2, input.dim())], weight, bias, eps)
+
+
+def instance_norm(
+    mask: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    """Standardize a weight (n, c, …): mean and variance of each channel of each n over the kept indices."""
+    return _per_channel(mask, input, list(range(2, input.dim())), weight, bias, eps)
+
+
+def _per_channel(
+    mask: Tensor, input: Tensor, dims: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    scale = torch.rsqrt(var(mask, input, dims, 0, True) + eps)
+    shape = (1, input.shape[1], *[1] * (input.dim() - 2))
+    affine = (None if own is None else own.reshape(shape) for own in (weight, bias))
+    return _affine((input - mean(mask, input, dims, True)) * scale, *affine)
+
+
 def group_norm(
     mask: Tensor,
     input: Tensor,
@@ -239,6 +280,8 @@ FORMS: dict[Any, Callable[..., Any]] = {
     aten.native_layer_norm.default: native_layer_norm,
     aten.rms_norm.default: rms_norm,
     aten._fused_rms_norm.default: _fused_rms_norm,
+    aten.batch_norm.default: batch_norm,
+    aten.instance_norm.default: instance_norm,
     aten.group_norm.default: group_norm,
     aten.native_group_norm.default: native_group_norm,
 }

@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from graphcomp.coupling.groups import ChannelGroup, Kept
+from graphcomp.coupling.groups import ChannelGroup, Kept, steps
 from graphcomp.pruning.evidence import Scores
 
 
 def step_of(group: ChannelGroup, round_to: int) -> int:
     """The number of units kept of `group` is a multiple of this, or all of the group."""
     return math.lcm(round_to, group.multiple)
+
+
+def with_group_sizes(groups: Sequence[ChannelGroup], sizes: Mapping[str, int]) -> tuple[ChannelGroup, ...]:
+    """Return the groups, those that a weight reads whose inputs are quantized in groups with a `multiple` of that size.
+
+    A row that is one group, or ends in a smaller one before any cut, can have any length.
+
+    Args:
+        groups: all groups of an analysis.
+        sizes: weight -> how many inputs share a step.
+    """
+    return tuple(_with_group_sizes(group, sizes) for group in groups)
+
+
+def _with_group_sizes(group: ChannelGroup, sizes: Mapping[str, int]) -> ChannelGroup:
+    multiple, why = group.multiple, group.multiple_why
+    for member in group.members:
+        size = sizes.get(member.name, 0)
+        length = member.shape[member.dim]
+        if member.dim != len(member.shape) - 1 or not size or length <= size or length % size:
+            continue
+        own = math.lcm(multiple, *(step for factor, step in steps(member.axis, size) if factor is group.factor))
+        if own > multiple:
+            multiple, why = own, f"group_size={size} of {member.name}"
+    return group if multiple == group.multiple else replace(group, multiple=multiple, multiple_why=why)
 
 
 def in_multiples(

@@ -15,6 +15,7 @@ from graphcomp.errors import PlanError
 from graphcomp.pruning.acting import with_acting
 from graphcomp.pruning.evidence import Evidence
 from graphcomp.pruning.mask import InsertMasks, set_masks
+from graphcomp.pruning.multiples import step_of
 from graphcomp.pruning.saliency import dead_units, parameters, per_unit
 from graphcomp.untouched import same_buffers
 
@@ -42,7 +43,7 @@ def without_zeros(
         )
     evidence = Evidence(analysis, tuple(groups))
     acting = with_acting(groups, evidence.acting)
-    staying = {group: _staying(_zero(acting[group], evidence), round_to) for group in groups}
+    staying = {group: _staying(_zero(acting[group], evidence), step_of(group, round_to)) for group in groups}
     changed = [group for group, units in staying.items() if len(units) < group.size]
     kept: dict[ChannelGroup, Tensor] = {group: torch.arange(group.size) for group in groups}
     notes = []

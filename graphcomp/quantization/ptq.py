@@ -25,7 +25,7 @@ from graphcomp.quantization.floats import float_layers
 from graphcomp.quantization.fold import FoldBatchNorm
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.lower import Lowered, LoweredLayer, constants_with_quantizers, layers_of, lower
-from graphcomp.quantization.placement import COMPUTE, CONVOLUTIONS, channels_of, layer_name, place
+from graphcomp.quantization.placement import COMPUTE, CONVOLUTIONS, Site, channels_of, layer_name, place
 from graphcomp.quantization.second_order import round_second_order, second_moments
 from graphcomp.quantization.spec import QuantConfig
 from graphcomp.quantization.tensors import add_tensor, attribute_readers, put, read_by_others, replace_argument
@@ -123,6 +123,12 @@ def prepared(module: fx.GraphModule, config: QuantConfig) -> fx.GraphModule:
     """The float graph that quantizers are placed in."""
     folded = WriteOutEinsum()(FoldBatchNorm()(module))
     return WriteOutAttention()(folded) if config.attention else folded
+
+
+def planned_sites(module: fx.GraphModule, options: PostTraining) -> list[Site]:
+    """Where `quantize` will put quantizers of weights; it takes no data."""
+    placement = place(prepared(module, options.config), options.config, options.ignore)
+    return [site for site in placement.sites if site.is_weight]
 
 
 def planned_layers(module: fx.GraphModule, options: PostTraining) -> tuple[LoweredLayer, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -16,11 +16,12 @@ from graphcomp.pruning.masked import FORMS
 
 
 class OneOp(nn.Module):
-    """Calls `function` with its own tensors."""
+    """Calls `function` with its own tensors; those in `computed` depend on the input, too."""
 
-    def __init__(self, function: Callable[..., Any], tensors: dict[str, Tensor]) -> None:
+    def __init__(self, function: Callable[..., Any], tensors: dict[str, Tensor], computed: Collection[str]) -> None:
         super().__init__()
         self.function = function
+        self.computed = computed
         self.names = list(tensors)
         for name, tensor in tensors.items():
             if tensor.is_floating_point():
@@ -28,19 +29,23 @@ class OneOp(nn.Module):
             else:
                 self.register_buffer(name, tensor)
 
-    def forward(self) -> Any:
-        return self.function(**{name: getattr(self, name) for name in self.names})
+    def forward(self, one: Tensor) -> Any:
+        tensors = {name: getattr(self, name) for name in self.names}
+        return self.function(**{name: t * one if name in self.computed else t for name, t in tensors.items()})
 
 
 class Walk:
     """The axes of `function(**tensors)`; w["weight"] are those of an operand, w.results those of the results.
 
-    A rule that fails is an error here, unless it `may_fail`.
+    A rule that fails is an error here, unless it `may_fail`. Operands in `computed` are no weights: they depend on an
+    input.
     """
 
-    def __init__(self, function: Callable[..., Any], may_fail: bool = False, /, **tensors: Tensor) -> None:
+    def __init__(
+        self, function: Callable[..., Any], may_fail: bool = False, computed: Collection[str] = (), /, **tensors: Tensor
+    ) -> None:
         self.function, self.tensors = function, tensors
-        exported = torch.export.export(OneOp(function, tensors).eval(), (), strict=False)
+        exported = torch.export.export(OneOp(function, tensors, computed).eval(), (torch.ones(()),), strict=False)
         self.module: fx.GraphModule = exported.module(check_guards=False)  # type: ignore[assignment]
         nodes = [node for node in self.module.graph.nodes if node.op != "output"]  # outputs would be frozen
         self.coupling: Coupling = propagate(self.module, order=nodes)
@@ -91,7 +96,10 @@ class Walk:
 def _operand(node: fx.Node, argument: str) -> str:
     name, _, index = argument.partition(".")
     found = bind(node)[name]
-    return str((found[int(index)] if index else found).target)
+    operand = found[int(index)] if index else found
+    while operand.op != "get_attr" and operand.target is torch.ops.aten.mul.Tensor:
+        operand = operand.args[0]
+    return str(operand.target)
 
 
 def check_law(walk: Walk) -> int:

@@ -31,10 +31,17 @@ def test_batch_norm(shape: tuple[int, ...]) -> None:
 
 
 def test_batch_norm_in_training_freezes_the_batch() -> None:
-    w = Walk(lambda x, w, b: aten.batch_norm(x, w, b, None, None, True, 0.1, 1e-5, False),
+    w = Walk(lambda x, w, b: aten.batch_norm(x, w, b, None, None, True, 0.1, 1e-5, False), False, ("x",),
              x=randn(2, 4, 5), w=randn(4), b=randn(4))  # fmt: skip
     assert frozen(w["x"][0], w["x"][2])
     assert check_law(w) == 1
+
+
+def test_batch_norm_of_a_weight_takes_statistics_of_its_inputs() -> None:
+    w = Walk(lambda x, w, b: aten.batch_norm(x, w, b, None, None, True, 0.1, 1e-5, False),
+             x=randn(2, 4, 5), w=randn(4), b=randn(4))  # fmt: skip
+    assert free(*w["x"]) and marks(w["x"][2]) == set()
+    assert w.contracted == {"x": {0, 2}}
 
 
 def test_native_batch_norm() -> None:
@@ -45,7 +52,10 @@ def test_native_batch_norm() -> None:
 
 
 def test_instance_norm() -> None:
-    w = Walk(lambda x, w, b: F.instance_norm(x, weight=w, bias=b), x=randn(2, 4, 5, 5), w=randn(4), b=randn(4))
+    w = Walk(
+        lambda x, w, b: F.instance_norm(x, weight=w, bias=b), False, ("x",),
+        x=randn(2, 4, 5, 5), w=randn(4), b=randn(4),
+    )  # fmt: skip
     assert same(w["x"][1], w["w"][0], w["b"][0], w.result[1])
     assert frozen(*w["x"][2:])
     assert check_law(w) == 2
@@ -56,7 +66,7 @@ def test_layer_norm(native: bool) -> None:
     def layer_norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return aten.native_layer_norm(x, w.shape, w, b, 1e-5) if native else F.layer_norm(x, w.shape, w, b)
 
-    w = Walk(layer_norm, x=randn(2, 3, 4), w=randn(4), b=randn(4))
+    w = Walk(layer_norm, False, ("x",), x=randn(2, 3, 4), w=randn(4), b=randn(4))
     assert same(w["x"][2], w["w"][0], w["b"][0], w.result[2], w.call.lengths["normalized_shape"][0])
     assert marks(w["x"][2]) == {"normalized", "layer_norm"}
     assert marks(w["x"][1]) == set()
@@ -73,7 +83,7 @@ def test_layer_norm_over_two_dims() -> None:
 
 
 def test_rms_norm() -> None:
-    w = Walk(lambda x, w: F.rms_norm(x, w.shape, w), x=randn(2, 3, 4), w=randn(4))
+    w = Walk(lambda x, w: F.rms_norm(x, w.shape, w), False, ("x",), x=randn(2, 3, 4), w=randn(4))
     assert same(w["x"][2], w["w"][0], w.result[2])
     assert marks(w["x"][2]) == {"normalized", "layer_norm"}
     assert w.contracted == {"x": {2}}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import graphcomp as gc
 from graphcomp.coupling.axis import Factor
 from graphcomp.coupling.groups import ChannelGroup
-from graphcomp.pruning.multiples import in_multiples, step_of
+from graphcomp.pruning.multiples import in_multiples, step_of, with_group_sizes
 
 
 def group(size: int, multiple: int = 1, name: str = "g") -> ChannelGroup:
@@ -82,3 +82,39 @@ def test_widths_of_experts_follow_from_the_grouped_product(gated: bool, dtype: t
     assert small.kept["down"][2].numel() % multiple == 0
     assert small.kept["inner.weight"][0].numel() % multiple == 0
     assert any("_grouped_mm" in note and f"a multiple of {multiple}" in note for note in small.report.notes)
+
+
+# ------------------------------------------------------------------------------------------------ group_size
+def mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 40), nn.Linear(40, 4)
+    )
+
+
+@pytest.mark.parametrize(("options", "step"), [({}, 16), ({"round_to": 24}, 48)])
+def test_widths_are_multiples_of_the_group_size(options, step):
+    x = torch.randn(4, 32)
+    small = gc.compress(mlp().eval(), x, sparsity=0.3, bits=4, activation_bits=None, group_size=16, **options)
+    first = len(small.kept.get("0.weight", {0: torch.arange(64)})[0])
+    assert first % step == 0 or first == 64
+    assert any("group_size=16 of 2.weight" in note for note in small.report.notes) or options
+
+
+def test_rows_that_end_in_a_smaller_group_can_have_any_length():
+    groups = gc.analyze(mlp().eval(), torch.randn(4, 32)).groups
+    found = with_group_sizes(groups, {"2.weight": 16, "4.weight": 32, "5.weight": 16})
+    assert [group.multiple for group in found] == [16, 1, 1]  # of 64, 48 and 40 inputs
+
+
+def test_zeros_leave_whole_groups():
+    model, x = mlp().eval(), torch.randn(4, 32)
+    with torch.no_grad():
+        model[0].weight[:20] = 0
+        model[0].bias[:20] = 0
+    small = gc.compress(model, x, saliency="zeros", bits=4, activation_bits=None, group_size=16)
+    assert len(small.kept["0.weight"][0]) == 48
+
+
+def test_without_groups_widths_are_free():
+    small = gc.compress(mlp().eval(), torch.randn(4, 32), sparsity=0.3, bits=4, activation_bits=None)
+    assert sum(len(dims[0]) for name, dims in small.kept.items() if name.endswith("weight") and 0 in dims) == 106

@@ -13,6 +13,10 @@ from graphcomp.coupling.table import Call, rule
 aten = torch.ops.aten
 
 
+STANDARDIZE = frozenset({aten.batch_norm.default, aten.instance_norm.default})
+"""Norms of channels that have a masked form (see `graphcomp.pruning.masked`)."""
+
+
 # ------------------------------------------------------------------------------------------------ per channel
 @rule(
     aten.batch_norm.default, aten.native_batch_norm.default, aten.cudnn_batch_norm.default,
@@ -33,7 +37,9 @@ def batch_norm(
 ) -> list[Axes]:
     """n c ..., c, c, c, c -> n c ...; further results are per channel, or empty."""
     _per_channel(call, input[1], weight, bias, running_mean, running_var)
-    if training:
+    if training and _standardizes(call, running_mean):
+        call.contract("input", 0, *range(2, len(input)))
+    elif training:
         call.freeze([input[0], *input[2:]], "batch statistics are taken over it")
     return [input, *(_statistics(shape, input[1], call) for shape in call.shapes[1:])]
 
@@ -50,8 +56,16 @@ def instance_norm(
 ) -> Axes:
     """n c ..., c, c, c, c -> n c ...: statistics over space."""
     _per_channel(call, input[1], weight, bias, running_mean, running_var)
-    call.freeze(input[2:], "statistics of each channel are taken over it")
+    if _standardizes(call, running_mean):
+        call.contract("input", *range(2, len(input)))
+    else:
+        call.freeze(input[2:], "statistics of each channel are taken over it")
     return input
+
+
+def _standardizes(call: Call, running_mean: Axes | None) -> bool:
+    """Whether the op standardizes a weight: its masked form then takes the statistics of the kept inputs."""
+    return "input" not in call.activations and running_mean is None and call.node.target in STANDARDIZE
 
 
 def _per_channel(call: Call, channels: Axis, *vectors: Axes | None) -> None:
@@ -78,7 +92,8 @@ def layer_norm(
         for own, theirs in zip(normalized, affine or (), strict=False):
             couple(own, theirs, call.why)
     call.contract("input", *range(first, len(input)))
-    call.mark(normalized, "normalized", "layer_norm")
+    if "input" in call.activations:  # statistics of a weight say nothing of a stream
+        call.mark(normalized, "normalized", "layer_norm")
     call.lengths["normalized_shape"] = list(normalized)
     return [input, *((*input[:first], *[UNIT] * len(normalized)) for _ in call.shapes[1:])]
 
