@@ -805,6 +805,8 @@ def prepare(
     scope = _scope(model, scope)
     part = _submodule(model, scope)
     layer_bits = by_module_name(part, {} if layer_bits is None else layer_bits, "layer_bits")
+    if layer_bits and bits is None and quantization is None:
+        raise PlanError("layer_bits needs bits, got bits=None", fix="bits=(4, 8); ignore= leaves single layers float")
     start = _lsq(quantizer, bits, activation_bits, layer_bits, group_size, quantization, learn_exponent)
     ready = _prepared(
         _own(model),

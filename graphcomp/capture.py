@@ -178,7 +178,7 @@ def capture(
         raise _writes_parameter(model, written, source_line(node))
     if traced.producer == "export":
         held = _held_in_eval(model) if in_training else frozenset()
-        _follow_modes(captured, model, args, traced.kwargs, training, held)
+        _follow_modes(captured, model, args, traced.kwargs, training, held, names if outputs is None else ())
     path = _seen_path(model, captured, args, traced.kwargs)
     captured.meta[GUARDS] = guards(captured.graph)
     again = ""
@@ -511,12 +511,20 @@ def _held_in_eval(model: nn.Module) -> frozenset[str]:
 
 
 def _follow_modes(
-    captured: CapturedModule, model: nn.Module, args: Args, kwargs: Kwargs, training: bool, held: frozenset[str]
+    captured: CapturedModule,
+    model: nn.Module,
+    args: Args,
+    kwargs: Kwargs,
+    training: bool,
+    held: frozenset[str],
+    output_names: Sequence[str],
 ) -> None:
     """Look up which ops follow `.train()`, and what they are given in training mode where export has written down what
     they are given in eval mode; by a second export where the modules do not tell, if it is to be trained.
 
-    `held`: paths of modules that the user put in eval mode inside of a model in training mode; they stay in eval mode.
+    Args:
+        held: paths of modules that the user put in eval mode inside of a model in training mode; they stay so.
+        output_names: names of the outputs in eval mode, compared with those of training mode; none: not compared.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     modes = {**training_modes(model), **dict.fromkeys(held, False)}
@@ -525,7 +533,7 @@ def _follow_modes(
     if training and averaging:
         log.warning("batch norms of momentum=None get momentum=%g in training: %s", MOMENTUM, ", ".join(averaging))
     if training and (unknown or any(map(asks_for_the_mode, modules.values()))):
-        _follow_training(captured, model, args, kwargs, modes)
+        _follow_training(captured, model, args, kwargs, modes, output_names)
 
 
 def graph_in_training(
@@ -571,10 +579,15 @@ def asks_for_the_mode(module: nn.Module) -> bool:
 
 
 def _follow_training(
-    captured: CapturedModule, model: nn.Module, args: Args, kwargs: Kwargs, modes: Mapping[str, bool]
+    captured: CapturedModule,
+    model: nn.Module,
+    args: Args,
+    kwargs: Kwargs,
+    modes: Mapping[str, bool],
+    output_names: Sequence[str],
 ) -> None:
     try:
-        module, _ = graph_in_training(model, args, kwargs, modes)
+        module, names = graph_in_training(model, args, kwargs, modes)
     except Exception as error:  # export has no base class for its refusals
         log.warning(
             "%s is trained without what it does in training mode alone, of which there is no graph: %s",
@@ -582,6 +595,12 @@ def _follow_training(
             _reason(error),
         )
         return
+    if output_names and tuple(names) != tuple(output_names):
+        log.warning(
+            "%s is trained without what it does in training mode alone: its outputs are %s there, and a prepared "
+            "module returns those of eval mode, %s",
+            type(model).__name__, ", ".join(names), ", ".join(output_names),
+        )  # fmt: skip
     places: dict[str, list[str]] = {}
     for node in follow_training(captured.graph, module.graph):
         places.setdefault(str(node.target), []).append(f"'{module_path(node)}'")

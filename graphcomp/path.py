@@ -7,6 +7,7 @@ the code takes of a tensor (`if x.sum() > 0`). Inputs with another outcome take 
 from __future__ import annotations
 
 import dis
+import inspect
 import linecache
 import logging
 import sys
@@ -39,6 +40,8 @@ TRUTH = frozenset(
 SHAPES: frozenset[Any] = frozenset({Tensor.shape.__get__, Tensor.size})  # type: ignore[attr-defined]
 NUMBERS: frozenset[Any] = frozenset({Tensor.ndim.__get__, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.size})  # type: ignore[attr-defined]
 """Functions that return sizes of a tensor: all of them, or one number."""
+CONSTANTS = (bool, int, float, str, type(None))
+"""Inputs that a forward branches on by their value."""
 SHOWN = 2
 """Branches that a report gives a note each; of more, a note names the lines."""
 
@@ -74,7 +77,7 @@ class Path:
         branches: outcomes of comparisons.
         reads: places where a recorded run read numbers from tensors.
         arguments: names of the arguments of the forward, in the order of the call.
-        constants: numbers, flags and words among the inputs, by name.
+        constants: numbers, flags, words and None among the inputs, by name; also defaults of arguments left out.
         stateful: whether the forward changes attributes of its modules, which the next call may read.
         replaced: inputs in lists and dicts that the forward replaces by other tensors or adds, which a graph does not.
     """
@@ -113,7 +116,9 @@ class Path:
         inputs = named_inputs(self.arguments, args, kwargs)
         for name, known in self.constants.items():
             given = inputs.get(name, known)
-            if type(given) is type(known) and given != known:
+            if isinstance(given, Tensor):
+                return f"{name} is a tensor, and was {known!r}"
+            if isinstance(given, CONSTANTS) and given != known:
                 return f"{name} is {given!r}, and was {known!r}"
         return ""
 
@@ -150,10 +155,19 @@ def seen_path(
         arguments: names of the arguments of the forward.
         reads: places where a recorded run read numbers from tensors.
     """
-    inputs = named_inputs(arguments, args, kwargs)
-    constants = {name: leaf for name, leaf in inputs.items() if isinstance(leaf, (bool, int, float, str))}
+    inputs = {**_defaults(model), **named_inputs(arguments, args, kwargs)}
+    constants = {name: leaf for name, leaf in inputs.items() if isinstance(leaf, CONSTANTS)}
     run = _watched(model, arguments, args, kwargs)
     return Path(run.branches, tuple(reads), tuple(arguments), constants, run.stateful, run.replaced)
+
+
+def _defaults(model: nn.Module) -> dict[str, Any]:
+    """Return the defaults of the arguments of the forward, which a call that leaves the arguments out takes."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):  # a forward that is no Python function
+        return {}
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def branches_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> frozenset[Branch]:

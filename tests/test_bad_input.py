@@ -486,3 +486,8 @@ def test_roles_that_do_not_exist(call, prune):
 def test_saliencies_that_give_no_scores(saliency):
     with pytest.raises(gc.PlanError, match=r"saliency"):
         gc.compress(MLP(), X, saliency=saliency)
+
+
+def test_layer_bits_without_bits() -> None:
+    with pytest.raises(gc.PlanError, match="layer_bits needs bits"):
+        gc.prepare(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4), bits=None, layer_bits={"0": (4, 4)})

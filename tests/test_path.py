@@ -199,3 +199,22 @@ def test_a_model_that_compares_sizes_is_exported_with_an_open_batch(bits: int | 
         assert torch.allclose(program(x), small(x), atol=1e-6)
     (place,) = gc.analyze(small, torch.rand(4, 8)).captured.module.graph.find_nodes(op="placeholder")
     assert type(place.meta["val"].shape[0]) is torch.SymInt
+
+
+class Optional(Net):
+    def forward(self, x, flip=False, extra=None):
+        y = self.a(x).relu()
+        return self.b(y.flip(-1) if flip or extra is not None else y)
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [({"flip": True}, "flip is True, and was False"), ({"extra": torch.ones(1)}, "extra is a tensor, and was None")],
+)
+def test_an_argument_that_the_example_left_at_its_default_is_warned_of(named, said, caplog):
+    small = compress(Optional(), torch.randn(2, 8))
+    with caplog.at_level(logging.WARNING, "graphcomp"):
+        small(torch.randn(3, 8), flip=False)
+        assert "off the path" not in caplog.text
+        small(torch.randn(3, 8), **named)
+    assert said in caplog.text

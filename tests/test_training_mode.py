@@ -269,3 +269,21 @@ def test_a_shrunk_module_keeps_its_norms_frozen() -> None:
     before = statistics(small)
     small(batch(0))
     assert not moved(before, small)
+
+
+class _Auxiliary(nn.Module):
+    """Returns the output of a second head in training mode alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.a(x).relu()
+        return {"out": self.b(y), **({"aux": self.c(y)} if self.training else {})}
+
+
+def test_outputs_of_training_alone_are_named(caplog) -> None:
+    with caplog.at_level(logging.WARNING, "graphcomp"):
+        gc.prepare(_Auxiliary(), torch.randn(2, 8))
+    assert "its outputs are out, aux there" in caplog.text

@@ -28,6 +28,11 @@ FORMAT = 1
 
 METRICS = "metrics.jsonl"
 INITIAL = "initial weights"
+LOSS_CODE = "code of the loss"
+MAY_CHANGE = {INITIAL: "other weights", LOSS_CODE: "other code of the loss"}
+"""Entries of `about` that may be others where a run goes on, with a warning; a run that has ended refuses them."""
+LATER = frozenset({LOSS_CODE})
+"""Entries of `about` that folders of earlier versions lack; a run that lacks one is not told apart by it."""
 CHECKPOINT = re.compile(r"step-(\d+)\.pt")
 """Copies of other names, such as step-best.pt, are the user's."""
 
@@ -42,7 +47,8 @@ class RunFolder:
     Args:
         path: made where it is not there.
         about: what the run is: name -> text. A run goes on only where all of it is the same; but for `INITIAL` where
-            it was cut short: a model that was drawn anew is trained no further by refusing it.
+            it was cut short: a model that was drawn anew is trained no further by refusing it. Likewise the code of
+            the loss, with a warning.
         steps: of the whole run.
         keep: so many checkpoints stay, the newest.
 
@@ -112,10 +118,12 @@ class RunFolder:
                 f"{path} is no checkpoint that this graphcomp knows", fix="remove it, or give another folder"
             )
         there, names = state["about"], [*self.about, *(name for name in state["about"] if name not in self.about)]
-        differing = [name for name in names if there.get(name) != self.about.get(name)]
-        if differing == [INITIAL] and state["step"] < self.steps:
-            logger.warning("%s goes on from step %d, though it began with other weights", path.parent, state["step"])
-            self.about = there
+        compared = [name for name in names if name in there or name not in LATER]
+        differing = [name for name in compared if there.get(name) != self.about.get(name)]
+        if differing and set(differing) <= MAY_CHANGE.keys() and state["step"] < self.steps:
+            other = " and ".join(MAY_CHANGE[name] for name in differing)
+            logger.warning("%s goes on from step %d, though it began with %s", path.parent, state["step"], other)
+            self.about = {**there, **{name: self.about[name] for name in LATER & self.about.keys()}}
         elif differing:
             raise CheckpointError(
                 f"{self.path} holds another run",

@@ -24,12 +24,23 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from graphcomp.arguments import check_batches, check_flag, check_path, wrong
-from graphcomp.errors import CheckpointError, PlanError, TrainingError
+from graphcomp.capture import user_line
+from graphcomp.errors import CheckpointError, GraphcompError, PlanError, TrainingError, first_line
 from graphcomp.graph import all_tensors, replace_module
 from graphcomp.inputs import copies
 from graphcomp.methods import processes
-from graphcomp.methods.folder import INITIAL, RunFolder, generators_of, plain, random_state, seeded, set_random_state
+from graphcomp.methods.folder import (
+    INITIAL,
+    LOSS_CODE,
+    RunFolder,
+    generators_of,
+    plain,
+    random_state,
+    seeded,
+    set_random_state,
+)
 from graphcomp.methods.geta import QASSO
+from graphcomp.methods.identity import code_digest
 from graphcomp.methods.lsq import decaying
 from graphcomp.methods.prepared import Prepared
 from graphcomp.methods.schedule import Schedule, Stage, is_number, is_whole
@@ -40,6 +51,7 @@ from graphcomp.pruning.allocation import Budget
 from graphcomp.pruning.evidence import Loss, arguments_like, check_loss
 from graphcomp.pruning.saliency import Saliency
 from graphcomp.quantization.placement import CONVOLUTIONS
+from graphcomp.untouched import eval_copy
 
 SHRINK_FROM = 100
 """Steps that are left at least where the module is shrunk: that captures it anew, which takes as long as some steps."""
@@ -505,6 +517,7 @@ class _Run:
                 "sparsity": str(self.optimizer.sparsity),
                 "schedule": str(schedule),
                 "loss": _name(loss),
+                LOSS_CODE: code_digest(loss),
                 "seed": str(seed),
             }
             where = training.folder
@@ -594,7 +607,7 @@ class _Run:
             args, kwargs = copies(arguments_like(self.whole.original, self.whole.args, self.whole.kwargs, batch))
             _check_loss_takes(self.loss, batch)
             with self._precision():
-                value = self.loss(self.whole.module(*args, **kwargs), batch)
+                value = self.loss(self._output(args, kwargs), batch)
             check_loss(value)
             self.scaler.scale(value / len(chunk)).backward()  # type: ignore[no-untyped-call]
             total += value.detach().reshape(()) / len(chunk)
@@ -632,9 +645,38 @@ class _Run:
         args, kwargs = arguments_like(self.whole.original, self.whole.args, self.whole.kwargs, batch)
         _check_loss_takes(self.loss, batch)
         with self._precision():
-            value = self.loss(self.whole.module(*args, **kwargs), batch)
+            value = self.loss(self._output(args, kwargs), batch)
         check_loss(value)
         return value
+
+    def _output(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the module that is trained on a batch.
+
+        Raises:
+            TrainingError: the module does not run on the batch, and the model does not either.
+        """
+        try:
+            return self.whole.module(*args, **kwargs)
+        except Exception as error:
+            if isinstance(error, GraphcompError) or self._model_runs(args, kwargs):
+                raise
+            raise TrainingError(
+                f"the model does not run on batch {self.position} of the data, at step {self.step + 1}",
+                at=user_line(error),
+                why=f"{type(error).__name__}: {first_line(error)[:300]}",
+                fix="give batches whose inputs have the form, the dtype and the widths of the example inputs",
+            ) from error
+
+    def _model_runs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the model before training runs on these inputs, so that the fault is not the batch's."""
+        if self.whole.module is not self.ready:
+            return False
+        with eval_copy(self.ready.session.plan.model, real=True) as copied, torch.no_grad():
+            try:
+                copied(*copies(args), **copies(kwargs))
+            except Exception:  # whatever the model raises on the batch
+                return False
+        return True
 
     def _weights(self) -> list[nn.Parameter]:
         """What is trained, but for the parameters of quantizers."""

@@ -829,7 +829,11 @@ def test_sequential_goes_on_in_either_run(tmp_path, step):
 
 def test_a_run_that_is_over_is_not_repeated(tmp_path, whole):
     run(folder=tmp_path)
-    assert same(run(folder=tmp_path, loss=stopping(0)), whole)
+    metrics = read_metrics(tmp_path / "metrics.jsonl")
+    assert same(run(folder=tmp_path), whole)
+    assert read_metrics(tmp_path / "metrics.jsonl") == metrics
+    with pytest.raises(gc.CheckpointError, match="code of the loss"):
+        run(folder=tmp_path, loss=stopping(0))
 
 
 @pytest.mark.parametrize(
@@ -1009,6 +1013,24 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(gc.CheckpointError, match="cannot write"):
         run(folder=tmp_path / "file" / "run")
+
+
+def test_a_batch_that_the_model_does_not_run_on():
+    model, data = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval(), [(torch.randn(2, 8),)] * 3
+    options = {"method": "hesso", "loss": lambda output, batch: output.sum(), "epochs": 5, "progress": False}
+    for bad in (torch.randn(2, 9), torch.randn(2, 8).double()):
+        with pytest.raises(gc.TrainingError, match=r"(?s)batch \d of the data.*fix: +give batches"):
+            gc.compress(model, torch.randn(2, 8), data=[*data, (bad,)], **options)
+
+
+def test_a_folder_of_a_loss_with_other_code_is_refused(tmp_path):
+    model, data = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval(), [(torch.randn(2, 8),)] * 20
+    options = {"method": "hesso", "data": data, "epochs": 1, "folder": tmp_path / "run", "progress": False}
+    first, second = (lambda output, batch: output.sum()), (lambda output, batch: output.pow(2).sum())
+    gc.compress(model, torch.randn(2, 8), loss=first, **options)
+    gc.compress(model, torch.randn(2, 8), loss=first, **options)
+    with pytest.raises(gc.CheckpointError, match="code of the loss"):
+        gc.compress(model, torch.randn(2, 8), loss=second, **options)
 
 
 # ------------------------------------------------------------------------------------------------ not finite
