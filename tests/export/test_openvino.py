@@ -50,7 +50,8 @@ def test_it_computes_what_the_graph_computes(exported: Exported) -> None:
     for bits, exact in ((32, False), (8, True), (7, False)):  # weights of 7 bits saturate on no CPU
         module, path = exported[bits]
         found = agreement(module, run(path, (more,), exact=exact), (more,))
-        assert found.within_a_step and found.error < 1e-4, (bits, found)
+        # integer kernels round to codes once more: with VNNI a code may be the neighbour's
+        assert found.within_a_step and (bits < 32 or found.error < 1e-4), (bits, found)
 
 
 def test_quantized_layers_run_on_integers(exported: Exported) -> None:
