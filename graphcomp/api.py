@@ -52,7 +52,7 @@ from graphcomp.pruning.slice import as_kept, check_groups
 from graphcomp.pruning.zeros import NAME as ZEROS
 from graphcomp.pruning.zeros import check_alone, without_zeros
 from graphcomp.quantization.ptq import PostTraining, Rounding
-from graphcomp.quantization.spec import Observer, check_bits, with_bits
+from graphcomp.quantization.spec import check_bits, with_bits
 from graphcomp.trained import as_trained
 from graphcomp.whole import into_whole
 
@@ -217,25 +217,25 @@ def compress(
     if zeros:
         check_alone({"sparsity": sparsity is not None, "budget": budget is not None, "method": method != "oneshot"})
     if method != "oneshot":
-        starts: tuple[PostTraining, ...] = ()
+        start = None
         if method == "qat" and (quantization is not None or not (_is_range(bits) or _is_range(activation_bits))):
-            starts = _starts(bits, activation_bits, group_size, rounding, reduce_range, quantization)
+            start = _start(bits, activation_bits, group_size, rounding, reduce_range, quantization)
         one_shot_only = {
             "ranking": ranking != "global",
-            **({} if starts else _quantizing(quantization, group_size, rounding, reduce_range)),
+            **({} if start is not None else _quantizing(quantization, group_size, rounding, reduce_range)),
         }
         _check_trainable(method, [name for name, given in one_shot_only.items() if given])
         if isinstance(sparsity, Mapping):
             sparsity = by_module_name(part, sparsity, "sparsity")
         phases = phases_of(method, sparsity, bits if quantization is None else quantization, budget)
         _activation_limits(bits if quantization is None else 8, activation_bits)
-        if calibration is not None and bits is None and not starts:
+        if calibration is not None and bits is None and start is None:
             raise PlanError(
                 f"calibration with method={method!r}, and no bits are given",
                 why="it gives quantizers their first ranges",
                 fix="bits=(4, 8), or no calibration",
             )
-        _check_lsq(bool(starts), budget, training)
+        _check_lsq(start, budget, training)
         if data is None or loss is None or training is None:
             raise PlanError(
                 f"method={method!r} trains: it needs data, a loss and a length",
@@ -245,7 +245,7 @@ def compress(
         example = example_arguments(example_inputs, example_kwargs)
         trained_model = _own(model)
         measured: Sequence[Any] = ()
-        if starts:
+        if start is not None:
             measured, data = first_batches(data, seed)
             device = next((p.device for p in model.parameters()), torch.device("cpu"))
             calibration = [to_device(b, device) for b in measured] if calibration is None else calibration
@@ -262,7 +262,7 @@ def compress(
                 prune=prune,
                 scope=scope,
                 outputs=outputs,
-                starts=tuple(_with_names(start, part) for start in starts),
+                start=start and _with_names(start, part),
             ),
             partial(
                 train,
@@ -278,8 +278,8 @@ def compress(
             example=example,
             scope=scope,
             sparsity=sparsity,
-            bits=None if starts else _limits(bits),
-            activation_bits=None if starts else activation_bits,
+            bits=None if start is not None else _limits(bits),
+            activation_bits=None if start is not None else activation_bits,
             calibration=calibration,
             progress=progress,
         )
@@ -632,28 +632,26 @@ def _is_range(bits: Any) -> bool:
     return isinstance(bits, (tuple, list)) and len(set(bits)) > 1
 
 
-def _starts(
+def _start(
     bits: Any,
     activation_bits: Any,
     group_size: int,
     rounding: Rounding,
     reduce_range: bool,
     quantization: PostTraining | None,
-) -> tuple[PostTraining, ...]:
-    """Return the post-training quantizations that LSQ may start from; none where no bits are given.
+) -> PostTraining | None:
+    """Return the post-training quantization that LSQ starts from; None where no bits are given.
 
-    Ranges have the least squared error, or go from the least to the largest value, whichever suits the data better.
+    Ranges have the least squared error: at few bits the largest value is a poor end of a range.
 
     Raises:
         PlanError: options that do not go together, or bits out of range.
     """
     if quantization is not None:
         _check_alone(bits, activation_bits, group_size, rounding, reduce_range)
-        return (quantization,)
-    one, other = (own[0] if isinstance(own, (tuple, list)) and own else own for own in (bits, activation_bits))
-    observers: tuple[Observer, ...] = ("mse", "minmax")
-    found = (post_training(one, other, group_size, rounding, (), reduce_range, observer=each) for each in observers)
-    return tuple(start for start in found if start is not None)
+        return quantization
+    one = [own[0] if isinstance(own, (tuple, list)) and own else own for own in (bits, activation_bits)]
+    return post_training(one[0], one[1], group_size, rounding, (), reduce_range, observer="mse")
 
 
 def _held_out(batches: Iterable[Any]) -> list[Any]:
@@ -667,15 +665,15 @@ def _held_out(batches: Iterable[Any]) -> list[Any]:
     return found
 
 
-def _check_lsq(lsq: bool, budget: Budget | None, training: Training | None) -> None:
+def _check_lsq(start: PostTraining | None, budget: Budget | None, training: Training | None) -> None:
     """Raise PlanError where a budget is given with fixed bits, or held-out data without."""
-    if lsq and budget is not None:
+    if start is not None and budget is not None:
         raise PlanError(
             'a budget with method="qat" and fixed bits',
             why="no units go, and each layer has the bits that are asked for",
             fix="bits=(4, 8), of which a budget chooses, or no budget",
         )
-    if not lsq and training is not None and training.held_out is not None:
+    if start is None and training is not None and training.held_out is not None:
         raise PlanError(
             "Training(held_out=…) of a method other than LSQ",
             why="the loss is measured before and after training from a post-training quantization",
@@ -809,15 +807,15 @@ def prepare(
     layer_bits = by_module_name(part, {} if layer_bits is None else layer_bits, "layer_bits")
     if layer_bits and bits is None and quantization is None:
         raise PlanError("layer_bits needs bits, got bits=None", fix="bits=(4, 8); ignore= leaves single layers float")
-    starts = _lsq(quantizer, bits, activation_bits, layer_bits, group_size, quantization, learn_exponent)
+    start = _lsq(quantizer, bits, activation_bits, layer_bits, group_size, quantization, learn_exponent)
     ready = _prepared(
         _own(model),
         example_inputs,
         example_kwargs,
-        bits=None if starts else bits,
-        activation_bits=None if starts else activation_bits,
-        layer_bits=None if starts else layer_bits,
-        starts=tuple(_with_names(start, part) for start in starts),
+        bits=bits if start is None else None,
+        activation_bits=activation_bits if start is None else None,
+        layer_bits=layer_bits if start is None else None,
+        start=start and _with_names(start, part),
         learn_exponent=learn_exponent,
         calibration=calibration,
         ignore=module_names(part, ignore, "ignore"),
@@ -854,7 +852,7 @@ def _prepared(
     bits: int | tuple[int, int] | None,
     activation_bits: int | tuple[int, int] | Literal["same"] | None,
     layer_bits: Mapping[str, Any] | None = None,
-    starts: Sequence[PostTraining] = (),
+    start: PostTraining | None = None,
     learn_exponent: bool = False,
     calibration: Iterable[Any] | None = None,
     ignore: Sequence[str],
@@ -863,7 +861,7 @@ def _prepared(
     scope: str,
     outputs: str | Sequence[str] | None,
 ) -> Prepared:
-    """As `prepare`, but the tensors are those of `model`, which is trained then; LSQ begins with one of `starts`."""
+    """As `prepare`, but the tensors are those of `model`, which is trained then; `start` is what LSQ begins with."""
     limits, of_activations = _limits(bits), _activation_limits(bits, activation_bits)
     captured = capture(model, example_inputs, example_kwargs, scope=scope, outputs=outputs, training=True)
     if captured.producer == "record":
@@ -873,9 +871,9 @@ def _prepared(
             fix='scope="path.to.submodule" prepares a part that can be exported',
         )
     check_second_call(captured)
-    if limits is not None or bool(starts):
+    if limits is not None or start is not None:
         check_floats(captured)
-    other = settle_gradients(captured, quantized=limits is not None or bool(starts))
+    other = settle_gradients(captured, quantized=limits is not None or start is not None)
     plan = analyze_captured(captured)
     groups: tuple[ChannelGroup, ...] = ()
     notes: tuple[str, ...] = ()
@@ -902,7 +900,7 @@ def _prepared(
             batches=batches,
             no_groups=no_groups,
             notes=(*notes, other) if other else notes,
-            starts=starts,
+            start=start,
         )
 
 
@@ -914,8 +912,8 @@ def _lsq(
     group_size: int,
     quantization: PostTraining | None,
     learn_exponent: bool,
-) -> tuple[PostTraining, ...]:
-    """Return what LSQ may start from, by the arguments of `prepare`; nothing where GETA's quantizers are asked for.
+) -> PostTraining | None:
+    """Return what LSQ starts from, by the arguments of `prepare`; None where GETA's quantizers are asked for.
 
     Raises:
         PlanError: arguments that do not go together.
@@ -930,17 +928,17 @@ def _lsq(
             fix='quantizer="lsq"',
         )
     if quantizer != "lsq" and not asks:
-        return ()
+        return None
     if learn_exponent:
         raise PlanError("LSQ learns no exponent, got learn_exponent=True", fix='quantizer="geta"')
     given: tuple[Any, Any] = (None if quantization is not None and bits == (4, 8) else bits, activation_bits)
     for name, own in zip(("bits", "activation_bits"), given, strict=True):
         if _is_range(own):
             raise PlanError(f"{name} of LSQ must be one number of bits, got {own!r}", fix=f"{name}={own[0]}")
-    starts = _starts(*given, group_size, "nearest", False, quantization)
-    if not starts:
+    start = _start(*given, group_size, "nearest", False, quantization)
+    if start is None:
         raise PlanError("LSQ needs bits, got bits=None", fix="bits=4")
-    return tuple(_with_layer_bits(start, layer_bits or {}) for start in starts)
+    return _with_layer_bits(start, layer_bits or {})
 
 
 def _with_layer_bits(start: PostTraining, layer_bits: Mapping[str, Any]) -> PostTraining:

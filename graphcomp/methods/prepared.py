@@ -29,7 +29,7 @@ from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.geta import GetaQuantizer
 from graphcomp.quantization.repeats import moved_from, quantizer_before, without_repeats
 from graphcomp.quantization.spec import MAX_BITS, MIN_BITS, QuantConfig, QuantSpec, matches
-from graphcomp.quantization.trainable import best_start, calibrate_in_training
+from graphcomp.quantization.trainable import calibrate_in_training, quantize_to_train
 from graphcomp.threads import one_at_a_time
 
 SESSION = "graphcomp_session"
@@ -351,7 +351,7 @@ def prepare_graph(
     batches: Sequence[Sequence[Any]],
     no_groups: str = "",
     notes: Sequence[str] = (),
-    starts: Sequence[PostTraining] = (),
+    start: PostTraining | None = None,
 ) -> Prepared:
     """Insert quantizers and masks into a captured graph.
 
@@ -366,17 +366,16 @@ def prepare_graph(
         batches: flat inputs that the ranges of activations are read off.
         no_groups: why nothing can be pruned, where `groups` is empty.
         notes: what a reader of the report should know of the groups.
-        starts: post-training quantizations, of which LSQ starts from the best, in place of bits, config and layer_bits;
-            none: GETA's quantizers.
+        start: post-training quantization that LSQ starts from, in place of bits, config and layer_bits; None: GETA's
+            quantizers.
     """
     quantized = plan
     sites: tuple[Site, ...] = ()
     wishes: tuple[str, ...] = ()
-    if starts:
-        own = [replace(start, ignore=(*start.ignore, *ignore)) for start in starts]
-        start = best_start(plan.captured.module, batches, own)
-        graph, wishes = start.graph, start.notes
-        sites, config, ignore = _fixed_sites(graph), start.options.config, start.options.ignore
+    if start is not None:
+        start = replace(start, ignore=(*start.ignore, *ignore))
+        graph, wishes = quantize_to_train(plan.captured.module, batches, start)
+        sites, config, ignore = _fixed_sites(graph), start.config, start.ignore
         bits = min((site.low for site in sites), default=MIN_BITS), max((site.high for site in sites), default=MAX_BITS)
         quantized = analyze_captured(replace(plan.captured, module=graph))
     elif bits is not None and config is not None:

@@ -8,7 +8,7 @@ Weights with one step per tensor are scaled by the norm's factor in front of the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,34 +38,10 @@ from graphcomp.quantization.walk import Constants, Lockstep
 NOT_EQUALIZED = "channels were not equalised between layers, as batch norms stay in the graph that is trained"
 
 
-@dataclass(frozen=True)
-class Start:
-    """A quantized graph to train.
-
-    Attributes:
-        graph: with quantizers.
-        options: how it was quantized.
-        error: relative error of the last layer on the calibration data; 0 where nothing was measured.
-        notes: what was not done.
-    """
-
-    graph: fx.GraphModule
-    options: PostTraining
-    error: float
-    notes: tuple[str, ...]
-
-
-def best_start(module: fx.GraphModule, batches: Sequence[Sequence[Any]], choices: Sequence[PostTraining]) -> Start:
-    """Quantize `module` in each way, and return what has the least error; the first of equals.
-
-    Raises:
-        CalibrationError: see `quantize_to_train`.
-    """
-    return min((quantize_to_train(module, batches, options) for options in choices), key=lambda start: start.error)
-
-
-def quantize_to_train(module: fx.GraphModule, batches: Sequence[Sequence[Any]], options: PostTraining) -> Start:
-    """Return a new graph with quantizers, calibrated, rounded and corrected as after training.
+def quantize_to_train(
+    module: fx.GraphModule, batches: Sequence[Sequence[Any]], options: PostTraining
+) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """Return a new graph with quantizers, calibrated, rounded and corrected as after training, and what was not done.
 
     Where batch norms have seen no batch yet, the ranges are those of batch statistics, and nothing is corrected.
 
@@ -93,13 +69,11 @@ def quantize_to_train(module: fx.GraphModule, batches: Sequence[Sequence[Any]], 
     fake = InsertQuantizers(without_repeats(placement))(floats)
     for node, quantizer in quantizer_nodes(fake):
         quantizer.load_state_dict(whole.get_submodule(str(node.target)).state_dict())
-    errors: dict[str, float] = {}
     if not fresh:
-        errors = _TrainableSetting(floats, fake, options).walk(batches[: options.walk_batches])
+        _TrainableSetting(floats, fake, options).walk(batches[: options.walk_batches])
         _keep_frozen(floats, fake)
     unequal = options.equalize or (options.equalize is None and per_tensor)
-    notes = (*placement.notes, *([NOT_EQUALIZED] if unequal else []))
-    return Start(fake, options, next(reversed(errors.values()), 0.0), notes)
+    return fake, (*placement.notes, *([NOT_EQUALIZED] if unequal else []))
 
 
 def trainable(graph: fx.Graph, config: QuantConfig) -> QuantConfig:

@@ -13,11 +13,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import graphcomp as gc
-from graphcomp.capture import capture
 from graphcomp.methods.folder import read_metrics
 from graphcomp.methods.lsq import FARTHEST, decaying, uniform
 from graphcomp.quantization.quantizers.affine import AffineQuantizer
-from graphcomp.quantization.trainable import best_start
 from tests.marks import in_ci
 
 from .runs import MODELS, batch, model_of
@@ -91,14 +89,6 @@ def test_the_start_is_what_post_training_quantization_gives(case):
     a, b = (tensor_in(small(*batch(name, 5))) for small in (after, start))
     assert (a - b).norm() <= 0.02 * a.norm()
     assert start.report.verified["integers == fake-quant, in steps"] <= 1
-
-
-def test_of_several_ways_to_quantize_the_one_with_the_least_error_is_the_start():
-    graph = capture(model_of("mlp"), batch("mlp"), training=True).module
-    few, more = KINDS["per channel"], options_of(gc.QuantSpec(8, granularity="channel"), 8)
-    for choices in ([few, more], [more, few]):
-        start = best_start(graph, [batch("mlp", k) for k in range(2)], choices)
-        assert start.options is more and 0 < start.error < 0.05
 
 
 def test_the_start_of_a_model_without_statistics_is_calibrated_on_those_of_its_batches():
