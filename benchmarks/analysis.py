@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from benchmarks import common
 from benchmarks.common import best_of, bounded, peak_memory, percent, section, table, timed
-from graphcomp.analysis import analyze_captured
-from graphcomp.capture import capture
+from graphcomp.capture.capture import capture
+from graphcomp.coupling.analysis import analyze_captured
 from graphcomp.coupling.groups import Kept
 from graphcomp.pruning.allocation import allocate
 from graphcomp.pruning.saliency import score

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 import graphcomp as gc
 from benchmarks import digits
 from graphcomp.cost import Latency
-from graphcomp.export.onnx import export_onnx
-from graphcomp.export.runtime import compare, feeds_of, latency, open_session
-from graphcomp.export.runtime import run as run_onnx
+from graphcomp.targets.onnxruntime.export import export_onnx
+from graphcomp.targets.runtime import compare, feeds_of, latency, open_session
+from graphcomp.targets.runtime import run as run_onnx
 
 SPARSITY = 0.5
 BITS = 8

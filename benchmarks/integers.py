@@ -19,13 +19,13 @@ import torch
 
 from benchmarks.common import brief, section, table, timed
 from benchmarks.over_zoo import Row, by_family, parser_of, rows_of
-from graphcomp.analysis import analyze_captured
-from graphcomp.capture import capture
+from graphcomp.capture.capture import capture
 from graphcomp.cost import flat_inputs
+from graphcomp.coupling.analysis import analyze_captured
 from graphcomp.pruning.slice import SliceGroups
-from graphcomp.quantization.law import check_lowering
 from graphcomp.quantization.ptq import PostTraining, quantize
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig
+from graphcomp.quantization.verify import check_lowering
 from graphcomp.testing import random_kept
 
 SECONDS = 600

@@ -28,12 +28,12 @@ from torch import Tensor, nn
 
 from benchmarks import common
 from benchmarks.common import append_json, percent, section, table, timed
-from graphcomp.analysis import Analysis
 from graphcomp.api import analyze, prunable_groups, slice_groups
-from graphcomp.compressed import CompressedModel
+from graphcomp.coupling.analysis import Analysis
 from graphcomp.pruning.allocation import allocate
 from graphcomp.pruning.evidence import Scores
 from graphcomp.pruning.saliency import score
+from graphcomp.result import CompressedModel
 
 SPARSITIES = (0.1, 0.2, 0.3, 0.5)
 SALIENCIES = ("l2", "taylor", "activation")

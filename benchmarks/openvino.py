@@ -25,11 +25,11 @@ import graphcomp as gc
 from benchmarks import common
 from benchmarks.common import section, table
 from benchmarks.quantized import CASES, Case
-from graphcomp.export import openvino
-from graphcomp.export.kernels import INTEGER_LAYERS, prove
-from graphcomp.export.onnx import export_onnx
-from graphcomp.export.runtime import agreement, feeds_of, open_session
-from graphcomp.export.runtime import run as run_onnx
+from graphcomp.targets import openvino
+from graphcomp.targets.onnxruntime.export import export_onnx
+from graphcomp.targets.onnxruntime.kernels import INTEGER_LAYERS, prove
+from graphcomp.targets.runtime import agreement, feeds_of, open_session
+from graphcomp.targets.runtime import run as run_onnx
 
 ROUNDS = 200
 WARMUP = 10

@@ -22,7 +22,7 @@ import graphcomp as gc
 from benchmarks import common
 from benchmarks.common import brief, section, table, timed
 from benchmarks.over_zoo import Row, by_family, parser_of, rows_of
-from graphcomp.compare import relative_error
+from graphcomp.numerics.compare import relative_error
 from graphcomp.pruning.slice import kept_of_tensors, select
 
 SECONDS = 900

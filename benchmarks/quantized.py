@@ -6,7 +6,7 @@
 
 All files of a model are timed in one run, taking turns, so that ratios hold whatever else the machine does; they run
 in onnxruntime as users run it by default. Quality is that of a session with exact integer sums: the default kernels
-saturate on x86 without VNNI (`graphcomp.export.runtime.open_session`), but for weights of reduced range (7 bits).
+saturate on x86 without VNNI (`graphcomp.targets.runtime.open_session`), but for weights of reduced range (7 bits).
 
 Data and weights come from the shared folder beside the checkout. Calibration data are never test data.
 """
@@ -30,9 +30,9 @@ import graphcomp as gc
 from benchmarks import common, demo, digits, oneshot
 from benchmarks.common import append_json, section, table
 from graphcomp.cost import file_bytes
-from graphcomp.export.kernels import INTEGER_LAYERS, KernelProof, prove
-from graphcomp.export.onnx import export_onnx
-from graphcomp.export.runtime import feeds_of, open_session
+from graphcomp.targets.onnxruntime.export import export_onnx
+from graphcomp.targets.onnxruntime.kernels import INTEGER_LAYERS, KernelProof, prove
+from graphcomp.targets.runtime import feeds_of, open_session
 
 ROUNDS = 40
 CALIBRATION_BATCHES = 2  # of 50 images, or 32 sentences

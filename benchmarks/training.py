@@ -38,7 +38,7 @@ from torch import Tensor, nn
 import graphcomp
 from benchmarks import common, models
 from benchmarks.common import section, table
-from graphcomp.methods.schedule import Schedule, Stage
+from graphcomp.training.schedule import Schedule, Stage
 
 LEARNING_RATE, MOMENTUM = 1e-3, 0.9
 QUANTIZER_LEARNING_RATE = 1e-6  # how well they learn does not matter here; that ranges stay sensible does

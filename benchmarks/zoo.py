@@ -28,12 +28,12 @@ from torch import nn
 from benchmarks import common
 from benchmarks.common import append_json, best_of, bounded, brief, percent, section, table, timed
 from benchmarks.peers import torch_pruning
-from graphcomp.analysis import Analysis, analyze_captured
-from graphcomp.capture import capture
+from graphcomp.capture.capture import capture
+from graphcomp.coupling.analysis import Analysis, analyze_captured
 from graphcomp.coupling.groups import Kept
 from graphcomp.coupling.table import find
-from graphcomp.export.native import native
-from graphcomp.graph import is_op, tensor_values
+from graphcomp.ir.graph import is_op, tensor_values
+from graphcomp.native.model import native
 from graphcomp.pruning.mask import InsertMasks, set_masks
 from graphcomp.pruning.slice import SliceGroups
 from graphcomp.testing import random_kept, relative_error

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 from graphcomp.quantization import ops as _ops  # noqa: F401  (registers the ops of lowered graphs)
 
 if TYPE_CHECKING:
-    from graphcomp.analysis import Analysis
     from graphcomp.api import analyze, compress, finalize, load, prepare, prunable_groups, shrink, slice_groups
-    from graphcomp.compressed import CompressedModel
+    from graphcomp.coupling.analysis import Analysis
     from graphcomp.coupling.groups import ChannelGroup, Member
     from graphcomp.coupling.table import rule
     from graphcomp.errors import (
@@ -34,17 +33,20 @@ if TYPE_CHECKING:
         TrainingError,
         VerificationError,
     )
-    from graphcomp.methods.geta import QASSO
-    from graphcomp.methods.prepared import Prepared
-    from graphcomp.methods.schedule import Schedule, Stage
-    from graphcomp.methods.train import Training
-    from graphcomp.picture import plot
+    from graphcomp.methods.geta.qasso import QASSO
     from graphcomp.pruning.allocation import Budget
     from graphcomp.quantization.ptq import PostTraining
     from graphcomp.quantization.spec import QuantConfig, QuantSpec
-    from graphcomp.report import Report
+    from graphcomp.report.plot import plot
+    from graphcomp.report.report import Report
+    from graphcomp.result import CompressedModel
+    from graphcomp.training.loop import Training
+    from graphcomp.training.prepared import Prepared
+    from graphcomp.training.schedule import Schedule, Stage
 
 __version__ = "0.1.0.dev0"
+
+__path__.append(f"{__path__[0]}/_moved")  # pickles of earlier versions name modules of the root that are gone
 
 __all__ = [
     "QASSO",
@@ -87,7 +89,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "analysis": ("Analysis",),
+    "coupling.analysis": ("Analysis",),
     "api": (
         "analyze",
         "compress",
@@ -98,7 +100,7 @@ _HOMES = {
         "shrink",
         "slice_groups",
     ),
-    "compressed": ("CompressedModel",),
+    "result": ("CompressedModel",),
     "coupling.groups": (
         "ChannelGroup",
         "Member",
@@ -119,21 +121,21 @@ _HOMES = {
         "TrainingError",
         "VerificationError",
     ),
-    "methods.geta": ("QASSO",),
-    "methods.prepared": ("Prepared",),
-    "methods.schedule": (
+    "methods.geta.qasso": ("QASSO",),
+    "training.prepared": ("Prepared",),
+    "training.schedule": (
         "Schedule",
         "Stage",
     ),
-    "methods.train": ("Training",),
-    "picture": ("plot",),
+    "training.loop": ("Training",),
+    "report.plot": ("plot",),
     "pruning.allocation": ("Budget",),
     "quantization.ptq": ("PostTraining",),
     "quantization.spec": (
         "QuantConfig",
         "QuantSpec",
     ),
-    "report": ("Report",),
+    "report.report": ("Report",),
 }
 """Module -> the public names it defines."""
 _HOME_OF = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}

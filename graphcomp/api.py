@@ -11,9 +11,15 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from graphcomp.analysis import Analysis, analyze_captured
 from graphcomp.arguments import wrong
-from graphcomp.assemble import (
+from graphcomp.capture.capture import Captured, blaming_inputs, capture, example_arguments, scoped
+from graphcomp.cost import flat_inputs
+from graphcomp.coupling.analysis import Analysis, analyze_captured
+from graphcomp.coupling.groups import ChannelGroup, Kept
+from graphcomp.errors import CalibrationError, CaptureError, InputError, NothingToPrune, PlanError
+from graphcomp.flows.finalize import as_trained
+from graphcomp.flows.held import equal_counts, held_by_class
+from graphcomp.flows.results import (
     Cut,
     as_integers,
     as_model,
@@ -26,25 +32,13 @@ from graphcomp.assemble import (
     planned_bytes,
     post_training,
 )
-from graphcomp.capture import Captured, blaming_inputs, capture, example_arguments, scoped
-from graphcomp.compressed import CompressedModel
-from graphcomp.cost import flat_inputs
-from graphcomp.coupling.groups import ChannelGroup, Kept
-from graphcomp.errors import CalibrationError, CaptureError, InputError, NothingToPrune, PlanError
-from graphcomp.graph import replace_module
-from graphcomp.graph_module import copied, tensor_leaves
-from graphcomp.held import equal_counts, held_by_class
-from graphcomp.methods import processes
-from graphcomp.methods.prepared import LayerBits, Prepared, prepare_graph, training_config, unwrapped
-from graphcomp.methods.same_gradients import settle_gradients
-from graphcomp.methods.shrink import shrunk
-from graphcomp.methods.train import Phase, Training, Whole, first_batches, parts, phases_of, to_device, train
-from graphcomp.names import by_module_name, module_names, scope_name
-from graphcomp.options import check_options
-from graphcomp.progress import progress as show_progress
+from graphcomp.flows.whole import into_whole
+from graphcomp.ir.graph import replace_module
+from graphcomp.ir.module import copied, tensor_leaves
 from graphcomp.pruning.allocation import Budget, Scope, allocate_budget
 from graphcomp.pruning.evidence import arguments_like, arguments_of
 from graphcomp.pruning.multiples import in_multiples, with_group_sizes
+from graphcomp.pruning.names import by_module_name, module_names, scope_name
 from graphcomp.pruning.prunable import find_prunable
 from graphcomp.pruning.saliency import Saliency, reads_data, score
 from graphcomp.pruning.shares import allocate_parts, parts_of
@@ -53,8 +47,14 @@ from graphcomp.pruning.zeros import NAME as ZEROS
 from graphcomp.pruning.zeros import check_alone, without_zeros
 from graphcomp.quantization.ptq import PostTraining, Rounding
 from graphcomp.quantization.spec import check_bits, with_bits
-from graphcomp.trained import as_trained
-from graphcomp.whole import into_whole
+from graphcomp.request import check_options
+from graphcomp.result import CompressedModel
+from graphcomp.system.progress import progress as show_progress
+from graphcomp.training import distributed
+from graphcomp.training.loop import Phase, Training, Whole, first_batches, parts, phases_of, to_device, train
+from graphcomp.training.prepared import LayerBits, Prepared, prepare_graph, training_config, unwrapped
+from graphcomp.training.same_gradients import settle_gradients
+from graphcomp.training.shrink import shrunk
 
 Modules: TypeAlias = str | nn.Module | Sequence[str | nn.Module]
 """Modules of a model: a name, a "re:" pattern, a module itself, or several of these."""
@@ -206,7 +206,7 @@ def compress(
     scope = _scope(model, scope)
     part = _submodule(model, scope)
     ignore, keep_inputs = module_names(part, ignore, "ignore"), module_names(part, keep_inputs, "keep_inputs")
-    progress = progress and processes.rank() == 0
+    progress = progress and distributed.rank() == 0
     training = _training(training, epochs=epochs, steps=steps, lr=lr, folder=folder)
     if method is None:
         method = "geta" if data is not None and loss is not None and training is not None else "oneshot"
@@ -733,7 +733,7 @@ def load(
         CheckpointError: not a checkpoint, damaged, written by a newer graphcomp, a class that cannot be built, or a
             module or an op that the folder may not name.
     """
-    from graphcomp.export.checkpoint import load as load_folder
+    from graphcomp.checkpoint.folder import load as load_folder
 
     check_options(path=folder, model_factory=model_factory, trust=trust)
     return load_folder(folder, model_factory=model_factory, trust=trust)

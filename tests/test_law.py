@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from graphcomp.analysis import Analysis, analyze_captured
-from graphcomp.capture import capture
-from graphcomp.compare import relative_error
+from graphcomp.capture.capture import capture
 from graphcomp.coupling import table
+from graphcomp.coupling.analysis import Analysis, analyze_captured
 from graphcomp.coupling.axis import Axes
 from graphcomp.coupling.groups import Kept
 from graphcomp.errors import VerificationError
+from graphcomp.numerics.compare import relative_error
 from graphcomp.pruning.mask import InsertMasks, set_masks
 from graphcomp.pruning.slice import SliceGroups
 from graphcomp.testing import Block, check_law, random_kept, random_model, randomize, tiny_models

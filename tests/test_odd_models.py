@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphcomp as gc
-from graphcomp.capture import capture
+from graphcomp.capture.capture import capture
 from graphcomp.testing import check_law
 
 
@@ -244,7 +244,7 @@ def test_results_in_a_list_among_results_are_frozen() -> None:
         item.meta["val"] = first.meta["val"]
     first.replace_all_uses_with(item, delete_user_cb=lambda user: user is not several)
     captured.module.recompile()
-    assert gc.analysis.analyze_captured(captured).groups == ()
+    assert gc.coupling.analysis.analyze_captured(captured).groups == ()
 
 
 def _several(x: Tensor) -> tuple[list[Tensor], None]:

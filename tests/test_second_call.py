@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import graphcomp as gc
-from graphcomp.compare import relative_error
+from graphcomp.numerics.compare import relative_error
 
 
 class Net(nn.Module):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphcomp as gc
-from graphcomp.capture import capture
+from graphcomp.capture.capture import capture
 from tests.marks import in_ci
 
 

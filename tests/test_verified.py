@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import graphcomp as gc
 from graphcomp import testing
-from graphcomp.report import Report
+from graphcomp.report.report import Report
 
 
 @torch.library.custom_op("tests::reversed", mutates_args=())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.export.models import import_transformers
+from tests.targets.models import import_transformers
 
 pytest.importorskip("sklearn")
 whitebox = pytest.importorskip("benchmarks.whitebox")

@@ -10,6 +10,7 @@ latency   milliseconds of one forward, measured
 """
 
 from graphcomp.cost.bops import FLOAT_BITS, Bits, BitsOf, Bops
+from graphcomp.cost.conventions import Codes, SizeModel, file_bytes
 from graphcomp.cost.latency import Latency, latency
 from graphcomp.cost.model import (
     CostModel,
@@ -24,7 +25,6 @@ from graphcomp.cost.model import (
     param_bytes,
     params,
 )
-from graphcomp.cost.size import Codes, SizeModel, file_bytes
 
 __all__ = [
     "FLOAT_BITS",

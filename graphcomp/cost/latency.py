@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from graphcomp.errors import PlanError
-from graphcomp.inputs import copies
-from graphcomp.untouched import eval_copy
+from graphcomp.ir.inputs import copies
+from graphcomp.ir.preserve import eval_copy
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, fx
 from torch.fx import _pytree as fx_pytree
 
-from graphcomp.analysis import Analysis
-from graphcomp.capture import Captured
+from graphcomp.capture.capture import Captured
 from graphcomp.coupling import table
+from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.axis import UNIT, Axes, Axis, Factor, Product, all_leaves, leaves, length, normal
 from graphcomp.coupling.groups import Kept, summed_axes
 from graphcomp.coupling.notation import einsum_letters
 from graphcomp.coupling.propagate import Coupling, is_real
-from graphcomp.graph import argument_at, attributes, bind, is_op, module_path, source_line, tensor_values
+from graphcomp.ir.graph import argument_at, attributes, bind, is_op, module_path, source_line, tensor_values
 
 aten = torch.ops.aten
 

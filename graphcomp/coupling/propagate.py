@@ -17,7 +17,7 @@ from graphcomp.coupling.axis import Axes, Concat, Reason, all_leaves, freeze, fr
 from graphcomp.coupling.size import size_of
 from graphcomp.coupling.table import AxesValue, Call
 from graphcomp.errors import RuleError
-from graphcomp.graph import argument_at, attributes, bind, is_op, source_line, tensor_values, value
+from graphcomp.ir.graph import argument_at, attributes, bind, is_op, source_line, tensor_values, value
 
 logger = logging.getLogger("graphcomp.coupling")
 

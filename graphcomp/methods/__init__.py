@@ -1,1 +1,1 @@
-"""Methods that decide in training what goes: one paper, one file."""
+"""Methods that decide in training what goes: one paper, one file or folder."""

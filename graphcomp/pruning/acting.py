@@ -17,7 +17,7 @@ from graphcomp.coupling import table
 from graphcomp.coupling.axis import Factor, coordinates, normal
 from graphcomp.coupling.groups import ChannelGroup, Member, consumed_dims
 from graphcomp.coupling.propagate import Coupling, is_real
-from graphcomp.graph import fetch, tensor_values
+from graphcomp.ir.graph import fetch, tensor_values
 from graphcomp.pruning.mask import KEEPS_ZEROS
 
 TensorOf = Callable[[str], Tensor]

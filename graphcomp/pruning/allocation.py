@@ -17,9 +17,9 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from graphcomp.analysis import Analysis
 from graphcomp.arguments import check_mapping, check_number, check_whole, check_word, is_number, shown
 from graphcomp.cost import BitsOf, Bops, CostModel, Counts
+from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import BudgetError, NotBuiltError, NothingToPrune, PlanError
 from graphcomp.pruning.evidence import Scores

@@ -15,18 +15,18 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from graphcomp.analysis import Analysis
-from graphcomp.capture import Captured
+from graphcomp.capture.capture import Captured
 from graphcomp.cost import flat_inputs
+from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.axis import Factor, coordinates, leaves
 from graphcomp.coupling.groups import ChannelGroup
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.errors import PlanError
-from graphcomp.graph import argument_at, attributes, bind
-from graphcomp.graph_module import tensor_leaves
-from graphcomp.inputs import copies
+from graphcomp.ir.graph import argument_at, attributes, bind
+from graphcomp.ir.inputs import copies
+from graphcomp.ir.module import tensor_leaves
+from graphcomp.ir.preserve import eval_copy, own_inputs, same_buffers
 from graphcomp.pruning.acting import Acting, acting_weights
-from graphcomp.untouched import eval_copy, own_inputs, same_buffers
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 """loss(model output, batch) -> scalar tensor."""

@@ -16,7 +16,7 @@ from graphcomp.coupling.axis import Axis, Factor, all_leaves, coordinates, lengt
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.coupling.table import Call
-from graphcomp.graph import argument_at, bind, clone, fetch, set_argument, set_argument_at, value
+from graphcomp.ir.graph import argument_at, bind, clone, fetch, set_argument, set_argument_at, value
 from graphcomp.pruning.masked import FORMS
 from graphcomp.pruning.slice import check_kept
 

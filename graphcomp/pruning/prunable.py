@@ -7,13 +7,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from graphcomp.analysis import Analysis
 from graphcomp.arguments import wrong
+from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.axis import Axes, Factor, all_leaves, leaves, length
 from graphcomp.coupling.groups import ROLES, ChannelGroup
-from graphcomp.describe import why_nothing
+from graphcomp.coupling.text import why_nothing
 from graphcomp.errors import NothingToPrune, PlanError
-from graphcomp.names import module_names
+from graphcomp.pruning.names import module_names
 from graphcomp.quantization.spec import matches
 
 WHOLE_BY_DEFAULT = ("head_dim", "group")

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from graphcomp.analysis import Analysis
 from graphcomp.arguments import (
     check_callable,
     check_choice,
@@ -30,15 +29,16 @@ from graphcomp.arguments import (
     check_whole,
     shown,
 )
+from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.axis import normal
 from graphcomp.coupling.groups import ChannelGroup, Member
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.errors import PlanError
-from graphcomp.graph import attributes, bind, is_op
+from graphcomp.ir.graph import attributes, bind, is_op
 from graphcomp.pruning.acting import with_acting
 from graphcomp.pruning.evidence import Evidence, Loss, Meeting, Place, Scores, axis_at, units_at
 from graphcomp.pruning.slice import check_groups
-from graphcomp.threads import one_at_a_time
+from graphcomp.system.threads import one_at_a_time
 
 aten = torch.ops.aten
 

@@ -10,9 +10,9 @@ from torch import nn
 
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import PlanError
-from graphcomp.names import by_module_name
 from graphcomp.pruning.allocation import Scope, allocate, rounding_note
 from graphcomp.pruning.evidence import Scores
+from graphcomp.pruning.names import by_module_name
 from graphcomp.pruning.prunable import makes_units
 
 

@@ -25,7 +25,7 @@ from graphcomp.coupling.propagate import Coupling
 from graphcomp.coupling.size import Size, size_of
 from graphcomp.coupling.table import Call
 from graphcomp.errors import PlanError, VerificationError
-from graphcomp.graph import (
+from graphcomp.ir.graph import (
     all_tensors,
     assign,
     bind,

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphcomp.analysis import Analysis
-from graphcomp.compare import relative_error, tolerance_of
+from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.groups import ChannelGroup
 from graphcomp.errors import PlanError
+from graphcomp.ir.preserve import same_buffers
+from graphcomp.numerics.compare import relative_error, tolerance_of
 from graphcomp.pruning.acting import with_acting
 from graphcomp.pruning.evidence import Evidence
 from graphcomp.pruning.mask import InsertMasks, set_masks
 from graphcomp.pruning.multiples import step_of
 from graphcomp.pruning.saliency import dead_units, parameters, per_unit
-from graphcomp.untouched import same_buffers
 
 NAME = "zeros"
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from graphcomp.graph import bind, call_like, clone, value
-from graphcomp.graph_module import FOLLOWS_MODE
+from graphcomp.ir.graph import bind, call_like, clone, value
+from graphcomp.ir.module import FOLLOWS_MODE
 
 aten = torch.ops.aten
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from graphcomp.graph import bind
+from graphcomp.ir.graph import bind
+from graphcomp.ir.run_nodes import Constants
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.placement import COMPUTE, EMBEDDINGS
 from graphcomp.quantization.quantizers.uniform import SMALLEST_STEP, UniformQuantizer
 from graphcomp.quantization.tensors import attribute_readers, replace_argument
-from graphcomp.quantization.walk import Constants
 
 BIAS_LIMIT = 2.0**30
 """A bias on the scale of its layer's products stays below this, half of what an int32 accumulator holds."""

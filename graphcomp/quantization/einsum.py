@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from graphcomp.coupling.size import Size, size_of
-from graphcomp.graph import bind, call_like, clone, value
+from graphcomp.ir.graph import bind, call_like, clone, value
 from graphcomp.quantization.placement import constants
 
 aten = torch.ops.aten

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
-from graphcomp.graph import assign, attributes, bind, clone, fetch, is_op, value
+from graphcomp.ir.graph import assign, attributes, bind, clone, fetch, is_op, value
 from graphcomp.quantization.placement import CLIPS, CONVOLUTIONS, TRANSPOSED, channels_of
 
 aten = torch.ops.aten

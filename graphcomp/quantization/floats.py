@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator, OpOverload
 
-from graphcomp.graph import bind, fetch, value
+from graphcomp.ir.graph import bind, fetch, value
 from graphcomp.quantization.attention import FUSED
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from graphcomp.graph import bind, clone, fetch, set_argument, value
+from graphcomp.ir.graph import bind, clone, fetch, set_argument, value
+from graphcomp.ir.run_nodes import Constants
 from graphcomp.quantization.placement import COMPUTE, constants
 from graphcomp.quantization.tensors import attribute_readers, replace_argument
-from graphcomp.quantization.walk import Constants
 
 aten = torch.ops.aten
 SCALED = frozenset(

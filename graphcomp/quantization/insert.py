@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from graphcomp.graph import clone, value
+from graphcomp.ir.graph import clone, value
 from graphcomp.quantization.placement import Placement, Site
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.make import make_quantizer

@@ -24,9 +24,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from graphcomp.compare import relative_error
 from graphcomp.errors import VerificationError
-from graphcomp.graph import bind, is_op
+from graphcomp.ir.graph import bind, is_op
+from graphcomp.ir.preserve import own_inputs, same_buffers
+from graphcomp.numerics.compare import relative_error
 from graphcomp.quantization import ops
 from graphcomp.quantization.lower import INT32_MAX
 from graphcomp.quantization.placement import (
@@ -39,7 +40,6 @@ from graphcomp.quantization.placement import (
     TRANSPOSED,
     padded_with,
 )
-from graphcomp.untouched import own_inputs, same_buffers
 
 aten = torch.ops.aten
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, fx
 
 from graphcomp.errors import PlanError
-from graphcomp.graph import bind, clone, module_path, set_argument, tensor_values, value
+from graphcomp.ir.graph import bind, clone, module_path, set_argument, tensor_values, value
+from graphcomp.ir.run_nodes import Constants
 from graphcomp.quantization import ops
 from graphcomp.quantization.biases import KERNEL_BITS, biased_layers
 from graphcomp.quantization.fold import drop_unread
@@ -37,7 +38,6 @@ from graphcomp.quantization.placement import (
 )
 from graphcomp.quantization.quantizers.base import Integers, Quantizer, container
 from graphcomp.quantization.tensors import add_tensor
-from graphcomp.quantization.walk import Constants
 
 aten = torch.ops.aten
 

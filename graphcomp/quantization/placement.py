@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from graphcomp.graph import bind, fetch, module_path, tensor_values, value
+from graphcomp.ir.graph import bind, fetch, module_path, tensor_values, value
 from graphcomp.quantization.attention import FUSED
 from graphcomp.quantization.spec import QuantConfig, QuantSpec, matches
 from graphcomp.quantization.wishes import Chosen, Wish, Wishes

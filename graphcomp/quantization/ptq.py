@@ -15,7 +15,9 @@ from torch import Tensor, fx, nn
 
 from graphcomp.arguments import as_names, check_flag, check_instance, check_whole, check_word
 from graphcomp.errors import CalibrationError
-from graphcomp.graph import attributes, bind, clone, fetch, set_argument, value
+from graphcomp.ir.graph import attributes, bind, clone, fetch, set_argument, value
+from graphcomp.ir.preserve import own_inputs, same_buffers
+from graphcomp.ir.run_nodes import Constants, Lockstep
 from graphcomp.quantization.attention import WriteOutAttention
 from graphcomp.quantization.biases import fit_biases
 from graphcomp.quantization.calibrate import RangeObserver, calibrate_weight, make_observer
@@ -23,14 +25,12 @@ from graphcomp.quantization.einsum import WriteOutEinsum
 from graphcomp.quantization.equalize import equalize
 from graphcomp.quantization.floats import float_layers
 from graphcomp.quantization.fold import FoldBatchNorm
+from graphcomp.quantization.gptq import round_second_order, second_moments
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.lower import Lowered, LoweredLayer, constants_with_quantizers, layers_of, lower
 from graphcomp.quantization.placement import COMPUTE, CONVOLUTIONS, Site, channels_of, layer_name, place
-from graphcomp.quantization.second_order import round_second_order, second_moments
 from graphcomp.quantization.spec import QuantConfig
 from graphcomp.quantization.tensors import add_tensor, attribute_readers, put, read_by_others, replace_argument
-from graphcomp.quantization.walk import Constants, Lockstep
-from graphcomp.untouched import own_inputs, same_buffers
 
 Rounding = Literal["nearest", "second_order"]
 

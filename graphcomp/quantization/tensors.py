@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from graphcomp.graph import attributes, bind, set_argument, value
+from graphcomp.ir.graph import attributes, bind, set_argument, value
 
 
 def attribute_readers(module: fx.GraphModule) -> dict[str, list[fx.Node]]:

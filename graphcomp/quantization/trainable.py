@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphcomp.errors import CalibrationError
-from graphcomp.graph import all_tensors, assign, bind, clone, fetch, set_argument
-from graphcomp.graph_module import keeps_statistics, trains
+from graphcomp.ir.graph import all_tensors, assign, bind, clone, fetch, set_argument
+from graphcomp.ir.module import keeps_statistics, trains
+from graphcomp.ir.run_nodes import Constants, Lockstep
 from graphcomp.quantization.attention import WriteOutAttention
 from graphcomp.quantization.einsum import WriteOutEinsum
 from graphcomp.quantization.fold import FoldForTraining, chains, folded_nodes
@@ -30,10 +31,9 @@ from graphcomp.quantization.ptq import (
     significant_mean,
     with_biases,
 )
-from graphcomp.quantization.repeats import without_repeats
+from graphcomp.quantization.redundant import without_repeats
 from graphcomp.quantization.spec import QuantConfig
 from graphcomp.quantization.tensors import read_by_others
-from graphcomp.quantization.walk import Constants, Lockstep
 
 NOT_EQUALIZED = "channels were not equalised between layers, as batch norms stay in the graph that is trained"
 

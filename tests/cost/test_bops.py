@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import relu, scaled_dot_product_attention
 
 import graphcomp
-from graphcomp.analysis import Analysis, analyze_captured
-from graphcomp.capture import capture
+from graphcomp.capture.capture import capture
 from graphcomp.cost import Bits, Bops, CostModel, counts_of
+from graphcomp.coupling.analysis import Analysis, analyze_captured
 from graphcomp.errors import PlanError
 from graphcomp.pruning.slice import SliceGroups
 

@@ -11,9 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import graphcomp as gc
-from graphcomp.analysis import Analysis, analyze_captured
-from graphcomp.capture import capture
+from graphcomp.capture.capture import capture
 from graphcomp.cost import CostModel, counts_of, macs, param_bytes, params
+from graphcomp.coupling.analysis import Analysis, analyze_captured
 from graphcomp.coupling.groups import Kept
 from graphcomp.coupling.table import forget
 from graphcomp.pruning.slice import SliceGroups

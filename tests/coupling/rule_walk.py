@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from graphcomp.coupling.axis import Axes, Axis, Factor, is_frozen, kept_indices, leaves, length, normal
 from graphcomp.coupling.propagate import RULE_FAILED, Coupling, propagate
 from graphcomp.coupling.table import Call
-from graphcomp.graph import argument_at, bind, is_op, tensor_values
+from graphcomp.ir.graph import argument_at, bind, is_op, tensor_values
 from graphcomp.pruning.masked import FORMS
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphcomp.capture import capture
+from graphcomp.capture.capture import capture
 from graphcomp.coupling.groups import find_groups
 from graphcomp.coupling.propagate import MAX_ORIGINS, Coupling, propagate
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from graphcomp.capture import Captured, capture
+from graphcomp.capture.capture import Captured, capture
 from graphcomp.coupling.groups import find_groups
 from graphcomp.coupling.propagate import propagate
 from graphcomp.testing import check_law, random_model, tiny_models

@@ -13,13 +13,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import graphcomp as gc
-from graphcomp.methods.folder import read_metrics
-from graphcomp.methods.lsq import FARTHEST, decaying, uniform
+from graphcomp.methods.qat import FARTHEST, decaying, uniform
 from graphcomp.quantization.quantizers.affine import AffineQuantizer
+from graphcomp.training.folder import read_metrics
 from tests.marks import in_ci
-
-from .runs import MODELS, batch, model_of
-from .test_train import IMAGES, LABELS, Stopped, convnet, loader, loss, same, stopping
+from tests.training.runs import MODELS, batch, model_of
+from tests.training.test_loop import IMAGES, LABELS, Stopped, convnet, loader, loss, same, stopping
 
 STEPS = 12
 
@@ -401,7 +400,7 @@ def test_the_result_is_saved_and_exported(tmp_path):
     small.save(tmp_path / "small")
     assert torch.equal(gc.load(tmp_path / "small")(IMAGES), small(IMAGES))
     pytest.importorskip("onnxruntime")
-    from graphcomp.export.runtime import compare
+    from graphcomp.targets.runtime import compare
 
     small.export(tmp_path / "small.onnx")
     assert compare(tmp_path / "small.onnx", small, (IMAGES[:2],)).steps <= 1

@@ -12,9 +12,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from graphcomp.analysis import Analysis, analyze_captured
-from graphcomp.capture import capture
+from graphcomp.capture.capture import capture
 from graphcomp.cost import Bits, Bops, CostModel, counts_of
+from graphcomp.coupling.analysis import Analysis, analyze_captured
 from graphcomp.coupling.axis import Factor
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import BudgetError, NotBuiltError, NothingToPrune, PlanError

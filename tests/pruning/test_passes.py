@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from graphcomp.analysis import Analysis, analyze_captured
-from graphcomp.capture import capture
+from graphcomp.capture.capture import capture
+from graphcomp.coupling.analysis import Analysis, analyze_captured
 from graphcomp.errors import PlanError, VerificationError
 from graphcomp.pruning.mask import InsertMasks, set_masks
 from graphcomp.pruning.slice import SliceGroups

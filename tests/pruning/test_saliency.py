@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphcomp.analysis import Analysis, analyze_captured
-from graphcomp.capture import capture
+from graphcomp.capture.capture import capture
+from graphcomp.coupling.analysis import Analysis, analyze_captured
 from graphcomp.coupling.groups import ChannelGroup
 from graphcomp.errors import PlanError
 from graphcomp.pruning.evidence import arguments_like, arguments_of, gradients

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphcomp as gc
-from graphcomp.capture import capture
+from graphcomp.capture.capture import capture
 from graphcomp.quantization.attention import FUSED, WriteOutAttention
-from graphcomp.quantization.law import check_lowering
 from graphcomp.quantization.placement import place
 from graphcomp.quantization.ptq import PostTraining, quantize
 from graphcomp.quantization.spec import QuantConfig
+from graphcomp.quantization.verify import check_lowering
 
 aten = torch.ops.aten
 

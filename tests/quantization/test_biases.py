@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from graphcomp.capture import Captured, capture
+from graphcomp.capture.capture import Captured, capture
 from graphcomp.cost import flat_inputs
-from graphcomp.graph import bind, fetch
+from graphcomp.ir.graph import bind, fetch
+from graphcomp.ir.run_nodes import Constants
 from graphcomp.quantization.biases import biased_layers, fit_biases
 from graphcomp.quantization.insert import quantizer_nodes
-from graphcomp.quantization.law import check_lowering
 from graphcomp.quantization.placement import COMPUTE
 from graphcomp.quantization.ptq import PostTraining, Quantized, quantize
 from graphcomp.quantization.quantizers.uniform import SMALLEST_STEP
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, with_bits
-from graphcomp.quantization.walk import Constants
+from graphcomp.quantization.verify import check_lowering
 from tests.marks import in_ci
 from tests.quantization.models import residual
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import graphcomp as gc
-from graphcomp.capture import capture
+from graphcomp.capture.capture import capture
 from graphcomp.quantization.einsum import WriteOutEinsum
 
 EINSUM = torch.ops.aten.einsum.default

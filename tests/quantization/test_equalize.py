@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from graphcomp.capture import capture
-from graphcomp.compare import relative_error
+from graphcomp.capture.capture import capture
+from graphcomp.numerics.compare import relative_error
 from graphcomp.quantization.calibrate import calibrate_weight
 from graphcomp.quantization.equalize import equalize
 from graphcomp.quantization.fold import FoldBatchNorm
@@ -58,7 +58,7 @@ def folded(model: nn.Module, *inputs: Tensor) -> fx.GraphModule:
 @torch.no_grad()
 def quantized(module: fx.GraphModule, bits: int = 8) -> fx.GraphModule:
     """A copy of `module` with the weights at one step per tensor."""
-    from graphcomp.graph import assign, attributes, clone
+    from graphcomp.ir.graph import assign, attributes, clone
 
     rough, _ = clone(module)
     for node, weight in list(attributes(rough)):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphcomp.capture import capture
-from graphcomp.compare import relative_error
+from graphcomp.capture.capture import capture
+from graphcomp.numerics.compare import relative_error
 from graphcomp.quantization.fold import FoldBatchNorm, FoldForTraining
 from tests.quantization.models import random_norms, residual
 

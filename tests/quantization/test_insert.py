@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from graphcomp.capture import capture
+from graphcomp.capture.capture import capture
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.placement import place
 from graphcomp.quantization.ptq import calibrate_activations, calibrate_weights

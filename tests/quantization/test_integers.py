@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from graphcomp.capture import capture
-from graphcomp.compare import relative_error
+from graphcomp.capture.capture import capture
 from graphcomp.errors import VerificationError
+from graphcomp.ir.run_nodes import Lockstep
+from graphcomp.numerics.compare import relative_error
 from graphcomp.quantization import ops
 from graphcomp.quantization.calibrate import calibrate, calibrate_weight
 from graphcomp.quantization.fold import FoldBatchNorm
@@ -21,7 +22,6 @@ from graphcomp.quantization.integers import IntegerInterpreter, check_integers
 from graphcomp.quantization.lower import lower
 from graphcomp.quantization.placement import place
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, QuantSpec, with_bits
-from graphcomp.quantization.walk import Lockstep
 from graphcomp.testing import Block, randomize, tiny_models
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphcomp.capture import Captured, capture
-from graphcomp.compare import relative_error
+from graphcomp.capture.capture import Captured, capture
 from graphcomp.cost import flat_inputs
 from graphcomp.errors import VerificationError
+from graphcomp.numerics.compare import relative_error
 from graphcomp.quantization import ops
-from graphcomp.quantization.law import check_lowering
 from graphcomp.quantization.ptq import PostTraining, Quantized, quantize
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, QuantSpec, with_bits
+from graphcomp.quantization.verify import check_lowering
 from tests.marks import in_ci, slow
 from tests.quantization.models import encoder, residual
 

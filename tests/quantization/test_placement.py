@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from graphcomp.capture import capture
+from graphcomp.capture.capture import capture
 from graphcomp.quantization.fold import FoldBatchNorm, FoldForTraining, chains, folded_nodes
 from graphcomp.quantization.insert import InsertQuantizers
 from graphcomp.quantization.placement import Placement, place

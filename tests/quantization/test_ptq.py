@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import graphcomp as gc
-from graphcomp.capture import capture
-from graphcomp.compare import relative_error
+from graphcomp.capture.capture import capture
 from graphcomp.cost import flat_inputs
+from graphcomp.numerics.compare import relative_error
 from graphcomp.quantization.insert import quantizer_nodes
-from graphcomp.quantization.law import check_lowering
 from graphcomp.quantization.ptq import PostTraining, Quantized, quantize, significant_mean
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, QuantSpec, with_bits
+from graphcomp.quantization.verify import check_lowering
 from tests.marks import in_ci
 from tests.quantization.models import encoder, residual
 

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import graphcomp
-from graphcomp.analysis import Analysis, analyze_captured
-from graphcomp.capture import capture
-from graphcomp.compare import relative_error
+from graphcomp.capture.capture import capture
+from graphcomp.coupling.analysis import Analysis, analyze_captured
 from graphcomp.coupling.groups import ChannelGroup, find_frozen, find_groups
 from graphcomp.coupling.propagate import Coupling, propagate
+from graphcomp.ir.run_nodes import Lockstep
+from graphcomp.numerics.compare import relative_error
 from graphcomp.pruning.mask import InsertMasks, set_masks
 from graphcomp.pruning.slice import SliceGroups
 from graphcomp.quantization.calibrate import calibrate, calibrate_weight
@@ -25,10 +26,9 @@ from graphcomp.quantization.placement import place
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.uniform import UniformQuantizer
 from graphcomp.quantization.spec import QuantConfig, QuantSpec
-from graphcomp.quantization.walk import Lockstep
 from graphcomp.testing import Encoder, ResidualCNN, VisionTransformer, random_kept, randomize
-from tests.export.models import import_transformers
 from tests.marks import in_ci, slow
+from tests.targets.models import import_transformers
 from tests.vision import import_torchvision
 
 from .written import WRITTEN, Make, quantize_in_place

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import graphcomp as gc
-from graphcomp.graph import module_path
+from graphcomp.ir.graph import module_path
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, QuantSpec, with_bits
 from tests.quantization.test_placement import placed
 

@@ -14,7 +14,7 @@ from graphcomp.coupling.rules.create import overloads
 from graphcomp.coupling.rules.movement import all_frozen
 from graphcomp.coupling.size import Size
 from graphcomp.coupling.table import AxesValue, Call, rule
-from graphcomp.graph import bind, value
+from graphcomp.ir.graph import bind, value
 
 aten = torch.ops.aten
 Indices: TypeAlias = Sequence[Axes | None]

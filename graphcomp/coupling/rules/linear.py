@@ -14,7 +14,7 @@ from graphcomp.coupling.axis import UNIT, Axes, Axis, couple, freeze, length, re
 from graphcomp.coupling.notation import broadcast, einsum_letters, from_end
 from graphcomp.coupling.size import divide
 from graphcomp.coupling.table import Call, rule
-from graphcomp.graph import bind, value
+from graphcomp.ir.graph import bind, value
 
 aten = torch.ops.aten
 

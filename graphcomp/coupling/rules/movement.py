@@ -24,7 +24,7 @@ from graphcomp.coupling.axis import (
 from graphcomp.coupling.notation import broadcast
 from graphcomp.coupling.size import Size, divide
 from graphcomp.coupling.table import Call, rule
-from graphcomp.graph import bind
+from graphcomp.ir.graph import bind
 
 aten = torch.ops.aten
 

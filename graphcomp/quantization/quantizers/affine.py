@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from graphcomp.quantization.quantizers import again
+from graphcomp.quantization.quantizers import recompute
 from graphcomp.quantization.quantizers.base import Integers, container
 from graphcomp.quantization.quantizers.gradients import fake_quantize, multiples, round_through
 from graphcomp.quantization.quantizers.uniform import UniformQuantizer
@@ -46,7 +46,7 @@ class AffineQuantizer(UniformQuantizer):
         if not self.enabled:
             return x
         result = self._quantized(x)
-        again.note(result, self._quantized, x, (self.scale, self.zero_point))
+        recompute.note(result, self._quantized, x, (self.scale, self.zero_point))
         return result
 
     def _quantized(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcomp.errors import PlanError
-from graphcomp.quantization.quantizers import again, pieces
+from graphcomp.quantization.quantizers import blocked, recompute
 from graphcomp.quantization.quantizers.base import Integers, Quantizer, container
 from graphcomp.quantization.quantizers.gradients import bounded, inward, sum_of_product, where_inside
 from graphcomp.quantization.quantizers.uniform import step_and_zero
@@ -75,7 +75,7 @@ class GetaQuantizer(Quantizer):
         dtype = self._wide(x)
         wide = x if x.dtype == dtype else x.to(dtype)
         peak = self.peak if self.follow and self.training else None
-        levels = None if self.spec.learn_exponent or not pieces.fits(wide) else self._levels(dtype)
+        levels = None if self.spec.learn_exponent or not blocked.fits(wide) else self._levels(dtype)
         result: Tensor
         make: Callable[[Tensor], Tensor]
         if levels is not None:
@@ -95,7 +95,7 @@ class GetaQuantizer(Quantizer):
             make = functools.partial(_whole, d=d.detach(), q_m=q_m.detach(), t=None if t is None else t.detach())
         if x.dtype != dtype:
             result, make = result.to(x.dtype), functools.partial(_narrow, make=make, dtype=dtype)
-        again.note(result, make, x, (self.d, self.q_m, self.t))
+        recompute.note(result, make, x, (self.d, self.q_m, self.t))
         return result
 
     @torch.no_grad()
@@ -163,13 +163,13 @@ class GetaQuantizer(Quantizer):
         """The dtype to compute in: float32, or float64 where `x` or `d` has it. Half floats hold too few codes."""
         return torch.promote_types(torch.promote_types(x.dtype, self.d.dtype), torch.float32)
 
-    def _levels(self, dtype: torch.dtype) -> pieces.Levels | None:
+    def _levels(self, dtype: torch.dtype) -> blocked.Levels | None:
         """For t = 1, on a CPU; None where d or q_m is out of its limits."""
         step = self.d if self.d.dtype == dtype else self.d.to(dtype)
         d, q_m = step.item(), self.q_m.item()
         if not (RANGE_LIMITS[0] <= q_m <= RANGE_LIMITS[1] and q_m / MOST_CODES <= d <= q_m * MOST_CODES):
             return None
-        return pieces.Levels.of(step.detach(), d, q_m)
+        return blocked.Levels.of(step.detach(), d, q_m)
 
     def _valid(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
         """d, q_m and t within their limits; those of d are constants to autograd. A t of None is 1."""
@@ -200,9 +200,9 @@ def _in_limits(d: Tensor, q_m: Tensor) -> tuple[Tensor, Tensor]:
     return torch.clamp(d, q_m / MOST_CODES, q_m * MOST_CODES), q_m
 
 
-def _in_pieces(x: Tensor, levels: pieces.Levels) -> Tensor:
+def _in_pieces(x: Tensor, levels: blocked.Levels) -> Tensor:
     """What `_EvenInPieces` returns."""
-    return pieces.quantize(x, levels)[0]
+    return blocked.quantize(x, levels)[0]
 
 
 def _whole(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None) -> Tensor:
@@ -255,12 +255,12 @@ class _Even(torch.autograd.Function):
 
 
 class _EvenInPieces(torch.autograd.Function):
-    """`_Even` where `pieces.fits` and d and q_m are within their limits; the largest magnitude goes into `peak`."""
+    """`_Even` where `blocked.fits` and d and q_m are within their limits; the largest magnitude goes into `peak`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, d: Tensor, q_m: Tensor, levels: pieces.Levels, peak: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, d: Tensor, q_m: Tensor, levels: blocked.Levels, peak: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, d, q_m)
-        result, ctx.beyond, largest = pieces.quantize(x, levels)
+        result, ctx.beyond, largest = blocked.quantize(x, levels)
         ctx.levels = levels
         if peak is not None:
             peak.clamp_min_(largest)
@@ -269,11 +269,11 @@ class _EvenInPieces(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, d, q_m = ctx.saved_tensors
-        if torch.is_grad_enabled() or not pieces.fits(grad):  # derivatives of gradients, or of many at once
+        if torch.is_grad_enabled() or not blocked.fits(grad):  # derivatives of gradients, or of many at once
             own = d.to(x.dtype), q_m.to(x.dtype)
             grad_x, grad_d, grad_q_m = _even_gradients(ctx.needs_input_grad, grad, x, *own)
         else:
-            grad_x, of_d, of_q_m = pieces.gradients(grad, x, ctx.levels, ctx.beyond)
+            grad_x, of_d, of_q_m = blocked.gradients(grad, x, ctx.levels, ctx.beyond)
             grad_d, grad_q_m = d.new_tensor(of_d), q_m.new_tensor(of_q_m)
         return grad_x, grad_d, grad_q_m, None, None
 

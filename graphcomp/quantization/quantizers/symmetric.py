@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphcomp.quantization.quantizers import again
+from graphcomp.quantization.quantizers import recompute
 from graphcomp.quantization.quantizers.base import Integers, container
 from graphcomp.quantization.quantizers.gradients import fake_quantize, multiples
 from graphcomp.quantization.quantizers.uniform import UniformQuantizer
@@ -27,7 +27,7 @@ class SymmetricQuantizer(UniformQuantizer):
         if not self.enabled:
             return x
         result = self._quantized(x)
-        again.note(result, self._quantized, x, (self.scale,))
+        recompute.note(result, self._quantized, x, (self.scale,))
         return result
 
     def _quantized(self, x: Tensor) -> Tensor:

@@ -1,1 +1,0 @@
-"""What leaves graphcomp: the user's own class, a checkpoint folder."""

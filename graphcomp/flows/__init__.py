@@ -1,0 +1,1 @@
+"""The stages behind each public function, from kept units to a verified result."""

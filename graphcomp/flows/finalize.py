@@ -1,0 +1,172 @@
+"""From a trained module to what is handed back: slice, fold, lower, verify."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
+from graphcomp.capture.backward import without_backward
+from graphcomp.capture.capture import Captured
+from graphcomp.cost import flat_inputs
+from graphcomp.coupling.groups import ChannelGroup
+from graphcomp.errors import TrainingError, VerificationError
+from graphcomp.flows.held import held_by_class
+from graphcomp.flows.results import as_model, cut_groups, with_integers
+from graphcomp.ir.module import tensor_leaves
+from graphcomp.ir.preserve import same_buffers
+from graphcomp.numerics.compare import in_float64, is_whole, relative_error, why_silent
+from graphcomp.numerics.float64 import Float64ByDefault
+from graphcomp.numerics.provenance import compare_before, heard
+from graphcomp.pruning.slice import SliceGroups
+from graphcomp.pruning.verify import in_double
+from graphcomp.quantization.fold_scales import Finish, from_training, with_embeddings
+from graphcomp.quantization.redundant import with_repeats
+from graphcomp.result import CompressedModel
+from graphcomp.system.threads import one_at_a_time
+from graphcomp.training.prepared import Prepared, Session
+from graphcomp.training.shrink import expanded, hand_over, settled
+
+SLICING, FOLDING = 1e-9, 1e-6
+"""Largest relative errors, in float64, of slicing a trained graph and of folding its batch norms into its steps."""
+
+
+@one_at_a_time
+def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> CompressedModel:
+    """The model that training left: sliced to the units whose masks are 1, in integers where it was quantized.
+
+    Raises:
+        PlanError: a schedule was begun and has not come to its cool-down.
+        TrainingError: a parameter or buffer is not finite.
+        VerificationError: the small model does not compute what the trained one does.
+    """
+    trained = ready = settled(ready, verify=verify)
+    while ready.session.whole is not None:
+        ready = expanded(ready)
+    session = ready.session
+    for name, tensor in trained.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise TrainingError(
+                f"'{name}' holds values that are NaN or infinite",
+                why="training diverged, or a batch held such values",
+                fix="go back to the last sound state_dict; a lower lr, clipped gradients",
+            )
+    hand_over(ready, session)
+    plan, kept = session.plan, ready.kept()
+    in_floats = {group.name: group for group in plan.groups}
+    groups: list[ChannelGroup] = [in_floats[group.name] for group in session.groups]
+    cut = cut_groups(plan, dict(zip(groups, kept.values(), strict=True)), groups, verify=False)
+    cut = replace(cut, notes=(*session.notes, *trained.remarks))
+    sliced = SliceGroups(session.quantized.coupling, kept)(session.quantized.captured.module)
+    if verify:
+        verified, unchecked = _verified(trained, sliced, session)
+        cut = replace(cut, verified=verified, unchecked=unchecked)
+    if session.bits is None:
+        _, held = held_by_class(cut)
+        return as_model(cut, held, measure_latency=measure_latency)
+    inputs = flat_inputs(plan.captured, plan.captured.args, plan.captured.kwargs)
+    assert session.config is not None
+    whole = with_repeats(without_backward(sliced))
+    stored = with_embeddings(whole, session.config.embeddings, session.ignore)
+    quantized = from_training(stored, [inputs])
+    return with_integers(
+        cut,
+        quantized,
+        quantized.notes,
+        inputs if verify else None,
+        measure_latency=measure_latency,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ verification
+def _verified(ready: Prepared, sliced: fx.GraphModule, session: Session) -> tuple[dict[str, float], dict[str, str]]:
+    """How far the trained, the sliced and the folded graph are apart on the example inputs, in eval mode and in
+    float64: in float32 the rounding of a sum can send an activation to the next code, and what follows with it.
+
+    Raises:
+        VerificationError: they differ.
+    """
+    captured, exact = session.plan.captured, in_double(sliced)
+    laws = {"trained == sliced": (in_double(ready), exact, SLICING)}
+    if session.bits is not None:
+        laws["sliced == folded"] = (exact, Finish()(with_repeats(exact)), FOLDING)
+    errors: dict[str, float] = {}
+    unchecked: dict[str, str] = {}
+    for law, (wanted, got, allowed) in laws.items():
+        error, silent = _compare(wanted, got, captured, allowed)
+        errors |= {} if math.isnan(error) else {law: error}
+        unchecked |= {law: silent} if math.isnan(error) else {}
+    return errors, unchecked
+
+
+def _compare(wanted: fx.GraphModule, got: fx.GraphModule, captured: Captured, allowed: float) -> tuple[float, str]:
+    """Return the relative error of `got`, NaN with the reason where the outputs prove nothing.
+
+    Where an output proves nothing (classes, flags), the floats that it is computed from are compared.
+
+    Raises:
+        VerificationError: the two differ.
+    """
+    expected, actual = _outputs(wanted, captured), _outputs(got, captured)
+    errors = [_checked(relative_error(expected, actual), allowed)]
+    outputs = tensor_leaves(expected[0])
+    silent = [
+        f"output '{name}' {why}"
+        for name, t in zip(captured.output_names, outputs, strict=True)
+        if (why := why_silent(t))
+    ]
+    if not silent and not any(map(is_whole, outputs)):
+        return max(errors), ""
+    if len(silent) == len(outputs):
+        errors = []
+    before = [_floats_before(graph, captured) for graph in (wanted, got)]
+    found = [compare_before(a, b) for a, b in zip(*before, strict=True) if a]
+    errors += [_checked(error, allowed) for error in found if not math.isnan(error)]
+    return max(errors, default=math.nan), "; ".join(silent)
+
+
+def _outputs(graph: fx.GraphModule, captured: Captured) -> Any:
+    """Return what a graph in float64 returns, and its inputs after that.
+
+    Raises:
+        VerificationError: it does not run.
+    """
+    args, kwargs = pytree.tree_map(in_float64, captured.inputs())
+    try:
+        with same_buffers(graph), Float64ByDefault(), torch.no_grad():
+            return graph(*args, **kwargs), args, kwargs
+    except Exception as error:  # whatever the ops raise that do not take float64
+        raise VerificationError(
+            "the trained model does not run in float64, in which it would be compared with the small one",
+            why=str(error)[:300],
+            fix="finalize(ready, verify=False) goes without",
+        ) from error
+
+
+def _floats_before(graph: fx.GraphModule, captured: Captured) -> list[list[Tensor]]:
+    """Return the floats that each output of a graph in float64 is computed from where it proves nothing itself."""
+    args, kwargs = pytree.tree_map(in_float64, captured.inputs())
+    with same_buffers(graph), Float64ByDefault():
+        output, provenance = heard(graph, args, kwargs)
+    return [
+        provenance.before(tensor) if why_silent(tensor) or is_whole(tensor) else [] for tensor in tensor_leaves(output)
+    ]
+
+
+def _checked(error: float, allowed: float) -> float:
+    """Return `error`.
+
+    Raises:
+        VerificationError: it is more than `allowed`.
+    """
+    if not (error <= allowed or math.isnan(error)):
+        raise VerificationError(
+            "the small model does not compute what the trained model computes",
+            why=f"largest relative error {error:.1e} in float64, allowed {allowed:.0e}",
+            fix="please report the model; finalize(ready, verify=False) goes on all the same",
+        )
+    return error

@@ -1,0 +1,102 @@
+"""A cut that the model's own class can hold: with equal counts where the class needs them, or why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TypeAlias
+
+from graphcomp.cost import CostModel
+from graphcomp.coupling.analysis import Analysis
+from graphcomp.coupling.groups import ChannelGroup, Kept
+from graphcomp.flows.results import Cut, cut_groups
+from graphcomp.native.model import NativeResult, native
+from graphcomp.pruning.allocation import Budget, Meter, normalized
+from graphcomp.pruning.evidence import Scores
+from graphcomp.pruning.ties import Left, Tie, equalized, merged
+from graphcomp.system.threads import one_at_a_time
+
+Choose: TypeAlias = Callable[[Sequence[Tie]], Kept]
+"""Ties -> the units that stay, equally many of the groups of each tie."""
+
+MAX_ROUNDS = 8  # choices with more and more ties
+SHOWN = 3  # ties that a note names
+
+
+@one_at_a_time
+def held_by_class(cut: Cut, choose: Choose | None = None) -> tuple[Cut, NativeResult]:
+    """Return the cut and the model of the user's class that holds the cut; no module, and the reason, where none does.
+
+    Args:
+        choose: makes another choice of units, for a class that can hold lengths only as long as they are equal. The
+            cut that is returned is of that choice, where the choice keeps the class.
+    """
+    found = native(cut.plan, cut.kept, cut.graph)
+    if found.module is None and choose is not None:
+        cut, found = _tied(cut, found, choose)
+    if found.module is None:
+        found = replace(found, reason=found.reason + _what_keeps_the_class(cut, found))
+    return cut, found
+
+
+def equal_counts(
+    plan: Analysis, kept: Kept, scores: Scores, budget: Budget | None, local: bool, round_to: int
+) -> Choose:
+    """Return a function from ties to a choice like `kept`, with equal counts within each tie."""
+    groups = list(kept)
+    meter = None if budget is None else Meter(CostModel(plan), budget, groups)
+
+    def holds(left: Left) -> bool:
+        assert meter is not None
+        return meter.holds([left[group] for group in groups])
+
+    comparable = normalized(scores, "mean")
+    return partial(equalized, kept, comparable, step=round_to, local=local, holds=None if meter is None else holds)
+
+
+def _tied(cut: Cut, found: NativeResult, choose: Choose) -> tuple[Cut, NativeResult]:
+    """Return a cut that the class can hold, with ties of counts; else what was given, the reason completed."""
+    group_of = {group.factor: group for group in cut.groups}
+    ties: tuple[Tie, ...] = ()
+    latest = found
+    for _ in range(MAX_ROUNDS):
+        more = [frozenset(group_of[factor] for factor in tie if factor in group_of) for tie in latest.ties]
+        wider = merged([*ties, *more])
+        if set(wider) == set(ties):
+            break
+        ties = wider
+        tied = cut_groups(cut.plan, choose(ties), cut.groups, verify=False)
+        latest = native(cut.plan, tied.kept, tied.graph)
+        if latest.module is not None:
+            if cut.verified or cut.unchecked:
+                tied = cut_groups(cut.plan, tied.kept, cut.groups, verify=True)
+            return replace(tied, notes=(*tied.notes, _tie_note(ties))), latest
+    if ties:
+        return cut, replace(latest, reason=f"with equal counts of {len(ties)} sets of groups, too: {latest.reason}")
+    return cut, found
+
+
+def _what_keeps_the_class(cut: Cut, found: NativeResult) -> str:
+    """Say what to pass so that the class holds the rest of the cut: tried out, where there is a rest."""
+    by_role = {group.role: [g for g in cut.kept if g.role == group.role] for group in (*found.blamed, *cut.kept)}
+    for whole in ([*found.blamed], *by_role.values()):
+        rest = {group: units for group, units in cut.kept.items() if group not in whole}
+        if whole and (native(cut.plan, rest, explain=False).module is not None if rest else found.blamed):
+            return f"; to keep the class, pass {_leave_whole(whole, list(rest))}"
+    return ""
+
+
+def _leave_whole(groups: Sequence[ChannelGroup], others: Sequence[ChannelGroup]) -> str:
+    """Return the option that leaves `groups` whole: their modules, or the other roles where there are many."""
+    modules = tuple(dict.fromkeys(group.name.rpartition("/")[0] for group in groups))
+    roles = tuple(dict.fromkeys(group.role for group in others))
+    if roles and not set(roles) & {group.role for group in groups} and len(modules) > 1:
+        return f"prune={roles!r}"
+    return f"ignore={modules[0] if len(modules) == 1 else modules!r}"
+
+
+def _tie_note(ties: Sequence[Tie]) -> str:
+    names = [" = ".join(sorted(group.name for group in tie)) for tie in ties]
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"equally many units are kept, so that the class can hold them: {'; '.join(names[:SHOWN])}{more}"

@@ -1,0 +1,495 @@
+"""From what is kept to what is handed back: cut, verify, quantize, count, and put it together."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
+
+from graphcomp.capture.beside import TRAINING
+from graphcomp.capture.capture import Captured
+from graphcomp.capture.resized import OPEN, open_lengths
+from graphcomp.cost import Bits, Bops, Codes, CostModel, Counts, SizeModel, flat_inputs, latency
+from graphcomp.coupling.analysis import Analysis
+from graphcomp.coupling.groups import ChannelGroup, Kept
+from graphcomp.errors import CalibrationError, PlanError, VerificationError
+from graphcomp.ir.graph import bind, value
+from graphcomp.ir.module import tensor_leaves
+from graphcomp.native.model import NativeResult
+from graphcomp.pruning.slice import SliceGroups, by_factor, kept_of_model, kept_of_tensors
+from graphcomp.pruning.verify import LAW as SLICING
+from graphcomp.pruning.verify import check_slicing
+from graphcomp.quantization import ops
+from graphcomp.quantization.integer_bytes import StoredBytes
+from graphcomp.quantization.lower import Lowered, LoweredLayer
+from graphcomp.quantization.ptq import (
+    PostTraining,
+    Quantized,
+    Rounding,
+    planned,
+    planned_layers,
+    planned_sites,
+    quantize,
+)
+from graphcomp.quantization.quantizers.base import Quantizer, spread
+from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, Observer, QuantConfig, QuantSpec, check_bits
+from graphcomp.quantization.verify import LAW as LOWERING
+from graphcomp.quantization.verify import check_lowering
+from graphcomp.report.report import Change, LayerReport, Report, group_dict, layers
+from graphcomp.result import CompressedModel
+from graphcomp.system.threads import one_at_a_time
+from graphcomp.training.same_gradients import other_gradients
+
+logger = logging.getLogger("graphcomp")
+
+
+# ------------------------------------------------------------------------------------------------ cutting
+@dataclass(frozen=True)
+class Cut:
+    """A plan carried out.
+
+    Attributes:
+        plan: of the model before.
+        kept: the units that stay; groups left out stay whole.
+        groups: whose units were up for pruning.
+        graph: the sliced graph; None for a recorded model, which has none that can be run.
+        verified: law -> largest relative error.
+        unchecked: law, or part of one -> why it could not be checked.
+        notes: what was asked and not done, or done otherwise; how laws were checked.
+    """
+
+    plan: Analysis
+    kept: Kept
+    groups: Sequence[ChannelGroup]
+    graph: fx.GraphModule | None
+    verified: Mapping[str, float]
+    unchecked: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@one_at_a_time
+def cut_groups(plan: Analysis, kept: Kept, groups: Sequence[ChannelGroup], *, verify: bool) -> Cut:
+    """Slice the captured graph.
+
+    Raises:
+        PlanError: a group would lose all units, or an index is none of its units.
+        VerificationError: the sliced model does not compute what the masked one does.
+    """
+    if plan.captured.producer != "export":
+        return Cut(plan, kept, groups, None, {})
+    graph = SliceGroups(plan.coupling, kept)(plan.captured.module)
+    if not verify or not kept:
+        return Cut(plan, kept, groups, graph, {})
+    found = check_slicing(plan.coupling, plan.captured, kept, graph)
+    verified = {} if math.isnan(found.error) else {SLICING: found.error}
+    return Cut(plan, kept, groups, graph, verified, found.unchecked, found.notes)
+
+
+@one_at_a_time
+def as_model(cut: Cut, found: NativeResult, *, measure_latency: bool) -> CompressedModel:
+    """The cut model in floats: of the user's own class where that could be verified, else the graph."""
+    plan = cut.plan
+    module, form = _choose(found, cut.graph, plan)
+    verified, unchecked = dict(cut.verified), dict(cut.unchecked)
+    if found.module is not None and not math.isnan(found.error):
+        verified[_law_of_native(plan, found)] = found.error
+    elif found.module is not None:
+        unchecked[_law_of_native(plan, found)] = found.silent
+    others = {_law_of_other(name): error for name, error in found.others.items()}
+    verified |= {law: error for law, error in others.items() if not math.isnan(error)}
+    unchecked |= {_law_of_other(name): why for name, why in found.unchecked.items()}
+    unchecked |= plan.beside.unchecked
+    report = _report(replace(cut, verified=verified, unchecked=unchecked), _native_notes(plan, found))
+    module.train(plan.model.training)
+    return _model(
+        cut,
+        module,
+        _with_latency(report, plan, module) if measure_latency else report,
+        form=form,
+        reason="" if form == "native" else found.reason,
+        edits=found.edits if form == "native" else (),
+    )
+
+
+def _model(cut: Cut, module: nn.Module, report: Report, **about: Any) -> CompressedModel:
+    model = cut.plan.model
+    # constants that the forward makes are cut, too, and have no names in the model
+    held = {name for name, _ in _parameters_and_buffers(model)}
+    kept = (kept_of_model if about["form"] == "native" else kept_of_tensors)(cut.plan.coupling, cut.kept)
+    if isinstance(module, fx.GraphModule):
+        module.meta[OPEN] = open_lengths(cut.plan.captured)
+    small = CompressedModel(
+        module,
+        kept={name: dims for name, dims in kept.items() if name in held},
+        report=report,
+        original_shapes=shapes(model),
+        example_args=cut.plan.captured.args,
+        example_kwargs=cut.plan.captured.kwargs,
+        **about,
+    )
+    small.path = cut.plan.captured.path
+    return small
+
+
+def _parameters_and_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name in the state_dict -> shape, of tensors: modules may put other state beside them."""
+    held = model.state_dict(keep_vars=True)
+    return {name: tuple(t.shape) for name, t in held.items() if isinstance(t, Tensor)}
+
+
+# ------------------------------------------------------------------------------------------------ quantizing
+SHOWN = 12
+"""Layers that a note names before it counts the rest."""
+
+REDUCED_BITS = 7
+"""Of weights whose products with 8-bit activations, added in pairs, fit into 16 bits: 2 · 63 · 255 < 2^15."""
+
+
+def post_training(
+    bits: int | tuple[int, int] | None,
+    activation_bits: int | tuple[int, int] | Literal["same"] | None,
+    group_size: int,
+    rounding: Rounding,
+    ignore: str | Sequence[str],
+    reduce_range: bool = False,
+    calibrated: bool = False,
+    observer: Observer = "minmax",
+) -> PostTraining | None:
+    """The options that `compress` was given one by one; None where nothing is to be quantized.
+
+    `observer` is how ranges of weights and activations are read off data.
+
+    Raises:
+        PlanError: bits outside 2 to 16, or options of a quantization that was not asked for.
+    """
+    if not isinstance(bits, int) or isinstance(bits, bool):
+        others = activation_bits not in ("same", None) or group_size or rounding != "nearest" or reduce_range
+        if bits is None and (others or calibrated):
+            raise PlanError(
+                "activation_bits, group_size, rounding, reduce_range and calibration need bits", fix="bits=8"
+            )
+        if bits is not None:
+            check_bits(bits)
+        return None
+    check_bits(bits)
+    if rounding not in ("nearest", "second_order"):
+        raise PlanError(f"rounding={rounding!r}", fix='rounding="nearest" or rounding="second_order"')
+    acts = bits if activation_bits == "same" else activation_bits and check_bits(activation_bits, "activation_bits")
+    least = 8
+    if reduce_range:
+        bits, least = min(bits, REDUCED_BITS), REDUCED_BITS
+    weights = QuantSpec(bits, granularity="group", group_size=group_size) if group_size else replace(WEIGHTS, bits=bits)
+    config = QuantConfig(
+        weights=replace(weights, observer=observer),
+        activations=None if acts is None else replace(ACTIVATIONS, bits=acts, observer=observer),
+        embeddings=QuantSpec(max(bits, 8), granularity="channel"),
+        first_and_last_bits=least,
+    )
+    return PostTraining(config, (ignore,) if isinstance(ignore, str) else tuple(ignore), rounding=rounding)
+
+
+@one_at_a_time
+def planned_bits(plan: Analysis, options: PostTraining) -> dict[str | fx.Node, Bits]:
+    """The bits that the ops of the analysed graph will have.
+
+    Raises:
+        PlanError: the model could only be recorded.
+    """
+    captured = plan.captured
+    check_floats(captured)
+    check_second_call(captured)
+    if captured.producer != "export":
+        raise PlanError(
+            f"{type(plan.model).__name__} cannot be quantized: it could only be recorded",
+            why=f"torch.export refused: {captured.reason}",
+            fix='scope="path.to.submodule" compresses a part that can be exported',
+        )
+    return _bits_by_node(CostModel(plan), planned_layers(captured.module, options))
+
+
+def check_second_call(captured: Captured) -> None:
+    """Raise PlanError where a graph cannot stand for the model, whose first call changes what the next one reads."""
+    if captured.second_call:
+        raise PlanError(
+            f"a graph of {type(captured.original).__name__} holds for its first call alone",
+            why=f"the forward changes attributes of the model: {captured.second_call}",
+            fix="call the model once in eval mode before, if its first call alone is another; or keep state in buffers",
+        )
+
+
+def group_sizes(plan: Analysis, options: PostTraining) -> dict[str, int]:
+    """Return the weights whose inputs will be quantized in groups, with the size of a group."""
+    captured = plan.captured
+    specs = (options.config.weights, *(weights for weights, _ in options.config.overrides.values()))
+    if all(spec is None or spec.granularity != "group" for spec in specs):
+        return {}
+    sites = planned_sites(captured.module, options)
+    return {str(site.value.target): site.spec.group_size for site in sites if site.value.op == "get_attr"}
+
+
+def check_floats(captured: Captured) -> None:
+    """Raise PlanError where the model is quantized already, by `compress` or for training."""
+    model = captured.original
+    prepared = any(isinstance(module, Quantizer) for module in model.modules())
+    if prepared or any(_is_of_integers(node.target) for node in captured.module.graph.nodes):
+        raise PlanError(
+            f"{type(model).__name__} is quantized already",
+            why="it holds quantizers" if prepared else "its weights are integers",
+            fix="graphcomp.finalize(ready) makes the small model" if prepared else "quantize the float model",
+        )
+
+
+def _is_of_integers(target: Any) -> bool:
+    return target in ops.OF_INTEGERS or (isinstance(target, OpOverload) and target.namespace.startswith("quantized"))
+
+
+def check_batches(example_inputs: Any, calibration: Iterable[Any]) -> None:
+    """Raise CalibrationError where what was given is no series of batches."""
+    example = next(iter(tensor_leaves(example_inputs)), None)
+    one = isinstance(calibration, Tensor) and example is not None and calibration.dim() <= example.dim()
+    if one or isinstance(calibration, Mapping) or not isinstance(calibration, Iterable):
+        raise CalibrationError(
+            f"calibration is a {type(calibration).__name__}, not a series of batches",
+            why="each of its rows would be taken for a batch" if one else "",
+            fix="calibration=[batch, …], each batch in the form of the example inputs",
+        )
+
+
+def planned_bytes(plan: Analysis, options: PostTraining, bits: Mapping[str | fx.Node, Bits]) -> Callable[[Counts], int]:
+    """Bytes of what quantizing will store, by the number of units that stay.
+
+    Args:
+        bits: what `planned_bits` gave.
+    """
+    config, group_size = options.config, 0
+    if config.weights is not None and config.weights.granularity == "group":
+        # which inputs make a group is settled when the others are gone: the graph is planned with a step per row
+        group_size = config.weights.group_size
+        rows = replace(config.weights, granularity="channel", group_size=0)
+        options = replace(options, config=replace(config, weights=rows))
+    stored = StoredBytes(plan, planned(plan.captured.module, options), group_size)
+    by_op = {node.name: own for node, own in bits.items() if isinstance(node, fx.Node)}
+    return lambda counts: stored(counts, by_op)
+
+
+def _bits_by_node(costs: CostModel, layers: Sequence[LoweredLayer]) -> dict[str | fx.Node, Bits]:
+    """The bits of each op of the analysed graph that is quantized; cutting and quantizing keep their names."""
+    found = {layer.node: Bits(layer.weight_bits, layer.activation_bits) for layer in layers}
+    return {op.node: found[op.node.name] for op in costs.operations if op.node.name in found}
+
+
+@one_at_a_time
+def as_integers(
+    cut: Cut,
+    options: PostTraining,
+    batches: Sequence[Sequence[Any]] | None,
+    *,
+    verify: bool,
+    measure_latency: bool,
+) -> CompressedModel:
+    """The cut model with integer weights, calibrated on batches of flat inputs, or on the example inputs where there
+    are none.
+
+    Raises:
+        CalibrationError: the data do not fit, or are not finite.
+        VerificationError: the integers do not compute what the fake-quant graph does.
+    """
+    captured = cut.plan.captured
+    assert cut.graph is not None, "planned_bits refuses a recorded model"
+    notes = []
+    if batches is None:
+        batches = [flat_inputs(captured, captured.args, captured.kwargs)]
+        if options.config.activations is not None:
+            notes.append("calibrated on the example inputs alone, as no calibration= was given")
+        elif options.rounding == "second_order":
+            notes.append("rounded to second order on the example inputs alone, as no calibration= was given")
+    quantized = quantize(cut.graph, batches, options)
+    return with_integers(
+        cut, quantized, (*notes, *quantized.notes), batches[0] if verify else None, measure_latency=measure_latency
+    )
+
+
+@one_at_a_time
+def with_integers(
+    cut: Cut, quantized: Quantized, notes: Sequence[str], inputs: Sequence[Any] | None, *, measure_latency: bool
+) -> CompressedModel:
+    """A cut and quantized model, Law 3 checked on flat `inputs` where there are some.
+
+    Raises:
+        VerificationError: the integers do not compute what the fake-quant graph does.
+    """
+    verified, unchecked = dict(cut.verified), dict(cut.unchecked)
+    if inputs is not None and (quantized.lowered.weights or quantized.lowered.activations):
+        verified[LOWERING] = check_lowering(quantized.fake, quantized.lowered, inputs).steps
+    elif inputs is not None:
+        unchecked[LOWERING] = "nothing was quantized"
+    cut = replace(cut, verified=verified, unchecked=unchecked)
+    left = _left_float(quantized.left_float)
+    report = _quantized_report(cut, (*notes, *_replaced_notes(cut.plan.captured), *left), quantized)
+    module = quantized.lowered.module
+    result = _model(
+        cut,
+        module,
+        _with_latency(report, cut.plan, module) if measure_latency else report,
+        form="graph",
+        reason="integer weights and quantize nodes stand in a graph",
+    )
+    result.quantized = quantized
+    return result
+
+
+def _left_float(left: Mapping[str, str]) -> list[str]:
+    """Return one note per reason for which layers stay float."""
+    by_reason: dict[str, list[str]] = {}
+    for layer, reason in left.items():
+        by_reason.setdefault(reason, []).append(f"'{layer}'")
+    return [
+        f"{_listed(layers)} {'stays' if len(layers) == 1 else 'stay'} float: {reason}"
+        for reason, layers in by_reason.items()
+    ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return the names, those beyond SHOWN as their number."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _quantized_report(cut: Cut, notes: Sequence[str], quantized: Quantized) -> Report:
+    """The float report with what the integers change in it."""
+    lowered = quantized.lowered
+    by_node = {layer.node: layer for layer in lowered.layers}
+    # a weight that is computed of a parameter has a name of its own once it is stored
+    operations = CostModel(cut.plan).operations
+    by_name = {op.layer: by_node[op.node.name] for op in operations if op.node.name in by_node}
+    by_name |= {layer.name: layer for layer in lowered.layers}
+    report = _report(cut, notes, lowered.layers)
+    stored = sum(t.numel() * t.element_size() for t in _stored(lowered.module))
+    return replace(
+        report,
+        bytes=Change(report.bytes.before, stored),
+        layers=tuple(_with_bits(layer, by_name) for layer in report.layers),
+        sizes=_sizes(lowered),
+        quantization_errors=quantized.errors,
+    )
+
+
+def _with_bits(layer: LayerReport, found: Mapping[str, Any]) -> LayerReport:
+    if layer.name not in found:
+        return layer
+    return replace(layer, weight_bits=found[layer.name].weight_bits, activation_bits=found[layer.name].activation_bits)
+
+
+def _stored(module: nn.Module) -> list[Tensor]:
+    return list({id(t): t for t in (*module.parameters(), *module.buffers())}.values())
+
+
+def _sizes(lowered: Lowered) -> dict[str, float]:
+    """The conventions' sizes of the quantized weights; floats and biases, of 32 bits each, are in the remainder."""
+    tensors = {
+        name: Codes(
+            i.values,
+            (i.quant_max - i.quant_min).bit_length(),
+            spread(i.zero_point, i.values.dim(), i.dim, i.groups),
+            i.scale.numel(),
+        )
+        for name, i in lowered.weights.items()
+    }
+    nodes = lowered.module.graph.find_nodes(op="call_function", target=ops.dequantize_per_channel)
+    biases = sum(value(node).numel() for node in nodes if bind(node)["dtype"] is torch.int32)
+    floats = sum(p.numel() for p in lowered.module.parameters())
+    return {name: float(size) for name, size in SizeModel(tensors, floats + biases).sizes().items()}
+
+
+# ------------------------------------------------------------------------------------------------ verification
+def _law_of_native(plan: Analysis, found: NativeResult) -> str:
+    """What the user's class was compared with, and in which precision."""
+    law = "native == masked" if plan.captured.producer == "record" else "native == sliced"
+    return f"{law}, in float64" if found.rounding else law
+
+
+def _law_of_other(name: str) -> str:
+    return f"native == masked, {name}" if name == TRAINING else f"native == masked, on {name}"
+
+
+def _choose(found: NativeResult, small: fx.GraphModule | None, plan: Analysis) -> tuple[nn.Module, Any]:
+    if found.module is not None:
+        return found.module, "native"
+    if small is not None:
+        check_second_call(plan.captured)
+        logger.info("the result is a graph, not a %s: %s", type(plan.model).__name__, found.reason)
+        return small, "graph"
+    raise VerificationError(
+        f"{type(plan.model).__name__} could only be recorded, and its own class could not be cut",
+        why=f"{found.reason}; torch.export refused: {plan.captured.reason}",
+        fix='scope="path.to.submodule" compresses a part that can be exported',
+    )
+
+
+# ------------------------------------------------------------------------------------------------ results
+def _native_notes(plan: Analysis, found: NativeResult) -> tuple[str, ...]:
+    notes = []
+    if found.module is None:
+        notes = [f"a graph, not the model's own class: {found.reason}", *_replaced_notes(plan.captured)]
+    other = other_gradients(plan.captured) if found.module is None and plan.captured.functions else ""
+    notes += [f"the graph is for inference: {other}"] if other else []
+    if plan.captured.producer == "record":
+        notes.append(f"recorded, since torch.export refused: {plan.captured.reason}")
+    if found.rounding:
+        notes.append(f"verified in float64, since in the model's own precision rounding shows: {found.rounding}")
+    return tuple(notes)
+
+
+def _replaced_notes(captured: Captured) -> list[str]:
+    """Say which inputs the forward replaces in lists and dicts of the caller, which a graph does not do."""
+    names = ", ".join(captured.path.replaced)
+    return [f"the model puts other tensors in the place of its inputs {names}, and the graph does not"] if names else []
+
+
+def _report(cut: Cut, notes: Sequence[str], quantized: Sequence[LoweredLayer] = ()) -> Report:
+    """What was cut; the ops after have the bits of the `quantized` layers, the others are float."""
+    plan, kept, groups = cut.plan, cut.kept, cut.groups
+    counts = {factor: len(units) for factor, units in by_factor(kept).items()}
+    costs = CostModel(plan)
+    before, after = Bops(costs), Bops(costs, _bits_by_node(costs, quantized))
+    return Report(
+        params=Change(costs.params(), costs.params(counts)),
+        macs=Change(costs.macs(), costs.macs(counts)),
+        bops=Change(before.layers(), after.layers(counts)),
+        bops_attention=Change(before.attention(), after.attention(counts)),
+        bytes=Change(costs.bytes(), costs.bytes(counts)),
+        units_removed=sum(group.size - len(units) for group, units in kept.items()),
+        units_total=sum(group.size for group in groups),
+        layers=layers(plan, kept_of_tensors(plan.coupling, kept), costs.weights),
+        groups=tuple(group_dict(group, kept) for group in plan.groups),
+        frozen=plan.frozen,
+        unknown_ops=tuple(u.op for u in plan.unknown_ops),
+        verified=cut.verified,
+        unchecked=cut.unchecked,
+        notes=(*plan.captured.notes, *_uncounted_notes(costs), *notes, *cut.notes, *plan.captured.path.notes()),
+    )
+
+
+def _uncounted_notes(costs: CostModel) -> list[str]:
+    """One note per op and reason that macs and bops leave out."""
+    found = Counter(str(op) for op in costs.uncounted)
+    return [f"not counted in macs and bops: {count} x {op}" for op, count in found.items()]
+
+
+def _with_latency(report: Report, plan: Analysis, module: nn.Module) -> Report:
+    captured = plan.captured
+    before = latency(plan.model, captured.args, captured.kwargs)
+    after = latency(module, captured.args, captured.kwargs)
+    return replace(report, latency_ms=Change(before.median_ms, after.median_ms))

@@ -1,0 +1,65 @@
+"""Copies of example inputs: a model may write into the tensors that a caller gives."""
+
+from __future__ import annotations
+
+import copy
+import types
+from typing import Any, TypeVar
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from graphcomp.ir.module import leaf_names
+
+T = TypeVar("T")
+
+IMMUTABLE = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, types.FunctionType)
+
+
+def copies(values: T) -> T:
+    """Return `values` with every tensor cloned, without history; one tensor in two places stays one tensor.
+
+    Objects that pytree does not know, such as a cache of past keys and values, are copied deeply where that works.
+    """
+    seen: dict[int, Any] = {}
+
+    def copied(leaf: Any) -> Any:
+        if id(leaf) not in seen:
+            seen[id(leaf)] = _copy(leaf)
+        return seen[id(leaf)]
+
+    result: T = pytree.tree_map(copied, values)
+    return result
+
+
+def updates(before: Any, after: Any) -> dict[str, Tensor]:
+    """Return what a run made of its inputs: "input <name>" -> tensor, of those with other values than in `before`."""
+    old = _named(before)
+    return {f"input {name}": new for name, new in _named(after).items() if not _same(new, old.get(name))}
+
+
+def _named(values: Any) -> dict[str, Tensor]:
+    leaves, spec = pytree.tree_flatten(values)
+    return {name: leaf for name, leaf in zip(leaf_names(spec), leaves, strict=True) if isinstance(leaf, Tensor)}
+
+
+def _same(new: Tensor, old: Tensor | None) -> bool:
+    if old is None:  # the run put it into a list or dict of the caller's
+        return False
+    if new.is_meta or new.layout is not torch.strided:
+        return True
+    old = old.to(new.dtype)
+    return new.shape == old.shape and bool(((new == old) | ((new != new) & (old != old))).all())
+
+
+def _copy(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        clone = leaf.detach().clone()
+        return clone.requires_grad_() if leaf.requires_grad else clone
+    if isinstance(leaf, (*IMMUTABLE, nn.Module)):
+        return leaf
+    try:
+        return copy.deepcopy(leaf)
+    except Exception:  # a class may refuse to be copied in any way: a lock, an open file, a computed tensor
+        return leaf

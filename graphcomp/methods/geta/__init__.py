@@ -1,0 +1,1 @@
+"""GETA: joint structured pruning and quantization-aware training (QASSO)."""

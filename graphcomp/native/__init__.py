@@ -1,0 +1,1 @@
+"""The user's own class with smaller parameters, verified against the sliced graph."""

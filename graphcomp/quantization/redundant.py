@@ -1,0 +1,74 @@
+"""Quantizers of values that were only moved: needless in training, wanted by integer kernels.
+
+What a view, a transpose or a max pooling returns lies on the grid of what it read; to quantize it again changes nothing
+and costs a pass. Where the largest level lies above the range it even keeps gradients from the elements there.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from graphcomp.ir.graph import bind, clone
+from graphcomp.quantization.insert import quantizer_nodes
+from graphcomp.quantization.lower import constants_with_quantizers
+from graphcomp.quantization.placement import SAME, Placement, Site, fills
+
+
+def without_repeats(placement: Placement) -> Placement:
+    """The placement without sites on values that were moved from another site with the same quantizer."""
+    at: dict[fx.Node, list[Site]] = {}
+    for site in placement.sites:
+        if not site.is_weight:
+            at.setdefault(site.value, []).append(site)
+    kept = tuple(site for site in placement.sites if site.is_weight or not _repeats(site, at))
+    return replace(placement, sites=kept)
+
+
+def _repeats(site: Site, at: Mapping[fx.Node, Sequence[Site]]) -> bool:
+    source = moved_from(site.value)
+    before = at.get(source, ()) if source is not None else ()
+    return any(other.shares is site.shares and site.value in other.users for other in before)
+
+
+def moved_from(node: fx.Node) -> fx.Node | None:
+    """What a node moves the elements of; None where it does more than that, or returns several values."""
+    if node.target not in SAME or node.target is operator.getitem or not isinstance(node.meta.get("val"), torch.Tensor):
+        return None
+    if fills(node):
+        return None
+    source = bind(node)[SAME[node.target]]
+    return source if isinstance(source, fx.Node) else None
+
+
+def quantizer_before(node: fx.Node, quantizers: Mapping[fx.Node, object]) -> fx.Node | None:
+    """The fake-quant node on whose grid `node` lies: itself, or one that it was moved from."""
+    found: fx.Node | None = node
+    while found is not None and found not in quantizers:
+        found = moved_from(found)
+    return found
+
+
+def with_repeats(fake: fx.GraphModule) -> fx.GraphModule:
+    """A new graph that computes the same, with a quantizer behind every value that was moved from a quantized one."""
+    repeated, _ = clone(fake)
+    constant = constants_with_quantizers(repeated)
+    quantizers = {node: str(node.target) for node, _ in quantizer_nodes(repeated) if node not in constant}
+    for node in list(repeated.graph.nodes):
+        source = moved_from(node)
+        users = [user for user in node.users if user not in quantizers and user.op != "output"]
+        if source not in quantizers or not users:
+            continue
+        with repeated.graph.inserting_after(node):
+            again = repeated.graph.call_module(quantizers[source], (node,))
+        again.meta = {key: found for key, found in node.meta.items() if key != "follows_mode"}
+        quantizers[again] = quantizers[source]
+        for user in users:
+            user.replace_input_with(node, again)
+    repeated.graph.lint()
+    repeated.recompile()
+    return repeated

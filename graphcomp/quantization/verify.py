@@ -1,0 +1,118 @@
+"""Law 3: the lowered graph is the fake-quant graph, weights bit for bit, activations within one step.
+
+Each quantized activation is compared on the operands of the fake-quant graph: the lowered graph goes on with the
+values of the other from there, so that a step at one layer is not counted again at the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
+from graphcomp.errors import VerificationError
+from graphcomp.ir.graph import bind
+from graphcomp.ir.preserve import own_inputs, same_buffers
+from graphcomp.numerics.compare import relative_error
+from graphcomp.quantization.insert import quantizer_nodes
+from graphcomp.quantization.lower import Lowered
+
+LAW = "integers == fake-quant, in steps"
+STEPS_ALLOWED = 1.0
+_ROUNDING = 1e-3  # of a step: what a product of two float32 may be off
+
+
+@dataclass(frozen=True)
+class LoweringError:
+    """How far a lowered graph is from its fake-quant graph.
+
+    Attributes:
+        weights: largest difference of a dequantized weight; 0 by Law 3.
+        steps: largest difference of a quantized activation, in its quantization steps.
+        where: the activation it was found at.
+        output: largest relative difference of the outputs, on equal operands of the last layers.
+    """
+
+    weights: float
+    steps: float
+    where: str
+    output: float
+
+
+def check_lowering(fake: fx.GraphModule, lowered: Lowered, flat_inputs: Sequence[Any]) -> LoweringError:
+    """Compare the two on one batch.
+
+    Raises:
+        VerificationError: a weight differs, or an activation by more than a step.
+    """
+    seen = _Recorder(fake)
+    with same_buffers(fake), torch.no_grad():
+        expected = seen.run(*own_inputs(fake, flat_inputs), enable_io_processing=False)
+    follower = _Follower(lowered, seen.values)
+    with same_buffers(lowered.module), torch.no_grad():
+        actual = follower.run(*own_inputs(lowered.module, flat_inputs), enable_io_processing=False)
+    weights, worst = 0.0, ""
+    for name, integers in lowered.weights.items():
+        expected_weight = seen.values[name]  # in the model's dtype, which integers are cast to
+        difference = float((integers.dequantize().to(expected_weight.dtype) - expected_weight).abs().max())
+        weights, worst = max((weights, worst), (difference, name))
+    found = LoweringError(weights, follower.steps, follower.where, _output_error(expected, actual))
+    if weights > 0:
+        raise VerificationError(
+            f"the integers of {worst} are not its fake-quantized weight", why=f"off by {weights:.1e}"
+        )
+    if not found.steps <= STEPS_ALLOWED + _ROUNDING:
+        raise VerificationError(
+            "the integer graph does not compute what the fake-quant graph computes",
+            at=found.where,
+            why=f"an activation is {found.steps:.2f} quantization steps off, allowed is one",
+        )
+    return found
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a fake-quant graph and keeps what its quantizers return."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.nodes = {node for node, _ in quantizer_nodes(module)}
+        self.values: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n in self.nodes:
+            self.values[n.name] = result
+        return result
+
+
+class _Follower(fx.Interpreter):
+    """Runs a lowered graph, compares each dequantized activation and goes on with the other graph's."""
+
+    def __init__(self, lowered: Lowered, expected: dict[str, Tensor]) -> None:
+        super().__init__(lowered.module)
+        self.fake_of = {name: fake for fake, name in lowered.activations.items()}
+        self.expected = expected
+        self.steps, self.where = 0.0, ""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.name not in self.fake_of:
+            return result
+        expected = self.expected[self.fake_of[n.name]]
+        scale = bind(n)["scale"]
+        # float32 holds the code 40000 to within 0.004, so that one code apart may look like a little more
+        lost = 4 * torch.finfo(torch.float32).eps * expected.double().abs()
+        beyond = ((result.double() - expected.double()).abs() - lost).clamp(min=0)
+        steps = float(beyond.max()) / scale if expected.numel() else 0.0
+        if not steps <= self.steps:
+            self.steps, self.where = steps, n.name
+        return expected
+
+
+def _output_error(expected: Any, actual: Any) -> float:
+    a, b = ([t for t in pytree.tree_leaves(v) if isinstance(t, Tensor)] for v in (expected, actual))
+    return relative_error(a, b)

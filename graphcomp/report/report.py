@@ -1,0 +1,247 @@
+"""What compression did to a model, as text and plain data."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from graphcomp.cost import FLOAT_BITS
+from graphcomp.coupling.analysis import Analysis
+from graphcomp.coupling.axis import Reason
+from graphcomp.coupling.groups import ChannelGroup, FrozenAxis, Kept
+
+
+@dataclass(frozen=True)
+class Change:
+    """One cost before and after."""
+
+    before: float
+    after: float
+
+    def to_dict(self) -> dict[str, float]:
+        """As plain data."""
+        return {"before": self.before, "after": self.after}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, float]) -> Change:
+        """What `to_dict` gave."""
+        return cls(data["before"], data["after"])
+
+    @property
+    def ratio(self) -> float:
+        """after / before."""
+        return self.after / self.before if self.before else 1.0
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer: its width and the bits it is stored and fed with (32: not quantized)."""
+
+    name: str
+    units_kept: int
+    units_total: int
+    weight_bits: int = FLOAT_BITS
+    activation_bits: int = FLOAT_BITS
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "name": self.name,
+            "weight_bits": self.weight_bits,
+            "activation_bits": self.activation_bits,
+            "units": {"kept": self.units_kept, "total": self.units_total},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LayerReport:
+        """What `to_dict` gave."""
+        units = data["units"]
+        return cls(data["name"], units["kept"], units["total"], data["weight_bits"], data["activation_bits"])
+
+
+@dataclass(frozen=True)
+class Report:
+    """What compression did to a model.
+
+    Attributes:
+        params, macs, bops, bytes, latency_ms: as `graphcomp.cost` defines them.
+        bops_attention: bit operations of products of two activations, which `bops` leaves out.
+        verified: each law that was checked -> its largest relative error.
+        unchecked: each law, or part of one, that could not be checked -> why: nothing in the outputs that proves
+            anything, inputs that the model refuses.
+        sizes: storage convention (see `graphcomp.cost.conventions`) -> bytes of the integer weights; empty without any.
+        quantization_errors: layer -> relative error that quantization makes in its output.
+        kernels: of the last ONNX file that was exported, what onnxruntime runs (`KernelProof.to_dict()`): integer and
+            float kernels, and each layer that stays float, with the reason; None: not exported.
+    """
+
+    params: Change
+    macs: Change
+    bops: Change
+    bops_attention: Change
+    bytes: Change
+    units_removed: int
+    units_total: int
+    layers: tuple[LayerReport, ...]
+    groups: tuple[dict[str, Any], ...]
+    frozen: tuple[FrozenAxis, ...]
+    unknown_ops: tuple[str, ...]
+    verified: Mapping[str, float]
+    unchecked: Mapping[str, str] = field(default_factory=dict)
+    latency_ms: Change | None = None
+    sizes: Mapping[str, float] = field(default_factory=dict)
+    quantization_errors: Mapping[str, float] = field(default_factory=dict)
+    kernels: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def sparsity(self) -> float:
+        """Achieved: removed units over all units of the groups that were up for pruning."""
+        return self.units_removed / max(self.units_total, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON-able data."""
+        return {
+            "params": self.params.to_dict(),
+            "macs": self.macs.to_dict(),
+            "bops": self.bops.to_dict(),
+            "bops_attention": self.bops_attention.to_dict(),
+            "bytes": self.bytes.to_dict(),
+            "latency_ms": self.latency_ms.to_dict() if self.latency_ms else None,
+            "sizes": dict(self.sizes),
+            "quantization_errors": dict(self.quantization_errors),
+            "kernels": dict(self.kernels) if self.kernels is not None else None,
+            "sparsity": self.sparsity,
+            "units": {"removed": self.units_removed, "total": self.units_total},
+            "layers": [layer.to_dict() for layer in self.layers],
+            "groups": list(self.groups),
+            "frozen": [frozen_dict(f) for f in self.frozen],
+            "unknown_ops": list(self.unknown_ops),
+            "verified": dict(self.verified),
+            "unchecked": dict(self.unchecked),
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """What `to_dict` gave, also where JSON made null of NaN.
+
+        Raises:
+            KeyError: an entry is missing.
+        """
+        costs = ("params", "macs", "bops", "bops_attention", "bytes")
+        found: dict[str, Any] = {name: Change.from_dict(data[name]) for name in costs}
+        found |= {name: _numbers(data[name]) for name in ("verified", "sizes", "quantization_errors")}
+        return cls(
+            **found,
+            units_removed=data["units"]["removed"],
+            units_total=data["units"]["total"],
+            layers=tuple(LayerReport.from_dict(layer) for layer in data["layers"]),
+            groups=tuple(data["groups"]),
+            frozen=tuple(frozen_axis(axis) for axis in data["frozen"]),
+            unknown_ops=tuple(data["unknown_ops"]),
+            unchecked=dict(data.get("unchecked", {})),
+            latency_ms=None if data["latency_ms"] is None else Change.from_dict(data["latency_ms"]),
+            kernels=data["kernels"],
+            notes=tuple(data["notes"]),
+        )
+
+    def __str__(self) -> str:
+        costs = {"params": self.params, "macs": self.macs, "bops": self.bops, "bytes": self.bytes}
+        if self.bops_attention.before:
+            costs["attention bops"] = self.bops_attention
+        rows = [_row(name, f"{_change(change, '20,.0f')}") for name, change in costs.items()]
+        if self.latency_ms:
+            rows.append(_row("latency, ms", _change(self.latency_ms, "20,.3f")))
+        rows.append(_row("units", f"{self.units_removed} of {self.units_total} removed ({self.sparsity:.1%})"))
+        rows += [_row("bits", text) for text in _bits_text(self.layers)]
+        if self.sizes:
+            sizes = ", ".join(f"{name} {size:,.0f}" for name, size in self.sizes.items())
+            rows.append(_row("weights, bytes", sizes))
+        if self.quantization_errors:
+            worst, error = max(self.quantization_errors.items(), key=lambda item: item[1])
+            rows.append(_row("quantization", f"largest relative error {error:.1e}, of {worst}"))
+        rows += [_row("kernels", text) for text in _kernels_text(self.kernels)]
+        rows += [_row("verified", f"{law}: largest relative error {error:.1e}") for law, error in self.verified.items()]
+        rows += [_row("not checked", f"{law}: {why}") for law, why in self.unchecked.items()]
+        return "\n".join([*rows, *(_row("note", note) for note in self.notes)])
+
+
+def _row(name: str, text: str) -> str:
+    return f"{name:<15} {text}"
+
+
+def _change(change: Change, number: str) -> str:
+    return f"{change.before:>{number}} -> {change.after:>{number}}   ({change.ratio:.1%})"
+
+
+def _bits_text(layers: Sequence[LayerReport]) -> list[str]:
+    """How many layers have which bits; nothing where all are float."""
+    found = Counter((layer.weight_bits, layer.activation_bits) for layer in layers)
+    if set(found) <= {(FLOAT_BITS, FLOAT_BITS)}:
+        return []
+    return [f"{w} for weights, {a} for activations: {n} of {len(layers)} layers" for (w, a), n in sorted(found.items())]
+
+
+def _kernels_text(kernels: Mapping[str, Any] | None) -> list[str]:
+    """What an exported file runs, and each layer that stays float."""
+    if kernels is None:
+        return []
+    counts = ", ".join(f"{count} {name}" for kind in ("integer", "float") for name, count in kernels[kind].items())
+    left = [f"{layer} stays float: {why}" for kind in ("stayed_float", "unquantized") for layer, why in kernels[kind]]
+    return [f"{kernels['share']:.0%} of convolutions and products on integers ({counts or 'none'})", *left]
+
+
+def _numbers(data: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if number is None else number for name, number in data.items()}
+
+
+def frozen_axis(data: Mapping[str, Any]) -> FrozenAxis:
+    """What `frozen_dict` gave; the op is part of the reason's text."""
+    name, _, dim = data["axis"].rpartition(", dim ")
+    return FrozenAxis(name, int(dim), data["indices"], Reason(data["reason"], source=data["source"]))
+
+
+def frozen_dict(frozen: FrozenAxis) -> dict[str, Any]:
+    """A frozen axis as plain data."""
+    return {
+        "axis": f"{frozen.name}, dim {frozen.dim}",
+        "indices": frozen.indices,
+        "reason": str(frozen.reason),
+        "source": frozen.reason.source,
+    }
+
+
+def group_dict(group: ChannelGroup, kept: Kept) -> dict[str, Any]:
+    """A group as plain data."""
+    return {
+        "name": group.name,
+        "role": group.role,
+        "units": {"kept": len(kept[group]) if group in kept else group.size, "total": group.size},
+        "members": [f"{m.name}[{m.dim}]" for m in group.members],
+    }
+
+
+def layers(
+    analysis: Analysis, kept: Mapping[str, Mapping[int, Any]], weights: Collection[str]
+) -> tuple[LayerReport, ...]:
+    """Each weight of two dims or more that a layer multiplies with or looks up, and how many of its units stay.
+
+    Args:
+        analysis: of the model before.
+        kept: tensor name -> dim -> kept indices.
+        weights: names of what is multiplied with or looked up (`CostModel.weights`).
+    """
+    consumed = {(m.name, m.dim) for group in analysis.groups for m in group.members if m.consumes}
+    rows = []
+    for name, parameter in analysis.model.named_parameters():
+        if parameter.dim() < 2 or name.removesuffix(".weight") not in weights:
+            continue
+        dim = 1 if (name, 0) in consumed and (name, 1) not in consumed else 0
+        total = parameter.shape[dim]
+        cut = kept.get(name, {})
+        rows.append(LayerReport(name.removesuffix(".weight"), len(cut[dim]) if dim in cut else total, total))
+    return tuple(rows)

@@ -1,0 +1,188 @@
+"""CompressedModel: what compression returns."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphcomp.arguments import check_dynamic, check_path
+from graphcomp.capture.capture import example_arguments
+from graphcomp.capture.path import Branches, branches_of
+from graphcomp.capture.path import Path as SeenPath
+from graphcomp.errors import CheckpointError, ExportError
+from graphcomp.ir.module import WATCHED, tensor_leaves
+from graphcomp.quantization.ptq import Quantized
+from graphcomp.report.report import Report
+
+if TYPE_CHECKING:
+    from graphcomp.targets.write import ExportReport
+
+log = logging.getLogger("graphcomp.compressed")
+
+Form = Literal["native", "graph"]
+
+
+class CompressedModel(nn.Module):
+    """A smaller model, called like the original.
+
+    Attributes:
+        module: the user's own class where that could be verified (`form` "native"), else the sliced graph ("graph").
+        kept: parameter or buffer name -> dim -> the indices that were kept ((k,) int64), sliced dims only.
+        report: what was removed, what it saves, what was verified.
+        reason: for "graph", why it is not the user's class; else "".
+        quantized: the float, fake-quant and integer graphs of a model that was quantized; None otherwise, and after
+            `load` or unpickling.
+        edits: Python attributes of the user's class that were corrected, as (module path, attribute, value).
+        example_args, example_kwargs: inputs it was made with; not stored in a checkpoint, so empty after `load`.
+        export_report: how the last exported file ran; None before.
+        path: the path through the model that was seen: calls that leave it are warned of. None after `load`.
+        called: modules of a graph in the model that the rest of the model calls or reads itself.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        form: Form,
+        kept: Mapping[str, Mapping[int, Tensor]],
+        report: Report | Mapping[str, Any],
+        reason: str = "",
+        edits: tuple[tuple[str, str, Any], ...] = (),
+        original_shapes: Mapping[str, tuple[int, ...]] | None = None,
+        example_args: tuple[Any, ...] = (),
+        example_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.form: Form = form
+        self.kept = {name: dict(dims) for name, dims in kept.items()}
+        self.report = report
+        self.reason = reason
+        self.edits = edits
+        self.original_shapes = dict(original_shapes or {})
+        self.quantized: Quantized | None = None
+        self.example_args = tuple(example_args)
+        self.example_kwargs = dict(example_kwargs or {})
+        self.export_report: ExportReport | None = None
+        self.path: SeenPath | None = None
+        self._seen: set[Any] = set()
+        self.called: tuple[str, ...] = ()
+        self.train(module.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original model's. A call that takes another path than the example inputs is warned of, once."""
+        path = self.path
+        if path is None or torch.compiler.is_compiling() or isinstance(self.module, fx.GraphModule):  # it warns itself
+            return self.module(*args, **kwargs)
+        self._watch_sizes(path, args, kwargs)
+        if not path.has("values"):
+            return self.module(*args, **kwargs)
+        with Branches(sizes=False) as branches:
+            result = self.module(*args, **kwargs)
+        self._warn(path.left_by(frozenset(branches.taken)))
+        return result
+
+    def _watch_sizes(self, path: SeenPath, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Where the model's code compares sizes, look once per set of sizes which branches a call takes."""
+        self._warn(path.left_with(args, kwargs))
+        shapes = tuple(tuple(t.shape) for t in tensor_leaves((args, kwargs)))
+        if not path.has("sizes") or shapes in self._seen or len(self._seen) > WATCHED:
+            return
+        self._seen.add(shapes)
+        branches = branches_of(self.module, args, kwargs)
+        self._warn(path.left_by(branches))
+
+    def _warn(self, how: str) -> None:
+        if how and how not in self._seen:
+            self._seen.add(how)
+            log.warning(
+                "%s was called off the path that the example inputs took, where it was not compared: %s",
+                type(self.module).__name__, how,
+            )  # fmt: skip
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedModel:
+        """All of it; pickling leaves `quantized` out."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "quantized": None}
+
+    def save(self, folder: str | Path) -> None:
+        """Write a checkpoint folder that `graphcomp.load` rebuilds without the original weights.
+
+        Raises:
+            CheckpointError: the folder holds something else, or cannot be written; the model holds modules that are
+                no part of its graph.
+        """
+        from graphcomp.checkpoint.folder import save
+
+        check_path("folder", folder)
+        if self.called:
+            raise CheckpointError(
+                "the model cannot be saved",
+                why=f"a part of it is a graph, and the rest calls '{self.called[0]}' of that part itself",
+                fix="export to .onnx or .pt2, or compress the whole model, without scope=",
+            )
+        save(self, folder)
+
+    def export(
+        self,
+        path: str | Path,
+        example_inputs: Any = None,
+        example_kwargs: Mapping[str, Any] | None = None,
+        *,
+        dynamic: Mapping[str, Mapping[int, str]] | None = None,
+    ) -> None:
+        """Write the model for another runtime, chosen by the suffix; a path without suffix is a checkpoint folder.
+
+        `.onnx` (onnxruntime, OpenVINO; needs the `onnx` extra) and `.pt2` (torch.export) files are run on the example
+        inputs before they are put in place, and `export_report` then says how that went. Batches of any size may be fed
+        to them where the model allows it.
+
+        Args:
+            path: a file `.onnx` or `.pt2`, or a folder.
+            example_inputs, example_kwargs: as for `compress`; by default those the model was compressed with.
+            dynamic: input -> dim -> name, {"x": {2: "height", 3: "width"}}, for lengths that must be open in the file.
+                By default, those of an `.onnx` file are open that the graph does not depend on; `export_report`
+                names them.
+
+        Raises:
+            CaptureError: the model cannot be captured.
+            ExportError: another suffix; no example inputs; an op the format lacks; the path cannot be written.
+            CheckpointError: the folder holds something else, or cannot be written.
+        """
+        from graphcomp.targets.write import FORMATS, write_file
+
+        check_path("path", path)
+        if dynamic is not None:
+            check_dynamic("dynamic", dynamic)
+        path = Path(path)
+        if not path.suffix:
+            self.save(path)
+            return
+        if path.suffix not in FORMATS:
+            raise ExportError(
+                f"there is no format {path.suffix!r}",
+                at=str(path),
+                fix=f"one of {', '.join(FORMATS)}, or small.save({str(path)!r}) for a folder of that name",
+            )
+        args, kwargs = self.example_args, self.example_kwargs
+        if example_inputs is not None or example_kwargs is not None:
+            args, kwargs = example_arguments(() if example_inputs is None else example_inputs, example_kwargs)
+        self.export_report = write_file(self.module, path, args, kwargs, dynamic)
+        if not isinstance(self.report, Report):
+            return
+        said = [f"{path.name} {note}" for note in self.export_report.notes if note not in self.report.notes]
+        self.report = replace(self.report, notes=tuple(dict.fromkeys((*self.report.notes, *said))))
+        if self.export_report.kernels is not None:
+            self.report = replace(self.report, kernels=self.export_report.kernels.to_dict())

@@ -1,0 +1,1 @@
+"""What the machine gives: locks, whole files, threads, a progress line."""

@@ -1,0 +1,1 @@
+"""Files for other runtimes, run there before they are handed over."""

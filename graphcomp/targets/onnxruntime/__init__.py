@@ -1,0 +1,1 @@
+"""ONNX files that onnxruntime runs with integer kernels."""

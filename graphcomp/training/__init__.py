@@ -1,0 +1,1 @@
+"""Training any method: the prepared module, the loop, its folder and its processes."""

@@ -1,0 +1,244 @@
+"""From a prepared module some of whose units are gone to one without them, that trains faster; and back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from graphcomp.coupling.analysis import Analysis, analyze_captured
+from graphcomp.coupling.groups import ChannelGroup, Kept
+from graphcomp.errors import PlanError, VerificationError
+from graphcomp.ir.graph import all_tensors, assign, fetch, value
+from graphcomp.pruning.mask import PREFIX, gone
+from graphcomp.pruning.slice import SliceGroups, kept_of_tensors, select
+from graphcomp.system.threads import one_at_a_time
+from graphcomp.training.prepared import Prepared, Session, with_masks
+
+REMNANT = 0.1
+"""Of the largest magnitude in a parameter: what an average, for the most part of cool-down steps, may hold of units
+that are gone."""
+
+
+def _check_settled(ready: Prepared) -> None:
+    """Raise PlanError where a schedule was begun and has not come to its cool-down."""
+    done, needed = ready.progress
+    if done < needed:
+        raise PlanError(
+            f"training stopped at step {done}, before the cool-down",
+            why=f"which units go, and bits that are whole, is settled at step {needed}",
+            fix=f"train on to step {needed} at least; an average (EMA) begins when optimizer.settled",
+        )
+
+
+@torch.no_grad()
+def settled(ready: Prepared, *, verify: bool = True) -> Prepared:
+    """`ready`; where it is an average, in which masks are almost 0 or 1, or units that are gone are not quite zero, a
+    copy in which they are.
+
+    Raises:
+        PlanError: a schedule was begun and has not come to its cool-down, or an average reaches back to before it.
+        VerificationError: with `verify`, units that are gone are far from zero.
+    """
+    kept = ready.kept()
+    _check_settled(ready)
+    masks = (ready.get_buffer(f"{PREFIX}{k}") for k in range(len(kept)))
+    exactly = all(bool((mask == mask.round()).all()) for mask in masks)
+    for name, dim, indices in gone(kept, ready.session.computed):
+        parameter = ready.get_parameter(name)
+        left = float(parameter.index_select(dim, indices.to(parameter.device)).abs().max())
+        exactly = exactly and not left
+        if verify and left > REMNANT * float(parameter.abs().max()):
+            raise VerificationError(
+                "the small model does not compute what the trained model computes",
+                at=name,
+                why=f"it holds up to {left:.2g} for units that are gone; an average (EMA) begun before they were?",
+                fix="begin an average when optimizer.settled; finalize(ready, verify=False) goes on without them",
+            )
+    if exactly:
+        return ready
+    exact = copy.deepcopy(ready)
+    exact.keep(kept)
+    return exact
+
+
+@one_at_a_time
+def shrunk(ready: Prepared) -> Prepared:
+    """A smaller copy without the units that are gone; see `graphcomp.shrink`.
+
+    Law: it computes what `ready` computes, and has the same gradients where it has elements.
+
+    Raises:
+        PlanError, VerificationError: see `settled`.
+    """
+    ready = settled(ready)
+    session = ready.session
+    hand_over(ready, session)
+    kept = ready.kept()
+    units = {group.name: own for group, own in kept.items()}
+    in_floats = {group: units[group.name] for group in session.plan.groups if group.name in units}
+    floats = SliceGroups(session.plan.coupling, in_floats)(session.plan.captured.module)
+    model = copy.deepcopy(session.plan.model)
+    _give(model, dict(all_tensors(floats)), session.plan.captured.aliases)
+    cut = analyze_captured(replace(session.plan.captured, module=floats, original=model))
+    plan = quantized = _named_as(session.plan, in_floats, cut)
+    if session.bits is not None:
+        graph = SliceGroups(session.quantized.coupling, kept)(session.quantized.captured.module)
+        cut = analyze_captured(replace(session.quantized.captured, module=graph, original=model))
+        quantized = _named_as(session.quantized, kept, cut)
+    groups = tuple(group for group in quantized.groups if group.name in units)
+    whole = copy.deepcopy(ready)
+    whole.zero_grad()
+    small = with_masks(replace(session, plan=plan, quantized=quantized, groups=groups, whole=whole))
+    small.set_progress(*ready.progress)
+    small.recompute, small.norms_frozen, small.remarks = ready.recompute, ready.norms_frozen, ready.remarks
+    small.train(ready.training)
+    return small
+
+
+def _named_as(before: Analysis, kept: Kept, cut: Analysis) -> Analysis:
+    """`cut`, of the graph that was cut to `kept`, with the groups' names of `before`. One that is left with one unit is
+    none any more, and names count those that are alike."""
+    rest = [(group, len(kept[group]) if group in kept else group.size) for group in before.groups]
+    names = {group.name for group, _ in rest}
+    found = []
+    for group in cut.groups:
+        twins = (k for k, (old, size) in enumerate(rest) if size == group.size and _places(group) == _places(old))
+        k = next(twins, None)
+        name = rest.pop(k)[0].name if k is not None else group.name if group.name not in names else f"{group.name}*"
+        found.append(replace(group, name=name))
+    return replace(cut, groups=tuple(found))
+
+
+def _places(group: ChannelGroup) -> set[tuple[str, int]]:
+    return {(member.name, member.dim) for member in group.members}
+
+
+def expanded(small: Prepared) -> Prepared:
+    """The module that `small` was cut from, with what `small` has learned since in its place."""
+    assert small.session.whole is not None
+    whole = copy.deepcopy(small.session.whole).to(next(small.parameters()))  # the masks: all else takes its own place
+    kept, units = whole.kept(), {group.name: own for group, own in small.kept().items()}
+    cuts = kept_of_tensors(whole.session.quantized.coupling, kept)
+    found: dict[int, Tensor] = {}
+    for name, tensor in all_tensors(small):
+        old = tensor_of(whole, name)
+        if old is None or name.startswith(PREFIX):
+            continue
+        if id(tensor) not in found:
+            full = _filled(old.detach().to(tensor), cuts.get(name, {}), tensor.detach())
+            found[id(tensor)] = nn.Parameter(full, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else full
+        assign(whole, name, found[id(tensor)])
+    whole.keep({group: own[units[group.name]] if group.name in units else own for group, own in kept.items()})
+    return whole
+
+
+@torch.no_grad()
+def move(
+    param_groups: Iterable[dict[str, Any]], state: MutableMapping[Any, Any], ready: Prepared, small: Prepared
+) -> None:
+    """Let an optimizer's groups and state, which are changed, be of `small` instead of `ready`: what it holds of a
+    parameter is cut as that is. Parameters of neither stay.
+
+    Raises:
+        PlanError: what it holds does not say what a unit's part is; nothing is changed then.
+    """
+    cuts, new = kept_of_tensors(ready.session.quantized.coupling, ready.kept()), dict(small.named_parameters())
+    names = {id(p): name for name, p in ready.named_parameters()}
+    moved = {}
+    for old, values in state.items():
+        name = names.get(id(old), "")
+        cut = cuts.get(name, {})
+        moved[new.get(name, old)] = {
+            key: _cut(value, old, cut, f"state '{key}' of {name}") if cut else value for key, value in values.items()
+        }
+    for group in param_groups:
+        group["params"] = [new[names[id(p)]] if id(p) in names else p for p in group["params"]]
+    state.clear()
+    state.update(moved)
+
+
+def _cut(value: Any, parameter: Tensor, cut: Mapping[int, Tensor], at: str) -> Any:
+    """What an optimizer holds of a parameter, without what the parameter loses. A dim of size 1 is of all units, as in
+    Adafactor's rows and columns.
+
+    Raises:
+        PlanError: it is of another shape, or no tensor but holds some.
+    """
+    if isinstance(value, Tensor) and value.dim() == parameter.dim():
+        pairs = list(zip(value.shape, parameter.shape, strict=True))
+        if all(own in (1, size) for own, size in pairs):
+            return select(value, {dim: kept for dim, kept in cut.items() if pairs[dim][0] == pairs[dim][1]})
+    strange = next((t for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.numel() > 1), None)
+    if strange is not None:
+        raise PlanError(
+            "the optimizer's state cannot be shrunk",
+            at=at,
+            why=f"it is {tuple(strange.shape)}, and the parameter {tuple(parameter.shape)}",
+            fix="train on with masks; or graphcomp.shrink(ready) and a new optimizer",
+        )
+    return value
+
+
+def give_back(small: Prepared, ready: Prepared) -> None:
+    """Let `ready`, which `small` was cut from, hold what `small` has learned since; in place."""
+    ready.load_state_dict(expanded(small).state_dict())
+    ready.set_progress(*small.progress)
+
+
+def _filled(full: Tensor, cuts: Mapping[int, Tensor], values: Tensor) -> Tensor:
+    """A copy of `full` with `values` at the indices `cuts` of its dims."""
+    result = full.clone()
+    if not cuts:
+        return result.copy_(values)
+    indices = [cuts.get(dim, torch.arange(size)) for dim, size in enumerate(full.shape)]
+    spread = [own.view([-1 if d == dim else 1 for d in range(full.dim())]) for dim, own in enumerate(indices)]
+    return result.index_put_(tuple(own.to(full.device) for own in spread), values)
+
+
+def hand_over(ready: Prepared, session: Session) -> None:
+    """Let the graphs and the model of the session hold the tensors of `ready`, which may be a copy, or have moved.
+
+    Raises:
+        PlanError: the module is in another dtype than it was prepared in.
+    """
+    for node in session.plan.captured.module.graph.find_nodes(op="get_attr"):
+        was, now = value(node), tensor_of(ready, str(node.target))
+        if isinstance(was, Tensor) and now is not None and now.dtype != was.dtype:
+            before, after = (str(t.dtype).removeprefix("torch.") for t in (was, now))
+            raise PlanError(
+                f"the module was prepared in {before}, and is in {after}",
+                at=str(node.target),
+                why="its graph takes example inputs of the dtype it was captured with",
+                fix=f"ready.to(torch.{before}); or prepare the model and its example inputs in {after}",
+            )
+    quantized, floats = session.quantized.captured.module, session.plan.captured.module
+    for module in (quantized, floats):
+        for name, tensor in list(all_tensors(module)):
+            found = tensor_of(ready, name)
+            if found is not None and found is not tensor:
+                assign(module, name, found)
+    own = ((name, tensor_of(ready, name)) for name, _ in all_tensors(floats))
+    _give(session.plan.model, {n: found for n, found in own if found is not None}, session.plan.captured.aliases)
+
+
+def _give(model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, Sequence[str]]) -> None:
+    """Let the model hold the tensors, under all names it has for each."""
+    for name, tensor in tensors.items():
+        for alias in aliases.get(name, (name,)):
+            assign(model, alias, tensor)
+
+
+def tensor_of(ready: Prepared, name: str) -> Tensor | None:
+    """The tensor of that name; None where the graph of the session reads it, and training does not."""
+    found: Any = None
+    try:
+        found = fetch(ready, name)
+    except AttributeError:
+        return None
+    return found if isinstance(found, Tensor) else None

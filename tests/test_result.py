@@ -1,0 +1,100 @@
+"""CompressedModel: copied, pickled, exported by suffix."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import graphcomp as gc
+from graphcomp.result import CompressedModel
+
+X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+
+
+def compress(**options: object) -> CompressedModel:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3)).eval()
+    return gc.compress(model, X, **{"sparsity": 0.5, **options})
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 8}, {"bits": 4, "activation_bits": None}])
+def test_pickled_it_computes_the_same(options: dict[str, object]) -> None:
+    small = compress(**options)
+    file = io.BytesIO()
+    torch.save(small, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert torch.equal(again(X), small(X))
+    assert (again.form, again.report.to_dict()) == (small.form, small.report.to_dict())
+    assert again.quantized is None and not again.training
+    if options:
+        small.export_report = None
+        assert (small.quantized is not None) and copy.deepcopy(small).quantized is not None
+
+
+def test_a_pickled_graph_switches_modes() -> None:
+    graph = gc.analyze(nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5)).train(), X).captured.module
+    again = pickle.loads(pickle.dumps(graph.train()))
+    assert again.training and bool((again(X) == 0).any())
+    assert torch.equal(again.eval()(X), graph.eval()(X))
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0, mode: str | None = None, sizes: tuple[int, ...] = ()) -> Any:
+        return self.down(torch.relu(self.up(x * scale) if mode is None else self.up(x)))
+
+
+def test_constants_of_a_graph_are_those_it_was_captured_with(tmp_path: Path) -> None:
+    """Another number would change nothing, and give the answer for the old one."""
+    fixed = {"scale": 2.0, "mode": None, "sizes": (3, 4)}
+    small = gc.compress(Scaled().eval(), X, fixed, sparsity=0.5, bits=8)
+    small.save(tmp_path / "small")
+    ready = gc.prepare(Scaled(), X, fixed, bits=(4, 8))
+    for called in (small, gc.load(tmp_path / "small"), copy.deepcopy(small), ready, copy.deepcopy(ready)):
+        expected = called(X, **fixed)
+        assert torch.equal(called(X, 2, None, sizes=(3, 4)), expected)
+        for changed, says in (
+            ({"scale": 3.0}, "scale is 3.0, and the graph was captured with 2.0"),
+            ({"mode": "wide"}, "mode is 'wide'"),
+            ({"mode": X}, "mode is a tensor of shape"),
+            ({"sizes": (3, 5)}, "is 5, and the graph was captured with 4"),
+        ):
+            with pytest.raises(gc.InputError, match=says):
+                called(X, **{**fixed, **changed})
+
+
+def test_a_copy_has_tensors_of_its_own() -> None:
+    small = compress(bits=8)
+    twin = copy.deepcopy(small)
+    expected = small(X)
+    with torch.no_grad():
+        for buffer in twin.buffers():
+            buffer.zero_()
+    assert torch.equal(small(X), expected) and not torch.equal(twin(X), expected)
+
+
+def test_what_is_being_trained_is_not_pickled() -> None:
+    ready = gc.prepare(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), X, bits=(4, 8))
+    with pytest.raises(gc.CheckpointError, match=r"state_dict\(\)"):
+        pickle.dumps(ready)
+
+
+@pytest.mark.parametrize("name", ["m.onx", "m.pt", "v1.2"])
+def test_another_suffix_is_no_folder(tmp_path: Path, name: str) -> None:
+    small = compress()
+    with pytest.raises(gc.ExportError, match=r"no format(.|\n)*\.onnx, \.pt2, or small\.save"):
+        small.export(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+    small.save(tmp_path / name)
+    assert torch.equal(gc.load(tmp_path / name)(X), small(X))
