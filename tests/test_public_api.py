@@ -137,3 +137,14 @@ def test_importing_has_no_side_effects():
     code = "import logging, graphcomp; print(len(logging.getLogger('graphcomp').handlers), end='')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "0"
+
+
+def test_no_module_of_the_package_asks_the_package_for_names():
+    """`from graphcomp import name` loads graphcomp.api, which may be what is being imported."""
+    asked = [
+        path.name
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module == "graphcomp"
+    ]
+    assert asked == []

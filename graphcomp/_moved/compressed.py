@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from graphcomp import result
+import graphcomp.result as result
 
 
 def __getattr__(name: str) -> Any:

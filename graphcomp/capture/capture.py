@@ -31,7 +31,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.modules import transformer
 from torch.nn.parameter import is_lazy
 
-from graphcomp import errors
+import graphcomp
 from graphcomp.capture.backward import WrittenBackward, functions_followed
 from graphcomp.capture.cache import NOTE as CACHE_NOTE
 from graphcomp.capture.cache import loses_the_cache_alone, switched_off
@@ -66,7 +66,7 @@ from graphcomp.system.threads import in_this_thread, one_at_a_time, stderr_held
 log = logging.getLogger("graphcomp.capture")
 
 NOT_THE_USERS = (
-    *(os.path.join(os.path.dirname(file), "") for file in (torch.__file__, sympy.__file__, errors.__file__)),
+    *(os.path.join(os.path.dirname(file), "") for file in (torch.__file__, sympy.__file__, graphcomp.__file__)),
     "<",
 )
 EXPORT_LOGGERS = (

@@ -30,7 +30,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from graphcomp import errors
+import graphcomp
 from graphcomp.errors import CaptureError
 from graphcomp.ir.calling import calling_convention
 from graphcomp.ir.graph import frame_text
@@ -51,7 +51,7 @@ ModuleStack = dict[str, tuple[str, str]]
 OP_SITE = "op_site"  # node.meta: the OpSite of a recorded op, before canonical.py rewrites it
 TORCH_LAYERS = os.path.join(os.path.dirname(nn.__file__), "")
 STDLIB, INSTALLED = sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")
-SKIPPED_FRAMES = (*(os.path.join(os.path.dirname(file), "") for file in (torch.__file__, errors.__file__)), "<")
+SKIPPED_FRAMES = (*(os.path.join(os.path.dirname(file), "") for file in (torch.__file__, graphcomp.__file__)), "<")
 
 
 @dataclass(frozen=True)
