@@ -100,7 +100,7 @@ def check_fields(document: Document) -> Document:
     Raises:
         CheckpointError: a field is missing or of another kind.
     """
-    document = {"tensors": None, "plain": [], "inside_attributes": [], **document}
+    document = {"tensors": None, "modules": None, "plain": [], "inside_attributes": [], **document}
     for name, fits in FIELDS.items():
         if name not in document:
             raise damaged(f"{name!r} is missing")
@@ -166,6 +166,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "edits": lambda value: _each(value, list, _is_edit),
     "original_shapes": lambda value: _each(value, dict, _is_shape),
     "class": _is_text,
+    "modules": _or_none(lambda value: _each(value, dict, _is_text)),
     "device": _is_text,
     "graph_at": _or_none(_is_text),
     "graph": _or_none(_is_data),

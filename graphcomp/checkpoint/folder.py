@@ -183,6 +183,9 @@ def write(
         "edits": [(path, name, encode(value)) for path, name, value in edits],
         "original_shapes": {name: list(shape) for name, shape in (original_shapes or {}).items()},
         "class": class_path(type(module)),
+        "modules": {path: type(part).__name__ for path, part in module.named_modules()}
+        if structure["graph_at"] != ""
+        else None,
         "device": str(next((t.device for t in tensors.values()), torch.device("cpu"))),
         **structure,
         **_tensor_facts(tensors),
@@ -227,7 +230,7 @@ def _structure(module: nn.Module) -> tuple[dict[str, Any], Mapping[str, Tensor],
     """The graph or the recipe, and the attributes a fresh model has otherwise; both for a model that holds a graph.
     Then the tensors inside these attributes, and what a reader has to know."""
     at = _graph_path(module)
-    found: dict[str, Any] = {"graph_at": at, "graph": None, "recipe": None, "attributes": []}
+    found: dict[str, Any] = {"graph_at": at, "graph": None, "recipe": None, "attributes": [], "modules": None}
     needs: list[str] = []
     extra: Mapping[str, Tensor] = {}
     if at is not None:
@@ -236,6 +239,7 @@ def _structure(module: nn.Module) -> tuple[dict[str, Any], Mapping[str, Tensor],
         found["graph"] = graph_json.dump(part)
         needs += _needed_namespaces(part)
     if at != "":
+        found["modules"] = {path: type(part).__name__ for path, part in module.named_modules()}
         how = recipe.find_recipe(module, at)
         found["recipe"], found["attributes"], extra = how.recipe, how.attributes, how.extra
         needs += _needed_of(module, how)
@@ -536,10 +540,7 @@ def _can_be_trained(tensor: Tensor) -> bool:
 def _skeleton(folder: Path, document: Document, factory: Callable[[], nn.Module] | None, trust: Trust) -> nn.Module:
     """The model with the original architecture, in any shapes and with any values."""
     if factory is not None:
-        built = factory()
-        if not isinstance(built, nn.Module):
-            raise CheckpointError(f"model_factory returned a {type(built).__name__}, not an nn.Module")
-        return built
+        return _from_factory(factory, document)
     name = document["class"].rpartition(":")[2].rpartition(".")[2]
     fix = FACTORY.format(folder=str(folder), name=name)
     if document["recipe"] is None:
@@ -555,6 +556,41 @@ def _skeleton(folder: Path, document: Document, factory: Callable[[], nn.Module]
     except Exception as error:  # the class may have changed since, in any way
         why = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{document['class']} cannot be built", why=why, fix=fix) from error
+
+
+def _from_factory(factory: Callable[[], nn.Module], document: Document) -> nn.Module:
+    try:
+        built = factory()
+    except Exception as error:  # the caller's own code
+        raise CheckpointError(
+            "model_factory cannot build the model",
+            why=f"{type(error).__name__}: {error}",
+            fix=f"return a {document['class']} of the original architecture from model_factory",
+        ) from error
+    if not isinstance(built, nn.Module):
+        raise CheckpointError(f"model_factory must return an nn.Module, got {type(built).__name__}")
+    _check_architecture(built, document)
+    return built
+
+
+def _check_architecture(built: nn.Module, document: Document) -> None:
+    """Refuse another architecture, whose tensors may have the same names and shapes. Modules of classes may have moved
+    since: only the names of classes are compared. Documents up to 0.1 hold none."""
+    graph = document["graph_at"]
+    inside = f"{graph}." if graph else None
+    for path, stored in (document["modules"] or {}).items():
+        if path == graph or (inside and path.startswith(inside)):
+            continue
+        try:
+            found = type(built.get_submodule(path)).__name__
+        except AttributeError:
+            found = "not there"
+        if found != stored:
+            raise CheckpointError(
+                "model_factory built another architecture",
+                why=f"{f'the module {path!r}' if path else 'the model'} must be {stored}, got {found}",
+                fix="build the original architecture in model_factory, or fine-tune from small.module",
+            )
 
 
 def _say_what_is_left_out(module: nn.Module, tensors: Mapping[str, Tensor], document: Document) -> None:

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+import graphcomp as gc
 from graphcomp.checkpoint.document import written
 from graphcomp.checkpoint.folder import read, write
 from graphcomp.errors import CheckpointError
@@ -188,7 +189,7 @@ def test_a_class_whose_state_is_no_data_needs_a_factory(tmp_path: Path) -> None:
     found = read(tmp_path / "out", model_factory=lambda: Configured(Settings())).module
     assert same(found, result.module, INPUTS["Mlp"])
     assert found.up.out_features == result.module.up.out_features
-    with pytest.raises(CheckpointError, match="does not have the tensors"):
+    with pytest.raises(CheckpointError, match="must be Configured, got Attention"):
         read(tmp_path / "out", model_factory=models.Attention)
 
 
@@ -349,3 +350,37 @@ def test_hugging_face(form: str, tmp_path: Path) -> None:
     if form == "native":
         assert torch.equal(found.generate(inputs["input_ids"], max_new_tokens=3),
                            module.generate(inputs["input_ids"], max_new_tokens=3))  # fmt: skip
+
+
+def _layers(activation: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), activation, nn.Linear(6, 2)).eval()
+
+
+def _fails() -> nn.Module:
+    raise KeyError("no such config")
+
+
+@pytest.mark.parametrize(
+    ("factory", "said"),
+    [
+        (lambda: _layers(nn.GELU()), "the module '1' must be ReLU, got GELU"),
+        (lambda: nn.Sequential(nn.Linear(4, 6)), "the module '1' must be ReLU, got not there"),
+        (lambda: nn.ModuleList(_layers(nn.ReLU())), "the model must be Sequential, got ModuleList"),
+        (_fails, "KeyError: 'no such config'"),
+        (lambda: 5, "must return an nn.Module, got int"),
+    ],
+)
+def test_a_factory_of_another_architecture_is_refused(factory: Any, said: str, tmp_path: Path) -> None:
+    gc.compress(_layers(nn.ReLU()), torch.randn(3, 4), sparsity=0.3, progress=False).save(tmp_path / "m")
+    with pytest.raises(CheckpointError) as caught:
+        gc.load(tmp_path / "m", model_factory=factory)
+    assert said in str(caught.value)
+    assert gc.load(tmp_path / "m", model_factory=lambda: _layers(nn.ReLU())).form == "native"
+
+
+def test_a_factory_whose_model_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
+    gc.compress(_layers(nn.ReLU()), torch.randn(3, 4), sparsity=0.3, progress=False).save(tmp_path / "m")
+    with pytest.raises(CheckpointError, match="does not have the tensors"):
+        gc.load(
+            tmp_path / "m", model_factory=lambda: nn.Sequential(nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 2))
+        )
