@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 import graphcomp as gc
@@ -24,6 +23,7 @@ from benchmarks.common import brief, section, table, timed
 from benchmarks.over_zoo import Row, by_family, parser_of, rows_of
 from graphcomp.numerics.compare import relative_error
 from graphcomp.pruning.slice import kept_of_tensors, select
+from graphcomp.torch_compat import pytree
 
 SECONDS = 900
 SPARSITY = 0.33

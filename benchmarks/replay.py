@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 import graphcomp as gc
 from benchmarks import common
 from benchmarks.common import append_json, bounded, brief, read_json
 from graphcomp.testing import random_model, tiny_models
+from graphcomp.torch_compat import pytree
 
 SETS = ("tiny", "random", "zoo")
 SEEDS = range(30)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         NothingToPrune,
         PlanError,
         RuleError,
+        TorchError,
         TrainingError,
         VerificationError,
     )
@@ -73,6 +74,7 @@ __all__ = [
     "RuleError",
     "Schedule",
     "Stage",
+    "TorchError",
     "Training",
     "TrainingError",
     "VerificationError",
@@ -118,6 +120,7 @@ _HOMES = {
         "NothingToPrune",
         "PlanError",
         "RuleError",
+        "TorchError",
         "TrainingError",
         "VerificationError",
     ),

@@ -12,6 +12,7 @@ GraphcompError
 ├── VerificationError     a law does not hold on the result: a bug of ours, never handed on in silence
 ├── CheckpointError       a folder cannot be written or read back
 ├── ExportError           a model cannot be written for, or run by, another runtime
+├── TorchError            the installed torch lacks a private name that graphcomp uses
 └── NotBuiltError         an option that exists in the design and not yet in the code
 """
 
@@ -76,6 +77,10 @@ class CheckpointError(GraphcompError):
 
 class ExportError(GraphcompError):
     """A model cannot be written for another runtime, or does not run there."""
+
+
+class TorchError(GraphcompError, ImportError):
+    """The installed torch lacks a private name that graphcomp uses."""
 
 
 class NotBuiltError(GraphcompError, NotImplementedError):

@@ -13,7 +13,7 @@ PACKAGE = Path(graphcomp.__file__).parent
 # Lower never imports higher: folders and modules of the package root, from the bottom up.
 RANKS = [
     {"errors"},
-    {"arguments", "numerics", "system"},
+    {"arguments", "numerics", "system", "torch_compat"},
     {"ir"},
     {"capture"},
     {"coupling"},

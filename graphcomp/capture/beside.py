@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -28,6 +27,7 @@ from graphcomp.ir.module_copy import module_copy, own_memory
 from graphcomp.ir.preserve import HoldParameters
 from graphcomp.numerics.chance import certain, generators_kept
 from graphcomp.system.threads import LOCK
+from graphcomp.torch_compat import pytree
 
 log = logging.getLogger("graphcomp.beside")
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from graphcomp.capture.record import named_tensors
@@ -16,6 +15,7 @@ from graphcomp.ir.inputs import copies
 from graphcomp.ir.module import leaf_names
 from graphcomp.ir.preserve import eval_copy
 from graphcomp.numerics.compare import relative_error, tolerance_of
+from graphcomp.torch_compat import pytree
 
 SWITCH = "use_cache"
 """The argument of forward by which callers of decoders switch the cache on and off."""

@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._ops import OpOverload
 
 from graphcomp.capture.record import OP_SITE, READS
 from graphcomp.ir.graph import bind, fetch
+from graphcomp.torch_compat import pytree
 
 log = logging.getLogger("graphcomp.capture")
 aten = torch.ops.aten

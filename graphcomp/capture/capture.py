@@ -23,7 +23,6 @@ from typing import Any, Literal
 
 import sympy
 import torch
-import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.export import Dim, ShapesCollection
@@ -62,6 +61,7 @@ from graphcomp.ir.module_copy import module_copy
 from graphcomp.ir.preserve import HoldParameters, ParameterWritten, eval_copy, same_buffers, writes, written_parameters
 from graphcomp.numerics.compare import relative_error, tolerance_of
 from graphcomp.system.threads import in_this_thread, one_at_a_time, stderr_held
+from graphcomp.torch_compat import pytree
 
 log = logging.getLogger("graphcomp.capture")
 

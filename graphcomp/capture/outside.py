@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcomp.capture.record import SKIPPED_FRAMES
 from graphcomp.ir.module import canonical_names, tensor_names
+from graphcomp.torch_compat import pytree
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from typing import Any
 
 import sympy
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
@@ -30,6 +29,7 @@ from graphcomp.ir.graph import tensor_values
 from graphcomp.ir.inputs import copies
 from graphcomp.ir.module import Guard, leaf_names
 from graphcomp.ir.preserve import HoldParameters, ParameterWritten, eval_copy
+from graphcomp.torch_compat import pytree
 
 log = logging.getLogger("graphcomp.path")
 

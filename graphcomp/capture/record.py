@@ -22,7 +22,6 @@ from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -35,6 +34,7 @@ from graphcomp.errors import CaptureError
 from graphcomp.ir.calling import calling_convention
 from graphcomp.ir.graph import frame_text
 from graphcomp.ir.module import canonical_names, leaf_names, tensor_names
+from graphcomp.torch_compat import pytree
 
 aten = torch.ops.aten
 

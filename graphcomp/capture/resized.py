@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from graphcomp.capture.capture import Captured
@@ -20,6 +19,7 @@ from graphcomp.ir.inputs import copies
 from graphcomp.ir.module import RESIZED, CapturedModule, tensor_leaves
 from graphcomp.ir.preserve import eval_copy
 from graphcomp.numerics.compare import relative_error, tolerance_of
+from graphcomp.torch_compat import pytree
 
 log = logging.getLogger(__name__)
 

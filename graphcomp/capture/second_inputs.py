@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import sympy
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from graphcomp.capture.capture import Captured
@@ -17,6 +16,7 @@ from graphcomp.ir.inputs import copies
 from graphcomp.ir.module import GUARDS
 from graphcomp.ir.preserve import eval_copy
 from graphcomp.numerics.compare import floating_tensors
+from graphcomp.torch_compat import pytree
 
 SEED = 0x5EC0
 

@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -35,6 +34,7 @@ from graphcomp.errors import CheckpointError
 from graphcomp.ir.json_values import damaged, decode, encode
 from graphcomp.ir.module import tensor_names
 from graphcomp.ir.trust import EVERYTHING, Trust
+from graphcomp.torch_compat import pytree
 
 Recipe = dict[str, Any]
 Attributes = list[tuple[str, str, Any]]

@@ -12,7 +12,6 @@ from enum import Enum
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from graphcomp.checkpoint.names import class_path, find_function, function_path, import_class, import_object, importable
@@ -20,6 +19,7 @@ from graphcomp.errors import CheckpointError
 from graphcomp.ir.json_values import JSON, damaged, decode, encode
 from graphcomp.ir.module import tensor_names
 from graphcomp.ir.trust import Trust
+from graphcomp.torch_compat import pytree
 
 MISSING = object()
 INTERNAL = frozenset(vars(nn.Module())) | {"training"}

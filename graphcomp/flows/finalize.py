@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from graphcomp.capture.backward import without_backward
@@ -28,6 +27,7 @@ from graphcomp.quantization.fold_scales import Finish, from_training, with_embed
 from graphcomp.quantization.redundant import with_repeats
 from graphcomp.result import CompressedModel
 from graphcomp.system.threads import one_at_a_time
+from graphcomp.torch_compat import pytree
 from graphcomp.training.prepared import Prepared, Session
 from graphcomp.training.shrink import expanded, hand_over, settled
 

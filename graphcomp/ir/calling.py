@@ -6,11 +6,11 @@ import inspect
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
 from graphcomp.errors import InputError
+from graphcomp.torch_compat import pytree
 
 CONSTANTS = (bool, int, float, complex, str, type(None))
 REQUIRED = inspect.Parameter.empty

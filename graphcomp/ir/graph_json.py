@@ -23,7 +23,6 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -36,6 +35,7 @@ from graphcomp.ir.module import FOLLOWS_MODE, CapturedModule, build
 from graphcomp.ir.spec_json import dump_spec, load_spec
 from graphcomp.ir.trust import EVERYTHING, Trust
 from graphcomp.system.threads import LOCK
+from graphcomp.torch_compat import pytree
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"{module.__name__}.{name}": getattr(module, name)

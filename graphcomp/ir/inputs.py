@@ -7,10 +7,10 @@ import types
 from typing import Any, TypeVar
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from graphcomp.ir.module import leaf_names
+from graphcomp.torch_compat import pytree
 
 T = TypeVar("T")
 

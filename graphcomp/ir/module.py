@@ -16,7 +16,6 @@ from typing import Any
 
 import sympy
 import torch
-import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._ops import OpOverload
 from torch.fx.graph import PythonCode
@@ -27,6 +26,7 @@ from graphcomp.ir.calling import argument_names, bind_call, is_constant, other_t
 from graphcomp.ir.graph import bind, is_op, module_path, set_argument, tensor_values
 from graphcomp.ir.module_copy import module_copy
 from graphcomp.system.threads import LOCK
+from graphcomp.torch_compat import pytree
 
 log = logging.getLogger("graphcomp.graph_module")
 

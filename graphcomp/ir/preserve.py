@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +17,7 @@ from graphcomp.ir.inputs import copies
 from graphcomp.ir.module import tensor_leaves, tensor_names
 from graphcomp.ir.module_copy import module_copy, own_memory
 from graphcomp.system.threads import LOCK
+from graphcomp.torch_compat import pytree
 
 
 @contextmanager

@@ -14,11 +14,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 
 from graphcomp.errors import CheckpointError
 from graphcomp.ir.json_values import JSON, damaged
 from graphcomp.ir.trust import Trust
+from graphcomp.torch_compat import pytree
 
 OUTPUT_LIBRARIES = ("transformers",)
 """Packages that register output classes when they are imported."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from graphcomp.capture.beside import in_modes
@@ -24,6 +23,7 @@ from graphcomp.numerics.compare import TOLERANCE, in_float64, is_whole, why_sile
 from graphcomp.numerics.float64 import Float64ByDefault
 from graphcomp.numerics.provenance import compare_before, heard
 from graphcomp.pruning.slice import SliceGroups
+from graphcomp.torch_compat import pytree
 
 EXACT = 1e-6  # largest relative error in float64; some models compute in float32 inside, whatever they are given
 

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from graphcomp.coupling.axis import Axes, Axis, Concat, Factor, kept_length, leaves, length, normal
 from graphcomp.coupling.propagate import Coupling
@@ -26,6 +25,7 @@ from graphcomp.ir.graph import is_op, source_line
 from graphcomp.ir.preserve import eval_copy
 from graphcomp.native.attributes import LINE, TORCH, Place, module_paths
 from graphcomp.pruning.ties import merged
+from graphcomp.torch_compat import pytree
 
 FactorTie: TypeAlias = frozenset[Factor]
 """Factors of which equally many units must stay."""

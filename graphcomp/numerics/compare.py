@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
+
+from graphcomp.torch_compat import pytree
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest relative error that rounding may cause, by the dtype of the output."""

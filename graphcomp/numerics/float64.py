@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
+
+from graphcomp.torch_compat import pytree
 
 MAKERS = frozenset(
     {

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from graphcomp.numerics.compare import is_whole, relative_error, why_silent
+from graphcomp.torch_compat import pytree
 
 aten = torch.ops.aten
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import sympy
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -37,6 +36,7 @@ from graphcomp.ir.graph import (
     source_line,
     value,
 )
+from graphcomp.torch_compat import pytree
 
 
 def check_kept(kept: Kept) -> None:

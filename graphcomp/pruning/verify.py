@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
@@ -35,6 +34,7 @@ from graphcomp.numerics.float64 import Float64ByDefault
 from graphcomp.numerics.provenance import jumps
 from graphcomp.pruning.mask import InsertMasks, set_masks
 from graphcomp.pruning.slice import by_factor, select
+from graphcomp.torch_compat import pytree
 
 log = logging.getLogger("graphcomp.pruning.law")
 

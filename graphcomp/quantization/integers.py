@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from graphcomp.errors import VerificationError
@@ -40,6 +39,7 @@ from graphcomp.quantization.placement import (
     TRANSPOSED,
     padded_with,
 )
+from graphcomp.torch_compat import pytree
 
 aten = torch.ops.aten
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from graphcomp.errors import VerificationError
@@ -20,6 +19,7 @@ from graphcomp.ir.preserve import own_inputs, same_buffers
 from graphcomp.numerics.compare import relative_error
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.lower import Lowered
+from graphcomp.torch_compat import pytree
 
 LAW = "integers == fake-quant, in steps"
 STEPS_ALLOWED = 1.0

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch.export import Dim
 
 from graphcomp.capture.resized import input_name
 from graphcomp.errors import ExportError
+from graphcomp.torch_compat import pytree
 
 Names = Mapping[str, Mapping[int, str]]
 """Input -> dim -> what the length is called."""

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from graphcomp.ir.calling import calling_convention
 from graphcomp.ir.graph import clone
 from graphcomp.ir.module import leaf_names
+from graphcomp.torch_compat import pytree
 
 
 def with_own_outputs(graph: fx.GraphModule, names: Sequence[str] | None = None) -> tuple[fx.GraphModule, list[str]]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
@@ -24,6 +23,7 @@ from graphcomp.ir.preserve import eval_copy
 from graphcomp.quantization import ops as _ops  # noqa: F401 (the graph may hold these ops)
 from graphcomp.system.files import replacing
 from graphcomp.targets.lengths import CAPTURED, Lengths
+from graphcomp.torch_compat import pytree
 
 log = logging.getLogger("graphcomp.export")
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from graphcomp.capture.resized import outputs
@@ -23,6 +22,7 @@ from graphcomp.numerics.compare import floating_tensors, tolerance_of
 from graphcomp.quantization.ops import dequantize_per_tensor, quantize_per_tensor
 from graphcomp.targets.onnxruntime.export import need
 from graphcomp.targets.pt2 import in_eval_mode
+from graphcomp.torch_compat import pytree
 
 if TYPE_CHECKING:
     import onnxruntime

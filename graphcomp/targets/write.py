@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from graphcomp.capture.resized import OPEN, fixed_lengths, input_name, outputs, with_twice
@@ -23,6 +22,7 @@ from graphcomp.targets.onnxruntime.kernels import KernelProof, prove
 from graphcomp.targets.outputs import file_names
 from graphcomp.targets.pt2 import export_program, graph_of, quiet
 from graphcomp.targets.runtime import Agreement, agreement, compare, open_session
+from graphcomp.torch_compat import pytree
 
 log = logging.getLogger("graphcomp.export")
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from graphcomp.capture.capture import capture
@@ -30,6 +29,7 @@ from graphcomp.numerics.compare import relative_error, tolerance_of, why_silent
 from graphcomp.pruning.mask import InsertMasks, computed_with, hold_masks, set_masks
 from graphcomp.pruning.slice import SliceGroups, by_factor, select
 from graphcomp.pruning.verify import check_slicing
+from graphcomp.torch_compat import pytree
 
 KeptUnits: TypeAlias = dict[ChannelGroup, Tensor]
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.utils._pytree as pytree
 
 from graphcomp.errors import CheckpointError
 from graphcomp.system.locks import lock_folder
+from graphcomp.torch_compat import pytree
 
 logger = logging.getLogger("graphcomp.folder")
 

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, AdamW, Optimizer
@@ -37,6 +36,7 @@ from graphcomp.pruning.saliency import Saliency
 from graphcomp.quantization.placement import CONVOLUTIONS
 from graphcomp.system.progress import Progress
 from graphcomp.system.progress import progress as show_progress
+from graphcomp.torch_compat import pytree
 from graphcomp.training import distributed
 from graphcomp.training.folder import (
     INITIAL,

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from graphcomp.capture.backward import between, calls_in, drop
@@ -16,6 +15,7 @@ from graphcomp.capture.record import named_tensors
 from graphcomp.errors import first_line
 from graphcomp.ir.preserve import eval_copy, same_buffers
 from graphcomp.quantization.placement import COMPUTE
+from graphcomp.torch_compat import pytree
 
 log = logging.getLogger("graphcomp.prepare")
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from graphcomp.coupling.analysis import Analysis, analyze_captured
@@ -18,6 +17,7 @@ from graphcomp.ir.graph import all_tensors, assign, fetch, value
 from graphcomp.pruning.mask import PREFIX, gone
 from graphcomp.pruning.slice import SliceGroups, kept_of_tensors, select
 from graphcomp.system.threads import one_at_a_time
+from graphcomp.torch_compat import pytree
 from graphcomp.training.prepared import Prepared, Session, with_masks
 
 REMNANT = 0.1

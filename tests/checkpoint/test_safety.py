@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
 
 import graphcomp as gc
@@ -23,6 +22,7 @@ from graphcomp.checkpoint.folder import read, write
 from graphcomp.errors import CheckpointError, GraphcompError, PlanError
 from graphcomp.ir import spec_json
 from graphcomp.ir.trust import EVERYTHING, HIGHER_ORDER, Trust, computes
+from graphcomp.torch_compat import pytree
 from tests.targets import models
 from tests.targets.models import INPUTS, analysed
 

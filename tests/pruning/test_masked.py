@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from graphcomp.coupling.table import find
 from graphcomp.pruning.masked import FORMS
+from graphcomp.torch_compat import pytree
 
 aten = torch.ops.aten
 KEPT = [0, 2, 3, 6]
