@@ -16,7 +16,7 @@ README = Path(__file__).parents[1] / "README.md"
 def test_the_python_blocks_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = README.read_text(encoding="utf-8")
-    quick_start, integers, seven_bits, weights_only, joint, own_loop, shrunk = re.finditer(
+    quick_start, integers, seven_bits, weights_only, joint, fixed_bits, own_loop, shrunk = re.finditer(
         r"```python\n(.*?)```", text, re.DOTALL
     )
     names: dict[str, Any] = {}
@@ -35,6 +35,8 @@ def test_the_python_blocks_one_after_the_other(tmp_path: Path, monkeypatch: pyte
         report = names.pop("joint").report
         assert report.sparsity == 0.5 and all(4 <= layer.weight_bits <= 8 for layer in report.layers)
     assert (tmp_path / "run" / "metrics.jsonl").exists()
+    run(fixed_bits)
+    assert {layer.weight_bits for layer in names["trained"].report.layers} == {4, 8}  # first and last layers get 8
 
     pytest.importorskip("onnxruntime", reason="the other blocks export ONNX")
     run(integers)
