@@ -31,9 +31,9 @@ from benchmarks.peers import torch_pruning
 from graphcomp.capture.capture import capture
 from graphcomp.coupling.analysis import Analysis, analyze_captured
 from graphcomp.coupling.groups import Kept
-from graphcomp.coupling.table import find
 from graphcomp.ir.graph import is_op, tensor_values
 from graphcomp.native.model import native
+from graphcomp.ops.registry import find
 from graphcomp.pruning.mask import InsertMasks, set_masks
 from graphcomp.pruning.slice import SliceGroups
 from graphcomp.testing import random_kept, relative_error

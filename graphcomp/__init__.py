@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from graphcomp.api import analyze, compress, finalize, load, prepare, prunable_groups, shrink, slice_groups
     from graphcomp.coupling.analysis import Analysis
     from graphcomp.coupling.groups import ChannelGroup, Member
-    from graphcomp.coupling.table import rule
     from graphcomp.errors import (
         BudgetError,
         CalibrationError,
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from graphcomp.methods.geta.qasso import QASSO
+    from graphcomp.ops.registry import rule
     from graphcomp.pruning.allocation import Budget
     from graphcomp.quantization.ptq import PostTraining
     from graphcomp.quantization.spec import QuantConfig, QuantSpec
@@ -107,7 +107,7 @@ _HOMES = {
         "ChannelGroup",
         "Member",
     ),
-    "coupling.table": ("rule",),
+    "ops.registry": ("rule",),
     "errors": (
         "BudgetError",
         "CalibrationError",

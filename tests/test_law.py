@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from graphcomp.capture.capture import capture
-from graphcomp.coupling import table
 from graphcomp.coupling.analysis import Analysis, analyze_captured
 from graphcomp.coupling.axis import Axes
 from graphcomp.coupling.groups import Kept
 from graphcomp.errors import VerificationError
 from graphcomp.numerics.compare import relative_error
+from graphcomp.ops import registry
 from graphcomp.pruning.mask import InsertMasks, set_masks
 from graphcomp.pruning.slice import SliceGroups
 from graphcomp.testing import Block, check_law, random_kept, random_model, randomize, tiny_models
@@ -494,7 +494,7 @@ def test_a_broken_law_is_seen_and_shown(monkeypatch: pytest.MonkeyPatch) -> None
     def flip(self: Axes) -> Axes:
         return self
 
-    monkeypatch.setitem(table._RULES, torch.ops.aten.flip.default, flip)
+    monkeypatch.setitem(registry._RULES, torch.ops.aten.flip.default, flip)
     model, inputs = FAMILIES["flip channels"]()
     with pytest.raises(VerificationError, match=r"(?s)differ by .*x\.flip|differ by .*> .*conv2d"):
         check_law(model, inputs)

@@ -16,7 +16,7 @@ RANKS = [
     {"arguments", "numerics", "system", "torch_compat"},
     {"ir"},
     {"capture"},
-    {"coupling"},
+    {"coupling", "ops"},
     {"cost"},
     {"pruning", "quantization"},
     {"native"},

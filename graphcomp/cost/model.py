@@ -19,13 +19,13 @@ from torch import Tensor, fx
 from torch.fx import _pytree as fx_pytree
 
 from graphcomp.capture.capture import Captured
-from graphcomp.coupling import table
 from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.axis import UNIT, Axes, Axis, Factor, Product, all_leaves, leaves, length, normal
 from graphcomp.coupling.groups import Kept, summed_axes
 from graphcomp.coupling.notation import einsum_letters
 from graphcomp.coupling.propagate import Coupling, is_real
 from graphcomp.ir.graph import argument_at, attributes, bind, is_op, module_path, source_line, tensor_values
+from graphcomp.ops import registry
 
 aten = torch.ops.aten
 
@@ -469,7 +469,7 @@ def _without_formula(node: fx.Node, coupling: Coupling) -> list[Uncounted]:
     alike = len({tuple(all_leaves(own)) for own in axes}) < 2
     if call is not None and not alike and summed_axes(coupling, node, call):
         return [Uncounted(str(node.target), source_line(node), multiplies=True)]
-    strange = str(node.target) in coupling.unknown if call is None else table.is_taught(node.target)
+    strange = str(node.target) in coupling.unknown if call is None else registry.is_taught(node.target)
     matrices = [n for n, own in zip(operands, axes, strict=True) if len(own) > 1 and is_real(tensor_values(n)[0])]
     return [Uncounted(str(node.target), source_line(node))] if strange and len(matrices) > 1 else []
 

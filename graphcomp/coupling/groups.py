@@ -27,8 +27,8 @@ from graphcomp.coupling.axis import (
     normal,
 )
 from graphcomp.coupling.propagate import Coupling
-from graphcomp.coupling.table import Call
 from graphcomp.ir.graph import argument_at, attributes, bind, source_line
+from graphcomp.ops.registry import Call
 
 Role = Literal["channel", "head", "head_dim", "hidden", "width", "expert", "group"]
 ROLES: tuple[Role, ...] = ("channel", "head", "head_dim", "hidden", "width", "expert", "group")

@@ -11,13 +11,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, fx
 
-from graphcomp.coupling import rules as _rules  # noqa: F401  (fills the table)
-from graphcomp.coupling import table
 from graphcomp.coupling.axis import Axes, Concat, Reason, all_leaves, freeze, fresh, leaves, length, normal
 from graphcomp.coupling.size import size_of
-from graphcomp.coupling.table import AxesValue, Call
 from graphcomp.errors import RuleError
 from graphcomp.ir.graph import argument_at, attributes, bind, is_op, source_line, tensor_values, value
+from graphcomp.ops import registry
+from graphcomp.ops.registry import AxesValue, Call
 
 logger = logging.getLogger("graphcomp.coupling")
 
@@ -227,7 +226,7 @@ def _op(coupling: Coupling, node: fx.Node) -> None:
     if all(n in coupling.sources for n in operands):
         coupling.sources[node] = frozenset().union(*(coupling.sources[n] for n in operands))
     assert isinstance(node.target, torch._ops.OpOverload)
-    function = table.find(node.target)
+    function = registry.find(node.target)
     if function is None:
         return _unknown(coupling, node, str(node.target), "no coupling rule")
     if any(0 in map(size_of, t.shape) for n in operands for t in tensor_values(n)) and not _is_cat(node):
@@ -235,7 +234,7 @@ def _op(coupling: Coupling, node: fx.Node) -> None:
     arguments = bind(node)
     call = _call(coupling, node, arguments)
     try:
-        results = table.run(function, call, {k: _argument(coupling, v) for k, v in arguments.items()})
+        results = registry.run(function, call, {k: _argument(coupling, v) for k, v in arguments.items()})
         _check(node, results, call)
         _freeze_unmaskable_sums(coupling, call, arguments)
     except Exception as error:  # whatever a rule raises, ours or a user's
@@ -243,7 +242,7 @@ def _op(coupling: Coupling, node: fx.Node) -> None:
         return _unknown(coupling, node, str(node.target), _undecided(error))
     coupling.axes[node] = results
     coupling.calls[node] = call
-    if table.is_elementwise(function) and not call.residual:
+    if registry.is_elementwise(function) and not call.residual:
         made_of = coupling.origins_of([n for n in operands if n not in coupling.sources])
         few = len(made_of) <= MAX_ORIGINS
         coupling.origins[node] = made_of if few else frozenset([coupling.many.setdefault(made_of, node)])

@@ -23,11 +23,11 @@ from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.axis import Axis, Factor, all_leaves, kept_indices, length
 from graphcomp.coupling.groups import Kept, consumed_and_made
 from graphcomp.coupling.propagate import Coupling
-from graphcomp.coupling.table import Call
 from graphcomp.ir.graph import argument_at, bind
 from graphcomp.ir.module import copied, tensor_names
+from graphcomp.ops.masked import FORMS
+from graphcomp.ops.registry import Call
 from graphcomp.pruning.mask import computed_with, parameter_behind
-from graphcomp.pruning.masked import FORMS
 from graphcomp.pruning.slice import by_factor
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from graphcomp.coupling import table
 from graphcomp.coupling.axis import Factor, coordinates, normal
 from graphcomp.coupling.groups import ChannelGroup, Member, consumed_dims
 from graphcomp.coupling.propagate import Coupling, is_real
 from graphcomp.ir.graph import fetch, tensor_values
+from graphcomp.ops import registry
 from graphcomp.pruning.mask import KEEPS_ZEROS
 
 TensorOf = Callable[[str], Tensor]
@@ -72,8 +72,8 @@ def _computes(coupling: Coupling, node: fx.Node) -> bool:
     call = coupling.calls.get(node)
     if call is None or node.target in KEEPS_ZEROS or not node.all_input_nodes:
         return False
-    rule = table.find(call.node.target)  # type: ignore[arg-type]
-    return bool(call.contracted) or (rule is not None and table.is_elementwise(rule))
+    rule = registry.find(call.node.target)  # type: ignore[arg-type]
+    return bool(call.contracted) or (rule is not None and registry.is_elementwise(rule))
 
 
 def _is_weight(coupling: Coupling, node: fx.Node, sources: Collection[str]) -> bool:

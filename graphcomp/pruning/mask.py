@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 from graphcomp.coupling.axis import Axis, Factor, all_leaves, coordinates, length
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.coupling.propagate import Coupling
-from graphcomp.coupling.table import Call
 from graphcomp.ir.graph import argument_at, bind, clone, fetch, set_argument, set_argument_at, value
-from graphcomp.pruning.masked import FORMS
+from graphcomp.ops.masked import FORMS
+from graphcomp.ops.registry import Call
 from graphcomp.pruning.slice import check_kept
 
 PREFIX = "graphcomp_mask_"

@@ -22,7 +22,6 @@ from graphcomp.coupling.axis import Axes, Axis, Factor, all_leaves, kept_indices
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.coupling.size import Size, size_of
-from graphcomp.coupling.table import Call
 from graphcomp.errors import PlanError, VerificationError
 from graphcomp.ir.graph import (
     all_tensors,
@@ -36,6 +35,7 @@ from graphcomp.ir.graph import (
     source_line,
     value,
 )
+from graphcomp.ops.registry import Call
 from graphcomp.torch_compat import pytree
 
 

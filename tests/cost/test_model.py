@@ -15,7 +15,7 @@ from graphcomp.capture.capture import capture
 from graphcomp.cost import CostModel, counts_of, macs, param_bytes, params
 from graphcomp.coupling.analysis import Analysis, analyze_captured
 from graphcomp.coupling.groups import Kept
-from graphcomp.coupling.table import forget
+from graphcomp.ops.registry import forget
 from graphcomp.pruning.slice import SliceGroups
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from graphcomp.coupling.axis import Axes
-from graphcomp.coupling.rules.create import overloads
-from graphcomp.coupling.table import rule
+from graphcomp.ops.create import overloads
+from graphcomp.ops.registry import rule
 
 aten = torch.ops.aten
 

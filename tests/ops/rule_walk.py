@@ -10,9 +10,9 @@ from torch import Tensor, fx, nn
 
 from graphcomp.coupling.axis import Axes, Axis, Factor, is_frozen, kept_indices, leaves, length, normal
 from graphcomp.coupling.propagate import RULE_FAILED, Coupling, propagate
-from graphcomp.coupling.table import Call
 from graphcomp.ir.graph import argument_at, bind, is_op, tensor_values
-from graphcomp.pruning.masked import FORMS
+from graphcomp.ops.masked import FORMS
+from graphcomp.ops.registry import Call
 
 
 class OneOp(nn.Module):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from graphcomp.coupling.notation import parse
-from graphcomp.coupling.table import find, forget, rule
 from graphcomp.errors import RuleError
+from graphcomp.ops.registry import find, forget, rule
 
 from .rule_walk import Walk, free, frozen, same
 

@@ -139,7 +139,7 @@ def _register(op: OpKey, function: RuleFunction) -> None:
     if not isinstance(op, OpOverload) and not (isinstance(op, str) and "::" in op):
         raise RuleError(f"{op!r} is not an op", fix="pass torch.ops.lib.op.overload, or 'lib::op'")
     if op in _RULES:
-        raise RuleError(f"{op} has a coupling rule already", fix="graphcomp.coupling.table.forget(op) first")
+        raise RuleError(f"{op} has a coupling rule already", fix="graphcomp.ops.registry.forget(op) first")
     _RULES[op] = function
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from graphcomp.coupling.axis import Axes, Axis, fresh, length
-from graphcomp.coupling.rules.movement import all_frozen
 from graphcomp.coupling.size import Size
-from graphcomp.coupling.table import AxesValue, Call, OpKey, rule
+from graphcomp.ops.movement import all_frozen
+from graphcomp.ops.registry import AxesValue, Call, OpKey, rule
 
 aten = torch.ops.aten
 

@@ -1,7 +1,6 @@
-"""The coupling rules, one file per op family. Importing this package registers them all."""
+"""All that is known of ops, one file per family. Importing this package registers every family."""
 
-from graphcomp.coupling import table
-from graphcomp.coupling.rules import (
+from graphcomp.ops import (
     conv,
     create,
     index,
@@ -15,9 +14,10 @@ from graphcomp.coupling.rules import (
     quantize,
     recurrent,
     reductions,
+    registry,
 )
 
-table.close_built_in()
+registry.close_built_in()
 
 __all__ = [
     "conv",

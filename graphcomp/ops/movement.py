@@ -23,8 +23,8 @@ from graphcomp.coupling.axis import (
 )
 from graphcomp.coupling.notation import broadcast
 from graphcomp.coupling.size import Size, divide
-from graphcomp.coupling.table import Call, rule
 from graphcomp.ir.graph import bind
+from graphcomp.ops.registry import Call, rule
 
 aten = torch.ops.aten
 

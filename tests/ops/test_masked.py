@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphcomp.coupling.table import find
-from graphcomp.pruning.masked import FORMS
+from graphcomp.ops.masked import FORMS
+from graphcomp.ops.registry import find
 from graphcomp.torch_compat import pytree
 
 aten = torch.ops.aten

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from graphcomp.coupling.axis import Axes, fresh, length
-from graphcomp.coupling.rules.create import overloads
-from graphcomp.coupling.rules.index import whole
-from graphcomp.coupling.table import AxesValue, Call, rule
+from graphcomp.ops.create import overloads
+from graphcomp.ops.index import whole
+from graphcomp.ops.registry import AxesValue, Call, rule
 
 aten = torch.ops.aten
 

@@ -14,7 +14,7 @@ import torch
 
 from graphcomp.coupling.axis import UNIT, Axes, length
 from graphcomp.coupling.notation import broadcast, from_end
-from graphcomp.coupling.table import Call, rule
+from graphcomp.ops.registry import Call, rule
 
 aten = torch.ops.aten
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphcomp.coupling.axis import Factor, Product, Reason, fresh, normal
-from graphcomp.coupling.rules.conv import deform_conv2d, positional, roi
-from graphcomp.coupling.table import AxesValue, Call
+from graphcomp.ops.conv import deform_conv2d, positional, roi
+from graphcomp.ops.registry import AxesValue, Call
 
 from .rule_walk import Walk, check_law, free, frozen, marks, same
 

@@ -13,8 +13,8 @@ import torch
 from graphcomp.coupling.axis import UNIT, Axes, Axis, couple, freeze, length, regroup
 from graphcomp.coupling.notation import broadcast, einsum_letters, from_end
 from graphcomp.coupling.size import divide
-from graphcomp.coupling.table import Call, rule
 from graphcomp.ir.graph import bind, value
+from graphcomp.ops.registry import Call, rule
 
 aten = torch.ops.aten
 

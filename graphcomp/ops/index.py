@@ -10,11 +10,11 @@ from torch import Tensor, fx
 
 from graphcomp.coupling.axis import UNIT, Axes, Axis, couple, fresh, length, product
 from graphcomp.coupling.notation import broadcast
-from graphcomp.coupling.rules.create import overloads
-from graphcomp.coupling.rules.movement import all_frozen
 from graphcomp.coupling.size import Size
-from graphcomp.coupling.table import AxesValue, Call, rule
 from graphcomp.ir.graph import bind, value
+from graphcomp.ops.create import overloads
+from graphcomp.ops.movement import all_frozen
+from graphcomp.ops.registry import AxesValue, Call, rule
 
 aten = torch.ops.aten
 Indices: TypeAlias = Sequence[Axes | None]

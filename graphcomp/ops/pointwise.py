@@ -9,7 +9,7 @@ from torch._ops import OpOverload
 
 from graphcomp.coupling.axis import UNIT, Axes, couple, cut, length
 from graphcomp.coupling.notation import broadcast
-from graphcomp.coupling.table import AxesValue, Call, family, rule
+from graphcomp.ops.registry import AxesValue, Call, family, rule
 
 aten = torch.ops.aten
 

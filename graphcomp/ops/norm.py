@@ -8,13 +8,13 @@ import torch
 
 from graphcomp.coupling.axis import UNIT, Axes, Axis, couple, fresh, length, split
 from graphcomp.coupling.size import Size
-from graphcomp.coupling.table import Call, rule
+from graphcomp.ops.registry import Call, rule
 
 aten = torch.ops.aten
 
 
 STANDARDIZE = frozenset({aten.batch_norm.default, aten.instance_norm.default})
-"""Norms of channels that have a masked form (see `graphcomp.pruning.masked`)."""
+"""Norms of channels that have a masked form (see `graphcomp.ops.masked`)."""
 
 
 # ------------------------------------------------------------------------------------------------ per channel

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from graphcomp.coupling.axis import Axes, couple, length
-from graphcomp.coupling.rules.index import whole
-from graphcomp.coupling.rules.pointwise import pointwise
-from graphcomp.coupling.table import Call, elementwise, rule
+from graphcomp.ops.index import whole
+from graphcomp.ops.pointwise import pointwise
+from graphcomp.ops.registry import Call, elementwise, rule
 
 aten = torch.ops.aten
 

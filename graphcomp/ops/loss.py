@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from graphcomp.coupling.axis import Axes
-from graphcomp.coupling.rules.create import overloads
-from graphcomp.coupling.rules.movement import all_frozen
-from graphcomp.coupling.table import AxesValue, Call, rule
+from graphcomp.ops.create import overloads
+from graphcomp.ops.movement import all_frozen
+from graphcomp.ops.registry import AxesValue, Call, rule
 
 aten = torch.ops.aten
 

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 
 from graphcomp.coupling.axis import Axes, Axis, couple, fresh, length, product, split
-from graphcomp.coupling.rules.movement import all_frozen
-from graphcomp.coupling.table import Call, rule
+from graphcomp.ops.movement import all_frozen
+from graphcomp.ops.registry import Call, rule
 
 aten = torch.ops.aten
 
