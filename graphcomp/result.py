@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,10 +17,10 @@ from graphcomp.capture.path import Branches, branches_of
 from graphcomp.capture.path import Path as SeenPath
 from graphcomp.errors import CheckpointError, ExportError
 from graphcomp.ir.module import WATCHED, tensor_leaves
-from graphcomp.quantization.ptq import Quantized
 from graphcomp.report.report import Report
 
 if TYPE_CHECKING:
+    from graphcomp.quantization.raising import Raised
     from graphcomp.targets.write import ExportReport
 
 log = logging.getLogger("graphcomp.compressed")
@@ -37,8 +36,6 @@ class CompressedModel(nn.Module):
         kept: parameter or buffer name -> dim -> the indices that were kept ((k,) int64), sliced dims only.
         report: what was removed, what it saves, what was verified.
         reason: for "graph", why it is not the user's class; else "".
-        quantized: the float, fake-quant and integer graphs of a model that was quantized; None otherwise, and after
-            `load` or unpickling.
         edits: Python attributes of the user's class that were corrected, as (module path, attribute, value).
         example_args, example_kwargs: inputs it was made with; not stored in a checkpoint, so empty after `load`.
         export_report: how the last exported file ran; None before.
@@ -62,12 +59,11 @@ class CompressedModel(nn.Module):
         super().__init__()
         self.module = module
         self.form: Form = form
-        self.kept = {name: dict(dims) for name, dims in kept.items()}
+        self.kept = _shared(kept)
         self.report = report
         self.reason = reason
         self.edits = edits
         self.original_shapes = dict(original_shapes or {})
-        self.quantized: Quantized | None = None
         self.example_args = tuple(example_args)
         self.example_kwargs = dict(example_kwargs or {})
         self.export_report: ExportReport | None = None
@@ -107,15 +103,16 @@ class CompressedModel(nn.Module):
                 type(self.module).__name__, how,
             )  # fmt: skip
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedModel:
-        """All of it; pickling leaves `quantized` out."""
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
+    @property
+    def quantized(self) -> Raised | None:
+        """Return the fake-quant and the integer graph of a quantized model; None of a float model.
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "quantized": None}
+        Made anew from the integers at each use, as the fake-quant graph holds each weight in floats.
+        """
+        from graphcomp.quantization.raising import integer_graph, raised
+
+        graph = integer_graph(self.module)
+        return None if graph is None else raised(graph)
 
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint folder that `graphcomp.load` rebuilds without the original weights.
@@ -186,3 +183,12 @@ class CompressedModel(nn.Module):
         self.report = replace(self.report, notes=tuple(dict.fromkeys((*self.report.notes, *said))))
         if self.export_report.kernels is not None:
             self.report = replace(self.report, kernels=self.export_report.kernels.to_dict())
+
+
+def _shared(kept: Mapping[str, Mapping[int, Tensor]]) -> dict[str, dict[int, Tensor]]:
+    """Return `kept` with one tensor for equal indices: all members of a group have the same."""
+    one: dict[bytes, Tensor] = {}
+    return {
+        name: {dim: one.setdefault(indices.cpu().numpy().tobytes(), indices) for dim, indices in dims.items()}
+        for name, dims in kept.items()
+    }

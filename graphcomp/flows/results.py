@@ -339,15 +339,13 @@ def with_integers(
     left = _left_float(quantized.left_float)
     report = _quantized_report(cut, (*notes, *_replaced_notes(cut.plan.captured), *left), quantized)
     module = quantized.lowered.module
-    result = _model(
+    return _model(
         cut,
         module,
         _with_latency(report, cut.plan, module) if measure_latency else report,
         form="graph",
         reason="integer weights and quantize nodes stand in a graph",
     )
-    result.quantized = quantized
-    return result
 
 
 def _left_float(left: Mapping[str, str]) -> list[str]:

@@ -61,6 +61,7 @@ def into_whole(
     own = captured.path.notes()  # the path of the whole model takes their place
     notes = [note for note in small.report.notes if note not in own]
     notes += [*_notes(scope, captured.outside), *path.notes(), *apart]
+    args, kwargs = copies(inputs)  # a tensor of the caller may be a window on much more memory
     result = CompressedModel(
         whole,
         form=small.form,
@@ -74,10 +75,9 @@ def into_whole(
         reason=small.reason,
         edits=tuple((f"{scope}.{path}".rstrip("."), name, value) for path, name, value in small.edits),
         original_shapes=shapes(model),
-        example_args=inputs[0],
-        example_kwargs=inputs[1],
+        example_args=args,
+        example_kwargs=kwargs,
     )
-    result.quantized = small.quantized
     result.path = path
     if isinstance(module, fx.GraphModule):
         result.called = tuple(f"{scope}.{path}" for path in captured.outside.modules())

@@ -217,7 +217,7 @@ class _Finishing:
                 fix="train activations with QuantSpec(learn_exponent=False)",
             )
         spec = replace(quantizer.spec, kind="uniform", learn_exponent=False, bits=_whole_bits(node, quantizer))
-        return _quantizer_of(quantizer.to_integers(quantizer.d.new_zeros(())), spec)
+        return quantizer_of(quantizer.to_integers(quantizer.d.new_zeros(())), spec)
 
     # ------------------------------------------------------------------------------------------ weights, values
     def _folds(self, pair: Pair) -> bool:
@@ -245,7 +245,7 @@ class _Finishing:
             return _Weight((weight if quantizer else pair.compute,), scaled, _Fold(pair, quantizer, shift))
         floats = self.values.of(weight.all_input_nodes[0])
         folded = _times(quantizer.to_integers(floats), factor, dim)
-        own = _quantizer_of(folded, self.uniform[str(weight.target)].spec)
+        own = quantizer_of(folded, self.uniform[str(weight.target)].spec)
         return _Weight((weight,), _on_grid(weight, own, folded, floats.dtype), _Fold(pair, own, shift))
 
     def _unfolded(self, without: set[fx.Node]) -> Iterator[_Weight]:
@@ -375,7 +375,7 @@ def _times(integers: Integers, factor: Tensor, dim: int) -> Integers:
     return replace(integers, values=values.to(integers.values.dtype), scale=scale, zero_point=zero, dim=along)
 
 
-def _quantizer_of(integers: Integers, spec: QuantSpec) -> Quantizer:
+def quantizer_of(integers: Integers, spec: QuantSpec) -> Quantizer:
     """A uniform quantizer with the scale and zero point of `integers`."""
     if integers.dim is not None and integers.groups is None:
         spec = replace(spec, granularity="channel")

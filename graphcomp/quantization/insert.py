@@ -26,7 +26,7 @@ class InsertQuantizers:
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
         """A new module that shares the tensors of `module`; the placement must be of `module`'s graph."""
         quantized, new_node = clone(module)
-        names = _Names(quantized)
+        names = Names(quantized)
         by_share: dict[object, str] = {}
         for site in self.placement.sites:
             node = new_node[site.value]
@@ -53,7 +53,7 @@ def _quantizer(site: Site) -> Quantizer:
     return quantizer.to(device=found.device, dtype=dtype)
 
 
-class _Names:
+class Names:
     """A name per quantizer that says what it quantizes: 'layer1_0_conv1_weight', 'relu_3'."""
 
     def __init__(self, module: fx.GraphModule) -> None:
@@ -62,7 +62,11 @@ class _Names:
             self.taken.update(name for name, _ in already.named_children())
 
     def of(self, node: fx.Node) -> str:
-        name = re.sub(r"\W", "_", str(node.target) if node.op in ("get_attr", "placeholder") else node.name)
+        """A name that says which node's value is quantized."""
+        return self.free(re.sub(r"\W", "_", str(node.target) if node.op in ("get_attr", "placeholder") else node.name))
+
+    def free(self, name: str) -> str:
+        """`name`, with a number where it is taken."""
         unique, k = name, 1
         while unique in self.taken:
             unique, k = f"{name}_{k}", k + 1
