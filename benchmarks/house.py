@@ -121,14 +121,24 @@ def convention_of(function: Function) -> str:
 
 
 def private_names(tree: ast.AST) -> Iterator[str]:
-    """Dotted names below torch that begin with an underscore somewhere; dunder names left out."""
+    """Dotted names below torch with a part that begins with an underscore; dunder names and ops left out.
+
+    Names are followed through imports: after `from torch import fx`, `fx.graph._format_target` is such a name.
+    """
+    home = {"torch": "torch"}
+    for node in nodes(tree, ast.Import):
+        home.update((a.asname, a.name) for a in node.names if a.asname and a.name.split(".")[0] == "torch")
+        yield from (a.name for a in node.names if a.name.split(".")[0] == "torch" and is_private(a.name))
     for node in nodes(tree, ast.ImportFrom):
         if node.module and node.module.split(".")[0] == "torch":
+            home.update((a.asname or a.name, f"{node.module}.{a.name}") for a in node.names)
             yield from (n for a in node.names if is_private(n := f"{node.module}.{a.name}"))
+    inner = {id(node.value) for node in nodes(tree, ast.Attribute)}
     for node in nodes(tree, ast.Attribute):
-        name = ast.unparse(node)
-        if name.startswith("torch.") and "(" not in name and is_private(name) and not name.startswith("torch.ops."):
-            yield name
+        root, _, rest = ast.unparse(node).partition(".")
+        name = f"{home.get(root)}.{rest}"
+        if id(node) not in inner and root in home and is_private(name) and not name.startswith("torch.ops."):
+            yield name.partition("(")[0]
 
 
 def is_private(name: str) -> bool:

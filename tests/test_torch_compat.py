@@ -1,14 +1,92 @@
 """What graphcomp relies on of each private name of torch, and that one file alone binds the names."""
 
+import ast
 import re
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import graphcomp as gc
-from graphcomp.torch_compat import bound, pytree
+from benchmarks.house import private_names
+from graphcomp import torch_compat
+from graphcomp.torch_compat import (
+    BatchNormBase,
+    ConvBase,
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    HigherOrderOperator,
+    NormBase,
+    OpOverload,
+    OpOverloadPacket,
+    PyTreeCodeGen,
+    PyTreeInfo,
+    TorchDispatchMode,
+    bound,
+    causal_mask_test,
+    foreach_add_,
+    foreach_clamp_max_,
+    foreach_clamp_min_,
+    foreach_copy_,
+    foreach_zero_,
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    is_legacy_batchedtensor,
+    number_of_dispatch_modes,
+    pytree,
+    saved_tensors_hooks_disabled,
+    takes_numbers_as_tensors,
+    target_format,
+    top_saved_tensors_hooks,
+    transforms_active,
+    tree_flatten_spec,
+)
+
+aten = torch.ops.aten
+PACKAGE = Path(gc.__file__).parent
+
+
+# ------------------------------------------------------------------------------------------------ one file
+def test_no_other_file_of_the_package_uses_a_private_name_of_torch():
+    found = {path.relative_to(PACKAGE).as_posix(): set(private_names(_tree(path))) for path in PACKAGE.rglob("*.py")}
+    assert found.pop("torch_compat.py")
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import torch\ntorch._check(True)",
+        "import torch.utils._pytree as pytree",
+        "from torch.utils import _pytree as pytree",
+        "from torch._ops import OpOverload",
+        "from torch import fx as f\nf.graph._format_target",
+        "from torch import Tensor\nTensor._make_subclass(Tensor, x)",
+        "import torch.nn.functional as F\nF._verify_batch_size((1,))",
+    ],
+)
+def test_each_way_to_a_private_name_is_seen(code):
+    assert len(set(private_names(ast.parse(code)))) == 1
+
+
+@pytest.mark.parametrize(
+    "code", ["import torch\ntorch.ops.aten._softmax.default", "x = y._private", "import torch\ntorch.__version__"]
+)
+def test_ops_and_names_of_others_are_not_taken_for_private_names(code):
+    assert not set(private_names(ast.parse(code)))
+
+
+def test_every_binding_is_listed_and_has_a_test():
+    private = set(private_names(_tree(PACKAGE / "torch_compat.py")))
+    guarded = set(re.findall(r'"(torch\.[\w.]+)"', (PACKAGE / "torch_compat.py").read_text()))
+    assert {name for name in private if not any(name.startswith(guard) for guard in guarded)} == set()
+    tested = {node.id for node in ast.walk(_tree(Path(__file__))) if isinstance(node, ast.Name)}
+    assert set(torch_compat.__all__) <= tested
 
 
 def test_a_name_that_torch_lacks_is_an_import_error_with_the_version_the_name_and_a_fix():
@@ -16,23 +94,247 @@ def test_a_name_that_torch_lacks_is_an_import_error_with_the_version_the_name_an
         torch._C._gone  # noqa: B018
     assert isinstance(caught.value, gc.TorchError)
     message = str(caught.value)
-    assert re.search(rf"torch {re.escape(torch.__version__)} has no torch._C._gone", message)
+    assert f"torch {torch.__version__} has no torch._C._gone" in message
     assert "fix:" in message and "torch_compat.py" in message
 
 
+def _tree(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+# ------------------------------------------------------------------------------------------------ nested values
 Pair = namedtuple("Pair", "left right")
 
 
 def test_pytree_flattens_in_the_order_of_the_containers_and_back():
     tree = {"b": [1, (2, None)], "a": Pair(3, 4)}
     leaves, spec = pytree.tree_flatten(tree)
-    assert leaves == [1, 2, None, 3, 4]
+    assert leaves == [1, 2, None, 3, 4] == pytree.tree_leaves(tree)
     assert pytree.tree_unflatten(leaves, spec) == tree
     assert spec.num_leaves == 5 and spec.type is dict and spec.context == ["b", "a"]
     assert spec == pytree.tree_structure(pytree.tree_map(str, tree)) != pytree.tree_structure([1])
-    assert pytree.treespec_loads(pytree.treespec_dumps(pytree.tree_structure((1, {"a": [2]})))).num_leaves == 2
+    assert pytree.tree_map_only(int, lambda x: -x, tree) == {"b": [-1, (-2, None)], "a": Pair(-3, -4)}
+
+
+def test_pytree_writes_specs_as_json():
+    spec = pytree.tree_structure((1, {"a": [2]}))
+    assert pytree.treespec_loads(pytree.treespec_dumps(spec)) == spec
+    assert isinstance(pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE, dict)
 
 
 def test_pytree_describes_the_inputs_and_outputs_of_exported_programs():
     exported = torch.export.export(nn.Identity(), (torch.ones(2),), strict=False)
     assert exported.call_spec.in_spec == pytree.tree_structure(((torch.ones(2),), {}))
+
+
+def test_tree_flatten_spec_takes_keywords_in_any_order():
+    spec = pytree.tree_structure(((1,), {"x": 2, "y": [3]}))
+    assert tree_flatten_spec(((10,), {"y": [30], "x": 20}), spec) == [10, 20, 30]
+
+
+def test_a_graph_with_the_code_generator_for_nested_values_takes_and_returns_nested_values():
+    graph = fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    graph.output([graph.call_function(torch.sub, (x, y))])
+    info = PyTreeInfo(["pair"], pytree.tree_structure((((1, 2),), {})), pytree.tree_structure({"out": 1}))
+    graph.set_codegen(PyTreeCodeGen(info))
+    module = fx.GraphModule(nn.Module(), graph)
+    assert module((torch.tensor(5), torch.tensor(3))) == {"out": torch.tensor(2)}
+    assert (info.orig_args, info.in_spec.num_leaves, info.out_spec.context) == (["pair"], 2, ["out"])
+
+
+# ------------------------------------------------------------------------------------------------ ops
+def test_ops_of_exported_graphs_are_overloads_with_a_schema_and_a_namespace():
+    exported = torch.export.export(nn.ReLU(), (torch.ones(2),), strict=False)
+    [op] = [node.target for node in exported.graph.nodes if node.op == "call_function"]
+    assert isinstance(op, OpOverload) and op is aten.relu.default
+    assert op.namespace == "aten" and not isinstance(torch.relu, OpOverload)
+
+
+def test_packets_hold_their_overloads():
+    assert isinstance(aten.add, OpOverloadPacket) and not isinstance(aten.add.Tensor, OpOverloadPacket)
+    assert aten.add.Tensor.overloadpacket is aten.add and "Tensor" in aten.add.overloads()
+
+
+def test_higher_order_ops_are_no_overloads():
+    assert isinstance(torch.ops.higher_order.cond, HigherOrderOperator)
+    assert not isinstance(torch.ops.higher_order.cond, OpOverload)
+    assert not isinstance(aten.add.Tensor, HigherOrderOperator)
+
+
+def test_add_takes_numbers_as_tensors_and_relu_does_not():
+    assert takes_numbers_as_tensors("add") and not takes_numbers_as_tensors("relu")
+
+
+# ------------------------------------------------------------------------------------------------ fake tensors
+def test_fake_tensors_know_shapes_dtypes_and_devices_without_data():
+    mode = FakeTensorMode()
+    weight = mode.from_tensor(torch.ones(3, 4))
+    with mode:
+        result = aten.mm.default(weight, torch.empty(4, 2, dtype=torch.float32))
+    assert isinstance(result, FakeTensor) and result.fake_mode is mode
+    assert (result.shape, result.dtype, result.device) == ((3, 2), torch.float32, torch.device("cpu"))
+
+
+def test_fake_tensors_say_when_a_value_or_a_shape_depends_on_data():
+    mode = FakeTensorMode(shape_env=None)
+    x = mode.from_tensor(torch.ones(3))
+    with mode, pytest.raises(DataDependentOutputException):
+        aten._local_scalar_dense.default(x)
+    with mode, pytest.raises(DynamicOutputShapeException):
+        aten.nonzero.default(x)
+
+
+# ------------------------------------------------------------------------------------------------ interception
+class _Ops(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_dispatch_modes_see_the_aten_ops_of_a_forward_and_of_a_backward_pass():
+    x = torch.ones(2, requires_grad=True)
+    with _Ops() as ops:
+        nn.Hardtanh()(x).sum().backward()
+    assert aten.hardtanh.default in ops.seen and aten.hardtanh_backward.default in ops.seen
+    assert all(isinstance(op, OpOverload) for op in ops.seen)
+
+
+def test_dispatch_modes_are_counted():
+    assert number_of_dispatch_modes() == 0
+    with _Ops(), _Ops():
+        assert number_of_dispatch_modes() == 2
+    assert number_of_dispatch_modes() == 0
+
+
+def test_transforms_are_active_inside_of_vmap_and_grad_alone():
+    found = []
+
+    def noted(x):
+        found.append(transforms_active())
+        return x.sum()
+
+    torch.vmap(noted)(torch.ones(2, 3))
+    torch.func.grad(noted)(torch.ones(3))
+    assert found == [True, True] and not transforms_active()
+
+
+def test_tensors_inside_of_transforms_are_known_and_unwrapped_to_all_elements():
+    shapes = []
+
+    def look(x):
+        assert is_functorch_wrapped_tensor(x) and is_batchedtensor(x)
+        shapes.append((x.shape, get_unwrapped(x).shape))
+        return x
+
+    torch.vmap(look)(torch.ones(2, 3))
+    assert shapes == [((3,), (2, 3))]
+    assert not is_functorch_wrapped_tensor(torch.ones(2)) and not is_batchedtensor(torch.ones(2))
+
+
+def test_a_gradient_wrapper_is_no_batch():
+    def look(x):
+        assert is_functorch_wrapped_tensor(x) and not is_batchedtensor(x)
+        return x.sum()
+
+    torch.func.grad(look)(torch.ones(3))
+
+
+def test_many_gradients_at_once_hold_legacy_batches():
+    found = []
+
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, gradient):
+            found.append(is_legacy_batchedtensor(gradient))
+            return gradient * 2
+
+    x = torch.ones(3, requires_grad=True)
+    torch.autograd.grad(Look.apply(x), x, torch.eye(3), is_grads_batched=True)
+    torch.autograd.grad(Look.apply(x), x, torch.ones(3))
+    assert found == [True, False]
+
+
+def test_the_saved_tensor_hooks_in_force_are_found():
+    def pack(x):
+        return x
+
+    def unpack(x):
+        return x
+
+    assert top_saved_tensors_hooks(True) is None
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        assert top_saved_tensors_hooks(True) == (pack, unpack)
+
+
+def test_the_reason_why_saved_tensor_hooks_are_refused_is_found():
+    assert saved_tensors_hooks_disabled() is None
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        assert saved_tensors_hooks_disabled() == "not here"
+
+
+# ------------------------------------------------------------------------------------------------ lists of tensors
+def test_lists_of_tensors_change_in_place_by_one_call():
+    tensors = [torch.tensor([-2.0, 2.0]), torch.tensor(4.0)]
+    foreach_clamp_min_(tensors, -1.0)
+    foreach_clamp_max_(tensors, 3.0)
+    assert [t.tolist() for t in tensors] == [[-1.0, 2.0], 3.0]
+    foreach_add_(tensors, [torch.ones(2), torch.tensor(1.0)])
+    assert [t.tolist() for t in tensors] == [[0.0, 3.0], 4.0]
+    foreach_copy_(tensors, [torch.zeros(2), torch.tensor(7.0)])
+    assert [t.tolist() for t in tensors] == [[0.0, 0.0], 7.0]
+    foreach_zero_(tensors)
+    assert [t.tolist() for t in tensors] == [[0.0, 0.0], 0.0]
+
+
+# ------------------------------------------------------------------------------------------------ modules
+def test_every_convolution_derives_from_the_base_of_convolutions():
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    assert all(issubclass(kind, ConvBase) for kind in kinds) and not issubclass(nn.Linear, ConvBase)
+    conv = nn.Conv2d(4, 6, 3, groups=2)
+    assert isinstance(conv, ConvBase) and (conv.in_channels, conv.out_channels, conv.groups) == (4, 6, 2)
+
+
+def test_every_batch_norm_derives_from_the_base_of_batch_norms():
+    batch = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    instance = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+    assert all(issubclass(kind, BatchNormBase) for kind in batch)
+    assert not any(issubclass(kind, BatchNormBase) for kind in instance)
+    assert all(issubclass(kind, NormBase) for kind in (*batch, *instance)) and not issubclass(nn.LayerNorm, NormBase)
+    norm = nn.BatchNorm2d(4, momentum=None)
+    assert (norm.num_features, norm.momentum, norm.track_running_stats) == (4, None, True)
+
+
+# ------------------------------------------------------------------------------------------------ functions of torch
+def test_target_format_writes_the_code_of_graphs_inside_alone():
+    graph = fx.Graph()
+    graph.output(graph.get_attr("a.b"))
+    plain = graph.python_code("self").src
+    with target_format(lambda base, target: f"found({base}, {target!r})"):
+        assert "found(self, 'a.b')" in graph.python_code("self").src
+    assert graph.python_code("self").src == plain
+
+
+def test_transformers_ask_the_causal_mask_test_inside_alone():
+    layer = nn.TransformerEncoderLayer(4, 1, 4, dropout=0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+    x, mask = torch.ones(1, 3, 4), torch.zeros(3, 3)
+    asked = []
+
+    def make(otherwise):
+        return lambda *args: asked.append(args) or otherwise(*args)
+
+    with causal_mask_test(make):
+        encoder(x, mask=mask, is_causal=False)
+    assert asked and asked[0][0] is mask
+    count = len(asked)
+    encoder(x, mask=mask, is_causal=False)
+    assert len(asked) == count

@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._ops import OpOverload
 
 from graphcomp.capture.record import OP_SITE, READS
 from graphcomp.ir.graph import bind, fetch
-from graphcomp.torch_compat import pytree
+from graphcomp.torch_compat import OpOverload, is_batchedtensor, pytree
 
 log = logging.getLogger("graphcomp.capture")
 aten = torch.ops.aten
@@ -138,7 +137,6 @@ CHECKS: frozenset[Any] = frozenset(
         aten._assert_async.msg,
         aten.sym_constrain_range.default,
         aten.sym_constrain_range_for_size.default,
-        torch._check,
     }
 )
 
@@ -193,7 +191,7 @@ def _storages(node: fx.Node) -> Iterator[int]:
 
 def is_batched(tensor: torch.Tensor) -> bool:
     """Whether it is one inside of torch.vmap, which has no memory of its own."""
-    return bool(torch._C._functorch.is_batchedtensor(tensor))
+    return bool(is_batchedtensor(tensor))
 
 
 def _unobserved(node: fx.Node, order: dict[fx.Node, int], sharing: dict[int, list[fx.Node]]) -> bool:

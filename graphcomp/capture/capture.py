@@ -14,7 +14,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -24,10 +24,8 @@ from typing import Any, Literal
 import sympy
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.export import Dim, ShapesCollection
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.nn.modules import transformer
 from torch.nn.parameter import is_lazy
 
 import graphcomp
@@ -61,7 +59,7 @@ from graphcomp.ir.module_copy import module_copy
 from graphcomp.ir.preserve import HoldParameters, ParameterWritten, eval_copy, same_buffers, writes, written_parameters
 from graphcomp.numerics.compare import relative_error, tolerance_of
 from graphcomp.system.threads import in_this_thread, one_at_a_time, stderr_held
-from graphcomp.torch_compat import pytree
+from graphcomp.torch_compat import DataDependentOutputException, DynamicOutputShapeException, causal_mask_test, pytree
 
 log = logging.getLogger("graphcomp.capture")
 
@@ -500,13 +498,13 @@ def _program(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any) -> torch
 def _masks_unread() -> Iterator[None]:
     """Inside, torch's transformers take a mask for what it is: whether it is a causal one, for which there is a faster
     kernel, they would ask of its values."""
-    before = transformer._detect_is_causal_mask
-    unread = in_this_thread(lambda mask, is_causal=None, size=None: bool(is_causal), before)
-    transformer._detect_is_causal_mask = unread
-    try:
+    with causal_mask_test(_of_flag):
         yield
-    finally:
-        transformer._detect_is_causal_mask = before
+
+
+def _of_flag(otherwise: Callable[..., bool]) -> Callable[..., bool]:
+    """Return a test that believes the flag of the caller, in this thread."""
+    return in_this_thread(lambda mask, is_causal=None, size=None: bool(is_causal), otherwise)
 
 
 def _held_in_eval(model: nn.Module) -> frozenset[str]:

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcomp.capture.record import SKIPPED_FRAMES
 from graphcomp.ir.module import canonical_names, tensor_names
-from graphcomp.torch_compat import pytree
+from graphcomp.torch_compat import TorchDispatchMode, pytree
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 import graphcomp
@@ -34,7 +32,7 @@ from graphcomp.errors import CaptureError
 from graphcomp.ir.calling import calling_convention
 from graphcomp.ir.graph import frame_text
 from graphcomp.ir.module import canonical_names, leaf_names, tensor_names
-from graphcomp.torch_compat import pytree
+from graphcomp.torch_compat import FakeTensorMode, TorchDispatchMode, pytree
 
 aten = torch.ops.aten
 

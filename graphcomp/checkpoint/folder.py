@@ -41,6 +41,7 @@ from graphcomp.ir.trust import NAMESPACES, Trust
 from graphcomp.system.files import abandoned, locked, put, staging, sync_folder
 from graphcomp.system.locks import LOCK_FILE
 from graphcomp.system.threads import one_at_a_time
+from graphcomp.torch_compat import OpOverload
 
 if TYPE_CHECKING:
     from graphcomp.report.report import Report
@@ -266,7 +267,7 @@ def _needed_of(module: nn.Module, how: recipe.Found) -> list[str]:
 
 
 def _needed_namespaces(graph: fx.GraphModule) -> list[str]:
-    used = {n.target.namespace for n in graph.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
+    used = {n.target.namespace for n in graph.graph.nodes if isinstance(n.target, OpOverload)}
     return [
         f"graphcomp.load of this checkpoint needs trust=[{name!r}], and the library of these ops imported"
         for name in sorted(used - NAMESPACES)

@@ -16,7 +16,6 @@ from typing import Any, Literal, TypeAlias
 import sympy
 import torch
 from torch import Tensor, fx
-from torch.fx import _pytree as fx_pytree
 
 from graphcomp.capture.capture import Captured
 from graphcomp.coupling.analysis import Analysis
@@ -26,6 +25,7 @@ from graphcomp.coupling.notation import einsum_letters
 from graphcomp.coupling.propagate import Coupling, is_real
 from graphcomp.ir.graph import argument_at, attributes, bind, is_op, module_path, source_line, tensor_values
 from graphcomp.ops import registry
+from graphcomp.torch_compat import tree_flatten_spec
 
 aten = torch.ops.aten
 
@@ -478,7 +478,7 @@ def _without_formula(node: fx.Node, coupling: Coupling) -> list[Uncounted]:
 def flat_inputs(captured: Captured, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """The leaves of the arguments in the order of the graph's placeholders, keywords in any order."""
     spec = captured.module.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
-    flat: list[Any] = fx_pytree.tree_flatten_spec((tuple(args), dict(kwargs)), spec)
+    flat: list[Any] = tree_flatten_spec((tuple(args), dict(kwargs)), spec)
     return flat
 
 

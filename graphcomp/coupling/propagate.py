@@ -17,6 +17,7 @@ from graphcomp.errors import RuleError
 from graphcomp.ir.graph import argument_at, attributes, bind, is_op, source_line, tensor_values, value
 from graphcomp.ops import registry
 from graphcomp.ops.registry import AxesValue, Call
+from graphcomp.torch_compat import OpOverload
 
 logger = logging.getLogger("graphcomp.coupling")
 
@@ -225,7 +226,7 @@ def _op(coupling: Coupling, node: fx.Node) -> None:
         return
     if all(n in coupling.sources for n in operands):
         coupling.sources[node] = frozenset().union(*(coupling.sources[n] for n in operands))
-    assert isinstance(node.target, torch._ops.OpOverload)
+    assert isinstance(node.target, OpOverload)
     function = registry.find(node.target)
     if function is None:
         return _unknown(coupling, node, str(node.target), "no coupling rule")

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
 
 from graphcomp.capture.beside import TRAINING
 from graphcomp.capture.capture import Captured
@@ -45,6 +44,7 @@ from graphcomp.quantization.verify import check_lowering
 from graphcomp.report.report import Change, LayerReport, Report, group_dict, layers
 from graphcomp.result import CompressedModel
 from graphcomp.system.threads import one_at_a_time
+from graphcomp.torch_compat import OpOverload
 from graphcomp.training.same_gradients import other_gradients
 
 logger = logging.getLogger("graphcomp")

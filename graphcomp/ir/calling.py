@@ -7,10 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
 from graphcomp.errors import InputError
-from graphcomp.torch_compat import pytree
+from graphcomp.torch_compat import PyTreeCodeGen, PyTreeInfo, pytree
 
 CONSTANTS = (bool, int, float, complex, str, type(None))
 REQUIRED = inspect.Parameter.empty
@@ -20,14 +19,14 @@ Parameters = Mapping[str, Any]
 """Name of each parameter of a forward, in order -> its default."""
 
 
-class Calling(_PyTreeCodeGen):
+class Calling(PyTreeCodeGen):
     """The code generator of a graph that takes and returns nested values.
 
     Attributes:
         parameters: of the forward of the model; empty where they are not known.
     """
 
-    def __init__(self, info: _PyTreeInfo, parameters: Parameters) -> None:
+    def __init__(self, info: PyTreeInfo, parameters: Parameters) -> None:
         super().__init__(info)
         self.parameters = dict(parameters)
 
@@ -39,7 +38,7 @@ def calling_convention(
     parameters: Parameters | None = None,
 ) -> Calling:
     """The code generator of a graph that is called with `arg_names`, positional ones first, then keywords."""
-    return Calling(_PyTreeInfo(list(arg_names), in_spec, out_spec), parameters or {})
+    return Calling(PyTreeInfo(list(arg_names), in_spec, out_spec), parameters or {})
 
 
 def parameters_of(model: nn.Module) -> dict[str, Any]:

@@ -12,14 +12,15 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import (
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from graphcomp.torch_compat import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    OpOverload,
 )
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)(?:\n\s+(.*))?')
 

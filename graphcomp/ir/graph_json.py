@@ -24,8 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import HigherOrderOperator, OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphcomp.errors import CheckpointError
 from graphcomp.ir.calling import CONSTANTS, REQUIRED, calling_convention, is_constant
@@ -35,7 +33,7 @@ from graphcomp.ir.module import FOLLOWS_MODE, CapturedModule, build
 from graphcomp.ir.spec_json import dump_spec, load_spec
 from graphcomp.ir.trust import EVERYTHING, Trust
 from graphcomp.system.threads import LOCK
-from graphcomp.torch_compat import pytree
+from graphcomp.torch_compat import FakeTensorMode, HigherOrderOperator, OpOverload, pytree, takes_numbers_as_tensors
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"{module.__name__}.{name}": getattr(module, name)
@@ -390,7 +388,7 @@ def _check_schema(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
     if unknown or missing:
         raise damaged(what, f"with a wrong argument '{unknown[0]}'" if unknown else f"without '{missing[0]}'")
     types = {a.name: str(a.type) if _is_number_alone(a) else "dtype" for a in arguments}
-    numbers = torch._C._should_allow_numbers_as_tensors(op._schema.name.rpartition("::")[2])
+    numbers = takes_numbers_as_tensors(op._schema.name.rpartition("::")[2])
     for name, value in (*zip(positional, args, strict=False), *kwargs.items()):
         if not (_fits(value, types[name]) or (numbers and types[name] == "Tensor" and _fits(value, "number"))):
             raise damaged(f"{what} with {name} = {value!r:.100}", f"it must be {types[name]}")

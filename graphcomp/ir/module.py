@@ -17,16 +17,14 @@ from typing import Any
 import sympy
 import torch
 from torch import fx, nn
-from torch._ops import OpOverload
 from torch.fx.graph import PythonCode
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from graphcomp.errors import InputError
 from graphcomp.ir.calling import argument_names, bind_call, is_constant, other_than_default
 from graphcomp.ir.graph import bind, is_op, module_path, set_argument, tensor_values
 from graphcomp.ir.module_copy import module_copy
 from graphcomp.system.threads import LOCK
-from graphcomp.torch_compat import pytree
+from graphcomp.torch_compat import BatchNormBase, OpOverload, pytree, target_format
 
 log = logging.getLogger("graphcomp.graph_module")
 
@@ -199,13 +197,8 @@ def _unpickled(document: Any, tensors: Mapping[str, Any], training: bool) -> Cap
 @contextmanager
 def names_quoted() -> Iterator[None]:
     """Let torch.fx write `getattr(self, 'class')` where a submodule is called by a keyword, or by no identifier."""
-    with LOCK:
-        before = fx.graph._format_target
-        fx.graph._format_target = _quoted
-        try:
-            yield
-        finally:
-            fx.graph._format_target = before
+    with LOCK, target_format(_quoted):
+        yield
 
 
 def _quoted(base: str, target: str) -> str:
@@ -366,7 +359,7 @@ def _switch(node: fx.Node, mode: bool) -> bool:
 
 def averages_over_all(module: nn.Module) -> bool:
     """Whether it is a batch norm whose running statistics are the mean over all batches, however many there are."""
-    return isinstance(module, _BatchNorm) and module.momentum is None and module.track_running_stats
+    return isinstance(module, BatchNormBase) and module.momentum is None and module.track_running_stats
 
 
 def follow_modules(graph: fx.Graph, modules: Mapping[str, nn.Module], modes: Mapping[str, bool]) -> list[fx.Node]:

@@ -9,15 +9,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcomp.ir.graph import assign, bind, fetch
 from graphcomp.ir.inputs import copies
 from graphcomp.ir.module import tensor_leaves, tensor_names
 from graphcomp.ir.module_copy import module_copy, own_memory
 from graphcomp.system.threads import LOCK
-from graphcomp.torch_compat import pytree
+from graphcomp.torch_compat import OpOverload, TorchDispatchMode, pytree
 
 
 @contextmanager

@@ -12,10 +12,9 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
-from torch._ops import HigherOrderOperator, OpOverload
-
 from graphcomp.arguments import wrong
 from graphcomp.errors import CheckpointError
+from graphcomp.torch_compat import HigherOrderOperator, OpOverload
 
 PACKAGES = frozenset({"torch", "torchvision", "transformers", "timm"})
 """Packages whose modules are imported where a file names them."""

@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcomp.capture.record import OP_SITE, OpSite, OpSites, op_by_op
 from graphcomp.coupling.analysis import Analysis
@@ -29,6 +27,7 @@ from graphcomp.ops.masked import FORMS
 from graphcomp.ops.registry import Call
 from graphcomp.pruning.mask import computed_with, parameter_behind
 from graphcomp.pruning.slice import by_factor
+from graphcomp.torch_compat import OpOverload, TorchDispatchMode
 
 
 def masked_model(analysis: Analysis, kept: Kept) -> nn.Module:

@@ -40,6 +40,7 @@ from graphcomp.native.reference import Reference, Verdict, refresh_flat_weights,
 from graphcomp.native.ties import FactorTie, first_mismatch, ties_among
 from graphcomp.pruning.slice import by_factor, kept_of_model, select
 from graphcomp.pruning.ties import merged
+from graphcomp.torch_compat import ConvBase, NormBase
 
 Edit: TypeAlias = tuple[str, str, Any]
 """Module path, attribute, its new value."""
@@ -243,10 +244,10 @@ def _prelu(m: Any) -> dict[str, Any]:
 DESCRIBED: tuple[tuple[type[nn.Module], Callable[[Any], dict[str, Any]]], ...] = (
     (nn.Linear, _linear),
     (nn.Bilinear, _bilinear),
-    (nn.modules.conv._ConvNd, _conv),
+    (ConvBase, _conv),
     (nn.Embedding, _embedding),
     (nn.EmbeddingBag, _embedding),
-    (nn.modules.batchnorm._NormBase, _features),
+    (NormBase, _features),
     (nn.LayerNorm, _normalized),
     (nn.RMSNorm, _normalized),
     (nn.GroupNorm, _group_norm),

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from graphcomp.torch_compat import TorchDispatchMode
 
 aten = torch.ops.aten
 

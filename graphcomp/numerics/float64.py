@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
-from graphcomp.torch_compat import pytree
+from graphcomp.torch_compat import OpOverload, pytree
 
 MAKERS = frozenset(
     {

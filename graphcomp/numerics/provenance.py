@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from graphcomp.numerics.compare import is_whole, relative_error, why_silent
-from graphcomp.torch_compat import pytree
+from graphcomp.torch_compat import OpOverload, TorchDispatchMode, pytree
 
 aten = torch.ops.aten
 

@@ -11,6 +11,7 @@ from graphcomp.coupling.axis import Axes, Axis, fresh, length
 from graphcomp.coupling.size import Size
 from graphcomp.ops.movement import all_frozen
 from graphcomp.ops.registry import AxesValue, Call, OpKey, rule
+from graphcomp.torch_compat import OpOverloadPacket
 
 aten = torch.ops.aten
 
@@ -19,7 +20,7 @@ def overloads(*packets: Callable[..., Any]) -> list[OpKey]:
     """All overloads of some ops, without those that write to out= or name their dims."""
     ops: list[OpKey] = []
     for packet in packets:
-        assert isinstance(packet, torch._ops.OpOverloadPacket)
+        assert isinstance(packet, OpOverloadPacket)
         for name in packet.overloads():  # type: ignore[no-untyped-call]
             if "out" not in name and "names" not in name and "dimname" not in name.lower():
                 ops.append(getattr(packet, name))

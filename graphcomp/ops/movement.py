@@ -25,6 +25,7 @@ from graphcomp.coupling.notation import broadcast
 from graphcomp.coupling.size import Size, divide
 from graphcomp.ir.graph import bind
 from graphcomp.ops.registry import Call, rule
+from graphcomp.torch_compat import OpOverload
 
 aten = torch.ops.aten
 
@@ -68,7 +69,7 @@ def _regrouped(call: Call, axes: Axes, argument: str) -> Axes:
 
 
 def _names(call: Call) -> set[str]:
-    assert isinstance(call.node.target, torch._ops.OpOverload)
+    assert isinstance(call.node.target, OpOverload)
     return {a.name for a in call.node.target._schema.arguments}
 
 

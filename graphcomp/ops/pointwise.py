@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 
 from graphcomp.coupling.axis import UNIT, Axes, couple, cut, length
 from graphcomp.coupling.notation import broadcast
 from graphcomp.ops.registry import AxesValue, Call, family, rule
+from graphcomp.torch_compat import OpOverload
 
 aten = torch.ops.aten
 

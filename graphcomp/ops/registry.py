@@ -17,12 +17,12 @@ from functools import cache
 from typing import Any, TypeAlias, TypeVar, overload
 
 from torch import fx
-from torch._ops import OpOverload
 
 from graphcomp.coupling import notation
 from graphcomp.coupling.axis import Axes, Axis, Reason, freeze, mark
 from graphcomp.coupling.size import Size
 from graphcomp.errors import RuleError
+from graphcomp.torch_compat import OpOverload
 
 Result: TypeAlias = Axes | list[Axes] | None
 RuleFunction: TypeAlias = Callable[..., Result]

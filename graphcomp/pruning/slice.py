@@ -15,7 +15,6 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
 
 from graphcomp.arguments import check_instance, check_mapping, wrong
 from graphcomp.coupling.axis import Axes, Axis, Factor, all_leaves, kept_indices, kept_length, length
@@ -36,7 +35,7 @@ from graphcomp.ir.graph import (
     value,
 )
 from graphcomp.ops.registry import Call
-from graphcomp.torch_compat import pytree
+from graphcomp.torch_compat import FakeTensor, pytree
 
 
 def check_kept(kept: Kept) -> None:

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import HigherOrderOperator, OpOverload
 
 from graphcomp.ir.graph import bind, fetch, value
 from graphcomp.quantization.attention import FUSED
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers
 from graphcomp.quantization.placement import COMPUTE, EMBEDDINGS, SAME, op_label
+from graphcomp.torch_compat import HigherOrderOperator, OpOverload
 
 aten = torch.ops.aten
 

@@ -18,7 +18,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -36,7 +35,7 @@ from graphcomp.pruning.saliency import Saliency
 from graphcomp.quantization.placement import CONVOLUTIONS
 from graphcomp.system.progress import Progress
 from graphcomp.system.progress import progress as show_progress
-from graphcomp.torch_compat import pytree
+from graphcomp.torch_compat import BatchNormBase, pytree
 from graphcomp.training import distributed
 from graphcomp.training.folder import (
     INITIAL,
@@ -361,7 +360,7 @@ class Whole:
         for module in self.module.modules():
             if isinstance(module, Prepared):
                 module.freeze_norms()
-            elif isinstance(module, _BatchNorm) and module.track_running_stats:
+            elif isinstance(module, BatchNormBase) and module.track_running_stats:
                 module.training = False
 
     def around(self, ready: Prepared) -> tuple[str, list[nn.Parameter]]:

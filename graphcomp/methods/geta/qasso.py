@@ -35,6 +35,7 @@ from graphcomp.pruning.shares import Part, parts_of
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.geta import GetaQuantizer
 from graphcomp.quantization.spec import check_bits
+from graphcomp.torch_compat import foreach_clamp_max_, foreach_clamp_min_
 from graphcomp.training.prepared import Prepared, Session, Site, unwrapped
 from graphcomp.training.schedule import Moment, Schedule, Stage
 from graphcomp.training.shrink import move, shrunk
@@ -281,8 +282,8 @@ class QASSO(Optimizer):
     def _clamp_gradients(self) -> None:
         gradients = [p.grad for p in self._learned if p.grad is not None]
         if gradients:
-            torch._foreach_clamp_min_(gradients, -self.max_quantizer_gradient)
-            torch._foreach_clamp_max_(gradients, self.max_quantizer_gradient)
+            foreach_clamp_min_(gradients, -self.max_quantizer_gradient)
+            foreach_clamp_max_(gradients, self.max_quantizer_gradient)
 
     def _constrain(self, moment: Moment) -> None:
         """What the stage asks of the bits."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from graphcomp.quantization.quantizers.geta import EXPONENT_LIMITS, RANGE_LIMITS, GetaQuantizer
+from graphcomp.torch_compat import foreach_add_, foreach_clamp_max_, foreach_clamp_min_, foreach_copy_, foreach_zero_
 
 FEWEST_LEVELS, MOST_LEVELS = 2.0**0.5 - 1, 2.0**23 - 1
 """Of a step before bits are bounded, those of 1.5 and of 24 bits: it stays positive, and float32 holds all codes."""
@@ -47,11 +48,11 @@ class Bank:
         """Bring q_m and t, which an optimizer moved, back into their limits, and d to what gives 1.5 to 24 bits."""
         if not self.quantizers:
             return
-        torch._foreach_clamp_min_(self.ranges, RANGE_LIMITS[0])
-        torch._foreach_clamp_max_(self.ranges, RANGE_LIMITS[1])
+        foreach_clamp_min_(self.ranges, RANGE_LIMITS[0])
+        foreach_clamp_max_(self.ranges, RANGE_LIMITS[1])
         if self.powers:
-            torch._foreach_clamp_min_(self.exponents, EXPONENT_LIMITS[0])
-            torch._foreach_clamp_max_(self.exponents, EXPONENT_LIMITS[1])
+            foreach_clamp_min_(self.exponents, EXPONENT_LIMITS[0])
+            foreach_clamp_max_(self.exponents, EXPONENT_LIMITS[1])
         widest = self.widest()
         self.set_d(torch.clamp(self.d(), widest / MOST_LEVELS, widest / FEWEST_LEVELS))
 
@@ -72,8 +73,8 @@ class Bank:
             torch.distributed.all_reduce(peaks, torch.distributed.ReduceOp.MAX)
         old = self.q_m()
         q_m = torch.where(peaks > 0, torch.maximum(peaks, DECAY * old), old)
-        torch._foreach_copy_(self.ranges, list(q_m.to(self.ranges[0].dtype).unbind()))
-        torch._foreach_zero_([quantizer.peak for quantizer in self.quantizers])
+        foreach_copy_(self.ranges, list(q_m.to(self.ranges[0].dtype).unbind()))
+        foreach_zero_([quantizer.peak for quantizer in self.quantizers])
         self.clamp()
         self.fix(self.high)
 
@@ -110,7 +111,7 @@ class Bank:
     @torch.no_grad()
     def set_d(self, d: Tensor) -> None:
         """Write the steps."""
-        torch._foreach_copy_(self.steps, list(d.to(self.steps[0].dtype).unbind()))
+        foreach_copy_(self.steps, list(d.to(self.steps[0].dtype).unbind()))
 
     def project(self, most: Tensor) -> None:
         """Move d, and only d, so that low <= bits <= `most` (PPSG)."""
@@ -142,7 +143,7 @@ class Bank:
 def _add(gradients: Sequence[Tensor | None], more: Tensor) -> None:
     """Add to each gradient () its part of (l,) `more`."""
     found = [gradient for gradient in gradients if gradient is not None]
-    torch._foreach_add_(found, list(more.to(found[0].dtype).unbind()))
+    foreach_add_(found, list(more.to(found[0].dtype).unbind()))
 
 
 def levels(bits: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from graphcomp.torch_compat import is_legacy_batchedtensor, number_of_dispatch_modes, transforms_active
+
 PIECE = 1 << 17
 """Elements for each thread, 512 KiB in float32: of fewer, calling the ops takes longer than the ops. (PyTorch gives a
 thread 32768 at least.)"""
@@ -29,14 +31,14 @@ def fits(x: Tensor) -> bool:
     transforms the ops that run on it, to whom the loop would show."""
     return (
         not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and type(x) in (Tensor, nn.Parameter)
         and x.is_cpu
         and x.layout is torch.strided
         and x.numel() > 0
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._functorch.is_legacy_batchedtensor(x)  # many gradients at once
+        and number_of_dispatch_modes() == 0
+        and not transforms_active()
+        and not is_legacy_batchedtensor(x)  # many gradients at once
         and _in_order(x).is_contiguous()
     )
 

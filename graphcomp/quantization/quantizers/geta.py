@@ -15,6 +15,7 @@ from graphcomp.quantization.quantizers.base import Integers, Quantizer, containe
 from graphcomp.quantization.quantizers.gradients import bounded, inward, sum_of_product, where_inside
 from graphcomp.quantization.quantizers.uniform import step_and_zero
 from graphcomp.quantization.spec import QuantSpec
+from graphcomp.torch_compat import get_unwrapped, is_functorch_wrapped_tensor, transforms_active
 
 RANGE_LIMITS = (1e-15, 1e18)
 """Of q_m: with them q_m^t, for t up to 2, and its smallest step are normal float32 numbers."""
@@ -181,10 +182,10 @@ class GetaQuantizer(Quantizer):
 
 def _plain(x: Tensor) -> Tensor:
     """All elements of `x`, out of torch.func's wrappers: a buffer cannot take what vmap holds one of."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or not transforms_active():
         return x
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
+    while is_functorch_wrapped_tensor(x):
+        x = get_unwrapped(x)
     return x
 
 

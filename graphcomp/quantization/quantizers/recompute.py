@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from graphcomp.errors import TrainingError
+from graphcomp.torch_compat import saved_tensors_hooks_disabled, top_saved_tensors_hooks, transforms_active
 
 Pack = Callable[[Tensor], Any]
 Unpack = Callable[[Any], Tensor]
@@ -115,12 +116,12 @@ def made_again() -> Iterator[None]:
     if (
         torch.compiler.is_compiling()
         or not torch.is_grad_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None
+        or transforms_active()
+        or saved_tensors_hooks_disabled() is not None
     ):
         yield
         return
-    forward = _Forward(torch._C._autograd._top_saved_tensors_default_hooks(True))
+    forward = _Forward(top_saved_tensors_hooks(True))
     token = _forward.set(forward)
     try:
         with torch.autograd.graph.saved_tensors_hooks(*forward.hooks()):
