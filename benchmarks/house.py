@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,10 +135,17 @@ def private_names(tree: ast.AST) -> Iterator[str]:
             yield from (n for a in node.names if is_private(n := f"{node.module}.{a.name}"))
     inner = {id(node.value) for node in nodes(tree, ast.Attribute)}
     for node in nodes(tree, ast.Attribute):
-        root, _, rest = ast.unparse(node).partition(".")
-        name = f"{home.get(root)}.{rest}"
-        if id(node) not in inner and root in home and is_private(name) and not name.startswith("torch.ops."):
-            yield name.partition("(")[0]
+        name = dotted(node, home) if id(node) not in inner else ""
+        if is_private(name) and not name.startswith("torch.ops."):
+            yield name
+
+
+def dotted(node: ast.expr, home: Mapping[str, str]) -> str:
+    """The dotted name of an attribute of a module or class in `home`; "" for any other expression."""
+    if isinstance(node, ast.Name):
+        return home.get(node.id, "")
+    owner = dotted(node.value, home) if isinstance(node, ast.Attribute) else ""
+    return f"{owner}.{node.attr}" if owner else ""
 
 
 def is_private(name: str) -> bool:
