@@ -15,7 +15,6 @@ from graphcomp.cost.latency import Latency, latency
 from graphcomp.cost.model import (
     CostModel,
     Counts,
-    Kind,
     Lengths,
     Operation,
     Polynomial,
@@ -25,6 +24,7 @@ from graphcomp.cost.model import (
     param_bytes,
     params,
 )
+from graphcomp.ops.registry import Kind
 
 __all__ = [
     "FLOAT_BITS",

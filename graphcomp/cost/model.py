@@ -1,17 +1,17 @@
 """Parameters, multiply-accumulates and bytes, as polynomials in the number of units kept.
 
-Convolutions, products of matrices, attention and recurrent layers have multiply-accumulates; no other op is counted.
-All is read off the axes: no tensor is cut, and the meta device will do.
+The multiply-accumulates of an op follow from its coupling rule: the elements of the result times the lengths of the
+dims that are summed away where operands are multiplied (`Call.products`). All is read off the axes: no tensor is cut,
+and the meta device will do.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -19,23 +19,18 @@ from torch import Tensor, fx
 
 from graphcomp.capture.capture import Captured
 from graphcomp.coupling.analysis import Analysis
-from graphcomp.coupling.axis import UNIT, Axes, Axis, Factor, Product, all_leaves, leaves, length, normal
+from graphcomp.coupling.axis import Axis, Factor, Product, all_leaves, leaves, length, normal
 from graphcomp.coupling.groups import Kept, summed_axes
-from graphcomp.coupling.notation import einsum_letters
 from graphcomp.coupling.propagate import Coupling, is_real
-from graphcomp.ir.graph import argument_at, attributes, bind, is_op, module_path, source_line, tensor_values
+from graphcomp.ir.graph import argument_at, attributes, bind, module_path, source_line, tensor_values
 from graphcomp.ops import registry
 from graphcomp.torch_compat import tree_flatten_spec
+from graphcomp.ops.registry import KINDS, Kind
 
 aten = torch.ops.aten
 
 Counts: TypeAlias = Mapping[Factor, int]
 """How many units of a group's factor stay; factors left out stay whole."""
-
-Kind: TypeAlias = Literal["convolution", "linear", "attention", "recurrent"]
-KINDS: tuple[Kind, ...] = ("convolution", "linear", "attention", "recurrent")
-"""`attention` is any product of two activations, fused attention included; `linear` one with a parameter."""
-
 
 WHOLE: Counts = MappingProxyType({})
 """Every group whole: the network before a cut."""
@@ -92,7 +87,7 @@ class Uncounted:
 
     op: str
     source: str
-    why: str = "no formula counts its multiply-accumulates"
+    why: str = "nothing says what it multiplies"
     multiplies: bool = False
 
     def __str__(self) -> str:
@@ -136,18 +131,17 @@ class CostModel:
         operations, uncounted = [], []
         weights: set[str] = set()
         for node in coupling.module.graph.nodes:
-            formula = _formula(node)
-            if node.target in LOOKUPS or formula not in (None, _attention):
+            call = coupling.calls.get(node)
+            if call is None or not call.products:
+                missing = _uncounted(node, coupling)
+                weights.update(layers.read(node) if missing or node.target in LOOKUPS else ())
+                uncounted += missing
+                continue
+            kind = _kind(call.products, node, coupling)
+            if call.products[0].kind != "attention":
                 weights.update(layers.read(node))
-            if formula is None:
-                unknown = _without_formula(node, coupling)
-                weights.update(layers.read(node) if unknown else ())
-                uncounted += unknown
-                continue
-            if node not in coupling.axes:
-                continue
             try:
-                kind, count = formula(_Operands(node, coupling, self._size))
+                count = sum((self._size(product.axes) for product in call.products), start=Polynomial())
             except _UnknownLength:
                 uncounted.append(Uncounted(str(node.target), source_line(node), "its lengths depend on data"))
                 continue
@@ -302,176 +296,33 @@ class Polynomial:
 
 
 # ------------------------------------------------------------------------------------------------ multiply-accumulates
-@dataclass(frozen=True)
-class _Operands:
-    """The operands of one op, as its formula sees them."""
-
-    node: fx.Node
-    coupling: Coupling
-    size: Callable[[Iterable[Axis]], Polynomial]
-
-    @property
-    def result(self) -> Axes:
-        return self.coupling.axes[self.node][0]
-
-    def of(self, key: str) -> Axes:
-        """Axes of the argument `key` ("params.2": item 2 of a list)."""
-        return self.coupling.axes[argument_at(bind(self.node), key)][0]
-
-    def kind(self, *keys: str) -> Kind:
-        """Attention where every operand depends on the model's inputs."""
-        operands = [argument_at(bind(self.node), key) for key in keys]
-        return "linear" if any(operand in self.coupling.sources for operand in operands) else "attention"
-
-
-Count: TypeAlias = tuple[Kind, Polynomial]
-
-
-def _linear(op: _Operands) -> Count:
-    return op.kind("input", "weight"), op.size(op.of("input")[:-1]) * op.size(op.of("weight"))
-
-
-def _matmul(op: _Operands, left: str, right: str) -> Count:
-    """Each result is a sum over the last dim of `left`."""
-    return op.kind(left, right), op.size(op.result) * op.size(op.of(left)[-1:])
-
-
-def _bilinear(op: _Operands) -> Count:
-    return "linear", op.size(op.of("input1")[:-1]) * op.size(op.of("weight"))
-
-
-def _einsum(op: _Operands) -> Count:
-    """Operands are multiplied from left to right; a product that sums nothing away is pointwise and counts 0."""
-    arguments = bind(op.node)
-    keys = [f"tensors.{k}" for k in range(len(arguments["tensors"]))]
-    names, result = einsum_letters(arguments["equation"], [len(op.of(key)) for key in keys])
-    axis_of: dict[str, Axis] = dict.fromkeys("".join(names), UNIT)
-    for name, key in zip(names, keys, strict=True):
-        # dims of length 1 stretch, so theirs is not the length that counts
-        axis_of |= {letter: a for letter, a in zip(name, op.of(key), strict=True) if length(a) != 1}
-    total, done = Polynomial(), set(names[0])
-    for k in range(1, len(names)):
-        both = done | set(names[k])
-        done = both & set(result + "".join(names[k + 1 :]))
-        if done != both:
-            total += op.size(axis_of[letter] for letter in both)
-    return op.kind(*keys), total
-
-
-def _attention(op: _Operands) -> Count:
-    """(h s d)(h t d) and (h s t)(h t e): a causal mask saves nothing."""
-    scores = op.size(op.result[:-1]) * op.size(op.of("key")[-2:-1])
-    return "attention", scores * (op.size(op.of("query")[-1:]) + op.size(op.of("value")[-1:]))
-
-
-def _conv(op: _Operands, source: str = "input") -> Count:
-    """Every filter at every place of the result; of a transposed one, at every place of the input."""
-    weight = op.of("weight")
-    arguments = bind(op.node)
-    transposed = arguments.get("transposed") or "transpose" in op.node.target._schema.name  # type: ignore[union-attr]
-    places = op.of(source) if transposed else op.result
-    spatial = len(weight) - 2
-    sample = op.size(places[-spatial:]) * op.size(weight)
-    return "convolution", op.size(places[: -spatial - 1]) * sample
-
-
-def _conv_tbc(op: _Operands) -> Count:
-    return "convolution", op.size(op.result[:-1]) * op.size(op.of("weight"))
-
-
-def _recurrent(op: _Operands, source: str) -> Count:
-    """Every matrix meets every step of every sequence once."""
-    steps = op.size(op.of(source)[:-1])
-    matrices = [op.of(f"params.{k}") for k in range(len(bind(op.node)["params"]))]
-    return "recurrent", steps * sum((op.size(m) for m in matrices if len(m) == 2), start=Polynomial())
-
-
-def _mkldnn_layer(op: _Operands) -> Count:
-    """One layer in one direction: both of its matrices meet every step of every sequence once."""
-    return "recurrent", op.size(op.of("input")[:-1]) * (op.size(op.of("weight0")) + op.size(op.of("weight1")))
-
-
-def _cell(op: _Operands) -> Count:
-    return "recurrent", op.size(op.of("input")[:-1]) * (op.size(op.of("w_ih")) + op.size(op.of("w_hh")))
-
-
-def _grouped_mm(op: _Operands) -> Count:
-    """Every row of the first operand meets one matrix of the second."""
-    tokens, weight = list(bind(op.node))[:2]
-    return op.kind(tokens, weight), op.size(op.of(tokens)) * op.size(op.of(weight)[-1:])
-
-
-FORMULAS: dict[Any, Callable[[_Operands], Count]] = {
-    aten.linear.default: _linear,
-    aten.matmul.default: partial(_matmul, left="self", right="other"),
-    aten.mm.default: partial(_matmul, left="self", right="mat2"),
-    aten.bmm.default: partial(_matmul, left="self", right="mat2"),
-    aten.mv.default: partial(_matmul, left="self", right="vec"),
-    aten.dot.default: partial(_matmul, left="self", right="tensor"),
-    aten.addmm.default: partial(_matmul, left="mat1", right="mat2"),
-    aten.baddbmm.default: partial(_matmul, left="batch1", right="batch2"),
-    aten.bilinear.default: _bilinear,
-    aten.einsum.default: _einsum,
-    aten._grouped_mm.default: _grouped_mm,
-    "transformers::grouped_mm_fallback": _grouped_mm,
-    aten.scaled_dot_product_attention.default: _attention,
-    aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
-    aten._scaled_dot_product_flash_attention.default: _attention,
-    aten._scaled_dot_product_efficient_attention.default: _attention,
-    aten._scaled_dot_product_cudnn_attention.default: _attention,
-    aten.conv1d.default: _conv,
-    aten.conv2d.default: _conv,
-    aten.conv3d.default: _conv,
-    aten.conv1d.padding: _conv,
-    aten.conv2d.padding: _conv,
-    aten.conv3d.padding: _conv,
-    aten.convolution.default: _conv,
-    aten._convolution.default: _conv,
-    aten._convolution.deprecated: _conv,
-    aten.mkldnn_convolution.default: partial(_conv, source="self"),
-    aten.conv_transpose1d.default: _conv,
-    aten.conv_transpose2d.input: _conv,
-    aten.conv_transpose3d.input: _conv,
-    aten.conv_tbc.default: _conv_tbc,
-    "torchvision::deform_conv2d": _conv,
-    aten.lstm.input: partial(_recurrent, source="input"),
-    aten.lstm.data: partial(_recurrent, source="data"),
-    aten.gru.input: partial(_recurrent, source="input"),
-    aten.gru.data: partial(_recurrent, source="data"),
-    aten.rnn_tanh.input: partial(_recurrent, source="input"),
-    aten.rnn_tanh.data: partial(_recurrent, source="data"),
-    aten.rnn_relu.input: partial(_recurrent, source="input"),
-    aten.rnn_relu.data: partial(_recurrent, source="data"),
-    aten.mkldnn_rnn_layer.default: _mkldnn_layer,
-    aten.lstm_cell.default: _cell,
-    aten.gru_cell.default: _cell,
-    aten.rnn_tanh_cell.default: _cell,
-    aten.rnn_relu_cell.default: _cell,
-}
-"""Op, or "library::name" of one that may not be there -> its multiply-accumulates."""
-
-LOOKUPS = frozenset({aten.embedding.default, aten.embedding_bag.padding_idx, aten._embedding_bag.default})
-
-
-def _formula(node: fx.Node) -> Callable[[_Operands], Count] | None:
-    if not is_op(node):
-        return None
-    return FORMULAS.get(node.target) or FORMULAS.get(node.target._schema.name)  # type: ignore[union-attr]
+def _kind(products: Sequence[registry.Product], node: fx.Node, coupling: Coupling) -> Kind:
+    """What an op is: attention where every operand of its products depends on the model's inputs."""
+    arguments = bind(node)
+    operands = [argument_at(arguments, name) for product in products for name in product.operands]
+    between_activations = not any(operand in coupling.sources for operand in operands)
+    return products[0].kind or ("attention" if between_activations else "linear")
 
 
 # ------------------------------------------------------------------------------------------------ what is not counted
-def _without_formula(node: fx.Node, coupling: Coupling) -> list[Uncounted]:
-    """Name the op where its rule sums over what several operands share, or where nothing of graphcomp's knows the op
-    and the op reads several matrices."""
+LOOKUPS = frozenset({aten.embedding.default, aten.embedding_bag.padding_idx, aten._embedding_bag.default})
+
+
+def _uncounted(node: fx.Node, coupling: Coupling) -> list[Uncounted]:
+    """Name the op where its rule sums over what several operands share and says nothing of products, or where nothing
+    of graphcomp's knows the op and the op reads several matrices."""
     call = coupling.calls.get(node)
+    if call is None and str(node.target) not in coupling.unknown:
+        return []
+    if call is not None and not registry.is_taught(node.target):
+        return []
     operands = [n for n in node.all_input_nodes if coupling.axes.get(n)]
     axes = [coupling.axes[n][0] for n in operands]
     alike = len({tuple(all_leaves(own)) for own in axes}) < 2
     if call is not None and not alike and summed_axes(coupling, node, call):
         return [Uncounted(str(node.target), source_line(node), multiplies=True)]
-    strange = str(node.target) in coupling.unknown if call is None else registry.is_taught(node.target)
     matrices = [n for n, own in zip(operands, axes, strict=True) if len(own) > 1 and is_real(tensor_values(n)[0])]
-    return [Uncounted(str(node.target), source_line(node))] if strange and len(matrices) > 1 else []
+    return [Uncounted(str(node.target), source_line(node))] if len(matrices) > 1 else []
 
 
 # ------------------------------------------------------------------------------------------------ example inputs

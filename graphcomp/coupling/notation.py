@@ -1,22 +1,25 @@
 """The einops-like notation of coupling rules.
 
     linear   "... i, o i, o -> ... o"
-    conv     "n (g i) *s, (g o) i *k, (g o) -> n (g o) *t"
+    conv     "n (g i) *s, (g o) i +k, (g o) -> n (g o) *t"
 
 Operands are separated by commas, results follow the arrow. For each dim:
 
     i        a letter: equal letters couple
     (g i)    a row-major product; the length of all but one letter must be known
     *s       any number of dims, frozen (what the op addresses by position)
+    +k       any number of dims of a kernel: frozen, and summed away
     ...      any number of leading dims that broadcast, at most once per operand
 
-A letter that stands on the left only is contracted: its units are summed away.
+A letter that stands on the left only is contracted: its units are summed away. Operands are multiplied from left to
+right, and each product that sums something away costs one multiply-accumulate per index of its letters, kernels and
+dims of the result.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -24,12 +27,12 @@ from graphcomp.coupling.axis import UNIT, Axes, Axis, Reason, couple, freeze, fr
 from graphcomp.coupling.size import Size, divide, multiply
 from graphcomp.errors import RuleError
 
-_TOKEN = re.compile(r"\s*(\.\.\.|\*[a-z]|[A-Za-z]|\([^()]*\)|\S)")
+_TOKEN = re.compile(r"\s*(\.\.\.|[*+][a-z]|[A-Za-z]|\([^()]*\)|\S)")
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """The dims of one operand: letters "i", products ("g", "i"), stars "*s" and "..."."""
+    """The dims of one operand: letters "i", products ("g", "i"), stars "*s", kernels "+k" and "..."."""
 
     dims: tuple[str | tuple[str, ...], ...]
 
@@ -37,7 +40,12 @@ class Pattern:
         found: set[str] = set()
         for dim in self.dims:
             found |= {dim} if isinstance(dim, str) else set(dim)
-        return {name for name in found if name != "..." and not name.startswith("*")}
+        return {name for name in found if name.isalpha()}
+
+    @property
+    def kernels(self) -> set[str]:
+        """The dims of a kernel: "+k"."""
+        return {str(dim) for dim in self.dims if str(dim).startswith("+")}
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,24 @@ class Contraction:
 
     operand: int
     dim: int
+
+
+@dataclass(frozen=True)
+class Product:
+    """Operands that are multiplied and summed: one multiply-accumulate per index of `axes`."""
+
+    axes: Axes
+    operands: tuple[int, ...]
+    kernel: bool
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What a rule says of one op."""
+
+    results: list[Axes]
+    contractions: list[Contraction]
+    products: list[Product]
 
 
 @dataclass(frozen=True)
@@ -69,6 +95,8 @@ def parse(text: str) -> Notation:
         unknown = pattern.letters() - known
         if unknown:
             raise RuleError(f"rule {text!r}: {sorted(unknown)} stands only on the right", fix="write *x: a new dim")
+    if any(p.kernels for p in notation.results):
+        raise RuleError(f"rule {text!r}: a kernel stands on the right", fix="write *x: dims of the result")
     has_ellipsis = any("..." in p.dims for p in notation.operands)
     if any("..." in p.dims for p in notation.results) and not has_ellipsis:
         raise RuleError(f"rule {text!r}: '...' stands only on the right")
@@ -87,13 +115,18 @@ def _pattern(text: str, rule: str) -> Pattern:
             if len(letters) < 2 or not all(len(x) == 1 and x.isalpha() for x in letters):
                 raise RuleError(f"rule {rule!r}: {token} must hold two or more letters")
             dims.append(letters)
-        elif token == "..." or token.isalpha() or (token.startswith("*") and len(token) == 2):
+        elif token == "..." or token.isalpha() or (token[0] in "*+" and len(token) == 2):
             dims.append(token)
         else:
             raise RuleError(f"rule {rule!r}: cannot read {token!r}")
-    if sum(dim == "..." or str(dim).startswith("*") for dim in dims) > 1:
+    if sum(map(_is_open, dims)) > 1:
         raise RuleError(f"rule {rule!r}: {text.strip()!r} has two dims of open number")
     return Pattern(tuple(dims))
+
+
+def _is_open(dim: str | tuple[str, ...]) -> bool:
+    """Return whether `dim` stands for any number of dims."""
+    return isinstance(dim, str) and (dim == "..." or dim[0] in "*+")
 
 
 def apply(
@@ -102,8 +135,8 @@ def apply(
     result_shapes: Sequence[Sequence[Size]],
     why: Reason,
     sizes: Mapping[str, Size] | None = None,
-) -> tuple[list[Axes], list[Contraction]]:
-    """Couple `operands` as the rule says; their results, and which dims are contracted.
+) -> Applied:
+    """Couple `operands` as the rule says; return the results, which dims are contracted, and what is multiplied.
 
     An operand may be None (an optional one left out). `sizes` gives lengths of letters, e.g. a conv's groups.
     Of several operands that hold a contracted letter by itself, the last is the one reported.
@@ -117,7 +150,52 @@ def apply(
         bound.take(pattern, axes)
     results = [bound.give(p, shape) for p, shape in zip(notation.results, result_shapes, strict=False)]
     kept = set().union(*(p.letters() for p in notation.results))
-    return results, _contractions(present, kept)
+    return Applied(results, _contractions(present, kept), _products(notation, present, bound, results))
+
+
+def _products(
+    notation: Notation, present: Sequence[tuple[int, Pattern, Axes]], bound: _Binding, results: Sequence[Axes]
+) -> list[Product]:
+    letters = [_summable(pattern) for _, pattern, _ in present]
+    first = notation.results[0] if results else Pattern(())
+    products = []
+    for names, count in summed_products(letters, first.letters() | {"..."}):
+        axes = [axis for name in names for axis in bound.extent(name)]
+        axes += _in_stars(first, results)
+        operands = tuple(present[k][0] for k in range(count))
+        products.append(Product(tuple(axes), operands, any(name.startswith("+") for name in names)))
+    return products
+
+
+def _summable(pattern: Pattern) -> list[str]:
+    """The names of `pattern` whose dims count in a product: all but the stars."""
+    names = [name for dim in pattern.dims for name in ((dim,) if isinstance(dim, str) else dim)]
+    return [name for name in names if not name.startswith("*")]
+
+
+def _in_stars(pattern: Pattern, results: Sequence[Axes]) -> Axes:
+    """The axes of the first result that stand for a star."""
+    at = next((k for k, dim in enumerate(pattern.dims) if str(dim).startswith("*")), None)
+    return () if at is None else results[0][at : at + len(results[0]) - len(pattern.dims) + 1]
+
+
+def summed_products(operands: Sequence[Sequence[str]], result: Collection[str]) -> list[tuple[list[str], int]]:
+    """Multiply operands from left to right, as einsum does.
+
+    Return for each product that sums something away the letters that the product runs over, and how many operands have
+    been multiplied by then. A letter that one of two operands has alone is summed before they are multiplied, and a
+    product that sums nothing away is pointwise: both cost no multiply-accumulate.
+    """
+    found = []
+    done = list(operands[0]) if operands else []
+    for k in range(1, len(operands)):
+        own, later = operands[k], set(result).union(*operands[k + 1 :])
+        met = later | (set(done) & set(own))
+        both = [x for x in dict.fromkeys((*done, *own)) if x in met or x.startswith("+")]
+        done = [x for x in both if x in later]
+        if len(done) != len(both):
+            found.append((both, k + 1))
+    return found
 
 
 def _contractions(present: Sequence[tuple[int, Pattern, Axes]], kept: set[str]) -> list[Contraction]:
@@ -133,7 +211,7 @@ def _positions(pattern: Pattern, rank: int) -> list[tuple[str, int]]:
     """Each letter of `pattern` with the dim it stands in."""
     found, dim = [], 0
     for item in pattern.dims:
-        if item == "..." or str(item).startswith("*"):
+        if _is_open(item):
             dim += rank - (len(pattern.dims) - 1)
             continue
         found += [(name, dim) for name in ((item,) if isinstance(item, str) else item)]
@@ -148,7 +226,14 @@ class _Binding:
         self.why = why
         self.sizes = sizes
         self.axes: dict[str, Axis] = {}
+        self.kernels: dict[str, Axes] = {}
         self.batch: list[Axis] = []  # what "..." stands for, broadcast over the operands
+
+    def extent(self, name: str) -> Sequence[Axis]:
+        """The axes that a letter, a kernel or "..." stands for."""
+        if name == "...":
+            return self.batch
+        return self.kernels[name] if name.startswith("+") else (self.axes[name],)
 
     def learn_sizes(self, pattern: Pattern, axes: Axes) -> None:
         for item, found in self._items(pattern, axes):
@@ -184,7 +269,7 @@ class _Binding:
     def _items(self, pattern: Pattern, axes: Axes) -> list[tuple[str | tuple[str, ...], Axis | tuple[Axis, ...]]]:
         """Each item of the pattern with its axis, or the tuple of axes of an item of open number."""
         rank, fixed = len(axes), len(pattern.dims)
-        open_at = next((k for k, d in enumerate(pattern.dims) if d == "..." or str(d).startswith("*")), None)
+        open_at = next((k for k, dim in enumerate(pattern.dims) if _is_open(dim)), None)
         if open_at is None:
             if rank != fixed:
                 raise RuleError(f"the rule expects {fixed} dims and the operand has {rank}", at=str(self.why))
@@ -200,6 +285,8 @@ class _Binding:
         if item == "...":
             self.batch = broadcast([tuple(self.batch), axes], self.why)
             return
+        if item.startswith("+"):
+            self.kernels[item] = axes
         for axis in axes:
             freeze(axis, self.why)
 

@@ -33,7 +33,7 @@ def conv(
     bias: Axes | None = None,
     groups: int = 1,
 ) -> list[Axes]:
-    """n (g i) *s, (g o) i *k, (g o) -> n (g o) *t"""
+    """n (g i) *s, (g o) i +k, (g o) -> n (g o) *t"""
     name, source = ("input", input) if input else ("self", self)
     return _conv(call, name, source, weight, bias, groups, "(g o) i", _space_passes(weight, stride, padding))
 
@@ -50,7 +50,7 @@ def conv_transpose(
     *,
     call: Call,
 ) -> list[Axes]:
-    """n (g i) *s, (g i) o *k, (g o) -> n (g o) *t"""
+    """n (g i) *s, (g i) o +k, (g o) -> n (g o) *t"""
     passes = _space_passes(weight, stride, [*padding, *output_padding])
     return _conv(call, "input", input, weight, bias, groups, "(g i) o", passes)
 
@@ -85,14 +85,20 @@ def _conv(
     """The batch dim may be missing. `groups` is the length of g. Where space `passes`, its dims are letters."""
     n = "n " if len(source) == len(weight) else ""
     space, result_space = ["x y z"[: 2 * len(weight) - 5]] * 2 if passes else ["*s", "*t"]
-    text = f"{n}(g i) {space}, {filters} *k, (g o) -> {n}(g o) {result_space}"
+    transposed = filters == "(g i) o"
+    # each place of the input of a transposed convolution meets the whole kernel, a place of the result but a part
+    kernel = "*k" if transposed else "+k"
+    text = f"{n}(g i) {space}, {filters} {kernel}, (g o) -> {n}(g o) {result_space}"
     result = call.einsum(text, {"g": groups}, **{name: source}, weight=weight, bias=bias)
+    if transposed:
+        call.products.clear()
+        call.multiply((*source, *weight[1:]), name, "weight", kind="convolution")
     call.mark(weight[:2], "conv")
     call.lengths["groups"], _ = split(weight[0], groups, call.why)
     return result
 
 
-rule(aten.conv_tbc.default, "*t n i, *k i o, o -> *u n o")
+rule(aten.conv_tbc.default, "*t n i, +k i o, o -> *u n o")
 
 
 @rule("torchvision::deform_conv2d")
@@ -113,7 +119,7 @@ def deform_conv2d(
     g = max(groups, n_weight_grps)
     shared, _ = split(input[1], max(offset_groups, n_offset_grps), call.why)
     call.freeze(shared, "the number of offset groups is fixed")
-    text = "n (g i) *s, (g o) i *k, n *f, n *m, (g o) -> n (g o) *t"
+    text = "n (g i) *s, (g o) i +k, n *f, n *m, (g o) -> n (g o) *t"
     result = call.einsum(text, {"g": g}, input=input, weight=weight, offset=offset, mask=mask, bias=bias)
     call.mark(weight[:2], "conv")
     call.lengths["groups"], _ = split(weight[0], g, call.why)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from graphcomp.coupling.axis import UNIT, Axes, Axis, couple, freeze, length, regroup
-from graphcomp.coupling.notation import broadcast, einsum_letters, from_end
-from graphcomp.coupling.size import divide
+from graphcomp.coupling.notation import broadcast, einsum_letters, from_end, summed_products
+from graphcomp.coupling.size import Size, divide
 from graphcomp.ir.graph import bind, value
 from graphcomp.ops.registry import Call, rule
 
@@ -101,6 +101,7 @@ def inner(self: Axes, other: Axes, *, call: Call) -> Axes:
         return (*self, *other)
     couple(self[-1], other[-1], call.why)
     call.contract("other", len(other) - 1)
+    call.multiply((*self, *other[:-1]), "self", "other")
     return (*self[:-1], *other[:-1])
 
 
@@ -111,8 +112,10 @@ def tensordot(self: Axes, other: Axes, dims_self: Sequence[int], dims_other: Seq
     for a, b in zip(mine, theirs, strict=True):
         couple(self[a], other[b], call.why)
     call.contract("other", *theirs)
-    rest = [axis for d, axis in enumerate(self) if d not in mine]
-    return (*rest, *(axis for d, axis in enumerate(other) if d not in theirs))
+    rest = [axis for d, axis in enumerate(other) if d not in theirs]
+    if mine:
+        call.multiply((*self, *rest), "self", "other")
+    return (*(axis for d, axis in enumerate(self) if d not in mine), *rest)
 
 
 @rule(aten.linalg_vecdot.default)
@@ -123,18 +126,48 @@ def vecdot(x: Axes, y: Axes, dim: int = -1, *, call: Call) -> Axes:
     name, operand = ("x", x) if length(from_end(y, back)) == 1 else ("y", y)
     if length(axes[back]) != 1:
         call.contract(name, len(operand) + back)
+    call.multiply(axes, "x", "y")
     del axes[back]
     return tuple(axes)
 
 
 @rule(aten.linalg_multi_dot.default, aten.chain_matmul.default)
 def multi_dot(call: Call, tensors: Sequence[Axes] = (), matrices: Sequence[Axes] = ()) -> Axes:
-    """Each operand's last dim meets the first of the next."""
+    """Each operand's last dim meets the first of the next. Multiplied in the order that costs least at full lengths, as
+    torch does: after a cut another order may cost less."""
     name, operands = ("tensors", tensors) if tensors else ("matrices", matrices)
     for k, (left, right) in enumerate(pairwise(operands), 1):
         couple(left[-1], right[0], call.why)
         call.contract(f"{name}.{k}", 0)
+    ends = [*([UNIT] if len(operands[0]) == 1 else operands[0][:1]), *(axes[0] for axes in operands[1:])]
+    ends.append(UNIT if len(operands[-1]) == 1 else operands[-1][1])
+    for first, middle, last in _chain([length(axis) for axis in ends]):
+        operand_names = tuple(f"{name}.{k}" for k in range(first, last))
+        call.multiply((ends[first], ends[middle], ends[last]), *operand_names)
     return (*operands[0][:-1], *operands[-1][1:])
+
+
+def _chain(lengths: Sequence[Size]) -> list[tuple[int, int, int]]:
+    """Return the products (a, b) (b, c) of a chain of matrices in the cheapest order, by the places of a, b and c."""
+    count = len(lengths)
+    costs: dict[tuple[int, int], Any] = {(k, k + 1): 0 for k in range(count - 1)}
+    best: dict[tuple[int, int], int] = {}
+    for reach in range(2, count):
+        for a in range(count - reach):
+            c = a + reach
+            totals = {b: costs[a, b] + costs[b, c] + lengths[a] * lengths[b] * lengths[c] for b in range(a + 1, c)}
+            # of lengths that depend on the inputs the first order stands for all
+            comparable = all(isinstance(total, int) for total in totals.values())
+            best[a, c] = min(totals, key=totals.__getitem__) if comparable else a + 1
+            costs[a, c] = totals[best[a, c]]
+    return _splits(best, 0, count - 1)
+
+
+def _splits(best: dict[tuple[int, int], int], a: int, c: int) -> list[tuple[int, int, int]]:
+    if c - a < 2:
+        return []
+    b = best[a, c]
+    return [*_splits(best, a, b), *_splits(best, b, c), (a, b, c)]
 
 
 @rule(aten.einsum.default)
@@ -151,8 +184,21 @@ def einsum(equation: str, tensors: list[Axes], *, call: Call) -> Axes:
     for letter, (k, dim) in last.items():
         if letter not in result:
             call.contract(f"tensors.{k}", dim)
+    _multiply_by_letters(call, names, tensors, result, known)
     _mark_product(call, names, result, known)
     return tuple(known[letter] for letter in result)
+
+
+def _multiply_by_letters(
+    call: Call, names: list[str], tensors: list[Axes], result: str, axis_of: dict[str, Axis]
+) -> None:
+    """As `summed_products` counts; a dim of length 1 that stretches is none that is summed over."""
+    met = [
+        [letter for letter, axis in zip(letters, axes, strict=True) if length(axis) == length(axis_of[letter])]
+        for letters, axes in zip(names, tensors, strict=True)
+    ]
+    for letters, count in summed_products(met, result):
+        call.multiply([axis_of[letter] for letter in letters], *(f"tensors.{k}" for k in range(count)))
 
 
 def _mark_product(call: Call, names: list[str], result: str, axis_of: dict[str, Axis]) -> None:
@@ -201,6 +247,9 @@ def scaled_dot_product_attention(
     if scale is None:
         call.pins["scale"] = 1 / math.sqrt(length(query[-1]))
     scores = (*batch, query[-2], key[-2])
+    # two products: (s d)(t d) and (s t)(t e). Masks, causal ones too, save nothing
+    call.multiply((*scores, query[-1]), "query", "key", kind="attention")
+    call.multiply((*scores, value[-1]), "query", "value", kind="attention")
     if attn_mask is not None:
         broadcast([scores, attn_mask], why)
     results: list[Axes] = [(*batch, query[-2], value[-1])]
@@ -242,6 +291,7 @@ def grouped_mm(call: Call, **arguments: Any) -> Axes:
     call.mark(weight[0], "expert")
     couple(tokens[-1], weight[-2], call.why)
     call.contract(names[1], len(weight) - 2)
+    call.multiply((*tokens, weight[-1]), *names[:2])  # each row meets the matrix of one expert
     for name, axes in ((names[0], tokens), (names[1], weight)):
         _align_rows(call, name, axes)
     _freeze_offsets(call, [v for name, v in arguments.items() if name in ("offs", "offsets")])

@@ -34,6 +34,7 @@ def layers(
     Packed sequences are `data`, of shape (t b, i). Under a projection (proj_size) all of it is frozen.
     """
     states = hx if isinstance(hx, list) else [hx]
+    _meet(call, (input or data)[:-1], {f"params.{k}": matrix for k, matrix in enumerate(params)})
     directions = 2 if bidirectional else 1
     each = 4 if has_biases else 2
     if len(params) != each * num_layers * directions:
@@ -61,6 +62,13 @@ def _cell(call: Call, gates: int, source: Axis, h: Axis, params: Sequence[Axes])
         couple(units, h, call.why)
     couple(w_ih[1], source, call.why)
     couple(w_hh[1], h, call.why)
+
+
+def _meet(call: Call, steps: Axes, params: dict[str, Axes]) -> None:
+    """Every matrix meets every step of every sequence once; gates and states are pointwise."""
+    for name, matrix in params.items():
+        if len(matrix) == 2:
+            call.multiply((*steps, *matrix), name, kind="recurrent")
 
 
 def _frozen(call: Call, operands: Sequence[Axes]) -> list[Axes]:
@@ -91,6 +99,7 @@ def cell(
     _cell(call, gates, input[-1], states[0][-1], [p for p in (w_ih, w_hh, b_ih, b_hh) if p is not None])
     call.contract("w_ih", 1)
     call.contract("w_hh", 1)
+    _meet(call, input[:-1], {"w_ih": w_ih, "w_hh": w_hh})
     for state in states:
         for own, theirs in zip(state, (*input[:-1], states[0][-1]), strict=True):
             couple(own, theirs, call.why)
@@ -144,6 +153,7 @@ def mkldnn_layer(
     _cell(call, gates, input[-1], h, [weight0, weight1, weight2, weight3])
     call.contract("weight0", 1)
     call.contract("weight1", 1)
+    _meet(call, input[:-1], {"weight0": weight0, "weight1": weight1})
     call.freeze([*input[:-1], *hx_[:-1], *cx_[:-1]], "positions of a sequence, or its batch")
     couple(cx_[-1], h, call.why)
     call.lengths["hidden_size"] = h
@@ -153,6 +163,9 @@ def mkldnn_layer(
 @rule(aten._cudnn_rnn.default)
 def opaque(call: Call, **arguments: object) -> list[Axes]:
     """Weights in a layout of the library's own: frozen."""
+    input, weights = arguments["input"], arguments["weight"]
+    assert isinstance(input, tuple) and isinstance(weights, list)
+    _meet(call, input[:-1], {f"weight.{k}": matrix for k, matrix in enumerate(weights)})
     operands: list[Axes] = []
     for argument in arguments.values():
         operands += [a for a in (argument if isinstance(argument, list) else [argument]) if isinstance(a, tuple)]

@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, TypeAlias, TypeVar, overload
+from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 from torch import fx
 
@@ -30,6 +30,26 @@ OpKey: TypeAlias = OpOverload | str
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+Kind: TypeAlias = Literal["convolution", "linear", "attention", "recurrent"]
+KINDS: tuple[Kind, ...] = ("convolution", "linear", "attention", "recurrent")
+"""`attention` is any product of two activations, fused attention included; `linear` one with a parameter."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """Operands that an op multiplies and sums: one multiply-accumulate per index of `axes`.
+
+    Attributes:
+        axes: the dims of the result and the dims that are summed away.
+        operands: names of the arguments that are multiplied.
+        kind: what the op is; None: linear or attention, as the operands depend on the model's inputs or not.
+    """
+
+    axes: Axes
+    operands: tuple[str, ...]
+    kind: Kind | None = None
+
+
 @dataclass
 class Call:
     """One op node while its rule runs, and what the rule says of it beyond the axes of the results."""
@@ -42,6 +62,8 @@ class Call:
     "tensors.1" is item 1 of the list "tensors" """
     contracted: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """argument -> dims that are summed over: masked units must be zero there."""
+    products: list[Product] = field(default_factory=list)
+    """what is multiplied and summed: the multiply-accumulates of the op"""
     lengths: dict[str, Any] = field(default_factory=dict)
     """argument -> the Axis whose length it is (None: leave), or a list of these."""
     pins: dict[str, Any] = field(default_factory=dict)
@@ -73,20 +95,28 @@ class Call:
         """Masked units of these dims of `argument` must be multiplied by zero before the op."""
         self.contracted[argument] = tuple(dict.fromkeys((*self.contracted.get(argument, ()), *dims)))
 
+    def multiply(self, axes: Sequence[Axis], *operands: str, kind: Kind | None = None) -> None:
+        """Say that the arguments `operands` are multiplied, once per index of `axes`, and summed."""
+        self.products.append(Product(tuple(axes), operands, kind))
+
     def align(self, axis: Axis, multiple: int) -> None:
         """Say that the op takes no length of `axis` but multiples of a number."""
         self.multiples.append((axis, multiple))
 
     def einsum(self, text: str, /, sizes: Mapping[str, Size] | None = None, **operands: Axes | None) -> list[Axes]:
-        """Apply a rule in notation to the arguments given by name; contractions are noted."""
+        """Apply a rule in notation to the arguments given by name; contractions and products are noted."""
         parsed = notation.parse(text)
         if len(parsed.operands) != len(operands):
             raise RuleError(f"rule {text!r} has {len(parsed.operands)} operands and got {len(operands)}")
-        results, contractions = notation.apply(parsed, list(operands.values()), self.shapes, self.why, sizes)
+        applied = notation.apply(parsed, list(operands.values()), self.shapes, self.why, sizes)
         names = list(operands)
-        for contraction in contractions:
+        for contraction in applied.contractions:
             self.contract(names[contraction.operand], contraction.dim)
-        return results
+        for product in applied.products:
+            self.multiply(
+                product.axes, *(names[k] for k in product.operands), kind="convolution" if product.kernel else None
+            )
+        return applied.results
 
     def mark(self, axes: Axis | Sequence[Axis], *names: str) -> None:
         """Note facts that decide a group's role: head, head_dim, expert, conv, residual, normalized, layer_norm."""

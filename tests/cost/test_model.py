@@ -266,35 +266,6 @@ def test_counts_of() -> None:
     assert counts_of({group: torch.tensor([1, 3, 4])}) == {group.factor: 3}
 
 
-class Products(nn.Module):
-    """Two products of parameters, written with `product`."""
-
-    def __init__(self, product: Any) -> None:
-        super().__init__()
-        self.a, self.b = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(3, 8))
-        self.product = product
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(n, 4) -> (n, 3)."""
-        result: Tensor = self.product(torch.relu(self.product(x, self.a)), self.b)
-        return result
-
-
-def test_products_without_a_formula_are_named() -> None:
-    model, x = Products(lambda x, w: torch.tensordot(x, w, dims=([1], [1]))), torch.randn(2, 4)
-    costs = CostModel(gc.analyze(model, x))
-    assert [(op.op, op.multiplies) for op in costs.uncounted] == [("aten.tensordot.default", True)] * 2
-    assert {"a", "b"} <= costs.weights
-    small = gc.compress(model, x, progress=False)
-    (note,) = [note for note in small.report.notes if "not counted" in note]
-    assert "aten.tensordot.default" in note and "test_model.py" in note
-    for limit in ({"macs": 0.5}, {"bops": 0.5}):
-        with pytest.raises(gc.BudgetError, match="tensordot"):
-            gc.compress(model, x, budget=gc.Budget(**limit), progress=False)
-    halved = gc.compress(model, x, budget=gc.Budget(params=0.5), progress=False)
-    assert halved.report.params.ratio <= 0.5
-
-
 @torch.library.custom_op("graphcomp_tests::gate", mutates_args=())
 def gate(x: Tensor, w: Tensor) -> Tensor:
     """An op that no formula can know."""

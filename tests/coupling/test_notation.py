@@ -19,8 +19,8 @@ def axes(*sizes: int) -> Axes:
 
 
 def run(text: str, *operands: Axes | None, shape: Sequence[int] = (), **sizes: int) -> tuple[Axes, list[Contraction]]:
-    (result,), contracted = apply(parse(text), operands, [shape], WHY, sizes)
-    return result, contracted
+    applied = apply(parse(text), operands, [shape], WHY, sizes)
+    return applied.results[0], applied.contractions
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,7 @@ def run(text: str, *operands: Axes | None, shape: Sequence[int] = (), **sizes: i
         ("(i) -> i", "two or more letters"),
         ("(i *s) -> i", "two or more letters"),
         ("i + o -> i", r"cannot read '\+'"),
+        ("i +k -> i +k", "a kernel stands on the right"),
         ("i 3 -> i", "cannot read '3'"),
         ("... i ... -> i", "two dims of open number"),
         ("... *s -> ...", "two dims of open number"),
