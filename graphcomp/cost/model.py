@@ -24,8 +24,8 @@ from graphcomp.coupling.groups import Kept, summed_axes
 from graphcomp.coupling.propagate import Coupling, is_real
 from graphcomp.ir.graph import argument_at, attributes, bind, module_path, source_line, tensor_values
 from graphcomp.ops import registry
-from graphcomp.torch_compat import tree_flatten_spec
 from graphcomp.ops.registry import KINDS, Kind
+from graphcomp.torch_compat import tree_flatten_spec
 
 aten = torch.ops.aten
 
