@@ -553,7 +553,7 @@ def _trained(
             whole = Whole(model, model, *example) if scope else None
             trained(ready, training=training, whole=whole, sparsity=own, forgetting=phase.forgetting)
         finally:
-            replace_module(model, ready, part)
+            replace_module(model, ready, ready.session.bind(ready).plan.model)
         kept = {group.name: units for group, units in ready.kept().items()}
         remarks |= dict.fromkeys(ready.remarks)
     ready.remarks = tuple(remarks)

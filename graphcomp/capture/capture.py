@@ -16,7 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path as File
 from typing import Any, Literal
@@ -46,6 +46,8 @@ from graphcomp.ir.module import (
     CapturedModule,
     aliases,
     averages_over_all,
+    bound_graph,
+    bound_model,
     build,
     canonical_names,
     follow_modules,
@@ -117,6 +119,10 @@ class Captured:
     functions: tuple[WrittenBackward, ...] = ()
     path: Path = field(default_factory=Path)
     second_call: str = ""
+
+    def bind(self, tensors: Mapping[str, torch.Tensor]) -> Captured:
+        """Return the same capture with `tensors`, by name, in graph and model; neither changes. The graph is shared."""
+        return replace(self, module=bound_graph(self.module, tensors), original=bound_model(self.original, tensors))
 
     def inputs(self) -> tuple[Args, Kwargs]:
         """Return copies of the example inputs: a run may write into them."""

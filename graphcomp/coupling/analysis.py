@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import networkx
-from torch import nn
+from torch import Tensor, nn
 
 from graphcomp.arguments import check_word
 from graphcomp.capture.beside import RunsBeside, runs_beside
@@ -16,7 +16,7 @@ from graphcomp.coupling.groups import ChannelGroup, FrozenAxis, find_frozen, fin
 from graphcomp.coupling.propagate import Coupling, UnknownOp, couple_beside, propagate
 from graphcomp.coupling.text import analysis_graph, analysis_text
 from graphcomp.ir.graph import attributes
-from graphcomp.ir.module import tensor_names
+from graphcomp.ir.module import bound_graph, tensor_names
 from graphcomp.system.threads import one_at_a_time
 
 
@@ -37,6 +37,17 @@ class Analysis:
     def model(self) -> nn.Module:
         """The user's module (or its scoped submodule), as it was given."""
         return self.captured.original
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> Analysis:
+        """Return the same analysis of the same graph with `tensors` in place of the tensors of their names."""
+        captured = self.captured.bind(tensors)
+        beside = tuple(replace(other, module=bound_graph(other.module, tensors)) for other in self.beside.graphs)
+        coupling = replace(
+            self.coupling,
+            module=captured.module,
+            beside=[replace(c, module=own.module) for c, own in zip(self.coupling.beside, beside, strict=True)],
+        )
+        return replace(self, captured=captured, coupling=coupling, beside=replace(self.beside, graphs=beside))
 
     @cached_property
     def frozen(self) -> tuple[FrozenAxis, ...]:

@@ -29,7 +29,7 @@ from graphcomp.result import CompressedModel
 from graphcomp.system.threads import one_at_a_time
 from graphcomp.torch_compat import pytree
 from graphcomp.training.prepared import Prepared, Session
-from graphcomp.training.shrink import expanded, hand_over, settled
+from graphcomp.training.shrink import expanded, session_of, settled
 
 SLICING, FOLDING = 1e-9, 1e-6
 """Largest relative errors, in float64, of slicing a trained graph and of folding its batch norms into its steps."""
@@ -47,7 +47,6 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
     trained = ready = settled(ready, verify=verify)
     while ready.session.whole is not None:
         ready = expanded(ready)
-    session = ready.session
     for name, tensor in trained.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise TrainingError(
@@ -55,7 +54,7 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
                 why="training diverged, or a batch held such values",
                 fix="go back to the last sound state_dict; a lower lr, clipped gradients",
             )
-    hand_over(ready, session)
+    session = session_of(ready)
     plan, kept = session.plan, ready.kept()
     in_floats = {group.name: group for group in plan.groups}
     groups: list[ChannelGroup] = [in_floats[group.name] for group in session.groups]

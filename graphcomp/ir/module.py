@@ -9,10 +9,10 @@ import copy
 import keyword
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import sympy
 import torch
@@ -21,12 +21,14 @@ from torch.fx.graph import PythonCode
 
 from graphcomp.errors import InputError
 from graphcomp.ir.calling import argument_names, bind_call, is_constant, other_than_default
-from graphcomp.ir.graph import bind, is_op, module_path, set_argument, tensor_values
+from graphcomp.ir.graph import all_tensors, bind, is_op, module_path, set_argument, tensor_values
 from graphcomp.ir.module_copy import module_copy
 from graphcomp.system.threads import LOCK
 from graphcomp.torch_compat import BatchNormBase, OpOverload, pytree, target_format
 
 log = logging.getLogger("graphcomp.graph_module")
+
+Bound = TypeVar("Bound", bound=nn.Module)
 
 FOLLOWS_MODE = "follows_mode"
 """In node.meta: argument of the op -> what it is in eval and in training mode; CapturedModule.train() gives it that."""
@@ -305,6 +307,40 @@ def copied(model: nn.Module, *, share: bool = False) -> nn.Module:
         if not share or any(hasattr(module, "__deepcopy__") for module in model.modules()):
             raise
         return module_copy(model)
+
+
+def bound_graph(module: Bound, tensors: Mapping[str, torch.Tensor]) -> Bound:
+    """Return a module of the same graph, in which `tensors` take the place of the tensors of their names.
+
+    The graph is shared: what is known by its nodes holds for both modules. Neither module changes.
+    """
+    assert isinstance(module, fx.GraphModule)
+    module.graph.owning_module = None  # a graph of several modules keeps none of them alive
+    return _bound(module, dict(all_tensors(module)), tensors, module_copy)
+
+
+def bound_model(model: Bound, tensors: Mapping[str, torch.Tensor]) -> Bound:
+    """Return a copy of the model in which `tensors` take the place of the tensors of their names, under all names."""
+    return _bound(model, tensor_names(model), tensors, _deep_copy)
+
+
+def _bound(
+    module: Bound,
+    own: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
+    copy_with: Callable[[nn.Module, Callable[[torch.Tensor], torch.Tensor]], nn.Module],
+) -> Bound:
+    new = {id(own[name]): tensor for name, tensor in tensors.items() if name in own}
+    bound: Any = copy_with(module, lambda tensor: new.get(id(tensor), tensor))
+    return bound  # type: ignore[no-any-return]
+
+
+def _deep_copy(model: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """Return a deep copy that holds tensor(t) for each tensor t; what refuses to be copied is shared."""
+    try:
+        return copy.deepcopy(model, {id(own): tensor(own) for own in tensor_names(model).values()})
+    except Exception:  # a lock, a file, a function of torch.jit, or a class that refuses
+        return module_copy(model, tensor)
 
 
 def canonical_names(model: nn.Module) -> dict[int, str]:

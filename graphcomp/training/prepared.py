@@ -14,7 +14,7 @@ from graphcomp.cost import FLOAT_BITS
 from graphcomp.coupling.analysis import Analysis, analyze_captured
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import CheckpointError, InputError, PlanError
-from graphcomp.ir.graph import bind, fetch, module_path
+from graphcomp.ir.graph import all_tensors, bind, fetch, module_path
 from graphcomp.ir.module import CapturedModule, trains
 from graphcomp.pruning.mask import PREFIX, InsertMasks, computed_with, hold_masks, parameter_behind
 from graphcomp.pruning.slice import check_groups, check_kept
@@ -102,8 +102,16 @@ class Session:
         weights = None if self.config is None else self.config.weights
         return self.bits is not None and weights is not None and weights.kind == "geta"
 
+    def bind(self, ready: Prepared) -> Session:
+        """Return the same session with the tensors of `ready`: a copy of the module, or the module moved elsewhere."""
+        tensors = dict(all_tensors(ready))
+        plan = self.plan.bind(tensors)
+        if self.quantized is self.plan:
+            return replace(self, plan=plan, quantized=plan)
+        return replace(self, plan=plan, quantized=self.quantized.bind(tensors))
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
-        return self  # it describes; the tensors are those of the module that carries it
+        return self  # nothing changes a session; a copied module binds one of its own
 
 
 class MoreThanOneValue(nn.Module):
@@ -183,6 +191,7 @@ class Prepared(CapturedModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> Prepared:
         copied = super().__deepcopy__(memo)
         assert isinstance(copied, Prepared)
+        copied.meta[SESSION] = self.session.bind(copied)
         copied.save_as_the_model()
         copied.recompute, copied.remarks = self.recompute, self.remarks
         return copied

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from graphcomp.coupling.analysis import Analysis, analyze_captured
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import PlanError, VerificationError
-from graphcomp.ir.graph import all_tensors, assign, fetch, value
+from graphcomp.ir.graph import all_tensors, value
+from graphcomp.ir.module import bound_model
 from graphcomp.pruning.mask import PREFIX, gone
 from graphcomp.pruning.slice import SliceGroups, kept_of_tensors, select
 from graphcomp.system.threads import one_at_a_time
 from graphcomp.torch_compat import pytree
-from graphcomp.training.prepared import Prepared, Session, with_masks
+from graphcomp.training.prepared import SESSION, Prepared, Session, with_masks
 
 REMNANT = 0.1
 """Of the largest magnitude in a parameter: what an average, for the most part of cool-down steps, may hold of units
@@ -77,14 +78,12 @@ def shrunk(ready: Prepared) -> Prepared:
         PlanError, VerificationError: see `settled`.
     """
     ready = settled(ready)
-    session = ready.session
-    hand_over(ready, session)
+    session = session_of(ready)
     kept = ready.kept()
     units = {group.name: own for group, own in kept.items()}
     in_floats = {group: units[group.name] for group in session.plan.groups if group.name in units}
     floats = SliceGroups(session.plan.coupling, in_floats)(session.plan.captured.module)
-    model = copy.deepcopy(session.plan.model)
-    _give(model, dict(all_tensors(floats)), session.plan.captured.aliases)
+    model = bound_model(session.plan.model, dict(all_tensors(floats)))
     cut = analyze_captured(replace(session.plan.captured, module=floats, original=model))
     plan = quantized = _named_as(session.plan, in_floats, cut)
     if session.bits is not None:
@@ -95,6 +94,7 @@ def shrunk(ready: Prepared) -> Prepared:
     whole = copy.deepcopy(ready)
     whole.zero_grad()
     small = with_masks(replace(session, plan=plan, quantized=quantized, groups=groups, whole=whole))
+    small.meta[SESSION] = small.session.bind(small)  # one set of smaller tensors for graph, model and module
     small.set_progress(*ready.progress)
     small.recompute, small.norms_frozen, small.remarks = ready.recompute, ready.norms_frozen, ready.remarks
     small.train(ready.training)
@@ -119,23 +119,31 @@ def _places(group: ChannelGroup) -> set[tuple[str, int]]:
     return {(member.name, member.dim) for member in group.members}
 
 
+@torch.no_grad()
 def expanded(small: Prepared) -> Prepared:
-    """The module that `small` was cut from, with what `small` has learned since in its place."""
-    assert small.session.whole is not None
-    whole = copy.deepcopy(small.session.whole).to(next(small.parameters()))  # the masks: all else takes its own place
+    """Return the module that `small` was cut from, with all that `small` has learned since in its place."""
+    whole = small.session.whole
+    assert whole is not None
     kept, units = whole.kept(), {group.name: own for group, own in small.kept().items()}
     cuts = kept_of_tensors(whole.session.quantized.coupling, kept)
-    found: dict[int, Tensor] = {}
-    for name, tensor in all_tensors(small):
-        old = tensor_of(whole, name)
-        if old is None or name.startswith(PREFIX):
-            continue
-        if id(tensor) not in found:
-            full = _filled(old.detach().to(tensor), cuts.get(name, {}), tensor.detach())
-            found[id(tensor)] = nn.Parameter(full, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else full
-        assign(whole, name, found[id(tensor)])
-    whole.keep({group: own[units[group.name]] if group.name in units else own for group, own in kept.items()})
-    return whole
+    learned, like = dict(all_tensors(small)), next(small.parameters())
+    full: dict[int, Tensor] = {}
+    for name, old in all_tensors(whole):
+        if id(old) not in full:
+            own = None if name.startswith(PREFIX) else learned.get(name)
+            full[id(old)] = _grown(old, cuts.get(name, {}), own, like)
+    found = copy.deepcopy(whole, dict(full))
+    found.keep({group: own[units[group.name]] if group.name in units else own for group, own in kept.items()})
+    return found
+
+
+def _grown(old: Tensor, cut: Mapping[int, Tensor], learned: Tensor | None, like: Tensor) -> Tensor:
+    """Return a copy of `old` with what was learned at the indices that were not cut; floats in the dtype of `like`."""
+    if learned is None:
+        data = old.detach().clone().to(like if old.is_floating_point() else like.device)
+        return nn.Parameter(data, old.requires_grad) if isinstance(old, nn.Parameter) else data
+    data = _filled(old.detach().to(learned), cut, learned.detach())
+    return nn.Parameter(data, learned.requires_grad) if isinstance(learned, nn.Parameter) else data
 
 
 @torch.no_grad()
@@ -201,14 +209,15 @@ def _filled(full: Tensor, cuts: Mapping[int, Tensor], values: Tensor) -> Tensor:
     return result.index_put_(tuple(own.to(full.device) for own in spread), values)
 
 
-def hand_over(ready: Prepared, session: Session) -> None:
-    """Let the graphs and the model of the session hold the tensors of `ready`, which may be a copy, or have moved.
+def session_of(ready: Prepared) -> Session:
+    """Return the session of `ready` with the tensors that `ready` holds now.
 
     Raises:
         PlanError: the module is in another dtype than it was prepared in.
     """
-    for node in session.plan.captured.module.graph.find_nodes(op="get_attr"):
-        was, now = value(node), tensor_of(ready, str(node.target))
+    tensors = dict(all_tensors(ready))
+    for node in ready.session.plan.captured.module.graph.find_nodes(op="get_attr"):
+        was, now = value(node), tensors.get(str(node.target))
         if isinstance(was, Tensor) and now is not None and now.dtype != was.dtype:
             before, after = (str(t.dtype).removeprefix("torch.") for t in (was, now))
             raise PlanError(
@@ -217,28 +226,4 @@ def hand_over(ready: Prepared, session: Session) -> None:
                 why="its graph takes example inputs of the dtype it was captured with",
                 fix=f"ready.to(torch.{before}); or prepare the model and its example inputs in {after}",
             )
-    quantized, floats = session.quantized.captured.module, session.plan.captured.module
-    for module in (quantized, floats):
-        for name, tensor in list(all_tensors(module)):
-            found = tensor_of(ready, name)
-            if found is not None and found is not tensor:
-                assign(module, name, found)
-    own = ((name, tensor_of(ready, name)) for name, _ in all_tensors(floats))
-    _give(session.plan.model, {n: found for n, found in own if found is not None}, session.plan.captured.aliases)
-
-
-def _give(model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, Sequence[str]]) -> None:
-    """Let the model hold the tensors, under all names it has for each."""
-    for name, tensor in tensors.items():
-        for alias in aliases.get(name, (name,)):
-            assign(model, alias, tensor)
-
-
-def tensor_of(ready: Prepared, name: str) -> Tensor | None:
-    """The tensor of that name; None where the graph of the session reads it, and training does not."""
-    found: Any = None
-    try:
-        found = fetch(ready, name)
-    except AttributeError:
-        return None
-    return found if isinstance(found, Tensor) else None
+    return ready.session.bind(ready)
