@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
+import re
 import statistics
 import subprocess
 import sys
@@ -18,6 +20,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import fx, nn
 
 from benchmarks import common
 from benchmarks.common import CHECKOUT, section, table
@@ -28,6 +33,10 @@ CARRIERS = ("GraphModule", "CapturedModule", "fx.Graph", "nn.Module", "Captured"
 GRAPHS = ("GraphModule", "CapturedModule", "Program")
 """Types by which a function that takes one first, and returns one or nothing, counts as a pass."""
 ROUNDS = 5
+PRIVATE_MODULE = re.compile(r"torch(\.\w+)*\._\w+(\.\w+)*")
+"""A string that is the name of a private module of torch, or of what stands in one."""
+
+aten = torch.ops.aten
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -56,7 +65,8 @@ def counts(root: Path) -> dict[str, str]:
     carriers = sorted({c.name for _, c in classes if carries(c)})
     conventions = Counter(convention for _, f in functions if (convention := convention_of(f)))
     private = {name for tree in trees.values() for name in private_names(tree)}
-    private_files = [path for path, tree in trees.items() if set(private_names(tree))]
+    attributes = {name for tree in trees.values() for name in private_attributes(tree)}
+    private_files = [p for p, tree in trees.items() if set(private_names(tree)) | set(private_attributes(tree))]
     return {
         "modules in the root": str(sum(len(path.parts) == 1 for path in trees)),
         "modules": str(len(trees)),
@@ -69,7 +79,8 @@ def counts(root: Path) -> dict[str, str]:
         "calling conventions of functions from graph to graph": str(len(conventions)),
         "functions from graph to graph": str(sum(conventions.values())),
         "private torch names": str(len(private)),
-        "files with private torch names": str(len(private_files)),
+        "private attributes of torch objects": str(len(attributes)),
+        "files with private names of torch": str(len(private_files)),
     }
 
 
@@ -138,6 +149,35 @@ def private_names(tree: ast.AST) -> Iterator[str]:
         name = dotted(node, home) if id(node) not in inner else ""
         if is_private(name) and not name.startswith("torch.ops."):
             yield name
+
+
+def private_attributes(tree: ast.AST) -> Iterator[str]:
+    """Private attributes of objects of torch, written as `x._name` or as the string "_name"; those of self left out."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in torch_attributes() and not _is_own(node.value):
+            yield node.attr
+        text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+        if text in torch_attributes() or PRIVATE_MODULE.fullmatch(text):
+            yield text
+
+
+def _is_own(value: ast.expr) -> bool:
+    """Whether an expression is self, cls, super() or the namespace of ATen ops."""
+    called = value.func if isinstance(value, ast.Call) else value
+    return isinstance(called, ast.Name) and called.id in ("self", "cls", "super", "aten")
+
+
+@functools.cache
+def torch_attributes() -> frozenset[str]:
+    """Private attributes of the objects of torch that the package handles; dunder names left out."""
+    linear = fx.symbolic_trace(nn.Linear(1, 1))
+    objects = (
+        *(linear, linear.graph, linear.graph._codegen, next(iter(linear.graph.nodes)), nn.GRU(1, 1), nn.BatchNorm1d(1)),
+        *(linear.weight, torch.UntypedStorage(1), torch.Generator()),
+        *(aten.add.Tensor, aten.add, aten.add.Tensor._schema, torch.ops.higher_order.cond),
+    )
+    names = {n for found in objects for n in dir(found) if n.startswith("_") and not n.startswith("__")}
+    return frozenset({*names, "_orig_mod"})  # of torch.compile, which takes seconds to load
 
 
 def dotted(node: ast.expr, home: Mapping[str, str]) -> str:

@@ -13,10 +13,17 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, fx, nn
 
 from graphcomp.errors import TorchError
 
 __all__ = [
+    "DECOMPOSED_HOMES",
+    "FAKE_TENSOR_LOGGER",
+    "HOOK_PREFIXES",
+    "MODULE_HOOKS",
+    "MODULE_TABLES",
+    "PRIVATE_LOGGERS",
     "BatchNormBase",
     "ConvBase",
     "DataDependentOutputException",
@@ -30,24 +37,34 @@ __all__ = [
     "PyTreeCodeGen",
     "PyTreeInfo",
     "TorchDispatchMode",
+    "buffer_table",
     "causal_mask_test",
+    "codegen_of",
     "foreach_add_",
     "foreach_clamp_max_",
     "foreach_clamp_min_",
     "foreach_copy_",
     "foreach_zero_",
     "get_unwrapped",
+    "inside_wrapper",
     "is_batchedtensor",
     "is_functorch_wrapped_tensor",
     "is_legacy_batchedtensor",
+    "module_table",
+    "non_persistent",
     "number_of_dispatch_modes",
+    "parameter_table",
     "pytree",
+    "refresh_flat_weights",
     "saved_tensors_hooks_disabled",
+    "schema_of",
+    "storage_key",
     "takes_numbers_as_tensors",
     "target_format",
     "top_saved_tensors_hooks",
     "transforms_active",
     "tree_flatten_spec",
+    "version_of",
 ]
 
 
@@ -185,3 +202,122 @@ def _replaced(module: types.ModuleType, name: str, make: Callable[[Any], Any]) -
         yield
     finally:
         setattr(module, name, before)
+
+
+# ------------------------------------------------------------------------------------------------ attributes of objects
+# Read the schema of an op: names, defaults and types of arguments, and which of them are written. Public would be
+# `OpOverload.schema`.
+with bound("torch._ops.OpOverload._schema"):
+    torch.ops.aten.relu.default._schema  # noqa: B018
+
+
+def schema_of(op: Any) -> torch.FunctionSchema:
+    """The schema of an op, which must be an OpOverload."""
+    found: torch.FunctionSchema = op._schema
+    return found
+
+
+# Read how a graph is called. `fx.Graph.set_codegen` is public, a getter would have to be.
+with bound("torch.fx.Graph._codegen"):
+    fx.Graph()._codegen  # noqa: B018
+
+
+def codegen_of(graph: fx.Graph) -> Any:
+    """The code generator of a graph: of a class of its own where the graph takes nested values."""
+    return graph._codegen
+
+
+# Know whether two tensors live in the same memory. Public data_ptr() is 0 for all storages without data: fake, meta and
+# empty ones.
+with bound("torch.UntypedStorage._cdata"):
+    torch.UntypedStorage._cdata  # noqa: B018
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """A number that two storages share if and only if they are the same memory, while both live."""
+    return int(storage._cdata)
+
+
+# Notice that a tensor was written into. No public name; torch.autograd itself refuses stale tensors by this count.
+with bound("torch.Tensor._version"):
+    Tensor._version  # noqa: B018
+
+
+def version_of(tensor: Tensor) -> int:
+    """The number of in-place changes of a tensor and of all that share its memory by views."""
+    return tensor._version
+
+
+# Put tensors and children in place of others, None among them, in the order that they have, without the checks and
+# hooks of setattr. Public `named_parameters(recurse=False)` and the like leave out None, and do not write.
+with bound("torch.nn.Module._parameters", "torch.nn.Module._buffers", "torch.nn.Module._modules"):
+    _MODULE = nn.Module()
+    _MODULE._parameters, _MODULE._buffers, _MODULE._modules  # noqa: B018
+MODULE_TABLES = ("_parameters", "_buffers", "_modules")
+"""Attributes of a module that are tables of tensors and children."""
+
+
+def parameter_table(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The parameters of the module itself by name; None for one that is left out."""
+    return module._parameters
+
+
+def buffer_table(module: nn.Module) -> dict[str, Tensor | None]:
+    """The buffers of the module itself by name; None for one that is left out."""
+    return module._buffers
+
+
+def module_table(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The children of a module by name; None for one that is left out."""
+    return module._modules
+
+
+# Keep a buffer out of the state dict, and ask whether a buffer is. `register_buffer(persistent=False)` is public, a
+# question would have to be.
+with bound("torch.nn.Module._non_persistent_buffers_set"):
+    _MODULE._non_persistent_buffers_set  # noqa: B018
+
+
+def non_persistent(module: nn.Module) -> set[str]:
+    """Names of the buffers of the module itself that stay out of the state dict."""
+    return module._non_persistent_buffers_set
+
+
+# Know whether a module has hooks of the user, and which of its attributes are torch's own. Public would be a question.
+MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Attributes of a module that hold hooks of a forward or a backward pass."""
+HOOK_PREFIXES = ("_forward", "_backward")
+"""Beginnings of attributes of a module that hold hooks, or what torch.compile and wrappers put over a forward."""
+with bound(*(f"torch.nn.Module.{name}" for name in MODULE_HOOKS)):
+    [getattr(_MODULE, name) for name in MODULE_HOOKS]
+
+
+# Keep the list of weights that a recurrent layer has beside the weights. `setattr` keeps the list by itself; weights
+# that are put in place otherwise do not. Public `flatten_parameters` works on the old list.
+
+
+def refresh_flat_weights(module: nn.Module) -> None:
+    """Set the list of weights of a recurrent layer to the weights."""
+    if isinstance(module, nn.RNNBase):
+        module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
+
+
+def inside_wrapper(module: nn.Module) -> nn.Module | None:
+    """The module inside of torch.compile's or DataParallel's; None where there is none.
+
+    `module` of DataParallel is public, `_orig_mod` of torch.compile is not.
+    """
+    return module._modules.get("_orig_mod") or module._modules.get("module")
+
+
+# ------------------------------------------------------------------------------------------------ names of modules
+# Keep quiet what torch logs on the way to an error that graphcomp raises itself, or tries another way for. Loggers have
+# the names of the modules that log; torch._logging has no switch for one call.
+FAKE_TENSOR_LOGGER = "torch._subclasses.fake_tensor"
+PRIVATE_LOGGERS = ("torch._export.non_strict_utils", FAKE_TENSOR_LOGGER)
+"""Loggers of torch.export beside the public ones."""
+
+# Register the ops `quantized_decomposed` that torch.export writes for quantized models. The ops are public, the module
+# that registers the ops is not; graphcomp defines the ops where neither module is there.
+DECOMPOSED_HOMES = ("torch.ao.quantization.fx._decomposed", "torchao.quantization.pt2e._decomposed")
+"""Modules that register `quantized_decomposed`, the first one that is there."""

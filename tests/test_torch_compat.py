@@ -1,6 +1,8 @@
 """What graphcomp relies on of each private name of torch, and that one file alone binds the names."""
 
 import ast
+import importlib
+import logging
 import re
 from collections import namedtuple
 from pathlib import Path
@@ -10,9 +12,15 @@ import torch
 from torch import fx, nn
 
 import graphcomp as gc
-from benchmarks.house import private_names
+from benchmarks.house import private_attributes, private_names
 from graphcomp import torch_compat
 from graphcomp.torch_compat import (
+    DECOMPOSED_HOMES,
+    FAKE_TENSOR_LOGGER,
+    HOOK_PREFIXES,
+    MODULE_HOOKS,
+    MODULE_TABLES,
+    PRIVATE_LOGGERS,
     BatchNormBase,
     ConvBase,
     DataDependentOutputException,
@@ -27,24 +35,34 @@ from graphcomp.torch_compat import (
     PyTreeInfo,
     TorchDispatchMode,
     bound,
+    buffer_table,
     causal_mask_test,
+    codegen_of,
     foreach_add_,
     foreach_clamp_max_,
     foreach_clamp_min_,
     foreach_copy_,
     foreach_zero_,
     get_unwrapped,
+    inside_wrapper,
     is_batchedtensor,
     is_functorch_wrapped_tensor,
     is_legacy_batchedtensor,
+    module_table,
+    non_persistent,
     number_of_dispatch_modes,
+    parameter_table,
     pytree,
+    refresh_flat_weights,
     saved_tensors_hooks_disabled,
+    schema_of,
+    storage_key,
     takes_numbers_as_tensors,
     target_format,
     top_saved_tensors_hooks,
     transforms_active,
     tree_flatten_spec,
+    version_of,
 )
 
 aten = torch.ops.aten
@@ -53,7 +71,10 @@ PACKAGE = Path(gc.__file__).parent
 
 # ------------------------------------------------------------------------------------------------ one file
 def test_no_other_file_of_the_package_uses_a_private_name_of_torch():
-    found = {path.relative_to(PACKAGE).as_posix(): set(private_names(_tree(path))) for path in PACKAGE.rglob("*.py")}
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        tree = _tree(path)
+        found[path.relative_to(PACKAGE).as_posix()] = {*private_names(tree), *private_attributes(tree)}
     assert found.pop("torch_compat.py")
     assert {path: names for path, names in found.items() if names} == {}
 
@@ -79,6 +100,26 @@ def test_each_way_to_a_private_name_is_seen(code):
 )
 def test_ops_and_names_of_others_are_not_taken_for_private_names(code):
     assert not set(private_names(ast.parse(code)))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "op._schema",
+        "graph._codegen",
+        "f(x).storage()._cdata",
+        "getattr(module, '_modules')",
+        "'torch._ops'",
+        "x._version",
+    ],
+)
+def test_private_attributes_of_objects_of_torch_are_seen(code):
+    assert len(set(private_attributes(ast.parse(code)))) == 1
+
+
+@pytest.mark.parametrize("code", ["self._parameters", "super()._apply(f)", "aten._softmax", "x._ours", "x.__dict__"])
+def test_attributes_of_others_are_not_taken_for_those_of_torch(code):
+    assert not set(private_attributes(ast.parse(code)))
 
 
 def test_every_binding_is_listed_and_has_a_test():
@@ -338,3 +379,113 @@ def test_transformers_ask_the_causal_mask_test_inside_alone():
     count = len(asked)
     encoder(x, mask=mask, is_causal=False)
     assert len(asked) == count
+
+
+# ------------------------------------------------------------------------------------------------ attributes of objects
+def test_a_schema_names_the_arguments_their_defaults_and_what_is_written():
+    schema = schema_of(aten.add_.Tensor)
+    assert (schema.name, schema.overload_name, schema.is_mutable) == ("aten::add_", "Tensor", True)
+    assert [a.name for a in schema.arguments] == ["self", "other", "alpha"]
+    assert [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write] == ["self"]
+    alpha = schema.arguments[-1]
+    assert alpha.kwarg_only and alpha.has_default_value() and alpha.default_value == 1
+    assert str(schema.arguments[0].type) == "Tensor" and len(schema.returns) == 1
+    assert schema_of(aten.relu.default).overload_name == "" and not schema_of(aten.relu.default).is_mutable
+    assert schema_of(aten.view.default).returns[0].alias_info is not None
+
+
+def test_the_code_generator_of_an_exported_graph_tells_how_the_graph_is_called():
+    exported = torch.export.export(nn.Identity(), (torch.ones(2),), strict=False).module(check_guards=False)
+    info = codegen_of(exported.graph).pytree_info
+    assert info.in_spec.num_leaves == 1 and info.orig_args == ["input"]
+    assert not hasattr(codegen_of(fx.Graph()), "pytree_info")
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_tensors_of_one_memory_have_storages_of_one_key(device):
+    x, y = torch.empty(4, device=device), torch.empty(4, device=device)
+    assert storage_key(x.untyped_storage()) == storage_key(x[1:].untyped_storage())
+    assert storage_key(x.untyped_storage()) != storage_key(y.untyped_storage())
+    empty = torch.empty(0), torch.empty(0)
+    assert storage_key(empty[0].untyped_storage()) != storage_key(empty[1].untyped_storage())
+
+
+def test_the_version_counts_changes_in_place_through_views_too():
+    x = torch.ones(4)
+    before = version_of(x)
+    x + 1
+    assert version_of(x) == before
+    x[:2].add_(1)
+    assert version_of(x) > before
+
+
+def test_tables_of_a_module_hold_none_and_take_what_is_put_there():
+    module = nn.Linear(2, 3, bias=False)
+    module.register_buffer("left_out", None)
+    module.register_module("child", None)
+    assert list(parameter_table(module)) == ["weight", "bias"] and parameter_table(module)["bias"] is None
+    assert buffer_table(module) == {"left_out": None} and module_table(module) == {"child": None}
+    parameter_table(module)["bias"] = nn.Parameter(torch.ones(3))
+    buffer_table(module)["left_out"] = torch.ones(1)
+    module_table(module)["child"] = nn.ReLU()
+    assert list(module.state_dict()) == ["weight", "bias", "left_out"]
+    assert torch.equal(module(torch.zeros(1, 2)), torch.ones(1, 3)) and isinstance(module.child, nn.ReLU)
+    tables = (parameter_table(module), buffer_table(module), module_table(module))
+    assert all(vars(module)[name] is table for name, table in zip(MODULE_TABLES, tables, strict=True))
+
+
+def test_non_persistent_buffers_stay_out_of_the_state_dict():
+    module = nn.Module()
+    module.register_buffer("kept", torch.ones(1))
+    module.register_buffer("gone", torch.ones(1), persistent=False)
+    assert non_persistent(module) == {"gone"}
+    non_persistent(module).add("kept")
+    assert not module.state_dict()
+
+
+def test_hooks_of_users_stand_in_the_attributes_for_hooks():
+    module = nn.Linear(1, 1)
+    assert not any(vars(module)[name] for name in MODULE_HOOKS)
+    module.register_forward_hook(lambda *_: None)
+    module.register_forward_pre_hook(lambda *_: None)
+    module.register_full_backward_hook(lambda *_: None)
+    module.register_full_backward_pre_hook(lambda *_: None)
+    assert all(vars(module)[name] for name in MODULE_HOOKS)
+    assert all(name.startswith(HOOK_PREFIXES) for name in MODULE_HOOKS)
+
+
+def test_recurrent_layers_read_their_list_of_weights():
+    layer, x = nn.GRU(2, 3), torch.ones(1, 1, 2)
+    vars(layer)["_parameters"]["weight_ih_l0"] = nn.Parameter(torch.zeros(9, 2))
+    refresh_flat_weights(layer)
+    other = nn.GRU(2, 3)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(x)[0], other(x)[0])
+    refresh_flat_weights(nn.Linear(1, 1))
+
+
+def test_wrappers_hold_the_module_inside():
+    linear = nn.Linear(1, 1)
+    assert (
+        inside_wrapper(torch.compile(linear, backend="eager")) is linear
+        and inside_wrapper(nn.DataParallel(linear)) is linear
+    )
+    assert inside_wrapper(linear) is None
+
+
+# ------------------------------------------------------------------------------------------------ names of modules
+@pytest.mark.parametrize("name", PRIVATE_LOGGERS)
+def test_loggers_of_torch_have_the_names_of_modules_that_log(name):
+    module = importlib.import_module(name)
+    assert module.log is logging.getLogger(name)
+
+
+def test_fake_tensors_log_what_an_op_raises():
+    assert FAKE_TENSOR_LOGGER in PRIVATE_LOGGERS
+
+
+def test_a_module_of_torch_registers_the_ops_of_quantized_graphs():
+    importlib.import_module(DECOMPOSED_HOMES[0])
+    op = torch.ops.quantized_decomposed.dequantize_per_tensor.default
+    names = [a.name for a in schema_of(op).arguments]
+    assert names == ["input", "scale", "zero_point", "quant_min", "quant_max", "dtype", "out_dtype"]

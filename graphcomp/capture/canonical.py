@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from graphcomp.capture.record import OP_SITE, READS
 from graphcomp.ir.graph import bind, fetch
-from graphcomp.torch_compat import OpOverload, is_batchedtensor, pytree
+from graphcomp.torch_compat import OpOverload, is_batchedtensor, pytree, schema_of, storage_key
 
 log = logging.getLogger("graphcomp.capture")
 aten = torch.ops.aten
@@ -172,21 +172,21 @@ def functional(target: Any) -> OpOverload | None:
     """The functional twin of an in-place op: aten.relu_.default -> aten.relu.default."""
     if not isinstance(target, OpOverload) or target.namespace != "aten":
         return None
-    name = target._schema.name.removeprefix("aten::")
-    written = [a for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    if [a.name for a in written] != [a.name for a in target._schema.arguments[:1]]:
+    name = schema_of(target).name.removeprefix("aten::")
+    written = [a for a in schema_of(target).arguments if a.alias_info is not None and a.alias_info.is_write]
+    if [a.name for a in written] != [a.name for a in schema_of(target).arguments[:1]]:
         return None
     twin = "__" + name[3:] if name.startswith("__i") else name.removesuffix("_")
     packet = getattr(aten, twin, None) if twin != name else None
-    overload = getattr(packet, target._overloadname, None)
-    return overload if isinstance(overload, OpOverload) and not overload._schema.is_mutable else None
+    overload = getattr(packet, schema_of(target).overload_name or "default", None)
+    return overload if isinstance(overload, OpOverload) and not schema_of(overload).is_mutable else None
 
 
 def _storages(node: fx.Node) -> Iterator[int]:
     """A key for each piece of memory that the value of `node` lives in."""
     for value in pytree.tree_leaves(node.meta.get("val")):
         if isinstance(value, torch.Tensor) and value.layout is torch.strided and not is_batched(value):
-            yield value.untyped_storage()._cdata
+            yield storage_key(value.untyped_storage())
 
 
 def is_batched(tensor: torch.Tensor) -> bool:

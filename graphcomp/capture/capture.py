@@ -61,7 +61,15 @@ from graphcomp.ir.module_copy import module_copy
 from graphcomp.ir.preserve import HoldParameters, ParameterWritten, eval_copy, same_buffers, writes, written_parameters
 from graphcomp.numerics.compare import relative_error, tolerance_of
 from graphcomp.system.threads import in_this_thread, one_at_a_time, stderr_held
-from graphcomp.torch_compat import DataDependentOutputException, DynamicOutputShapeException, causal_mask_test, pytree
+from graphcomp.torch_compat import (
+    PRIVATE_LOGGERS,
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    causal_mask_test,
+    codegen_of,
+    pytree,
+    version_of,
+)
 
 log = logging.getLogger("graphcomp.capture")
 
@@ -70,8 +78,7 @@ NOT_THE_USERS = (
     "<",
 )
 EXPORT_LOGGERS = (
-    "torch._export.non_strict_utils",
-    "torch._subclasses.fake_tensor",
+    *PRIVATE_LOGGERS,
     "torch.export",
     "torch.fx.experimental.symbolic_shapes",
 )
@@ -205,7 +212,7 @@ def _seen_path(model: nn.Module, captured: CapturedModule, args: Args, kwargs: K
         CaptureError: the forward writes into a parameter.
     """
     reads = dict.fromkeys(source_line(node) for node in captured.graph.nodes if is_read(node))
-    arguments = captured.graph._codegen.pytree_info.orig_args  # type: ignore[attr-defined]
+    arguments = codegen_of(captured.graph).pytree_info.orig_args
     try:
         return seen_path(model, arguments, args, kwargs, [line for line in reads if line])
     except ParameterWritten as error:
@@ -706,7 +713,7 @@ def blaming_inputs(captured: Captured) -> Iterator[None]:
 
 def _versions(model: nn.Module) -> dict[str, int]:
     """How often each tensor of the model was written into; inference tensors do not count."""
-    return {name: t._version for name, t in tensor_names(model).items() if not t.is_inference()}
+    return {name: version_of(t) for name, t in tensor_names(model).items() if not t.is_inference()}
 
 
 def _check_unchanged(model: nn.Module, before: Mapping[str, int]) -> None:
@@ -808,14 +815,14 @@ def select_outputs(graph: fx.Graph, names: Sequence[str], wanted: Sequence[str])
     kept = [(n, r) for n, r in zip(names, results, strict=True) if any(_fits(n, want) for want in wanted)]
     output.args = (tuple(result for _, result in kept),)
     one_or_tuple = 0 if len(kept) == 1 else tuple(range(len(kept)))
-    info = graph._codegen.pytree_info  # type: ignore[attr-defined]
+    info = codegen_of(graph).pytree_info
     graph.set_codegen(calling_convention(info.orig_args, info.in_spec, pytree.tree_structure(one_or_tuple)))
     return tuple(name for name, _ in kept)
 
 
 def _call_as(graph: fx.Graph, model: nn.Module) -> None:
     """Let the graph know the parameters of the model's forward."""
-    info = graph._codegen.pytree_info  # type: ignore[attr-defined]
+    info = codegen_of(graph).pytree_info
     graph.set_codegen(calling_convention(info.orig_args, info.in_spec, info.out_spec, parameters_of(model)))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graphcomp.capture.record import SKIPPED_FRAMES
 from graphcomp.ir.module import canonical_names, tensor_names
-from graphcomp.torch_compat import TorchDispatchMode, pytree
+from graphcomp.torch_compat import TorchDispatchMode, pytree, storage_key
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class _Reader(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.names = canonical_names(part)
         tensors = tensor_names(part)
         strided = {name: t for name, t in tensors.items() if t.layout is torch.strided and not t.is_meta}
-        self.storages = {t.untyped_storage()._cdata: self.names[id(t)] for t in strided.values()}
+        self.storages = {storage_key(t.untyped_storage()): self.names[id(t)] for t in strided.values()}
 
     def enter(self) -> None:
         """The forward of the part begins."""
@@ -126,7 +126,7 @@ class _Reader(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _name(self, tensor: Tensor) -> str | None:
         known = self.names.get(id(tensor))
         if known is None and tensor.layout is torch.strided and not tensor.is_meta:
-            known = self.storages.get(tensor.untyped_storage()._cdata)
+            known = self.storages.get(storage_key(tensor.untyped_storage()))
         return known
 
 

@@ -32,7 +32,7 @@ from graphcomp.errors import CaptureError
 from graphcomp.ir.calling import calling_convention
 from graphcomp.ir.graph import frame_text
 from graphcomp.ir.module import canonical_names, leaf_names, tensor_names
-from graphcomp.torch_compat import FakeTensorMode, TorchDispatchMode, pytree
+from graphcomp.torch_compat import FakeTensorMode, TorchDispatchMode, pytree, schema_of, storage_key
 
 aten = torch.ops.aten
 
@@ -176,7 +176,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             node_args, node_kwargs = pytree.tree_map(self._argument, operands)
             # torch.tensor(...): the value is fresh memory, so it must not share that of the constant
             target = aten.clone.default if func is aten.lift_fresh.default else func
-            name = target._schema.name.rpartition("::")[2]
+            name = schema_of(target).name.rpartition("::")[2]
             node = self.graph.create_node("call_function", target, tuple(node_args), dict(node_kwargs), name)
             self._describe(node, result)
             self._bind(node, result)
@@ -268,7 +268,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _memory_of(self, tensor: torch.Tensor) -> _Memory | None:
         if tensor.layout is not torch.strided:
             return None
-        memory = self._memory.get(tensor.untyped_storage()._cdata)
+        memory = self._memory.get(storage_key(tensor.untyped_storage()))
         return memory if memory is not None and memory.alive() else None
 
     def _remember_memory(self, tensor: torch.Tensor, node: fx.Node | None) -> None:
@@ -281,7 +281,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             name = self._names.get(id(tensor), "")
             held = self._held.get(name)
             weak = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-            self._memory[storage._cdata] = _Memory(weak, _geometry(tensor), node, name, held, None)
+            self._memory[storage_key(storage)] = _Memory(weak, _geometry(tensor), node, name, held, None)
         elif node is not None and memory.geometry == _geometry(tensor):
             memory.node = node
 

@@ -34,7 +34,7 @@ from graphcomp.errors import CheckpointError
 from graphcomp.ir.json_values import damaged, decode, encode
 from graphcomp.ir.module import tensor_names
 from graphcomp.ir.trust import EVERYTHING, Trust
-from graphcomp.torch_compat import pytree
+from graphcomp.torch_compat import MODULE_HOOKS, buffer_table, module_table, non_persistent, parameter_table, pytree
 
 Recipe = dict[str, Any]
 Attributes = list[tuple[str, str, Any]]
@@ -43,8 +43,6 @@ Attributes = list[tuple[str, str, Any]]
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 LOADERS = ("pretrained", "weights", "checkpoint", "cache", "progress")
 """First words of arguments of builders that load something."""
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ def _classes(module: nn.Module) -> tuple[type, ...]:
 
 def _registered(module: nn.Module) -> tuple[dict[str, bool], dict[str, bool]]:
     """Names of parameters and of buffers, each with whether there is one."""
-    parameters, buffers = module._parameters, module._buffers
+    parameters, buffers = parameter_table(module), buffer_table(module)
     return {n: t is not None for n, t in parameters.items()}, {n: t is not None for n, t in buffers.items()}
 
 
@@ -164,7 +162,7 @@ def class_recipe(model: nn.Module) -> Recipe | None:
         return None
     if type(model) in CONTAINERS:
         children = {name: class_recipe(child) for name, child in model.named_children()}
-        if any(child is None for child in children.values()) or len(children) != len(model._modules):
+        if any(child is None for child in children.values()) or len(children) != len(module_table(model)):
             return None
         return {"kind": "class", "class": class_path(type(model)), "children": children}
     arguments = constructor_arguments(model)
@@ -249,11 +247,11 @@ def _tree_node(module: nn.Module, path: str, graph_at: str | None, seen: dict[in
         return {"kind": "class", "class": class_path(nn.Identity), "arguments": {}}
     if isinstance(module, nn.RNNBase):  # such layers hold references to their weights that only they can make
         return class_recipe(module)
-    hooked = any(vars(module)[name] for name in _HOOKS)
+    hooked = any(vars(module)[name] for name in MODULE_HOOKS)
     if hooked or not importable(type(module)):
         return None
     children: dict[str, Recipe | None] = {}
-    for name, child in module._modules.items():
+    for name, child in module_table(module).items():
         children[name] = None
         if child is not None:
             children[name] = _tree_node(child, f"{path}.{name}" if path else name, graph_at, seen)
@@ -261,10 +259,10 @@ def _tree_node(module: nn.Module, path: str, graph_at: str | None, seen: dict[in
                 return None
     return {
         "class": class_path(type(module)),
-        "parameters": {name: tensor is not None for name, tensor in module._parameters.items()},
+        "parameters": {name: tensor is not None for name, tensor in parameter_table(module).items()},
         "buffers": {
-            name: None if tensor is None else name not in module._non_persistent_buffers_set
-            for name, tensor in module._buffers.items()
+            name: None if tensor is None else name not in non_persistent(module)
+            for name, tensor in buffer_table(module).items()
         },
         "modules": children,
     }
@@ -320,9 +318,9 @@ def _builder_arguments(recipe: Recipe) -> dict[str, Any]:
 
 def _with_children(module: nn.Module, children: Mapping[str, nn.Module | None]) -> nn.Module:
     for name, child in children.items():
-        if not name or "." in name or (hasattr(module, name) and name not in module._modules):
+        if not name or "." in name or (hasattr(module, name) and name not in module_table(module)):
             raise damaged(f"a submodule of {type(module).__name__} is called {name!r:.100}")
-        module._modules[name] = child
+        module_table(module)[name] = child
     return module
 
 
@@ -474,6 +472,8 @@ def apply_attributes(model: nn.Module, attributes: Attributes, decoder: Decoder)
 def _check_settable(module: nn.Module, name: str) -> None:
     """Refuse what is no plain attribute: methods, properties, registered tensors and torch's own."""
     own = inspect.getattr_static(type(module), name, None)
-    taken = name in INTERNAL or any(name in held for held in (module._parameters, module._buffers, module._modules))
+    taken = name in INTERNAL or any(
+        name in held for held in (parameter_table(module), buffer_table(module), module_table(module))
+    )
     if taken or not name.isidentifier() or callable(own) or hasattr(type(own), "__get__"):
         raise damaged(f"{name!r:.100} of {type(module).__name__} is stored as an attribute", "it is something else")

@@ -19,7 +19,7 @@ from graphcomp.errors import CheckpointError
 from graphcomp.ir.json_values import JSON, damaged, decode, encode
 from graphcomp.ir.module import tensor_names
 from graphcomp.ir.trust import Trust
-from graphcomp.torch_compat import pytree
+from graphcomp.torch_compat import HOOK_PREFIXES, module_table, pytree
 
 MISSING = object()
 INTERNAL = frozenset(vars(nn.Module())) | {"training"}
@@ -209,7 +209,7 @@ def submodule(root: nn.Module, path: Any) -> nn.Module:
     """
     found: Any = root
     for part in path.split(".") if isinstance(path, str) and path else ():
-        found = found._modules.get(part) if isinstance(found, nn.Module) else None
+        found = module_table(found).get(part) if isinstance(found, nn.Module) else None
     if not isinstance(path, str) or not isinstance(found, nn.Module):
         raise damaged(f"the submodule {path!r:.100}", "the model has none of that name")
     return found
@@ -222,7 +222,7 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
 
 
 def _is_hook(name: str) -> bool:
-    return name.startswith(("_forward", "_backward"))
+    return name.startswith(HOOK_PREFIXES)
 
 
 class Twins:

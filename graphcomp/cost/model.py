@@ -25,7 +25,7 @@ from graphcomp.coupling.propagate import Coupling, is_real
 from graphcomp.ir.graph import argument_at, attributes, bind, module_path, source_line, tensor_values
 from graphcomp.ops import registry
 from graphcomp.ops.registry import KINDS, Kind
-from graphcomp.torch_compat import tree_flatten_spec
+from graphcomp.torch_compat import codegen_of, tree_flatten_spec
 
 aten = torch.ops.aten
 
@@ -328,7 +328,7 @@ def _uncounted(node: fx.Node, coupling: Coupling) -> list[Uncounted]:
 # ------------------------------------------------------------------------------------------------ example inputs
 def flat_inputs(captured: Captured, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """The leaves of the arguments in the order of the graph's placeholders, keywords in any order."""
-    spec = captured.module.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
+    spec = codegen_of(captured.module.graph).pytree_info.in_spec
     flat: list[Any] = tree_flatten_spec((tuple(args), dict(kwargs)), spec)
     return flat
 

@@ -17,7 +17,7 @@ from graphcomp.errors import RuleError
 from graphcomp.ir.graph import argument_at, attributes, bind, is_op, source_line, tensor_values, value
 from graphcomp.ops import registry
 from graphcomp.ops.registry import AxesValue, Call
-from graphcomp.torch_compat import OpOverload
+from graphcomp.torch_compat import OpOverload, storage_key
 
 logger = logging.getLogger("graphcomp.coupling")
 
@@ -150,14 +150,14 @@ def _place_attributes(coupling: Coupling, known: Coupling | None = None) -> None
     shared = [] if known is None else attributes(known.module)
     by_tensor: dict[int, Axes] = {id(t): known.attributes[str(n.target)] for n, t in shared} if known else {}
     by_storage: dict[int, tuple[int, Axes]] = {
-        tensor.untyped_storage()._cdata: (id(tensor), by_tensor[id(tensor)]) for _, tensor in shared
+        storage_key(tensor.untyped_storage()): (id(tensor), by_tensor[id(tensor)]) for _, tensor in shared
     }
     for node, tensor in attributes(coupling.module):
         axes = by_tensor.get(id(tensor))
         if axes is None:
             axes = tuple(fresh(n) for n in tensor.shape)
             by_tensor[id(tensor)] = axes
-            storage = tensor.untyped_storage()._cdata
+            storage = storage_key(tensor.untyped_storage())
             if storage in by_storage and by_storage[storage][0] != id(tensor):
                 for axis in (*axes, *by_storage[storage][1]):
                     freeze(axis, Reason(f"'{node.target}' shares memory with another tensor of the model"))

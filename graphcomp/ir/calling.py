@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from graphcomp.errors import InputError
-from graphcomp.torch_compat import PyTreeCodeGen, PyTreeInfo, pytree
+from graphcomp.torch_compat import PyTreeCodeGen, PyTreeInfo, codegen_of, pytree
 
 CONSTANTS = (bool, int, float, complex, str, type(None))
 REQUIRED = inspect.Parameter.empty
@@ -59,7 +59,7 @@ def is_constant(node: fx.Node) -> bool:
 
 def argument_names(graph: fx.Graph) -> list[str]:
     """Names of the arguments in the order of their placeholders; none where the graph takes flat inputs."""
-    info = getattr(graph._codegen, "pytree_info", None)
+    info = getattr(codegen_of(graph), "pytree_info", None)
     if info is None:
         return []
     positional, keywords = info.in_spec.children()
@@ -78,7 +78,7 @@ def bind_call(graph: fx.Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -
         InputError: an argument that the graph was captured without.
     """
     names = argument_names(graph)
-    parameters: Parameters = getattr(graph._codegen, "parameters", {})
+    parameters: Parameters = getattr(codegen_of(graph), "parameters", {})
     first = names[: _positional(graph)]
     positions = [*first, *(name for name in parameters or names if name not in first)]
     if len(args) > len(positions):
@@ -98,14 +98,14 @@ def bind_call(graph: fx.Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -
 
 def other_than_default(graph: fx.Graph, left_out: Collection[str]) -> dict[str, tuple[Any, Any]]:
     """Return name -> (constant of the graph, default of the model), of those that a call leaves out and that differ."""
-    parameters: Parameters = getattr(graph._codegen, "parameters", {})
+    parameters: Parameters = getattr(codegen_of(graph), "parameters", {})
     defaults = {name: parameters.get(name, REQUIRED) for name in left_out}
     pairs = {name: (value, defaults[name]) for name, value in constants_of(graph).items() if name in defaults}
     return {name: pair for name, pair in pairs.items() if pair[1] not in (REQUIRED, None) and pair[0] != pair[1]}
 
 
 def _positional(graph: fx.Graph) -> int:
-    return int(graph._codegen.pytree_info.in_spec.child(0).num_children)  # type: ignore[attr-defined]
+    return int(codegen_of(graph).pytree_info.in_spec.child(0).num_children)
 
 
 def _check_default(name: str, value: Any, parameters: Parameters) -> None:
@@ -123,7 +123,7 @@ def constants_of(graph: fx.Graph) -> dict[str, Any]:
     """The arguments that the graph holds fixed, by name."""
     names = argument_names(graph)
     places = iter(graph.find_nodes(op="placeholder"))
-    positional, keywords = graph._codegen.pytree_info.in_spec.children()  # type: ignore[attr-defined]
+    positional, keywords = codegen_of(graph).pytree_info.in_spec.children()
     found = {}
     for name, spec in zip(names, (*positional.children(), *keywords.children()), strict=True):
         nodes = [next(places) for _ in range(spec.num_leaves)]

@@ -20,6 +20,10 @@ from graphcomp.torch_compat import (
     FakeTensor,
     FakeTensorMode,
     OpOverload,
+    buffer_table,
+    module_table,
+    parameter_table,
+    schema_of,
 )
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)(?:\n\s+(.*))?')
@@ -36,7 +40,7 @@ def bind(node: fx.Node) -> dict[str, Any]:
     """The arguments of an op node by the names of its schema, defaults filled in."""
     assert isinstance(node.target, OpOverload)
     bound: dict[str, Any] = {}
-    for k, argument in enumerate(node.target._schema.arguments):
+    for k, argument in enumerate(schema_of(node.target).arguments):
         if argument.name in node.kwargs:
             bound[argument.name] = node.kwargs[argument.name]
         elif not argument.kwarg_only and k < len(node.args):
@@ -49,7 +53,7 @@ def bind(node: fx.Node) -> dict[str, Any]:
 def set_argument(node: fx.Node, name: str, value: Any) -> None:
     """Give the op node's argument `name` (a name of its schema) a new value, positional or keyword as it stood."""
     assert isinstance(node.target, OpOverload)
-    for k, argument in enumerate(node.target._schema.arguments):
+    for k, argument in enumerate(schema_of(node.target).arguments):
         if argument.name == name and not argument.kwarg_only and k < len(node.args):
             node.update_arg(k, value)
             return
@@ -114,20 +118,20 @@ def fetch(root: torch.nn.Module, target: str) -> Any:
 def replace_module(root: torch.nn.Module, old: torch.nn.Module, new: torch.nn.Module) -> None:
     """Let `new` stand wherever `old` stands in `root`, under every name."""
     for parent in list(root.modules()):
-        for name, child in list(parent._modules.items()):
+        for name, child in list(module_table(parent).items()):
             if child is old:
-                parent._modules[name] = new
+                module_table(parent)[name] = new
 
 
 def assign(root: torch.nn.Module, target: str, tensor: Tensor) -> None:
     """Put `tensor` in place of the parameter, buffer or constant `target` of `root`."""
     owner_name, _, name = target.rpartition(".")
     owner = root.get_submodule(owner_name)
-    if name in owner._parameters:
+    if name in parameter_table(owner):
         assert isinstance(tensor, torch.nn.Parameter)
-        owner._parameters[name] = tensor
-    elif name in owner._buffers:
-        owner._buffers[name] = tensor
+        parameter_table(owner)[name] = tensor
+    elif name in buffer_table(owner):
+        buffer_table(owner)[name] = tensor
     else:
         setattr(owner, name, tensor)
 

@@ -33,7 +33,16 @@ from graphcomp.ir.module import FOLLOWS_MODE, CapturedModule, build
 from graphcomp.ir.spec_json import dump_spec, load_spec
 from graphcomp.ir.trust import EVERYTHING, Trust
 from graphcomp.system.threads import LOCK
-from graphcomp.torch_compat import FakeTensorMode, HigherOrderOperator, OpOverload, pytree, takes_numbers_as_tensors
+from graphcomp.torch_compat import (
+    FAKE_TENSOR_LOGGER,
+    FakeTensorMode,
+    HigherOrderOperator,
+    OpOverload,
+    codegen_of,
+    pytree,
+    schema_of,
+    takes_numbers_as_tensors,
+)
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"{module.__name__}.{name}": getattr(module, name)
@@ -90,7 +99,7 @@ def dump(module: fx.GraphModule, *, run: bool = True) -> JSON:
             at=str(called),
             fix="save ready.state_dict() and load it into what graphcomp.prepare returns for the same model",
         )
-    info = getattr(plain.graph._codegen, "pytree_info", None)
+    info = getattr(codegen_of(plain.graph), "pytree_info", None)
     examples = [_example(node) for node in plain.graph.find_nodes(op="placeholder")]
     return {
         "name": type(module).__name__ if isinstance(module, CapturedModule) else "GraphModule",
@@ -106,7 +115,7 @@ def dump(module: fx.GraphModule, *, run: bool = True) -> JSON:
 
 def _parameters(graph: fx.Graph) -> JSON:
     """[name] or [name, default] of each parameter of the model's forward."""
-    found = getattr(graph._codegen, "parameters", {})
+    found = getattr(codegen_of(graph), "parameters", {})
     return [[name] if default is REQUIRED else [name, encode(default)] for name, default in found.items()]
 
 
@@ -133,7 +142,7 @@ def _target_name(node: fx.Node) -> str:
     if isinstance(target, OpOverload):
         return str(target)
     if isinstance(target, HigherOrderOperator):
-        return f"higher_order.{target._name}"
+        return f"higher_order.{target}"
     name = _NAMES.get(id(target))
     if name is None:
         raise CheckpointError(f"node '{node.name}' calls {target}, which a checkpoint cannot hold", at=str(node))
@@ -155,7 +164,7 @@ def _example(node: fx.Node) -> JSON:
 def _results(module: fx.GraphModule, examples: Sequence[JSON]) -> JSON:
     """dtype and shape of each output for inputs like `examples`; None where the graph cannot be run without data."""
     try:
-        with _unlogged("torch._subclasses.fake_tensor"):
+        with _unlogged(FAKE_TENSOR_LOGGER):
             return _run(module, examples, {})
     except Exception:  # an op may need data, or know nothing of fake tensors; what it raises is its own affair
         return None
@@ -307,7 +316,7 @@ class _Reading:
     def _follows(self, document: JSON, node: fx.Node) -> dict[str, Any]:
         """What arguments of the op are in eval and in training mode."""
         found = decode(document, {}, self.devices)
-        names = [a.name for a in node.target._schema.arguments] if isinstance(node.target, OpOverload) else []
+        names = [a.name for a in schema_of(node.target).arguments] if isinstance(node.target, OpOverload) else []
         wrong = not isinstance(found, dict) or any(
             name not in names or not isinstance(pair, tuple) or list(map(type, pair)) != [type(pair[0])] * 2
             or not isinstance(pair[0], (bool, int, float))
@@ -378,7 +387,7 @@ def _bind(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str
 
 
 def _check_schema(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], what: str) -> None:
-    arguments = op._schema.arguments
+    arguments = schema_of(op).arguments
     positional = [a.name for a in arguments if not a.kwarg_only]
     if len(args) > len(positional):
         raise damaged(f"{what} with {len(args)} arguments", f"it takes {len(positional)}")
@@ -388,7 +397,7 @@ def _check_schema(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
     if unknown or missing:
         raise damaged(what, f"with a wrong argument '{unknown[0]}'" if unknown else f"without '{missing[0]}'")
     types = {a.name: str(a.type) if _is_number_alone(a) else "dtype" for a in arguments}
-    numbers = takes_numbers_as_tensors(op._schema.name.rpartition("::")[2])
+    numbers = takes_numbers_as_tensors(schema_of(op).name.rpartition("::")[2])
     for name, value in (*zip(positional, args, strict=False), *kwargs.items()):
         if not (_fits(value, types[name]) or (numbers and types[name] == "Tensor" and _fits(value, "number"))):
             raise damaged(f"{what} with {name} = {value!r:.100}", f"it must be {types[name]}")
@@ -458,7 +467,7 @@ def _check_results(module: CapturedModule, document: JSON, devices: Mapping[str,
     if not isinstance(examples, list) or len(examples) != len(places):
         raise damaged(f"the inputs are like {examples!r:.100}")
     try:
-        with _unlogged("torch._subclasses.fake_tensor"):
+        with _unlogged(FAKE_TENSOR_LOGGER):
             found = _run(module, examples, devices)
     except CheckpointError:
         raise

@@ -24,7 +24,7 @@ from graphcomp.ir.calling import argument_names, bind_call, is_constant, other_t
 from graphcomp.ir.graph import all_tensors, bind, is_op, module_path, set_argument, tensor_values
 from graphcomp.ir.module_copy import module_copy
 from graphcomp.system.threads import LOCK
-from graphcomp.torch_compat import BatchNormBase, OpOverload, pytree, target_format
+from graphcomp.torch_compat import BatchNormBase, OpOverload, codegen_of, pytree, schema_of, target_format
 
 log = logging.getLogger("graphcomp.graph_module")
 
@@ -108,7 +108,7 @@ class CapturedModule(fx.GraphModule):
 
     def _as_captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments that the graph takes: constants may be left out, and defaults be given."""
-        info = getattr(self.graph._codegen, "pytree_info", None)
+        info = getattr(codegen_of(self.graph), "pytree_info", None)
         if info is None:
             return args, kwargs
         bound = bind_call(self.graph, args, kwargs)
@@ -166,7 +166,7 @@ class CapturedModule(fx.GraphModule):
 
     def recompile(self) -> PythonCode:
         """Write the graph as code, whatever the model's submodules are called."""
-        info = getattr(self.graph._codegen, "pytree_info", None)
+        info = getattr(codegen_of(self.graph), "pytree_info", None)
         self.argument_count = len(self.graph.find_nodes(op="placeholder") if info is None else info.orig_args)
         targets = (str(node.target) for node in self.graph.nodes if node.op in ("get_attr", "call_module"))
         if all(map(_is_plain_path, targets)):
@@ -264,7 +264,7 @@ def _first(context: Any) -> Any:
 def by_placeholder(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[fx.Node, Any]]:
     """Return each placeholder with the leaf that a call gives it; nothing where the call has other leaves."""
     places = module.graph.find_nodes(op="placeholder")
-    info = getattr(module.graph._codegen, "pytree_info", None)
+    info = getattr(codegen_of(module.graph), "pytree_info", None)
     given: Any = args
     if info is not None:
         by_name = {**dict(zip(info.orig_args, args, strict=False)), **kwargs}
@@ -453,7 +453,7 @@ def _matters(node: fx.Node) -> bool:
     """Whether it is random, or writes into a tensor of floats."""
     if not isinstance(node.target, OpOverload):
         return False
-    writes = node.target._schema.is_mutable and any(t.is_floating_point() for t in tensor_values(node))
+    writes = schema_of(node.target).is_mutable and any(t.is_floating_point() for t in tensor_values(node))
     return writes or torch.Tag.nondeterministic_seeded in node.target.tags
 
 

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from graphcomp.torch_compat import MODULE_TABLES, storage_key
+
 MAPPINGS = (dict, OrderedDict, defaultdict)
-TABLES = ("_parameters", "_buffers", "_modules")
 OBJECT_DEPTH = 3
 """Levels of plain objects, one inside the other, that modules are looked for in."""
 
@@ -69,7 +70,7 @@ def _memory(tensor: Tensor) -> int | None:
         return None
     if tensor.is_meta or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
         return None
-    return int(tensor.untyped_storage()._cdata)
+    return storage_key(tensor.untyped_storage())
 
 
 class _Copy:
@@ -122,7 +123,7 @@ class _Copy:
         found = object.__new__(type(module))
         self.memo[id(module)] = found
         # classes of other libraries may put mappings of their own in place of the three tables
-        entries = {k: dict(v) if k in TABLES and v is not None else v for k, v in vars(module).items()}
+        entries = {k: dict(v) if k in MODULE_TABLES and v is not None else v for k, v in vars(module).items()}
         self.alive.append(entries)
         vars(found).update({key: self.value(entry) for key, entry in entries.items()})
         return found

@@ -15,7 +15,7 @@ from graphcomp.ir.inputs import copies
 from graphcomp.ir.module import tensor_leaves, tensor_names
 from graphcomp.ir.module_copy import module_copy, own_memory
 from graphcomp.system.threads import LOCK
-from graphcomp.torch_compat import OpOverload, TorchDispatchMode, pytree
+from graphcomp.torch_compat import OpOverload, TorchDispatchMode, pytree, schema_of, storage_key
 
 
 @contextmanager
@@ -72,24 +72,24 @@ class HoldParameters(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         strided = [(n, p) for n, p in model.named_parameters() if p.layout is torch.strided and not p.is_meta]
-        self._names = {p.untyped_storage()._cdata: name for name, p in strided}
+        self._names = {storage_key(p.untyped_storage()): name for name, p in strided}
         # storages, as `p.data` would be an op that other modes hear of
         self._held = [(n, p, p.untyped_storage(), (p.storage_offset(), p.shape, p.stride())) for n, p in strided]
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        given = [held for held in self._held if held[1].untyped_storage()._cdata != held[2]._cdata]
+        given = [held for held in self._held if storage_key(held[1].untyped_storage()) != storage_key(held[2])]
         for _, parameter, storage, window in given:
             parameter.data = torch.empty(0, dtype=parameter.dtype, device=storage.device).set_(storage, *window)
         if given and error[0] is None:
             raise ParameterWritten(given[0][0])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.is_mutable:
-            arguments = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
+        if schema_of(func).is_mutable:
+            arguments = dict(zip((a.name for a in schema_of(func).arguments), args, strict=False)) | (kwargs or {})
             for tensor in tensor_leaves([arguments.get(name) for name in written_arguments(func)]):
                 if tensor.layout is torch.strided and not tensor.is_meta:
-                    name = self._names.get(tensor.untyped_storage()._cdata)
+                    name = self._names.get(storage_key(tensor.untyped_storage()))
                     if name is not None:
                         raise ParameterWritten(name)
         return func(*args, **(kwargs or {}))
@@ -97,13 +97,13 @@ class HoldParameters(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def written_arguments(op: OpOverload) -> list[str]:
     """Return the names of the arguments that an op writes into."""
-    return [a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [a.name for a in schema_of(op).arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
 def written_parameters(graph: fx.GraphModule) -> Iterator[tuple[str, fx.Node]]:
     """Yield each parameter that an op writes into, itself or a view, with the op."""
     for node in graph.graph.nodes:
-        if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
+        if not isinstance(node.target, OpOverload) or not schema_of(node.target).is_mutable:
             continue
         bound = bind(node)
         for operand in pytree.tree_leaves([bound.get(name) for name in written_arguments(node.target)]):
@@ -115,7 +115,7 @@ def written_parameters(graph: fx.GraphModule) -> Iterator[tuple[str, fx.Node]]:
 def _memory_of(node: Any) -> fx.Node | None:
     """Return the get_attr node whose memory the value of `node` is, or a view of; None for other memory."""
     while isinstance(node, fx.Node) and node.op != "get_attr":
-        is_view = isinstance(node.target, OpOverload) and any(r.alias_info for r in node.target._schema.returns)
+        is_view = isinstance(node.target, OpOverload) and any(r.alias_info for r in schema_of(node.target).returns)
         if node.target is not operator.getitem and not is_view:
             return None
         node = node.args[0] if node.args else None
@@ -125,4 +125,4 @@ def _memory_of(node: Any) -> fx.Node | None:
 def writes(graph: fx.GraphModule) -> bool:
     """Whether some op writes into a tensor that it is given."""
     nodes = (node for part in graph.modules() if isinstance(part, fx.GraphModule) for node in part.graph.nodes)
-    return any(isinstance(node.target, OpOverload) and node.target._schema.is_mutable for node in nodes)
+    return any(isinstance(node.target, OpOverload) and schema_of(node.target).is_mutable for node in nodes)

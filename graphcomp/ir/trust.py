@@ -14,7 +14,7 @@ from typing import Any
 
 from graphcomp.arguments import wrong
 from graphcomp.errors import CheckpointError
-from graphcomp.torch_compat import HigherOrderOperator, OpOverload
+from graphcomp.torch_compat import HigherOrderOperator, OpOverload, schema_of
 
 PACKAGES = frozenset({"torch", "torchvision", "transformers", "timm"})
 """Packages whose modules are imported where a file names them."""
@@ -88,7 +88,7 @@ class Trust:
     def allows_op(self, target: Any) -> bool:
         """Whether a graph of a file may call the op `target`."""
         if isinstance(target, HigherOrderOperator):
-            return self.everything or target._name in HIGHER_ORDER or "higher_order" in self.names
+            return self.everything or str(target) in HIGHER_ORDER or "higher_order" in self.names
         if not isinstance(target, OpOverload):
             return False
         if self.everything or target.namespace in self.names:
@@ -102,7 +102,7 @@ def computes(op: OpOverload) -> bool:
 
     What reads or writes files, prints, or keeps objects needs an argument of another kind: a name, an object, a stream.
     """
-    schema = op._schema
+    schema = schema_of(op)
     kinds = [(a.name, str(a.type)) for a in schema.arguments] + [("", str(r.type)) for r in schema.returns]
     return bool(kinds) and all(_bare(kind) in _NUMBERS or (_bare(kind) == "str" and n in WORDS) for n, kind in kinds)
 

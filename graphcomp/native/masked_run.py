@@ -27,7 +27,7 @@ from graphcomp.ops.masked import FORMS
 from graphcomp.ops.registry import Call
 from graphcomp.pruning.mask import computed_with, parameter_behind
 from graphcomp.pruning.slice import by_factor
-from graphcomp.torch_compat import OpOverload, TorchDispatchMode
+from graphcomp.torch_compat import OpOverload, TorchDispatchMode, schema_of
 
 
 def masked_model(analysis: Analysis, kept: Kept) -> nn.Module:
@@ -194,17 +194,17 @@ def _together(masks: tuple[_Mask, ...], arguments: Mapping[str, Any]) -> Tensor:
 
 def _bound(func: OpOverload, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments by the names of the schema; defaults are left out."""
-    names = [a.name for a in func._schema.arguments if not a.kwarg_only]
+    names = [a.name for a in schema_of(func).arguments if not a.kwarg_only]
     return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
 def _call(func: OpOverload, arguments: Mapping[str, Any]) -> Any:
     positional: list[Any] = []
-    for argument in func._schema.arguments:
+    for argument in schema_of(func).arguments:
         if argument.kwarg_only or argument.name not in arguments:
             break
         positional.append(arguments[argument.name])
-    names = [argument.name for argument in func._schema.arguments[len(positional) :]]
+    names = [argument.name for argument in schema_of(func).arguments[len(positional) :]]
     return func(*positional, **{name: arguments[name] for name in names if name in arguments})
 
 

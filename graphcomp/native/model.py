@@ -36,11 +36,11 @@ from graphcomp.native.attributes import (
     trace,
 )
 from graphcomp.native.other_runs import OtherRuns
-from graphcomp.native.reference import Reference, Verdict, refresh_flat_weights, refusal
+from graphcomp.native.reference import Reference, Verdict, refusal
 from graphcomp.native.ties import FactorTie, first_mismatch, ties_among
 from graphcomp.pruning.slice import by_factor, kept_of_model, select
 from graphcomp.pruning.ties import merged
-from graphcomp.torch_compat import ConvBase, NormBase
+from graphcomp.torch_compat import ConvBase, NormBase, refresh_flat_weights
 
 Edit: TypeAlias = tuple[str, str, Any]
 """Module path, attribute, its new value."""

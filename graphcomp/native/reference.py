@@ -23,7 +23,7 @@ from graphcomp.numerics.compare import TOLERANCE, in_float64, is_whole, why_sile
 from graphcomp.numerics.float64 import Float64ByDefault
 from graphcomp.numerics.provenance import compare_before, heard
 from graphcomp.pruning.slice import SliceGroups
-from graphcomp.torch_compat import pytree
+from graphcomp.torch_compat import pytree, refresh_flat_weights
 
 EXACT = 1e-6  # largest relative error in float64; some models compute in float32 inside, whatever they are given
 
@@ -163,12 +163,6 @@ def _as_float64(module: nn.Module) -> nn.Module:
             vars(part)[name] = in_float64(tensor)
         refresh_flat_weights(part)
     return exact
-
-
-def refresh_flat_weights(module: nn.Module) -> None:
-    """Recurrent layers keep a list of their weights beside the weights."""
-    if isinstance(module, nn.RNNBase):
-        module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
 
 
 def _named(output: Any) -> dict[str, Any]:

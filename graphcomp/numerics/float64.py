@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from graphcomp.torch_compat import OpOverload, pytree
+from graphcomp.torch_compat import OpOverload, pytree, schema_of
 
 MAKERS = frozenset(
     {
@@ -49,5 +49,5 @@ def _is_by_default(result: Tensor, args: Any, kwargs: Any) -> bool:
 
 def _takes_dtype(func: Any) -> bool:
     if isinstance(func, OpOverload):
-        return any(argument.name == "dtype" for argument in func._schema.arguments)
+        return any(argument.name == "dtype" for argument in schema_of(func).arguments)
     return func in MAKERS

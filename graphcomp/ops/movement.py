@@ -25,7 +25,7 @@ from graphcomp.coupling.notation import broadcast
 from graphcomp.coupling.size import Size, divide
 from graphcomp.ir.graph import bind
 from graphcomp.ops.registry import Call, rule
-from graphcomp.torch_compat import OpOverload
+from graphcomp.torch_compat import OpOverload, schema_of
 
 aten = torch.ops.aten
 
@@ -70,7 +70,7 @@ def _regrouped(call: Call, axes: Axes, argument: str) -> Axes:
 
 def _names(call: Call) -> set[str]:
     assert isinstance(call.node.target, OpOverload)
-    return {a.name for a in call.node.target._schema.arguments}
+    return {a.name for a in schema_of(call.node.target).arguments}
 
 
 @rule(

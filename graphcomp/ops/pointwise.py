@@ -9,7 +9,7 @@ import torch
 from graphcomp.coupling.axis import UNIT, Axes, couple, cut, length
 from graphcomp.coupling.notation import broadcast
 from graphcomp.ops.registry import AxesValue, Call, family, rule
-from graphcomp.torch_compat import OpOverload
+from graphcomp.torch_compat import OpOverload, schema_of
 
 aten = torch.ops.aten
 
@@ -36,7 +36,7 @@ UNTAGGED = frozenset(_UNTAGGED.split())
 def is_pointwise(op: OpOverload) -> bool:
     """Tagged so by ATen, or named above. A variant that writes into `out` reads a tensor more, of the result's axes."""
     return torch.Tag.pointwise in op.tags or (
-        op.namespace == "aten" and op._schema.name.removeprefix("aten::") in UNTAGGED
+        op.namespace == "aten" and schema_of(op).name.removeprefix("aten::") in UNTAGGED
     )
 
 

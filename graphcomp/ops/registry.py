@@ -22,7 +22,7 @@ from graphcomp.coupling import notation
 from graphcomp.coupling.axis import Axes, Axis, Reason, freeze, mark
 from graphcomp.coupling.size import Size
 from graphcomp.errors import RuleError
-from graphcomp.torch_compat import OpOverload
+from graphcomp.torch_compat import OpOverload, schema_of
 
 Result: TypeAlias = Axes | list[Axes] | None
 RuleFunction: TypeAlias = Callable[..., Result]
@@ -188,7 +188,7 @@ def is_taught(op: object) -> bool:
     """Whether the rule of the op is one that the user registered."""
     if not isinstance(op, OpOverload):
         return False
-    key: OpKey = op if op in _RULES else op._schema.name
+    key: OpKey = op if op in _RULES else schema_of(op).name
     return key in _RULES and key not in _BUILT_IN
 
 
@@ -210,7 +210,7 @@ def is_elementwise(function: RuleFunction) -> bool:
 
 def find(op: OpOverload) -> RuleFunction | None:
     """The rule of `op`: by the object, else by its name without overload, else by family."""
-    own = _RULES.get(op) or _RULES.get(op._schema.name)
+    own = _RULES.get(op) or _RULES.get(schema_of(op).name)
     return own or next((function for holds, function in _FAMILIES if holds(op)), None)
 
 
@@ -236,7 +236,7 @@ def _from_notation(text: str) -> RuleFunction:
 
     def from_notation(call: Call, **arguments: Any) -> Result:
         assert isinstance(call.node.target, OpOverload)
-        names = [a.name for a in call.node.target._schema.arguments if str(a.type) in _TENSOR_TYPES]
+        names = [a.name for a in schema_of(call.node.target).arguments if str(a.type) in _TENSOR_TYPES]
         return call.einsum(text, **{name: arguments.get(name) for name in names[: len(parsed.operands)]})
 
     return from_notation

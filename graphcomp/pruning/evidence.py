@@ -27,6 +27,7 @@ from graphcomp.ir.inputs import copies
 from graphcomp.ir.module import tensor_leaves
 from graphcomp.ir.preserve import eval_copy, own_inputs, same_buffers
 from graphcomp.pruning.acting import Acting, acting_weights
+from graphcomp.torch_compat import inside_wrapper
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 """loss(model output, batch) -> scalar tensor."""
@@ -188,7 +189,7 @@ def arguments_like(
 
 def _innermost(model: nn.Module) -> nn.Module:
     """The module whose forward names its inputs: that of torch.compile and of DataParallel does not."""
-    while (inner := model._modules.get("_orig_mod") or model._modules.get("module")) is not None:
+    while (inner := inside_wrapper(model)) is not None:
         names = inspect.signature(model.forward).parameters.values()
         if not all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in names):
             break

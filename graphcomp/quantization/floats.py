@@ -12,7 +12,7 @@ from graphcomp.quantization.attention import FUSED
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers
 from graphcomp.quantization.placement import COMPUTE, EMBEDDINGS, SAME, op_label
-from graphcomp.torch_compat import HigherOrderOperator, OpOverload
+from graphcomp.torch_compat import HigherOrderOperator, OpOverload, schema_of
 
 aten = torch.ops.aten
 
@@ -95,5 +95,5 @@ def _matrices(fake: fx.GraphModule, operand: fx.Node) -> Iterator[str]:
 def _why(node: fx.Node) -> str:
     if node.target is torch.ops.higher_order.wrap_with_autocast:
         return UNDER_AUTOCAST
-    name = node.target._schema.name if isinstance(node.target, OpOverload) else str(node.target)
+    name = schema_of(node.target).name if isinstance(node.target, OpOverload) else str(node.target)
     return NO_INTEGER_FORM.format(name.rpartition("::")[2])

@@ -18,6 +18,7 @@ from graphcomp.ir.graph import bind, clone, fetch, set_argument, value
 from graphcomp.ir.run_nodes import Constants
 from graphcomp.quantization.placement import COMPUTE, constants
 from graphcomp.quantization.tensors import attribute_readers, replace_argument
+from graphcomp.torch_compat import buffer_table, parameter_table
 
 aten = torch.ops.aten
 SCALED = frozenset(
@@ -174,8 +175,8 @@ def drop_unread(module: fx.GraphModule) -> None:
             continue
         owner_name, _, last = name.rpartition(".")
         owner = module.get_submodule(owner_name)
-        owner._parameters.pop(last, None)
-        owner._buffers.pop(last, None)
+        parameter_table(owner).pop(last, None)
+        buffer_table(owner).pop(last, None)
     module.delete_all_unused_submodules()
 
 

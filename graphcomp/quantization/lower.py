@@ -38,6 +38,7 @@ from graphcomp.quantization.placement import (
 )
 from graphcomp.quantization.quantizers.base import Integers, Quantizer, container
 from graphcomp.quantization.tensors import add_tensor
+from graphcomp.torch_compat import schema_of
 
 aten = torch.ops.aten
 
@@ -171,7 +172,7 @@ class _Lowering:
         """embedding(dequantized table, ids) -> (embedding(codes, ids) - zero point) * scale of the row."""
         assert integers.groups is None, "an embedding has one scale per row or one in all"
         arguments = bind(user)
-        rest = tuple(arguments[a.name] for a in user.target._schema.arguments[1:])  # type: ignore[union-attr]
+        rest = tuple(arguments[a.name] for a in schema_of(user.target).arguments[1:])
         with self.graph.inserting_before(user):
             row = self._call(user.target, (codes, *rest), user)
             row = self._call(aten.to.dtype, (row, integers.scale.dtype), user)

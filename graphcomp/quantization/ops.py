@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_HOMES = ("torch.ao.quantization.fx._decomposed", "torchao.quantization.pt2e._decomposed")
+from graphcomp.torch_compat import DECOMPOSED_HOMES
 
 
 def _register_decomposed() -> Any:
     """The namespace `quantized_decomposed`, from wherever this torch keeps it, else by definitions of ours."""
-    for home in _HOMES:
+    for home in DECOMPOSED_HOMES:
         with contextlib.suppress(ImportError):
             importlib.import_module(home)
             return torch.ops.quantized_decomposed

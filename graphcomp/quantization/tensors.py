@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from graphcomp.ir.graph import attributes, bind, set_argument, value
+from graphcomp.torch_compat import buffer_table, parameter_table
 
 
 def attribute_readers(module: fx.GraphModule) -> dict[str, list[fx.Node]]:
@@ -48,7 +49,7 @@ def add_tensor(module: fx.GraphModule, name: str, tensor: Tensor, like: fx.Node)
     free, k = last, 0
     while getattr(owner, free, None) is not None:
         free, k = f"{last}_{k + 1}", k + 1
-    owner._parameters.pop(free, None)  # a bias that is None stands there by name
+    parameter_table(owner).pop(free, None)  # a bias that is None stands there by name
     if isinstance(tensor, nn.Parameter):
         owner.register_parameter(free, tensor)
     else:
@@ -87,7 +88,7 @@ def put(module: fx.GraphModule, name: str, parameter: nn.Parameter) -> None:
     """`parameter` under `name`, where a parameter, a buffer or a constant stands; that one is not written to."""
     owner_name, _, last = name.rpartition(".")
     owner = module.get_submodule(owner_name)
-    owner._buffers.pop(last, None)
+    buffer_table(owner).pop(last, None)
     setattr(owner, last, parameter)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from graphcomp.ir.calling import calling_convention
 from graphcomp.ir.graph import clone
 from graphcomp.ir.module import leaf_names
-from graphcomp.torch_compat import pytree
+from graphcomp.torch_compat import codegen_of, pytree
 
 
 def with_own_outputs(graph: fx.GraphModule, names: Sequence[str] | None = None) -> tuple[fx.GraphModule, list[str]]:
@@ -27,7 +27,7 @@ def with_own_outputs(graph: fx.GraphModule, names: Sequence[str] | None = None) 
     copied, _ = clone(graph)
     output = copied.graph.output_node()
     results = pytree.tree_leaves(output.args[0])
-    info = getattr(copied.graph._codegen, "pytree_info", None)
+    info = getattr(codegen_of(copied.graph), "pytree_info", None)
     spec = pytree.tree_structure(output.args[0]) if info is None else info.out_spec
     tensors = [result for result in results if _is_tensor(result)]
     if names is None or len(names) != len(tensors):

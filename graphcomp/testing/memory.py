@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from graphcomp.torch_compat import storage_key
+
 SHARED = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.FrameType)
 """Kinds of objects that belong to the process, not to a value that refers to them."""
 
@@ -27,6 +29,6 @@ def held_bytes(value: Any) -> int:
             continue
         seen.add(id(found))
         if type(found) in (Tensor, nn.Parameter) and not found.is_meta:
-            storages[found.untyped_storage()._cdata] = found.untyped_storage().nbytes()
+            storages[storage_key(found.untyped_storage())] = found.untyped_storage().nbytes()
         waiting += gc.get_referents(found)
     return sum(storages.values())

@@ -31,6 +31,7 @@ from graphcomp.quantization.redundant import moved_from, quantizer_before, witho
 from graphcomp.quantization.spec import MAX_BITS, MIN_BITS, QuantConfig, QuantSpec, matches
 from graphcomp.quantization.trainable import calibrate_in_training, quantize_to_train
 from graphcomp.system.threads import one_at_a_time
+from graphcomp.torch_compat import inside_wrapper, non_persistent
 
 SESSION = "graphcomp_session"
 PROGRESS = "graphcomp_progress"
@@ -230,7 +231,7 @@ class Prepared(CapturedModule):
         for name, _ in self.named_buffers():
             if (name not in saved and not name.startswith("graphcomp_")) or name == PROGRESS:
                 path, _, leaf = name.rpartition(".")
-                self.get_submodule(path)._non_persistent_buffers_set.add(leaf)
+                non_persistent(self.get_submodule(path)).add(leaf)
 
     @property
     def session(self) -> Session:
@@ -309,7 +310,7 @@ def unwrapped(module: nn.Module) -> Prepared:
         )
     inner: Any = module
     while not isinstance(inner, Prepared):
-        following = inner._modules.get("module") or inner._modules.get("_orig_mod")
+        following = inside_wrapper(inner)
         if following is None:
             raise PlanError(
                 f"{type(module).__name__} was not prepared for training",

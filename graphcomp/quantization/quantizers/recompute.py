@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from graphcomp.errors import TrainingError
-from graphcomp.torch_compat import saved_tensors_hooks_disabled, top_saved_tensors_hooks, transforms_active
+from graphcomp.torch_compat import saved_tensors_hooks_disabled, top_saved_tensors_hooks, transforms_active, version_of
 
 Pack = Callable[[Tensor], Any]
 Unpack = Callable[[Any], Tensor]
@@ -31,9 +31,9 @@ class _Made:
     def __init__(
         self, result: Tensor, make: Callable[[Tensor], Tensor], source: Tensor, parameters: Sequence[Tensor]
     ) -> None:
-        self.result, self.version = weakref.ref(result), result._version
+        self.result, self.version = weakref.ref(result), version_of(result)
         self.make, self.source = make, source
-        self.read = [(tensor, tensor._version) for tensor in parameters]
+        self.read = [(tensor, version_of(tensor)) for tensor in parameters]
         self.unpack: Unpack | None = None
         self.views = 0
         self.fresh: Tensor | None = None
@@ -41,12 +41,12 @@ class _Made:
 
     def stands_for(self, tensor: Tensor) -> bool:
         """Whether `tensor` shares the elements of the result, as they were made."""
-        return self.result() is not None and tensor._version == self.version
+        return self.result() is not None and version_of(tensor) == self.version
 
     def again(self) -> Tensor:
         """The result. It is made once for all that read it."""
         if self.fresh is None:
-            if any(tensor._version != version for tensor, version in self.read):
+            if any(version_of(tensor) != version for tensor, version in self.read):
                 raise TrainingError(
                     "a tensor was modified between the forward pass and the backward pass that needs it",
                     why="quantized tensors are computed again in the backward pass",
