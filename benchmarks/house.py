@@ -2,9 +2,8 @@
 
     python -m benchmarks.house                       # of this checkout
     python -m benchmarks.house --root ../other       # of another checkout, beside this one in one table
-    python -m benchmarks.house --imports             # seconds that importing graphcomp takes over torch alone
 
-Everything but the import time is read off the source by `ast`; nothing of the package is imported.
+Everything is read off the source by `ast`; nothing of the package is imported.
 """
 
 from __future__ import annotations
@@ -13,9 +12,6 @@ import argparse
 import ast
 import functools
 import re
-import statistics
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +28,6 @@ CARRIERS = ("GraphModule", "CapturedModule", "fx.Graph", "nn.Module", "Captured"
 """Types of the fields by which a class carries a graph or a model."""
 GRAPHS = ("GraphModule", "CapturedModule", "Program")
 """Types by which a function that takes one first, and returns one or nothing, counts as a pass."""
-ROUNDS = 5
 PRIVATE_MODULE = re.compile(r"torch(\.\w+)*\._\w+(\.\w+)*")
 """A string that is the name of a private module of torch, or of what stands in one."""
 
@@ -44,15 +39,12 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, action="append", default=[], metavar="DIR", help="another checkout")
-    parser.add_argument("--imports", action="store_true", help="measure the import time, too")
     options = parser.parse_args()
     print(common.header(), flush=True)
     roots = [*options.root, CHECKOUT]
     columns = [counts(root) for root in roots]
     rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
     section("Structure", table(["count", *(root.resolve().name for root in roots)], rows))
-    if options.imports:
-        section("Import", table(["statement", "s (median)", "min", "max"], [imports(s) for s in STATEMENTS]))
 
 
 # ------------------------------------------------------------------------------------------------ counts
@@ -65,7 +57,7 @@ def counts(root: Path) -> dict[str, str]:
     carriers = sorted({c.name for _, c in classes if carries(c)})
     conventions = Counter(convention for _, f in functions if (convention := convention_of(f)))
     private = {name for tree in trees.values() for name in private_names(tree)}
-    attributes = {name for tree in trees.values() for name in private_attributes(tree)}
+    attributes = {n for tree in trees.values() for n in private_attributes(tree) if n.startswith("_")}
     private_files = [p for p, tree in trees.items() if set(private_names(tree)) | set(private_attributes(tree))]
     return {
         "modules in the root": str(sum(len(path.parts) == 1 for path in trees)),
@@ -191,18 +183,6 @@ def dotted(node: ast.expr, home: Mapping[str, str]) -> str:
 def is_private(name: str) -> bool:
     """Whether a part of a dotted name is private."""
     return any(part.startswith("_") and not part.startswith("__") for part in name.split("."))
-
-
-# ------------------------------------------------------------------------------------------------ import time
-STATEMENTS = ("import torch", "import torch, torch.export", "import graphcomp")
-
-
-def imports(statement: str) -> list[str]:
-    """Seconds of a statement in fresh interpreters, as a row of the table."""
-    code = f"import time; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)"
-    command = [sys.executable, "-c", code]
-    found = [float(subprocess.check_output(command, text=True, cwd=CHECKOUT)) for _ in range(ROUNDS + 1)][1:]
-    return [statement, *(f"{value:.2f}" for value in (statistics.median(found), min(found), max(found)))]
 
 
 if __name__ == "__main__":
