@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,21 @@ def test_lower_never_imports_higher():
         wrong += [f"{path.name} imports {name}" for name in _imported(path) if RANK[name] > RANK[own]]
     # a result knows how to write itself: the one place that reaches up, from inside a method
     assert set(wrong) <= {"result.py imports checkpoint", "result.py imports targets"}
+
+
+def test_contributing_lists_every_part_from_the_bottom_up():
+    page = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| (`[^|]+) \|", page, flags=re.MULTILINE)
+    parts = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
+    assert sorted(parts) == sorted(RANK.keys() - {"_moved", "__init__"})
+    assert [RANK[name] for name in parts] == sorted(RANK[name] for name in parts)
+
+
+def test_pages_name_files_that_are_there():
+    root = PACKAGE.parent
+    for page in (root / "CONTRIBUTING.md", root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        named = re.findall(r"\b(?:graphcomp|tests|benchmarks)/[\w/]+(?:\.py|/)", page.read_text(encoding="utf-8"))
+        assert [name for name in named if not (root / name).exists()] == [], page.name
 
 
 def test_importing_has_no_side_effects():
