@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -73,33 +73,46 @@ class Reference:
         Raises:
             Whatever the module raises.
         """
-        inputs = self.analysis.captured.inputs
-        found = difference(self.expected, outputs_of(module, inputs(), calls=self.calls))
-        if not isinstance(found, str):
-            return self._with_floats_before(module, found)
-        if self.masked is None or not any(is_coarse(p) for p in module.parameters()):
-            return Verdict(difference=found)
+        found = self._run(module)
+        if not found.difference or self.masked is None or not any(is_coarse(p) for p in module.parameters()):
+            return found
         try:
-            self.exact = self.exact or outputs_of(self.masked, inputs(), exactly=True)
-            exact = difference(self.exact, outputs_of(module, inputs(), exactly=True), EXACT)
+            exact = self._run(module, exactly=True)
         except Exception as error:  # a model may insist on its dtype in any way
-            return Verdict(difference=f"{found}; in float64 the comparison does not run: {refusal(error)}")
-        if isinstance(exact, str):
-            return Verdict(difference=f"{found}, and in float64: {exact}")
-        return Verdict(exact, rounding=found)
+            return Verdict(difference=f"{found.difference}; in float64 the comparison does not run: {refusal(error)}")
+        if exact.difference:
+            return Verdict(difference=f"{found.difference}, and in float64: {exact.difference}")
+        return replace(exact, rounding=found.difference)
 
-    def _with_floats_before(self, module: nn.Module, error: float) -> Verdict:
+    def _run(self, module: nn.Module, *, exactly: bool = False) -> Verdict:
+        """Compare one run of `module` with the reference; `exactly`: in float64, both sides."""
+        inputs = self.analysis.captured.inputs
+        if exactly:
+            self.exact = self.exact or outputs_of(self.module, inputs(), exactly=True)
+            expected, got = self.exact, outputs_of(module, inputs(), exactly=True)
+        else:
+            expected, got = self.expected, outputs_of(module, inputs(), calls=self.calls)
+        found = difference(expected, got, EXACT if exactly else None)
+        if isinstance(found, str):
+            return Verdict(difference=found)
+        return self._with_floats_before(module, expected, found, exactly=exactly)
+
+    def _with_floats_before(
+        self, module: nn.Module, expected: Mapping[str, Any], error: float, *, exactly: bool
+    ) -> Verdict:
         """Compare the floats, too, that outputs are computed from whose own comparison proves nothing."""
-        silent = {name: why for name, found in self.expected.items() if (why := why_silent(found))}
-        outputs = [name for name in self.expected if not name.startswith("input ")]
+        silent = {name: why for name, found in expected.items() if (why := why_silent(found))}
+        outputs = [name for name in expected if not name.startswith("input ")]
         errors = [] if math.isnan(error) else [error]
-        weak = {name for name in outputs if name in silent or is_whole(self.expected[name])}
-        if any(not self.expected[name].is_meta for name in weak):
-            wanted = dict(zip(outputs, _floats_before(self.module, self.analysis).values(), strict=False))
-            got = _floats_before(module, self.analysis)
+        weak = {name for name in outputs if name in silent or is_whole(expected[name])}
+        if any(not expected[name].is_meta for name in weak):
+            inputs = self.analysis.captured.inputs
+            wanted = dict(zip(outputs, _floats_before(self.module, inputs(), exactly=exactly).values(), strict=False))
+            got = _floats_before(module, inputs(), exactly=exactly)
             for name in weak & wanted.keys() & got.keys():
                 before = compare_before(wanted[name], got[name])
-                if before > max((TOLERANCE.get(tensor.dtype, 1e-1) for tensor in wanted[name]), default=0.0):
+                tolerances = (EXACT if exactly else TOLERANCE.get(tensor.dtype, 1e-1) for tensor in wanted[name])
+                if before > max(tolerances, default=0.0):
                     return Verdict(difference=f"what output '{name}' is computed of differs by {before:.1e} (relative)")
                 errors += [] if math.isnan(before) else [before]
         why = "; ".join(f"output '{name}' {why}" for name, why in silent.items())
@@ -127,16 +140,22 @@ def outputs_of(module: nn.Module, inputs: tuple[Any, Any], *, exactly: bool = Fa
         calls: 2: what a second call returns then, too.
     """
     args, kwargs = copies(inputs)
-    if exactly:
-        module = _as_float64(module)
-        args, kwargs = pytree.tree_map(in_float64, (args, kwargs))
-    precision = Float64ByDefault() if exactly else nullcontext()
-    with eval_copy(module, real=True) as copied, torch.no_grad(), precision:
-        torch.manual_seed(0)
+    with _running(module, exactly) as copied:
+        args, kwargs = pytree.tree_map(in_float64, (args, kwargs)) if exactly else (args, kwargs)
         outputs = _named(copied(*args, **kwargs))
         if calls == 2:
             outputs |= {f"{name}, second call": tensor for name, tensor in _named(copied(*args, **kwargs)).items()}
     return outputs | updates(inputs, (args, kwargs))
+
+
+@contextmanager
+def _running(module: nn.Module, exactly: bool) -> Iterator[nn.Module]:
+    """Give a copy in eval mode that computes without gradients from one random state; `exactly`: in float64."""
+    module = _as_float64(module) if exactly else module
+    precision = Float64ByDefault() if exactly else nullcontext()
+    with eval_copy(module, real=True) as copied, torch.no_grad(), precision:
+        torch.manual_seed(0)
+        yield copied
 
 
 def outputs_in_modes(module: nn.Module, inputs: tuple[Any, Any], modes: Mapping[str, bool] | None) -> dict[str, Any]:
@@ -146,11 +165,11 @@ def outputs_in_modes(module: nn.Module, inputs: tuple[Any, Any], modes: Mapping[
         return _named(copied(*args, **kwargs))
 
 
-def _floats_before(module: nn.Module, analysis: Analysis) -> dict[str, list[Tensor]]:
+def _floats_before(module: nn.Module, inputs: tuple[Any, Any], *, exactly: bool) -> dict[str, list[Tensor]]:
     """Output -> the floats that it is computed from, of one run; see `Provenance`."""
-    args, kwargs = analysis.captured.inputs()
-    with eval_copy(module, real=True) as copied:
-        torch.manual_seed(0)
+    args, kwargs = copies(inputs)
+    with _running(module, exactly) as copied:
+        args, kwargs = pytree.tree_map(in_float64, (args, kwargs)) if exactly else (args, kwargs)
         output, provenance = heard(copied, args, kwargs)
         return {name: provenance.before(tensor) for name, tensor in _named(output).items()}
 

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from graphcomp.coupling.axis import Axes, Axis, Concat, Factor, kept_length, leaves, length, normal
 from graphcomp.coupling.propagate import Coupling
-from graphcomp.ir.graph import is_op, source_line
+from graphcomp.ir.graph import source_line
 from graphcomp.ir.preserve import eval_copy
 from graphcomp.native.attributes import LINE, TORCH, Place, module_paths
 from graphcomp.pruning.ties import merged
@@ -181,14 +181,27 @@ def first_mismatch(
 
 def _by_place(coupling: Coupling, counts: Mapping[Factor, int]) -> Known:
     found: dict[Place, list[_Known]] = defaultdict(list)
-    for node in coupling.module.graph.nodes:
-        match = LINE.match(source_line(node)) if is_op(node) else None
+    made: set[Factor] = set()
+    for node in coupling.calls:
+        made |= _made_of_values(coupling, node)
+        match = LINE.match(source_line(node))
         for position, axes in enumerate(coupling.axes.get(node, []) if match else []):
-            before = tuple(_number(length(axis)) for axis in axes)
-            after = tuple(_number(kept_length(axis, counts)) for axis in axes)
+            unknown = [not made.isdisjoint(leaves(axis)) for axis in axes]
+            before = tuple(None if u else _number(length(a)) for a, u in zip(axes, unknown, strict=True))
+            after = tuple(None if u else _number(kept_length(a, counts)) for a, u in zip(axes, unknown, strict=True))
             assert match is not None
             found[match[1], int(match[2])].append(_Known(node, position, axes, before, after))
     return found
+
+
+def _made_of_values(coupling: Coupling, node: fx.Node) -> set[Factor]:
+    """Return the dims that an op makes anew of its operands and freezes.
+
+    Values may decide their lengths (how many scores exceed a threshold), and another model has other values.
+    """
+    read = {leaf for n in node.all_input_nodes for axes in coupling.axes.get(n, []) for a in axes for leaf in leaves(a)}
+    results = [normal(axis) for axes in coupling.axes.get(node, []) for axis in axes] if read else []
+    return {axis for axis in results if isinstance(axis, Factor) and axis.frozen and axis not in read}
 
 
 def _number(size: Any) -> int | None:

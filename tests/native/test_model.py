@@ -284,6 +284,24 @@ def test_what_rounding_decides_is_verified_in_float64() -> None:
     assert any(note.startswith("verified in float64") for note in report.notes)
 
 
+def test_a_choice_that_rounding_decides_is_verified_in_float64() -> None:
+    """The output is False wherever it is computed; the floats before it are those that rounding moves."""
+    torch.manual_seed(0)
+    model = Branched(lambda m, h: (m.down(h), rounded(m, h) > 1e3)).eval()
+    analysis = analysed(model, torch.randn(64, 6))
+    result = native(analysis, some(analysis))
+    assert result.module is not None, result.reason
+    assert "what output '1' is computed of differs" in result.rounding
+    assert result.error <= 1e-6
+
+
+def test_a_choice_that_differs_in_float64_too_is_refused() -> None:
+    model = Branched(lambda m, h: (m.down(h), m.down(h) / len(h[0]) > 1e3)).eval()
+    analysis = analysed(model, *INPUTS["Branching"])
+    with pytest.raises(VerificationError, match=r"what output '1' is computed of differs .*, and in float64: what"):
+        gc.slice_groups(analysis, some(analysis))
+
+
 def test_what_differs_in_float64_too_is_refused() -> None:
     analysis = analysed(Branched(lambda m, h: m.down(h) / len(h[0])).eval(), *INPUTS["Branching"])
     with pytest.raises(VerificationError, match=r"differs from the reference by .*, and in float64: output"):

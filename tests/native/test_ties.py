@@ -132,6 +132,29 @@ def test_the_reason_names_the_line_and_the_option_that_keeps_the_class() -> None
     assert type(again.module) is Literal
 
 
+class Detector(nn.Module):
+    """Keeps as many rows as have large scores, and computes with the width in a way that no cut survives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).relu()
+        scores = self.b(h).flatten()
+        kept = scores[scores > 0.1]
+        if len(kept) > 1000:
+            return x
+        return self.b(h) * (h.shape[1] / 16) + kept.sum()
+
+
+def test_a_length_that_values_decide_is_not_blamed() -> None:
+    with pytest.raises(gc.VerificationError) as caught:
+        gc.compress(Detector().eval(), torch.rand(64, 8), sparsity=0.5, progress=False)
+    assert "output '0' differs" in caught.value.why
+    assert "scores > 0.1" not in caught.value.why and "kept" not in caught.value.why
+
+
 class TorchAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
