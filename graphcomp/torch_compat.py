@@ -67,6 +67,9 @@ __all__ = [
     "version_of",
 ]
 
+TESTED = "2.13"
+"""The torch that the tests of this module ran with."""
+
 
 @contextmanager
 def bound(*names: str) -> Iterator[None]:
@@ -78,8 +81,7 @@ def bound(*names: str) -> Iterator[None]:
             f"torch {torch.__version__} has no {' or no '.join(names)}",
             at="graphcomp/torch_compat.py",
             why=f"{error}; a private name of torch may move with any release",
-            fix="install a torch that this graphcomp is tested with (pip install --upgrade graphcomp, which picks one),"
-            " or bind the new name in graphcomp/torch_compat.py",
+            fix=f"pip install --upgrade graphcomp, or the torch of its tests: pip install 'torch=={TESTED}.*'",
         ) from error
 
 
@@ -114,7 +116,7 @@ with bound("torch._C._should_allow_numbers_as_tensors"):
 # ------------------------------------------------------------------------------------------------ fake tensors
 # Compute shapes and dtypes without data, as torch.export does. The meta device is public, but forgets the device of a
 # tensor and refuses ops of mixed devices.
-with bound("torch._subclasses.fake_tensor"):
+with bound("torch._subclasses.fake_tensor.FakeTensorMode", "torch._subclasses.fake_tensor.FakeTensor"):
     from torch._subclasses.fake_tensor import (
         DataDependentOutputException,
         DynamicOutputShapeException,
@@ -136,21 +138,25 @@ with bound("torch._C._len_torch_dispatch_stack"):
 # own. torch.func has no public question of this kind.
 with bound("torch._C._are_functorch_transforms_active"):
     transforms_active = torch._C._are_functorch_transforms_active
-with bound("torch._C._functorch"):
+with bound("torch._C._functorch.get_unwrapped"):
     get_unwrapped = torch._C._functorch.get_unwrapped
+with bound("torch._C._functorch.is_batchedtensor"):
     is_batchedtensor = torch._C._functorch.is_batchedtensor
+with bound("torch._C._functorch.is_functorch_wrapped_tensor"):
     is_functorch_wrapped_tensor = torch._C._functorch.is_functorch_wrapped_tensor
+with bound("torch._C._functorch.is_legacy_batchedtensor"):
     is_legacy_batchedtensor = torch._C._functorch.is_legacy_batchedtensor
 
 # Nest in the saved-tensor hooks of a caller: find the hooks in force, and why hooks are refused. Hooks are set by the
 # public torch.autograd.graph.saved_tensors_hooks, which tells neither.
-with bound("torch._C._autograd"):
+with bound("torch._C._autograd._saved_tensors_hooks_get_disabled_error_message"):
     saved_tensors_hooks_disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message
+with bound("torch._C._autograd._top_saved_tensors_default_hooks"):
     top_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 # ------------------------------------------------------------------------------------------------ lists of tensors
-# Change a list of tensors by one call instead of a call for each tensor: quantizers are many and small. The names are
-# documented, in spite of the underscore; torch.optim uses them (foreach=True).
+# Change a list of tensors by one call, not by a call for each tensor: quantizers are many and small. No public names;
+# torch.optim uses the same ones (foreach=True).
 with bound("torch._foreach_add_"):
     foreach_add_ = torch._foreach_add_
 with bound("torch._foreach_clamp_max_"):

@@ -4,6 +4,7 @@ import ast
 import importlib
 import logging
 import re
+import runpy
 from collections import namedtuple
 from pathlib import Path
 
@@ -136,7 +137,28 @@ def test_a_name_that_torch_lacks_is_an_import_error_with_the_version_the_name_an
     assert isinstance(caught.value, gc.TorchError)
     message = str(caught.value)
     assert f"torch {torch.__version__} has no torch._C._gone" in message
-    assert "fix:" in message and "torch_compat.py" in message
+    assert f"pip install 'torch=={torch_compat.TESTED}.*'" in message and "torch_compat.py" in message
+
+
+def test_the_torch_that_is_named_as_tested_is_this_one():
+    assert torch.__version__.startswith(f"{torch_compat.TESTED}."), "set TESTED once the tests of this file pass"
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (torch, "_foreach_zero_"),
+        (torch._C, "_len_torch_dispatch_stack"),
+        (torch._C._functorch, "get_unwrapped"),
+        (torch.fx.graph, "_PyTreeInfo"),
+        (torch.nn.modules.transformer, "_detect_is_causal_mask"),
+        (torch._subclasses.fake_tensor, "FakeTensorMode"),
+    ],
+)
+def test_importing_says_which_name_is_gone(monkeypatch, owner, name):
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(gc.TorchError, match=rf"has no .*{name}|cannot import name '{name}'"):
+        runpy.run_path(str(PACKAGE / "torch_compat.py"))
 
 
 def _tree(path):
