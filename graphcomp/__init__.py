@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         TrainingError,
         VerificationError,
     )
+    from graphcomp.methods.base import Goal, Method
     from graphcomp.methods.geta.qasso import QASSO
     from graphcomp.ops.registry import rule
     from graphcomp.pruning.allocation import Budget
@@ -41,8 +42,9 @@ if TYPE_CHECKING:
     from graphcomp.report.plot import plot
     from graphcomp.report.report import Report
     from graphcomp.result import CompressedModel
-    from graphcomp.training.loop import Training
+    from graphcomp.training.options import Training
     from graphcomp.training.prepared import Prepared
+    from graphcomp.training.run import Choice, Run
     from graphcomp.training.schedule import Schedule, Stage
 
 __version__ = "0.1.0.dev0"
@@ -58,11 +60,14 @@ __all__ = [
     "CaptureError",
     "ChannelGroup",
     "CheckpointError",
+    "Choice",
     "CompressedModel",
     "ExportError",
+    "Goal",
     "GraphcompError",
     "InputError",
     "Member",
+    "Method",
     "NotBuiltError",
     "NothingToPrune",
     "PlanError",
@@ -72,6 +77,7 @@ __all__ = [
     "QuantSpec",
     "Report",
     "RuleError",
+    "Run",
     "Schedule",
     "Stage",
     "TorchError",
@@ -130,7 +136,15 @@ _HOMES = {
         "Schedule",
         "Stage",
     ),
-    "training.loop": ("Training",),
+    "training.options": ("Training",),
+    "training.run": (
+        "Choice",
+        "Run",
+    ),
+    "methods.base": (
+        "Goal",
+        "Method",
+    ),
     "report.plot": ("plot",),
     "pruning.allocation": ("Budget",),
     "quantization.ptq": ("PostTraining",),

@@ -35,6 +35,8 @@ from graphcomp.flows.results import (
 from graphcomp.flows.whole import into_whole
 from graphcomp.ir.graph import replace_module
 from graphcomp.ir.module import copied, tensor_leaves
+from graphcomp.methods.base import Goal, Method, check_goal, folders
+from graphcomp.methods.registry import stages_of
 from graphcomp.pruning.allocation import Budget, Scope, allocate_budget
 from graphcomp.pruning.evidence import arguments_like, arguments_of
 from graphcomp.pruning.multiples import in_multiples, with_group_sizes
@@ -46,12 +48,14 @@ from graphcomp.pruning.slice import as_kept, check_groups
 from graphcomp.pruning.zeros import NAME as ZEROS
 from graphcomp.pruning.zeros import check_alone, without_zeros
 from graphcomp.quantization.ptq import PostTraining, Rounding
-from graphcomp.quantization.spec import check_bits, with_bits
+from graphcomp.quantization.spec import QuantConfig, check_bits, with_bits
 from graphcomp.request import check_options
 from graphcomp.result import CompressedModel
 from graphcomp.system.progress import progress as show_progress
 from graphcomp.training import distributed
-from graphcomp.training.loop import Phase, Training, Whole, first_batches, parts, phases_of, to_device, train
+from graphcomp.training.batches import first_batches, to_device
+from graphcomp.training.loop import Whole, train
+from graphcomp.training.options import Training, parts
 from graphcomp.training.prepared import LayerBits, Prepared, prepare_graph, training_config, unwrapped
 from graphcomp.training.same_gradients import settle_gradients
 from graphcomp.training.shrink import shrunk
@@ -101,7 +105,7 @@ def compress(
     rounding: Rounding = "nearest",
     reduce_range: bool = False,
     quantization: PostTraining | None = None,
-    method: str | None = None,
+    method: str | Method | Sequence[Method] | None = None,
     data: Iterable[Any] | None = None,
     loss: Callable[..., Tensor] | None = None,
     epochs: int | None = None,
@@ -213,32 +217,44 @@ def compress(
         _check_length(data, loss, training, saliency)
     if isinstance(data, Tensor):
         _check_stacked(data, example_inputs)
+    title, stages = stages_of(method)
     zeros = saliency == ZEROS
     if zeros:
-        check_alone({"sparsity": sparsity is not None, "budget": budget is not None, "method": method != "oneshot"})
-    if method != "oneshot":
+        check_alone({"sparsity": sparsity is not None, "budget": budget is not None, "method": bool(stages)})
+    if stages:
         start = None
-        if method == "qat" and (quantization is not None or not (_is_range(bits) or _is_range(activation_bits))):
+        calibrated = any(stage.calibrated for stage in stages)
+        if calibrated and (quantization is not None or not (_is_range(bits) or _is_range(activation_bits))):
             start = _start(bits, activation_bits, group_size, rounding, reduce_range, quantization)
         one_shot_only = {
             "ranking": ranking != "global",
             **({} if start is not None else _quantizing(quantization, group_size, rounding, reduce_range)),
         }
-        _check_trainable(method, [name for name, given in one_shot_only.items() if given])
-        if isinstance(sparsity, Mapping):
-            sparsity = by_module_name(part, sparsity, "sparsity")
-        phases = phases_of(method, sparsity, bits if quantization is None else quantization, budget)
+        _check_trainable(title, [name for name, given in one_shot_only.items() if given])
+        goal = Goal(
+            sparsity=by_module_name(part, sparsity, "sparsity") if isinstance(sparsity, Mapping) else sparsity,
+            budget=budget,
+            bits=None if start is not None else _limits(bits),
+            activation_bits="same" if start is not None else activation_bits,
+            start=start and _with_names(start, part),
+            saliency=saliency,
+            round_to=round_to,
+            prune=prune,
+            ignore=tuple(ignore),
+        )
+        check_goal(stages, title, goal)
         _activation_limits(bits if quantization is None else 8, activation_bits)
         if calibration is not None and bits is None and start is None:
             raise PlanError(
-                f"calibration with method={method!r}, and no bits are given",
+                f"calibration with method={title!r}, and no bits are given",
                 why="it gives quantizers their first ranges",
                 fix="bits=(4, 8), or no calibration",
             )
-        _check_lsq(start, budget, training)
+        compares = start is not None and any(stage.compares for stage in stages)
+        _check_compares(compares, title, budget, training)
         if data is None or loss is None or training is None:
             raise PlanError(
-                f"method={method!r} trains: it needs data, a loss and a length",
+                f"method={title!r} trains: it needs data, a loss and a length",
                 fix="data=loader, loss=lambda output, batch: …, epochs=10",
             )
         _check_weights(model, saliency)
@@ -250,37 +266,26 @@ def compress(
             device = next((p.device for p in model.parameters()), torch.device("cpu"))
             calibration = [to_device(b, device) for b in measured] if calibration is None else calibration
             measured = measured if training.held_out is None else _held_out(training.held_out)
+        source = partial(
+            _prepared,
+            trained_model,
+            example_inputs=example_inputs,
+            example_kwargs=example_kwargs,
+            calibration=calibration,
+            ignore=ignore,
+            keep_inputs=keep_inputs,
+            prune=prune,
+            scope=scope,
+            outputs=outputs,
+        )
         ready = _trained(
             trained_model,
-            list(zip(phases, parts(training, data, phases), strict=True)),
-            partial(
-                _prepared,
-                example_inputs=example_inputs,
-                example_kwargs=example_kwargs,
-                ignore=ignore,
-                keep_inputs=keep_inputs,
-                prune=prune,
-                scope=scope,
-                outputs=outputs,
-                start=start and _with_names(start, part),
-            ),
-            partial(
-                train,
-                data=data,
-                loss=loss,
-                measured=measured,
-                budget=budget,
-                saliency=saliency or "geta",
-                round_to=round_to,
-                progress=progress,
-                seed=seed,
-            ),
+            list(zip(stages, parts(training, data, folders(stages)), strict=True)),
+            goal,
+            source,
+            partial(train, data=data, loss=loss, measured=measured if compares else (), progress=progress, seed=seed),
             example=example,
             scope=scope,
-            sparsity=sparsity,
-            bits=None if start is not None else _limits(bits),
-            activation_bits=None if start is not None else activation_bits,
-            calibration=calibration,
             progress=progress,
         )
         with show_progress(1, progress) as bar:
@@ -516,42 +521,32 @@ def prunable_groups(
 # ------------------------------------------------------------------------------------------------ by training
 def _trained(
     model: nn.Module,
-    phases: Sequence[tuple[Phase, Training]],
-    prepared: Callable[..., Prepared],
+    stages: Sequence[tuple[Method, Training]],
+    goal: Goal,
+    source: Callable[..., Prepared],
     trained: Callable[..., None],
     *,
     example: tuple[tuple[Any, ...], dict[str, Any]],
     scope: str,
-    sparsity: float | Mapping[str, float] | None,
-    bits: tuple[int, int] | None,
-    activation_bits: int | tuple[int, int] | Literal["same"] | None,
-    calibration: Iterable[Any] | None,
     progress: bool,
 ) -> Prepared:
-    """The phases of a method one after the other, which train `model` itself; what one removes stays out in the next.
+    """The stages of a method one after the other, which train `model` itself; what one removes stays out in the next.
 
     With a scope, the prepared submodule stands in the model while it is trained.
     """
     kept: dict[str, Tensor] = {}
     remarks: dict[str, None] = {}
-    for phase, training in phases:
+    for method, training in stages:
         with show_progress(1, progress) as bar:
             bar.step("capturing, coupling and calibrating")
-            none = {"bits": None, "activation_bits": "same"}
-            quantized = (
-                {"bits": bits, "activation_bits": activation_bits, "calibration": calibration}
-                if phase.quantizes
-                else none
-            )
-            ready = prepared(model, **quantized)
+            ready = method.prepare(source, goal)
         _check_called(ready.session.plan.captured)
         ready.keep({group: kept[group.name] for group in ready.session.groups if group.name in kept})
-        own = sparsity if phase.prunes else 0.0
         part = ready.session.plan.model
         replace_module(model, part, ready)
         try:
             whole = Whole(model, model, *example) if scope else None
-            trained(ready, training=training, whole=whole, sparsity=own, forgetting=phase.forgetting)
+            trained(ready, training=training, begin=partial(method.begin, ready, goal), whole=whole)
         finally:
             replace_module(model, ready, ready.session.bind(ready).plan.model)
         kept = {group.name: units for group, units in ready.kept().items()}
@@ -665,15 +660,15 @@ def _held_out(batches: Iterable[Any]) -> list[Any]:
     return found
 
 
-def _check_lsq(start: PostTraining | None, budget: Budget | None, training: Training | None) -> None:
-    """Raise PlanError where a budget is given with fixed bits, or held-out data without."""
-    if start is not None and budget is not None:
+def _check_compares(compares: bool, method: str, budget: Budget | None, training: Training | None) -> None:
+    """Raise PlanError where a budget is given with fixed bits, or held-out data that nothing is measured on."""
+    if compares and budget is not None:
         raise PlanError(
-            'a budget with method="qat" and fixed bits',
+            f"a budget with method={method!r} and fixed bits",
             why="no units go, and each layer has the bits that are asked for",
             fix="bits=(4, 8), of which a budget chooses, or no budget",
         )
-    if start is None and training is not None and training.held_out is not None:
+    if not compares and training is not None and training.held_out is not None:
         raise PlanError(
             "Training(held_out=…) of a method other than LSQ",
             why="the loss is measured before and after training from a post-training quantization",
@@ -849,10 +844,11 @@ def _prepared(
     example_inputs: Any,
     example_kwargs: Mapping[str, Any] | None,
     *,
-    bits: int | tuple[int, int] | None,
-    activation_bits: int | tuple[int, int] | Literal["same"] | None,
+    bits: int | tuple[int, int] | None = None,
+    activation_bits: int | tuple[int, int] | Literal["same"] | None = "same",
     layer_bits: Mapping[str, Any] | None = None,
     start: PostTraining | None = None,
+    config: QuantConfig | None = None,
     learn_exponent: bool = False,
     calibration: Iterable[Any] | None = None,
     ignore: Sequence[str],
@@ -861,7 +857,12 @@ def _prepared(
     scope: str,
     outputs: str | Sequence[str] | None,
 ) -> Prepared:
-    """As `prepare`, but the tensors are those of `model`, which is trained then; `start` is what LSQ begins with."""
+    """As `prepare`, but the tensors are those of `model`, which is trained then.
+
+    Args:
+        start: what LSQ begins with.
+        config: quantizers at fixed bits on the weights as they are.
+    """
     limits, of_activations = _limits(bits), _activation_limits(bits, activation_bits)
     captured = capture(model, example_inputs, example_kwargs, scope=scope, outputs=outputs, training=True)
     if captured.producer == "record":
@@ -871,9 +872,10 @@ def _prepared(
             fix='scope="path.to.submodule" prepares a part that can be exported',
         )
     check_second_call(captured)
-    if limits is not None or start is not None:
+    quantized = limits is not None or start is not None or config is not None
+    if quantized:
         check_floats(captured)
-    other = settle_gradients(captured, quantized=limits is not None or start is not None)
+    other = settle_gradients(captured, quantized=quantized)
     plan = analyze_captured(captured)
     groups: tuple[ChannelGroup, ...] = ()
     notes: tuple[str, ...] = ()
@@ -883,18 +885,18 @@ def _prepared(
         groups, notes = prunable.groups, prunable.notes
     except NothingToPrune as error:
         no_groups = error.why  # it can still be quantized; QASSO says it where units are to go
-    batches = _calibration(model, plan, example_inputs, example_kwargs, calibration)
+    batches = _calibration(model, plan, example_inputs, example_kwargs, calibration if quantized else None)
     if batches is None:
         batches = [flat_inputs(captured, captured.args, captured.kwargs)]
+    if limits is not None:
+        config = training_config(limits[1], of_activations and of_activations[1], learn_exponent)
     with blaming_inputs(captured):
         return prepare_graph(
             plan,
             groups,
             bits=limits,
             activation_bits=of_activations,
-            config=None
-            if limits is None
-            else training_config(limits[1], of_activations and of_activations[1], learn_exponent),
+            config=config,
             layer_bits={name: _layer_bits(own) for name, own in (layer_bits or {}).items()},
             ignore=(*ignore, *_read_outside(plan)),
             batches=batches,

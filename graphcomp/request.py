@@ -22,10 +22,11 @@ from graphcomp.arguments import (
 )
 from graphcomp.coupling.analysis import Analysis
 from graphcomp.errors import PlanError
+from graphcomp.methods.registry import check_method
 from graphcomp.pruning.allocation import Budget, Scope, is_share
 from graphcomp.pruning.prunable import check_roles
 from graphcomp.quantization.ptq import PostTraining, Rounding
-from graphcomp.training.loop import METHODS, Training
+from graphcomp.training.options import Training
 
 Check = Callable[[str, Any], None]
 
@@ -118,7 +119,7 @@ CHECKS: dict[str, Check] = {
     "quantization": _an(PostTraining, "quantization=graphcomp.PostTraining(graphcomp.QuantConfig(…))"),
     "layer_bits": partial(check_mapping, fix='layer_bits={"layer1": (8, 8)}'),
     "quantizer": partial(check_word, words=("geta", "lsq")),
-    "method": partial(check_word, words=("oneshot", *METHODS)),
+    "method": check_method,
     "data": check_batches,
     "loss": partial(check_callable, fix="loss=lambda output, batch: …", modules=True),
     "folder": check_path,

@@ -155,6 +155,9 @@ CALLS: dict[str, Call] = {
 RESULTS = {"Analysis", "ChannelGroup", "CompressedModel", "Member", "Prepared", "Report", "Stage"}
 """Public classes that graphcomp makes and users read."""
 
+METHODS = {"Choice", "Goal", "Method", "Run"}
+"""Public classes that a training method of a user's own is made of."""
+
 
 def calls(name: str, folder: Path) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     """Each argument with each wrong value: the call."""
@@ -192,7 +195,7 @@ def test_every_public_callable_is_called() -> None:
     errors = {
         name for name in gc.__all__ if isinstance(found := getattr(gc, name), type) and issubclass(found, Exception)
     }
-    assert set(gc.__all__) - errors - RESULTS <= CALLS.keys()
+    assert set(gc.__all__) - errors - RESULTS - METHODS <= CALLS.keys()
 
 
 @pytest.mark.slow

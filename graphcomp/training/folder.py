@@ -31,8 +31,11 @@ INITIAL = "initial weights"
 LOSS_CODE = "code of the loss"
 MAY_CHANGE = {INITIAL: "other weights", LOSS_CODE: "other code of the loss"}
 """Entries of `about` that may be others where a run goes on, with a warning; a run that has ended refuses them."""
-LATER = frozenset({LOSS_CODE})
+METHOD = "method"
+LATER = frozenset({LOSS_CODE, METHOD})
 """Entries of `about` that folders of earlier versions lack; a run that lacks one is not told apart by it."""
+FORMER = frozenset({"sparsity", "budget", "saliency", "forgetting", "round_to", "schedule"})
+"""Entries of `about` that earlier versions wrote for methods without such an option, too."""
 CHECKPOINT = re.compile(r"step-(\d+)\.pt")
 """Copies of other names, such as step-best.pt, are the user's."""
 
@@ -117,7 +120,9 @@ class RunFolder:
             raise CheckpointError(
                 f"{path} is no checkpoint that this graphcomp knows", fix="remove it, or give another folder"
             )
-        there, names = state["about"], [*self.about, *(name for name in state["about"] if name not in self.about)]
+        there = state["about"]
+        former = FORMER - self.about.keys() if METHOD not in there else frozenset()
+        names = [*self.about, *(name for name in there if name not in self.about and name not in former)]
         compared = [name for name in names if name in there or name not in LATER]
         differing = [name for name in compared if there.get(name) != self.about.get(name)]
         if differing and set(differing) <= MAY_CHANGE.keys() and state["step"] < self.steps:

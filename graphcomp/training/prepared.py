@@ -368,7 +368,7 @@ def prepare_graph(
     Args:
         plan: of a model whose tensors the result will share, and train.
         groups: of `plan`, whose units may go.
-        bits: the range of bits of weights; None: no quantizers.
+        bits: the range of bits of weights that is learned; None: no quantizers, or those of `config` at its bits.
         activation_bits: the range of bits of activations; None: activations stay float.
         config: where quantizers go, at the most bits of each range.
         layer_bits: module name or "re:" pattern -> ranges of its own; the last that matches counts.
@@ -386,17 +386,20 @@ def prepare_graph(
         start = replace(start, ignore=(*start.ignore, *ignore))
         graph, wishes = quantize_to_train(plan.captured.module, batches, start)
         sites, config, ignore = _fixed_sites(graph), start.config, start.ignore
-        bits = min((site.low for site in sites), default=MIN_BITS), max((site.high for site in sites), default=MAX_BITS)
+        bits = _bounds(sites)
         quantized = analyze_captured(replace(plan.captured, module=graph))
-    elif bits is not None and config is not None:
+    elif config is not None:
         floats = WriteOutEinsum()(plan.captured.module)
         placement = place(floats, replace(config, embeddings=None), ignore, folded_nodes(floats.graph))
         graph = InsertQuantizers(without_repeats(placement))(floats)
         calibrate_weights(graph)
         calibrate_in_training(graph, batches)
-        sites, wishes = _Ranges(graph, bits, activation_bits or bits, layer_bits).sites()
+        if bits is None:
+            sites, wishes, bits = _fixed_sites(graph), (), _bounds(_fixed_sites(graph))
+        else:
+            sites, wishes = _Ranges(graph, bits, activation_bits or bits, layer_bits).sites()
+            _start_at_the_most(graph, sites)
         wishes = (*placement.notes, *wishes)
-        _start_at_the_most(graph, sites)
         quantized = analyze_captured(replace(plan.captured, module=graph))
     by_name = {group.name: group for group in quantized.groups}
     chosen = tuple(by_name[group.name] for group in groups)
@@ -529,6 +532,11 @@ class _Ranges:
                 found = own.weights if is_weight else own.activations
                 self.matched.add(pattern)
         return found
+
+
+def _bounds(sites: Sequence[Site]) -> tuple[int, int]:
+    """Return the fewest and the most bits of quantizers."""
+    return min((site.low for site in sites), default=MIN_BITS), max((site.high for site in sites), default=MAX_BITS)
 
 
 def _fixed_sites(graph: fx.GraphModule) -> tuple[Site, ...]:

@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import graphcomp as gc
-from graphcomp.methods.qat import FARTHEST, decaying, uniform
 from graphcomp.quantization.quantizers.affine import AffineQuantizer
 from graphcomp.training.folder import read_metrics
+from graphcomp.training.lsq import FARTHEST, decaying, uniform
 from tests.marks import in_ci
 from tests.training.runs import MODELS, batch, model_of
 from tests.training.test_loop import IMAGES, LABELS, Stopped, convnet, loader, loss, same, stopping

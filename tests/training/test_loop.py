@@ -23,8 +23,12 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import graphcomp as gc
 from graphcomp.errors import ExportError
+from graphcomp.methods.base import Goal, folders
+from graphcomp.methods.registry import METHODS
+from graphcomp.training.batches import to_device
 from graphcomp.training.folder import read_metrics
-from graphcomp.training.loop import METHODS, parts, to_device, train
+from graphcomp.training.loop import train
+from graphcomp.training.options import parts
 from graphcomp.training.schedule import Schedule
 from tests.marks import in_ci
 
@@ -80,12 +84,18 @@ def prepared():
     return gc.prepare(convnet(), IMAGES[:2], bits=(4, 8))
 
 
-def run(data=None, *, loss=loss, folder=None, training=None, **options):
+def run(data=None, *, loss=loss, folder=None, training=None, seed=0, **options):
     """What training leaves of a copy of it."""
     ready = copy.deepcopy(prepared())
     training = training or gc.Training(schedule=STAGES, folder=folder, save_every=1)
-    train(ready, loader() if data is None else data, loss, training, progress=False, **options)
+    train(ready, loader() if data is None else data, loss, training, geta(ready, **options), progress=False, seed=seed)
     return ready
+
+
+def geta(ready, **goal):
+    """What begins a run of GETA."""
+    (method,) = METHODS["geta"]
+    return functools.partial(method.begin, ready, Goal(**goal))
 
 
 def weights(small):
@@ -227,7 +237,7 @@ def test_what_is_no_tensor_is_not_moved():
 def test_a_model_in_eval_mode_is_trained_in_training_mode():
     ready = gc.prepare(convnet().eval(), IMAGES[:2], bits=(4, 8))
     before = ready.get_buffer("1.running_mean").clone()
-    train(ready, loader(), loss, gc.Training(steps=20), progress=False)
+    train(ready, loader(), loss, gc.Training(steps=20), geta(ready), progress=False)
     assert not torch.equal(ready.get_buffer("1.running_mean"), before)
     model = convnet().eval()
     assert not compress(model).training and not model.training
@@ -536,10 +546,10 @@ def test_the_length_is_given_once():
 
 def test_half_of_the_steps_each_in_stages_of_their_own_length():
     data = [0] * 7
-    both = parts(gc.Training(epochs=3, folder="run"), data, METHODS["sequential"])
+    both = parts(gc.Training(epochs=3, folder="run"), data, folders(METHODS["sequential"]))
     assert [part.steps for part in both] == [10, 11]
     assert [str(part.folder) for part in both] == ["run/1-prune", "run/2-quantize"]
-    staged = parts(gc.Training(schedule=Schedule(100)), data, METHODS["sequential"])
+    staged = parts(gc.Training(schedule=Schedule(100)), data, folders(METHODS["sequential"]))
     assert [part.schedule for part in staged] == [Schedule(50), Schedule(50)]
 
 
@@ -1088,7 +1098,7 @@ def test_a_quantizer_that_is_not_finite_is_named():
         return loss(output, batch) * math.nan
 
     with pytest.raises(gc.TrainingError, match=rf"quantizer '{site.name}.d' of '4' holds"):
-        train(ready, loader(), bad, gc.Training(steps=20), progress=False)
+        train(ready, loader(), bad, gc.Training(steps=20), geta(ready), progress=False)
 
 
 def test_a_batch_that_is_not_finite_is_named():
@@ -1170,7 +1180,7 @@ def statistics_at(steps, **options):
         return loss(output, batch)
 
     ready = copy.deepcopy(prepared())
-    train(ready, loader(), watch, gc.Training(steps=steps, **options), sparsity=0.0, progress=False)
+    train(ready, loader(), watch, gc.Training(steps=steps, **options), geta(ready, sparsity=0.0), progress=False)
     return [bool((a != b).any()) for a, b in itertools.pairwise(seen)]
 
 

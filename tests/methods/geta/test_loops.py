@@ -236,7 +236,7 @@ def test_options_of_the_base_optimizer_that_qasso_has_too():
 
     ready = ready_of("mlp", bits=(4, 8))
     optimizer = gc.QASSO(ready, Own, lr=0.01, schedule=SCHEDULE, eta=0.9, momentum=0.5, base_options={"eta": 7.0})
-    assert (optimizer.base.eta, optimizer.rule.eta, optimizer.param_groups[0]["momentum"]) == (7.0, 0.9, 0.5)
+    assert (optimizer.base.eta, optimizer.run.rule.eta, optimizer.param_groups[0]["momentum"]) == (7.0, 0.9, 0.5)
 
 
 def test_groups_of_equal_length():

@@ -1,0 +1,153 @@
+"""What a training method is: which views stand on which weights, and what happens around each step of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from graphcomp.errors import PlanError
+from graphcomp.pruning.allocation import Budget
+from graphcomp.pruning.saliency import Saliency
+from graphcomp.quantization.ptq import PostTraining
+from graphcomp.quantization.spec import QuantConfig
+from graphcomp.training.options import Training
+from graphcomp.training.prepared import Prepared
+from graphcomp.training.run import Run
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is asked of a method.
+
+    Attributes:
+        sparsity: fraction to remove, or fractions by module; None: what the method has by default.
+        budget: limits on the costs of the result.
+        bits: the range of bits of weights; None: nothing is quantized, or `start` says how.
+        activation_bits: bits of activations, a number or a range; "same" as `bits`; None: activations stay float.
+        start: post-training quantization that training starts from; None where bits are learned.
+        saliency: how units are ranked; None: as the method has it.
+        round_to: the number of units kept of each group is a multiple of it.
+        prune: roles of groups whose units may go; None: the default.
+        ignore: modules that keep their width and stay float.
+    """
+
+    sparsity: float | Mapping[str, float] | None = None
+    budget: Budget | None = None
+    bits: tuple[int, int] | None = None
+    activation_bits: Any = "same"
+    start: PostTraining | None = None
+    saliency: str | Saliency | None = None
+    round_to: int = 1
+    prune: Sequence[str] | None = None
+    ignore: tuple[str, ...] = ()
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether bits are asked for."""
+        return self.bits is not None or self.start is not None
+
+
+class Source(Protocol):
+    """A captured model, of which a method chooses the views that stand on its weights."""
+
+    def __call__(
+        self,
+        *,
+        bits: tuple[int, int] | None = None,
+        activation_bits: Any = "same",
+        start: PostTraining | None = None,
+        config: QuantConfig | None = None,
+    ) -> Prepared:
+        """Return the module to train; without arguments in floats.
+
+        Args:
+            bits, activation_bits: of GETA's quantizers, which learn their bits within a range.
+            start: LSQ's quantizers, which start from post-training quantization.
+            config: quantizers on the weights as they are, calibrated, at the bits of the configuration.
+        """
+
+
+class Method:
+    """A way to train a model smaller: plain training at fixed bits, of which a method overrides what it does otherwise.
+
+    Attributes:
+        name: in messages, and in the folder of a run.
+        prunes: whether units or weights go.
+        quantizes: whether weights are quantized.
+        calibrated: whether training starts from post-training quantization, with all its options, at fixed bits.
+        compares: whether the result is what training started from where the loss has not fallen.
+    """
+
+    name: ClassVar[str]
+    prunes: bool = False
+    quantizes: bool = False
+    calibrated: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
+
+    def check(self, goal: Goal) -> None:
+        """Refuse what the method cannot do.
+
+        Raises:
+            PlanError: a part of the goal is nothing that the method knows.
+        """
+
+    def prepare(self, source: Source, goal: Goal) -> Prepared:
+        """Return the module to train: which views stand on which weights."""
+        if not self.quantizes:
+            return source()
+        return source(bits=goal.bits, activation_bits=goal.activation_bits, start=goal.start)
+
+    def begin(self, ready: Prepared, goal: Goal, training: Training, steps: int) -> Run:
+        """Begin a run.
+
+        Args:
+            ready: what `prepare` returned.
+            goal: what is asked.
+            training: the options of training, with those that were chosen for the model.
+            steps: of the whole run.
+        """
+        raise NotImplementedError
+
+
+def folders(stages: Sequence[Method]) -> list[str]:
+    """Return the folder of each stage inside the folder of a run."""
+    what = ["prune" if stage.prunes else "quantize" if stage.quantizes else stage.name for stage in stages]
+    return [f"{k + 1}-{own}" for k, own in enumerate(what)]
+
+
+def check_goal(stages: Sequence[Method], name: str, goal: Goal) -> None:
+    """Refuse a goal that the stages of a method do not reach.
+
+    Raises:
+        PlanError: bits or a sparsity that no stage does, no bits where they are all that is done, or a budget for
+            several stages.
+    """
+    prunes, quantizes = (any(getattr(stage, what) for stage in stages) for what in ("prunes", "quantizes"))
+    if not goal.quantizes and quantizes and not stages[-1].prunes:
+        raise PlanError(f"method={name!r} quantizes, and no bits are given", fix="bits=(4, 8)")
+    if goal.quantizes and not quantizes:
+        raise PlanError(f"method={name!r} does not quantize", fix='method="geta", or bits=None')
+    if goal.sparsity and not prunes:
+        raise PlanError(f"method={name!r} does not prune", fix='method="geta", or sparsity=0')
+    if goal.budget is not None and len(stages) > 1:
+        raise PlanError(
+            f"a budget with method={name!r}",
+            why="the run that prunes does not know the bits that the other one gives",
+            fix='method="geta", or sparsity=0.5',
+        )
+    for stage in stages:
+        stage.check(goal)
+
+
+def refuse(method: Method, given: Mapping[str, bool], why: str) -> None:
+    """Refuse options that a method has no use for.
+
+    Args:
+        given: option -> whether it was given.
+
+    Raises:
+        PlanError: one was.
+    """
+    if names := [name for name, value in given.items() if value]:
+        raise PlanError(f"{', '.join(names)} with method={method.name!r}", why=why, fix='method="geta", or without')
