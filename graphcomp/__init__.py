@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     )
     from graphcomp.methods.base import Goal, Method
     from graphcomp.methods.geta.qasso import QASSO
-    from graphcomp.ops.registry import rule
+    from graphcomp.ops.registry import op, rule
     from graphcomp.pruning.allocation import Budget
     from graphcomp.quantization.ptq import PostTraining
     from graphcomp.quantization.spec import QuantConfig, QuantSpec
@@ -88,6 +88,7 @@ __all__ = [
     "compress",
     "finalize",
     "load",
+    "op",
     "plot",
     "prepare",
     "prunable_groups",
@@ -113,7 +114,7 @@ _HOMES = {
         "ChannelGroup",
         "Member",
     ),
-    "ops.registry": ("rule",),
+    "ops.registry": ("op", "rule"),
     "errors": (
         "BudgetError",
         "CalibrationError",

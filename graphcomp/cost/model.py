@@ -24,6 +24,7 @@ from graphcomp.coupling.groups import Kept, summed_axes
 from graphcomp.coupling.propagate import Coupling, is_real
 from graphcomp.ir.graph import argument_at, attributes, bind, module_path, source_line, tensor_values
 from graphcomp.ops import registry
+from graphcomp.ops.facts import Float, Lookup
 from graphcomp.ops.registry import KINDS, Kind
 from graphcomp.torch_compat import codegen_of, tree_flatten_spec
 
@@ -134,7 +135,7 @@ class CostModel:
             call = coupling.calls.get(node)
             if call is None or not call.products:
                 missing = _uncounted(node, coupling)
-                weights.update(layers.read(node) if missing or node.target in LOOKUPS else ())
+                weights.update(layers.read(node) if missing or _looks_up(node, coupling) else ())
                 uncounted += missing
                 continue
             kind = _kind(call.products, node, coupling)
@@ -305,7 +306,11 @@ def _kind(products: Sequence[registry.Product], node: fx.Node, coupling: Couplin
 
 
 # ------------------------------------------------------------------------------------------------ what is not counted
-LOOKUPS = frozenset({aten.embedding.default, aten.embedding_bag.padding_idx, aten._embedding_bag.default})
+def _looks_up(node: fx.Node, coupling: Coupling) -> bool:
+    """Whether the op looks rows of a table up, or picks parts of any tensor by numbers that depend on the inputs."""
+    integer = registry.facts_of(node.target).integer
+    by_input = isinstance(integer, Float) and integer.rows != "" and node not in coupling.sources
+    return isinstance(integer, Lookup) or by_input
 
 
 def _uncounted(node: fx.Node, coupling: Coupling) -> list[Uncounted]:

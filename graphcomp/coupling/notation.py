@@ -135,10 +135,12 @@ def apply(
     result_shapes: Sequence[Sequence[Size]],
     why: Reason,
     sizes: Mapping[str, Size] | None = None,
+    counted: Sequence[Sequence[str]] | None = None,
 ) -> Applied:
     """Couple `operands` as the rule says; return the results, which dims are contracted, and what is multiplied.
 
-    An operand may be None (an optional one left out). `sizes` gives lengths of letters, e.g. a conv's groups.
+    An operand may be None (an optional one left out). `sizes` gives lengths of letters, e.g. a conv's groups; `counted`
+    the names of each product (see `products_of`), where they are not those of the rule.
     Of several operands that hold a contracted letter by itself, the last is the one reported.
     """
     bound = _Binding(why, dict(sizes or {}))
@@ -150,27 +152,61 @@ def apply(
         bound.take(pattern, axes)
     results = [bound.give(p, shape) for p, shape in zip(notation.results, result_shapes, strict=False)]
     kept = set().union(*(p.letters() for p in notation.results))
-    return Applied(results, _contractions(present, kept), _products(notation, present, bound, results))
+    return Applied(results, _contractions(present, kept), _products(notation, present, bound, results, counted))
 
 
 def _products(
-    notation: Notation, present: Sequence[tuple[int, Pattern, Axes]], bound: _Binding, results: Sequence[Axes]
+    notation: Notation,
+    present: Sequence[tuple[int, Pattern, Axes]],
+    bound: _Binding,
+    results: Sequence[Axes],
+    counted: Sequence[Sequence[str]] | None,
 ) -> list[Product]:
-    letters = [_summable(pattern) for _, pattern, _ in present]
-    first = notation.results[0] if results else Pattern(())
-    products = []
-    for names, count in summed_products(letters, first.letters() | {"..."}):
+    first = notation.results[0]
+    if counted is None:
+        found = [(names, count, True) for names, count in products(notation, [k for k, _, _ in present])]
+    else:
+        found = [(list(names), len(present), False) for names in counted]
+    made = []
+    for names, count, stars in found:
         axes = [axis for name in names for axis in bound.extent(name)]
-        axes += _in_stars(first, results)
+        axes += _in_stars(first, results) if stars else ()
         operands = tuple(present[k][0] for k in range(count))
-        products.append(Product(tuple(axes), operands, any(name.startswith("+") for name in names)))
-    return products
+        made.append(Product(tuple(axes), operands, any(name.startswith("+") for name in names)))
+    return made
+
+
+def products(notation: Notation, present: Sequence[int] | None = None) -> list[tuple[list[str], int]]:
+    """As `summed_products`, of a rule whose operands `present` are given (None: all)."""
+    numbers = range(len(notation.operands)) if present is None else present
+    letters = [_summable(notation.operands[k]) for k in numbers]
+    return summed_products(letters, notation.results[0].letters() | {"..."})
+
+
+def products_of(notation: Notation, texts: Sequence[str]) -> list[list[str]]:
+    """Read products that are written out, each a list of the names of the rule's operands whose lengths are multiplied.
+
+    Raises:
+        RuleError: a name stands in no operand.
+    """
+    known = {name for pattern in notation.operands for name in _names(pattern)}
+    found = [str(text).split() for text in texts]
+    for name in (name for names in found for name in names):
+        if name not in known:
+            raise RuleError(
+                f"macs of rule {notation.text!r}: {name!r} is none of {', '.join(sorted(known))}", fix='macs="n o i"'
+            )
+    return found
+
+
+def _names(pattern: Pattern) -> list[str]:
+    """Every name of `pattern`, in order."""
+    return [name for dim in pattern.dims for name in ((dim,) if isinstance(dim, str) else dim)]
 
 
 def _summable(pattern: Pattern) -> list[str]:
     """The names of `pattern` whose dims count in a product: all but the stars."""
-    names = [name for dim in pattern.dims for name in ((dim,) if isinstance(dim, str) else dim)]
-    return [name for name in names if not name.startswith("*")]
+    return [name for name in _names(pattern) if not name.startswith("*")]
 
 
 def _in_stars(pattern: Pattern, results: Sequence[Axes]) -> Axes:
@@ -226,14 +262,14 @@ class _Binding:
         self.why = why
         self.sizes = sizes
         self.axes: dict[str, Axis] = {}
-        self.kernels: dict[str, Axes] = {}
+        self.open: dict[str, Axes] = {}  # what "*s" and "+k" stand for
         self.batch: list[Axis] = []  # what "..." stands for, broadcast over the operands
 
     def extent(self, name: str) -> Sequence[Axis]:
-        """The axes that a letter, a kernel or "..." stands for."""
+        """The axes that a letter, a star, a kernel or "..." stands for."""
         if name == "...":
             return self.batch
-        return self.kernels[name] if name.startswith("+") else (self.axes[name],)
+        return self.open[name] if name[0] in "*+" else (self.axes[name],)
 
     def learn_sizes(self, pattern: Pattern, axes: Axes) -> None:
         for item, found in self._items(pattern, axes):
@@ -285,8 +321,7 @@ class _Binding:
         if item == "...":
             self.batch = broadcast([tuple(self.batch), axes], self.why)
             return
-        if item.startswith("+"):
-            self.kernels[item] = axes
+        self.open.setdefault(item, axes)
         for axis in axes:
             freeze(axis, self.why)
 

@@ -229,7 +229,7 @@ def _op(coupling: Coupling, node: fx.Node) -> None:
     assert isinstance(node.target, OpOverload)
     function = registry.find(node.target)
     if function is None:
-        return _unknown(coupling, node, str(node.target), "no coupling rule")
+        return _unknown(coupling, node, str(node.target), registry.why_unknown(node.target))
     if any(0 in map(size_of, t.shape) for n in operands for t in tensor_values(n)) and not _is_cat(node):
         return _unreached(coupling, node)
     arguments = bind(node)

@@ -23,7 +23,7 @@ from graphcomp.coupling.groups import Kept, consumed_and_made
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.ir.graph import argument_at, bind
 from graphcomp.ir.module import copied, tensor_names
-from graphcomp.ops.masked import FORMS
+from graphcomp.ops.answers import masked_form
 from graphcomp.ops.registry import Call
 from graphcomp.pruning.mask import computed_with, parameter_behind
 from graphcomp.pruning.slice import by_factor
@@ -63,7 +63,7 @@ def _needs_masks(coupling: Coupling, cut: Mapping[Factor, Tensor]) -> bool:
             if not any(leaf in cut for dim in dims for leaf in all_leaves([axes[dim]])):
                 continue
             name = parameter_behind(coupling.module, operand)
-            if call.node.target in FORMS or not name or name in computed:
+            if masked_form(call.node.target) or not name or name in computed:
                 return True
     return False
 
@@ -170,8 +170,9 @@ class _HeedMasks(TorchDispatchMode):  # type: ignore[no-untyped-call]
         masks = tuple(m for m in masks if m.fits(_operand(arguments, m.argument)))
         if not masks:
             return func(*args, **kwargs)
-        if func in FORMS:
-            return FORMS[func](_together(masks, arguments), **arguments)
+        form = masked_form(func)
+        if form is not None:
+            return form(_together(masks, arguments), **arguments)
         for mask in masks:
             operand = _operand(arguments, mask.argument)
             _put(arguments, mask.argument, operand * mask.like(operand))

@@ -6,23 +6,31 @@ A convolution of kernel 1 that moves no place lets space pass, too.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 
-from graphcomp.coupling.axis import Axes, couple, fresh, length, product, split
+from graphcomp.coupling.axis import Axes, couple, fresh, length, split
+from graphcomp.coupling.axis import product as joined
 from graphcomp.coupling.size import Size, divide
+from graphcomp.ops.facts import Compute, Facts, Float, Move, Rescale, in_float, moves, product
 from graphcomp.ops.movement import all_frozen
-from graphcomp.ops.registry import Call, rule
+from graphcomp.ops.registry import Call, op
+from graphcomp.torch_compat import OpOverload
 
 aten = torch.ops.aten
 
+RECORDED = "a kernel that recorded graphs name, which are not quantized"
+
 
 # ------------------------------------------------------------------------------------------------ convolution
-@rule(
+@op(
     aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
-    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding, aten.mkldnn_convolution.default,
+    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+    facts=product(Compute(("input",), "weight", 0, "bias", convolution=True)),
 )  # fmt: skip
+@op(aten.mkldnn_convolution.default, facts=product(Float(RECORDED)))
 def conv(
     call: Call,
     weight: Axes,
@@ -38,7 +46,10 @@ def conv(
     return _conv(call, name, source, weight, bias, groups, "(g o) i", _space_passes(weight, stride, padding))
 
 
-@rule(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+@op(
+    aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
+    facts=product(Compute(("input",), "weight", 1, "bias", convolution=True, transposed=True)),
+)  # fmt: skip
 def conv_transpose(
     input: Axes,
     weight: Axes,
@@ -55,7 +66,7 @@ def conv_transpose(
     return _conv(call, "input", input, weight, bias, groups, "(g i) o", passes)
 
 
-@rule(aten.convolution.default, aten._convolution.default, aten._convolution.deprecated)
+@op(aten.convolution.default, aten._convolution.default, aten._convolution.deprecated, facts=product(Float(RECORDED)))
 def convolution(
     input: Axes,
     weight: Axes,
@@ -98,10 +109,10 @@ def _conv(
     return result
 
 
-rule(aten.conv_tbc.default, "*t n i, +k i o, o -> *u n o")
+op(aten.conv_tbc.default, "*t n i, +k i o, o -> *u n o", facts=product(Float("channels stand last")))
 
 
-@rule("torchvision::deform_conv2d")
+@op("torchvision::deform_conv2d", facts=product(Float("no integer kernel for deformed windows")))
 def deform_conv2d(
     input: Axes,
     weight: Axes,
@@ -127,25 +138,37 @@ def deform_conv2d(
 
 
 # ------------------------------------------------------------------------------------------------ windows
-WINDOWS = {
-    1: [
-        aten.max_pool1d.default, aten.max_pool1d_with_indices.default, aten.avg_pool1d.default,
-        aten.adaptive_avg_pool1d.default, aten.adaptive_max_pool1d.default,
-        aten.reflection_pad1d.default, aten.replication_pad1d.default,
-    ],
-    2: [
-        aten.max_pool2d.default, aten.max_pool2d_with_indices.default, aten.avg_pool2d.default,
-        aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default, aten.adaptive_max_pool2d.default,
-        aten.reflection_pad2d.default, aten.replication_pad2d.default, aten.mkldnn_max_pool2d.default,
-        aten.mkldnn_adaptive_avg_pool2d.default,
-    ],
-    3: [
-        aten.max_pool3d.default, aten.max_pool3d_with_indices.default, aten.avg_pool3d.default,
-        aten.adaptive_avg_pool3d.default, aten._adaptive_avg_pool3d.default, aten.adaptive_max_pool3d.default,
-        aten.reflection_pad3d.default, aten.replication_pad3d.default, aten.mkldnn_max_pool3d.default,
-    ],
+LARGEST = moves(Move(pools=True), scales="channels")
+MEANS = moves(Rescale(), scales="channels")
+FLOAT_MEANS = in_float("no integer kernel for means of volumes", scales="channels")
+WITH_PLACES = in_float("returns the places, too")
+FLOAT_PAD = in_float("pads with the elements at the border")
+RECORDED_POOL = in_float(RECORDED)
+
+WINDOWS: dict[int, dict[OpOverload, Facts]] = {
+    1: {
+        aten.max_pool1d.default: LARGEST, aten.max_pool1d_with_indices.default: WITH_PLACES,
+        aten.avg_pool1d.default: MEANS, aten.adaptive_avg_pool1d.default: MEANS,
+        aten.adaptive_max_pool1d.default: WITH_PLACES,
+        aten.reflection_pad1d.default: FLOAT_PAD, aten.replication_pad1d.default: FLOAT_PAD,
+    },
+    2: {
+        aten.max_pool2d.default: LARGEST, aten.max_pool2d_with_indices.default: WITH_PLACES,
+        aten.avg_pool2d.default: MEANS, aten.adaptive_avg_pool2d.default: MEANS,
+        aten._adaptive_avg_pool2d.default: RECORDED_POOL,
+        aten.adaptive_max_pool2d.default: replace(WITH_PLACES, scales="channels"),
+        aten.reflection_pad2d.default: FLOAT_PAD, aten.replication_pad2d.default: FLOAT_PAD,
+        aten.mkldnn_max_pool2d.default: RECORDED_POOL, aten.mkldnn_adaptive_avg_pool2d.default: RECORDED_POOL,
+    },
+    3: {
+        aten.max_pool3d.default: LARGEST, aten.max_pool3d_with_indices.default: WITH_PLACES,
+        aten.avg_pool3d.default: FLOAT_MEANS, aten.adaptive_avg_pool3d.default: FLOAT_MEANS,
+        aten._adaptive_avg_pool3d.default: RECORDED_POOL, aten.adaptive_max_pool3d.default: WITH_PLACES,
+        aten.reflection_pad3d.default: FLOAT_PAD, aten.replication_pad3d.default: FLOAT_PAD,
+        aten.mkldnn_max_pool3d.default: RECORDED_POOL,
+    },
 }  # fmt: skip
-"""Number of trailing dims of space -> ops."""
+"""Number of trailing dims of space -> ops and their facts."""
 
 
 def windows(self: Axes, spatial: int, *, call: Call) -> list[Axes]:
@@ -155,20 +178,22 @@ def windows(self: Axes, spatial: int, *, call: Call) -> list[Axes]:
 
 
 for _spatial, _ops in WINDOWS.items():
-    rule(*_ops)(partial(windows, spatial=_spatial))
+    _rule = partial(windows, spatial=_spatial)
+    for _op, _facts in _ops.items():
+        op(_op, _rule, facts=_facts)
 
 
 def _in_space(lead: Axes, shape: Sequence[Size], call: Call) -> Axes:
     return (*lead, *(fresh(n, call.why) for n in shape[len(lead) :]))
 
 
-@rule(aten._pad_circular.default)
+@op(aten._pad_circular.default, facts=FLOAT_PAD)
 def pad_circular(self: Axes, pad: Sequence[int], *, call: Call) -> list[Axes]:
     """Wraps around in as many trailing dims as `pad` has pairs."""
     return windows(self, len(pad) // 2, call=call)
 
 
-@rule(aten.max_unpool2d.default, aten.max_unpool3d.default)
+@op(aten.max_unpool2d.default, aten.max_unpool3d.default, facts=in_float("elements go to numbered places"))
 def max_unpool(self: Axes, indices: Axes, *, call: Call) -> list[Axes]:
     """Values go back to where `indices` says, channel by channel."""
     spatial = 2 if call.node.target is aten.max_unpool2d.default else 3
@@ -177,22 +202,22 @@ def max_unpool(self: Axes, indices: Axes, *, call: Call) -> list[Axes]:
     return windows(self, spatial, call=call)
 
 
-@rule(aten.fractional_max_pool2d.default, aten.fractional_max_pool3d.default)
+@op(aten.fractional_max_pool2d.default, aten.fractional_max_pool3d.default, facts=in_float("pools at random places"))
 def fractional_max_pool(self: Axes, random_samples: Axes, *, call: Call) -> list[Axes]:
     """Windows at random places, drawn for each channel: frozen."""
     call.freeze([*self, *random_samples], "pooled at random places")
     return all_frozen(call)
 
 
-@rule(aten.im2col.default)
+@op(aten.im2col.default, facts=in_float("no integer kernel for windows that are copied out"))
 def im2col(self: Axes, kernel_size: Sequence[int], *, call: Call) -> Axes:
     """(..., c, h, w) -> (..., (c k), l): space is frozen."""
     call.freeze(self[-2:], "a window slides over it")
     kernel = fresh(divide(call.shape[-2], length(self[-3])), call.why)
-    return (*self[:-3], product(self[-3], kernel), fresh(call.shape[-1], call.why))
+    return (*self[:-3], joined(self[-3], kernel), fresh(call.shape[-1], call.why))
 
 
-@rule(aten.col2im.default)
+@op(aten.col2im.default, facts=in_float("sums windows that overlap"))
 def col2im(self: Axes, *, call: Call) -> Axes:
     """(..., (c k), l) -> (..., c, h, w): space is frozen."""
     channels, kernel = split(self[-2], call.shape[-3], call.why)
@@ -201,24 +226,27 @@ def col2im(self: Axes, *, call: Call) -> Axes:
 
 
 # ------------------------------------------------------------------------------------------------ resampling
-for _op in (
+INTERPOLATED = in_float("interpolates")
+SCALED = replace(INTERPOLATED, scales="channels")
+
+for _packet in (
     aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d,
     aten._upsample_nearest_exact1d, aten._upsample_nearest_exact2d, aten._upsample_nearest_exact3d,
     aten.upsample_linear1d, aten.upsample_bilinear2d, aten.upsample_bicubic2d, aten.upsample_trilinear3d,
     aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa,
 ):  # fmt: skip
-    rule(_op.default, "n c *s -> n c *t")
-    rule(_op.vec, "n c *s -> n c *t")
+    _scales = SCALED if _packet in (aten.upsample_nearest2d, aten.upsample_bilinear2d) else INTERPOLATED
+    op(_packet.default, "n c *s -> n c *t", facts=INTERPOLATED)
+    op(_packet.vec, "n c *s -> n c *t", facts=_scales)
 
 for _overload in ("default", "size_list", "scale_list", "size_list_scale_list"):
-    rule(getattr(aten.__interpolate, _overload), "n c *s -> n c *t")
+    op(getattr(aten.__interpolate, _overload), "n c *s -> n c *t", facts=INTERPOLATED)
 
-rule(aten.grid_sampler.default, "n c *s, n *g -> n c *t")
-rule(aten.grid_sampler_2d.default, "n c *s, n *g -> n c *t")
-rule(aten.grid_sampler_3d.default, "n c *s, n *g -> n c *t")
+for _sampler in (aten.grid_sampler.default, aten.grid_sampler_2d.default, aten.grid_sampler_3d.default):
+    op(_sampler, "n c *s, n *g -> n c *t", facts=INTERPOLATED)
 
 
-@rule(aten.affine_grid_generator.default)
+@op(aten.affine_grid_generator.default, facts=in_float("positions in space"))
 def affine_grid(theta: Axes, *, call: Call) -> list[Axes]:
     """Positions in space."""
     call.freeze(theta)
@@ -226,15 +254,17 @@ def affine_grid(theta: Axes, *, call: Call) -> list[Axes]:
 
 
 # ------------------------------------------------------------------------------------------------ detection
-@rule("torchvision::roi_align")
-@rule("torchvision::roi_pool")
+@op("torchvision::roi_align", "torchvision::roi_pool", facts=INTERPOLATED)
 def roi(input: Axes, rois: Axes, *, call: Call) -> list[Axes]:
     """n c *s, r *q -> r c *t: a region names its image by number."""
     call.freeze([input[0], *input[2:], *rois], "regions are addressed by position")
     return [(rois[0], *_in_space((input[1],), shape[1:], call)) for shape in call.shapes]
 
 
-@rule("torchvision::ps_roi_align", "torchvision::ps_roi_pool", "torchvision::nms")
+@op(
+    "torchvision::ps_roi_align", "torchvision::ps_roi_pool", "torchvision::nms",
+    facts=in_float("picks by position, or by the order of scores"),
+)  # fmt: skip
 def positional(call: Call, **arguments: Axes) -> list[Axes]:
     """Channels, or boxes, are picked by their place."""
     for axes in arguments.values():

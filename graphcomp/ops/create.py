@@ -9,11 +9,14 @@ import torch
 
 from graphcomp.coupling.axis import Axes, Axis, fresh, length
 from graphcomp.coupling.size import Size
+from graphcomp.ops.facts import in_float
 from graphcomp.ops.movement import all_frozen
-from graphcomp.ops.registry import AxesValue, Call, OpKey, rule
+from graphcomp.ops.registry import AxesValue, Call, OpKey, op
 from graphcomp.torch_compat import OpOverloadPacket
 
 aten = torch.ops.aten
+
+MADE = in_float("made of numbers, not of operands")
 
 
 def overloads(*packets: Callable[..., Any]) -> list[OpKey]:
@@ -28,9 +31,10 @@ def overloads(*packets: Callable[..., Any]) -> list[OpKey]:
 
 
 # ------------------------------------------------------------------------------------------------ fills
-@rule(
+@op(
     aten.zeros.default, aten.ones.default, aten.full.default, aten.empty.memory_format, aten.empty_permuted.default,
     aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default,
+    facts=MADE,
 )  # fmt: skip
 def fill(call: Call) -> Axes:
     """Every element alike: free factors, whose lengths are constants of the op."""
@@ -43,14 +47,14 @@ def _free(n: Size, call: Call) -> Axis:
     return fresh(n, None if isinstance(n, int) else call.because("a symbolic length"))
 
 
-@rule(
+@op(
     *overloads(
         aten.arange, aten.range, aten.linspace, aten.logspace, aten.eye, aten.triu_indices, aten.randperm, aten.rand,
         aten.randn, aten.randint, aten.hann_window, aten.hamming_window, aten.blackman_window, aten.bartlett_window,
         aten.kaiser_window, aten.fft_fftfreq, aten.fft_rfftfreq, aten.empty_strided, aten.new_empty_strided,
         aten.scalar_tensor, aten.tensor,
     ),
-    aten.normal.float_float,
+    aten.normal.float_float, facts=MADE,
 )  # fmt: skip
 def sequence(call: Call, **arguments: Any) -> list[Axes]:
     """Every index has a value of its own: frozen. (Tensors among the operands are scalars, or give a dtype.)"""
@@ -58,7 +62,7 @@ def sequence(call: Call, **arguments: Any) -> list[Axes]:
 
 
 # ------------------------------------------------------------------------------------------------ grids and codes
-@rule(aten.meshgrid.default, aten.meshgrid.indexing)
+@op(aten.meshgrid.default, aten.meshgrid.indexing, facts=in_float("repeats several operands"))
 def meshgrid(tensors: list[Axes], indexing: str = "ij", *, call: Call) -> list[Axes]:
     """One dim per operand; "xy" swaps the first two."""
     axes = [axis for operand in tensors for axis in (operand or (fresh(1),))]
@@ -67,13 +71,18 @@ def meshgrid(tensors: list[Axes], indexing: str = "ij", *, call: Call) -> list[A
     return [tuple(axes) for _ in call.shapes]
 
 
-@rule(aten.one_hot.default)
+@op(aten.one_hot.default, facts=in_float("whole numbers"))
 def one_hot(self: Axes, *, call: Call) -> Axes:
     """A new last dim, one index per number."""
     return (*self, fresh(call.shape[-1], call.because("one index per number")))
 
 
-@rule(aten.cartesian_prod.default, aten.combinations.default, aten.vander.default)
+@op(
+    aten.cartesian_prod.default,
+    aten.combinations.default,
+    aten.vander.default,
+    facts=in_float("combines elements in order"),
+)
 def enumerate_(call: Call, tensors: Sequence[Axes] = (), self: Axes = (), x: Axes = ()) -> list[Axes]:
     """Combinations in order: frozen."""
     for axes in (*tensors, self, x):
@@ -81,12 +90,13 @@ def enumerate_(call: Call, tensors: Sequence[Axes] = (), self: Axes = (), x: Axe
     return all_frozen(call)
 
 
-@rule(
+@op(
     *overloads(
         aten.uniform_, aten.normal_, aten.exponential_, aten.geometric_, aten.log_normal_, aten.cauchy_, aten.random_,
         aten.bernoulli_, aten.poisson, aten.binomial, aten._standard_gamma,
     ),
     aten.normal.Tensor_float, aten.normal.float_Tensor, aten.normal.Tensor_Tensor,
+    facts=in_float("random numbers"),
 )  # fmt: skip
 def randomise(call: Call, **arguments: Any) -> list[Axes]:
     """Every index draws a number of its own: frozen."""

@@ -8,13 +8,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx
 
-from graphcomp.coupling.axis import UNIT, Axes, Axis, couple, fresh, length, product
+from graphcomp.coupling.axis import UNIT, Axes, Axis, couple, fresh, length
+from graphcomp.coupling.axis import product as joined
 from graphcomp.coupling.notation import broadcast
 from graphcomp.coupling.size import Size
 from graphcomp.ir.graph import bind, value
 from graphcomp.ops.create import overloads
+from graphcomp.ops.facts import Float, Lookup, in_float, moves, product
 from graphcomp.ops.movement import all_frozen
-from graphcomp.ops.registry import AxesValue, Call, rule
+from graphcomp.ops.registry import AxesValue, Call, op
 
 aten = torch.ops.aten
 Indices: TypeAlias = Sequence[Axes | None]
@@ -22,18 +24,22 @@ Indices: TypeAlias = Sequence[Axes | None]
 BY_NUMBER = "addressed by number"
 BY_VALUE = "which elements are picked depends on their values"
 
+BY_NUMBERS = in_float("picked by number", rows="self")
+PLACED = in_float("elements go to numbered places")
+NUMBERS = in_float("returns whole numbers or truth values")
+
 
 # ------------------------------------------------------------------------------------------------ tables
-@rule(aten.embedding.default)
+@op(aten.embedding.default, facts=moves(Lookup()))
 def embedding(weight: Axes, indices: Axes, *, call: Call) -> Axes:
     """v d, ... -> ... d: rows are addressed by number."""
     call.freeze(weight[0], BY_NUMBER)
     return (*indices, weight[1])
 
 
-@rule(
+@op(
     aten.embedding_bag.default, aten.embedding_bag.padding_idx, aten._embedding_bag.default,
-    aten._embedding_bag_forward_only.default,
+    aten._embedding_bag_forward_only.default, facts=in_float("sums rows", rows="weight"),
 )  # fmt: skip
 def embedding_bag(
     weight: Axes, indices: Axes, offsets: Axes, per_sample_weights: Axes | None = None, *, call: Call
@@ -48,7 +54,7 @@ def embedding_bag(
     ]
 
 
-@rule(aten.embedding_renorm_.default)
+@op(aten.embedding_renorm_.default, facts=in_float("scales rows"))
 def embedding_renorm(self: Axes, *, call: Call) -> Axes:
     """Rows are scaled to a greatest norm."""
     call.freeze(self, "rows are scaled by their norm")
@@ -56,8 +62,9 @@ def embedding_renorm(self: Axes, *, call: Call) -> Axes:
 
 
 # ------------------------------------------------------------------------------------------------ x[i, j]
-@rule(
+@op(
     aten.index.Tensor, aten.index.Tensor_hacked_twin, aten._unsafe_index.Tensor, aten._unsafe_index.Tensor_hacked_twin,
+    facts=BY_NUMBERS,
 )  # fmt: skip
 def index(self: Axes, indices: Indices, *, call: Call) -> Axes:
     """Indexed dims are frozen. The dims of the indices, broadcast, stand in their place, or in front where another
@@ -69,10 +76,10 @@ def index(self: Axes, indices: Indices, *, call: Call) -> Axes:
     return (*others[:at], *block, *others[at:])
 
 
-@rule(
+@op(
     aten.index_put.default, aten.index_put_.default, aten.index_put.hacked_twin, aten.index_put_.hacked_twin,
     aten._unsafe_index_put.default, aten._unsafe_index_put.hacked_twin, aten._index_put_impl_.default,
-    aten._index_put_impl_.hacked_twin,
+    aten._index_put_impl_.hacked_twin, facts=PLACED,
 )  # fmt: skip
 def index_put(self: Axes, indices: Indices, values: Axes, *, call: Call) -> Axes:
     """`values` has the dims of what `index` reads, and replaces it. Where it goes matters: its block is frozen."""
@@ -129,7 +136,7 @@ def _dtype(index: Any) -> torch.dtype | None:
 
 
 # ------------------------------------------------------------------------------------------------ along one dim
-@rule(aten.index_select.default)
+@op(aten.index_select.default, facts=in_float("no integer kernel"))
 def index_select(self: Axes, dim: int, index: Axes, *, call: Call) -> Axes:
     """The dim of the index takes the place of `dim`."""
     if not self:
@@ -138,16 +145,16 @@ def index_select(self: Axes, dim: int, index: Axes, *, call: Call) -> Axes:
     return _with(self, dim, index[0] if index else UNIT)
 
 
-@rule(aten.gather.default)
+@op(aten.gather.default, facts=BY_NUMBERS)
 def gather(self: Axes, dim: int, index: Axes, *, call: Call) -> Axes:
     """One element of `dim` per element of `index`; in every other dim the two go together."""
     _beside(call, dim, self, index)
     return index
 
 
-@rule(
+@op(
     *overloads(aten.scatter, aten.scatter_), aten.scatter_add.default, aten.scatter_add_.default,
-    aten.scatter_reduce.two, aten.scatter_reduce_.two,
+    aten.scatter_reduce.two, aten.scatter_reduce_.two, facts=PLACED,
 )  # fmt: skip
 def scatter(self: Axes, dim: int, index: Axes, src: Axes | None = None, *, call: Call) -> Axes:
     """Elements of `src` go to numbered places of `dim`."""
@@ -170,18 +177,18 @@ def _beside(call: Call, dim: int, axes: Axes, index: Axes) -> None:
             call.freeze([own, theirs], "part of it is addressed")
 
 
-@rule(aten.take_along_dim.default)
+@op(aten.take_along_dim.default, facts=BY_NUMBERS)
 def take_along_dim(self: Axes, indices: Axes, dim: int | None = None, *, call: Call) -> list[Axes]:
     """As `gather`, and the other dims broadcast."""
     if dim is None:
         call.freeze(self, BY_NUMBER)
-        return [(product(*indices),)]
+        return [(joined(*indices),)]
     call.freeze(self[dim], BY_NUMBER)
     axes = broadcast([_with(self, dim, UNIT), _with(indices, dim, UNIT)], call.why)
     return [_with(tuple(axes), dim, indices[dim])]
 
 
-@rule(aten.index_add.default, aten.index_add_.default, aten.index_copy.default, aten.index_copy_.default)
+@op(aten.index_add.default, aten.index_add_.default, aten.index_copy.default, aten.index_copy_.default, facts=PLACED)
 def index_add(self: Axes, dim: int, index: Axes, source: Axes, *, call: Call) -> Axes:
     """Slices of `source` go to numbered places of `dim`."""
     call.freeze(index, BY_NUMBER)
@@ -193,16 +200,17 @@ def index_add(self: Axes, dim: int, index: Axes, source: Axes, *, call: Call) ->
     return self
 
 
-@rule(*overloads(aten.index_fill, aten.index_fill_))
+@op(*overloads(aten.index_fill, aten.index_fill_), facts=PLACED)
 def index_fill(self: Axes, dim: int, index: Axes, *, call: Call) -> Axes:
     """Numbered places get one value."""
     call.freeze([*index, *([self[dim]] if self else [])], BY_NUMBER)
     return self
 
 
-@rule(
+@op(
     aten.topk.default, aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argsort.stable,
     aten.kthvalue.default, aten.diff.default, aten.msort.default, aten.multinomial.default,
+    facts=in_float("ordered by value"),
 )  # fmt: skip
 def ordered(
     call: Call, self: Axes, dim: int = -1, prepend: Axes | None = None, append: Axes | None = None
@@ -226,7 +234,7 @@ def _along(self: Axes, dim: int, shape: tuple[Size, ...], call: Call) -> Axes:
     return rest if tuple(map(length, rest)) == shape else tuple(fresh(n, call.why) for n in shape)
 
 
-@rule(aten.searchsorted.Tensor, aten.searchsorted.Scalar)
+@op(aten.searchsorted.Tensor, aten.searchsorted.Scalar, facts=NUMBERS)
 def searchsorted(call: Call, sorted_sequence: Axes, sorter: Axes | None = None, **number: Any) -> Axes:
     """One row of boundaries for all, or one per row of the values."""
     call.freeze([sorted_sequence[-1], *(sorter or ())], BY_VALUE)
@@ -238,7 +246,7 @@ def searchsorted(call: Call, sorted_sequence: Axes, sorter: Axes | None = None, 
     return values
 
 
-@rule(aten.bucketize.Tensor, aten.bucketize.Scalar)
+@op(aten.bucketize.Tensor, aten.bucketize.Scalar, facts=NUMBERS)
 def bucketize(call: Call, boundaries: Axes, **number: Any) -> Axes:
     """Each value by itself, among frozen boundaries."""
     call.freeze(boundaries, BY_VALUE)
@@ -246,7 +254,7 @@ def bucketize(call: Call, boundaries: Axes, **number: Any) -> Axes:
     return values if isinstance(values, AxesValue) else ()
 
 
-@rule(aten.isin.Tensor_Tensor, aten.isin.Tensor_Scalar, aten.isin.Scalar_Tensor)
+@op(aten.isin.Tensor_Tensor, aten.isin.Tensor_Scalar, aten.isin.Scalar_Tensor, facts=NUMBERS)
 def isin(call: Call, elements: Axes = (), test_elements: Any = None) -> Axes:
     """Each element by itself, among a frozen set."""
     if isinstance(test_elements, AxesValue):
@@ -254,7 +262,7 @@ def isin(call: Call, elements: Axes = (), test_elements: Any = None) -> Axes:
     return elements
 
 
-@rule(aten.repeat_interleave.self_Tensor)
+@op(aten.repeat_interleave.self_Tensor, facts=BY_NUMBERS)
 def repeat_interleave(self: Axes, repeats: Axes, dim: int | None = None, *, call: Call) -> list[Axes]:
     """Each index a number of times that is its own."""
     call.freeze([*repeats, *(self if dim is None else [self[dim]])], BY_NUMBER)
@@ -262,7 +270,7 @@ def repeat_interleave(self: Axes, repeats: Axes, dim: int | None = None, *, call
 
 
 # ------------------------------------------------------------------------------------------------ between dims
-@rule(aten.cross.default, aten.linalg_cross.default)
+@op(aten.cross.default, aten.linalg_cross.default, facts=in_float("products of coordinates"))
 def cross(self: Axes, other: Axes, dim: int | None = None, *, call: Call) -> Axes:
     """The three coordinates stay."""
     axes = broadcast([self, other], call.why)
@@ -272,7 +280,12 @@ def cross(self: Axes, other: Axes, dim: int | None = None, *, call: Call) -> Axe
     return tuple(axes)
 
 
-@rule(aten.cdist.default, aten._cdist_forward.default, aten._euclidean_dist.default)
+@op(
+    aten.cdist.default,
+    aten._cdist_forward.default,
+    aten._euclidean_dist.default,
+    facts=product(Float("distances of floats")),
+)
 def cdist(x1: Axes, x2: Axes, *, call: Call) -> list[Axes]:
     """... p m, ... r m -> ... p r: masked units must be zero on both sides."""
     call.contract("x1", len(x1) - 1)
@@ -280,12 +293,13 @@ def cdist(x1: Axes, x2: Axes, *, call: Call) -> list[Axes]:
 
 
 # ------------------------------------------------------------------------------------------------ frequencies
-@rule(
+@op(
     *overloads(
         aten.fft_fft, aten.fft_ifft, aten.fft_rfft, aten.fft_irfft, aten.fft_hfft, aten.fft_ihfft, aten.fft_fft2,
         aten.fft_ifft2, aten.fft_rfft2, aten.fft_irfft2, aten.fft_fftn, aten.fft_ifftn, aten.fft_rfftn,
         aten.fft_irfftn, aten.fft_fftshift, aten.fft_ifftshift, aten._fft_r2c, aten._fft_c2r, aten._fft_c2c,
-    )
+    ),
+    facts=in_float("complex numbers; costs are not counted, as by convention"),
 )  # fmt: skip
 def fft(self: Axes, dim: int | Sequence[int] | None = None, s: Sequence[Size] | None = None, *, call: Call) -> Axes:
     """Frozen along the dims that are transformed (the last len(s), or all, where none is named)."""
@@ -298,7 +312,7 @@ def fft(self: Axes, dim: int | Sequence[int] | None = None, s: Sequence[Size] | 
 
 
 # ------------------------------------------------------------------------------------------------ all of it
-@rule(
+@op(
     aten.take.default, aten.masked_select.default, aten.masked_scatter.default, aten.masked_scatter_.default,
     aten.nonzero.default, aten.nonzero_numpy.default, aten.nonzero_static.default, aten.argwhere.default,
     aten.where.default, aten._unique.default, aten._unique2.default, aten.unique_consecutive.default,
@@ -310,6 +324,7 @@ def fft(self: Axes, dim: int | Sequence[int] | None = None, s: Sequence[Size] | 
     aten.corrcoef.default, aten.equal.default, aten.diagonal_scatter.default,
     aten.as_strided_scatter.default, aten.pad_sequence.default, aten.linalg_vander.default,
     *overloads(aten.gradient, aten.trapezoid, aten.trapz, aten.cumulative_trapezoid, aten.index_reduce),
+    facts=in_float("depends on every place"),
 )  # fmt: skip
 def whole(call: Call, **arguments: Any) -> list[Axes]:
     """What comes out depends on every place that goes in: operands and results are frozen."""

@@ -8,13 +8,16 @@ import torch
 
 from graphcomp.coupling.axis import Axes, fresh, length
 from graphcomp.ops.create import overloads
+from graphcomp.ops.facts import in_float
 from graphcomp.ops.index import whole
-from graphcomp.ops.registry import AxesValue, Call, rule
+from graphcomp.ops.registry import AxesValue, Call, op
 
 aten = torch.ops.aten
 
+FACTORED = in_float("factored, solved or inverted in float; costs are not counted, as by convention")
 
-@rule(
+
+@op(
     *overloads(
         aten.linalg_inv, aten.linalg_inv_ex, aten.inverse, aten.linalg_det, aten._linalg_det, aten.det, aten.logdet,
         aten.slogdet, aten.linalg_slogdet, aten._linalg_slogdet, aten.linalg_cholesky, aten.linalg_cholesky_ex,
@@ -23,6 +26,7 @@ aten = torch.ops.aten
         aten.matrix_power, aten.linalg_matrix_power, aten.pinverse, aten.linalg_lu_factor, aten.linalg_lu,
     ),
     aten.qr.default, aten.svd.default, aten.linalg_svd.default, aten.linalg_eigh.default, aten.linalg_pinv.default,
+    facts=FACTORED,
 )  # fmt: skip
 def matrices(call: Call, **arguments: Any) -> list[Axes]:
     """... a b -> ... and whatever comes out of a matrix."""
@@ -37,12 +41,12 @@ def matrices(call: Call, **arguments: Any) -> list[Axes]:
     return results
 
 
-rule(
+op(
     *overloads(
         aten.linalg_solve, aten._linalg_solve_ex, aten.linalg_lstsq, aten.linalg_lu_solve, aten.lu_solve,
         aten.cholesky_solve, aten.linalg_solve_triangular, aten.linalg_matrix_norm, aten.linalg_matrix_rank,
         aten.linalg_cond, aten.nuclear_norm, aten.linalg_tensorinv, aten.linalg_tensorsolve,
         aten.linalg_householder_product,
     ),
-    aten.triangular_solve.default, aten.lu_unpack.default,
-)(whole)  # fmt: skip
+    aten.triangular_solve.default, aten.lu_unpack.default, whole, facts=FACTORED,
+)  # fmt: skip

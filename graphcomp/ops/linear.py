@@ -14,45 +14,54 @@ from graphcomp.coupling.axis import UNIT, Axes, Axis, couple, freeze, length, re
 from graphcomp.coupling.notation import broadcast, einsum_letters, from_end, summed_products
 from graphcomp.coupling.size import Size, divide
 from graphcomp.ir.graph import bind, value
-from graphcomp.ops.registry import Call, rule
+from graphcomp.ops.facts import Compute, Float, Fused, in_float, product
+from graphcomp.ops.registry import Call, op
 
 aten = torch.ops.aten
 
-rule(aten.linear.default, "... i, o i, o -> ... o")
-rule(aten.mm.default, "n i, i o -> n o")
-rule(aten.mv.default, "n i, i -> n")
-rule(aten.mm.dtype, "n i, i o -> n o")
-rule(aten.dot.default, "i, i -> ")
-rule(aten.vdot.default, "i, i -> ")
-rule(aten.outer.default, "a, b -> a b")
-rule(aten.ger.default, "a, b -> a b")
-rule(aten._int_mm.default, "n i, i o -> n o")
-rule(aten.bilinear.default, "... i, ... j, o i j, o -> ... o")
+IN_PLACE = "writes into an operand"
+VECTORS = product(Float("a product with a vector"))
+OTHER_DTYPE = product(Float("returns another dtype"))
+ANY_DIMS = product(Float("no integer kernel for products over any dims"))
+OUTER = in_float("multiplies and sums nothing")
+
+op(aten.linear.default, "... i, o i, o -> ... o", facts=product(Compute(("input",), "weight", 0, "bias")))
+op(aten.mm.default, "n i, i o -> n o", facts=product(Compute(("self", "mat2"), "mat2", 1)))
+op(aten.mv.default, "n i, i -> n", facts=VECTORS)
+op(aten.mm.dtype, "n i, i o -> n o", facts=OTHER_DTYPE)
+op(aten.dot.default, "i, i -> ", facts=VECTORS)
+op(aten.vdot.default, "i, i -> ", facts=VECTORS)
+op(aten.outer.default, "a, b -> a b", facts=OUTER)
+op(aten.ger.default, "a, b -> a b", facts=OUTER)
+op(aten._int_mm.default, "n i, i o -> n o", facts=product(Float("multiplies integers already")))
+op(aten.bilinear.default, "... i, ... j, o i j, o -> ... o", facts=product(Float("multiplies three operands")))
 
 
-@rule(aten.bmm.default, aten.bmm.dtype)
+@op(aten.bmm.default, facts=product(Compute(("self", "mat2"), "mat2", 2)))
+@op(aten.bmm.dtype, facts=OTHER_DTYPE)
 def bmm(self: Axes, mat2: Axes, *, call: Call) -> list[Axes]:
     """Batched matrix product."""
     return _matmul(call, "self", self, "mat2", mat2)
 
 
-@rule(aten.matmul.default, aten.linalg_matmul.default)
+@op(aten.matmul.default, facts=product(Compute(("self", "other"), "other", -1)))
+@op(aten.linalg_matmul.default, facts=product(Float("another name of matmul")))
 def matmul(self: Axes, other: Axes, *, call: Call) -> list[Axes]:
     """Batch dims broadcast, the last dim of the first meets the last but one of the second."""
     return _matmul(call, "self", self, "other", other)
 
 
-@rule(
-    aten.addmm.default, aten.addmm.dtype, aten.addmm_.default,
-    aten.baddbmm.default, aten.baddbmm.dtype, aten.baddbmm_.default,
-)  # fmt: skip
+@op(aten.addmm.default, facts=product(Compute(("mat1",), "mat2", 1, "self")))
+@op(aten.baddbmm.default, facts=product(Compute(("batch1", "batch2"), "batch2", 2)))
+@op(aten.addmm.dtype, aten.baddbmm.dtype, facts=OTHER_DTYPE)
+@op(aten.addmm_.default, aten.baddbmm_.default, facts=product(Float(IN_PLACE)))
 def addmm(self: Axes, call: Call, mat1: Axes = (), mat2: Axes = (), **batched: Any) -> Axes:
     """A product plus something broadcast over it."""
     if batched.get("batch1") is not None:
-        product = _matmul(call, "batch1", batched["batch1"], "batch2", batched["batch2"])[0]
+        found = _matmul(call, "batch1", batched["batch1"], "batch2", batched["batch2"])[0]
     else:
-        product = _matmul(call, "mat1", mat1, "mat2", mat2)[0]
-    return tuple(broadcast([product, self], call.why))
+        found = _matmul(call, "mat1", mat1, "mat2", mat2)[0]
+    return tuple(broadcast([found, self], call.why))
 
 
 def _matmul(call: Call, left_name: str, left: Axes, right_name: str, right: Axes) -> list[Axes]:
@@ -76,25 +85,25 @@ def _matmul(call: Call, left_name: str, left: Axes, right_name: str, right: Axes
     return found
 
 
-@rule(aten.addmv.default, aten.addmv_.default)
+@op(aten.addmv.default, aten.addmv_.default, facts=VECTORS)
 def addmv(self: Axes, mat: Axes, vec: Axes, *, call: Call) -> Axes:
     """A product with a vector plus something broadcast over it."""
     return tuple(broadcast([call.einsum("n i, i -> n", mat=mat, vec=vec)[0], self], call.why))
 
 
-@rule(aten.addr.default, aten.addr_.default)
+@op(aten.addr.default, aten.addr_.default, facts=OUTER)
 def addr(self: Axes, vec1: Axes, vec2: Axes, *, call: Call) -> Axes:
     """An outer product plus something broadcast over it."""
     return tuple(broadcast([(*vec1, *vec2), self], call.why))
 
 
-@rule(aten.addbmm.default, aten.addbmm_.default)
+@op(aten.addbmm.default, aten.addbmm_.default, facts=product(Float("sums a batch of products")))
 def addbmm(self: Axes, batch1: Axes, batch2: Axes, *, call: Call) -> Axes:
     """The sum of a batch of products plus something broadcast over it."""
     return tuple(broadcast([call.einsum("b n i, b i m -> n m", batch1=batch1, batch2=batch2)[0], self], call.why))
 
 
-@rule(aten.inner.default)
+@op(aten.inner.default, facts=ANY_DIMS)
 def inner(self: Axes, other: Axes, *, call: Call) -> Axes:
     """The last dims are summed away; the others stand side by side."""
     if not self or not other:
@@ -105,7 +114,7 @@ def inner(self: Axes, other: Axes, *, call: Call) -> Axes:
     return (*self[:-1], *other[:-1])
 
 
-@rule(aten.tensordot.default)
+@op(aten.tensordot.default, facts=ANY_DIMS)
 def tensordot(self: Axes, other: Axes, dims_self: Sequence[int], dims_other: Sequence[int], *, call: Call) -> Axes:
     """As `inner`, along any dims."""
     mine, theirs = [d % len(self) for d in dims_self], [d % len(other) for d in dims_other]
@@ -118,7 +127,7 @@ def tensordot(self: Axes, other: Axes, dims_self: Sequence[int], dims_other: Seq
     return (*(axis for d, axis in enumerate(self) if d not in mine), *rest)
 
 
-@rule(aten.linalg_vecdot.default)
+@op(aten.linalg_vecdot.default, facts=VECTORS)
 def vecdot(x: Axes, y: Axes, dim: int = -1, *, call: Call) -> Axes:
     """Summed along `dim`; the other dims broadcast."""
     axes = broadcast([x, y], call.why)
@@ -131,7 +140,7 @@ def vecdot(x: Axes, y: Axes, dim: int = -1, *, call: Call) -> Axes:
     return tuple(axes)
 
 
-@rule(aten.linalg_multi_dot.default, aten.chain_matmul.default)
+@op(aten.linalg_multi_dot.default, aten.chain_matmul.default, facts=product(Float("multiplies several matrices")))
 def multi_dot(call: Call, tensors: Sequence[Axes] = (), matrices: Sequence[Axes] = ()) -> Axes:
     """Each operand's last dim meets the first of the next. Multiplied in the order that costs least at full lengths, as
     torch does: after a cut another order may cost less."""
@@ -170,7 +179,7 @@ def _splits(best: dict[tuple[int, int], int], a: int, c: int) -> list[tuple[int,
     return [*_splits(best, a, b), *_splits(best, b, c), (a, b, c)]
 
 
-@rule(aten.einsum.default)
+@op(aten.einsum.default, facts=product(Float("written out as matmul where two operands are multiplied")))
 def einsum(equation: str, tensors: list[Axes], *, call: Call) -> Axes:
     """Letters as einsum reads them; a letter that is not in the result is summed away, dims of length 1 stretch."""
     names, result = einsum_letters(equation, [len(axes) for axes in tensors])
@@ -216,13 +225,14 @@ def _mark_product(call: Call, names: list[str], result: str, axis_of: dict[str, 
 
 
 # ------------------------------------------------------------------------------------------------ attention
-@rule(
+@op(
     aten.scaled_dot_product_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_attention_math.default,
+    facts=product(Fused()),
 )
 def scaled_dot_product_attention(
     query: Axes,
@@ -278,7 +288,9 @@ def _attention_batch(query: Axes, key: Axes, value: Axes, grouped: bool, call: C
 
 
 # ------------------------------------------------------------------------------------------------ stacked experts
-@rule("transformers::grouped_mm_fallback", aten._grouped_mm.default)
+@op(
+    "transformers::grouped_mm_fallback", aten._grouped_mm.default, facts=product(Float("each row meets another matrix"))
+)
 def grouped_mm(call: Call, **arguments: Any) -> Axes:
     """Rows of the first operand, sorted by expert, meet that expert's matrix: (t, i), (e, i, o) -> (t, o).
 

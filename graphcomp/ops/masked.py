@@ -7,7 +7,7 @@ than 1 only where the op reduces.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ def var(mask: Tensor, self: Tensor, dim: Any = None, correction: float | None = 
     return centred.square().sum(dims, keepdim) / divisor.to(self.dtype)
 
 
-def _unbiased(mask: Tensor, self: Tensor, *args: Any, unbiased: bool = True, **kwargs: Any) -> Tensor:
+def var_unbiased(mask: Tensor, self: Tensor, *args: Any, unbiased: bool = True, **kwargs: Any) -> Tensor:
     return var(mask, self, correction=int(unbiased), **kwargs)
 
 
@@ -59,8 +59,8 @@ def std(mask: Tensor, self: Tensor, **kwargs: Any) -> Tensor:
     return _root(var(mask, self, **kwargs))
 
 
-def _unbiased_std(mask: Tensor, self: Tensor, **kwargs: Any) -> Tensor:
-    return _root(_unbiased(mask, self, **kwargs))
+def std_unbiased(mask: Tensor, self: Tensor, **kwargs: Any) -> Tensor:
+    return _root(var_unbiased(mask, self, **kwargs))
 
 
 def var_mean(
@@ -70,7 +70,7 @@ def var_mean(
     return var(mask, self, dim, correction, keepdim), mean(mask, self, dim, keepdim)
 
 
-def _unbiased_var_mean(mask: Tensor, self: Tensor, *, unbiased: bool = True, **kwargs: Any) -> tuple[Tensor, Tensor]:
+def var_mean_unbiased(mask: Tensor, self: Tensor, *, unbiased: bool = True, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return var_mean(mask, self, correction=int(unbiased), **kwargs)
 
 
@@ -81,7 +81,7 @@ def std_mean(
     return _root(var(mask, self, dim, correction, keepdim)), mean(mask, self, dim, keepdim)
 
 
-def _unbiased_std_mean(mask: Tensor, self: Tensor, *, unbiased: bool = True, **kwargs: Any) -> tuple[Tensor, Tensor]:
+def std_mean_unbiased(mask: Tensor, self: Tensor, *, unbiased: bool = True, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return std_mean(mask, self, correction=int(unbiased), **kwargs)
 
 
@@ -251,38 +251,3 @@ def _group_norm(
     shape = (1, c, *[1] * (input.dim() - 2))
     y = _affine(y, None if weight is None else weight.reshape(shape), None if bias is None else bias.reshape(shape))
     return y, centre.flatten(1), scale.flatten(1)
-
-
-FORMS: dict[Any, Callable[..., Any]] = {
-    aten.mean.default: mean,
-    aten.mean.dim: mean,
-    aten.var.default: _unbiased,
-    aten.var.dim: _unbiased,
-    aten.var.correction: var,
-    aten.std.default: _unbiased_std,
-    aten.std.dim: _unbiased_std,
-    aten.std.correction: std,
-    aten.var_mean.correction: var_mean,
-    aten.var_mean.default: _unbiased_var_mean,
-    aten.var_mean.dim: _unbiased_var_mean,
-    aten.std_mean.correction: std_mean,
-    aten.std_mean.default: _unbiased_std_mean,
-    aten.std_mean.dim: _unbiased_std_mean,
-    aten.amax.default: amax,
-    aten.amin.default: amin,
-    aten.max.default: amax,
-    aten.min.default: amin,
-    aten.max.dim: max_dim,
-    aten.min.dim: min_dim,
-    aten.aminmax.default: aminmax,
-    aten.logsumexp.default: logsumexp,
-    aten.layer_norm.default: layer_norm,
-    aten.native_layer_norm.default: native_layer_norm,
-    aten.rms_norm.default: rms_norm,
-    aten._fused_rms_norm.default: _fused_rms_norm,
-    aten.batch_norm.default: batch_norm,
-    aten.instance_norm.default: instance_norm,
-    aten.group_norm.default: group_norm,
-    aten.native_group_norm.default: native_group_norm,
-}
-"""Op -> its masked form. Every other op that contracts only needs zeros where units are masked."""

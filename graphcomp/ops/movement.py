@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,20 +25,32 @@ from graphcomp.coupling.axis import (
 from graphcomp.coupling.notation import broadcast
 from graphcomp.coupling.size import Size, divide
 from graphcomp.ir.graph import bind
-from graphcomp.ops.registry import Call, rule
+from graphcomp.ops.facts import Move, Rescale, in_float, moves
+from graphcomp.ops.registry import Call, op
 from graphcomp.torch_compat import OpOverload, schema_of
 
 aten = torch.ops.aten
 
+MOVES = moves(Move())
+KEEPS = moves(Move(), keeps_zeros=True)
+IN_PLACE = in_float("writes into the operand")
+CANONICAL = in_float("another op by the time a graph is quantized")
+CONJUGATES = in_float("complex numbers")
+COMPLEX = in_float("complex numbers")
+JOINS = in_float("no integer kernel that joins operands of several scales")
+LIKE_ANOTHER = in_float("takes its lengths from another operand")
+
 
 # ------------------------------------------------------------------------------------------------ regrouping
-@rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten._reshape_alias.default)
+@op(aten.view.default, aten.reshape.default, facts=replace(KEEPS, scales="regrouped"))
+@op(aten._unsafe_view.default, facts=KEEPS)
+@op(aten._reshape_alias.default, facts=CANONICAL)
 def view(self: Axes, *, call: Call) -> Axes:
     """Row-major regrouping. A length of -1 stays for the runtime to work out."""
     return _regrouped(call, self, "size" if "size" in _names(call) else "shape")
 
 
-@rule(aten.view_as.default, aten.reshape_as.default)
+@op(aten.view_as.default, aten.reshape_as.default, facts=LIKE_ANOTHER)
 def view_as(self: Axes, other: Axes, *, call: Call) -> Axes:
     """As `view`; the lengths are those of `other`, so the two couple."""
     axes = tuple(regroup(self, call.shape, call.why))
@@ -46,13 +59,14 @@ def view_as(self: Axes, other: Axes, *, call: Call) -> Axes:
     return axes
 
 
-@rule(aten.flatten.using_ints, aten.ravel.default)
+@op(aten.flatten.using_ints, facts=replace(KEEPS, scales="regrouped"))
+@op(aten.ravel.default, facts=MOVES)
 def flatten(self: Axes, *, call: Call) -> Axes:
     """Some neighbouring dims become one."""
     return tuple(regroup(self, call.shape, call.why))
 
 
-@rule(aten.unflatten.int)
+@op(aten.unflatten.int, facts=MOVES)
 def unflatten(self: Axes, dim: int, *, call: Call) -> Axes:
     """One dim becomes several; a length of -1 stays."""
     dim %= len(self)
@@ -73,10 +87,9 @@ def _names(call: Call) -> set[str]:
     return {a.name for a in schema_of(call.node.target).arguments}
 
 
-@rule(
-    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
-    aten.squeeze_.default, aten.squeeze_.dim, aten.squeeze_.dims,
-)  # fmt: skip
+@op(aten.squeeze.default, aten.squeeze.dims, facts=MOVES)
+@op(aten.squeeze.dim, facts=KEEPS)
+@op(aten.squeeze_.default, aten.squeeze_.dim, aten.squeeze_.dims, facts=IN_PLACE)
 def squeeze(self: Axes, dim: int | Sequence[int] | None = None, *, call: Call) -> Axes:
     """Dims of length 1 go, all or the named ones."""
     named = range(len(self)) if dim is None else [dim] if isinstance(dim, int) else dim
@@ -84,7 +97,8 @@ def squeeze(self: Axes, dim: int | Sequence[int] | None = None, *, call: Call) -
     return tuple(axis for d, axis in enumerate(self) if d not in gone)
 
 
-@rule(aten.unsqueeze.default, aten.unsqueeze_.default)
+@op(aten.unsqueeze.default, facts=KEEPS)
+@op(aten.unsqueeze_.default, facts=IN_PLACE)
 def unsqueeze(self: Axes, dim: int) -> Axes:
     """A new dim of length 1."""
     dim %= len(self) + 1
@@ -92,16 +106,15 @@ def unsqueeze(self: Axes, dim: int) -> Axes:
 
 
 # ------------------------------------------------------------------------------------------------ reordering
-@rule(aten.permute.default)
+@op(aten.permute.default, facts=KEEPS)
 def permute(self: Axes, dims: Sequence[int]) -> Axes:
     """Dims in another order."""
     return tuple(self[d] for d in dims)
 
 
-@rule(
-    aten.transpose.int, aten.swapaxes.default, aten.swapdims.default,
-    aten.transpose_.default, aten.swapaxes_.default, aten.swapdims_.default,
-)  # fmt: skip
+@op(aten.transpose.int, facts=KEEPS)
+@op(aten.swapaxes.default, aten.swapdims.default, facts=MOVES)
+@op(aten.transpose_.default, aten.swapaxes_.default, aten.swapdims_.default, facts=IN_PLACE)
 def transpose(self: Axes, call: Call, **dims: Any) -> Axes:
     """Two dims swapped."""
     a, b = (dims["dim0"], dims["dim1"]) if "dim0" in dims else (dims["axis0"], dims["axis1"])
@@ -111,19 +124,23 @@ def transpose(self: Axes, call: Call, **dims: Any) -> Axes:
     return tuple(axes)
 
 
-@rule(aten.mT.default, aten.mH.default, aten.adjoint.default)
+@op(aten.mT.default, facts=MOVES)
+@op(aten.mH.default, aten.adjoint.default, facts=CONJUGATES)
 def swap_last(self: Axes) -> Axes:
     """The last two dims swapped."""
     return (*self[:-2], self[-1], self[-2])
 
 
-@rule(aten.t.default, aten.t_.default, aten.numpy_T.default, aten.matrix_H.default)
+@op(aten.t.default, facts=KEEPS)
+@op(aten.numpy_T.default, facts=MOVES)
+@op(aten.t_.default, facts=IN_PLACE)
+@op(aten.matrix_H.default, facts=CONJUGATES)
 def t(self: Axes) -> Axes:
     """All dims in reverse."""
     return tuple(reversed(self))
 
 
-@rule(aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist)
+@op(aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist, facts=MOVES)
 def movedim(self: Axes, source: int | Sequence[int], destination: int | Sequence[int]) -> Axes:
     """Some dims go to new places, the others keep their order."""
     sources = [source] if isinstance(source, int) else source
@@ -134,7 +151,7 @@ def movedim(self: Axes, source: int | Sequence[int], destination: int | Sequence
     return tuple(self[placed[d] if d in placed else next(rest)] for d in range(rank))
 
 
-@rule(aten.flip.default, aten.roll.default)
+@op(aten.flip.default, aten.roll.default, facts=MOVES)
 def reorder(self: Axes, dims: Sequence[int] = (), *, call: Call) -> Axes:
     """Indices change places within a dim: positions matter, so it is frozen."""
     moved = [d % len(self) for d in dims] if dims else range(len(self))
@@ -142,14 +159,14 @@ def reorder(self: Axes, dims: Sequence[int] = (), *, call: Call) -> Axes:
     return tuple(self)
 
 
-@rule(aten.flipud.default, aten.fliplr.default)
+@op(aten.flipud.default, aten.fliplr.default, facts=MOVES)
 def flip_rows(self: Axes, *, call: Call) -> Axes:
     """Dim 0, or 1, in reverse."""
     call.freeze(self[0 if call.node.target is aten.flipud.default else 1], "indices change places")
     return tuple(self)
 
 
-@rule(aten.rot90.default)
+@op(aten.rot90.default, facts=MOVES)
 def rot90(self: Axes, dims: Sequence[int] = (0, 1), *, call: Call) -> Axes:
     """Frozen in the plane that turns."""
     call.freeze([self[d] for d in dims], "indices change places")
@@ -157,7 +174,7 @@ def rot90(self: Axes, dims: Sequence[int] = (0, 1), *, call: Call) -> Axes:
     return tuple(fresh(n, call.why) if d in plane else self[d] for d, n in enumerate(call.shape))
 
 
-@rule(aten.channel_shuffle.default)
+@op(aten.channel_shuffle.default, facts=MOVES)
 def channel_shuffle(self: Axes, groups: int, *, call: Call) -> Axes:
     """Channels (g c) come out as (c g)."""
     outer, inner = split(self[1], groups, call.why)
@@ -165,7 +182,7 @@ def channel_shuffle(self: Axes, groups: int, *, call: Call) -> Axes:
     return (self[0], product(inner, outer), *self[2:])
 
 
-@rule(aten.pixel_shuffle.default)
+@op(aten.pixel_shuffle.default, facts=MOVES)
 def pixel_shuffle(self: Axes, upscale_factor: int, *, call: Call) -> Axes:
     """(..., (c r r), h, w) -> (..., c, h r, w r): space is frozen."""
     r = upscale_factor
@@ -174,7 +191,7 @@ def pixel_shuffle(self: Axes, upscale_factor: int, *, call: Call) -> Axes:
     return (*self[:-3], channels, *(fresh(n, call.why) for n in call.shape[-2:]))
 
 
-@rule(aten.pixel_unshuffle.default)
+@op(aten.pixel_unshuffle.default, facts=MOVES)
 def pixel_unshuffle(self: Axes, downscale_factor: int, *, call: Call) -> Axes:
     """(..., c, h r, w r) -> (..., (c r r), h, w): space is frozen."""
     call.freeze(list(self[-2:]))
@@ -183,7 +200,8 @@ def pixel_unshuffle(self: Axes, downscale_factor: int, *, call: Call) -> Axes:
 
 
 # ------------------------------------------------------------------------------------------------ joining, parting
-@rule(aten.cat.default, aten.concat.default, aten.concatenate.default)
+@op(aten.cat.default, facts=moves(Rescale()))
+@op(aten.concat.default, aten.concatenate.default, facts=JOINS)
 def cat(tensors: list[Axes], dim: int = 0, *, call: Call) -> Axes:
     """Along `dim` the inputs lie end to end; every other dim is shared."""
     present = [axes for axes in tensors if not (len(axes) == 1 and length(axes[0]) == 0)] or tensors[:1]
@@ -206,7 +224,10 @@ def _end_to_end(parts: Sequence[Axis], total: Size, call: Call) -> Axis:
     return fresh(total, call.why)
 
 
-@rule(aten.hstack.default, aten.vstack.default, aten.row_stack.default, aten.dstack.default, aten.column_stack.default)
+@op(
+    aten.hstack.default, aten.vstack.default, aten.row_stack.default, aten.dstack.default, aten.column_stack.default,
+    facts=JOINS,
+)  # fmt: skip
 def hstack(tensors: list[Axes], *, call: Call) -> Axes:
     """`cat` of operands that have the dim at least."""
     op = call.node.target
@@ -219,8 +240,8 @@ def hstack(tensors: list[Axes], *, call: Call) -> Axes:
     return cat([_at_least(axes, 2) for axes in tensors], 0, call=call)
 
 
-@rule(aten.atleast_1d.default, aten.atleast_1d.Sequence, aten.atleast_2d.default, aten.atleast_2d.Sequence)
-@rule(aten.atleast_3d.default, aten.atleast_3d.Sequence)
+@op(aten.atleast_1d.default, aten.atleast_2d.default, aten.atleast_3d.default, facts=MOVES)
+@op(aten.atleast_1d.Sequence, aten.atleast_2d.Sequence, aten.atleast_3d.Sequence, facts=JOINS)
 def at_least(call: Call, self: Axes = (), tensors: Sequence[Axes] = ()) -> list[Axes]:
     """New dims of length 1."""
     return [_at_least(axes, len(shape)) for axes, shape in zip(tensors or [self], call.shapes, strict=True)]
@@ -232,14 +253,14 @@ def _at_least(axes: Axes, rank: int) -> Axes:
     return (*[UNIT] * (rank - len(axes)), *axes)
 
 
-@rule(aten.block_diag.default)
+@op(aten.block_diag.default, facts=JOINS)
 def block_diag(tensors: list[Axes]) -> Axes:
     """Rows end to end, columns end to end."""
     blocks = [_at_least(axes, 2) for axes in tensors]
     return (concat(*(rows for rows, _ in blocks)), concat(*(columns for _, columns in blocks)))
 
 
-@rule(aten.kron.default)
+@op(aten.kron.default, facts=in_float("multiplies and sums nothing"))
 def kron(self: Axes, other: Axes) -> Axes:
     """Every dim is the product of the two operands' dims."""
     rank = max(len(self), len(other))
@@ -247,7 +268,7 @@ def kron(self: Axes, other: Axes) -> Axes:
     return tuple(product(a, b) for a, b in pairs)
 
 
-@rule(aten.stack.default)
+@op(aten.stack.default, facts=JOINS)
 def stack(tensors: list[Axes], dim: int = 0, *, call: Call) -> Axes:
     """A new dim, frozen: which input is which matters."""
     axes = list(tensors[0])
@@ -258,7 +279,7 @@ def stack(tensors: list[Axes], dim: int = 0, *, call: Call) -> Axes:
     return (*axes[:dim], fresh(len(tensors), call.because("the order of stacked values")), *axes[dim:])
 
 
-@rule(aten.split_with_sizes.default)
+@op(aten.split_with_sizes.default, facts=MOVES)
 def split_with_sizes(self: Axes, dim: int = 0, *, call: Call) -> list[Axes]:
     """[a | b | …] in pieces of given lengths."""
     pieces = _pieces(self[dim], [shape[dim] for shape in call.shapes], call)
@@ -266,16 +287,16 @@ def split_with_sizes(self: Axes, dim: int = 0, *, call: Call) -> list[Axes]:
     return [_with(self, dim, piece) for piece in pieces]
 
 
-@rule(aten.split.Tensor, aten.chunk.default, aten.tensor_split.sections, aten.tensor_split.indices)
+@op(aten.split.Tensor, aten.chunk.default, aten.tensor_split.sections, aten.tensor_split.indices, facts=CANONICAL)
 def split_evenly(self: Axes, dim: int = 0, *, call: Call) -> list[Axes]:
     """Where the number or lengths of pieces are symbolic: frozen. (Others are split_with_sizes by now.)"""
     call.freeze(self[dim], "split by a rule that depends on the length")
     return [_with(self, dim, fresh(shape[dim], call.why)) for shape in call.shapes]
 
 
-@rule(
+@op(
     aten.hsplit.int, aten.hsplit.array, aten.vsplit.int, aten.vsplit.array, aten.dsplit.int, aten.dsplit.array,
-    aten.narrow.default,
+    aten.narrow.default, facts=CANONICAL,
 )  # fmt: skip
 def split_elsewhere(self: Axes, *, call: Call) -> list[Axes]:
     """Pieces of one dim, which is frozen: the one whose length changes."""
@@ -288,7 +309,7 @@ def split_elsewhere(self: Axes, *, call: Call) -> list[Axes]:
     ]
 
 
-@rule(aten.unbind.int)
+@op(aten.unbind.int, facts=MOVES)
 def unbind(self: Axes, dim: int = 0, *, call: Call) -> list[Axes]:
     """One value per index of `dim`: which is which matters."""
     call.freeze(self[dim], "one value per index")
@@ -296,7 +317,7 @@ def unbind(self: Axes, dim: int = 0, *, call: Call) -> list[Axes]:
     return [(*self[:dim], *self[dim + 1 :]) for _ in call.shapes]
 
 
-@rule(aten.select.int)
+@op(aten.select.int, facts=MOVES)
 def select(self: Axes, dim: int, *, call: Call) -> Axes:
     """One index of `dim`, by number."""
     call.freeze(self[dim], "one index is selected by number")
@@ -320,7 +341,7 @@ def _with(axes: Axes, dim: int, axis: Axis) -> Axes:
     return (*axes[:dim], axis, *axes[dim + 1 :])
 
 
-@rule(aten.slice.Tensor)
+@op(aten.slice.Tensor, facts=MOVES)
 def slice_(
     self: Axes, dim: int = 0, start: Size | None = None, end: Size | None = None, step: int = 1, *, call: Call
 ) -> Axes:
@@ -352,7 +373,7 @@ def _every(axis: Axis, first: int, step: int, wanted: int, call: Call) -> Axis:
     return outer
 
 
-@rule(aten.slice_scatter.default)
+@op(aten.slice_scatter.default, facts=JOINS)
 def slice_scatter(self: Axes, src: Axes, dim: int = 0, *, call: Call) -> Axes:
     """A slice replaced: that dim is frozen unless it is replaced whole."""
     for k, (a, b) in enumerate(zip(self, src, strict=True)):
@@ -363,7 +384,7 @@ def slice_scatter(self: Axes, src: Axes, dim: int = 0, *, call: Call) -> Axes:
     return tuple(self)
 
 
-@rule(aten.select_scatter.default)
+@op(aten.select_scatter.default, facts=JOINS)
 def select_scatter(self: Axes, src: Axes, dim: int, *, call: Call) -> Axes:
     """One index replaced."""
     dim %= len(self)
@@ -372,7 +393,7 @@ def select_scatter(self: Axes, src: Axes, dim: int, *, call: Call) -> Axes:
     return tuple(self)
 
 
-@rule(aten.unfold.default)
+@op(aten.unfold.default, facts=in_float("windows that overlap"))
 def unfold(self: Axes, dimension: int, *, call: Call) -> Axes:
     """Sliding windows along a dim: frozen."""
     dimension %= len(self)
@@ -381,10 +402,10 @@ def unfold(self: Axes, dimension: int, *, call: Call) -> Axes:
     return (*axes, fresh(call.shape[-1], call.why))
 
 
-@rule(
+@op(
     aten.as_strided.default, aten.diagonal.default, aten.diag_embed.default, aten.tril_indices.default,
     aten.as_strided_.default, aten.diag.default, aten.diagflat.default, aten.linalg_diagonal.default,
-    aten.fill_diagonal_.default,
+    aten.fill_diagonal_.default, facts=in_float("read by strides, or along a diagonal"),
 )  # fmt: skip
 def strided(call: Call, self: Axes = ()) -> Axes:
     """Memory read by strides, or along a diagonal: frozen."""
@@ -392,7 +413,7 @@ def strided(call: Call, self: Axes = ()) -> Axes:
     return tuple(fresh(n, call.why) for n in call.shape)
 
 
-@rule(aten.tril.default, aten.triu.default, aten.tril_.default, aten.triu_.default)
+@op(aten.tril.default, aten.triu.default, aten.tril_.default, aten.triu_.default, facts=in_float("zeros a triangle"))
 def triangle(self: Axes, *, call: Call) -> Axes:
     """Kept or not by position in the last two dims."""
     call.freeze(list(self[-2:]))
@@ -400,7 +421,7 @@ def triangle(self: Axes, *, call: Call) -> Axes:
 
 
 # ------------------------------------------------------------------------------------------------ repeating
-@rule(aten.expand.default)
+@op(aten.expand.default, facts=MOVES)
 def expand(self: Axes, *, call: Call) -> Axes:
     """Dims of length 1 become free factors of the new length (copies all alike)."""
     new = len(call.shape) - len(self)
@@ -410,7 +431,9 @@ def expand(self: Axes, *, call: Call) -> Axes:
     return axes
 
 
-@rule(aten.expand_as.default, aten.broadcast_to.default, aten.broadcast_tensors.default)
+@op(aten.expand_as.default, facts=LIKE_ANOTHER)
+@op(aten.broadcast_to.default, facts=MOVES)
+@op(aten.broadcast_tensors.default, facts=JOINS)
 def expand_as(call: Call, self: Axes = (), other: Axes | None = None, tensors: Sequence[Axes] = ()) -> list[Axes]:
     """Dims of length 1 take the axes of what they are stretched to."""
     if tensors:
@@ -427,7 +450,7 @@ def _broadcast_to(self: Axes, call: Call) -> Axes:
     return axes
 
 
-@rule(aten.repeat.default, aten.tile.default)
+@op(aten.repeat.default, aten.tile.default, facts=MOVES)
 def repeat(self: Axes, *, call: Call) -> Axes:
     """Copies end to end: (r d), where r is a free factor whose length is a constant of the op."""
     own: Axes = (*[UNIT] * (len(call.shape) - len(self)), *self)
@@ -450,7 +473,7 @@ def _copies(axis: Axis, total: Size, call: Call) -> tuple[Axis | None, Axis]:
     return None, fresh(total, call.why)
 
 
-@rule(aten.repeat_interleave.self_int)
+@op(aten.repeat_interleave.self_int, facts=MOVES)
 def repeat_interleave(self: Axes, dim: int | None = None, *, call: Call) -> Axes:
     """Each index copied in place: (d r)."""
     axes = list(self) if dim is not None else [product(*self)]
@@ -465,7 +488,7 @@ def repeat_interleave(self: Axes, dim: int | None = None, *, call: Call) -> Axes
 
 
 # ------------------------------------------------------------------------------------------------ padding
-@rule(aten.pad.default, aten.constant_pad_nd.default)
+@op(aten.pad.default, aten.constant_pad_nd.default, facts=moves(Move(pads=True)))
 def pad(self: Axes, pad: Sequence[Size], mode: str = "constant", *, call: Call) -> Axes:
     """Along a padded dim [before | x | after]. A constant fill is free, a reflection addresses positions."""
     axes = list(self)
@@ -497,20 +520,20 @@ def all_frozen(call: Call) -> list[Axes]:
 
 
 # ------------------------------------------------------------------------------------------------ elements re-read
-@rule(aten.view_as_complex.default)
+@op(aten.view_as_complex.default, facts=COMPLEX)
 def view_as_complex(self: Axes, *, call: Call) -> Axes:
     """(..., 2) -> (...): real and imaginary part."""
     call.freeze(self[-1], "real and imaginary part")
     return self[:-1]
 
 
-@rule(aten.view_as_real.default)
+@op(aten.view_as_real.default, facts=COMPLEX)
 def view_as_real(self: Axes, *, call: Call) -> Axes:
     """(...) -> (..., 2): real and imaginary part."""
     return (*self, fresh(2, call.because("real and imaginary part")))
 
 
-@rule(aten.view.dtype)
+@op(aten.view.dtype, facts=in_float("the bytes of another dtype"))
 def view_dtype(self: Axes, *, call: Call) -> Axes:
     """The same bytes as another dtype: of another width, the last dim is frozen."""
     if tuple(map(length, self)) == call.shape:

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from graphcomp.coupling.axis import UNIT, Axes, Axis, couple, fresh, length, split
 from graphcomp.coupling.size import Size
-from graphcomp.ops.registry import Call, rule
+from graphcomp.ops import masked
+from graphcomp.ops.facts import Facts, Float, in_float
+from graphcomp.ops.registry import Call, facts_of, op
 
 aten = torch.ops.aten
 
 
-STANDARDIZE = frozenset({aten.batch_norm.default, aten.instance_norm.default})
-"""Norms of channels that have a masked form (see `graphcomp.ops.masked`)."""
+def _norm(form: Callable[..., Any] | str) -> Facts:
+    return Facts(Float("statistics of floats"), "statistics", form, keeps_zeros=False, scales="no", norm=True)
+
+
+UNMASKED = _norm("its statistics are of each channel, or its dims are frozen")
 
 
 # ------------------------------------------------------------------------------------------------ per channel
-@rule(
-    aten.batch_norm.default, aten.native_batch_norm.default, aten.cudnn_batch_norm.default,
+@op(aten.batch_norm.default, facts=_norm(masked.batch_norm))
+@op(
+    aten.native_batch_norm.default, aten.cudnn_batch_norm.default,
     aten.miopen_batch_norm.default, aten._native_batch_norm_legit.default, aten._native_batch_norm_legit.no_stats,
     aten._native_batch_norm_legit_no_training.default, aten._native_batch_norm_legit_functional.default,
     aten._batch_norm_with_update.default, aten._batch_norm_with_update_functional.default,
-    aten._batch_norm_no_update.default,
+    aten._batch_norm_no_update.default, facts=UNMASKED,
 )  # fmt: skip
 def batch_norm(
     input: Axes,
@@ -44,7 +51,7 @@ def batch_norm(
     return [input, *(_statistics(shape, input[1], call) for shape in call.shapes[1:])]
 
 
-@rule(aten.instance_norm.default)
+@op(aten.instance_norm.default, facts=_norm(masked.instance_norm))
 def instance_norm(
     input: Axes,
     weight: Axes | None = None,
@@ -65,7 +72,7 @@ def instance_norm(
 
 def _standardizes(call: Call, running_mean: Axes | None) -> bool:
     """Whether the op standardizes a weight: its masked form then takes the statistics of the kept inputs."""
-    return "input" not in call.activations and running_mean is None and call.node.target in STANDARDIZE
+    return "input" not in call.activations and running_mean is None and callable(facts_of(call.node.target).masked)
 
 
 def _per_channel(call: Call, channels: Axis, *vectors: Axes | None) -> None:
@@ -79,9 +86,10 @@ def _statistics(shape: Sequence[Size], channels: Axis, call: Call) -> Axes:
 
 
 # ------------------------------------------------------------------------------------------------ over channels
-@rule(
-    aten.layer_norm.default, aten.native_layer_norm.default, aten.rms_norm.default, aten._fused_rms_norm.default,
-)  # fmt: skip
+@op(aten.layer_norm.default, facts=_norm(masked.layer_norm))
+@op(aten.native_layer_norm.default, facts=_norm(masked.native_layer_norm))
+@op(aten.rms_norm.default, facts=_norm(masked.rms_norm))
+@op(aten._fused_rms_norm.default, facts=_norm(masked._fused_rms_norm))
 def layer_norm(
     input: Axes, normalized_shape: Sequence[Size], weight: Axes | None = None, bias: Axes | None = None, *, call: Call
 ) -> list[Axes]:
@@ -98,7 +106,7 @@ def layer_norm(
     return [input, *((*input[:first], *[UNIT] * len(normalized)) for _ in call.shapes[1:])]
 
 
-@rule(aten.group_norm.default)
+@op(aten.group_norm.default, facts=_norm(masked.group_norm))
 def group_norm(
     input: Axes, num_groups: int, weight: Axes | None = None, bias: Axes | None = None, *, call: Call
 ) -> list[Axes]:
@@ -107,7 +115,7 @@ def group_norm(
     return [input]
 
 
-@rule(aten.native_group_norm.default)
+@op(aten.native_group_norm.default, facts=_norm(masked.native_group_norm))
 def native_group_norm(input: Axes, weight: Axes | None, bias: Axes | None, group: int, *, call: Call) -> list[Axes]:
     """As `group_norm`; mean and spread of each group come after."""
     g = _group_norm(call, input, group, weight, bias)
@@ -128,7 +136,10 @@ def _group_norm(call: Call, input: Axes, groups: int, weight: Axes | None, bias:
 
 
 # ------------------------------------------------------------------------------------------------ over a weight
-@rule(aten._weight_norm.default, aten._weight_norm_interface.default)
+@op(
+    aten._weight_norm.default, aten._weight_norm_interface.default,
+    facts=in_float("divides a weight by its norm", sums="totals", masked="a zero does not change a norm"),
+)  # fmt: skip
 def weight_norm(v: Axes, g: Axes, dim: int = 0, *, call: Call) -> list[Axes]:
     """Slices of `v` along `dim` get the length `g` says: a norm over all other dims, which a zero does not change."""
     for own, theirs in zip(v, g, strict=False):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from graphcomp.coupling.axis import UNIT, Axes, couple, cut, length
 from graphcomp.coupling.notation import broadcast
-from graphcomp.ops.registry import AxesValue, Call, family, rule
+from graphcomp.ops.facts import Clip, Fill, Move, Rescale, in_float, moves
+from graphcomp.ops.registry import AxesValue, Call, family, op
 from graphcomp.torch_compat import OpOverload, schema_of
 
 aten = torch.ops.aten
@@ -69,10 +71,38 @@ def _is_stretched(a: Axes, b: Axes) -> bool:
     return len(a) != len(b) or any(m != n and (isinstance(m, int) or isinstance(n, int)) for m, n in pairs)
 
 
-family(is_pointwise, pointwise)
+FLOATS = in_float("computed in float, element by element")
+COPIES = moves(Move(), keeps_zeros=True, scales="elements")
+FILLS = replace(FLOATS, integer=Fill())
+
+family(is_pointwise, pointwise, FLOATS)
+
+op(aten.contiguous.default, aten.clone.default, aten.alias.default, pointwise, facts=COPIES)
+op(aten.detach.default, pointwise, facts=replace(FLOATS, keeps_zeros=True, scales="elements"))
+op(aten.to.dtype, pointwise, facts=in_float("returns another dtype", keeps_zeros=True))
+op(
+    aten.dropout.default, aten.feature_dropout.default, pointwise,
+    facts=moves(Move("input"), scales="elements"),
+)  # fmt: skip
+op(aten.add.Tensor, pointwise, facts=replace(FLOATS, integer=Rescale(), scales="added"))
+op(
+    aten.mul.Tensor, aten.sigmoid.default, aten.hardsigmoid.default, pointwise,
+    facts=replace(FLOATS, integer=Rescale()),
+)  # fmt: skip
+op(aten.leaky_relu.default, pointwise, facts=replace(FLOATS, integer=Rescale(), scales="elements"))
+op(aten.relu.default, pointwise, facts=replace(FLOATS, integer=Clip(0.0), scales="elements"))
+op(aten.relu6.default, pointwise, facts=replace(FLOATS, integer=Clip(0.0, 6.0)))
+op(aten.hardtanh.default, pointwise, facts=replace(FLOATS, integer=Clip("min_val", "max_val")))
+op(aten.clamp.default, pointwise, facts=replace(FLOATS, integer=Clip("min", "max")))
+op(aten.clamp_min.default, pointwise, facts=replace(FLOATS, integer=Clip(low="min")))
+op(aten.clamp_max.default, pointwise, facts=replace(FLOATS, integer=Clip(high="max")))
+op(
+    aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf,
+    pointwise, facts=FILLS,
+)  # fmt: skip
 
 
-@rule(aten.prelu.default, aten._prelu_kernel.default)
+@op(aten.prelu.default, aten._prelu_kernel.default, facts=FLOATS)
 def prelu(self: Axes, weight: Axes, *, call: Call) -> Axes:
     """`weight` has one value, or one per channel (dim 1; dim 0 where there is only one)."""
     per_channel = self[1] if len(self) > 1 else self[0]
@@ -80,7 +110,7 @@ def prelu(self: Axes, weight: Axes, *, call: Call) -> Axes:
     return tuple(self)
 
 
-@rule(aten.glu.default)
+@op(aten.glu.default, facts=in_float("gates one half with the other"))
 def glu(self: Axes, dim: int = -1, *, call: Call) -> Axes:
     """The first half of `dim` is gated by the second, index by index."""
     axes = list(self)
@@ -90,7 +120,7 @@ def glu(self: Axes, dim: int = -1, *, call: Call) -> Axes:
     return tuple(axes)
 
 
-@rule("graphcomp::backward_of")
+@op("graphcomp::backward_of", facts=in_float("stands for a gradient"))
 def backward_of(results: list[Axes]) -> list[Axes]:
     """The results as they are; the operands only matter to the gradient."""
     return list(results)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import torch
 
 from graphcomp.coupling.axis import Axes, couple, length
+from graphcomp.ops.facts import in_float
 from graphcomp.ops.index import whole
 from graphcomp.ops.pointwise import pointwise
-from graphcomp.ops.registry import Call, elementwise, rule
+from graphcomp.ops.registry import Call, elementwise, op
 
 aten = torch.ops.aten
 
+QUANTIZES = in_float("a quantizer of the user's own")
 
-@rule(
+
+@op(
     aten.fake_quantize_per_channel_affine.default, aten.fake_quantize_per_channel_affine_cachemask.default,
-    aten._fake_quantize_learnable_per_channel_affine.default,
+    aten._fake_quantize_learnable_per_channel_affine.default, facts=QUANTIZES,
 )  # fmt: skip
 @elementwise
 def per_channel(self: Axes, scale: Axes, zero_point: Axes, axis: int, *, call: Call) -> list[Axes]:
@@ -22,16 +25,19 @@ def per_channel(self: Axes, scale: Axes, zero_point: Axes, axis: int, *, call: C
     return _per_channel(call, self, axis, scale, zero_point)
 
 
-@rule("quantized_decomposed::quantize_per_channel")
-@rule("quantized_decomposed::dequantize_per_channel")
-@rule("quantized_decomposed::fake_quant_per_channel")
+@op(
+    "quantized_decomposed::quantize_per_channel", "quantized_decomposed::dequantize_per_channel",
+    "quantized_decomposed::fake_quant_per_channel", facts=QUANTIZES,
+)  # fmt: skip
 @elementwise
 def decomposed_per_channel(input: Axes, scales: Axes, zero_points: Axes | None, axis: int, *, call: Call) -> list[Axes]:
     """As `per_channel`, in the form that torch.ao and ExecuTorch exchange."""
     return _per_channel(call, input, axis, scales, zero_points)
 
 
-@rule(aten.fused_moving_avg_obs_fake_quant.default, aten._fused_moving_avg_obs_fq_helper.default)
+@op(
+    aten.fused_moving_avg_obs_fake_quant.default, aten._fused_moving_avg_obs_fq_helper.default, facts=QUANTIZES,
+)  # fmt: skip
 @elementwise
 def fused_observer(
     self: Axes, running_min: Axes, running_max: Axes, scale: Axes, zero_point: Axes, ch_axis: int, *, call: Call
@@ -48,13 +54,15 @@ def _per_channel(call: Call, axes: Axes, dim: int, *vectors: Axes | None) -> lis
     return [axes for _ in call.shapes]
 
 
-rule(
+op(
     aten._fake_quantize_learnable_per_tensor_affine.default,
     aten.fake_quantize_per_tensor_affine_cachemask.default,
     aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams.default,
-)(pointwise)
+    pointwise,
+    facts=QUANTIZES,
+)
 
 for _name in ("quantize_per_tensor", "dequantize_per_tensor", "convert_element_type"):
-    rule(f"quantized_decomposed::{_name}")(pointwise)
+    op(f"quantized_decomposed::{_name}", pointwise, facts=QUANTIZES)
 for _name in ("choose_qparams", "choose_qparams_symmetric"):
-    rule(f"quantized_decomposed::{_name}")(whole)
+    op(f"quantized_decomposed::{_name}", whole, facts=in_float("a range of floats"))

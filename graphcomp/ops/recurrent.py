@@ -8,10 +8,15 @@ from functools import partial
 import torch
 
 from graphcomp.coupling.axis import Axes, Axis, couple, fresh, length, product, split
+from graphcomp.ops.facts import Float, in_float
+from graphcomp.ops.facts import product as multiplies
 from graphcomp.ops.movement import all_frozen
-from graphcomp.ops.registry import Call, rule
+from graphcomp.ops.registry import Call, op
 
 aten = torch.ops.aten
+
+GATES = multiplies(Float("states and gates are floats"))
+PACKS = in_float("sequences of different lengths are packed")
 
 
 # ------------------------------------------------------------------------------------------------ layers
@@ -77,9 +82,9 @@ def _frozen(call: Call, operands: Sequence[Axes]) -> list[Axes]:
     return all_frozen(call)
 
 
-rule(aten.lstm.input, aten.lstm.data)(partial(layers, 4))
-rule(aten.gru.input, aten.gru.data)(partial(layers, 3))
-rule(aten.rnn_tanh.input, aten.rnn_tanh.data, aten.rnn_relu.input, aten.rnn_relu.data)(partial(layers, 1))
+op(aten.lstm.input, aten.lstm.data, partial(layers, 4), facts=GATES)
+op(aten.gru.input, aten.gru.data, partial(layers, 3), facts=GATES)
+op(aten.rnn_tanh.input, aten.rnn_tanh.data, aten.rnn_relu.input, aten.rnn_relu.data, partial(layers, 1), facts=GATES)
 
 
 # ------------------------------------------------------------------------------------------------ one step
@@ -106,12 +111,12 @@ def cell(
     return list(states)
 
 
-rule(aten.lstm_cell.default)(partial(cell, 4))
-rule(aten.gru_cell.default)(partial(cell, 3))
-rule(aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default)(partial(cell, 1))
+op(aten.lstm_cell.default, partial(cell, 4), facts=GATES)
+op(aten.gru_cell.default, partial(cell, 3), facts=GATES)
+op(aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default, partial(cell, 1), facts=GATES)
 
 
-@rule(aten._thnn_fused_lstm_cell.default, aten._thnn_fused_gru_cell.default)
+@op(aten._thnn_fused_lstm_cell.default, aten._thnn_fused_gru_cell.default, facts=in_float("gates of floats"))
 def fused_cell(
     call: Call,
     input_gates: Axes,
@@ -135,7 +140,7 @@ def fused_cell(
     return [state] * results + all_frozen(call)[results:]
 
 
-@rule(aten.mkldnn_rnn_layer.default)
+@op(aten.mkldnn_rnn_layer.default, facts=GATES)
 def mkldnn_layer(
     input: Axes,
     weight0: Axes,
@@ -160,7 +165,7 @@ def mkldnn_layer(
     return [(*input[:-1], h), hx_, cx_, *all_frozen(call)[3:]]
 
 
-@rule(aten._cudnn_rnn.default)
+@op(aten._cudnn_rnn.default, facts=GATES)
 def opaque(call: Call, **arguments: object) -> list[Axes]:
     """Weights in a layout of the library's own: frozen."""
     input, weights = arguments["input"], arguments["weight"]
@@ -173,7 +178,7 @@ def opaque(call: Call, **arguments: object) -> list[Axes]:
 
 
 # ------------------------------------------------------------------------------------------------ packed sequences
-@rule(aten._pack_padded_sequence.default)
+@op(aten._pack_padded_sequence.default, facts=PACKS)
 def pack(input: Axes, lengths: Axes, *, call: Call) -> list[Axes]:
     """t b ... -> (t b) ...: time and batch are frozen."""
     call.freeze([*input[:2], *lengths], "sequences of different lengths are packed")
@@ -181,7 +186,7 @@ def pack(input: Axes, lengths: Axes, *, call: Call) -> list[Axes]:
     return [(data[0], *input[2:]), *others]
 
 
-@rule(aten._pad_packed_sequence.default)
+@op(aten._pad_packed_sequence.default, facts=PACKS)
 def unpack(data: Axes, batch_sizes: Axes, *, call: Call) -> list[Axes]:
     """(t b) ... -> t b ...: time and batch are frozen."""
     call.freeze([data[0], *batch_sizes], "sequences of different lengths are packed")

@@ -1,8 +1,8 @@
-"""The registry of coupling rules: one per op, by the op object.
+"""The registry of ops: one entry says all that is known of an op, by the op object.
 
-    rule(aten.linear.default, "... i, o i, o -> ... o")           operands are the op's tensors, in schema order
-
-    @rule(aten.cat.default)                                       parameters are the op's own schema:
+    op(aten.linear.default, "... i, o i, o -> ... o", product(Compute(("input",), "weight", 0, "bias")))
+                                                                  operands are the op's tensors, in schema order
+    @op(aten.cat.default, facts=moves(Rescale()))                 parameters are the op's own schema:
     def cat(tensors: list[Axes], dim: int = 0) -> Axes: ...       tensors as Axes, lengths as sizes, the rest as is
 
 A function that also takes `call` is handed the Call: shapes of the results, and what to tell later passes.
@@ -11,17 +11,20 @@ A function that also takes `call` is handed the Call: shapes of the results, and
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Literal, TypeAlias, TypeVar, overload
+from typing import Any, Literal, TypeAlias, TypeVar, get_args, overload
 
+import torch
 from torch import fx
 
 from graphcomp.coupling import notation
 from graphcomp.coupling.axis import Axes, Axis, Reason, freeze, mark
 from graphcomp.coupling.size import Size
 from graphcomp.errors import RuleError
+from graphcomp.ops.facts import UNANSWERED, ZEROS_ADD_NOTHING, Facts, Float, Integer, Scales, in_float, renamed
 from graphcomp.torch_compat import OpOverload, schema_of
 
 Result: TypeAlias = Axes | list[Axes] | None
@@ -103,12 +106,19 @@ class Call:
         """Say that the op takes no length of `axis` but multiples of a number."""
         self.multiples.append((axis, multiple))
 
-    def einsum(self, text: str, /, sizes: Mapping[str, Size] | None = None, **operands: Axes | None) -> list[Axes]:
+    def einsum(
+        self,
+        text: str,
+        sizes: Mapping[str, Size] | None = None,
+        counted: Sequence[Sequence[str]] | None = None,
+        /,
+        **operands: Axes | None,
+    ) -> list[Axes]:
         """Apply a rule in notation to the arguments given by name; contractions and products are noted."""
         parsed = notation.parse(text)
         if len(parsed.operands) != len(operands):
             raise RuleError(f"rule {text!r} has {len(parsed.operands)} operands and got {len(operands)}")
-        applied = notation.apply(parsed, list(operands.values()), self.shapes, self.why, sizes)
+        applied = notation.apply(parsed, list(operands.values()), self.shapes, self.why, sizes, counted)
         names = list(operands)
         for contraction in applied.contractions:
             self.contract(names[contraction.operand], contraction.dim)
@@ -124,10 +134,86 @@ class Call:
             mark(axis, *names)
 
 
-_RULES: dict[OpKey, RuleFunction] = {}
+@dataclass(frozen=True)
+class Entry:
+    """One registration: a coupling rule (None: there is none), and the facts."""
+
+    rule: RuleFunction | None
+    facts: Facts
+
+
+NOTHING_KNOWN = Entry(None, UNANSWERED)
+
+_ENTRIES: dict[OpKey, Entry] = {}
 _BUILT_IN: set[OpKey] = set()
-_FAMILIES: list[tuple[Callable[[OpOverload], bool], RuleFunction]] = []
+_FAMILIES: list[tuple[Callable[[OpOverload], bool], Entry]] = []
 _ELEMENTWISE: list[RuleFunction] = []
+
+
+def op(
+    *ops: OpKey | RuleFunction,
+    coupling: str | None = None,
+    facts: Facts | None = None,
+    integer: Integer | str | None = None,
+    masked: Callable[..., Any] | str | None = None,
+    macs: str | Sequence[str] | None = None,
+    keeps_zeros: bool | None = None,
+    scales: Scales | None = None,
+) -> Callable[[F], F]:
+    """Say all that is known of an op, in one place.
+
+    Args:
+        ops: the op and its coupling rule in notation (see `graphcomp.coupling.notation`); or one or more ops, for a
+            decorator of a rule in Python, or with that function last. An op is an OpOverload
+            (`torch.ops.aten.cat.default`) or, where it may not be there yet, "mylib::op", which stands for all its
+            overloads.
+        integer: how the op behaves on integers: one of `graphcomp.ops.facts.Integer`, or "like aten::linear", whose
+            tensors stand in the same order. Without an answer the op stays float, and the report names the op.
+        masked: of an op that takes statistics over dims that its rule contracts: a function of a 0/1 mask, which
+            broadcasts with the summed operand, and the op's arguments, that returns what the op would return had the
+            masked units never existed.
+        macs: multiply-accumulates of an op whose rule in notation does not tell them: the letters whose lengths are
+            multiplied, or several of these, which are added: ("h s t d", "h s t e"). (): the op has none.
+        keeps_zeros: whether the op returns the elements of its one operand, zeros where zeros were.
+        scales: how the op lets a scale per channel through, see `graphcomp.ops.facts.Scales`.
+        facts: answers to start from.
+
+    Returns:
+        A decorator of a rule in Python, where no rule is given.
+
+    Raises:
+        RuleError: the notation is malformed, an answer is not one of its kind, or the op has an entry already.
+
+    Example:
+        >>> graphcomp.op("mylib::linear", "... i, o i, o -> ... o", integer="like aten::linear")
+        >>> graphcomp.op("mylib::attend", "h s d, h t d, h t e -> h s e", macs=("h s t d", "h s t e"))
+    """
+    given = {"integer": integer, "masked": masked, "keeps_zeros": keeps_zeros, "scales": scales}
+    answered: dict[str, Any] = {name: found for name, found in given.items() if found is not None}
+    answers = replace(facts or UNANSWERED, **answered)
+    _check_answers(answers)
+    keys: list[Any] = list(ops)
+    if keys and isinstance(keys[-1], str) and "->" in keys[-1]:
+        coupling = str(keys.pop())
+    function: RuleFunction | None = None
+    if coupling is not None:
+        function, answers = _from_notation(coupling, macs), _summing(coupling, macs, answers)
+    elif macs is not None:
+        raise RuleError("macs need a rule in notation, got a function", fix="call.multiply(axes, 'x', 'w') in the rule")
+    elif keys and not isinstance(keys[-1], (str, OpOverload)) and callable(keys[-1]):
+        function = keys.pop()
+    if not keys:
+        raise RuleError("op() needs at least one op", fix='op("mylib::op", "n c, c -> n c")')
+    if function is not None:
+        for key in keys:
+            _register(key, Entry(function, answers))
+
+    def decorate(rule: F) -> F:
+        for key in keys:
+            _register(key, Entry(rule, answers))
+        return rule
+
+    return decorate
 
 
 @overload
@@ -137,7 +223,7 @@ def rule(*ops: OpKey) -> Callable[[F], F]: ...
 
 
 def rule(*args: Any) -> Any:
-    """Say how an op couples the dims of its operands and results.
+    """Say how an op couples the dims of its operands and results: the short form of `op`.
 
     Args:
         args: one op and its rule in notation (see `graphcomp.coupling.notation`), or one or more ops: a decorator.
@@ -150,51 +236,83 @@ def rule(*args: Any) -> Any:
     Example:
         >>> graphcomp.rule("mylib::swish_scale", "n c h w, c -> n c h w")
     """
-    if len(args) == 2 and isinstance(args[1], str) and "->" in args[1]:
-        op, text = args
-        _register(op, _from_notation(text))
-        return None
     if not args:
         raise RuleError("rule() needs at least one op", fix='rule("mylib::op", "n c, c -> n c")')
-
-    def decorate(function: F) -> F:
-        for op in args:
-            _register(op, function)
-        return function
-
-    return decorate
+    decorator = op(*args)
+    return None if len(args) == 2 and isinstance(args[1], str) and "->" in args[1] else decorator
 
 
-def _register(op: OpKey, function: RuleFunction) -> None:
-    if not isinstance(op, OpOverload) and not (isinstance(op, str) and "::" in op):
-        raise RuleError(f"{op!r} is not an op", fix="pass torch.ops.lib.op.overload, or 'lib::op'")
-    if op in _RULES:
-        raise RuleError(f"{op} has a coupling rule already", fix="graphcomp.ops.registry.forget(op) first")
-    _RULES[op] = function
+def refuse(*ops: OpKey, why: str) -> None:
+    """Say why ops have no coupling rule: they are unknown ops, with this reason."""
+    for key in ops:
+        _register(key, Entry(None, in_float(why)))
+
+
+def _register(key: OpKey, entry: Entry) -> None:
+    if not isinstance(key, OpOverload) and not (isinstance(key, str) and "::" in key):
+        raise RuleError(f"{key!r} is not an op", fix="pass torch.ops.lib.op.overload, or 'lib::op'")
+    if key in _ENTRIES:
+        raise RuleError(f"{key} has a coupling rule already", fix="graphcomp.ops.registry.forget(op) first")
+    _ENTRIES[key] = entry
+    _known.cache_clear()
+
+
+def _check_answers(facts: Facts) -> None:
+    """Refuse answers that are not of their kind.
+
+    Raises:
+        RuleError: an answer is not one of its kind.
+    """
+    kinds = get_args(Integer)
+    if isinstance(facts.integer, str):
+        if not re.fullmatch(r"like \w+::\w+(\.\w+)?", facts.integer):
+            raise RuleError(
+                f"integer must be an integer form or 'like lib::op', got {facts.integer!r}",
+                fix='integer="like aten::linear"',
+            )
+    elif facts.integer is not None and not isinstance(facts.integer, kinds):
+        names = ", ".join(kind.__name__ for kind in kinds)
+        raise RuleError(f"integer must be one of {names}, got {facts.integer!r}", fix='integer="like aten::linear"')
+    if facts.scales is not None and facts.scales not in get_args(Scales):
+        raise RuleError(f"scales must be one of {', '.join(get_args(Scales))}, got {facts.scales!r}")
+    if facts.keeps_zeros is not None and not isinstance(facts.keeps_zeros, bool):
+        raise RuleError(f"keeps_zeros must be True or False, got {facts.keeps_zeros!r}")
+    if facts.masked is not None and not (callable(facts.masked) or isinstance(facts.masked, str)):
+        raise RuleError(f"masked must be a function of a mask and the op's arguments, got {facts.masked!r}")
+
+
+def _summing(coupling: str, macs: Any, facts: Facts) -> Facts:
+    """Answer what is summed away from a rule in notation. A rule that multiplies nothing tells nothing of stars."""
+    letters = notation.products(notation.parse(coupling))
+    if facts.sums is None and (letters or macs is not None):
+        facts = replace(facts, sums="products" if letters or macs else "nothing")
+    return replace(facts, masked=ZEROS_ADD_NOTHING) if facts.masked is None and facts.sums == "products" else facts
 
 
 def forget(op: OpKey) -> None:
-    """Remove the rule of `op`, so that another can be given."""
-    _RULES.pop(op, None)
+    """Remove the entry of `op`, so that another can be given."""
+    _ENTRIES.pop(op, None)
     _BUILT_IN.discard(op)
+    _known.cache_clear()
 
 
 def close_built_in() -> None:
-    """Take all rules that are registered by now for graphcomp's own; rules registered later are the user's."""
-    _BUILT_IN.update(_RULES)
+    """Take all entries that are registered by now for graphcomp's own; entries registered later are the user's."""
+    _BUILT_IN.update(_ENTRIES)
 
 
 def is_taught(op: object) -> bool:
-    """Whether the rule of the op is one that the user registered."""
+    """Whether the entry of the op is one that the user registered."""
     if not isinstance(op, OpOverload):
         return False
-    key: OpKey = op if op in _RULES else schema_of(op).name
-    return key in _RULES and key not in _BUILT_IN
+    key: OpKey = op if op in _ENTRIES else schema_of(op).name
+    return key in _ENTRIES and key not in _BUILT_IN
 
 
-def family(holds: Callable[[OpOverload], bool], function: RuleFunction) -> None:
-    """One rule for every op that has none of its own and of which `holds` is true."""
-    _FAMILIES.append((holds, function))
+def family(holds: Callable[[OpOverload], bool], function: RuleFunction, facts: Facts) -> None:
+    """One entry for every op that has none of its own and of which `holds` is true."""
+    _FAMILIES.append((holds, Entry(function, facts)))
+    _known.cache_clear()
 
 
 def elementwise(function: F) -> F:
@@ -205,13 +323,72 @@ def elementwise(function: F) -> F:
 
 def is_elementwise(function: RuleFunction) -> bool:
     """Whether each element of the result depends on the operands' elements at its place: a family's rule, mostly."""
-    return any(function is member for member in (*_ELEMENTWISE, *(member for _, member in _FAMILIES)))
+    return any(function is member for member in (*_ELEMENTWISE, *(entry.rule for _, entry in _FAMILIES)))
+
+
+def known(op: object) -> Entry:
+    """Return what is known of an op: by the object, else by its name without overload, else by family.
+
+    Raises:
+        RuleError: an op is to be on integers as another op of which nothing is known.
+    """
+    return _known(op) if isinstance(op, OpOverload) else NOTHING_KNOWN
+
+
+@cache
+def _known(op: OpOverload) -> Entry:
+    entry = _entry(op)
+    if isinstance(entry.facts.integer, str):
+        entry = replace(entry, facts=replace(entry.facts, integer=_integer_like(op, entry.facts.integer)))
+    return entry
+
+
+def _entry(op: OpOverload) -> Entry:
+    own = _ENTRIES.get(op) or _ENTRIES.get(schema_of(op).name)
+    return own or next((entry for holds, entry in _FAMILIES if holds(op)), NOTHING_KNOWN)
+
+
+def _integer_like(op: OpOverload, text: str) -> Integer | None:
+    """Return the integer form of another op, with the names of this one's tensors.
+
+    Raises:
+        RuleError: there is no such op, the op has no integer form, or its tensors are more.
+    """
+    name = text.removeprefix("like ")
+    library, _, rest = name.partition("::")
+    packet, _, overload_name = rest.partition(".")
+    other = getattr(getattr(getattr(torch.ops, library), packet, None), overload_name or "default", None)
+    integer = known(other).facts.integer
+    if other is None or integer is None or isinstance(integer, str):
+        raise RuleError(f"nothing is known of {name!r} on integers", fix='integer="like aten::linear"')
+    names = dict(zip(_tensors_of(other), _tensors_of(op), strict=False))
+    try:
+        return renamed(integer, names)
+    except KeyError as error:
+        raise RuleError(
+            f"{op} has fewer tensors than {name}: it has none that stands for {error}", fix="an integer form by name"
+        ) from error
+
+
+def registered() -> list[OpKey]:
+    """Return every op that has an entry of its own."""
+    return list(_ENTRIES)
+
+
+def facts_of(op: object) -> Facts:
+    """Return the facts of what a node calls; no answers where nothing is known."""
+    return known(op).facts
 
 
 def find(op: OpOverload) -> RuleFunction | None:
-    """The rule of `op`: by the object, else by its name without overload, else by family."""
-    own = _RULES.get(op) or _RULES.get(schema_of(op).name)
-    return own or next((function for holds, function in _FAMILIES if holds(op)), None)
+    """Return the coupling rule of `op`."""
+    return _entry(op).rule
+
+
+def why_unknown(op: OpOverload) -> str:
+    """Return why `op` has no coupling rule."""
+    integer = _entry(op).facts.integer
+    return integer.why if isinstance(integer, Float) else "no coupling rule"
 
 
 def run(function: RuleFunction, call: Call, arguments: Mapping[str, Any]) -> list[Axes]:
@@ -231,15 +408,20 @@ def _parameters(function: RuleFunction) -> tuple[tuple[str, ...], bool]:
     return tuple(p.name for p in parameters), any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def _from_notation(text: str) -> RuleFunction:
+def _from_notation(text: str, macs: str | Sequence[str] | None = None) -> RuleFunction:
     parsed = notation.parse(text)
+    counted = None if macs is None else notation.products_of(parsed, [macs] if isinstance(macs, str) else macs)
 
     def from_notation(call: Call, **arguments: Any) -> Result:
         assert isinstance(call.node.target, OpOverload)
-        names = [a.name for a in schema_of(call.node.target).arguments if str(a.type) in _TENSOR_TYPES]
-        return call.einsum(text, **{name: arguments.get(name) for name in names[: len(parsed.operands)]})
+        names = _tensors_of(call.node.target)[: len(parsed.operands)]
+        return call.einsum(text, None, counted, **{name: arguments.get(name) for name in names})
 
     return from_notation
+
+
+def _tensors_of(op: OpOverload) -> list[str]:
+    return [argument.name for argument in schema_of(op).arguments if str(argument.type) in _TENSOR_TYPES]
 
 
 _TENSOR_TYPES = ("Tensor", "Optional[Tensor]")

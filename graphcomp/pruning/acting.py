@@ -18,7 +18,7 @@ from graphcomp.coupling.groups import ChannelGroup, Member, consumed_dims
 from graphcomp.coupling.propagate import Coupling, is_real
 from graphcomp.ir.graph import fetch, tensor_values
 from graphcomp.ops import registry
-from graphcomp.pruning.mask import KEEPS_ZEROS
+from graphcomp.ops.answers import keeps_zeros
 
 TensorOf = Callable[[str], Tensor]
 """The tensor of a name of the graph."""
@@ -70,7 +70,7 @@ def acting_weights(coupling: Coupling) -> dict[str, Acting]:
 def _computes(coupling: Coupling, node: fx.Node) -> bool:
     """Whether the elements of the result are others than those of the operands, not only in another order."""
     call = coupling.calls.get(node)
-    if call is None or node.target in KEEPS_ZEROS or not node.all_input_nodes:
+    if call is None or keeps_zeros(node) or not node.all_input_nodes:
         return False
     rule = registry.find(call.node.target)  # type: ignore[arg-type]
     return bool(call.contracted) or (rule is not None and registry.is_elementwise(rule))

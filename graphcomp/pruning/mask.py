@@ -6,8 +6,9 @@ vector; where it takes statistics, its masked form takes its place; implied cons
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,7 +17,7 @@ from graphcomp.coupling.axis import Axis, Factor, all_leaves, coordinates, lengt
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.ir.graph import argument_at, bind, clone, fetch, set_argument, set_argument_at, value
-from graphcomp.ops.masked import FORMS
+from graphcomp.ops.answers import keeps_zeros, masked_form
 from graphcomp.ops.registry import Call
 from graphcomp.pruning.slice import check_kept
 
@@ -46,17 +47,6 @@ class AxisMask(nn.Module):
         return result.view(self.shape)
 
 
-aten = torch.ops.aten
-KEEPS_ZEROS = frozenset(
-    {
-        aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
-        aten.permute.default, aten.transpose.int, aten.t.default, aten.squeeze.dim, aten.unsqueeze.default,
-        aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.to.dtype,
-    }
-)  # fmt: skip
-"""Ops on a weight behind which its zeros are zeros still, in the same units."""
-
-
 @dataclass(frozen=True)
 class InsertMasks:
     """Give the graph one mask buffer per group, all ones, and let every op that mixes units heed it.
@@ -82,17 +72,17 @@ class InsertMasks:
         return masked
 
     def _rewrite(self, old: fx.Node, new: fx.Node, call: Call, masks: _MaskNodes) -> None:
-        arguments = bind(old)
+        arguments, form = bind(old), masked_form(old.target)
         for key, dims in call.contracted.items():
             operand = argument_at(arguments, key)
             axes = self.coupling.axes[operand][0]
             present = [dim for dim in dims if masks.has(axes[dim])]
-            if not present or (new.target not in FORMS and operand in masks.held):  # zeros count in a mean
+            if not present or (form is None and operand in masks.held):  # zeros count in a mean
                 continue
             with new.graph.inserting_before(new):
                 mask = masks.broadcast([(dim, axes[dim]) for dim in present], len(axes), value(operand).dtype)
-                if new.target in FORMS:
-                    _substitute(new, mask)
+                if form is not None:
+                    _substitute(new, form, mask)
                     return
                 inside = argument_at(bind(new), key)
                 set_argument_at(new, key, new.graph.call_function(torch.ops.aten.mul.Tensor, (inside, mask)))
@@ -114,15 +104,14 @@ def parameter_behind(module: fx.GraphModule, node: fx.Node) -> str:
     """The parameter whose elements `node` holds, in whatever order, quantized or not: its zeros are zeros still. ""
     where there is none."""
     while node.op != "get_attr":
-        if (node.op != "call_module" and node.target not in KEEPS_ZEROS) or len(node.all_input_nodes) != 1:
+        if (node.op != "call_module" and not keeps_zeros(node)) or len(node.all_input_nodes) != 1:
             return ""
         (node,) = node.all_input_nodes
     return str(node.target) if isinstance(fetch(module, str(node.target)), nn.Parameter) else ""
 
 
-def _substitute(node: fx.Node, mask: fx.Node) -> None:
+def _substitute(node: fx.Node, form: Callable[..., Any], mask: fx.Node) -> None:
     """The op's masked form in place of the op, arguments by name."""
-    form = FORMS[node.target]
     arguments = bind(node)
     replacement = node.graph.call_function(form, (mask,), arguments)
     replacement.meta = dict(node.meta)
@@ -155,7 +144,7 @@ def computed_with(coupling: Coupling) -> frozenset[str]:
     norm of a row, which must not become zero. Masks stand on what is computed."""
     found: set[str] = set()
     for node, names in coupling.sources.items():
-        if node.op == "call_function" and node.target not in KEEPS_ZEROS:
+        if node.op == "call_function" and not keeps_zeros(node):
             found |= names
     return frozenset(found)
 

@@ -34,7 +34,8 @@ from graphcomp.coupling.axis import normal
 from graphcomp.coupling.groups import ChannelGroup, Member
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.errors import PlanError
-from graphcomp.ir.graph import attributes, bind, is_op
+from graphcomp.ir.graph import attributes, bind
+from graphcomp.ops.registry import facts_of
 from graphcomp.pruning.acting import with_acting
 from graphcomp.pruning.evidence import Evidence, Loss, Meeting, Place, Scores, axis_at, units_at
 from graphcomp.pruning.slice import check_groups
@@ -314,15 +315,6 @@ class Geta:
 
 
 # ------------------------------------------------------------------------------------------------ normalisation scales
-NORMS = frozenset(
-    {
-        aten.batch_norm.default, aten.native_batch_norm.default, aten.cudnn_batch_norm.default,
-        aten._native_batch_norm_legit.default, aten._native_batch_norm_legit_no_training.default,
-        aten._batch_norm_with_update.default, aten._batch_norm_no_update.default,
-        aten.instance_norm.default, aten.layer_norm.default, aten.native_layer_norm.default,
-        aten.group_norm.default, aten.native_group_norm.default, aten.rms_norm.default, aten._fused_rms_norm.default,
-    }
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -357,7 +349,7 @@ class NormScale:
 def _norm_weights(coupling: Coupling) -> set[str]:
     """Names of the parameters that norms scale by."""
     known = {str(node.target) for node, _ in attributes(coupling.module)}
-    norms = (bind(node).get("weight") for node in coupling.module.graph.nodes if is_op(node) and node.target in NORMS)
+    norms = (bind(node).get("weight") for node in coupling.module.graph.nodes if facts_of(node.target).norm)
     return {str(weight.target) for weight in norms if weight is not None and str(weight.target) in known}
 
 

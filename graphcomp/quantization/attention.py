@@ -15,17 +15,6 @@ from graphcomp.ir.module import FOLLOWS_MODE
 
 aten = torch.ops.aten
 
-FUSED = frozenset(
-    {
-        aten.scaled_dot_product_attention.default,
-        aten._scaled_dot_product_flash_attention_for_cpu.default,
-        aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_efficient_attention.default,
-        aten._scaled_dot_product_cudnn_attention.default,
-    }
-)
-"""Attention in one op."""
-
 
 @dataclass(frozen=True)
 class WriteOutAttention:

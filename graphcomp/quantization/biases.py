@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 
 from graphcomp.ir.graph import bind
 from graphcomp.ir.run_nodes import Constants
+from graphcomp.ops.answers import compute_of, lookup_of, operands_of
 from graphcomp.quantization.insert import quantizer_nodes
-from graphcomp.quantization.placement import COMPUTE, EMBEDDINGS
 from graphcomp.quantization.quantizers.uniform import SMALLEST_STEP, UniformQuantizer
 from graphcomp.quantization.tensors import attribute_readers, replace_argument
 
@@ -51,7 +51,7 @@ class BiasedLayer:
 
         A table that is also looked up stays as it is, and so do codes with a zero point, whose biases stay float.
         """
-        if not self.quantizer.spec.symmetric or any(user.target in EMBEDDINGS for user in self.weight.users):
+        if not self.quantizer.spec.symmetric or any(lookup_of(user) for user in self.weight.users):
             return 0
         return max(0, KERNEL_BITS - self.quantizer.spec.bits)
 
@@ -60,7 +60,7 @@ def biased_layers(fake: fx.GraphModule) -> Iterator[BiasedLayer]:
     """Those of a fake-quant graph, in its order."""
     quantizers = dict(quantizer_nodes(fake))
     for node in fake.graph.nodes:
-        operands = COMPUTE.get(node.target)
+        operands = compute_of(node)
         bias = bind(node)[operands.bias] if operands and operands.bias else None
         if operands is None or not isinstance(bias, fx.Node):
             continue
@@ -95,6 +95,6 @@ def fit_biases(fake: fx.GraphModule) -> None:
             floats, product = values.of(layer.bias), layer.quantizer.scale * layer.step / 2**layer.shift
             if layer.quantizer.spec.symmetric and product.numel() in (1, floats.numel()):
                 rounded = nn.Parameter(torch.round(floats / product) * product)
-                argument, name = COMPUTE[layer.node.target].bias, f"graphcomp_{layer.node.name}_bias"
+                argument, name = operands_of(layer.node).bias, f"graphcomp_{layer.node.name}_bias"
                 replace_argument(fake, layer.node, argument, rounded, name, readers)
     fake.recompile()

@@ -20,35 +20,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphcomp.ir.graph import assign, attributes, bind, clone, fetch, is_op, value
-from graphcomp.quantization.placement import CLIPS, CONVOLUTIONS, TRANSPOSED, channels_of
+from graphcomp.ops.answers import clip_of, compute_of, is_convolution, operands_of
+from graphcomp.ops.facts import Compute
+from graphcomp.ops.registry import facts_of
+from graphcomp.quantization.placement import channels_of
 
 aten = torch.ops.aten
 
 ROUNDS = 50
 SETTLED = 1e-3  # of a logarithm: a tenth of a percent
 MOST = 1e3
-
-LAYERS = (CONVOLUTIONS - TRANSPOSED) | {aten.linear.default}
-
-KEEPS_DIMS = frozenset(
-    {
-        aten.relu.default, aten.leaky_relu.default, aten.dropout.default, aten.feature_dropout.default,
-        aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default,
-    }
-)  # fmt: skip
-"""f(s x) = s f(x) for s > 0, element by element."""
-
-KEEPS_CHANNELS = frozenset(
-    {
-        aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.avg_pool1d.default,
-        aten.avg_pool2d.default, aten.avg_pool3d.default, aten.adaptive_avg_pool1d.default,
-        aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default, aten.adaptive_max_pool2d.default,
-        aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec,
-    }
-)  # fmt: skip
-"""The same, within each index of dim 1."""
-
-RESHAPES = frozenset({aten.view.default, aten.reshape.default, aten.flatten.using_ints})
 
 
 def equalize(module: fx.GraphModule) -> tuple[fx.GraphModule, list[str]]:
@@ -84,8 +65,9 @@ class _Layer:
     def __init__(self, module: fx.GraphModule, node: fx.Node) -> None:
         arguments = bind(node)
         self.node = node
-        self.weight = str(arguments["weight"].target)
-        self.bias = str(arguments["bias"].target) if arguments["bias"] else ""
+        operands = operands_of(node)
+        self.weight = str(arguments[operands.weight].target)
+        self.bias = str(arguments[operands.bias].target) if arguments[operands.bias] else ""
         weight = fetch(module, self.weight).detach()
         self.groups = arguments.get("groups", 1)
         extent = weight.double().abs().flatten(2).amax(2) if weight.dim() > 2 else weight.double().abs()
@@ -194,30 +176,32 @@ class _Plan:
         """Where the result's channels lie; None where the op does not let a scale through."""
         if not is_op(node):
             return None
-        if node.target in LAYERS:
-            return self._layer(node)
-        if node.target is aten.add.Tensor:
+        compute, scales = compute_of(node), facts_of(node.target).scales
+        if compute is not None and compute.bias and compute.out == 0:
+            return self._layer(node, compute)
+        if scales == "added":
             return self._sum(node)
         operands = node.all_input_nodes
         place = self._place(operands[0]) if len(operands) == 1 else None
         if place is None or not isinstance(value(node), Tensor):
             return None
-        if node.target in KEEPS_DIMS or (node.target in KEEPS_CHANNELS and place.dim == 1 and place.repeat == 1):
+        if scales == "elements" or (scales == "channels" and place.dim == 1 and place.repeat == 1):
             return place
-        if node.target is aten.mean.dim:
+        if scales == "averaged":
             return _after_mean(node, place)
-        if node.target in RESHAPES:
+        if scales == "regrouped":
             return _after_reshape(value(operands[0]), value(node), place)
         return None
 
-    def _layer(self, node: fx.Node) -> _Place | None:
+    def _layer(self, node: fx.Node, compute: Compute) -> _Place | None:
         arguments = bind(node)
-        own = [arguments["weight"], *([arguments["bias"]] if arguments["bias"] else [])]
+        own = [arguments[name] for name in (compute.weight, compute.bias) if arguments[name]]
         if any(n.op != "get_attr" or self.readers[id(fetch(self.module, str(n.target)))] != 1 for n in own):
             return None  # computed, or tied to another layer's
         layer = _Layer(self.module, node)
-        place = self._place(arguments["input"])
-        rank = value(arguments["input"]).dim()
+        (data,) = (arguments[name] for name in compute.data)
+        place = self._place(data)
+        rank = value(data).dim()
         contracted = channels_of(node)
         if place is not None and (place.dim, rank) == (contracted, max(rank, 2)) and self._fits(node, place):
             place.link.read_by.append(_End(layer, place.repeat))
@@ -228,7 +212,7 @@ class _Plan:
         return _Place(made, channels_of(node))
 
     def _fits(self, node: fx.Node, place: _Place) -> bool:
-        return place.repeat == 1 or node.target is aten.linear.default
+        return place.repeat == 1 or not is_convolution(node)
 
     def _sum(self, node: fx.Node) -> _Place | None:
         arguments = bind(node)
@@ -254,7 +238,7 @@ class _Plan:
     def _stop(self, link: _Link, node: fx.Node) -> None:
         if node.op == "output":
             why = "returned by the model"
-        elif node.target in CLIPS:
+        elif clip_of(node):
             why = f"clipped at a fixed number by {node.target}: relu alone scales with its operand"
         else:
             why = f"read by {node.target}, which does not scale channel by channel"

@@ -8,32 +8,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphcomp.ir.graph import bind, fetch, value
-from graphcomp.quantization.attention import FUSED
+from graphcomp.ops.answers import compute_of, is_fused, lookup_of
+from graphcomp.ops.facts import Float
+from graphcomp.ops.registry import facts_of
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers
-from graphcomp.quantization.placement import COMPUTE, EMBEDDINGS, SAME, op_label
-from graphcomp.torch_compat import HigherOrderOperator, OpOverload, schema_of
+from graphcomp.quantization.placement import op_label
+from graphcomp.torch_compat import HigherOrderOperator, OpOverload
 
 aten = torch.ops.aten
-
-NORMS = frozenset(
-    {
-        aten.batch_norm.default, aten.layer_norm.default, aten.group_norm.default, aten.instance_norm.default,
-        aten.rms_norm.default, aten.native_layer_norm.default, aten.native_group_norm.default,
-        aten.native_batch_norm.default, aten._native_batch_norm_legit.default,
-        aten._native_batch_norm_legit_no_training.default,
-    }
-)  # fmt: skip
-"""Ops whose affine parameters scale and shift channels."""
-
-JOINS = frozenset(
-    {
-        aten.cat.default, aten.stack.default, aten.index_select.default, aten.chunk.default, aten.split.Tensor,
-        aten.expand_as.default, aten.broadcast_tensors.default, aten.slice_scatter.default,
-        aten.select_scatter.default, aten.copy_.default,
-    }
-)  # fmt: skip
-"""Ops that move parameters beside activations: class tokens, prompts, positions."""
 
 NO_INTEGER_FORM = "{} has no integer form"
 UNDER_AUTOCAST = "computed under torch.autocast"
@@ -52,15 +35,16 @@ def float_layers(fake: fx.GraphModule, reasons: Mapping[str, str], default: str 
     for node in fake.graph.nodes:
         if node.op != "call_function" or (node in constant and node.name not in reasons):
             continue
-        if node.target in COMPUTE:
-            weight = bind(node)[COMPUTE[node.target].weight]
+        compute, lookup = compute_of(node), lookup_of(node)
+        if compute is not None:
+            weight = bind(node)[compute.weight]
             if node.name in reasons or (weight in constant and weight not in quantized):
                 found[op_label(node, constant)] = reasons.get(node.name, default)
-        elif node.target in FUSED:
+        elif is_fused(node):
             if node.name in reasons:
                 found[op_label(node, constant)] = reasons[node.name]
-        elif node.target in EMBEDDINGS:
-            if bind(node)["weight"] not in quantized and _parameters(fake, node, constant):
+        elif lookup is not None:
+            if bind(node)[lookup.weight] not in quantized and _parameters(fake, node, constant):
                 found[op_label(node, constant)] = reasons.get(node.name, default)
         elif _multiplies(node) and (weights := _parameters(fake, node, constant)):
             owner = weights[0].rpartition(".")[0]
@@ -72,9 +56,11 @@ def _multiplies(node: fx.Node) -> bool:
     """Return whether the op may multiply or look up weights, rather than move, scale or shift."""
     if isinstance(node.target, HigherOrderOperator):
         return True
-    if not isinstance(node.target, OpOverload) or torch.Tag.pointwise in node.target.tags:
+    if not isinstance(node.target, OpOverload):
         return False
-    return not (node.target in SAME or node.target in NORMS or node.target in JOINS)
+    facts = facts_of(node.target)
+    reads_rows = isinstance(facts.integer, Float) and facts.integer.rows != ""
+    return facts.integer is None or facts.sums == "products" or reads_rows
 
 
 def _parameters(fake: fx.GraphModule, node: fx.Node, constant: set[fx.Node]) -> list[str]:

@@ -16,14 +16,12 @@ from torch import Tensor, fx, nn
 
 from graphcomp.ir.graph import bind, clone, fetch, set_argument, value
 from graphcomp.ir.run_nodes import Constants
-from graphcomp.quantization.placement import COMPUTE, constants
+from graphcomp.ops.answers import compute_of, operands_of
+from graphcomp.quantization.placement import constants
 from graphcomp.quantization.tensors import attribute_readers, replace_argument
 from graphcomp.torch_compat import buffer_table, parameter_table
 
 aten = torch.ops.aten
-SCALED = frozenset(
-    op for op, operands in COMPUTE.items() if operands.bias and operands.weight and op is not aten.addmm.default
-)
 
 
 @dataclass(frozen=True)
@@ -85,14 +83,13 @@ def _per_channel(constant: fx.Node, like: Tensor) -> bool:
 
 def _channels_second(compute: fx.Node) -> bool:
     """Whether the channels that a batch norm scales, dim 1 of the result, are one dim of the op's weight."""
-    if compute.target not in SCALED:
+    operands = compute_of(compute)
+    if operands is None or not operands.bias or not (operands.out == 0 or operands.transposed):
         return False
-    if compute.target is aten.linear.default:
-        return bool(value(compute).dim() == 2)
-    if value(compute).dim() != value(bind(compute)["weight"]).dim():
-        return False  # a convolution of one image: what the norm scales are rows
+    if value(compute).dim() != value(bind(compute)[operands.weight]).dim():
+        return False  # a convolution of one image, or a layer of sequences: what the norm scales are rows
     # a grouped transposed convolution holds the channels of all its groups in one dim of the weight
-    return COMPUTE[compute.target].dim == 0 or bind(compute)["groups"] == 1
+    return operands.out == 0 or bool(bind(compute)["groups"] == 1)
 
 
 @dataclass(frozen=True)
@@ -160,7 +157,7 @@ def affine_of(pair: Pair, values: Constants) -> tuple[Tensor, Tensor]:
 
 def _along(compute: fx.Node, weight: Tensor) -> list[int]:
     """The shape in which (c,) broadcasts with the weight along its output channels."""
-    dim = COMPUTE[compute.target].dim
+    dim = operands_of(compute).out
     return [-1 if d == dim else 1 for d in range(weight.dim())]
 
 

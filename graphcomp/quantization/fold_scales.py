@@ -22,13 +22,14 @@ from torch import Tensor, fx, nn
 from graphcomp.errors import PlanError, VerificationError
 from graphcomp.ir.graph import bind, clone, fetch, value
 from graphcomp.ir.run_nodes import Constants
+from graphcomp.ops.answers import compute_of, operands_of
 from graphcomp.quantization.biases import fit_biases
 from graphcomp.quantization.calibrate import calibrate_weight
 from graphcomp.quantization.floats import float_layers
 from graphcomp.quantization.fold import Pair, affine_of, chains, drop_unread
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers, lower
-from graphcomp.quantization.placement import COMPUTE, layer_name, place
+from graphcomp.quantization.placement import layer_name, place
 from graphcomp.quantization.ptq import Quantized, layer_errors
 from graphcomp.quantization.quantizers.affine import AffineQuantizer
 from graphcomp.quantization.quantizers.base import Integers, Quantizer, spread
@@ -150,7 +151,7 @@ def _float_products(fake: fx.GraphModule) -> dict[str, str]:
     return {
         node.name: TRAINED_IN_FLOATS
         for node in fake.graph.nodes
-        if node.target in COMPUTE
+        if compute_of(node)
         and constant.isdisjoint(node.all_input_nodes)
         and quantized.keys().isdisjoint(node.all_input_nodes)
     }
@@ -229,14 +230,16 @@ class _Finishing:
                 why="its batch norms are still moving",
                 fix=".eval()",
             )
-        weight = bind(pair.compute)["weight"]
+        operands = operands_of(pair.compute)
+        weight = bind(pair.compute)[operands.weight]
         quantizer = self.quantizers.get(weight)
         if weight not in self.constants:
             return False
-        return quantizer is None or quantizer.dim in (None, COMPUTE[pair.compute.target].dim)
+        return quantizer is None or quantizer.dim in (None, operands.out)
 
     def _folded(self, pair: Pair) -> _Weight:
-        weight, dim = bind(pair.compute)["weight"], COMPUTE[pair.compute.target].dim
+        operands = operands_of(pair.compute)
+        weight, dim = bind(pair.compute)[operands.weight], operands.out
         factor, shift = affine_of(pair, self.values)
         quantizer = self.quantizers.get(weight)
         if quantizer is None or not self.rounded:
@@ -301,7 +304,7 @@ class _Finishing:
         Returns:
             The name of what it was made of.
         """
-        sources = [bind(r)["weight"] if r.target in COMPUTE else r.all_input_nodes[0] for r in readers]
+        sources = [bind(r)[operands_of(r).weight] if compute_of(r) else r.all_input_nodes[0] for r in readers]
         paths = [self._path(source) for source in sources]
         name = str(paths[0][-1].target)
         if all(self._read_by(path, readers) for path in paths):

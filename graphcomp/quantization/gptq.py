@@ -17,15 +17,13 @@ from torch import Tensor, fx
 
 from graphcomp.errors import CalibrationError, PlanError
 from graphcomp.ir.graph import bind, value
+from graphcomp.ops.answers import operands_of
 from graphcomp.quantization.calibrate import calibrate_weight
-from graphcomp.quantization.placement import COMPUTE, CONVOLUTIONS, TRANSPOSED
 from graphcomp.quantization.quantizers.base import Integers, Quantizer
 from graphcomp.quantization.quantizers.gradients import multiples
 from graphcomp.quantization.quantizers.make import make_quantizer
 
 aten = torch.ops.aten
-
-PRODUCTS = frozenset({aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default})
 
 ELEMENTS_AT_ONCE = 1 << 24
 """Of unfolded patches: 64 MiB in float32."""
@@ -50,9 +48,10 @@ def second_moments(node: fx.Node, batches: Sequence[Tensor]) -> Tensor | None:
     Raises:
         CalibrationError: there is no data, or not all are finite.
     """
-    if node.target in PRODUCTS and value(bind(node)[COMPUTE[node.target].weight]).dim() == 2:
+    compute = operands_of(node)
+    if not compute.convolution and value(bind(node)[compute.weight]).dim() == 2:
         rows: Iterator[Tensor] = (x.flatten(0, -2) if x.dim() > 1 else x[None] for x in batches)
-    elif node.target in CONVOLUTIONS - TRANSPOSED and bind(node)["groups"] == 1:
+    elif compute.convolution and not compute.transposed and bind(node)["groups"] == 1:
         rows = (patches for x in batches for patches in _patches(node, x))
     else:
         return None

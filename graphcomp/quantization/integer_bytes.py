@@ -11,8 +11,8 @@ from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.axis import Factor, leaves
 from graphcomp.coupling.propagate import Coupling, propagate
 from graphcomp.ir.graph import bind
+from graphcomp.ops.answers import compute_of
 from graphcomp.quantization.ops import PACKED_BITS, dequantize_per_channel
-from graphcomp.quantization.placement import COMPUTE
 
 STEP_BYTES, ZERO_BYTES, GROUP_BYTES = 4, 4, 8
 """Of a float32 step, an int32 zero point, and the int64 number of a group."""
@@ -81,7 +81,8 @@ def _codes(lowered: fx.GraphModule) -> dict[str, tuple[str, bool]]:
     dim 0 has a step of its own."""
     found: dict[str, tuple[str, bool]] = {}
     for node in lowered.graph.nodes:
-        weight = bind(node)[COMPUTE[node.target].weight] if node.target in COMPUTE else None
+        compute = compute_of(node)
+        weight = None if compute is None else bind(node)[compute.weight]
         if isinstance(weight, fx.Node) and weight.op == "call_function" and weight.args:
             source = weight.args[0]
             if isinstance(source, fx.Node) and source.op == "get_attr":

@@ -27,16 +27,10 @@ from graphcomp.errors import VerificationError
 from graphcomp.ir.graph import bind, is_op
 from graphcomp.ir.preserve import own_inputs, same_buffers
 from graphcomp.numerics.compare import relative_error
+from graphcomp.ops.answers import clip_of, compute_of, move_of, operands_of
 from graphcomp.quantization import ops
 from graphcomp.quantization.lower import INT32_MAX
 from graphcomp.quantization.placement import (
-    CLIPS,
-    COMPUTE,
-    CONVOLUTIONS,
-    MAX_POOLS,
-    PADS,
-    SAME,
-    TRANSPOSED,
     padded_with,
 )
 from graphcomp.torch_compat import pytree
@@ -185,11 +179,11 @@ def _compute_in_integers(node: fx.Node, a: dict[str, Any]) -> Any:
     Raises:
         _NotIntegers: there is no such thing.
     """
-    if node.target in COMPUTE:
+    if compute_of(node):
         return _products(node, a)
-    if node.target in SAME:
+    if move_of(node):
         return _move(node, a)
-    if node.target in CLIPS:
+    if clip_of(node):
         return _clip(node, a)
     if node.target == ops.quantize_per_tensor:
         return a["input"].to_codes(a["scale"], a["zero_point"], a["quant_min"], a["quant_max"], a["dtype"])
@@ -202,17 +196,17 @@ def _compute_in_integers(node: fx.Node, a: dict[str, Any]) -> Any:
 
 def _products(node: fx.Node, a: dict[str, Any]) -> Scaled:
     """Sums of products, int32, and what they count in, per output channel."""
-    operands = COMPUTE[node.target]
+    operands = operands_of(node)
     x, weight = (_single(a[name], name) for name in (operands.data[0], operands.weight))
     if x[1].dim() != 0:
         raise _NotIntegers("its operand has several scales")
     sums = _sums(node, a, x[0], weight[0])
-    channels = sums.dim() + 1 - weight[0].dim() if node.target in CONVOLUTIONS else sums.dim() - 1
+    channels = sums.dim() + 1 - weight[0].dim() if operands.convolution else sums.dim() - 1
     scale = x[1] * weight[1]
     if scale.dim() != 0:
-        if weight[0].shape[operands.dim] != scale.numel():
+        if weight[0].shape[operands.out] != scale.numel():
             raise _NotIntegers("the scales of its weight are not one per output")
-        repeats = a["groups"] if node.target in TRANSPOSED else 1
+        repeats = a["groups"] if operands.transposed else 1
         scale = scale.reshape(-1).repeat(repeats)
         scale = scale.view([-1 if d == channels else 1 for d in range(sums.dim())])
     bias = a[operands.bias] if operands.bias else None
@@ -224,7 +218,7 @@ def _products(node: fx.Node, a: dict[str, Any]) -> Scaled:
 
 def _sums(node: fx.Node, a: dict[str, Any], x: Tensor, weight: Tensor) -> Tensor:
     """In float64, which is exact for whole numbers up to 2^53: torch has no fast integer convolution."""
-    operands = COMPUTE[node.target]
+    operands = operands_of(node)
     if node.target is aten.addmm.default and (a["beta"], a["alpha"]) == (1, 1):
         return x.double() @ weight.double()
     if node.target in (aten.addmm.default, aten.baddbmm.default):
@@ -263,18 +257,18 @@ def _check_int32(node: fx.Node, sums: Tensor) -> None:
 
 def _move(node: fx.Node, a: dict[str, Any]) -> Any:
     """The op itself, on the integers of each term."""
-    key = SAME[node.target]
-    found = a[key]
+    move = move_of(node)
+    assert move is not None
+    found = a[move.operand]
     if not isinstance(found, Scaled) or not found.one_scale:
         raise _NotIntegers("its operand has several scales")
-    pads = node.target in PADS
-    if (pads and (found.clipped or padded_with(node) != 0)) or (node.target in MAX_POOLS and len(found.terms) > 1):
+    if (move.pads and (found.clipped or padded_with(node) != 0)) or (move.pools and len(found.terms) > 1):
         raise _NotIntegers("its operand is a sum or clipped")
     moved = []
     for integers, scale in found.terms:
         # pooling knows no int32, and float64 holds each
-        operand = integers.double() if node.target in MAX_POOLS else integers
-        moved.append((node.target(**{**a, key: operand}), scale))  # type: ignore[operator]
+        operand = integers.double() if move.pools else integers
+        moved.append((node.target(**{**a, move.operand: operand}), scale))  # type: ignore[operator]
     if isinstance(moved[0][0], Tensor):
         return replace(found, terms=tuple((t.to(torch.int32), scale) for t, scale in moved))
     return tuple(
@@ -293,12 +287,10 @@ def _clip(node: fx.Node, a: dict[str, Any]) -> Scaled:
 
 
 def _bounds(node: fx.Node, a: dict[str, Any]) -> tuple[float, float]:
-    if node.target is aten.relu.default:
-        return 0.0, math.inf
-    if node.target is aten.relu6.default:
-        return 0.0, 6.0
-    low, high = a.get("min", a.get("min_val")), a.get("max", a.get("max_val"))
-    return (-math.inf if low is None else float(low)), (math.inf if high is None else float(high))
+    clip = clip_of(node)
+    assert clip is not None
+    low, high = clip.bounds(a)
+    return (-math.inf if low is None else low), (math.inf if high is None else high)
 
 
 def _add(one: Any, other: Any, alpha: Any) -> Scaled:

@@ -22,16 +22,12 @@ from torch import Tensor, fx
 from graphcomp.errors import PlanError
 from graphcomp.ir.graph import bind, clone, module_path, set_argument, tensor_values, value
 from graphcomp.ir.run_nodes import Constants
+from graphcomp.ops.answers import clip_of, compute_of, lookup_of, move_of, operands_of
 from graphcomp.quantization import ops
 from graphcomp.quantization.biases import KERNEL_BITS, biased_layers
 from graphcomp.quantization.fold import drop_unread
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.placement import (
-    CLIPS,
-    COMPUTE,
-    EMBEDDINGS,
-    SAME,
-    TRANSPOSED,
     constants,
     layer_name,
     padded_with,
@@ -114,7 +110,7 @@ class _Lowering:
         for node, quantizer in activations:
             self._activation(node, quantizer, quantizer in signed)
         for node in list(self.graph.nodes):
-            if node.target in COMPUTE:
+            if compute_of(node):
                 self._bias(node)
         self.graph.eliminate_dead_code()
         drop_unread(self.module)
@@ -129,7 +125,7 @@ class _Lowering:
         integers = _signed(quantizer.to_integers(self.values.of(source)))
         self.weights[self.fake_name[node]] = integers
         stem = self._stem(source)
-        lookups = [user for user in node.users if user.target in EMBEDDINGS]
+        lookups = [user for user in node.users if lookup_of(user)]
         with self.graph.inserting_before(node):
             codes, integers = self._codes(stem, integers, self.shifts.get(node, 0), node)
             scale = self._buffer(f"{stem}_scale", integers.scale, node)
@@ -204,7 +200,7 @@ class _Lowering:
         integers = _unsigned(quantizer.to_integers(torch.zeros((), dtype=dtype)), signed)
         numbers = (float(integers.scale), int(integers.zero_point))
         arguments = (*numbers, integers.quant_min, integers.quant_max, integers.values.dtype)
-        if source.target in CLIPS and all(user is node for user in source.users) and _saturates(source, integers):
+        if clip_of(source) and all(user is node for user in source.users) and _saturates(source, integers):
             source = source.all_input_nodes[0]
         with self.graph.inserting_before(node):
             source = self._transformed(source, quantizer, node)
@@ -226,7 +222,7 @@ class _Lowering:
 
     # ------------------------------------------------------------------------------------------ biases
     def _bias(self, node: fx.Node) -> None:
-        operands, arguments = COMPUTE[node.target], bind(node)
+        operands, arguments = operands_of(node), bind(node)
         bias = arguments.get(operands.bias) if operands.bias else None
         weight, data = self.integers.get(arguments[operands.weight]), self.scales.get(arguments[operands.data[0]])
         if bias is None or weight is None or data is None or bias not in self.constants:
@@ -237,7 +233,7 @@ class _Lowering:
             return
         floats = self.values.of(bias)
         scale = (weight.scale * data.scale).to(weight.scale.dtype)
-        if scale.dim() and node.target in TRANSPOSED:  # its weight holds one group's outputs, and every group has them
+        if scale.dim() and operands.transposed:  # its weight holds one group's outputs, and every group has them
             scale = scale.repeat(arguments["groups"])
         scale = scale.expand(floats.shape[-1:]).contiguous()
         codes = torch.round(floats / scale)
@@ -280,11 +276,12 @@ def layers_of(fake: fx.GraphModule) -> tuple[LoweredLayer, ...]:
     quantizers, constant = dict(quantizer_nodes(fake)), constants_with_quantizers(fake)
     found = []
     for node in fake.graph.nodes:
-        if node.target not in COMPUTE and node.target not in EMBEDDINGS:
+        operands = compute_of(node)
+        reads = operands or lookup_of(node)
+        if reads is None:
             continue
         arguments = bind(node)
-        operands = COMPUTE.get(node.target)
-        weight = arguments[operands.weight if operands else "weight"]
+        weight = arguments[reads.weight]
         data = [arguments[name] for name in operands.data if arguments[name] is not weight] if operands else []
         bits = [_bits(quantizers.get(d)) for d in data]
         name = layer_name(weight, constant) if weight in constant else ""
@@ -346,8 +343,8 @@ def _clipped_at_zero(graph: fx.Graph, quantizers: Mapping[fx.Node, Quantizer]) -
     """What clips that let nothing below 0 through return, moved and joined."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        low = _bounds(node)[0] if node.target in CLIPS else None
-        moves = node in quantizers or node.target in (*SAME, aten.cat.default, operator.getitem)
+        low = _bounds(node)[0]
+        moves = node in quantizers or move_of(node) or node.target in (aten.cat.default, operator.getitem)
         operands = [n for n in node.all_input_nodes if tensor_values(n)]
         if (low is not None and low >= 0) or (
             moves and operands and found.issuperset(operands) and padded_with(node) >= 0
@@ -383,15 +380,7 @@ def _saturates(clip: fx.Node, integers: Integers) -> bool:
     return (low is None or code(low) == integers.quant_min) and (high is None or code(high) == integers.quant_max)
 
 
-def _bounds(clip: fx.Node) -> tuple[float | None, float | None]:
-    arguments = bind(clip)
-    if clip.target is aten.relu.default:
-        return 0.0, None
-    if clip.target is aten.relu6.default:
-        return 0.0, 6.0
-    if clip.target is aten.hardtanh.default:
-        return float(arguments["min_val"]), float(arguments["max_val"])
-    bounds = arguments.get("min"), arguments.get("max")
-    if any(isinstance(bound, fx.Node) for bound in bounds):
-        return None, None
-    return tuple(None if b is None else float(b) for b in bounds)  # type: ignore[return-value]
+def _bounds(node: fx.Node) -> tuple[float | None, float | None]:
+    """Return what a clip lets through, where that is known; (None, None) of another op."""
+    clip = clip_of(node)
+    return (None, None) if clip is None else clip.bounds(bind(node))

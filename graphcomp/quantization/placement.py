@@ -1,9 +1,9 @@
-"""Where quantizers go: a table of how ops behave on integers, and the plan that follows from it.
+"""Where quantizers go: the plan that follows from how ops behave on integers (`graphcomp.ops.facts.Integer`).
 
-    COMPUTE   multiplies and sums: its operands are quantized; a convolution's result too (no integer kernel without)
-    SAME      moves or picks elements: what goes in on one scale comes out on it
-    OWN       has an integer kernel that rescales: its result is quantized where its operands are
-    CLIPS     a clip is part of the quantizer behind it
+    Compute   multiplies and sums: its operands are quantized; a convolution's result too (no integer kernel without)
+    Move      moves or picks elements: what goes in on one scale comes out on it
+    Rescale   has an integer kernel that rescales: its result is quantized where its operands are
+    Clip      a clip is part of the quantizer behind it
     others    compute in float
 
 A quantizer belongs to a value and to those of its users that read it on integers: the others go on reading floats.
@@ -19,90 +19,21 @@ import torch
 from torch import fx
 
 from graphcomp.ir.graph import bind, fetch, module_path, tensor_values, value
-from graphcomp.quantization.attention import FUSED
+from graphcomp.ops.answers import (
+    clip_of,
+    compute_of,
+    is_convolution,
+    is_fill,
+    is_fused,
+    lookup_of,
+    move_of,
+    operands_of,
+    rescales,
+)
 from graphcomp.quantization.spec import QuantConfig, QuantSpec, matches
 from graphcomp.quantization.wishes import Chosen, Wish, Wishes
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Operands:
-    """Which arguments of a compute op are data, and which dim of its weight is the output channel."""
-
-    data: tuple[str, ...]
-    weight: str = ""
-    dim: int = 0
-    bias: str = ""
-
-
-_CONV = Operands(("input",), "weight", 0, "bias")
-_TRANSPOSED = Operands(("input",), "weight", 1, "bias")
-COMPUTE: dict[object, Operands] = {
-    **dict.fromkeys(
-        (
-            aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding,
-            aten.conv3d.default, aten.conv3d.padding, aten.linear.default,
-        ),
-        _CONV,
-    ),
-    **dict.fromkeys(
-        (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input), _TRANSPOSED
-    ),
-    aten.addmm.default: Operands(("mat1",), "mat2", 1, "self"),
-    aten.mm.default: Operands(("self", "mat2"), "mat2", 1),
-    aten.bmm.default: Operands(("self", "mat2"), "mat2", 2),
-    aten.baddbmm.default: Operands(("batch1", "batch2"), "batch2", 2),
-    aten.matmul.default: Operands(("self", "other"), "other", -1),
-}  # fmt: skip
-
-CONVOLUTIONS = frozenset(op for op, operands in COMPUTE.items() if operands.data == ("input",)) - {aten.linear.default}
-
-TRANSPOSED = frozenset(op for op, operands in COMPUTE.items() if operands is _TRANSPOSED)
-
-EMBEDDINGS = frozenset({aten.embedding.default})
-
-MAX_POOLS = frozenset({aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default})
-
-PADS = frozenset({aten.constant_pad_nd.default, aten.pad.default})
-
-FILLS = frozenset(
-    {aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
-)
-"""Ops that put a constant in the place of elements."""
-
-# op -> the argument whose elements it moves
-SAME: dict[object, str] = {
-    **dict.fromkeys(
-        (
-            aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
-            aten.unflatten.int, aten.permute.default, aten.transpose.int, aten.t.default, aten.squeeze.default,
-            aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.expand.default, aten.contiguous.default,
-            aten.clone.default, aten.alias.default, aten.slice.Tensor, aten.select.int, aten.constant_pad_nd.default,
-            aten.pad.default, *MAX_POOLS, aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
-            aten.channel_shuffle.default, aten.flip.default, aten.roll.default, aten.split_with_sizes.default,
-            aten.unbind.int, aten.movedim.intlist, aten.repeat.default,
-        ),
-        "self",
-    ),
-    aten.dropout.default: "input",
-    aten.feature_dropout.default: "input",
-}  # fmt: skip
-
-OWN = frozenset(
-    {
-        aten.add.Tensor, aten.mul.Tensor, aten.cat.default, aten.avg_pool1d.default, aten.avg_pool2d.default,
-        aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.sigmoid.default,
-        aten.hardsigmoid.default, aten.leaky_relu.default,
-    }
-)  # fmt: skip
-
-CLIPS = frozenset(
-    {
-        aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default,
-        aten.clamp_max.default,
-    }
-)  # fmt: skip
 
 
 @dataclass
@@ -171,7 +102,7 @@ class _Planner:
         self.ignore = ignore
         self.folded = folded
         self.constants = constants(module.graph)
-        self.compute = {node: self._chosen(node) for node in module.graph.nodes if node.target in COMPUTE}
+        self.compute = {node: self._chosen(node) for node in module.graph.nodes if compute_of(node)}
         self.floats = self._reading_floats()
         self.readers: dict[fx.Node, dict[fx.Node, None]] = {}
         self.weights: list[Site] = []
@@ -183,9 +114,9 @@ class _Planner:
         for node, chosen in self.compute.items():
             self._compute(node, chosen)
         for node in self.graph.nodes:
-            if node.target in EMBEDDINGS:
+            if lookup_of(node):
                 self._embedding(node)
-            elif node.target in FUSED:
+            elif is_fused(node):
                 self._fused(node)
         if self.config.activations is not None or self.config.overrides:
             self._spread()
@@ -216,12 +147,12 @@ class _Planner:
             users = [user in found for user in node.users]
             if not users or node in self.constants:
                 continue
-            if (self._moves(node) and any(users)) or (node.target in CLIPS and all(users)):
+            if (self._moves(node) and any(users)) or (clip_of(node) and all(users)):
                 found.add(node)
         return found
 
     def _moves(self, node: fx.Node) -> bool:
-        return node.target in SAME or self._source(node) is not None
+        return move_of(node) is not None or self._source(node) is not None
 
     def _compute(self, node: fx.Node, chosen: Chosen) -> None:
         if not chosen.any:
@@ -230,7 +161,7 @@ class _Planner:
         if node in self.constants:
             self.left_float[node] = "depends on no input"
             return
-        operands, arguments = COMPUTE[node.target], bind(node)
+        operands, arguments = operands_of(node), bind(node)
         read = [arguments[name] for name in (*operands.data, operands.weight) if name and arguments.get(name)]
         if not all(t.is_floating_point() for n in read for t in tensor_values(n)):
             self.left_float[node] = "computes on whole numbers"
@@ -249,8 +180,8 @@ class _Planner:
             elif operand in self.constants and name != operands.weight and weights is not None:
                 self._weight(operand, node, -2, weights)  # a constant on the left: its rows are the channels
         if operands.weight and arguments[operands.weight] in self.constants and weights is not None:
-            self._weight(arguments[operands.weight], node, operands.dim, weights)
-        if activations is not None and node.target in CONVOLUTIONS:
+            self._weight(arguments[operands.weight], node, operands.out, weights)
+        if activations is not None and is_convolution(node):
             result = self._result(node)
             self._need(result, list(result.users))
             self.wishes.add(result, Wish(activations, node, chosen.named, reads=False))
@@ -264,7 +195,7 @@ class _Planner:
         if rank < 2:  # a vector makes one output
             spec = replace(spec, granularity="tensor", group_size=0)
         where = dim % rank if spec.granularity != "tensor" else None
-        if spec.granularity == "group" and (where != 0 or rank != 2 or user.target in EMBEDDINGS):
+        if spec.granularity == "group" and (where != 0 or rank != 2 or lookup_of(user)):
             self.notes.append(
                 f"{self.label(user)}: one step per output channel, not per group of {spec.group_size}: groups divide "
                 "the rows of a linear layer's matrix"
@@ -284,7 +215,9 @@ class _Planner:
         return operand
 
     def _embedding(self, node: fx.Node) -> None:
-        table = bind(node)["weight"]
+        lookup = lookup_of(node)
+        assert lookup is not None
+        table = bind(node)[lookup.weight]
         path = module_path(node)
         name = self.config.override(path)
         spec = self.config.embeddings if name is None else self.config.overrides[name][0]
@@ -308,7 +241,7 @@ class _Planner:
             node = user
         if len(node.users) == 1:
             (user,) = node.users
-            if user.target in CLIPS:
+            if clip_of(user):
                 return user
         return node
 
@@ -323,25 +256,25 @@ class _Planner:
             source = self._source(node)
             if source in self.readers and node in leads and node not in self.readers and source is not None:
                 self._carry(node, source)
-            elif node.target in OWN and node in leads:
+            elif rescales(node) and node in leads:
                 self._own(node)
 
     def _source(self, node: fx.Node) -> fx.Node | None:
-        """What a SAME op moves; for an item of a split, what was split."""
+        """What an op moves; for an item of a split, what was split."""
         if node.target is operator.getitem:
             container = node.args[0]
             assert isinstance(container, fx.Node)
             return self._source(container)
-        if node.target not in SAME:
+        move = move_of(node)
+        if move is None or fills(node):
             return None
-        if fills(node):
-            return None
-        source = bind(node)[SAME[node.target]]
+        source = bind(node)[move.operand]
         return source if isinstance(source, fx.Node) and source not in self.constants else None
 
     def _through_same(self, node: fx.Node) -> None:
         source = self._source(node)
-        if source is not None and node.target in MAX_POOLS and fills(source):
+        move = move_of(node)
+        if source is not None and move is not None and move.pools and fills(source):
             return  # the constant is there for no output to see: it is no part of what is quantized
         if source is not None and _is_float(source) and self._reader(node) not in self.floats:
             self._need(source, [self._reader(node)])
@@ -364,9 +297,9 @@ class _Planner:
         found: set[fx.Node] = set()
         for node in reversed(self.graph.nodes):
             for user in node.users:
-                passes = user.target in CLIPS or user.target in OWN or self._source(user) is not None
-                split = user.target in SAME and user in found
-                asked = user in self.readers.get(node, {}) and user.target in COMPUTE
+                passes = clip_of(user) or rescales(user) or self._source(user) is not None
+                split = move_of(user) and user in found
+                asked = user in self.readers.get(node, {}) and compute_of(user)
                 if asked or split or (passes and user in found):
                     found.add(node)
         return found
@@ -417,7 +350,7 @@ class _Planner:
             inside = [n for n in self.graph.nodes if n.op == "call_function" and matches(name, module_path(n))]
             if any(self.config.override(module_path(n)) != name for n in inside):
                 continue  # another entry goes before
-            able = [n for n in inside if n.target in COMPUTE or n.target in EMBEDDINGS or n.target in FUSED]
+            able = [n for n in inside if compute_of(n) or lookup_of(n) or is_fused(n)]
             if not able:
                 self.notes.append(f"{name}: the override changes nothing, as no op in it can be quantized")
 
@@ -428,12 +361,8 @@ class _Planner:
 
 def op_label(node: fx.Node, constant: set[fx.Node]) -> str:
     """Return the name of the layer whose weight the op reads; without one, the module's and the op's name."""
-    operands = COMPUTE.get(node.target)
-    weight = (
-        bind(node)[operands.weight if operands and operands.weight else "weight"]
-        if operands or node.target in EMBEDDINGS
-        else None
-    )
+    reads = compute_of(node) or lookup_of(node)
+    weight = None if reads is None else bind(node)[reads.weight]
     name = layer_name(weight, constant) if weight in constant else ""
     return name or f"{module_path(node)}.{node.name}".lstrip(".")
 
@@ -442,20 +371,21 @@ def channels_of(node: fx.Node) -> int:
     """Return the dim of a compute op's result that counts the output channels; an input of a convolution may have no
     batch."""
     rank: int = value(node).dim()
-    kernel: int = value(bind(node)["weight"]).dim() if node.target in CONVOLUTIONS else 2
+    kernel: int = value(bind(node)[operands_of(node).weight]).dim() if is_convolution(node) else 2
     return rank + 1 - kernel
 
 
 def padded_with(node: fx.Node) -> float:
     """Return the number that a padding puts around its operand; 0 for another op, or one that repeats elements."""
-    if node.target not in PADS or bind(node).get("mode", "constant") != "constant":
+    move = move_of(node)
+    if move is None or not move.pads or bind(node).get("mode", "constant") != "constant":
         return 0.0
     return float(bind(node)["value"] or 0)
 
 
 def fills(node: fx.Node) -> bool:
     """Whether the op puts a constant other than 0 beside the elements that it passes on."""
-    return node.target in FILLS or padded_with(node) != 0
+    return is_fill(node) or padded_with(node) != 0
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -18,6 +18,7 @@ from graphcomp.errors import CalibrationError
 from graphcomp.ir.graph import attributes, bind, clone, fetch, set_argument, value
 from graphcomp.ir.preserve import own_inputs, same_buffers
 from graphcomp.ir.run_nodes import Constants, Lockstep
+from graphcomp.ops.answers import compute_of, is_convolution, operands_of
 from graphcomp.quantization.attention import WriteOutAttention
 from graphcomp.quantization.biases import fit_biases
 from graphcomp.quantization.calibrate import RangeObserver, calibrate_weight, make_observer
@@ -28,7 +29,7 @@ from graphcomp.quantization.fold import FoldBatchNorm
 from graphcomp.quantization.gptq import round_second_order, second_moments
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.lower import Lowered, LoweredLayer, constants_with_quantizers, layers_of, lower
-from graphcomp.quantization.placement import COMPUTE, CONVOLUTIONS, Site, channels_of, layer_name, place
+from graphcomp.quantization.placement import Site, channels_of, layer_name, place
 from graphcomp.quantization.spec import QuantConfig
 from graphcomp.quantization.tensors import add_tensor, attribute_readers, put, read_by_others, replace_argument
 
@@ -164,7 +165,7 @@ def with_biases(module: fx.GraphModule, without: Collection[fx.Node] = ()) -> fx
     found, new_node = clone(module)
     others = {new_node[node] for node in without}
     for node in list(found.graph.nodes):
-        if node in others or node.target not in CONVOLUTIONS or bind(node)["bias"] is not None:
+        if node in others or not is_convolution(node) or bind(node)["bias"] is not None:
             continue
         weight = bind(node)["weight"]
         filters = value(node).shape[channels_of(node)]
@@ -316,16 +317,16 @@ class Setting:
         return self.errors
 
     def _quantized(self, node: fx.Node) -> bool:
-        return node.target in COMPUTE and any(n in self.quantizers for n in node.all_input_nodes)
+        return compute_of(node) is not None and any(n in self.quantizers for n in node.all_input_nodes)
 
     def _name(self, node: fx.Node) -> str:
-        operands = COMPUTE[node.target]
+        operands = operands_of(node)
         name = layer_name(bind(node)[operands.weight] if operands.weight else None, self.constant) or node.name
         return name if name not in self.errors else f"{name} ({node.name})"
 
     def _correct(self, node: fx.Node, exact: list[Tensor], rough: Lockstep) -> None:
         """Add the mean error of each output channel to the bias; `rough` gets what the corrected layer gives."""
-        operands, arguments = COMPUTE[node.target], bind(node)
+        operands, arguments = operands_of(node), bind(node)
         bias = arguments.get(operands.bias) if operands.bias else None
         if not isinstance(bias, fx.Node) or bias.op != "get_attr":
             return
@@ -339,7 +340,7 @@ class Setting:
 
     def _round(self, node: fx.Node, rough: Lockstep) -> None:
         """Give the layer's weight the values on its grid that its operands make least of."""
-        operands, arguments = COMPUTE[node.target], bind(node)
+        operands, arguments = operands_of(node), bind(node)
         wrapped = arguments[operands.weight]
         quantizer = self.quantizers.get(wrapped)
         if quantizer is None or wrapped not in self.constant or len(wrapped.users) > 1:
@@ -351,7 +352,7 @@ class Setting:
         if moments is None:
             return
         weight = fetch(self.fake, str(source.target))
-        rounded = round_second_order(weight, moments, quantizer, dim=operands.dim % weight.dim())
+        rounded = round_second_order(weight, moments, quantizer, dim=operands.out % weight.dim())
         if read_by_others(self.readers, source, wrapped):
             with self.fake.graph.inserting_before(wrapped):
                 own = f"graphcomp_{wrapped.name}_weight"

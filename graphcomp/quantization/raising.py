@@ -21,12 +21,12 @@ from torch import Tensor, fx, nn
 from graphcomp.errors import PlanError
 from graphcomp.ir.graph import bind, clone
 from graphcomp.ir.run_nodes import Constants
+from graphcomp.ops.answers import lookup_of
 from graphcomp.quantization import ops
 from graphcomp.quantization.fold import drop_unread
 from graphcomp.quantization.fold_scales import quantizer_of
 from graphcomp.quantization.insert import PREFIX, Names
 from graphcomp.quantization.lower import Lowered, layers_of
-from graphcomp.quantization.placement import EMBEDDINGS
 from graphcomp.quantization.quantizers.base import Integers
 from graphcomp.quantization.spec import MIN_BITS, QuantSpec
 from graphcomp.quantization.tensors import add_tensor
@@ -96,7 +96,7 @@ class _Raising:
             elif node.target in (ops.dequantize_per_tensor, ops.dequantize_per_channel, GROUPED):
                 self._weight(node, self._integers(node))
         for node in nodes:
-            if node.target in EMBEDDINGS and (product := _product(node)) is not None:
+            if lookup_of(node) and (product := _product(node)) is not None:
                 self._lookup(node, product)
         self.graph.eliminate_dead_code()
         drop_unread(self.module)

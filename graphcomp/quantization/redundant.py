@@ -6,7 +6,6 @@ and costs a pass. Where the largest level lies above the range it even keeps gra
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -14,9 +13,10 @@ import torch
 from torch import fx
 
 from graphcomp.ir.graph import bind, clone
+from graphcomp.ops.answers import move_of
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers
-from graphcomp.quantization.placement import SAME, Placement, Site, fills
+from graphcomp.quantization.placement import Placement, Site, fills
 
 
 def without_repeats(placement: Placement) -> Placement:
@@ -37,11 +37,10 @@ def _repeats(site: Site, at: Mapping[fx.Node, Sequence[Site]]) -> bool:
 
 def moved_from(node: fx.Node) -> fx.Node | None:
     """What a node moves the elements of; None where it does more than that, or returns several values."""
-    if node.target not in SAME or node.target is operator.getitem or not isinstance(node.meta.get("val"), torch.Tensor):
+    move = move_of(node)
+    if move is None or not isinstance(node.meta.get("val"), torch.Tensor) or fills(node):
         return None
-    if fills(node):
-        return None
-    source = bind(node)[SAME[node.target]]
+    source = bind(node)[move.operand]
     return source if isinstance(source, fx.Node) else None
 
 

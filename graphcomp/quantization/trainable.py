@@ -18,11 +18,12 @@ from graphcomp.errors import CalibrationError
 from graphcomp.ir.graph import all_tensors, assign, bind, clone, fetch, set_argument
 from graphcomp.ir.module import keeps_statistics, trains
 from graphcomp.ir.run_nodes import Constants, Lockstep
+from graphcomp.ops.answers import lookup_of, operands_of
 from graphcomp.quantization.attention import WriteOutAttention
 from graphcomp.quantization.einsum import WriteOutEinsum
 from graphcomp.quantization.fold import FoldForTraining, chains, folded_nodes
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
-from graphcomp.quantization.placement import COMPUTE, EMBEDDINGS, place
+from graphcomp.quantization.placement import place
 from graphcomp.quantization.ptq import (
     PostTraining,
     Setting,
@@ -78,7 +79,7 @@ def quantize_to_train(
 
 def trainable(graph: fx.Graph, config: QuantConfig) -> QuantConfig:
     """Return what can be trained of `config`: tables with sparse gradients are quantized when training is over."""
-    lookups = (node for node in graph.nodes if node.target in EMBEDDINGS)
+    lookups = (node for node in graph.nodes if lookup_of(node))
     return replace(config, embeddings=None) if any(bind(node)["sparse"] for node in lookups) else config
 
 
@@ -129,7 +130,7 @@ class _TrainableSetting(Setting):
     def _correct(self, node: fx.Node, exact: list[Any], rough: Lockstep) -> None:
         pair = self.pairs.get(node)
         if pair is None:
-            operands = COMPUTE[node.target]
+            operands = operands_of(node)
             bias = bind(node).get(operands.bias) if operands.bias else None
             if isinstance(bias, fx.Node) and not read_by_others(self.readers, bias, node):
                 super()._correct(node, exact, rough)
@@ -160,7 +161,7 @@ class _TrainableSetting(Setting):
             values[source] = new
 
     def _round(self, node: fx.Node, rough: Lockstep) -> None:
-        wrapped = bind(node)[COMPUTE[node.target].weight]
+        wrapped = bind(node)[operands_of(node).weight]
         sources = wrapped.all_input_nodes
         if len(sources) == 1 and not read_by_others(self.readers, sources[0], wrapped):
             super()._round(node, rough)

@@ -16,13 +16,14 @@ from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import CheckpointError, InputError, PlanError
 from graphcomp.ir.graph import all_tensors, bind, fetch, module_path
 from graphcomp.ir.module import CapturedModule, trains
+from graphcomp.ops.answers import compute_of
 from graphcomp.pruning.mask import PREFIX, InsertMasks, computed_with, hold_masks, parameter_behind
 from graphcomp.pruning.slice import check_groups, check_kept
 from graphcomp.quantization.einsum import WriteOutEinsum
 from graphcomp.quantization.fold import folded_nodes
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers
-from graphcomp.quantization.placement import COMPUTE, layer_name, place
+from graphcomp.quantization.placement import layer_name, place
 from graphcomp.quantization.ptq import PostTraining, calibrate_weights
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.geta import GetaQuantizer
@@ -578,9 +579,10 @@ def operands(session: Session) -> dict[str, tuple[str, list[str]]]:
     at = {node: str(node.target) for node, _ in quantizer_nodes(graph)}
     found = {}
     for node in graph.graph.nodes:
-        if node.target not in COMPUTE:
+        places = compute_of(node)
+        if places is None:
             continue
-        places, arguments = COMPUTE[node.target], bind(node)
+        arguments = bind(node)
         weight = arguments[places.weight] if arguments.get(places.weight) in constant else None
         named = dict.fromkeys(arguments[name] for name in (*places.data, places.weight) if name)
         sources = [quantizer_before(n, at) for n in named if isinstance(n, fx.Node) and n is not weight]

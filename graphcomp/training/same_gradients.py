@@ -14,7 +14,7 @@ from graphcomp.capture.capture import Captured
 from graphcomp.capture.record import named_tensors
 from graphcomp.errors import first_line
 from graphcomp.ir.preserve import eval_copy, same_buffers
-from graphcomp.quantization.placement import COMPUTE
+from graphcomp.ops.answers import compute_of
 from graphcomp.torch_compat import pytree
 
 log = logging.getLogger("graphcomp.prepare")
@@ -48,7 +48,7 @@ def settle_gradients(captured: Captured, *, quantized: bool) -> str:
 
 def _is_unfit(node: fx.Node, quantized: bool) -> bool:
     random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    return random or (quantized and node.target in COMPUTE)
+    return random or (quantized and compute_of(node) is not None)
 
 
 def other_gradients(captured: Captured) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from graphcomp.coupling.axis import Axes, Axis, Factor, is_frozen, kept_indices, leaves, length, normal
 from graphcomp.coupling.propagate import RULE_FAILED, Coupling, propagate
 from graphcomp.ir.graph import argument_at, bind, is_op, tensor_values
-from graphcomp.ops.masked import FORMS
+from graphcomp.ops.answers import masked_form
 from graphcomp.ops.registry import Call
 
 
@@ -85,7 +85,7 @@ class Walk:
         formed = {
             leaf
             for node, call in self.coupling.calls.items()
-            if node.target in FORMS
+            if masked_form(node.target)
             for argument, dims in call.contracted.items()
             for dim in dims
             for leaf in leaves(self.coupling.axes[argument_at(bind(node), argument)][0][dim])

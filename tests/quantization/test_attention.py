@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import graphcomp as gc
 from graphcomp.capture.capture import capture
-from graphcomp.quantization.attention import FUSED, WriteOutAttention
+from graphcomp.ops.answers import is_fused
+from graphcomp.quantization.attention import WriteOutAttention
 from graphcomp.quantization.placement import place
 from graphcomp.quantization.ptq import PostTraining, quantize
 from graphcomp.quantization.spec import QuantConfig
@@ -59,7 +60,7 @@ def test_it_computes_the_same(name: str) -> None:
     captured = capture(model, inputs).module
     before = [node.name for node in captured.graph.nodes]
     written = WriteOutAttention()(captured)
-    assert not any(node.target in FUSED for node in written.graph.nodes)
+    assert not any(is_fused(node) for node in written.graph.nodes)
     assert [node.name for node in captured.graph.nodes] == before
     torch.testing.assert_close(written(*inputs), model(*inputs))
     node = next(node for node in written.graph.nodes if "scaled_dot_product_attention" in node.name)
@@ -90,17 +91,17 @@ def test_queries_that_see_nothing_get_the_mean_of_the_values_or_zero(hidden: flo
 
 def test_attention_with_dropout_stays() -> None:
     captured = capture(Attends(), operands()).module
-    (node,) = (node for node in captured.graph.nodes if node.target in FUSED)
+    (node,) = (node for node in captured.graph.nodes if is_fused(node))
     node.kwargs = {**node.kwargs, "dropout_p": 0.1}
     written = WriteOutAttention()(captured)
-    assert [node.target for node in written.graph.nodes if node.target in FUSED] == [node.target]
+    assert [node.target for node in written.graph.nodes if is_fused(node)] == [node.target]
 
 
 def test_attention_between_nodes_of_no_known_value_stays() -> None:
     captured = capture(Attends(), operands()).module
     for node in captured.graph.nodes:
         node.meta.pop("val", None)
-    assert [node.target for node in WriteOutAttention()(captured).graph.nodes if node.target in FUSED]
+    assert [node.target for node in WriteOutAttention()(captured).graph.nodes if is_fused(node)]
 
 
 @pytest.mark.slow

@@ -13,9 +13,9 @@ from graphcomp.capture.capture import Captured, capture
 from graphcomp.cost import flat_inputs
 from graphcomp.ir.graph import bind, fetch
 from graphcomp.ir.run_nodes import Constants
+from graphcomp.ops.answers import operands_of
 from graphcomp.quantization.biases import biased_layers, fit_biases
 from graphcomp.quantization.insert import quantizer_nodes
-from graphcomp.quantization.placement import COMPUTE
 from graphcomp.quantization.ptq import PostTraining, Quantized, quantize
 from graphcomp.quantization.quantizers.uniform import SMALLEST_STEP
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, with_bits
@@ -43,7 +43,7 @@ def stored(found: Quantized, layer: str) -> tuple[Tensor, Tensor]:
     module = found.lowered.module
     node = next(n for n in module.graph.nodes if n.name == layer)
     values = Constants(module)
-    bias = bind(node)[COMPUTE[node.target].bias]
+    bias = bind(node)[operands_of(node).bias]
     return values.of(bind(node)["weight"]), values.of(bias.args[1])
 
 

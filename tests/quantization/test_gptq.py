@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from graphcomp.capture.capture import capture
 from graphcomp.errors import CalibrationError, PlanError
+from graphcomp.ops.answers import compute_of
 from graphcomp.quantization.calibrate import calibrate_weight
 from graphcomp.quantization.gptq import round_second_order, second_moments
-from graphcomp.quantization.placement import COMPUTE
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.geta import GetaQuantizer
 from graphcomp.quantization.quantizers.make import make_quantizer
@@ -226,7 +226,7 @@ def test_second_moments_are_those_of_what_the_weight_is_multiplied_with(name: st
 
 
 def compute_node(model: nn.Module, x: Tensor) -> Any:
-    (node,) = (n for n in capture(model, (x,)).module.graph.nodes if n.target in COMPUTE)
+    (node,) = (n for n in capture(model, (x,)).module.graph.nodes if compute_of(n))
     return node
 
 
