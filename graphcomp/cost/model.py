@@ -83,13 +83,11 @@ class Uncounted:
         op: the op.
         source: the user's source line.
         why: the reason.
-        multiplies: whether its coupling rule says that it multiplies and sums.
     """
 
     op: str
     source: str
     why: str = "nothing says what it multiplies"
-    multiplies: bool = False
 
     def __str__(self) -> str:
         at = f" at {self.source}" if self.source else ""
@@ -314,18 +312,18 @@ def _looks_up(node: fx.Node, coupling: Coupling) -> bool:
 
 
 def _uncounted(node: fx.Node, coupling: Coupling) -> list[Uncounted]:
-    """Name the op where its rule sums over what several operands share and says nothing of products, or where nothing
-    of graphcomp's knows the op and the op reads several matrices."""
+    """Name the op where nothing says what the op sums, and its rule sums over what several operands share, or the op
+    reads several matrices."""
     call = coupling.calls.get(node)
     if call is None and str(node.target) not in coupling.unknown:
         return []
-    if call is not None and not registry.is_taught(node.target):
+    if call is not None and registry.facts_of(node.target).sums is not None:
         return []
     operands = [n for n in node.all_input_nodes if coupling.axes.get(n)]
     axes = [coupling.axes[n][0] for n in operands]
     alike = len({tuple(all_leaves(own)) for own in axes}) < 2
     if call is not None and not alike and summed_axes(coupling, node, call):
-        return [Uncounted(str(node.target), source_line(node), multiplies=True)]
+        return [Uncounted(str(node.target), source_line(node))]
     matrices = [n for n, own in zip(operands, axes, strict=True) if len(own) > 1 and is_real(tensor_values(n)[0])]
     return [Uncounted(str(node.target), source_line(node))] if len(matrices) > 1 else []
 

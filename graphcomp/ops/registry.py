@@ -191,6 +191,8 @@ def op(
     given = {"integer": integer, "masked": masked, "keeps_zeros": keeps_zeros, "scales": scales}
     answered: dict[str, Any] = {name: found for name, found in given.items() if found is not None}
     answers = replace(facts or UNANSWERED, **answered)
+    if masked is not None and answers.sums is None:
+        answers = replace(answers, sums="statistics")
     _check_answers(answers)
     keys: list[Any] = list(ops)
     if keys and isinstance(keys[-1], str) and "->" in keys[-1]:
@@ -283,9 +285,8 @@ def _check_answers(facts: Facts) -> None:
 
 def _summing(coupling: str, macs: Any, facts: Facts) -> Facts:
     """Answer what is summed away from a rule in notation. A rule that multiplies nothing tells nothing of stars."""
-    letters = notation.products(notation.parse(coupling))
-    if facts.sums is None and (letters or macs is not None):
-        facts = replace(facts, sums="products" if letters or macs else "nothing")
+    if facts.sums is None and (macs is not None or notation.products(notation.parse(coupling))):
+        facts = replace(facts, sums="products")
     return replace(facts, masked=ZEROS_ADD_NOTHING) if facts.masked is None and facts.sums == "products" else facts
 
 

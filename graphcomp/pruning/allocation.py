@@ -562,19 +562,21 @@ class Meter:
 
 
 def _check_counted(costs: CostModel, budget: Budget) -> None:
-    """Refuse a budget on multiply-accumulates or bit operations where products are left out of the count.
+    """Refuse a budget on multiply-accumulates or bit operations where ops are left out of the count.
 
     Raises:
-        BudgetError: an op multiplies and has no formula.
+        BudgetError: an op may multiply, and nothing says how often.
     """
     limits = [name for name in budget.limits() if name in ("macs", "bops")]
-    products = [op for op in costs.uncounted if op.multiplies]
-    if limits and products:
+    if limits and costs.uncounted:
+        first = costs.uncounted[0]
+        name = first.op.rpartition(".")[0].replace(".", "::", 1)
         raise BudgetError(
-            f"a budget of {limits[0]} cannot be checked: {products[0].op} multiplies and is not counted",
-            at=products[0].source,
-            why=products[0].why,
-            fix="Budget(params=0.5), Budget(bytes=0.5) or sparsity=0.5; torch.matmul or a linear layer is counted",
+            f"a budget of {limits[0]} cannot be checked: {first.op} is not counted",
+            at=first.source,
+            why=first.why,
+            fix=f'Budget(params=0.5), Budget(bytes=0.5) or sparsity=0.5; or graphcomp.op("{name}", rule, macs=…), where '
+            "macs=() says that the op multiplies nothing",
         )
 
 
