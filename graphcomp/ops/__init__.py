@@ -14,10 +14,7 @@ from graphcomp.ops import (
     quantize,
     recurrent,
     reductions,
-    registry,
 )
-
-registry.close_built_in()
 
 __all__ = [
     "conv",

@@ -145,7 +145,6 @@ class Entry:
 NOTHING_KNOWN = Entry(None, UNANSWERED)
 
 _ENTRIES: dict[OpKey, Entry] = {}
-_BUILT_IN: set[OpKey] = set()
 _FAMILIES: list[tuple[Callable[[OpOverload], bool], Entry]] = []
 _ELEMENTWISE: list[RuleFunction] = []
 
@@ -293,21 +292,7 @@ def _summing(coupling: str, macs: Any, facts: Facts) -> Facts:
 def forget(op: OpKey) -> None:
     """Remove the entry of `op`, so that another can be given."""
     _ENTRIES.pop(op, None)
-    _BUILT_IN.discard(op)
     _known.cache_clear()
-
-
-def close_built_in() -> None:
-    """Take all entries that are registered by now for graphcomp's own; entries registered later are the user's."""
-    _BUILT_IN.update(_ENTRIES)
-
-
-def is_taught(op: object) -> bool:
-    """Whether the entry of the op is one that the user registered."""
-    if not isinstance(op, OpOverload):
-        return False
-    key: OpKey = op if op in _ENTRIES else schema_of(op).name
-    return key in _ENTRIES and key not in _BUILT_IN
 
 
 def family(holds: Callable[[OpOverload], bool], function: RuleFunction, facts: Facts) -> None:

@@ -575,8 +575,7 @@ def _check_counted(costs: CostModel, budget: Budget) -> None:
             f"a budget of {limits[0]} cannot be checked: {first.op} is not counted",
             at=first.source,
             why=first.why,
-            fix=f'Budget(params=0.5), Budget(bytes=0.5) or sparsity=0.5; or graphcomp.op("{name}", rule, macs=…), where '
-            "macs=() says that the op multiplies nothing",
+            fix=f'graphcomp.op("{name}", rule, macs=…), macs=() where it multiplies nothing; or Budget(params=0.5)',
         )
 
 

@@ -14,7 +14,7 @@ from graphcomp.ops.registry import facts_of
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers
 from graphcomp.quantization.placement import op_label
-from graphcomp.torch_compat import HigherOrderOperator, OpOverload
+from graphcomp.torch_compat import HigherOrderOperator, OpOverload, schema_of
 
 aten = torch.ops.aten
 
@@ -50,6 +50,12 @@ def float_layers(fake: fx.GraphModule, reasons: Mapping[str, str], default: str 
             owner = weights[0].rpartition(".")[0]
             found[owner or weights[0]] = _why(node)
     return found
+
+
+def nothing_quantized(fake: fx.GraphModule) -> str:
+    """Return why a graph that was to be quantized holds no quantizer."""
+    reasons = [f"'{layer}' stays float: {reason}" for layer, reason in float_layers(fake, {}).items()]
+    return f"nothing is quantized: {'; '.join(reasons) or 'no op multiplies or looks up a weight'}"
 
 
 def _multiplies(node: fx.Node) -> bool:

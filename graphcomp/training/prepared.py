@@ -20,6 +20,7 @@ from graphcomp.ops.answers import compute_of
 from graphcomp.pruning.mask import PREFIX, InsertMasks, computed_with, hold_masks, parameter_behind
 from graphcomp.pruning.slice import check_groups, check_kept
 from graphcomp.quantization.einsum import WriteOutEinsum
+from graphcomp.quantization.floats import nothing_quantized
 from graphcomp.quantization.fold import folded_nodes
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers
@@ -402,6 +403,8 @@ def prepare_graph(
             _start_at_the_most(graph, sites)
         wishes = (*placement.notes, *wishes)
         quantized = analyze_captured(replace(plan.captured, module=graph))
+    if quantized is not plan and not sites:
+        wishes = (*wishes, nothing_quantized(quantized.captured.module))
     by_name = {group.name: group for group in quantized.groups}
     chosen = tuple(by_name[group.name] for group in groups)
     session = Session(

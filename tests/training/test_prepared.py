@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -328,3 +329,19 @@ def test_a_submodule_is_not_called_on_its_own():
         with pytest.raises(gc.PlanError, match="called on its own") as caught:
             twin.encode(torch.randn(4, 6))
         assert "scope=" in caught.value.fix
+
+
+@pytest.mark.parametrize("bits", [(4, 8), 8])
+def test_bits_that_quantize_nothing_are_named_with_the_reason(bits: Any) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru = nn.GRU(4, 5, batch_first=True)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.gru(x)[0]
+
+    ready = gc.prepare(Recurrent(), torch.randn(2, 7, 4), bits=bits)
+    note = "nothing is quantized: 'gru' stays float: gru has no integer form"
+    assert note in ready.session.notes
+    assert note in gc.finalize(ready).report.notes
