@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from graphcomp.arguments import check_batches, check_flag, check_path, wrong
 from graphcomp.errors import PlanError
-from graphcomp.quantization.placement import CONVOLUTIONS
+from graphcomp.ops.answers import is_convolution
 from graphcomp.training.batches import length_of
 from graphcomp.training.folder import plain
 from graphcomp.training.prepared import Prepared
@@ -179,7 +179,7 @@ class Training:
         """Return the options with the optimizer, the learning rate and the optimizer's options that suit the model."""
         transformer = ready.session.has_attention
         graph = ready.session.plan.captured.module.graph
-        convnet = not transformer and any(node.target in CONVOLUTIONS for node in graph.nodes)
+        convnet = not transformer and any(map(is_convolution, graph.nodes))
         options: dict[str, Any] = {}
         base = self.optimizer or (SGD if convnet else AdamW)
         if self.optimizer is None and convnet:
