@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.over_zoo import Row, by_family, parser_of, rows_of
 from graphcomp.capture.capture import Captured, capture
-from graphcomp.cost import CostModel, flat_inputs
+from graphcomp.cost import CostModel
 from graphcomp.coupling.analysis import analyze_captured
 
 SECONDS = 900
@@ -64,7 +64,7 @@ class Counts(fx.Interpreter):
 
     def by_op(self) -> Counter[str]:
         """Return half of the floating-point operations, by op."""
-        flat = flat_inputs(self.captured, self.captured.args, self.captured.kwargs)
+        flat = self.captured.inputs.flat()
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             self.run(*flat, enable_io_processing=False)
         return +self.found

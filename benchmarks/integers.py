@@ -20,7 +20,6 @@ import torch
 from benchmarks.common import brief, section, table, timed
 from benchmarks.over_zoo import Row, by_family, parser_of, rows_of
 from graphcomp.capture.capture import capture
-from graphcomp.cost import flat_inputs
 from graphcomp.coupling.analysis import analyze_captured
 from graphcomp.pruning.slice import SliceGroups
 from graphcomp.quantization.ptq import PostTraining, quantize
@@ -46,7 +45,7 @@ def law_3(case: Any, bits: int) -> Row:
     kept = random_kept(analysis.groups, torch.Generator().manual_seed(0), (0.3, 0.9))
     small = SliceGroups(analysis.coupling, kept)(captured.module)
     config = QuantConfig(replace(WEIGHTS, bits=bits), replace(ACTIVATIONS, bits=bits))
-    flat = flat_inputs(captured, captured.args, captured.kwargs)
+    flat = captured.inputs.flat()
     try:
         with timed() as clock:
             quantized = quantize(small, [flat], PostTraining(config))

@@ -175,11 +175,11 @@ def law(analysis: Analysis, kept: Kept, sliced: nn.Module) -> Row:
     groups = list(kept)
     masked = InsertMasks(analysis.coupling, groups)(captured.module)
     with torch.no_grad():
-        dense = captured.module(*captured.args, **captured.kwargs)
-        whole = relative_error(dense, masked(*captured.args, **captured.kwargs))
+        dense = captured.module(*captured.inputs.args, **captured.inputs.kwargs)
+        whole = relative_error(dense, masked(*captured.inputs.args, **captured.inputs.kwargs))
         set_masks(masked, groups, kept)
-        expected = masked(*captured.args, **captured.kwargs)
-        error = relative_error(expected, sliced(*captured.args, **captured.kwargs))
+        expected = masked(*captured.inputs.args, **captured.inputs.kwargs)
+        error = relative_error(expected, sliced(*captured.inputs.args, **captured.inputs.kwargs))
     return {"law": error, "identity": whole, "moved": relative_error(dense, expected)}
 
 

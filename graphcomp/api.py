@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from graphcomp.arguments import wrong
 from graphcomp.capture.capture import Captured, blaming_inputs, capture, example_arguments, scoped
-from graphcomp.cost import flat_inputs
 from graphcomp.coupling.analysis import Analysis, analyze_captured
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import CalibrationError, CaptureError, InputError, NothingToPrune, PlanError
@@ -454,7 +453,7 @@ def _calibration(
     found, example = [], example_arguments(example_inputs, example_kwargs)
     check_batches(example, batches)
     if not captured.scope:
-        return [flat_inputs(captured, *arguments_of(captured, batch)) for batch in batches]
+        return [captured.inputs.of(*arguments_of(captured, batch)).flat() for batch in batches]
     for k, batch in enumerate(batches):
         try:
             _, args, kwargs = scoped(model, captured.scope, *arguments_like(model, *example, batch))
@@ -465,7 +464,7 @@ def _calibration(
                 why=error.why,
                 fix="give batches in the form of the example inputs",
             ) from error
-        found.append(flat_inputs(captured, args, kwargs))
+        found.append(captured.inputs.of(args, kwargs).flat())
     return found
 
 
@@ -887,7 +886,7 @@ def _prepared(
         no_groups = error.why  # it can still be quantized; QASSO says it where units are to go
     batches = _calibration(model, plan, example_inputs, example_kwargs, calibration if quantized else None)
     if batches is None:
-        batches = [flat_inputs(captured, captured.args, captured.kwargs)]
+        batches = [captured.inputs.flat()]
     if limits is not None:
         config = training_config(limits[1], of_activations and of_activations[1], learn_exponent)
     with blaming_inputs(captured):

@@ -91,11 +91,11 @@ def runs_beside(captured: Captured) -> RunsBeside:
     if not asks and not unread:
         return RunsBeside()
     try:
-        quiet = _calls(model, captured.inputs(), None)
+        quiet = _calls(model, captured.inputs.copies(), None)
     except Exception as error:  # of the user's model, whose run is checked elsewhere
         log.debug("%s does not run: %s", type(model).__name__, error)
         return RunsBeside()
-    graphs = [_recorded(captured, None, captured.inputs(), NOT_RETURNED)] if quiet.tensors & unread else []
+    graphs = [_recorded(captured, None, captured.inputs.copies(), NOT_RETURNED)] if quiet.tensors & unread else []
     found = _in_training(captured, quiet, read) if asks else RunsBeside()
     known = [graph for graph in graphs if graph is not None]
     return RunsBeside((*known, *found.graphs), found.modes, found.inputs, found.unchecked)
@@ -106,7 +106,7 @@ def _in_training(captured: Captured, quiet: _Calls, read: set[int]) -> RunsBesid
     held = {path: False for path, m in model.named_modules(remove_duplicate=False) if model.training and not m.training}
     modes = {**training_modes(model), **held}
     why = ""
-    for inputs in (captured.inputs(), _twice(captured.inputs())):  # batch norms refuse a batch of one
+    for inputs in (captured.inputs.copies(), _twice(captured.inputs.copies())):  # batch norms refuse a batch of one
         try:
             loud = _calls(model, inputs, modes)
         except Exception as error:  # of the user's model, which may want targets
@@ -200,6 +200,7 @@ def _twice(inputs: Inputs) -> Inputs:
 
 def _is_example(inputs: Inputs, captured: Captured) -> bool:
     shapes = [
-        [t.shape for t in pytree.tree_leaves(found) if isinstance(t, Tensor)] for found in (inputs, captured.inputs())
+        [t.shape for t in pytree.tree_leaves(found) if isinstance(t, Tensor)]
+        for found in (inputs, captured.inputs.copies())
     ]
     return shapes[0] == shapes[1]

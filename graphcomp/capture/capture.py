@@ -16,7 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path as File
 from typing import Any, Literal
@@ -39,15 +39,13 @@ from graphcomp.capture.record import INSTALLED, STDLIB, Recording, record
 from graphcomp.errors import CaptureError, InputError
 from graphcomp.ir.calling import calling_convention, parameters_of
 from graphcomp.ir.graph import fetch, module_path, source_line
-from graphcomp.ir.inputs import copies
+from graphcomp.ir.inputs import Inputs, copies
 from graphcomp.ir.module import (
     GUARDS,
     MOMENTUM,
     CapturedModule,
     aliases,
     averages_over_all,
-    bound_graph,
-    bound_model,
     build,
     canonical_names,
     follow_modules,
@@ -59,6 +57,7 @@ from graphcomp.ir.module import (
 )
 from graphcomp.ir.module_copy import module_copy
 from graphcomp.ir.preserve import HoldParameters, ParameterWritten, eval_copy, same_buffers, writes, written_parameters
+from graphcomp.ir.program import Program
 from graphcomp.numerics.compare import relative_error, tolerance_of
 from graphcomp.system.threads import in_this_thread, one_at_a_time, stderr_held
 from graphcomp.torch_compat import (
@@ -89,51 +88,36 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
-@dataclass(frozen=True, eq=False)
-class Captured:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Captured(Program):
     """A model as a graph.
 
+    The graph has placeholders (one per leaf of the inputs; those that are no tensors have no users), get_attr nodes
+    under the model's own tensor names, call_function nodes, one output. In eval mode, whatever mode the model is in.
+    Its tensors are the model's own. `original` is the model, or its submodule named by `scope`.
+
     Attributes:
-        module: called like the model; its graph has placeholders (one per leaf of the inputs; those that are no
-            tensors have no users), get_attr nodes under the model's own tensor names, call_function nodes, one output.
-            In eval mode, whatever mode the model is in. Its tensors are the model's own.
-        original: the model, or its submodule named by `scope`.
-        args, kwargs: example inputs of `original`, copies of the caller's. A run gets copies of these: `inputs()`.
         producer: "export", or "record" where export refused: then the graph holds for one path and one shape.
         reason: why export refused, in a line; "" for "export".
         output_names: one per tensor output of the graph, such as "logits", "out.aux" or "0".
         aliases: first name -> every name, for tensors the model holds under several names.
         scope: path of `original` in the model that was given; "" for the model itself.
         outside: what the rest of the model reads of `original`, with a scope.
-        notes: what the graph differs in from the model, for the report.
         functions: torch.autograd.Functions that the forward calls, whose backward a user wrote.
         path: the path that the example inputs take, and under which conditions other inputs take it.
         second_call: how a second call of the graph differs from one of the model, whose first call changed what the
             next reads; "" where the two agree.
     """
 
-    module: fx.GraphModule
-    original: nn.Module
-    args: Args
-    kwargs: Kwargs
     producer: Literal["export", "record"]
     reason: str
     output_names: tuple[str, ...]
     aliases: dict[str, tuple[str, ...]]
     scope: str
     outside: Outside = field(default_factory=Outside)
-    notes: tuple[str, ...] = ()
     functions: tuple[WrittenBackward, ...] = ()
     path: Path = field(default_factory=Path)
     second_call: str = ""
-
-    def bind(self, tensors: Mapping[str, torch.Tensor]) -> Captured:
-        """Return the same capture with `tensors`, by name, in graph and model; neither changes. The graph is shared."""
-        return replace(self, module=bound_graph(self.module, tensors), original=bound_model(self.original, tensors))
-
-    def inputs(self) -> tuple[Args, Kwargs]:
-        """Return copies of the example inputs: a run may write into them."""
-        return copies((self.args, self.kwargs))
 
 
 @one_at_a_time
@@ -200,9 +184,20 @@ def capture(
     if traced.producer == "export" and (path.stateful or writes(captured)):
         again = _second_call(model, captured, args, traced.kwargs)
     return Captured(
-        captured, model, args, traced.kwargs, traced.producer, traced.reason, names, aliases(model), scope, outside,
-        traced.notes, tuple(dict.fromkeys(functions)), path, again,
-    )  # fmt: skip
+        module=captured,
+        original=model,
+        inputs=Inputs(args, traced.kwargs, codegen_of(captured.graph).pytree_info.in_spec),
+        notes=traced.notes,
+        producer=traced.producer,
+        reason=traced.reason,
+        output_names=names,
+        aliases=aliases(model),
+        scope=scope,
+        outside=outside,
+        functions=tuple(dict.fromkeys(functions)),
+        path=path,
+        second_call=again,
+    )
 
 
 def _seen_path(model: nn.Module, captured: CapturedModule, args: Args, kwargs: Kwargs) -> Path:
@@ -707,7 +702,7 @@ def blaming_inputs(captured: Captured) -> Iterator[None]:
     except Exception:
         _check_unchanged(captured.original, before)
         if not any(t.is_meta for t in (*captured.original.parameters(), *captured.original.buffers())):
-            _check_runs(captured.original, captured.args, captured.kwargs)
+            _check_runs(captured.original, captured.inputs.args, captured.inputs.kwargs)
         raise
 
 

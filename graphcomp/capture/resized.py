@@ -34,11 +34,11 @@ def open_lengths(captured: Captured) -> dict[str, tuple[int, ...]]:
     tensors = (
         *captured.original.parameters(),
         *captured.original.buffers(),
-        *tensor_leaves((captured.args, captured.kwargs)),
+        *tensor_leaves((captured.inputs.args, captured.inputs.kwargs)),
     )
     if any(tensor.is_meta for tensor in tensors):
         return {}
-    graph, inputs = captured.module, captured.inputs()
+    graph, inputs = captured.module, captured.inputs.copies()
     return {
         name: tuple(dim for dim in dims if _agree(captured, with_twice(graph, inputs, name, dim)))
         for name, dims in fixed_lengths(graph, pytree.tree_leaves(inputs)).items()

@@ -39,7 +39,7 @@ def variants(captured: Captured) -> list[Variant]:
     A model may refuse such inputs (lengths that have to be sorted): what raises on a variant is no fault of a result.
     No variants of tensors without values (the meta device).
     """
-    leaves, spec = pytree.tree_flatten((captured.args, captured.kwargs))
+    leaves, spec = pytree.tree_flatten((captured.inputs.args, captured.inputs.kwargs))
     if not leaves or any(isinstance(leaf, Tensor) and not _has_values(leaf) for leaf in leaves):
         return []
     found: dict[str, list[Any]] = {"other values": _each(leaves, _redrawn())}
@@ -82,13 +82,13 @@ def _masks_left_out(captured: Captured) -> list[str]:
         return []
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     names = [p.name for p in known if p.kind in kinds]
-    given = {*names[: len(captured.args)], *captured.kwargs}
+    given = {*names[: len(captured.inputs.args)], *captured.inputs.kwargs}
     return [p.name for p in known if p.kind in kinds and "mask" in p.name and p.default is None and p.name not in given]
 
 
 def _batch_and_length(captured: Captured) -> tuple[int, int] | None:
     """Return batch size and length of the first input that is a batch of token numbers or of vectors."""
-    for leaf in pytree.tree_leaves((captured.args, captured.kwargs)):
+    for leaf in pytree.tree_leaves((captured.inputs.args, captured.inputs.kwargs)):
         if isinstance(leaf, Tensor):
             tokens = leaf.dim() == 2 and not leaf.is_floating_point()
             return (leaf.shape[0], leaf.shape[1]) if (tokens or leaf.dim() == 3) and _has_values(leaf) else None
@@ -96,13 +96,13 @@ def _batch_and_length(captured: Captured) -> tuple[int, int] | None:
 
 
 def _with(captured: Captured, name: str, mask: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    args, kwargs = captured.inputs()
+    args, kwargs = captured.inputs.copies()
     return args, {**kwargs, name: mask}
 
 
 def _accepted_mask(captured: Captured, name: str, batch: int, length: int) -> Tensor | None:
     """Return the first mask with padding that the model takes for one."""
-    plain = _run(captured, *captured.inputs())
+    plain = _run(captured, *captured.inputs.copies())
     for form, dtype in MASKS if plain else ():
         shape = [{"b": batch, "s": length, "1": 1}[part] for part in form.split()]
         full = torch.ones(shape, dtype=dtype, device=plain[0].device)

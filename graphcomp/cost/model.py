@@ -26,7 +26,6 @@ from graphcomp.ir.graph import argument_at, attributes, bind, module_path, sourc
 from graphcomp.ops import registry
 from graphcomp.ops.facts import Float, Lookup
 from graphcomp.ops.registry import KINDS, Kind
-from graphcomp.torch_compat import codegen_of, tree_flatten_spec
 
 aten = torch.ops.aten
 
@@ -329,18 +328,11 @@ def _uncounted(node: fx.Node, coupling: Coupling) -> list[Uncounted]:
 
 
 # ------------------------------------------------------------------------------------------------ example inputs
-def flat_inputs(captured: Captured, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The leaves of the arguments in the order of the graph's placeholders, keywords in any order."""
-    spec = codegen_of(captured.module.graph).pytree_info.in_spec
-    flat: list[Any] = tree_flatten_spec((tuple(args), dict(kwargs)), spec)
-    return flat
-
-
 def _symbol_values(captured: Captured) -> dict[sympy.Symbol, int]:
     """What each symbolic length (batch, sequence) is for the example inputs."""
     placeholders = captured.module.graph.find_nodes(op="placeholder")
     found: dict[sympy.Symbol, int] = {}
-    for node, given in zip(placeholders, flat_inputs(captured, captured.args, captured.kwargs), strict=True):
+    for node, given in zip(placeholders, captured.inputs.flat(), strict=True):
         for tensor in tensor_values(node):
             for symbolic, actual in zip(tensor.shape, given.shape, strict=True):
                 found |= _solve(symbolic, actual)

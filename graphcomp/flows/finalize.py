@@ -11,7 +11,6 @@ from torch import Tensor, fx
 
 from graphcomp.capture.backward import without_backward
 from graphcomp.capture.capture import Captured
-from graphcomp.cost import flat_inputs
 from graphcomp.coupling.groups import ChannelGroup
 from graphcomp.errors import TrainingError, VerificationError
 from graphcomp.flows.held import held_by_class
@@ -67,7 +66,7 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
     if session.bits is None:
         _, held = held_by_class(cut)
         return as_model(cut, held, measure_latency=measure_latency)
-    inputs = flat_inputs(plan.captured, plan.captured.args, plan.captured.kwargs)
+    inputs = plan.captured.inputs.flat()
     assert session.config is not None
     whole = with_repeats(without_backward(sliced))
     stored = with_embeddings(whole, session.config.embeddings, session.ignore)
@@ -134,7 +133,7 @@ def _outputs(graph: fx.GraphModule, captured: Captured) -> Any:
     Raises:
         VerificationError: it does not run.
     """
-    args, kwargs = pytree.tree_map(in_float64, captured.inputs())
+    args, kwargs = pytree.tree_map(in_float64, captured.inputs.copies())
     try:
         with same_buffers(graph), Float64ByDefault(), torch.no_grad():
             return graph(*args, **kwargs), args, kwargs
@@ -148,7 +147,7 @@ def _outputs(graph: fx.GraphModule, captured: Captured) -> Any:
 
 def _floats_before(graph: fx.GraphModule, captured: Captured) -> list[list[Tensor]]:
     """Return the floats that each output of a graph in float64 is computed from where it proves nothing itself."""
-    args, kwargs = pytree.tree_map(in_float64, captured.inputs())
+    args, kwargs = pytree.tree_map(in_float64, captured.inputs.copies())
     with same_buffers(graph), Float64ByDefault():
         output, provenance = heard(graph, args, kwargs)
     return [

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from graphcomp.capture.beside import TRAINING
 from graphcomp.capture.capture import Captured
 from graphcomp.capture.resized import OPEN, open_lengths
-from graphcomp.cost import Bits, Bops, Codes, CostModel, Counts, SizeModel, flat_inputs, latency
+from graphcomp.cost import Bits, Bops, Codes, CostModel, Counts, SizeModel, latency
 from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import CalibrationError, PlanError, VerificationError
@@ -130,8 +130,8 @@ def _model(cut: Cut, module: nn.Module, report: Report, **about: Any) -> Compres
         kept={name: dims for name, dims in kept.items() if name in held},
         report=report,
         original_shapes=shapes(model),
-        example_args=cut.plan.captured.args,
-        example_kwargs=cut.plan.captured.kwargs,
+        example_args=cut.plan.captured.inputs.args,
+        example_kwargs=cut.plan.captured.inputs.kwargs,
         **about,
     )
     small.path = cut.plan.captured.path
@@ -310,7 +310,7 @@ def as_integers(
     assert cut.graph is not None, "planned_bits refuses a recorded model"
     notes = []
     if batches is None:
-        batches = [flat_inputs(captured, captured.args, captured.kwargs)]
+        batches = [captured.inputs.flat()]
         if options.config.activations is not None:
             notes.append("calibrated on the example inputs alone, as no calibration= was given")
         elif options.rounding == "second_order":
@@ -488,6 +488,6 @@ def _uncounted_notes(costs: CostModel) -> list[str]:
 
 def _with_latency(report: Report, plan: Analysis, module: nn.Module) -> Report:
     captured = plan.captured
-    before = latency(plan.model, captured.args, captured.kwargs)
-    after = latency(module, captured.args, captured.kwargs)
+    before = latency(plan.model, captured.inputs.args, captured.inputs.kwargs)
+    after = latency(module, captured.inputs.args, captured.inputs.kwargs)
     return replace(report, latency_ms=Change(before.median_ms, after.median_ms))

@@ -1,20 +1,54 @@
-"""Copies of example inputs: a model may write into the tensors that a caller gives."""
+"""Example inputs, and copies of them: a model may write into the tensors that a caller gives."""
 
 from __future__ import annotations
 
 import copy
 import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from graphcomp.ir.module import leaf_names
-from graphcomp.torch_compat import pytree
+from graphcomp.torch_compat import pytree, tree_flatten_spec
 
 T = TypeVar("T")
 
 IMMUTABLE = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, types.FunctionType)
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Arguments of one call of a captured model.
+
+    Attributes:
+        args, kwargs: positional and keyword arguments.
+        spec: nesting of (args, kwargs) that the graph was captured with, the leaves in the order of its placeholders.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    spec: pytree.TreeSpec
+
+    def copies(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return copies of the arguments: a run may write into them."""
+        return copies((self.args, self.kwargs))
+
+    def of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs:
+        """Return the inputs of another call of the same graph."""
+        return replace(self, args=tuple(args), kwargs=dict(kwargs))
+
+    def flat(self) -> list[Any]:
+        """Return the leaves in the order of the placeholders, keywords in any order."""
+        leaves: list[Any] = tree_flatten_spec((self.args, self.kwargs), self.spec)
+        return leaves
+
+    def to(self, device: torch.device) -> Inputs:
+        """Return the same inputs with their tensors on `device`."""
+        args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), (self.args, self.kwargs))
+        return replace(self, args=args, kwargs=kwargs)
 
 
 def copies(values: T) -> T:

@@ -101,7 +101,7 @@ def native(
         expected = Reference(analysis, kept, reference)
     except Exception as error:  # a path that data decides may end anywhere
         return NativeResult(None, f"the masked model to compare with does not run: {refusal(error)}")
-    arrivals = trace(whole, *analysis.captured.inputs())
+    arrivals = trace(whole, *analysis.captured.inputs.copies())
     counts = {factor: len(units) for factor, units in by_factor(kept).items()}
     lengths = find_lengths(analysis.coupling, counts)
     bounds = constraints(arrivals, lengths)
@@ -126,7 +126,7 @@ def _refused(analysis: Analysis, kept: Kept, search: _Search, whole: nn.Module) 
     coupling, counts = analysis.coupling, {factor: len(units) for factor, units in by_factor(kept).items()}
     mismatch = None
     if search.built is not None:
-        mismatch = first_mismatch(coupling, counts, whole, search.built, analysis.captured.inputs)
+        mismatch = first_mismatch(coupling, counts, whole, search.built, analysis.captured.inputs.copies)
     path = next(iter(search.failure.paths), None)
     blamed = tuple(g for g in kept if path and any(m.name.rpartition(".")[0] == path for m in g.members))
     text = search.reason(counts)

@@ -58,12 +58,12 @@ class Reference:
             self.masked = masked_model(analysis, kept)
             self.module: nn.Module = self.masked
             self.calls = 1 + captured.path.stateful
-            self.expected = outputs_of(self.masked, captured.inputs(), calls=self.calls)
+            self.expected = outputs_of(self.masked, captured.inputs.copies(), calls=self.calls)
         else:
             self.module = graph or SliceGroups(analysis.coupling, kept)(captured.module)
             stateful = captured.path.stateful or writes(captured.module)
             self.calls = 1 + (stateful and not captured.second_call)
-            found = outputs_of(self.module, captured.inputs(), calls=self.calls)
+            found = outputs_of(self.module, captured.inputs.copies(), calls=self.calls)
             names = dict(zip(found, captured.output_names, strict=False))
             self.expected = {_renamed(name, names): tensor for name, tensor in found.items()}
 
@@ -86,7 +86,7 @@ class Reference:
 
     def _run(self, module: nn.Module, *, exactly: bool = False) -> Verdict:
         """Compare one run of `module` with the reference; `exactly`: in float64, both sides."""
-        inputs = self.analysis.captured.inputs
+        inputs = self.analysis.captured.inputs.copies
         if exactly:
             self.exact = self.exact or outputs_of(self.module, inputs(), exactly=True)
             expected, got = self.exact, outputs_of(module, inputs(), exactly=True)
@@ -106,7 +106,7 @@ class Reference:
         errors = [] if math.isnan(error) else [error]
         weak = {name for name in outputs if name in silent or is_whole(expected[name])}
         if any(not expected[name].is_meta for name in weak):
-            inputs = self.analysis.captured.inputs
+            inputs = self.analysis.captured.inputs.copies
             wanted = dict(zip(outputs, _floats_before(self.module, inputs(), exactly=exactly).values(), strict=False))
             got = _floats_before(module, inputs(), exactly=exactly)
             for name in weak & wanted.keys() & got.keys():

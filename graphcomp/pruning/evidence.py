@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphcomp.capture.capture import Captured
-from graphcomp.cost import flat_inputs
 from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.axis import Factor, coordinates, leaves
 from graphcomp.coupling.groups import ChannelGroup
@@ -152,7 +151,7 @@ class Evidence:
 # ------------------------------------------------------------------------------------------------ batches
 def arguments_of(captured: Captured, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """As `arguments_like`, for the model that was captured."""
-    return arguments_like(captured.original, captured.args, captured.kwargs, batch)
+    return arguments_like(captured.original, captured.inputs.args, captured.inputs.kwargs, batch)
 
 
 def arguments_like(
@@ -290,7 +289,7 @@ def gradients_at(
     for batch in batches:
         args, kwargs = copies(arguments_of(captured, batch))
         with same_buffers(captured.module), torch.enable_grad():
-            flat = flat_inputs(captured, args, kwargs)
+            flat = captured.inputs.of(args, kwargs).flat()
             try:
                 output = captured.module.graph.process_outputs(runner.run(*flat, enable_io_processing=False))
             except Exception as error:  # whatever the ops raise on inputs of another shape
@@ -378,7 +377,7 @@ def mean_squares(captured: Captured, batches: Iterable[Any], places: Iterable[Pl
     observer = _Observer(captured.module, places)
     count = 0
     for batch in batches:
-        flat = flat_inputs(captured, *arguments_of(captured, batch))
+        flat = captured.inputs.of(*arguments_of(captured, batch)).flat()
         try:
             with same_buffers(captured.module), torch.no_grad():
                 observer.run(*own_inputs(captured.module, flat), enable_io_processing=False)

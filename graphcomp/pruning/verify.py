@@ -20,7 +20,6 @@ from torch.fx.node import map_aggregate
 
 from graphcomp.capture.capture import Captured
 from graphcomp.capture.second_inputs import Variant, variants
-from graphcomp.cost import flat_inputs
 from graphcomp.coupling.axis import Factor, kept_indices
 from graphcomp.coupling.groups import Kept
 from graphcomp.coupling.propagate import Coupling
@@ -73,7 +72,7 @@ def check_slicing(coupling: Coupling, captured: Captured, kept: Kept, small: fx.
     masked = InsertMasks(coupling, list(kept))(captured.module)
     set_masks(masked, list(kept), kept)
     pair = _Pair(coupling, captured, by_factor(kept), masked, small)
-    given = [Variant(EXAMPLE, captured.args, captured.kwargs), *variants(captured)]
+    given = [Variant(EXAMPLE, captured.inputs.args, captured.inputs.kwargs), *variants(captured)]
     refused: dict[str, str] = {}
     for inputs in given:
         if inputs.name in COMPARED_ON:
@@ -197,7 +196,7 @@ class _Pair:
 
     def _interpret(self, interpreter: fx.Interpreter, given: Variant) -> list[Tensor]:
         """Run an interpreter of one of the graphs; return the output tensors."""
-        inputs = copies(flat_inputs(self.captured, given.args, given.kwargs))
+        inputs = copies(self.captured.inputs.of(given.args, given.kwargs).flat())
         with same_buffers(interpreter.module), torch.no_grad(), _seeded(inputs):  # type: ignore[arg-type]
             return tensor_leaves(interpreter.run(*inputs, enable_io_processing=False))
 

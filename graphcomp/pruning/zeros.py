@@ -80,7 +80,7 @@ def _staying(zero: Tensor, round_to: int) -> Tensor:
 
 
 def _outputs(masked: fx.GraphModule, analysis: Analysis) -> Any:
-    args, kwargs = analysis.captured.inputs()
+    args, kwargs = analysis.captured.inputs.copies()
     with same_buffers(masked), torch.no_grad():
         return masked(*args, **kwargs)
 

@@ -89,7 +89,7 @@ def check_law(
     held = InsertMasks(analysis.coupling, wanted, held=True)(captured.module)
 
     def run(module: nn.Module) -> Any:
-        args, kwargs = captured.inputs()
+        args, kwargs = captured.inputs.copies()
         return module(*args, **kwargs), args, kwargs
 
     def run_graph(graph: fx.GraphModule) -> Any:
@@ -158,7 +158,7 @@ def _first_difference(
 ) -> fx.Node | None:
     """The first node of the captured graph whose sliced value is not its masked value at the kept indices."""
     captured, coupling, units = analysis.captured, analysis.coupling, by_factor(kept)
-    inputs = pytree.tree_leaves((captured.args, captured.kwargs))
+    inputs = pytree.tree_leaves((captured.inputs.args, captured.inputs.kwargs))
     expected, actual = _values(masked, inputs), _values(small, inputs)
     nodes: list[fx.Node] = list(captured.module.graph.nodes)
     for node in nodes:

@@ -88,7 +88,7 @@ class Whole:
     def of(ready: Prepared) -> Whole:
         """The prepared module, which is all there is."""
         captured = ready.session.plan.captured
-        return Whole(ready, captured.original, captured.args, captured.kwargs)
+        return Whole(ready, captured.original, captured.inputs.args, captured.inputs.kwargs)
 
     def train(self) -> None:
         """Switch to training mode; what the user put in eval mode inside of a model in training mode stays in it."""

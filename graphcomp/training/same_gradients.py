@@ -74,13 +74,13 @@ def other_gradients(captured: Captured) -> str:
 
 
 def _of_model(captured: Captured, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor | None]:
-    args, kwargs = captured.inputs()
+    args, kwargs = captured.inputs.copies()
     with eval_copy(captured.original, real=True) as copied, torch.enable_grad():
         return _gradients(dict(named_tensors(copied(*args, **kwargs), "")), captured, parameters)
 
 
 def _of_graph(captured: Captured, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor | None]:
-    args, kwargs = captured.inputs()
+    args, kwargs = captured.inputs.copies()
     with same_buffers(captured.module), torch.enable_grad():
         outputs = pytree.tree_leaves(captured.module(*args, **kwargs))
     tensors = [t for t in outputs if isinstance(t, Tensor)]

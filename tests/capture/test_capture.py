@@ -89,7 +89,7 @@ def test_captured_module_computes_the_model_on_any_batch() -> None:
         x = torch.randn(batch, 3, 8, 8)
         assert torch.equal(captured.module(x), model(x))
     assert (captured.producer, captured.reason, captured.scope) == ("export", "", "")
-    assert captured.args[0].shape == (1, 3, 8, 8), "the batch is doubled for export only"
+    assert captured.inputs.args[0].shape == (1, 3, 8, 8), "the batch is doubled for export only"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
@@ -158,7 +158,7 @@ def test_keyword_inputs_and_the_structure_of_outputs() -> None:
     x, mask = torch.randn(2, 4), torch.ones(2, 4)
     for inputs, keywords in ((x, {"mask": mask}), ((x,), {"mask": mask}), ({"x": x, "mask": mask}, None)):
         captured = capture(model, inputs, keywords)
-        result = captured.module(*captured.args, **captured.kwargs)
+        result = captured.module(*captured.inputs.args, **captured.inputs.kwargs)
         assert type(result) is OrderedDict
         assert torch.equal(result["extra"]["twice"], model(x, mask)["extra"]["twice"])
         assert captured.output_names == ("out", "extra.hidden", "extra.twice")
@@ -403,10 +403,10 @@ def test_scope_captures_a_submodule_on_the_inputs_it_gets() -> None:
     assert captured.producer == "export"
     assert captured.original is model.tail
     assert captured.scope == "tail"
-    assert list(captured.kwargs) == ["mask"]
+    assert list(captured.inputs.kwargs) == ["mask"]
     assert "head.weight" in dict(captured.module.named_parameters())
-    result = captured.module(*captured.args, **captured.kwargs)
-    assert torch.equal(result["out"], model.tail(*captured.args, **captured.kwargs)["out"])
+    result = captured.module(*captured.inputs.args, **captured.inputs.kwargs)
+    assert torch.equal(result["out"], model.tail(*captured.inputs.args, **captured.inputs.kwargs)["out"])
     assert not model.tail._forward_pre_hooks
 
 

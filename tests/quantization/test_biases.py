@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphcomp.capture.capture import Captured, capture
-from graphcomp.cost import flat_inputs
 from graphcomp.ir.graph import bind, fetch
 from graphcomp.ir.run_nodes import Constants
 from graphcomp.ops.answers import operands_of
@@ -33,7 +32,7 @@ def captured_once(build) -> Captured:
 def quantized(bits: int, *, build=residual, **weights) -> tuple[Quantized, list]:
     captured = captured_once(build)
     spec = replace(with_bits(WEIGHTS, bits), **weights)
-    flat = flat_inputs(captured, captured.args, captured.kwargs)
+    flat = captured.inputs.flat()
     config = QuantConfig(spec, with_bits(ACTIVATIONS, 8), with_bits(WEIGHTS, bits), first_and_last_bits=2)
     return quantize(captured.module, [flat], PostTraining(config)), flat
 
@@ -122,7 +121,7 @@ def test_steps_stay_normal_numbers():
     model.pointwise.weight.data[0] *= 1e-38
     model.pointwise.bias.data[0] = 0
     captured = capture(model, x)
-    flat = flat_inputs(captured, captured.args, captured.kwargs)
+    flat = captured.inputs.flat()
     config = QuantConfig(with_bits(WEIGHTS, 3), with_bits(ACTIVATIONS, 8), first_and_last_bits=2)
     found = quantize(captured.module, [flat], PostTraining(config, correct_bias=False))
     scale = found.lowered.module.get_buffer("pointwise.weight_scale")

@@ -93,7 +93,7 @@ def trained(
     name: str, config: QuantConfig, dtype: torch.dtype = torch.float32, form: str = "norms", **how: Any
 ) -> tuple[fx.GraphModule, tuple[Any, ...]]:
     found = captured(name, dtype)
-    return learned(FORMS[form](copy.deepcopy(found.module)), found.args, config, **how), found.args
+    return learned(FORMS[form](copy.deepcopy(found.module)), found.inputs.args, config, **how), found.inputs.args
 
 
 class Inputs(fx.Interpreter):
@@ -199,10 +199,10 @@ def test_exponents_and_bits_from_2_to_16(case: tuple[str, str], t: float) -> Non
 def test_the_float_twin(name: str) -> None:
     """Nothing is rounded: it is the model."""
     found = captured(name, torch.float64)
-    twin = Finish(rounded=False)(learned(found.module, found.args, GETA))
+    twin = Finish(rounded=False)(learned(found.module, found.inputs.args, GETA))
     assert not list(quantizer_nodes(twin))
     with torch.no_grad():
-        assert relative_error(found.module(*found.args), twin(*found.args)) < 1e-10
+        assert relative_error(found.module(*found.inputs.args), twin(*found.inputs.args)) < 1e-10
 
 
 def test_the_float_twin_of_an_exponent():

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from graphcomp.capture.capture import Captured, capture
-from graphcomp.cost import flat_inputs
 from graphcomp.errors import VerificationError
 from graphcomp.numerics.compare import relative_error
 from graphcomp.quantization import ops
@@ -28,7 +27,7 @@ MODELS = {"residual": residual, "encoder": encoder}
 
 def quantized(model: nn.Module, x: Tensor, config: QuantConfig, **options: Any) -> tuple[Quantized, list[Any]]:
     captured = capture(model, x)
-    flat = flat_inputs(captured, captured.args, captured.kwargs)
+    flat = captured.inputs.flat()
     return quantize(captured.module, [flat], PostTraining(config, **options)), flat
 
 
@@ -40,7 +39,7 @@ def captured_once(build: Callable[[], tuple[nn.Module, Tensor]]) -> Captured:
 
 def lowered(build: Callable[[], tuple[nn.Module, Tensor]], config: QuantConfig) -> tuple[Quantized, list[Any]]:
     captured = captured_once(build)
-    flat = flat_inputs(captured, captured.args, captured.kwargs)
+    flat = captured.inputs.flat()
     return quantize(captured.module, [flat], PostTraining(config)), flat
 
 

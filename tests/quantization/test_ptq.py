@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 import graphcomp as gc
 from graphcomp.capture.capture import capture
-from graphcomp.cost import flat_inputs
 from graphcomp.numerics.compare import relative_error
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.ptq import PostTraining, Quantized, quantize, significant_mean
@@ -23,7 +22,7 @@ from tests.quantization.models import encoder, residual
 
 def run(model: nn.Module, x: Tensor, **options: Any) -> tuple[Quantized, list[list[Any]]]:
     captured = capture(model, x)
-    batches = [flat_inputs(captured, (part,), {}) for part in x.split(max(2, len(x) // 4))]
+    batches = [captured.inputs.of((part,), {}).flat() for part in x.split(max(2, len(x) // 4))]
     return quantize(captured.module, batches, PostTraining(**options)), batches
 
 

@@ -261,7 +261,7 @@ def test_steps_of_kept_units_stay() -> None:
     linear = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
     captured = capture(linear, (torch.randn(2, 4).double(),))
     spec = QuantConfig(QuantSpec(4, granularity="group", group_size=2), None)
-    quantized = calibrated(InsertQuantizers(place(captured.module, spec))(captured.module), captured.args)
+    quantized = calibrated(InsertQuantizers(place(captured.module, spec))(captured.module), captured.inputs.args)
     coupling = propagate(quantized, captured.output_names)
     (group,) = find_groups(coupling)
     small = SliceGroups(coupling, {group: torch.tensor([0, 3, 4])})(quantized)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import graphcomp as gc
 from graphcomp.capture.capture import capture
-from graphcomp.cost import flat_inputs
 from graphcomp.quantization.lower import lower
 from graphcomp.quantization.ptq import PostTraining, quantize
 from graphcomp.quantization.raising import integer_graph, raised
@@ -36,7 +35,7 @@ CONFIGS = {
 @pytest.mark.parametrize("build", [residual, encoder])
 def test_raised_and_lowered_again_the_integers_are_the_same(build: Callable[..., Any], name: str) -> None:
     captured = capture(*build())
-    flat = flat_inputs(captured, captured.args, captured.kwargs)
+    flat = captured.inputs.flat()
     found = quantize(captured.module, [flat], PostTraining(CONFIGS[name])).lowered
     up = raised(found.module)
     error = check_lowering(up.fake, up.lowered, flat)
@@ -47,7 +46,7 @@ def test_raised_and_lowered_again_the_integers_are_the_same(build: Callable[...,
         assert any(torch.equal(integers.dequantize(), floats) for floats in expected)
     down = lower(up.fake).module
     with torch.no_grad():
-        outputs = [graph(*captured.args, **captured.kwargs) for graph in (found.module, down)]
+        outputs = [graph(*captured.inputs.args, **captured.inputs.kwargs) for graph in (found.module, down)]
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
 
 

@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 from graphcomp.capture.capture import capture
-from graphcomp.cost import flat_inputs
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers
 from graphcomp.quantization.placement import place
@@ -32,7 +31,7 @@ def quantized(drop):
     spec = QuantSpec(4, kind="geta")
     placement = place(captured.module, QuantConfig(weights=spec, activations=spec))
     graph = InsertQuantizers(without_repeats(placement) if drop else placement)(captured.module)
-    calibrate_activations(graph, [flat_inputs(captured, captured.args, captured.kwargs)])
+    calibrate_activations(graph, [captured.inputs.flat()])
     calibrate_weights(graph)
     return graph
 

@@ -1,0 +1,58 @@
+"""Program: what stands between two stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from torch import Tensor, fx, nn
+
+from graphcomp.ir.graph import all_tensors
+from graphcomp.ir.inputs import Inputs
+from graphcomp.ir.module import bound_graph, bound_model
+
+P = TypeVar("P", bound="Program")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Program:
+    """A graph with its tensors, where the graph comes from, and what stages found out on the way. Nothing changes it.
+
+    Attributes:
+        module: the graph, and the owner of its tensors; called like `original`. Stages make another module in place of
+            this one, which shares the tensors that stay.
+        original: the model that the graph was captured from.
+        inputs: example inputs of `original`, copies of the caller's. A run gets copies of these.
+        notes: what the program differs in from the model, and what was asked and not done, each with its reason.
+        left_float: layer -> why the layer is not quantized.
+        errors: layer -> relative error of its output, ||fake - float|| / ||float||.
+    """
+
+    module: fx.GraphModule
+    original: nn.Module
+    inputs: Inputs
+    notes: tuple[str, ...] = ()
+    left_float: Mapping[str, str] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph; one graph for all programs that `bind` makes of this one."""
+        return self.module.graph
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> tensor, a tied tensor under each of its names: parameters, buffers, constants."""
+        return dict(all_tensors(self.module))
+
+    def bind(self: P, tensors: Mapping[str, Tensor]) -> P:
+        """Return the same program with `tensors` in place of the tensors of their names, in graph and model.
+
+        The graph is shared, so that what is known by its nodes holds for both programs.
+        """
+        return replace(self, module=bound_graph(self.module, tensors), original=bound_model(self.original, tensors))
+
+    def rewritten(self: P, module: fx.GraphModule, notes: Sequence[str] = ()) -> P:
+        """Return the program of a module that a stage made of this one's, with more notes."""
+        return replace(self, module=module, notes=(*self.notes, *notes))
