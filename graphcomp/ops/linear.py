@@ -259,7 +259,7 @@ def scaled_dot_product_attention(
     scores = (*batch, query[-2], key[-2])
     # two products: (s d)(t d) and (s t)(t e). Masks, causal ones too, save nothing
     call.multiply((*scores, query[-1]), "query", "key", kind="attention")
-    call.multiply((*scores, value[-1]), "query", "value", kind="attention")
+    call.multiply((*scores, value[-1]), "value", kind="attention")
     if attn_mask is not None:
         broadcast([scores, attn_mask], why)
     results: list[Axes] = [(*batch, query[-2], value[-1])]

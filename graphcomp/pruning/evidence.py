@@ -25,6 +25,7 @@ from graphcomp.ir.graph import argument_at, attributes, bind
 from graphcomp.ir.inputs import copies
 from graphcomp.ir.module import tensor_leaves
 from graphcomp.ir.preserve import eval_copy, own_inputs, same_buffers
+from graphcomp.ops.registry import facts_of
 from graphcomp.pruning.acting import Acting, acting_weights
 from graphcomp.torch_compat import inside_wrapper
 
@@ -341,24 +342,17 @@ def find_meetings(coupling: Coupling, factors: set[Factor]) -> Iterator[Meeting]
             operand = argument_at(bind(node), key)
             for dim in dims:
                 summed = factors & set(leaves(axis_at(coupling, (operand, dim))))
-                yield from (Meeting(place, (operand, dim)) for place in _partners(coupling, node, operand, summed))
+                yield from (Meeting(place, (operand, dim)) for place in _partners(coupling, node, key, summed))
 
 
-MEETS: dict[Any, str] = {
-    aten.addmm.default: "mat1",
-    aten.baddbmm.default: "batch1",
-    aten.scaled_dot_product_attention.default: "key",
-    aten._scaled_dot_product_flash_attention_for_cpu.default: "key",
-    aten._scaled_dot_product_flash_attention.default: "key",
-    aten._scaled_dot_product_efficient_attention.default: "key",
-}
-"""Op with operands that are not multiplied with the summed one -> the one that is. Of other ops, any other operand."""
-
-
-def _partners(coupling: Coupling, node: fx.Node, operand: fx.Node, summed: set[Factor]) -> Iterator[Place]:
-    """Dims of the op's other operands that meet the summed one: of an activation where that one is a parameter."""
-    name = MEETS.get(node.target)
-    others = [n for n in node.all_input_nodes if n is not operand] if name is None else [bind(node)[name]]
+def _partners(coupling: Coupling, node: fx.Node, key: str, summed: set[Factor]) -> Iterator[Place]:
+    """Dims of the operands that are multiplied with the summed one: of an activation where that one is a parameter."""
+    arguments, products = bind(node), coupling.calls[node].products
+    operand = argument_at(arguments, key)
+    names = dict.fromkeys(name for product in products if key in product.operands for name in product.operands)
+    others = [argument_at(arguments, name) for name in names if name != key]
+    if not others and (products or facts_of(node.target).sums is None):  # nothing says with what: with any other
+        others = [n for n in node.all_input_nodes if n is not operand]
     if operand in coupling.sources:
         others = [n for n in others if n not in coupling.sources]
     for other in others:
