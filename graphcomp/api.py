@@ -534,6 +534,7 @@ def _trained(
     With a scope, the prepared submodule stands in the model while it is trained.
     """
     kept: dict[str, Tensor] = {}
+    elements: Mapping[str, Tensor] = {}
     remarks: dict[str, None] = {}
     for method, training in stages:
         with show_progress(1, progress) as bar:
@@ -541,6 +542,7 @@ def _trained(
             ready = method.prepare(source, goal)
         _check_called(ready.session.plan.captured)
         ready.keep({group: kept[group.name] for group in ready.session.groups if group.name in kept})
+        ready.keep_elements(elements)
         part = ready.session.plan.model
         replace_module(model, part, ready)
         try:
@@ -549,6 +551,7 @@ def _trained(
         finally:
             replace_module(model, ready, ready.session.bind(ready).plan.model)
         kept = {group.name: units for group, units in ready.kept().items()}
+        elements = ready.elements
         remarks |= dict.fromkeys(ready.remarks)
     ready.remarks = tuple(remarks)
     return ready

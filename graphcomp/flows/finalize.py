@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from graphcomp.ir.preserve import same_buffers
 from graphcomp.numerics.compare import in_float64, is_whole, relative_error, why_silent
 from graphcomp.numerics.float64 import Float64ByDefault
 from graphcomp.numerics.provenance import compare_before, heard
-from graphcomp.pruning.slice import SliceGroups
+from graphcomp.pruning.slice import SliceGroups, kept_of_tensors, select
 from graphcomp.pruning.verify import in_double
 from graphcomp.quantization.fold_scales import Finish, from_training, with_embeddings
 from graphcomp.quantization.redundant import with_repeats
@@ -58,7 +59,7 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
     in_floats = {group.name: group for group in plan.groups}
     groups: list[ChannelGroup] = [in_floats[group.name] for group in session.groups]
     cut = cut_groups(plan, dict(zip(groups, kept.values(), strict=True)), groups, verify=False)
-    cut = replace(cut, notes=(*session.notes, *trained.remarks))
+    cut = replace(cut, notes=(*session.notes, *trained.remarks, *_pruned_elements(trained)))
     sliced = SliceGroups(session.quantized.coupling, kept)(session.quantized.captured.module)
     if verify:
         verified, unchecked = _verified(trained, sliced, session)
@@ -78,6 +79,15 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
         inputs if verify else None,
         measure_latency=measure_latency,
     )
+
+
+def _pruned_elements(trained: Prepared) -> Iterator[str]:
+    """Count the elements that masks of elements set to zero, in the units that stay; nothing without such masks."""
+    kept = kept_of_tensors(trained.session.quantized.coupling, trained.kept())
+    masks = [select(mask.cpu(), kept.get(name, {})) for name, mask in trained.elements.items()]
+    if masks:
+        pruned, total = sum(int((~mask).sum()) for mask in masks), sum(mask.numel() for mask in masks)
+        yield f"{pruned} of {total} weights in {len(masks)} tensors are pruned one by one: they are zero, and stored"
 
 
 # ------------------------------------------------------------------------------------------------ verification

@@ -124,7 +124,7 @@ def check_goal(stages: Sequence[Method], name: str, goal: Goal) -> None:
             several stages.
     """
     prunes, quantizes = (any(getattr(stage, what) for stage in stages) for what in ("prunes", "quantizes"))
-    if not goal.quantizes and quantizes and not stages[-1].prunes:
+    if not goal.quantizes and any(stage.quantizes and not stage.prunes for stage in stages):
         raise PlanError(f"method={name!r} quantizes, and no bits are given", fix="bits=(4, 8)")
     if goal.quantizes and not quantizes:
         raise PlanError(f"method={name!r} does not quantize", fix='method="geta", or bits=None')

@@ -22,7 +22,7 @@ class Qat(Method):
     """LSQ (Esser et al. 2020, arXiv 1902.08153) for weights and LSQ+ (arXiv 2004.09576) for activations."""
 
     name: ClassVar[str] = "qat"
-    quantizes: bool = True
+    quantizes = True
     calibrated: ClassVar[bool] = True
     compares: ClassVar[bool] = True
 

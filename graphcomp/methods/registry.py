@@ -8,6 +8,8 @@ from graphcomp.arguments import check_word, wrong
 from graphcomp.errors import PlanError
 from graphcomp.methods.base import Method
 from graphcomp.methods.geta.method import Geta
+from graphcomp.methods.pqk import Pqk
+from graphcomp.methods.psgd import Psgd
 from graphcomp.methods.qat import Qat
 
 HESSO = Geta("hesso", quantizes=False, forgetting="uniform")
@@ -18,6 +20,8 @@ METHODS: dict[str, tuple[Method, ...]] = {
     "hesso": (HESSO,),
     "qat": (Qat(),),
     "sequential": (HESSO, Geta("geta", prunes=False)),
+    "psgd": (Psgd(),),
+    "pqk": (Pqk(),),
 }
 """Each method as its stages, which share the steps of a training equally; "oneshot" trains in none."""
 

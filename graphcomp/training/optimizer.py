@@ -132,6 +132,7 @@ class MethodOptimizer(Optimizer):
     def _hold_zeros(self) -> None:
         for parameter, dim, indices in self._zeros:
             parameter.index_fill_(dim, indices, 0)
+        self.ready.hold_elements()
 
     # ------------------------------------------------------------------------------------------ shrinking
     @torch.no_grad()

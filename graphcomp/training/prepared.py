@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from types import MethodType
+from types import MappingProxyType, MethodType
 from typing import Any, NoReturn
 
 import torch
@@ -167,10 +168,12 @@ class Prepared(CapturedModule):
     Attributes:
         recompute: compute quantized weights and activations again in the backward pass instead of keeping them for it.
         remarks: what was asked of the training and not done, or done otherwise, for the report.
+        elements: parameter -> bool mask of its shape, False where an element was pruned; see `keep_elements`.
     """
 
     recompute: bool = False
     remarks: tuple[str, ...] = ()
+    elements: Mapping[str, Tensor] = MappingProxyType({})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
@@ -196,7 +199,7 @@ class Prepared(CapturedModule):
         assert isinstance(copied, Prepared)
         copied.meta[SESSION] = self.session.bind(copied)
         copied.save_as_the_model()
-        copied.recompute, copied.remarks = self.recompute, self.remarks
+        copied.recompute, copied.remarks, copied.elements = self.recompute, self.remarks, dict(self.elements)
         return copied
 
     def train(self, mode: bool = True) -> Prepared:
@@ -267,6 +270,48 @@ class Prepared(CapturedModule):
         check_kept(kept)
         check_groups("kept", self.session.groups, list(kept))
         hold_masks(self, self.session.groups, kept, self.session.computed)
+
+    @torch.no_grad()
+    def keep_elements(self, elements: Mapping[str, Tensor]) -> None:
+        """Set pruned elements of parameters to zero. Optimizers of graphcomp and `finalize` hold these at zero.
+
+        Args:
+            elements: parameter -> mask of its shape, 0 (False) where an element is pruned. Masks given before stay.
+
+        Raises:
+            PlanError: a name is no parameter, or a mask has another shape.
+        """
+        parameters = dict(self.named_parameters())
+        for name, mask in elements.items():
+            shape = tuple(parameters[name].shape) if name in parameters else None
+            if shape != tuple(mask.shape):
+                raise PlanError(
+                    f"the mask of '{name}' must have the shape of a parameter, got {tuple(mask.shape)} for {shape}",
+                    fix="elements={name: parameter != 0}",
+                )
+        found = {name: mask.to(parameters[name].device).bool() for name, mask in elements.items()}
+        self.elements = {**self.elements, **found}
+        self.hold_elements()
+
+    @torch.no_grad()
+    def hold_elements(self) -> None:
+        """Set pruned elements to zero again."""
+        for name, mask in self.elements.items():
+            parameter = self.get_parameter(name)
+            parameter.masked_fill_(~mask.to(parameter.device), 0)
+
+    @contextmanager
+    def in_floats(self) -> Iterator[None]:
+        """Let quantizers pass on what they read, inside."""
+        found = [quantizer for _, quantizer in self.quantizers()]
+        before = [quantizer.enabled for quantizer in found]
+        for quantizer in found:
+            quantizer.enabled = False
+        try:
+            yield
+        finally:
+            for quantizer, enabled in zip(found, before, strict=True):
+                quantizer.enabled = enabled
 
     @property
     def progress(self) -> tuple[int, int]:

@@ -33,30 +33,20 @@ class Forward(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """What training decided, as far as the weights and quantizers of the module do not say so themselves.
+    """What training decided beside the values of weights and quantizers, which the module holds.
 
     Attributes:
         kept: units of each group that stay; groups left out stay whole.
         elements: parameter -> mask of its shape, 0 (False) where an element is pruned.
-        ranges: site -> lowest and highest value of a quantizer that was off while the weights were trained.
     """
 
     kept: Kept = field(default_factory=dict)
     elements: Mapping[str, Tensor] = field(default_factory=dict)
-    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
-    @torch.no_grad()
     def apply(self, ready: Prepared) -> None:
-        """Let a prepared module be as chosen: pruned units and elements exactly zero, each quantizer on."""
-        if self.kept:
-            ready.keep(self.kept)
-        if self.elements:
-            ready.keep_elements(self.elements)
-        for site, quantizer in ready.quantizers():
-            if site.name in self.ranges:
-                low, high = (torch.tensor(end, dtype=torch.float64) for end in self.ranges[site.name])
-                quantizer.set_range(low, high)
-            quantizer.enabled = True
+        """Let a prepared module be as chosen: pruned units and pruned elements exactly zero."""
+        ready.keep(self.kept)
+        ready.keep_elements(self.elements)
 
 
 class Run:

@@ -61,10 +61,23 @@ def settled(ready: Prepared, *, verify: bool = True) -> Prepared:
                 why=f"it holds up to {left:.2g} for units that are gone; an average (EMA) begun before they were?",
                 fix="begin an average when optimizer.settled; finalize(ready, verify=False) goes on without them",
             )
+    for name, mask in ready.elements.items():
+        parameter = ready.get_parameter(name)
+        pruned = parameter[~mask.to(parameter.device)]
+        left = float(pruned.abs().max()) if len(pruned) else 0.0
+        exactly = exactly and not left
+        if verify and left > REMNANT * float(parameter.abs().max()):
+            raise VerificationError(
+                "the small model does not compute what the trained model computes",
+                at=name,
+                why=f"it holds up to {left:.2g} for elements that are pruned: trained on by another optimizer?",
+                fix="ready.hold_elements() after each step; finalize(ready, verify=False) goes on without them",
+            )
     if exactly:
         return ready
     exact = copy.deepcopy(ready)
     exact.keep(kept)
+    exact.hold_elements()
     return exact
 
 
@@ -95,6 +108,8 @@ def shrunk(ready: Prepared) -> Prepared:
     whole.zero_grad()
     small = with_masks(replace(session, plan=plan, quantized=quantized, groups=groups, whole=whole))
     small.meta[SESSION] = small.session.bind(small)  # one set of smaller tensors for graph, model and module
+    cuts = kept_of_tensors(ready.session.quantized.coupling, kept)
+    small.elements = {name: select(mask, cuts.get(name, {})) for name, mask in ready.elements.items()}
     small.set_progress(*ready.progress)
     small.recompute, small.norms_frozen, small.remarks = ready.recompute, ready.norms_frozen, ready.remarks
     small.train(ready.training)
