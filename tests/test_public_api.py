@@ -45,6 +45,7 @@ def test_public_names():
         "load",
         "slice_groups",
         "rule",
+        "op",
         "Budget",
         "QASSO",
         "Method",

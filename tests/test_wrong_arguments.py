@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import graphcomp as gc
+from graphcomp.ops.registry import forget
 from graphcomp.pruning import allocation, saliency
 
 X = torch.linspace(-1, 1, 32).reshape(4, 8)
@@ -102,6 +103,19 @@ def model_and_inputs(**options: Any) -> Callable[[Path], dict[str, Any]]:
     return lambda _: {"model": Net().eval(), "example_inputs": X, **options}
 
 
+def op(
+    op: Any, text: Any, integer: Any = None, masked: Any = None, macs: Any = None, keeps_zeros: Any = None,
+    scales: Any = None, facts: Any = None, coupling: Any = None,
+) -> Any:  # fmt: skip
+    try:
+        return gc.op(
+            op, text, integer=integer, masked=masked, macs=macs, keeps_zeros=keeps_zeros, scales=scales, facts=facts,
+            coupling=coupling,
+        )  # fmt: skip
+    finally:
+        forget("a::c")
+
+
 TRAINING = {"data": [X] * 2, "loss": loss, "steps": 12, "progress": False}
 FOR_TRAINING = (
     "sparsity", "bits", "activation_bits", "calibration", "method", "data", "loss", "epochs", "steps", "lr", "folder",
@@ -126,6 +140,7 @@ CALLS: dict[str, Call] = {
     "load": Call(lambda _: gc.load, lambda folder: {"folder": saved(folder)}),
     "plot": Call(lambda _: gc.plot, lambda folder: {"folder": folder, "path": folder / "a.png"}),
     "rule": Call(lambda _: lambda op, text: gc.rule(op, text), lambda _: {"op": "a::b", "text": "n c -> n c"}),
+    "op": Call(lambda _: op, lambda _: {"op": "a::c", "text": "n c -> n c"}),
     "save": Call(lambda _: small().save, lambda folder: {"folder": folder / "new"}),
     "export": Call(lambda _: small().export, lambda folder: {"path": folder / "a.pt2"}),
     "group": Call(lambda _: plan().group, lambda _: {"name": plan().groups[0].name}),

@@ -187,6 +187,10 @@ def op(
         >>> graphcomp.op("mylib::linear", "... i, o i, o -> ... o", integer="like aten::linear")
         >>> graphcomp.op("mylib::attend", "h s d, h t d, h t e -> h s e", macs=("h s t d", "h s t e"))
     """
+    if facts is not None and not isinstance(facts, Facts):
+        raise RuleError(f"facts must be graphcomp.ops.facts.Facts, got {facts!r}", fix='integer="like aten::linear"')
+    if coupling is not None and not isinstance(coupling, str):
+        raise RuleError(f"coupling must be a rule in notation, got {coupling!r}", fix='coupling="n c, c -> n c"')
     given = {"integer": integer, "masked": masked, "keeps_zeros": keeps_zeros, "scales": scales}
     answered: dict[str, Any] = {name: found for name, found in given.items() if found is not None}
     answers = replace(facts or UNANSWERED, **answered)
@@ -396,7 +400,10 @@ def _parameters(function: RuleFunction) -> tuple[tuple[str, ...], bool]:
 
 def _from_notation(text: str, macs: str | Sequence[str] | None = None) -> RuleFunction:
     parsed = notation.parse(text)
-    counted = None if macs is None else notation.products_of(parsed, [macs] if isinstance(macs, str) else macs)
+    texts = [macs] if isinstance(macs, str) else macs
+    if texts is not None and not (isinstance(texts, (list, tuple)) and all(isinstance(part, str) for part in texts)):
+        raise RuleError(f"macs must be letters of the rule, or several of these, got {macs!r}", fix='macs="n o i"')
+    counted = None if texts is None else notation.products_of(parsed, texts)
 
     def from_notation(call: Call, **arguments: Any) -> Result:
         assert isinstance(call.node.target, OpOverload)

@@ -88,4 +88,6 @@ def _why(node: fx.Node) -> str:
     if node.target is torch.ops.higher_order.wrap_with_autocast:
         return UNDER_AUTOCAST
     name = schema_of(node.target).name if isinstance(node.target, OpOverload) else str(node.target)
-    return NO_INTEGER_FORM.format(name.rpartition("::")[2])
+    integer = facts_of(node.target).integer
+    why = f": {integer.why}" if isinstance(integer, Float) else ""
+    return NO_INTEGER_FORM.format(name.rpartition("::")[2]) + why

@@ -12,7 +12,7 @@ from graphcomp.coupling.axis import Axes, Axis, Factor, is_frozen, kept_indices,
 from graphcomp.coupling.propagate import RULE_FAILED, Coupling, propagate
 from graphcomp.ir.graph import argument_at, bind, is_op, tensor_values
 from graphcomp.ops.answers import masked_form
-from graphcomp.ops.registry import Call
+from graphcomp.ops.registry import Call, facts_of
 
 
 class OneOp(nn.Module):
@@ -51,6 +51,8 @@ class Walk:
         self.coupling: Coupling = propagate(self.module, order=nodes)
         failed = [unknown for unknown in self.coupling.unknown.values() if unknown.why.startswith(RULE_FAILED)]
         assert not failed or may_fail, failed
+        for node, call in self.coupling.calls.items():
+            check_facts(node, call)
         output = next(iter(self.module.graph.find_nodes(op="output")))
         self.results: list[Axes] = []
         for result in output.all_input_nodes:
@@ -91,6 +93,18 @@ class Walk:
             for leaf in leaves(self.coupling.axes[argument_at(bind(node), argument)][0][dim])
         }
         return [leaf for leaf in found if not leaf.frozen and "normalized" not in leaf.marks and leaf not in formed]
+
+
+def check_facts(node: fx.Node, call: Call) -> None:
+    """What the rule says while it runs is what the facts of the op say."""
+    sums = facts_of(node.target).sums
+    if sums is None:
+        return
+    assert not call.products or sums == "products", f"{node.target} multiplies, and its facts say: {sums}"
+    assert not call.contracted or sums != "nothing", f"{node.target} sums {call.contracted}, and its facts say: {sums}"
+    # einsum may sum a letter of one operand alone, in front of the product
+    multiplies = bool(call.contracted) and sums == "products" and node.target is not torch.ops.aten.einsum.default
+    assert call.products or not multiplies, f"{node.target} multiplies, and its rule says no products"
 
 
 def _operand(node: fx.Node, argument: str) -> str:

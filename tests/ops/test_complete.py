@@ -14,7 +14,10 @@ from graphcomp.cost import CostModel
 from graphcomp.ops import registry
 from graphcomp.ops.facts import Clip, Compute, Float, Lookup, Move
 from graphcomp.ops.registry import OpKey, facts_of, find, known, op, registered
+from graphcomp.testing import tiny_models
 from graphcomp.torch_compat import OpOverload, schema_of
+
+from .rule_walk import check_facts
 
 aten = torch.ops.aten
 
@@ -139,6 +142,15 @@ def test_ops_that_scale_by_channel(key: Any) -> None:
     got, plain = key(x * s, *arguments), key(x, *arguments)
     got, plain = (t[0] if isinstance(t, tuple) else t for t in (got, plain))
     torch.testing.assert_close(got, plain * s)
+
+
+@pytest.mark.parametrize("name", tiny_models())
+def test_rules_say_what_the_facts_say(name: str) -> None:
+    model, inputs = tiny_models()[name]
+    plan = gc.analyze(model, inputs)
+    for node, call in plan.coupling.calls.items():
+        check_facts(node, call)
+    assert any(call.products for call in plan.coupling.calls.values())
 
 
 # ------------------------------------------------------------------------------------------------ no answer

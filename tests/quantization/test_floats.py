@@ -66,13 +66,37 @@ class Kernels(nn.Module):
         return self.o(nn.functional.conv1d(x, self.w * x.mean()))
 
 
+class EinsumAndGru(Recurrent):
+    """A product by einsum in front of a recurrent layer."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.GRU)
+        self.w = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.einsum("bti,io->bto", x, self.w))
+
+
 IDS = torch.randint(10, (3, 5))
 CASES: dict[str, tuple[nn.Module, Any, str]] = {
-    "lstm": (Recurrent(nn.LSTM), torch.randn(3, 5, 8), "'r' stays float: lstm has no integer form"),
-    "gru": (Recurrent(nn.GRU), torch.randn(3, 5, 8), "'r' stays float: gru has no integer form"),
-    "embedding_bag": (Bags(), IDS, "'e' stays float: embedding_bag has no integer form"),
+    "lstm": (
+        Recurrent(nn.LSTM),
+        torch.randn(3, 5, 8),
+        "'r' stays float: lstm has no integer form: states and gates are floats",
+    ),
+    "gru": (
+        Recurrent(nn.GRU),
+        torch.randn(3, 5, 8),
+        "'r' stays float: gru has no integer form: states and gates are floats",
+    ),
+    "einsum and gru": (
+        EinsumAndGru(),
+        torch.randn(3, 5, 8),
+        "'r' stays float: gru has no integer form: states and gates are floats",
+    ),
+    "embedding_bag": (Bags(), IDS, "'e' stays float: embedding_bag has no integer form: sums rows"),
     "autocast": (Autocast(), torch.randn(3, 8), "'a' stays float: computed under torch.autocast"),
-    "index": (Indexed(), IDS, "'table' stays float: index has no integer form"),
+    "index": (Indexed(), IDS, "'table' stays float: index has no integer form: picked by number"),
     "kernels": (Kernels(), torch.randn(1, 3, 8), "'conv1d' stays float: its weight is computed from the inputs"),
 }
 

@@ -342,6 +342,6 @@ def test_bits_that_quantize_nothing_are_named_with_the_reason(bits: Any) -> None
             return self.gru(x)[0]
 
     ready = gc.prepare(Recurrent(), torch.randn(2, 7, 4), bits=bits)
-    note = "nothing is quantized: 'gru' stays float: gru has no integer form"
+    note = "nothing is quantized: 'gru' stays float: gru has no integer form: states and gates are floats"
     assert note in ready.session.notes
     assert note in gc.finalize(ready).report.notes
