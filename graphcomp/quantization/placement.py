@@ -108,6 +108,7 @@ class _Planner:
         self.weights: list[Site] = []
         self.left_float: dict[fx.Node, str] = {}
         self.notes: list[str] = []
+        self.raised: list[str] = []  # layers with more bits than asked
         self.wishes = Wishes()
 
     def plan(self) -> Placement:
@@ -125,6 +126,12 @@ class _Planner:
         for site in sites:
             site.users.sort(key=position.__getitem__)
         self._answer_overrides()
+        if self.raised:
+            least = self.config.first_and_last_bits
+            self.notes.append(
+                f"{', '.join(self.raised)}: {least} bits, as the first and the last quantized layer get at least that "
+                "many: QuantConfig(first_and_last_bits=…)"
+            )
         return Placement(tuple(sorted(sites, key=lambda s: position[s.value])), self.left_float, tuple(self.notes))
 
     # ------------------------------------------------------------------------------------------ what ops ask for
@@ -170,7 +177,9 @@ class _Planner:
             self.left_float[node] = "its weight is computed from the inputs"
             return
         if node in self._ends() and not chosen.named:
-            chosen = chosen.at_least(self.config.first_and_last_bits)
+            asked, chosen = chosen, chosen.at_least(self.config.first_and_last_bits)
+            if chosen != asked:
+                self.raised.append(self.label(node))
         weights, activations = chosen.weights, chosen.activations
         for name in operands.data:
             operand = arguments[name]

@@ -130,4 +130,4 @@ def test_a_tensor_that_is_not_finite_is_blamed(name: str, trained: bool) -> None
 def test_second_order_rounding_on_the_example_inputs_alone_is_named() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
     small = gc.compress(model, torch.randn(1, 16), sparsity=0, bits=4, activation_bits=None, rounding="second_order")
-    assert small.report.notes == ("rounded to second order on the example inputs alone, as no calibration= was given",)
+    assert small.report.notes[0] == "rounded to second order on the example inputs alone, as no calibration= was given"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -133,9 +134,12 @@ def test_share_add():
 
 def test_first_and_last_layer_have_eight_bits():
     config = QuantConfig(with_bits(WEIGHTS, 4), with_bits(ACTIVATIONS, 4))
-    bits = {u.name: s.spec.bits for s in placed(*residual(), config).sites if s.is_weight for u in s.users}
+    placement = placed(*residual(), config)
+    bits = {u.name: s.spec.bits for s in placement.sites if s.is_weight for u in s.users}
     assert bits["conv2d"] == bits["linear"] == 8
     assert {bits[f"conv2d_{k}"] for k in range(1, 5)} == {4}
+    assert [note for note in placement.notes if "8 bits, as the first and the last quantized layer" in note]
+    assert not placed(*residual(), replace(config, first_and_last_bits=4)).notes
 
 
 def test_ignored_layers_stay_float():

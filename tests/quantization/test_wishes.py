@@ -52,8 +52,11 @@ def test_a_layer_left_float_by_name_reads_floats() -> None:
     small = quantized(chain(), X, default=(4, 4), **{"4": (None, None)})
     assert bits(small) == {"0": (8, 8), "2": (4, 8), "4": (32, 32), "6": (4, 4), "8": (8, 8)}
     assert small.report.notes == (
-        "2 returns floats, as what reads them was given float inputs by name", "'4' stays float: no spec"
-    )  # fmt: skip
+        "2 returns floats, as what reads them was given float inputs by name",
+        "0, 8: 8 bits, as the first and the last quantized layer get at least that many: "
+        "QuantConfig(first_and_last_bits=…)",
+        "'4' stays float: no spec",
+    )
 
 
 class Branches(nn.Module):
