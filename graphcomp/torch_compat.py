@@ -45,6 +45,7 @@ __all__ = [
     "foreach_clamp_min_",
     "foreach_copy_",
     "foreach_zero_",
+    "forget_shape_environments",
     "get_unwrapped",
     "inside_wrapper",
     "is_batchedtensor",
@@ -327,3 +328,20 @@ PRIVATE_LOGGERS = ("torch._export.non_strict_utils", FAKE_TENSOR_LOGGER)
 # that registers the ops is not; graphcomp defines the ops where neither module is there.
 DECOMPOSED_HOMES = ("torch.ao.quantization.fx._decomposed", "torchao.quantization.pt2e._decomposed")
 """Modules that register `quantized_decomposed`, the first one that is there."""
+
+
+# ------------------------------------------------------------------------------------------------ caches
+def forget_shape_environments() -> None:
+    """Empty the caches that torch keeps on the methods of ShapeEnv.
+
+    The caches hold the environments that the methods were called on, with all symbols and fake tensors of an export,
+    for the life of the process.
+    """
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # loads sympy
+
+    for method in vars(ShapeEnv).values():
+        found = method
+        while found is not None:
+            if hasattr(found, "cache_clear"):
+                found.cache_clear()
+            found = getattr(found, "__wrapped__", None)

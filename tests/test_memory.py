@@ -14,6 +14,7 @@ from torch import nn
 import graphcomp as gc
 from graphcomp.result import CompressedModel
 from graphcomp.testing.memory import held_bytes
+from graphcomp.torch_compat import forget_shape_environments
 
 X = torch.randn(2, 128, generator=torch.Generator().manual_seed(0))
 ALLOWED = 1.1
@@ -84,3 +85,16 @@ def test_example_inputs_are_copies() -> None:
 def test_held_bytes_count_a_storage_once() -> None:
     tensor = torch.zeros(10)
     assert held_bytes({"a": [tensor, tensor[2:]], "b": nn.Parameter(tensor)}) == 40
+
+
+def test_a_capture_leaves_no_shape_environment_behind() -> None:
+    """torch keeps such an environment, with all its symbols, in caches and in a cycle that no collector sees."""
+    environments = []
+    for _ in range(3):
+        plan = gc.analyze(net(), X)
+        fakes = [node.meta["val"] for node in plan.captured.graph.find_nodes(op="placeholder")]
+        environments.append(weakref.ref(fakes[0].fake_mode.shape_env))
+        del plan, fakes
+    forget_shape_environments()
+    collector.collect()
+    assert [environment() for environment in environments[:-1]] == [None, None]  # torch may hold its latest export

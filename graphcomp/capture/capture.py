@@ -66,6 +66,7 @@ from graphcomp.torch_compat import (
     DynamicOutputShapeException,
     causal_mask_test,
     codegen_of,
+    forget_shape_environments,
     pytree,
     version_of,
 )
@@ -418,6 +419,7 @@ def _export(
     model: nn.Module, args: Args, kwargs: Kwargs, dynamic: bool, more: Sequence[Collection[int]] = ()
 ) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """The graph of torch.export: with symbolic batch and sequence if the model allows it, else as the inputs are."""
+    forget_shape_environments()  # those of captures before
     if dynamic:
         try:
             program = _export_dynamic(model, args, kwargs, more)
@@ -427,8 +429,22 @@ def _export(
             log.debug("%s has no graph for every batch: %s", type(model).__name__, _reason(error))
             program = None
         if program is not None:
-            return _unlifted(program)
-    return _unlifted(_program(model, args, kwargs, None))
+            return _released(*_unlifted(program))
+    return _released(*_unlifted(_program(model, args, kwargs, None)))
+
+
+def _released(module: fx.GraphModule, names: tuple[str, ...]) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """Return both, with the cycles broken that keep the shape environment of an export in memory for ever.
+
+    The environment lists fake inputs and caches results, whose symbolic lengths hold the environment in C++, where no
+    garbage collector looks.
+    """
+    for node in module.graph.find_nodes(op="placeholder"):
+        shape_env = getattr(getattr(node.meta.get("val"), "fake_mode", None), "shape_env", None)
+        if shape_env is not None:
+            shape_env.tracked_fakes = []
+            getattr(shape_env, "fake_tensor_cache", {}).clear()
+    return module, names
 
 
 def _export_dynamic(
