@@ -23,7 +23,7 @@ from graphcomp.cost.model import (
     param_bytes,
     params,
 )
-from graphcomp.ops.registry import Kind
+from graphcomp.ops.call import Kind
 
 __all__ = [
     "FLOAT_BITS",

@@ -8,7 +8,7 @@ and the meta device will do.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -24,8 +24,8 @@ from graphcomp.coupling.groups import Kept, summed_axes
 from graphcomp.coupling.propagate import Coupling, is_real
 from graphcomp.ir.graph import argument_at, attributes, bind, module_path, source_line, tensor_values
 from graphcomp.ops import registry
+from graphcomp.ops.call import KINDS, Call, Kind
 from graphcomp.ops.facts import Float, Lookup
-from graphcomp.ops.registry import KINDS, Kind
 
 aten = torch.ops.aten
 
@@ -135,7 +135,7 @@ class CostModel:
                 weights.update(layers.read(node) if missing or _looks_up(node, coupling) else ())
                 uncounted += missing
                 continue
-            kind = _kind(call.products, node, coupling)
+            kind = _kind(call, coupling)
             if call.products[0].kind != "attention":
                 weights.update(layers.read(node))
             try:
@@ -294,12 +294,12 @@ class Polynomial:
 
 
 # ------------------------------------------------------------------------------------------------ multiply-accumulates
-def _kind(products: Sequence[registry.Product], node: fx.Node, coupling: Coupling) -> Kind:
+def _kind(call: Call, coupling: Coupling) -> Kind:
     """What an op is: attention where every operand of its products depends on the model's inputs."""
-    arguments = bind(node)
-    operands = [argument_at(arguments, name) for product in products for name in product.operands]
+    arguments = bind(call.node)
+    operands = [argument_at(arguments, name) for product in call.products for name in product.operands]
     between_activations = not any(operand in coupling.sources for operand in operands)
-    return products[0].kind or ("attention" if between_activations else "linear")
+    return call.products[0].kind or ("attention" if between_activations else "linear")
 
 
 # ------------------------------------------------------------------------------------------------ what is not counted

@@ -28,7 +28,7 @@ from graphcomp.coupling.axis import (
 )
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.ir.graph import argument_at, attributes, bind, source_line
-from graphcomp.ops.registry import Call
+from graphcomp.ops.call import Call
 
 Role = Literal["channel", "head", "head_dim", "hidden", "width", "expert", "group"]
 ROLES: tuple[Role, ...] = ("channel", "head", "head_dim", "hidden", "width", "expert", "group")

@@ -16,7 +16,7 @@ from graphcomp.coupling.size import size_of
 from graphcomp.errors import RuleError
 from graphcomp.ir.graph import argument_at, attributes, bind, is_op, source_line, tensor_values, value
 from graphcomp.ops import registry
-from graphcomp.ops.registry import AxesValue, Call
+from graphcomp.ops.call import AxesValue, Call
 from graphcomp.torch_compat import OpOverload, storage_key
 
 logger = logging.getLogger("graphcomp.coupling")

@@ -14,9 +14,10 @@ import torch
 from graphcomp.coupling.axis import Axes, couple, fresh, length, split
 from graphcomp.coupling.axis import product as joined
 from graphcomp.coupling.size import Size, divide
+from graphcomp.ops.call import Call
 from graphcomp.ops.facts import Compute, Facts, Float, Move, Rescale, in_float, moves, product
 from graphcomp.ops.movement import all_frozen
-from graphcomp.ops.registry import Call, op
+from graphcomp.ops.registry import op
 from graphcomp.torch_compat import OpOverload
 
 aten = torch.ops.aten

@@ -9,9 +9,10 @@ import torch
 
 from graphcomp.coupling.axis import Axes, Axis, fresh, length
 from graphcomp.coupling.size import Size
+from graphcomp.ops.call import AxesValue, Call
 from graphcomp.ops.facts import in_float
 from graphcomp.ops.movement import all_frozen
-from graphcomp.ops.registry import AxesValue, Call, OpKey, op
+from graphcomp.ops.registry import OpKey, op
 from graphcomp.torch_compat import OpOverloadPacket
 
 aten = torch.ops.aten

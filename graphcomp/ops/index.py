@@ -13,10 +13,11 @@ from graphcomp.coupling.axis import product as joined
 from graphcomp.coupling.notation import broadcast
 from graphcomp.coupling.size import Size
 from graphcomp.ir.graph import bind, value
+from graphcomp.ops.call import AxesValue, Call
 from graphcomp.ops.create import overloads
 from graphcomp.ops.facts import Float, Lookup, in_float, moves, product
 from graphcomp.ops.movement import all_frozen
-from graphcomp.ops.registry import AxesValue, Call, op
+from graphcomp.ops.registry import op
 
 aten = torch.ops.aten
 Indices: TypeAlias = Sequence[Axes | None]

@@ -14,8 +14,9 @@ from graphcomp.coupling.axis import UNIT, Axes, Axis, couple, freeze, length, re
 from graphcomp.coupling.notation import broadcast, einsum_letters, from_end, summed_products
 from graphcomp.coupling.size import Size, divide
 from graphcomp.ir.graph import bind, value
+from graphcomp.ops.call import Call
 from graphcomp.ops.facts import Compute, Float, Fused, in_float, product
-from graphcomp.ops.registry import Call, op
+from graphcomp.ops.registry import op
 
 aten = torch.ops.aten
 

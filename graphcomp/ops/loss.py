@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from graphcomp.coupling.axis import Axes
+from graphcomp.ops.call import AxesValue, Call
 from graphcomp.ops.create import overloads
 from graphcomp.ops.facts import in_float
 from graphcomp.ops.movement import all_frozen
-from graphcomp.ops.registry import AxesValue, Call, op
+from graphcomp.ops.registry import op
 
 aten = torch.ops.aten
 

@@ -25,8 +25,9 @@ from graphcomp.coupling.axis import (
 from graphcomp.coupling.notation import broadcast
 from graphcomp.coupling.size import Size, divide
 from graphcomp.ir.graph import bind
+from graphcomp.ops.call import Call
 from graphcomp.ops.facts import Move, Rescale, in_float, moves
-from graphcomp.ops.registry import Call, op
+from graphcomp.ops.registry import op
 from graphcomp.torch_compat import OpOverload, schema_of
 
 aten = torch.ops.aten

@@ -10,8 +10,9 @@ import torch
 from graphcomp.coupling.axis import UNIT, Axes, Axis, couple, fresh, length, split
 from graphcomp.coupling.size import Size
 from graphcomp.ops import masked
+from graphcomp.ops.call import Call
 from graphcomp.ops.facts import Facts, Float, in_float
-from graphcomp.ops.registry import Call, facts_of, op
+from graphcomp.ops.registry import facts_of, op
 
 aten = torch.ops.aten
 

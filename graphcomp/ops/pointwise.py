@@ -9,8 +9,9 @@ import torch
 
 from graphcomp.coupling.axis import UNIT, Axes, couple, cut, length
 from graphcomp.coupling.notation import broadcast
+from graphcomp.ops.call import AxesValue, Call
 from graphcomp.ops.facts import Clip, Fill, Move, Rescale, in_float, moves
-from graphcomp.ops.registry import AxesValue, Call, family, op
+from graphcomp.ops.registry import family, op
 from graphcomp.torch_compat import OpOverload, schema_of
 
 aten = torch.ops.aten

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from graphcomp.coupling.axis import Axes, couple, length
+from graphcomp.ops.call import Call
 from graphcomp.ops.facts import in_float
 from graphcomp.ops.index import whole
 from graphcomp.ops.pointwise import pointwise
-from graphcomp.ops.registry import Call, elementwise, op
+from graphcomp.ops.registry import elementwise, op
 
 aten = torch.ops.aten
 

@@ -8,10 +8,11 @@ from functools import partial
 import torch
 
 from graphcomp.coupling.axis import Axes, Axis, couple, fresh, length, product, split
+from graphcomp.ops.call import Call
 from graphcomp.ops.facts import Float, in_float
 from graphcomp.ops.facts import product as multiplies
 from graphcomp.ops.movement import all_frozen
-from graphcomp.ops.registry import Call, op
+from graphcomp.ops.registry import op
 
 aten = torch.ops.aten
 

@@ -15,8 +15,9 @@ import torch
 from graphcomp.coupling.axis import UNIT, Axes, length
 from graphcomp.coupling.notation import broadcast, from_end
 from graphcomp.ops import masked
+from graphcomp.ops.call import Call
 from graphcomp.ops.facts import ZEROS_ADD_NOTHING, Facts, in_float
-from graphcomp.ops.registry import Call, op
+from graphcomp.ops.registry import op
 
 aten = torch.ops.aten
 

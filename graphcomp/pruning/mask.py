@@ -18,7 +18,7 @@ from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.ir.graph import argument_at, bind, clone, fetch, set_argument, set_argument_at, value
 from graphcomp.ops.answers import keeps_zeros, masked_form
-from graphcomp.ops.registry import Call
+from graphcomp.ops.call import Call
 from graphcomp.pruning.slice import check_kept
 
 PREFIX = "graphcomp_mask_"

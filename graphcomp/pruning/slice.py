@@ -34,7 +34,7 @@ from graphcomp.ir.graph import (
     source_line,
     value,
 )
-from graphcomp.ops.registry import Call
+from graphcomp.ops.call import Call
 from graphcomp.torch_compat import FakeTensor, pytree
 
 

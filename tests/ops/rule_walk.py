@@ -12,7 +12,8 @@ from graphcomp.coupling.axis import Axes, Axis, Factor, is_frozen, kept_indices,
 from graphcomp.coupling.propagate import RULE_FAILED, Coupling, propagate
 from graphcomp.ir.graph import argument_at, bind, is_op, tensor_values
 from graphcomp.ops.answers import masked_form
-from graphcomp.ops.registry import Call, facts_of
+from graphcomp.ops.call import Call
+from graphcomp.ops.registry import facts_of
 
 
 class OneOp(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphcomp.coupling.axis import Factor, Product, Reason, fresh, normal
+from graphcomp.coupling.axis import Factor, Product, Reason, fresh, length, normal
+from graphcomp.ops.call import AxesValue, Call
 from graphcomp.ops.conv import deform_conv2d, positional, roi
-from graphcomp.ops.registry import AxesValue, Call
 
 from .rule_walk import Walk, check_law, free, frozen, marks, same
 
@@ -223,6 +224,8 @@ def test_deform_conv2d() -> None:
     assert free(i)
     assert frozen(g, *offset[1:], *mask[1:])  # each half of the channels has its own offsets
     assert call.contracted == {"weight": (1,)}
+    (product,) = call.products
+    assert math.prod(map(length, product.axes)) == (2 * 6 * 3 * 3) * (4 * 3 * 3)
 
 
 def test_regions() -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 import graphcomp as gc
 from graphcomp.cost import CostModel, macs
 from graphcomp.coupling.axis import Axes
+from graphcomp.ops.call import Call
 from graphcomp.ops.facts import Clip, Compute
-from graphcomp.ops.registry import Call, facts_of, forget
+from graphcomp.ops.registry import facts_of, forget
 
 DENSE, ATTEND, RMS, CAP = (f"graphcomp_op::{name}" for name in ("dense", "attend", "rms", "cap"))
 

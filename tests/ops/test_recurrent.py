@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from graphcomp.coupling.axis import Product, normal
+from graphcomp.coupling.axis import Product, Reason, fresh, length, normal
 from graphcomp.coupling.propagate import propagate
+from graphcomp.ops.call import AxesValue, Call
+from graphcomp.ops.recurrent import opaque
 
 from .rule_walk import Walk, check_law, free, frozen, same
 
@@ -100,3 +103,16 @@ def test_cells(kind: str) -> None:
     assert isinstance(normal(w["b_ih"][0]), Product) == (kind != "RNNCell")
     assert w.contracted == {"w_ih": {1}, "w_hh": {1}}
     assert check_law(w) == 3
+
+
+def test_a_layer_with_weights_of_the_librarys_own_is_frozen_and_counted() -> None:
+    """cuDNN's layer is not there on a CPU, so the rule is called."""
+
+    def axes(*sizes: int) -> AxesValue:
+        return AxesValue(fresh(n) for n in sizes)
+
+    weights = [axes(32, 5), axes(32, 8), axes(32), axes(32)]
+    call = Call(None, [(7, 2, 8), (1, 2, 8)], Reason("addressed by position", "aten::_cudnn_rnn"), frozenset())  # type: ignore[arg-type]
+    results = opaque(call, input=axes(7, 2, 5), weight=weights, hx=axes(1, 2, 8))
+    assert all(frozen(*own[:1]) for own in (*weights, *results[:1]))
+    assert sum(math.prod(map(length, product.axes)) for product in call.products) == 7 * 2 * (32 * 5 + 32 * 8)
