@@ -32,9 +32,10 @@ from graphcomp.quantization.lower import constants_with_quantizers, lower
 from graphcomp.quantization.placement import layer_name, place
 from graphcomp.quantization.ptq import Quantized, layer_errors
 from graphcomp.quantization.quantizers.affine import AffineQuantizer
-from graphcomp.quantization.quantizers.base import Integers, Quantizer, spread
+from graphcomp.quantization.quantizers.base import Codebook, Integers, Quantizer, Stored, spread
 from graphcomp.quantization.quantizers.geta import GetaQuantizer
 from graphcomp.quantization.quantizers.make import make_quantizer
+from graphcomp.quantization.quantizers.ternary import TernaryQuantizer
 from graphcomp.quantization.quantizers.uniform import SMALLEST_STEP, UniformQuantizer
 from graphcomp.quantization.redundant import with_repeats
 from graphcomp.quantization.spec import MAX_BITS, MIN_BITS, TABLES, QuantConfig, QuantSpec
@@ -127,17 +128,17 @@ def planned(fake: fx.GraphModule) -> fx.GraphModule:
 
 
 @torch.no_grad()
-def _weight_codes(fake: fx.GraphModule) -> dict[str, Integers]:
-    """Layer -> the integers of its weight."""
+def _weight_codes(fake: fx.GraphModule) -> dict[str, Stored]:
+    """Layer -> what is stored of its weight."""
     constant, values = constants_with_quantizers(fake), Constants(fake)
     return {
-        layer_name(node, constant): quantizer.to_integers(values.of(node.all_input_nodes[0]))
+        layer_name(node, constant): quantizer.stored(values.of(node.all_input_nodes[0]))
         for node, quantizer in quantizer_nodes(fake)
         if node in constant
     }
 
 
-def _rounded_again(trained: Mapping[str, Integers], fitted: Mapping[str, Integers]) -> Iterator[str]:
+def _rounded_again(trained: Mapping[str, Stored], fitted: Mapping[str, Stored]) -> Iterator[str]:
     for layer, integers in trained.items():
         if not torch.equal(integers.values, fitted[layer].values):
             yield f"{layer}: weights next to nothing beside their bias were rounded again, so that it fits into 32 bits"
@@ -247,7 +248,7 @@ class _Finishing:
             scaled = (floats.double() * spread(factor, floats.dim(), dim)).to(floats.dtype)
             return _Weight((weight if quantizer else pair.compute,), scaled, _Fold(pair, quantizer, shift))
         floats = self.values.of(weight.all_input_nodes[0])
-        folded = _times(quantizer.to_integers(floats), factor, dim)
+        folded = _times(quantizer.stored(floats), factor, dim)
         own = quantizer_of(folded, self.uniform[str(weight.target)].spec)
         return _Weight((weight,), _on_grid(weight, own, folded, floats.dtype), _Fold(pair, own, shift))
 
@@ -262,8 +263,8 @@ class _Finishing:
         for node, *others in tied.values():
             tensor = self._floats(node)
             if self.rounded:
-                integers = self.quantizers[node].to_integers(self.values.of(node.all_input_nodes[0]))
-                tensor = _on_grid(node, self.uniform[str(node.target)], integers, tensor.dtype)
+                stored = self.quantizers[node].stored(self.values.of(node.all_input_nodes[0]))
+                tensor = _on_grid(node, self.uniform[str(node.target)], stored, tensor.dtype)
             yield _Weight((node, *others), tensor)
 
     def _floats(self, weight: fx.Node) -> Tensor:
@@ -357,7 +358,12 @@ def _whole_bits(node: fx.Node, quantizer: GetaQuantizer) -> int:
     return bits
 
 
-def _times(integers: Integers, factor: Tensor, dim: int) -> Integers:
+def _times(stored: Stored, factor: Tensor, dim: int) -> Stored:
+    """What is stored of a tensor times `factor`, (c,) along `dim`."""
+    return stored.times(factor, dim) if isinstance(stored, Codebook) else _integers_times(stored, factor, dim)
+
+
+def _integers_times(integers: Integers, factor: Tensor, dim: int) -> Integers:
     """The integers of a tensor times `factor`, (c,) along `dim`.
 
     The scale takes the magnitude and the codes stay, but that a negative factor mirrors them. The factor 0 clears them;
@@ -378,8 +384,10 @@ def _times(integers: Integers, factor: Tensor, dim: int) -> Integers:
     return replace(integers, values=values.to(integers.values.dtype), scale=scale, zero_point=zero, dim=along)
 
 
-def quantizer_of(integers: Integers, spec: QuantSpec) -> Quantizer:
-    """A uniform quantizer with the scale and zero point of `integers`."""
+def quantizer_of(integers: Stored, spec: QuantSpec) -> Quantizer:
+    """A quantizer with the scale and zero point of `integers`, or with the levels of a codebook."""
+    if isinstance(integers, Codebook):
+        return TernaryQuantizer.of(integers, spec)
     if integers.dim is not None and integers.groups is None:
         spec = replace(spec, granularity="channel")
     found = make_quantizer(spec, shape=integers.values.shape, dim=integers.dim).to(integers.scale)
@@ -391,10 +399,10 @@ def quantizer_of(integers: Integers, spec: QuantSpec) -> Quantizer:
     return found
 
 
-def _on_grid(node: fx.Node, quantizer: Quantizer, integers: Integers, dtype: torch.dtype) -> Tensor:
+def _on_grid(node: fx.Node, quantizer: Quantizer, integers: Stored, dtype: torch.dtype) -> Tensor:
     """The tensor that `integers` stand for, as the weight that `quantizer` gives the same codes."""
     tensor = integers.dequantize().to(dtype)
-    if not torch.equal(quantizer.to_integers(tensor).values.int(), integers.values.int()):
+    if not torch.equal(quantizer.stored(tensor).values.int(), integers.values.int()):
         raise VerificationError(
             "a weight's codes are lost in its dtype",
             at=str(node.target),

@@ -32,7 +32,7 @@ from graphcomp.quantization.placement import (
     layer_name,
     padded_with,
 )
-from graphcomp.quantization.quantizers.base import Integers, Quantizer, container
+from graphcomp.quantization.quantizers.base import Codebook, Integers, Quantizer, Stored, container, spread
 from graphcomp.quantization.tensors import add_tensor
 from graphcomp.torch_compat import schema_of
 
@@ -67,7 +67,7 @@ class Lowered:
 
     module: fx.GraphModule
     activations: Mapping[str, str]
-    weights: Mapping[str, Integers]
+    weights: Mapping[str, Stored]
     layers: tuple[LoweredLayer, ...] = field(default=())
 
 
@@ -95,7 +95,7 @@ class _Lowering:
         self.values = Constants(self.module)
         self.integers: dict[fx.Node, Integers] = {}  # dequantized value -> its integers
         self.activations: dict[str, str] = {}
-        self.weights: dict[str, Integers] = {}
+        self.weights: dict[str, Stored] = {}
         self.scales: dict[fx.Node, Integers] = {}  # dequantized activation -> scale and zero point
         self.shifts = {layer.weight: layer.shift for layer in biased_layers(self.module)}
 
@@ -122,7 +122,11 @@ class _Lowering:
     def _weight(self, node: fx.Node, quantizer: Quantizer) -> None:
         (source,) = node.args
         assert isinstance(source, fx.Node)
-        integers = _signed(quantizer.to_integers(self.values.of(source)))
+        stored = quantizer.stored(self.values.of(source))
+        if isinstance(stored, Codebook):
+            self._codebook(node, source, stored)
+            return
+        integers = _signed(stored)
         self.weights[self.fake_name[node]] = integers
         stem = self._stem(source)
         lookups = [user for user in node.users if lookup_of(user)]
@@ -138,6 +142,31 @@ class _Lowering:
                     user.replace_input_with(node, dequantized)
         for user in lookups:
             self._lookup(user, codes, scale, zero, integers)
+        self.graph.erase_node(node)
+
+    def _codebook(self, node: fx.Node, source: fx.Node, codebook: Codebook) -> None:
+        """Codes of -1, 0 and 1, packed, times the levels on either side: max(code, 0) above + min(code, 0) below."""
+        self.weights[self.fake_name[node]] = codebook
+        stem, like, dim = self._stem(source), node, codebook.dim or 0
+        ones = torch.ones(codebook.values.shape[dim], dtype=torch.float32, device=codebook.values.device)
+        low, high = codebook.quant_min, codebook.quant_max
+        whole = Integers(codebook.values, ones, torch.zeros_like(ones, dtype=torch.int32), low, high, dim)
+        levels = {"above": codebook.above, "below": codebook.below}
+        with self.graph.inserting_before(node):
+            codes, whole = self._codes(stem, whole, 0, like)
+            scale, zero = (
+                self._buffer(f"{stem}_{n}", t, like) for n, t in (("scale", ones), ("zero_point", whole.zero_point))
+            )
+            floats = self._cast(self._dequantize(stem, codes, scale, zero, whole, like), codebook.above.dtype, like)
+            sides = []
+            for (name, level), clamp in zip(
+                levels.items(), (aten.clamp_min.default, aten.clamp_max.default), strict=True
+            ):
+                along = spread(level, codebook.values.dim(), codebook.dim).contiguous()
+                side = self._call(clamp, (floats, 0), like)
+                sides.append(self._call(aten.mul.Tensor, (side, self._buffer(f"{stem}_{name}", along, like)), like))
+            weight = self._cast(self._call(aten.add.Tensor, tuple(sides), like), value(node).dtype, like)
+        node.replace_all_uses_with(weight)
         self.graph.erase_node(node)
 
     def _codes(self, stem: str, integers: Integers, shift: int, like: fx.Node) -> tuple[fx.Node, Integers]:

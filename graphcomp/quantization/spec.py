@@ -22,7 +22,7 @@ from graphcomp.errors import PlanError
 MIN_BITS, MAX_BITS = 2, 16
 
 Granularity = Literal["tensor", "channel", "group"]
-Kind = Literal["uniform", "geta"]
+Kind = Literal["uniform", "geta", "ternary"]
 Observer = Literal["minmax", "percentile", "mse", "entropy"]
 
 
@@ -35,7 +35,8 @@ class QuantSpec:
         symmetric: levels -(2^(bits-1) - 1) … 2^(bits-1) - 1 about 0; else 0 … 2^bits - 1 with a zero point.
         granularity: one step per tensor, per output channel, or per `group_size` input indices of each channel.
         group_size: input indices per step, for granularity "group".
-        kind: "uniform" (a step, LSQ; with a zero point, LSQ+), or "geta" (step and range; symmetric, per tensor).
+        kind: "uniform" (a step, LSQ; with a zero point, LSQ+), "geta" (step and range; symmetric, per tensor), or
+            "ternary" (-below, 0 and above, two learned scales; 2 bits, for weights that training quantizes).
         observer: how the first range is read off data.
         learn_exponent: kind "geta" learns an exponent, too, so that levels need not be evenly spaced. Integer kernels
             can read weights so quantized, but no activations.
@@ -67,6 +68,12 @@ class QuantSpec:
                 "GETA's quantizer is symmetric and has one step per tensor",
                 why=f"got granularity={self.granularity!r}, symmetric={self.symmetric}",
                 fix='QuantSpec(kind="geta")',
+            )
+        if self.kind == "ternary" and (self.bits != 2 or not self.symmetric or self.granularity == "group"):
+            raise PlanError(
+                "a ternary quantizer has 2 bits, one codebook per tensor or channel, and no zero point",
+                why=f"got bits={self.bits}, granularity={self.granularity!r}, symmetric={self.symmetric}",
+                fix='QuantSpec(2, kind="ternary", granularity="channel")',
             )
         if self.learn_exponent and self.kind != "geta":
             raise PlanError(
@@ -172,5 +179,7 @@ def _check_spec(name: str, spec: object) -> None:
 
 
 def with_bits(spec: QuantSpec | None, bits: int) -> QuantSpec | None:
-    """The same spec with other bits."""
-    return replace(spec, bits=bits) if spec else None
+    """The same spec with other bits; more than two bits are those of a uniform quantizer."""
+    if spec is None:
+        return None
+    return replace(spec, bits=bits, kind="uniform" if spec.kind == "ternary" and bits != spec.bits else spec.kind)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from graphcomp.quantization.spec import QuantSpec
+from graphcomp.quantization.spec import QuantSpec, with_bits
 
 
 @dataclass(frozen=True)
@@ -120,4 +120,4 @@ class Wishes:
 
 
 def _at_least(spec: QuantSpec | None, bits: int) -> QuantSpec | None:
-    return spec if spec is None or spec.bits >= bits else replace(spec, bits=bits)
+    return spec if spec is None or spec.bits >= bits else with_bits(spec, bits)

@@ -5,12 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from graphcomp.coupling.axis import Axes, Reason, couple
 from graphcomp.quantization.spec import QuantSpec
+
+TINY = torch.finfo(torch.float32).tiny
+"""The smallest level: the smallest normal float32."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,45 @@ class Integers:
         """The floats, in the dtype of `scale`."""
         scale, zero = (spread(t, self.values.dim(), self.dim, self.groups) for t in (self.scale, self.zero_point))
         return (self.values.to(self.scale.dtype) - zero) * scale
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """A tensor as codes of levels that need not be evenly spaced: -below, 0 and above, bit for bit.
+
+    Attributes:
+        values: -1, 0 or 1, int8.
+        below, above: () float, or (c,) along `dim`: what -1 and 1 stand for, in magnitude. Units of the tensor.
+        dim: which dim of `values` has levels of its own per index; None: one codebook for all.
+    """
+
+    values: Tensor
+    below: Tensor
+    above: Tensor
+    dim: int | None = None
+
+    quant_min: ClassVar[int] = -1
+    quant_max: ClassVar[int] = 1
+
+    def dequantize(self) -> Tensor:
+        """The floats, in the dtype of the levels."""
+        below, above = (spread(level, self.values.dim(), self.dim) for level in (self.below, self.above))
+        codes = self.values.to(self.above.dtype)
+        return codes.clamp(min=0) * above + codes.clamp(max=0) * below
+
+    def times(self, factor: Tensor, dim: int) -> Codebook:
+        """The codebook of the tensor times `factor`, (c,) along `dim`: a negative factor mirrors codes and levels, the
+        factor 0 clears codes."""
+        magnitude = torch.where(factor == 0, 1.0, factor.abs())
+        swapped = factor < 0
+        below, above = (torch.where(swapped, *pair) for pair in ((self.above, self.below), (self.below, self.above)))
+        below, above = ((level.double() * magnitude).to(self.above.dtype) for level in (below, above))
+        sign = spread(factor.sign().to(torch.int8), self.values.dim(), dim)
+        return Codebook(self.values * sign, below.clamp(min=TINY), above.clamp(min=TINY), dim)
+
+
+Stored: TypeAlias = Integers | Codebook
+"""What a quantizer stores of a tensor: integers on an affine grid, or codes of levels."""
 
 
 def spread(parameter: Tensor, rank: int, dim: int | None, groups: Tensor | None = None) -> Tensor:
@@ -94,6 +137,10 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def to_integers(self, x: Tensor) -> Integers:
         """The codes of `x`: `to_integers(x).dequantize()` equals `forward(x)` bit for bit."""
+
+    def stored(self, x: Tensor) -> Stored:
+        """What is stored of `x`, on an affine grid or not; dequantized, bit for bit what `forward` returns."""
+        return self.to_integers(x)
 
     @property
     @abstractmethod

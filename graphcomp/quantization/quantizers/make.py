@@ -8,6 +8,7 @@ from graphcomp.quantization.quantizers.affine import AffineQuantizer
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.geta import GetaQuantizer
 from graphcomp.quantization.quantizers.symmetric import SymmetricQuantizer
+from graphcomp.quantization.quantizers.ternary import TernaryQuantizer
 from graphcomp.quantization.spec import QuantSpec
 
 
@@ -23,6 +24,8 @@ def make_quantizer(spec: QuantSpec, *, shape: Sequence[int] | None = None, dim: 
     """
     if spec.kind == "geta":
         return GetaQuantizer(spec)
+    if spec.kind == "ternary":
+        return TernaryQuantizer(spec, shape, dim)
     if spec.symmetric:
         return SymmetricQuantizer(spec, shape, dim)
     return AffineQuantizer(spec, shape, dim)

@@ -72,6 +72,9 @@ MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")
 LONGEST = 10
 """Steps from a layer back to the codes of its weight, where these are shifted, dequantized and turned around."""
 
+OF_CODEBOOKS = ("Add", "Clip", "Max", "Min", "Relu")
+"""Ops, beside products, between the codes of a codebook and the weight."""
+
 SMALLEST_BLOCK = 16
 """Inputs that share a step, for onnxruntime's kernel of weights of few bits."""
 
@@ -199,7 +202,7 @@ def _integers(value: ir.Value | None) -> str | None:
         producer = value.producer() if value is not None else None
         if producer is None:
             break
-        if producer.op_type not in ("DequantizeLinear", "Cast", "Mul", "Sub", *MOVES):
+        if producer.op_type not in ("DequantizeLinear", "Cast", "Mul", "Sub", *MOVES, *OF_CODEBOOKS):
             return None
         value = producer.inputs[0]
     if value is None or not value.is_initializer() or value.dtype is None or not value.dtype.is_integer():
