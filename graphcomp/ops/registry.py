@@ -23,7 +23,7 @@ from graphcomp.coupling import notation
 from graphcomp.coupling.axis import Axes
 from graphcomp.errors import RuleError
 from graphcomp.ops.call import Call
-from graphcomp.ops.facts import UNANSWERED, ZEROS_ADD_NOTHING, Facts, Float, Integer, Scales, in_float, renamed
+from graphcomp.ops.facts import UNANSWERED, ZEROS_ADD_NOTHING, Compute, Facts, Float, Integer, Scales, in_float, renamed
 from graphcomp.torch_compat import OpOverload, schema_of
 
 Result: TypeAlias = Axes | list[Axes] | None
@@ -41,6 +41,9 @@ class Entry:
 
 
 NOTHING_KNOWN = Entry(None, UNANSWERED)
+
+CONVOLUTION_ARGUMENTS = frozenset({"input", "weight", "bias", "stride", "padding", "dilation", "groups"})
+"""Arguments of torch's convolutions that passes over quantized graphs read by name."""
 
 _ENTRIES: dict[OpKey, Entry] = {}
 _FAMILIES: list[tuple[Callable[[OpOverload], bool], Entry]] = []
@@ -228,7 +231,24 @@ def _known(op: OpOverload) -> Entry:
     entry = _entry(op)
     if isinstance(entry.facts.integer, str):
         entry = replace(entry, facts=replace(entry.facts, integer=_integer_like(op, entry.facts.integer)))
+    _check_convolution(op, entry.facts.integer)
     return entry
+
+
+def _check_convolution(op: OpOverload, integer: object) -> None:
+    """Refuse a convolution whose arguments have other names than those of torch's convolutions: passes read them.
+
+    Raises:
+        RuleError: an argument is missing.
+    """
+    if not isinstance(integer, Compute) or not integer.convolution:
+        return
+    missing = CONVOLUTION_ARGUMENTS - {argument.name for argument in schema_of(op).arguments}
+    if missing:
+        raise RuleError(
+            f"{op} is a convolution on integers and has no argument {', '.join(sorted(missing))}",
+            fix="name the op's arguments as those of aten::conv2d, or leave integer= out",
+        )
 
 
 def _entry(op: OpOverload) -> Entry:

@@ -159,3 +159,9 @@ def test_integers_like_an_op_that_nothing_is_known_of() -> None:
     gc.op(DENSE, "... i, o i, o -> ... o", integer="like mylib::nothing")
     with pytest.raises(gc.RuleError, match="nothing is known of 'mylib::nothing' on integers"):
         facts_of(torch.ops.graphcomp_op.dense.default)
+
+
+def test_a_convolution_must_have_the_arguments_of_torchs() -> None:
+    gc.op(DENSE, "... i, o i, o -> ... o", integer="like aten::conv2d")
+    with pytest.raises(gc.RuleError, match="no argument bias, dilation, groups, input, padding, stride, weight"):
+        facts_of(torch.ops.graphcomp_op.dense.default)
