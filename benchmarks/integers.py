@@ -48,7 +48,7 @@ def law_3(case: Any, bits: int) -> Row:
     flat = captured.inputs.flat()
     try:
         with timed() as clock:
-            quantized = quantize(small, [flat], PostTraining(config))
+            quantized = quantize(replace(captured, module=small), [flat], PostTraining(config))
         error = check_lowering(quantized.fake, quantized.lowered, flat)
     except Exception as error_:
         return {"failure": brief(error_)}

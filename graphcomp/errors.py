@@ -10,6 +10,7 @@ GraphcompError
 │   └── CalibrationError  no range can be read off the data
 ├── TrainingError         a training run cannot go on: a loss that is not finite, data that end
 ├── VerificationError     a law does not hold on the result: a bug of ours, never handed on in silence
+├── PassError             a pass failed in a way that it has no error for: a bug of ours
 ├── CheckpointError       a folder cannot be written or read back
 ├── ExportError           a model cannot be written for, or run by, another runtime
 ├── TorchError            the installed torch lacks a private name that graphcomp uses
@@ -69,6 +70,10 @@ class TrainingError(GraphcompError):
 
 class VerificationError(GraphcompError):
     """A law does not hold on the result."""
+
+
+class PassError(GraphcompError):
+    """A pass of a pipeline failed in a way that it has no error for; the message names the pass."""
 
 
 class CheckpointError(GraphcompError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from graphcomp.errors import TrainingError, VerificationError
 from graphcomp.flows.held import held_by_class
 from graphcomp.flows.results import as_model, cut_groups, with_integers
 from graphcomp.ir.module import tensor_leaves
+from graphcomp.ir.passes import Pipeline, Rewrite
 from graphcomp.ir.preserve import same_buffers
 from graphcomp.numerics.compare import in_float64, is_whole, relative_error, why_silent
 from graphcomp.numerics.float64 import Float64ByDefault
@@ -69,9 +71,12 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
         return as_model(cut, held, measure_latency=measure_latency)
     inputs = plan.captured.inputs.flat()
     assert session.config is not None
-    whole = with_repeats(without_backward(sliced))
-    stored = with_embeddings(whole, session.config.embeddings, session.ignore)
-    quantized = from_training(stored, [inputs])
+    stored = Pipeline("trained", (
+        Rewrite("leave out written backward passes", without_backward),
+        Rewrite("put quantizers behind moves", with_repeats),
+        Rewrite("quantize tables", partial(with_embeddings, spec=session.config.embeddings, ignore=session.ignore)),
+    ))(replace(session.quantized.captured, module=sliced))  # fmt: skip
+    quantized = from_training(stored.module, [inputs])
     return with_integers(
         cut,
         quantized,

@@ -7,8 +7,9 @@ layer, so that each is set on the operands it will get.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,7 +17,9 @@ from torch import Tensor, fx, nn
 from graphcomp.arguments import as_names, check_flag, check_instance, check_whole, check_word
 from graphcomp.errors import CalibrationError
 from graphcomp.ir.graph import attributes, bind, clone, fetch, set_argument, value
+from graphcomp.ir.passes import Fill, Pass, Pipeline, Rewrite
 from graphcomp.ir.preserve import own_inputs, same_buffers
+from graphcomp.ir.program import P, Program
 from graphcomp.ir.run_nodes import Constants, Lockstep
 from graphcomp.ops.answers import compute_of, is_convolution, operands_of
 from graphcomp.quantization.attention import WriteOutAttention
@@ -91,39 +94,103 @@ class Quantized:
     notes: tuple[str, ...] = field(default=())
 
 
-def quantize(module: fx.GraphModule, batches: Sequence[Sequence[Any]], options: PostTraining) -> Quantized:
+def quantize(program: Program, batches: Sequence[Sequence[Any]], options: PostTraining) -> Quantized:
     """Quantize a captured graph.
 
     Args:
-        module: in eval mode; not changed.
+        program: in eval mode; not changed.
         batches: flat inputs, in the order of the placeholders; at least one.
         options: how.
 
     Raises:
         CalibrationError: no batch, one the model does not run on, or values that are not finite.
     """
-    _check_tensors(module)  # before batch norms hand theirs on to weights
-    notes: list[str] = []
-    folded = prepared(module, options.config)
-    weights = options.config.weights
-    if options.equalize or (options.equalize is None and weights is not None and weights.granularity == "tensor"):
-        folded, found = equalize(folded)
-        notes += found
-    own_bias = with_biases(folded) if options.correct_bias else folded
-    placement = place(own_bias, options.config, options.ignore)
-    fake = InsertQuantizers(placement)(own_bias)
-    calibrate_weights(fake)
-    calibrate_activations(fake, batches)
-    errors = Setting(own_bias, fake, options).walk(batches[: options.walk_batches])
-    fit_biases(fake)
-    left = float_layers(fake, {node.name: reason for node, reason in placement.left_float.items()})
-    return Quantized(folded, fake, lower(fake), errors, left, (*notes, *placement.notes))
+    _check_tensors(program.module)  # before batch norms hand theirs on to weights
+    weights, known = options.config.weights, len(program.notes)
+    per_tensor = weights is not None and weights.granularity == "tensor"
+    floats = Pipeline("floats", (
+        *written_out(options.config),
+        *([Equalize()] if options.equalize or (options.equalize is None and per_tensor) else []),
+        *([Rewrite("add biases", with_biases)] if options.correct_bias else []),
+    ))(program)  # fmt: skip
+    fake = Pipeline("fake-quant", (
+        PlaceQuantizers(options.config, options.ignore),
+        Fill("calibrate weights", calibrate_weights),
+        Fill("calibrate activations", partial(calibrate_activations, batches=batches)),
+        SetLayers(floats, options, batches[: options.walk_batches]),
+        Fill("fit biases", fit_biases),
+        NameFloatLayers(),
+    ))(floats)  # fmt: skip
+    return Quantized(floats.module, fake.module, lower(fake.module), fake.errors, fake.left_float, fake.notes[known:])
+
+
+def written_out(config: QuantConfig) -> tuple[Pass, ...]:
+    """Return the passes to the float graph that quantizers are placed in."""
+    fold, einsum = Rewrite("fold batch norms", FoldBatchNorm()), Rewrite("write out einsum", WriteOutEinsum())
+    return (fold, einsum, *([Rewrite("write out attention", WriteOutAttention())] if config.attention else []))
 
 
 def prepared(module: fx.GraphModule, config: QuantConfig) -> fx.GraphModule:
-    """The float graph that quantizers are placed in."""
-    folded = WriteOutEinsum()(FoldBatchNorm()(module))
-    return WriteOutAttention()(folded) if config.attention else folded
+    """The float graph that quantizers are placed in, of a bare graph: for plans, which run nothing."""
+    for each in written_out(config):
+        assert isinstance(each, Rewrite)
+        module = each.rewrite(module)
+    return module
+
+
+@dataclass(frozen=True)
+class Equalize:
+    """Even out the ranges of weights along the channels between layers, see `equalize`."""
+
+    name: ClassVar[str] = "equalize"
+
+    def __call__(self, program: P, /) -> P:
+        """Return the equalized program, with a note for each kind of op that was in the way."""
+        return program.rewritten(*equalize(program.module))
+
+
+@dataclass(frozen=True)
+class PlaceQuantizers:
+    """Put quantizers, not calibrated, on all that `config` names."""
+
+    config: QuantConfig
+    ignore: tuple[str, ...] = ()
+    name: ClassVar[str] = "place quantizers"
+
+    def __call__(self, program: P, /) -> P:
+        """Return the program with quantizers; `left_float` has the nodes that got none, with the reason."""
+        placement = place(program.module, self.config, self.ignore)
+        placed = program.rewritten(InsertQuantizers(placement)(program.module), placement.notes)
+        return replace(placed, left_float={node.name: why for node, why in placement.left_float.items()})
+
+
+@dataclass(frozen=True)
+class SetLayers:
+    """Round weights and correct biases, layer after layer, and measure the error that is left.
+
+    Attributes:
+        floats: the program before quantizers were placed.
+    """
+
+    floats: Program
+    options: PostTraining
+    batches: Sequence[Sequence[Any]]
+    name: ClassVar[str] = "set layers"
+
+    def __call__(self, program: P, /) -> P:
+        """Return the program with the errors of its layers."""
+        return replace(program, errors=Setting(self.floats.module, program.module, self.options).walk(self.batches))
+
+
+@dataclass(frozen=True)
+class NameFloatLayers:
+    """Name the layers that compute in float, each with the reason."""
+
+    name: ClassVar[str] = "name float layers"
+
+    def __call__(self, program: P, /) -> P:
+        """Return the program with layers in place of nodes in `left_float`."""
+        return replace(program, left_float=float_layers(program.module, program.left_float))
 
 
 def planned_sites(module: fx.GraphModule, options: PostTraining) -> list[Site]:

@@ -109,7 +109,7 @@ def test_attention_between_nodes_of_no_known_value_stays() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_law_3(name: str) -> None:
     model, inputs = CASES[name]
-    found = quantize(capture(model, inputs).module, [inputs], PostTraining(QuantConfig(attention=True)))
+    found = quantize(capture(model, inputs), [inputs], PostTraining(QuantConfig(attention=True)))
     error = check_lowering(found.fake, found.lowered, inputs)
     assert error.steps <= 1.001 and len(found.lowered.activations) >= 4
     assert [(layer.weight_bits, layer.activation_bits) for layer in found.lowered.layers] == [(8, 8)] * 2

@@ -34,7 +34,7 @@ def quantized(bits: int, *, build=residual, **weights) -> tuple[Quantized, list]
     spec = replace(with_bits(WEIGHTS, bits), **weights)
     flat = captured.inputs.flat()
     config = QuantConfig(spec, with_bits(ACTIVATIONS, 8), with_bits(WEIGHTS, bits), first_and_last_bits=2)
-    return quantize(captured.module, [flat], PostTraining(config)), flat
+    return quantize(captured, [flat], PostTraining(config)), flat
 
 
 def stored(found: Quantized, layer: str) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ def test_steps_stay_normal_numbers():
     captured = capture(model, x)
     flat = captured.inputs.flat()
     config = QuantConfig(with_bits(WEIGHTS, 3), with_bits(ACTIVATIONS, 8), first_and_last_bits=2)
-    found = quantize(captured.module, [flat], PostTraining(config, correct_bias=False))
+    found = quantize(captured, [flat], PostTraining(config, correct_bias=False))
     scale = found.lowered.module.get_buffer("pointwise.weight_scale")
     assert float(scale.min()) >= SMALLEST_STEP
     assert check_lowering(found.fake, found.lowered, flat).weights == 0

@@ -28,7 +28,7 @@ MODELS = {"residual": residual, "encoder": encoder}
 def quantized(model: nn.Module, x: Tensor, config: QuantConfig, **options: Any) -> tuple[Quantized, list[Any]]:
     captured = capture(model, x)
     flat = captured.inputs.flat()
-    return quantize(captured.module, [flat], PostTraining(config, **options)), flat
+    return quantize(captured, [flat], PostTraining(config, **options)), flat
 
 
 @functools.cache
@@ -40,7 +40,7 @@ def captured_once(build: Callable[[], tuple[nn.Module, Tensor]]) -> Captured:
 def lowered(build: Callable[[], tuple[nn.Module, Tensor]], config: QuantConfig) -> tuple[Quantized, list[Any]]:
     captured = captured_once(build)
     flat = captured.inputs.flat()
-    return quantize(captured.module, [flat], PostTraining(config)), flat
+    return quantize(captured, [flat], PostTraining(config)), flat
 
 
 def config(bits: int, activations: int | None = None, **more: Any) -> QuantConfig:

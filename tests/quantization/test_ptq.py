@@ -23,7 +23,7 @@ from tests.quantization.models import encoder, residual
 def run(model: nn.Module, x: Tensor, **options: Any) -> tuple[Quantized, list[list[Any]]]:
     captured = capture(model, x)
     batches = [captured.inputs.of((part,), {}).flat() for part in x.split(max(2, len(x) // 4))]
-    return quantize(captured.module, batches, PostTraining(**options)), batches
+    return quantize(captured, batches, PostTraining(**options)), batches
 
 
 def correlated(n: int, i: int) -> Tensor:

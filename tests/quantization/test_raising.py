@@ -36,7 +36,7 @@ CONFIGS = {
 def test_raised_and_lowered_again_the_integers_are_the_same(build: Callable[..., Any], name: str) -> None:
     captured = capture(*build())
     flat = captured.inputs.flat()
-    found = quantize(captured.module, [flat], PostTraining(CONFIGS[name])).lowered
+    found = quantize(captured, [flat], PostTraining(CONFIGS[name])).lowered
     up = raised(found.module)
     error = check_lowering(up.fake, up.lowered, flat)
     assert error.weights == 0 and error.steps <= 1

@@ -217,7 +217,7 @@ def test_two_bits_in_blocks(tmp_path: Path, symmetric: bool) -> None:
     model = nn.Sequential(nn.Embedding(9, 32), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4)).eval()
     config = QuantConfig(spec, None, embeddings=QuantSpec(2, granularity="channel"), first_and_last_bits=2)
     captured = capture(model, ids)
-    module = quantize(captured.module, [(ids,)], PostTraining(config)).lowered.module
+    module = quantize(captured, [(ids,)], PostTraining(config)).lowered.module
     export_onnx(module, (ids,), None, path)
     two = {ir.DataType.INT2 if symmetric else ir.DataType.UINT2}
     held = {v.dtype for n, v in initializers(path).items() if "weight" in n and len(v.shape) == 2}
