@@ -247,3 +247,25 @@ def test_norms_that_stay_are_not_skipped():
     module = capture(Of(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4))).eval(), X).module
     assert folded_nodes(module.graph) == set()
     assert "relu" in names(place(module, QuantConfig(), (), folded_nodes(module.graph)))
+
+
+@pytest.mark.parametrize("moved", [lambda k: k.mT, lambda k: k.swapaxes(-2, -1), lambda k: k.moveaxis(-1, -2)])
+def test_ops_that_move_elements_carry_scales_as_a_transpose_does(moved: Any) -> None:
+    class Scores(nn.Module):
+        def __init__(self, move: Any) -> None:
+            super().__init__()
+            self.both, self.move = nn.Linear(8, 16), move
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k = self.both(x).chunk(2, -1)
+            return q @ self.move(k)
+
+    def sites(move: Any) -> list[tuple[list[str], bool]]:
+        graph = capture(Scores(move).eval(), (torch.randn(2, 5, 8),)).module
+        found = place(graph, QuantConfig()).sites
+        return [
+            ([str(user.target) for user in site.users if "matmul" in str(user.target)], site.is_weight)
+            for site in found
+        ]
+
+    assert sites(moved) == sites(lambda k: k.transpose(-2, -1))
