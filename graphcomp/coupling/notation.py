@@ -126,7 +126,7 @@ def _pattern(text: str, rule: str) -> Pattern:
 
 def _is_open(dim: str | tuple[str, ...]) -> bool:
     """Return whether `dim` stands for any number of dims."""
-    return isinstance(dim, str) and (dim == "..." or dim[0] in "*+")
+    return isinstance(dim, str) and dim[0] in ".*+"
 
 
 def apply(
@@ -176,10 +176,15 @@ def _products(
     return made
 
 
-def products(notation: Notation, present: Sequence[int] | None = None) -> list[tuple[list[str], int]]:
+def products(notation: Notation, present: Sequence[int] | None = None) -> Sequence[tuple[list[str], int]]:
     """As `summed_products`, of a rule whose operands `present` are given (None: all)."""
-    numbers = range(len(notation.operands)) if present is None else present
-    letters = [_summable(notation.operands[k]) for k in numbers]
+    return _products_of(notation.text, tuple(range(len(notation.operands)) if present is None else present))
+
+
+@cache
+def _products_of(rule: str, present: tuple[int, ...]) -> Sequence[tuple[list[str], int]]:
+    notation = parse(rule)
+    letters = [_summable(notation.operands[k]) for k in present]
     return summed_products(letters, notation.results[0].letters() | {"..."})
 
 
