@@ -37,7 +37,7 @@ from graphcomp.errors import PlanError
 
 Numbers: TypeAlias = npt.NDArray[Any]
 Convention: TypeAlias = Literal["C0", "C1", "C2", "C3", "C4", "C5"]
-Stored: TypeAlias = Literal["C1", "C2", "C3", "C5"]
+Decodable: TypeAlias = Literal["C1", "C2", "C3", "C5"]
 Compressor: TypeAlias = Literal["zlib", "gzip", "lzma", "bz2"]
 
 INDEX_BITS = 8
@@ -272,7 +272,7 @@ class Encoded:
         compressor: of C5.
     """
 
-    convention: Stored
+    convention: Decodable
     fields: Mapping[str, Field]
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -288,7 +288,7 @@ class Encoded:
 
 
 def encode(
-    codes: Codes, convention: Stored, *, index_bits: int = INDEX_BITS, compressor: Compressor = "zlib"
+    codes: Codes, convention: Decodable, *, index_bits: int = INDEX_BITS, compressor: Compressor = "zlib"
 ) -> Encoded:
     """Store a tensor, in as many bits as the convention counts.
 
@@ -300,8 +300,8 @@ def encode(
     Raises:
         PlanError: a convention without a stored form, or an option out of range.
     """
-    if convention not in get_args(Stored):
-        raise PlanError(f"convention={convention!r} has no stored form", fix=f"one of {', '.join(get_args(Stored))}")
+    if convention not in get_args(Decodable):
+        raise PlanError(f"convention={convention!r} has no stored form", fix=f"one of {', '.join(get_args(Decodable))}")
     if convention == "C1":
         fields = _encode_relative(codes, index_bits)
     elif convention == "C2":

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from graphcomp.capture.beside import TRAINING
 from graphcomp.capture.capture import Captured
 from graphcomp.capture.resized import OPEN, open_lengths
-from graphcomp.cost import Bits, Bops, Codes, CostModel, Counts, SizeModel, latency
+from graphcomp.cost import Bits, Bops, CostModel, Counts, SizeModel, latency
 from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import CalibrationError, PlanError, VerificationError
@@ -37,7 +37,7 @@ from graphcomp.quantization.ptq import (
     planned_sites,
     quantize,
 )
-from graphcomp.quantization.quantizers.base import Codebook, Quantizer, Stored, spread
+from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, Observer, QuantConfig, QuantSpec, check_bits
 from graphcomp.quantization.verify import LAW as LOWERING
 from graphcomp.quantization.verify import check_lowering
@@ -394,17 +394,9 @@ def _stored(module: nn.Module) -> list[Tensor]:
     return list({id(t): t for t in (*module.parameters(), *module.buffers())}.values())
 
 
-def _stored_codes(stored: Stored) -> Codes:
-    bits = (stored.quant_max - stored.quant_min).bit_length()
-    if isinstance(stored, Codebook):
-        return Codes(stored.values, bits, torch.zeros((), dtype=torch.int32), 2 * stored.above.numel())
-    zero = spread(stored.zero_point, stored.values.dim(), stored.dim, stored.groups)
-    return Codes(stored.values, bits, zero, stored.scale.numel())
-
-
 def _sizes(lowered: Lowered) -> dict[str, float]:
     """The conventions' sizes of the quantized weights; floats and biases, of 32 bits each, are in the remainder."""
-    tensors = {name: _stored_codes(stored) for name, stored in lowered.weights.items()}
+    tensors = {name: stored.counted() for name, stored in lowered.weights.items()}
     nodes = lowered.module.graph.find_nodes(op="call_function", target=ops.dequantize_per_channel)
     biases = sum(value(node).numel() for node in nodes if bind(node)["dtype"] is torch.int32)
     floats = sum(p.numel() for p in lowered.module.parameters())

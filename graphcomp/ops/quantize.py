@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from graphcomp.coupling.axis import Axes, couple, length
+from graphcomp.coupling.axis import Axes, Reason, couple, freeze, length
 from graphcomp.ops.call import Call
 from graphcomp.ops.facts import in_float
 from graphcomp.ops.index import whole
@@ -46,6 +46,14 @@ def fused_observer(
     """Observer and fake quantizer of torch.ao in one; per tensor, its own tensors have length 1 (or 0 at first)."""
     per_index = [axes for axes in (running_min, running_max, scale, zero_point) if axes and length(axes[0]) > 1]
     return _per_channel(call, self, ch_axis, *per_index)
+
+
+@op("graphcomp::look_up", facts=QUANTIZES)
+@elementwise
+def look_up(values: Axes, table: Axes, axis: int | None = None, *, call: Call) -> list[Axes]:
+    """One table of values per index of dim `axis`, or one in all."""
+    freeze(table[-1], Reason("values are looked up by number", call.why.op, call.why.source))
+    return [values for _ in call.shapes] if axis is None else _per_channel(call, values, axis, table)
 
 
 def _per_channel(call: Call, axes: Axes, dim: int, *vectors: Axes | None) -> list[Axes]:

@@ -18,14 +18,12 @@ from graphcomp.ir.graph import bind
 from graphcomp.ir.run_nodes import Constants
 from graphcomp.ops.answers import compute_of, lookup_of, operands_of
 from graphcomp.quantization.insert import quantizer_nodes
-from graphcomp.quantization.quantizers.uniform import SMALLEST_STEP, UniformQuantizer
+from graphcomp.quantization.quantizers.uniform import StepQuantizer
+from graphcomp.quantization.stored import KERNEL_BITS, SMALLEST_STEP, Affine
 from graphcomp.quantization.tensors import attribute_readers, replace_argument
 
 BIAS_LIMIT = 2.0**30
 """A bias on the scale of its layer's products stays below this, half of what an int32 accumulator holds."""
-
-KERNEL_BITS = 7
-"""Of a shifted code."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class BiasedLayer:
     node: fx.Node
     bias: fx.Node
     weight: fx.Node
-    quantizer: UniformQuantizer
+    quantizer: StepQuantizer
     step: Tensor
 
     @property
@@ -66,11 +64,12 @@ def biased_layers(fake: fx.GraphModule) -> Iterator[BiasedLayer]:
             continue
         weight, data = bind(node)[operands.weight], quantizers.get(bind(node)[operands.data[0]])
         quantizer = quantizers.get(weight)
-        if data is None or data.dim is not None or not isinstance(quantizer, UniformQuantizer):
+        if data is None or data.dim is not None or not isinstance(quantizer, StepQuantizer):
             continue
-        if quantizer.spec.granularity != "group":
-            step = data.to_integers(torch.zeros((), dtype=quantizer.scale.dtype)).scale
-            yield BiasedLayer(node, bias, weight, quantizer, step)
+        if quantizer.multiples and quantizer.spec.granularity != "group":
+            levels = data.to_integers(torch.zeros((), dtype=quantizer.scale.dtype))
+            assert isinstance(levels, Affine), "activations have evenly spaced levels"
+            yield BiasedLayer(node, bias, weight, quantizer, levels.scale)
 
 
 def fit_biases(fake: fx.GraphModule) -> None:

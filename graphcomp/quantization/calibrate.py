@@ -68,7 +68,7 @@ def calibrate(quantizer: Quantizer, batches: Iterable[Tensor], name: str = "") -
 
 @torch.no_grad()
 def calibrate_weight(quantizer: Quantizer, weight: Tensor, name: str = "") -> None:
-    """Set the range of `quantizer` to what `spec.observer` makes of `weight`.
+    """Set the levels of `quantizer` by `weight`, or its range to what `spec.observer` makes of `weight`.
 
     Args:
         weight: of the shape that the quantizer was made for, or was sliced to.
@@ -79,6 +79,8 @@ def calibrate_weight(quantizer: Quantizer, weight: Tensor, name: str = "") -> No
     """
     _check(weight, name)
     spec, dim = quantizer.spec, quantizer.dim
+    if quantizer.fit(weight):
+        return
     if dim is None:
         low, high = _ranges(weight.reshape(1, -1), spec)
         quantizer.set_range(low.squeeze(0), high.squeeze(0))

@@ -3,7 +3,7 @@
 weight        becomes the values that its codes stand for; its codes do not change
 batch norm    folded into the steps: d |gamma / sqrt(var + eps)| per channel, codes mirrored where gamma < 0; the bias
               takes the shift
-quantizer     GETA's becomes a uniform one on the same grid
+quantizer     GETA's and ternary ones become quantizers to the nearest of the same levels
 
 Folding a batch norm into a weight *before* it is quantized gives other integers than those that were trained; folding
 it into the step does not.
@@ -31,14 +31,12 @@ from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers, lower
 from graphcomp.quantization.placement import layer_name, place
 from graphcomp.quantization.ptq import Quantized, layer_errors
-from graphcomp.quantization.quantizers.affine import AffineQuantizer
-from graphcomp.quantization.quantizers.base import Codebook, Integers, Quantizer, Stored, spread
+from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.geta import GetaQuantizer
-from graphcomp.quantization.quantizers.make import make_quantizer
-from graphcomp.quantization.quantizers.ternary import TernaryQuantizer
-from graphcomp.quantization.quantizers.uniform import SMALLEST_STEP, UniformQuantizer
+from graphcomp.quantization.quantizers.make import quantizer_of
 from graphcomp.quantization.redundant import with_repeats
 from graphcomp.quantization.spec import MAX_BITS, MIN_BITS, TABLES, QuantConfig, QuantSpec
+from graphcomp.quantization.stored import Stored, spread
 from graphcomp.quantization.tensors import add_tensor, attribute_readers, put, replace_argument
 
 TRAINED_IN_FLOATS = "trained in floats"
@@ -47,7 +45,7 @@ TRAINED_IN_FLOATS = "trained in floats"
 
 @dataclass(frozen=True)
 class Finish:
-    """Fold batch norms into the steps of trained quantizers, and make every quantizer a uniform one.
+    """Fold batch norms into the steps of trained quantizers, and let every quantizer round to the nearest level.
 
     In eval mode the result computes what the trained graph computes, up to the rounding of floats.
 
@@ -129,10 +127,10 @@ def planned(fake: fx.GraphModule) -> fx.GraphModule:
 
 @torch.no_grad()
 def _weight_codes(fake: fx.GraphModule) -> dict[str, Stored]:
-    """Layer -> what is stored of its weight."""
+    """Layer -> the integers of its weight."""
     constant, values = constants_with_quantizers(fake), Constants(fake)
     return {
-        layer_name(node, constant): quantizer.stored(values.of(node.all_input_nodes[0]))
+        layer_name(node, constant): quantizer.to_integers(values.of(node.all_input_nodes[0]))
         for node, quantizer in quantizer_nodes(fake)
         if node in constant
     }
@@ -208,9 +206,21 @@ class _Finishing:
 
     # ------------------------------------------------------------------------------------------ quantizers
     def _uniform(self, node: fx.Node, quantizer: Quantizer) -> Quantizer:
-        """A quantizer of its own for the finished graph; a uniform one for GETA's, on the same grid."""
-        if not isinstance(quantizer, GetaQuantizer):
+        """A quantizer of its own for the finished graph, to the nearest of the same levels."""
+        if quantizer.nearest:
             return copy.deepcopy(quantizer)
+        spec = quantizer.spec
+        if isinstance(quantizer, GetaQuantizer):
+            spec = self._learned_spec(node, quantizer)
+        x = next(quantizer.parameters()).new_zeros(()) if quantizer.dim is None else self._read(node)
+        return quantizer_of(quantizer.to_integers(x), spec)
+
+    def _read(self, node: fx.Node) -> Tensor:
+        """What a quantizer of a weight reads."""
+        return self.values.of(node.all_input_nodes[0])
+
+    def _learned_spec(self, node: fx.Node, quantizer: GetaQuantizer) -> QuantSpec:
+        """The spec with the bits that GETA's quantizer has learned."""
         if node not in self.constants and quantizer.exponent != 1:
             raise PlanError(
                 f"the quantizer of an activation has the exponent {quantizer.exponent:.4g}",
@@ -218,8 +228,7 @@ class _Finishing:
                 why="its levels are not evenly spaced over the activation, and no integer kernel raises to a power",
                 fix="train activations with QuantSpec(learn_exponent=False)",
             )
-        spec = replace(quantizer.spec, kind="uniform", learn_exponent=False, bits=_whole_bits(node, quantizer))
-        return quantizer_of(quantizer.to_integers(quantizer.d.new_zeros(())), spec)
+        return replace(quantizer.spec, learn_exponent=False, bits=_whole_bits(node, quantizer))
 
     # ------------------------------------------------------------------------------------------ weights, values
     def _folds(self, pair: Pair) -> bool:
@@ -248,7 +257,7 @@ class _Finishing:
             scaled = (floats.double() * spread(factor, floats.dim(), dim)).to(floats.dtype)
             return _Weight((weight if quantizer else pair.compute,), scaled, _Fold(pair, quantizer, shift))
         floats = self.values.of(weight.all_input_nodes[0])
-        folded = _times(quantizer.stored(floats), factor, dim)
+        folded = quantizer.to_integers(floats).times(factor, dim)
         own = quantizer_of(folded, self.uniform[str(weight.target)].spec)
         return _Weight((weight,), _on_grid(weight, own, folded, floats.dtype), _Fold(pair, own, shift))
 
@@ -263,8 +272,8 @@ class _Finishing:
         for node, *others in tied.values():
             tensor = self._floats(node)
             if self.rounded:
-                stored = self.quantizers[node].stored(self.values.of(node.all_input_nodes[0]))
-                tensor = _on_grid(node, self.uniform[str(node.target)], stored, tensor.dtype)
+                integers = self.quantizers[node].to_integers(self.values.of(node.all_input_nodes[0]))
+                tensor = _on_grid(node, self.uniform[str(node.target)], integers, tensor.dtype)
             yield _Weight((node, *others), tensor)
 
     def _floats(self, weight: fx.Node) -> Tensor:
@@ -358,51 +367,10 @@ def _whole_bits(node: fx.Node, quantizer: GetaQuantizer) -> int:
     return bits
 
 
-def _times(stored: Stored, factor: Tensor, dim: int) -> Stored:
-    """What is stored of a tensor times `factor`, (c,) along `dim`."""
-    return stored.times(factor, dim) if isinstance(stored, Codebook) else _integers_times(stored, factor, dim)
-
-
-def _integers_times(integers: Integers, factor: Tensor, dim: int) -> Integers:
-    """The integers of a tensor times `factor`, (c,) along `dim`.
-
-    The scale takes the magnitude and the codes stay, but that a negative factor mirrors them. The factor 0 clears them;
-    the channel keeps its scale, which is as good as any.
-    """
-    rank, zero, scale = integers.values.dim(), integers.zero_point, integers.scale
-    old_zero = spread(zero, rank, integers.dim, integers.groups)
-    magnitude, along = torch.where(factor == 0, 1.0, factor.abs()), integers.dim
-    if along is not None or bool((magnitude != 1).any() or (factor < 0).any()):
-        along = dim
-        if integers.groups is not None:
-            magnitude, factor = magnitude[:, None], factor[:, None]
-        scale = (scale.double() * magnitude).to(scale.dtype).clamp(min=SMALLEST_STEP)
-        zero = torch.where(factor < 0, integers.quant_min + integers.quant_max - zero, zero)
-        zero = zero.expand_as(scale).contiguous()
-    sign = spread(factor.flatten().sign().to(torch.int32), rank, dim)
-    values = (integers.values.to(torch.int32) - old_zero) * sign + spread(zero, rank, along, integers.groups)
-    return replace(integers, values=values.to(integers.values.dtype), scale=scale, zero_point=zero, dim=along)
-
-
-def quantizer_of(integers: Stored, spec: QuantSpec) -> Quantizer:
-    """A quantizer with the scale and zero point of `integers`, or with the levels of a codebook."""
-    if isinstance(integers, Codebook):
-        return TernaryQuantizer.of(integers, spec)
-    if integers.dim is not None and integers.groups is None:
-        spec = replace(spec, granularity="channel")
-    found = make_quantizer(spec, shape=integers.values.shape, dim=integers.dim).to(integers.scale)
-    assert isinstance(found, UniformQuantizer)
-    found.scale = nn.Parameter(integers.scale.clone())
-    if isinstance(found, AffineQuantizer):
-        found.zero_point = nn.Parameter(integers.zero_point.to(integers.scale))
-    found.groups = integers.groups
-    return found
-
-
 def _on_grid(node: fx.Node, quantizer: Quantizer, integers: Stored, dtype: torch.dtype) -> Tensor:
     """The tensor that `integers` stand for, as the weight that `quantizer` gives the same codes."""
     tensor = integers.dequantize().to(dtype)
-    if not torch.equal(quantizer.stored(tensor).values.int(), integers.values.int()):
+    if not torch.equal(quantizer.to_integers(tensor).values.int(), integers.values.int()):
         raise VerificationError(
             "a weight's codes are lost in its dtype",
             at=str(node.target),

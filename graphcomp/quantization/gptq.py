@@ -19,9 +19,10 @@ from graphcomp.errors import CalibrationError, PlanError
 from graphcomp.ir.graph import bind, value
 from graphcomp.ops.answers import operands_of
 from graphcomp.quantization.calibrate import calibrate_weight
-from graphcomp.quantization.quantizers.base import Integers, Quantizer
+from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.gradients import multiples
 from graphcomp.quantization.quantizers.make import make_quantizer
+from graphcomp.quantization.stored import Affine
 
 aten = torch.ops.aten
 
@@ -213,6 +214,11 @@ def _check(matrix: Tensor, hessian: Tensor, quantizer: Quantizer, dim: int, both
             why="its levels are not values of the weight",
             fix='QuantSpec(kind="uniform"), or t = 1',
         )
+    if quantizer.spec.tabled:
+        raise PlanError(
+            "second-order rounding needs evenly spaced levels, got ternary weights with two scales",
+            fix='QuantSpec(kind="ternary"), with one scale; or rounding="nearest"',
+        )
     if quantizer.dim not in (None, dim):
         raise PlanError(f"the quantizer's steps belong to dim {quantizer.dim}", why=f"outputs are dim {dim} here")
     if both:
@@ -244,7 +250,9 @@ class _Grid:
     def read(self) -> None:
         """Take the steps from the quantizer; an element shows them as well as the whole weight."""
         rows = self.matrix.new_zeros(len(self.matrix), 1 if self.grouped is None else len(self.grouped))
-        self.integers: Integers = self.quantizer.to_integers(rows.T if self.quantizer.dim else rows)
+        stored = self.quantizer.to_integers(rows.T if self.quantizer.dim else rows)
+        assert isinstance(stored, Affine), "levels are evenly spaced"
+        self.integers = stored
 
     @property
     def grouped(self) -> Tensor | None:

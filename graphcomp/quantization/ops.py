@@ -1,7 +1,8 @@
-"""The ops of a lowered graph: `quantized_decomposed` from torch, and two of our own that it lacks.
+"""The ops of a lowered graph: `quantized_decomposed` from torch, and three of our own that it lacks.
 
-Importing this module registers `graphcomp::unpack` and `graphcomp::dequantize_grouped`, and makes sure that
-`quantized_decomposed` is there: torch registers it in a place that may move, so it is imported here and nowhere else.
+Importing this module registers `graphcomp::unpack`, `graphcomp::dequantize_grouped` and `graphcomp::look_up`, and makes
+sure that `quantized_decomposed` is there: torch registers it in a place that may move, so it is imported here and
+nowhere else.
 """
 
 from __future__ import annotations
@@ -166,10 +167,43 @@ def _(values: Tensor, scales: Tensor, zero_points: Tensor, groups: Tensor) -> Te
     return values.new_empty(values.shape, dtype=scales.dtype)
 
 
+# ------------------------------------------------------------------------------------------------ tables of values
+def in_table(values: Tensor, table: Tensor, axis: int | None = None) -> Tensor:
+    """The values that codes have in a table; differentiable by the table.
+
+    Args:
+        values: integers from 0 to levels - 1, any shape.
+        table: (levels,) float; with `axis` (c, levels).
+        axis: dim of `values` that has one table per index.
+
+    Returns:
+        The shape of `values`, in the dtype of `table`.
+    """
+    index = values.to(torch.int32)
+    if axis is not None:
+        first = torch.arange(table.shape[0], dtype=torch.int32, device=table.device) * table.shape[1]
+        index = index + first.view([-1 if d == axis else 1 for d in range(values.dim())])
+    return table.reshape(-1)[index]
+
+
+@torch.library.custom_op("graphcomp::look_up", mutates_args=())
+def look_up(values: Tensor, table: Tensor, axis: int | None = None) -> Tensor:
+    """As `in_table`, one node of a graph."""
+    return in_table(values, table, axis)
+
+
+@look_up.register_fake
+def _(values: Tensor, table: Tensor, axis: int | None = None) -> Tensor:
+    return values.new_empty(values.shape, dtype=table.dtype)
+
+
+LOOK_UP = torch.ops.graphcomp.look_up.default
+
 OF_INTEGERS = frozenset(
     {
         quantize_per_tensor, dequantize_per_tensor, dequantize_per_channel,
         torch.ops.graphcomp.unpack.default, torch.ops.graphcomp.dequantize_grouped.default,
+        LOOK_UP,
     }
 )  # fmt: skip
 """What tells a lowered graph."""

@@ -232,6 +232,9 @@ class _Planner:
         spec = self.config.embeddings if name is None else self.config.overrides[name][0]
         if spec is None or table not in self.constants or any(matches(entry, path) for entry in self.ignore):
             return
+        if spec.tabled:
+            self.notes.append(f"{self.label(node)} stays float: ternary embeddings must be symmetric")
+            return
         self._weight(table, node, 0, spec)
 
     def _fused(self, node: fx.Node) -> None:

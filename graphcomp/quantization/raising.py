@@ -10,9 +10,8 @@ Clips that lowering removed stay removed: the quantizer behind a clip saturates 
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -24,11 +23,11 @@ from graphcomp.ir.run_nodes import Constants
 from graphcomp.ops.answers import lookup_of
 from graphcomp.quantization import ops
 from graphcomp.quantization.fold import drop_unread
-from graphcomp.quantization.fold_scales import quantizer_of
 from graphcomp.quantization.insert import PREFIX, Names
 from graphcomp.quantization.lower import Lowered, layers_of
-from graphcomp.quantization.quantizers.base import Integers
-from graphcomp.quantization.spec import MIN_BITS, QuantSpec
+from graphcomp.quantization.quantizers.make import quantizer_of
+from graphcomp.quantization.spec import MIN_BITS
+from graphcomp.quantization.stored import Affine, Codebook, Stored
 from graphcomp.quantization.tensors import add_tensor
 
 aten = torch.ops.aten
@@ -85,7 +84,7 @@ class _Raising:
         self.values = Constants(self.module)
         self.names = Names(self.module)
         self.activations: dict[str, str] = {}
-        self.weights: dict[str, Integers] = {}
+        self.weights: dict[str, Stored] = {}
         self.on_grid: dict[fx.Node, fx.Node] = {}  # codes -> fake-quant node
 
     def run(self) -> Raised:
@@ -93,6 +92,8 @@ class _Raising:
         for node in nodes:
             if node.target == ops.dequantize_per_tensor and node.args[0].target == ops.quantize_per_tensor:
                 self._activation(node)
+            elif node.target == ops.LOOK_UP:
+                node.replace_all_uses_with(self._on_grid(node.args[0], self._codebook(node), node))
             elif node.target in (ops.dequantize_per_tensor, ops.dequantize_per_channel, GROUPED):
                 self._weight(node, self._integers(node))
         for node in nodes:
@@ -106,19 +107,24 @@ class _Raising:
         return Raised(self.module, lowered)
 
     # ------------------------------------------------------------------------------------------ reading
-    def _integers(self, node: fx.Node) -> Integers:
+    def _integers(self, node: fx.Node) -> Affine:
         """Return the integers that a dequantize node reads."""
         bound = bind(node)
         codes = self.values.of(node.args[0])  # type: ignore[arg-type]
         if node.target == ops.dequantize_per_tensor:
             scale = torch.tensor(bound["scale"], dtype=torch.float32, device=codes.device)
             zero = torch.tensor(bound["zero_point"], dtype=torch.int32, device=codes.device)
-            return Integers(codes, scale, zero, bound["quant_min"], bound["quant_max"])
+            return Affine(codes, scale, zero, bound["quant_min"], bound["quant_max"])
         scale, zero = (self.values.of(bound[name]) for name in ("scales", "zero_points"))
         if node.target is GROUPED:
             low, high = self._limits(node.args[0], codes)  # type: ignore[arg-type]
-            return Integers(codes, scale, zero, low, high, 0, self.values.of(bound["groups"]))
-        return Integers(codes, scale, zero, bound["quant_min"], bound["quant_max"], bound["axis"])
+            return Affine(codes, scale, zero, low, high, 0, self.values.of(bound["groups"]))
+        return Affine(codes, scale, zero, bound["quant_min"], bound["quant_max"], bound["axis"])
+
+    def _codebook(self, node: fx.Node) -> Codebook:
+        """Return the codes and the table that a lookup in a table reads."""
+        bound = bind(node)
+        return Codebook(self.values.of(bound["values"]), self.values.of(bound["table"]), bound["axis"])
 
     def _limits(self, source: fx.Node, codes: Tensor) -> tuple[int, int]:
         """Return the lowest and the highest code, which a graph does not name beside codes of groups and tables."""
@@ -136,7 +142,7 @@ class _Raising:
     # ------------------------------------------------------------------------------------------ writing
     def _activation(self, node: fx.Node) -> None:
         scale, zero, low, high = node.args[0].args[1:5]  # type: ignore[union-attr]
-        integers = Integers(
+        integers = Affine(
             torch.zeros((), dtype=torch.int32),
             torch.tensor(scale, dtype=torch.float32),
             torch.tensor(zero, dtype=torch.int32),
@@ -145,11 +151,11 @@ class _Raising:
         )
         source = node.args[0].args[0]  # type: ignore[union-attr]
         assert isinstance(source, fx.Node)
-        wrapped = self._quantizer(self.names.of(source), _on_spec(integers), source, node)
+        wrapped = self._quantizer(self.names.of(source), integers, source, node)
         self.activations[wrapped.name] = self.old[node].name
         node.replace_all_uses_with(wrapped)
 
-    def _weight(self, node: fx.Node, integers: Integers) -> None:
+    def _weight(self, node: fx.Node, integers: Affine) -> None:
         if integers.values.dtype is torch.int32:  # a bias: on the grid of the sums, without a quantizer of its own
             node.replace_all_uses_with(self._floats(node.args[0], integers, node))  # type: ignore[arg-type]
         else:
@@ -164,29 +170,30 @@ class _Raising:
         if shift.target is aten.sub.Tensor:
             zero = self.values.of(_parameter(shift)).to(torch.int32)
         low, high = self._limits(node.args[0], codes)  # type: ignore[arg-type]
-        integers = Integers(codes, scale, zero, low, high, 0 if scale.dim() else None)
+        integers = Affine(codes, scale, zero, low, high, 0 if scale.dim() else None)
         wrapped = self._on_grid(node.args[0], integers, last)  # type: ignore[arg-type]
         with self.graph.inserting_before(node):
             row = self.graph.call_function(node.target, (wrapped, *node.args[1:]), node.kwargs)  # type: ignore[arg-type]
         row.meta = dict(last.meta)
         last.replace_all_uses_with(row)
 
-    def _on_grid(self, codes: fx.Node, integers: Integers, like: fx.Node) -> fx.Node:
+    def _on_grid(self, codes: fx.Node, stored: Stored, like: fx.Node) -> fx.Node:
         """Return the fake-quant node of a weight, one for all that read its codes."""
         if codes not in self.on_grid:
-            floats = self._floats(codes, integers, like)
+            floats = self._floats(codes, stored, like)
             name = self.names.free(re.sub(r"\W", "_", _stem(codes)))
-            self.on_grid[codes] = self._quantizer(name, _on_spec(_unshifted(integers)), floats, floats)
-            self.weights[self.on_grid[codes].name] = integers
+            self.on_grid[codes] = self._quantizer(name, stored, floats, floats)
+            self.weights[self.on_grid[codes].name] = stored
         return self.on_grid[codes]
 
-    def _floats(self, codes: fx.Node, integers: Integers, like: fx.Node) -> fx.Node:
+    def _floats(self, codes: fx.Node, stored: Stored, like: fx.Node) -> fx.Node:
         with self.graph.inserting_after(codes):
-            return add_tensor(self.module, _stem(codes), nn.Parameter(integers.dequantize(), False), like)
+            return add_tensor(self.module, _stem(codes), nn.Parameter(stored.dequantize(), False), like)
 
-    def _quantizer(self, name: str, integers: Integers, source: fx.Node, like: fx.Node) -> fx.Node:
+    def _quantizer(self, name: str, stored: Stored, source: fx.Node, like: fx.Node) -> fx.Node:
         target = f"{PREFIX}.{name}"
-        self.module.add_submodule(target, quantizer_of(integers, _spec(integers)))
+        own = stored.on_spec()
+        self.module.add_submodule(target, quantizer_of(own, own.spec))
         with self.graph.inserting_after(source):
             node = self.graph.call_module(target, (source,))
         node.meta = dict(like.meta)
@@ -219,40 +226,3 @@ def _parameter(node: fx.Node) -> fx.Node:
     while isinstance(found, fx.Node) and found.op != "get_attr":
         found = found.args[0]  # a lookup, of a column
     return found if isinstance(found, fx.Node) else node
-
-
-def _unshifted(integers: Integers) -> Integers:
-    """Return the same floats from codes as narrow as they were before lowering shifted them."""
-    shift = (integers.quant_max & -integers.quant_max).bit_length() - 1
-    if shift == 0:
-        return integers
-    return replace(
-        integers,
-        values=integers.values >> shift,
-        scale=integers.scale * 2**shift,
-        quant_min=integers.quant_min >> shift,
-        quant_max=integers.quant_max >> shift,
-    )
-
-
-def _on_spec(integers: Integers) -> Integers:
-    """Return the same levels with codes that a QuantSpec describes: about 0, or from 0 up."""
-    low, high = integers.quant_min, integers.quant_max
-    middle = (low + high) // 2
-    offset = middle if (low + high) % 2 == 0 and bool((integers.zero_point == middle).all()) else low
-    return replace(
-        integers,
-        values=integers.values.to(torch.int32) - offset,
-        zero_point=integers.zero_point - offset,
-        quant_min=low - offset,
-        quant_max=high - offset,
-    )
-
-
-def _spec(integers: Integers) -> QuantSpec:
-    symmetric = integers.quant_min < 0
-    bits = max(integers.quant_max.bit_length() + symmetric, MIN_BITS)
-    if integers.groups is not None:
-        size = math.ceil(integers.groups.numel() / integers.scale.shape[1])
-        return QuantSpec(bits, symmetric=symmetric, granularity="group", group_size=size)
-    return QuantSpec(bits, symmetric=symmetric, granularity="tensor" if integers.dim is None else "channel")

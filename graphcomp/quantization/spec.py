@@ -26,23 +26,31 @@ Kind = Literal["uniform", "geta", "ternary"]
 Observer = Literal["minmax", "percentile", "mse", "entropy"]
 
 
+class _Default(int):
+    """The default of `bits`, told from the same number where a caller gives the number."""
+
+
+TERNARY_BITS = 2
+"""Bits that a code of three levels is stored in, and counts as."""
+
+
 @dataclass(frozen=True)
 class QuantSpec:
     """How one tensor is quantized.
 
     Attributes:
-        bits: 2 to 16.
+        bits: 2 to 16; 8 by default. Of kind "ternary": 2, which is the default there, and what the codes are stored in.
         symmetric: levels -(2^(bits-1) - 1) … 2^(bits-1) - 1 about 0; else 0 … 2^bits - 1 with a zero point.
         granularity: one step per tensor, per output channel, or per `group_size` input indices of each channel.
         group_size: input indices per step, for granularity "group".
         kind: "uniform" (a step, LSQ; with a zero point, LSQ+), "geta" (step and range; symmetric, per tensor), or
-            "ternary" (-below, 0 and above, two learned scales; 2 bits, for weights that training quantizes).
+            "ternary" for weights: -s, 0 and s (TWN); not symmetric: -n, 0 and p (TTQ), stored as codes and a table.
         observer: how the first range is read off data.
         learn_exponent: kind "geta" learns an exponent, too, so that levels need not be evenly spaced. Integer kernels
             can read weights so quantized, but no activations.
     """
 
-    bits: int = 8
+    bits: int = _Default(8)
     symmetric: bool = True
     granularity: Granularity = "tensor"
     group_size: int = 0
@@ -51,6 +59,8 @@ class QuantSpec:
     learn_exponent: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.bits, _Default):
+            object.__setattr__(self, "bits", TERNARY_BITS if self.kind == "ternary" else int(self.bits))
         check_bits(self.bits)
         for name, words in (("granularity", Granularity), ("kind", Kind), ("observer", Observer)):
             check_word(name, getattr(self, name), get_args(words))
@@ -69,12 +79,8 @@ class QuantSpec:
                 why=f"got granularity={self.granularity!r}, symmetric={self.symmetric}",
                 fix='QuantSpec(kind="geta")',
             )
-        if self.kind == "ternary" and (self.bits != 2 or not self.symmetric or self.granularity == "group"):
-            raise PlanError(
-                "a ternary quantizer has 2 bits, one codebook per tensor or channel, and no zero point",
-                why=f"got bits={self.bits}, granularity={self.granularity!r}, symmetric={self.symmetric}",
-                fix='QuantSpec(2, kind="ternary", granularity="channel")',
-            )
+        if self.kind == "ternary":
+            self._check_ternary()
         if self.learn_exponent and self.kind != "geta":
             raise PlanError(
                 f"learn_exponent=True with kind={self.kind!r}",
@@ -82,14 +88,32 @@ class QuantSpec:
                 fix='QuantSpec(kind="geta", learn_exponent=True)',
             )
 
+    def _check_ternary(self) -> None:
+        if self.bits != TERNARY_BITS or self.granularity == "group" or self.observer != "minmax":
+            raise PlanError(
+                "ternary weights must have 2 bits, granularity 'tensor' or 'channel', and no observer",
+                why=f"got bits={self.bits}, granularity={self.granularity!r}, observer={self.observer!r}; thresholds "
+                "and scales follow from the mean magnitude",
+                fix='QuantSpec(kind="ternary", granularity="channel")',
+            )
+
+    @property
+    def tabled(self) -> bool:
+        """Whether codes stand for values of a table, not for multiples of a step."""
+        return self.kind == "ternary" and not self.symmetric
+
     @property
     def quant_min(self) -> int:
         """The lowest code."""
+        if self.kind == "ternary":
+            return -1
         return 1 - (1 << (self.bits - 1)) if self.symmetric else 0
 
     @property
     def quant_max(self) -> int:
         """The highest code."""
+        if self.kind == "ternary":
+            return 1
         return (1 << (self.bits - 1 if self.symmetric else self.bits)) - 1
 
 
@@ -118,7 +142,7 @@ class QuantConfig:
         activations: for what those ops read, and for what convolutions return; None: weights only.
         embeddings: for embedding tables, which are stored as integers and looked up; None leaves them float.
         first_and_last_bits: the first and the last quantized layer get at least this many bits, unless an override
-            names them.
+            names them. Their weights are not ternary then, but uniform.
         overrides: module name, or "re:" pattern -> (weights, activations) of the ops inside; (None, None) leaves them
             float, and what they read. The last that matches counts. An op that is named reads activations of its own
             spec, whatever the op that makes them and other readers ask for.
@@ -139,6 +163,13 @@ class QuantConfig:
     def __post_init__(self) -> None:
         for name in ("weights", "activations", "embeddings"):
             _check_spec(name, getattr(self, name))
+        _check_no_ternary("activations", self.activations)
+        if self.embeddings is not None and self.embeddings.tabled:
+            raise PlanError(
+                "ternary embeddings must be symmetric, got symmetric=False",
+                why="rows are looked up as integers with a scale",
+                fix='QuantConfig(embeddings=QuantSpec(kind="ternary"))',
+            )
         check_bits(self.first_and_last_bits, "first_and_last_bits")
         for name in ("share_concat", "share_add", "attention"):
             check_flag(name, getattr(self, name))
@@ -150,6 +181,7 @@ class QuantConfig:
                 raise wrong(f"overrides[{shown(key)}]", "a pair (weights, activations)", specs, fix)
             for spec in specs:
                 _check_spec(f"overrides[{shown(key)}]", spec)
+            _check_no_ternary(f"activations of overrides[{shown(key)}]", specs[1])
 
     def specs(self, module_path: str) -> tuple[QuantSpec | None, QuantSpec | None]:
         """The specs of weights and activations for an op that the module at `module_path` makes."""
@@ -178,8 +210,19 @@ def _check_spec(name: str, spec: object) -> None:
         check_instance(name, spec, QuantSpec, f"{name.partition('[')[0]}=graphcomp.QuantSpec(8), or None for floats")
 
 
+def _check_no_ternary(name: str, spec: QuantSpec | None) -> None:
+    """Raise PlanError where a spec of activations is ternary."""
+    if spec is not None and spec.kind == "ternary":
+        raise PlanError(
+            f"{name} cannot be ternary",
+            why="thresholds and scales follow from the values of a weight",
+            fix='QuantConfig(weights=QuantSpec(kind="ternary")), with activations=None or as by default',
+        )
+
+
 def with_bits(spec: QuantSpec | None, bits: int) -> QuantSpec | None:
-    """The same spec with other bits; more than two bits are those of a uniform quantizer."""
+    """The same spec with other bits; a ternary one with more than two becomes uniform."""
     if spec is None:
         return None
-    return replace(spec, bits=bits, kind="uniform" if spec.kind == "ternary" and bits != spec.bits else spec.kind)
+    ternary = spec.kind == "ternary" and bits != TERNARY_BITS
+    return replace(spec, bits=bits, kind="uniform" if ternary else spec.kind)

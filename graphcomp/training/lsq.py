@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from graphcomp.quantization.quantizers.affine import AffineQuantizer
-from graphcomp.quantization.quantizers.base import Quantizer
-from graphcomp.quantization.quantizers.uniform import UniformQuantizer
+from graphcomp.quantization.quantizers.uniform import StepQuantizer
 
 FASTEST = 0.01
 """Of a step with an adaptive optimizer, by default: one update moves the step by 1 % of its size at most."""
@@ -31,7 +30,7 @@ sums: without a limit one update can take the step below 0, after which the chan
 
 
 def lsq_groups(
-    quantizers: Sequence[UniformQuantizer], base: type[Optimizer], lr: float, lr_quant: float | None
+    quantizers: Sequence[StepQuantizer], base: type[Optimizer], lr: float, lr_quant: float | None
 ) -> Iterator[dict[str, Any]]:
     """Yield parameter groups of all steps and zero points that can be trained, without weight decay.
 
@@ -48,8 +47,9 @@ def lsq_groups(
         return
     relative = min(FASTER * float(lr), FASTEST) if lr_quant is None else lr_quant
     for quantizer in quantizers:
-        if quantizer.scale.requires_grad:
-            yield _group(quantizer.scale, lr=relative * float(quantizer.scale.detach().mean()))
+        for step in quantizer.steps():
+            if step.requires_grad:
+                yield _group(step, lr=relative * float(step.detach().mean()))
         if isinstance(quantizer, AffineQuantizer) and quantizer.zero_point.requires_grad:
             codes = quantizer.spec.quant_max - quantizer.spec.quant_min
             yield _group(quantizer.zero_point, lr=relative * codes)
@@ -62,17 +62,23 @@ def decaying(parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
     return [group for group in (matrices, vectors) if group["params"]]
 
 
+def steps_of(quantizers: Sequence[StepQuantizer]) -> list[nn.Parameter]:
+    """Return the steps of all quantizers."""
+    return [step for quantizer in quantizers for step in quantizer.steps()]
+
+
 @torch.no_grad()
-def hold_steps(quantizers: Sequence[UniformQuantizer], before: Sequence[Tensor]) -> None:
+def hold_steps(quantizers: Sequence[StepQuantizer], before: Sequence[Tensor]) -> None:
     """Bring steps back that an update has moved too far from those `before`, and zero points into the codes."""
-    for quantizer, old in zip(quantizers, before, strict=True):
-        quantizer.scale.clamp_(old * (1 - FARTHEST), old * (1 + FARTHEST))
+    for step, old in zip(steps_of(quantizers), before, strict=True):
+        step.clamp_(old * (1 - FARTHEST), old * (1 + FARTHEST))
+    for quantizer in quantizers:
         quantizer.project()
 
 
-def uniform(module: nn.Module) -> list[UniformQuantizer]:
-    """Return the quantizers of LSQ in a module, in the order of the modules."""
-    return [m for m in module.modules() if isinstance(m, Quantizer) and isinstance(m, UniformQuantizer)]
+def with_steps(module: nn.Module) -> list[StepQuantizer]:
+    """Return the quantizers at fixed bits in a module, in the order of the modules."""
+    return [m for m in module.modules() if isinstance(m, StepQuantizer)]
 
 
 def _group(*parameters: Tensor, lr: float) -> dict[str, Any]:

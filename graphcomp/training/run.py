@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import CheckpointError
 from graphcomp.pruning.evidence import Loss
-from graphcomp.training.lsq import decaying, hold_steps, lsq_groups, uniform
+from graphcomp.training.lsq import decaying, hold_steps, lsq_groups, steps_of, with_steps
 from graphcomp.training.optimizer import grouped
 from graphcomp.training.prepared import Prepared
 
@@ -82,7 +82,7 @@ class Run:
         masks = ready.kept()  # after an earlier run some units may be gone: they stay gone, and count
         self.kept: Kept = {group: masks[group] for group in self.groups}
         self._ungrouped = 0  # units that stay, of groups that shrinking dissolved
-        self._uniform = uniform(ready)
+        self._with_steps = with_steps(ready)
         self._steps_before: list[Tensor] = []
         self.about: Mapping[str, str] = {}
 
@@ -95,8 +95,8 @@ class Run:
             lr: learning rate of the weights.
         """
         weights = list(self.ready.parameters())
-        steps = lsq_groups(self._uniform, base, lr, self.lr_quant)
-        return grouped(self.ready, decaying(weights) if self._uniform else weights, [*steps, *self._own_groups()])
+        steps = lsq_groups(self._with_steps, base, lr, self.lr_quant)
+        return grouped(self.ready, decaying(weights) if self._with_steps else weights, [*steps, *self._own_groups()])
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return what is trained beside the parameters of the model."""
@@ -117,11 +117,11 @@ class Run:
         Args:
             step: number of steps that are done.
         """
-        self._steps_before = [quantizer.scale.clone() for quantizer in self._uniform]
+        self._steps_before = [step.clone() for step in steps_of(self._with_steps)]
 
     def after_step(self, step: int) -> None:
         """Act on weights and quantizers, after the optimizer did; without gradients."""
-        hold_steps(self._uniform, self._steps_before)
+        hold_steps(self._with_steps, self._steps_before)
 
     # ------------------------------------------------------------------------------------------ where the run stands
     @property
@@ -187,7 +187,7 @@ class Run:
         self.groups = tuple(group for group in small.session.groups if group.name in names)
         self.kept = {group: torch.arange(group.size) for group in self.groups}
         self._ungrouped = left - sum(group.size for group in self.groups)
-        self._uniform = uniform(small)
+        self._with_steps = with_steps(small)
 
     def shared(self) -> Iterable[Any]:
         """Return what copies of this run share: descriptions, which are told apart by identity."""

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import graphcomp as gc
 from graphcomp.quantization.quantizers.affine import AffineQuantizer
 from graphcomp.training.folder import read_metrics
-from graphcomp.training.lsq import FARTHEST, decaying, uniform
+from graphcomp.training.lsq import FARTHEST, decaying, with_steps
 from tests.marks import in_ci
 from tests.training.runs import MODELS, batch, model_of
 from tests.training.test_loop import IMAGES, LABELS, Stopped, convnet, loader, loss, same, stopping
@@ -36,6 +36,9 @@ KINDS = {
     ),
     "per tensor": options_of(gc.QuantSpec(4)),
     "weights only": options_of(gc.QuantSpec(2, granularity="channel"), None),
+    "ternary": options_of(gc.QuantSpec(kind="ternary", granularity="channel")),
+    "ternary, per tensor": options_of(gc.QuantSpec(kind="ternary")),
+    "ternary, two scales": options_of(gc.QuantSpec(kind="ternary", granularity="channel", symmetric=False)),
 }
 
 
@@ -68,6 +71,8 @@ START = {
     for kind, names in {
         "per channel": MODELS, "per tensor": ("residual", "dense", "mlp"), "in groups": ("vit", "decoder"),
         "with zero points, second order": ("residual", "dense", "decoder"), "weights only": ("residual", "encoder"),
+        "ternary": ("residual", "encoder"), "ternary, per tensor": ("residual",),
+        "ternary, two scales": ("dense", "decoder"),
     }.items()
     for name in names
 }  # fmt: skip
@@ -302,12 +307,12 @@ def test_bits_that_are_few_train_better_than_they_round():
 def test_an_update_of_a_step_is_bounded_and_has_no_weight_decay(base):
     ready = lsq("mlp").train()
     optimizer = gc.QASSO(ready, base, lr=10.0, weight_decay=0.5, sparsity=0, schedule=4)
-    before = [q.scale.detach().clone() for q in uniform(ready)]
+    before = [q.scale.detach().clone() for q in with_steps(ready)]
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    assert all(groups[id(q.scale)]["weight_decay"] == 0 for q in uniform(ready))
+    assert all(groups[id(q.scale)]["weight_decay"] == 0 for q in with_steps(ready))
     ready(*batch("mlp")).square().mean().backward()
     optimizer.step()
-    for old, quantizer in zip(before, uniform(ready), strict=True):
+    for old, quantizer in zip(before, with_steps(ready), strict=True):
         assert bool((quantizer.scale / old - 1).abs().max() <= FARTHEST * 1.001) and bool((quantizer.scale > 0).all())
 
 
@@ -317,7 +322,7 @@ def test_learning_rates_of_steps_fit_the_optimizer():
     assert [group["lr"] for group in sgd.param_groups] == [0.02, 0.02]
     adam = gc.QASSO(ready, torch.optim.AdamW, lr=1e-4, sparsity=0, schedule=4)
     rates = {id(p): group["lr"] for group in adam.param_groups for p in group["params"]}
-    for quantizer in uniform(ready):
+    for quantizer in with_steps(ready):
         assert rates[id(quantizer.scale)] == pytest.approx(1e-3 * float(quantizer.scale.detach().mean()))
         if isinstance(quantizer, AffineQuantizer):
             assert rates[id(quantizer.zero_point)] == pytest.approx(1e-3 * 31)
@@ -337,7 +342,7 @@ def test_a_loop_of_the_users_own_needs_a_plain_optimizer_alone():
         optimizer.zero_grad()
         F.cross_entropy(ready(x), y).backward()
         optimizer.step()
-    assert all(q.scale.grad is not None for q in uniform(ready))
+    assert all(q.scale.grad is not None for q in with_steps(ready))
     state = copy.deepcopy(ready.state_dict())
     other = gc.prepare(convnet(), IMAGES[:2], bits=4, activation_bits=8, quantizer="lsq")
     other.load_state_dict(state)
@@ -355,10 +360,14 @@ def test_recomputed_quantizers_have_the_same_gradients():
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["dense", *in_ci(*(name for name in MODELS if name != "dense"))])
-def test_units_are_pruned_and_the_module_is_shrunk(name):
+PRUNED = [(name, "per channel") for name in MODELS] + [("dense", "ternary"), ("encoder", "ternary, two scales")]
+
+
+@pytest.mark.parametrize("case", [PRUNED[0], *in_ci(*PRUNED[1:])])
+def test_units_are_pruned_and_the_module_is_shrunk(case):
     """Law 2 and Law 3 with steps per channel that leave with their channel."""
-    ready = lsq(name).train()
+    name, kind = case
+    ready = lsq(name, kind).train()
     optimizer = gc.QASSO(
         ready, torch.optim.AdamW, lr=1e-3, sparsity=0.3, schedule=gc.Schedule(8, warmup=1, projection=0, joint=4)
     )
@@ -395,8 +404,11 @@ def test_it_runs_under_autocast():
 
 @pytest.mark.slow
 @pytest.mark.ci
-def test_the_result_is_saved_and_exported(tmp_path):
-    small = compress(bits=4, activation_bits=8)
+@pytest.mark.parametrize("kind", [None, "ternary", "ternary, two scales"])
+def test_the_result_is_saved_and_exported(tmp_path, kind):
+    given = {"bits": 4, "activation_bits": 8} if kind is None else {"quantization": KINDS[kind]}
+    small = compress(**given)
+    assert small.report.verified["integers == fake-quant, in steps"] <= 1
     small.save(tmp_path / "small")
     assert torch.equal(gc.load(tmp_path / "small")(IMAGES), small(IMAGES))
     pytest.importorskip("onnxruntime")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from graphcomp.quantization.quantizers.base import Integers, Quantizer
+from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.make import make_quantizer
 from graphcomp.quantization.spec import QuantSpec
+from graphcomp.quantization.stored import Affine, Codebook, Stored
 
 SHAPE = (4, 3, 6)
 
@@ -18,6 +21,10 @@ SPECS = {
     "affine": QuantSpec(4, symmetric=False),
     "affine channel": QuantSpec(4, symmetric=False, granularity="channel"),
     "affine group": QuantSpec(4, symmetric=False, granularity="group", group_size=4),
+    "ternary": QuantSpec(kind="ternary"),
+    "ternary channel": QuantSpec(kind="ternary", granularity="channel"),
+    "ternary, two scales": QuantSpec(kind="ternary", symmetric=False),
+    "ternary, two scales, channel": QuantSpec(kind="ternary", symmetric=False, granularity="channel"),
     "geta": QuantSpec(4, kind="geta"),
     "geta exponent": QuantSpec(4, kind="geta", learn_exponent=True),
 }
@@ -39,7 +46,7 @@ def pattern(x: Tensor) -> Tensor:
     return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
-def check_integers(quantizer: Quantizer, x: Tensor) -> Integers:
+def check_integers(quantizer: Quantizer, x: Tensor) -> Any:
     """That the integers of `x` stand for what the quantizer returns, bit for bit; and lie where they say."""
     integers = quantizer.to_integers(x)
     back = integers.dequantize().to(x.dtype)
@@ -47,9 +54,18 @@ def check_integers(quantizer: Quantizer, x: Tensor) -> Integers:
     codes = integers.values.to(torch.int64)
     if codes.numel():
         assert integers.quant_min <= codes.min() and codes.max() <= integers.quant_max
-    assert integers.zero_point.dtype == torch.int32
-    assert integers.zero_point.shape == integers.scale.shape
+    if isinstance(integers, Affine):
+        assert integers.zero_point.dtype == torch.int32
+        assert integers.zero_point.shape == integers.scale.shape
     return integers
+
+
+def steps_of(stored: Stored) -> Tensor:
+    """The steps of evenly spaced levels; of ternary levels with two scales the scales."""
+    if isinstance(stored, Affine):
+        return stored.scale
+    assert isinstance(stored, Codebook)
+    return stored.table[..., [0, 2]] * torch.tensor([-1, 1])
 
 
 def straight(x: Tensor) -> Tensor:

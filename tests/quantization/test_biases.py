@@ -16,8 +16,8 @@ from graphcomp.ops.answers import operands_of
 from graphcomp.quantization.biases import biased_layers, fit_biases
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.ptq import PostTraining, Quantized, quantize
-from graphcomp.quantization.quantizers.uniform import SMALLEST_STEP
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, with_bits
+from graphcomp.quantization.stored import SMALLEST_STEP
 from graphcomp.quantization.verify import check_lowering
 from tests.marks import in_ci
 from tests.quantization.models import residual

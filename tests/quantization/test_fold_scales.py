@@ -28,10 +28,11 @@ from graphcomp.quantization.integers import check_integers
 from graphcomp.quantization.lower import constants_with_quantizers
 from graphcomp.quantization.placement import place
 from graphcomp.quantization.ptq import calibrate_activations, calibrate_weights
-from graphcomp.quantization.quantizers.base import Integers, Quantizer
+from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.geta import GetaQuantizer
 from graphcomp.quantization.quantizers.uniform import UniformQuantizer
 from graphcomp.quantization.spec import QuantConfig, QuantSpec
+from graphcomp.quantization.stored import Affine
 from graphcomp.quantization.tensors import add_tensor
 from graphcomp.quantization.verify import check_lowering
 from graphcomp.targets.pt2 import export_program
@@ -130,7 +131,7 @@ def check_same(fake: fx.GraphModule, finished: fx.GraphModule, inputs: Sequence[
     assert relative_error(expected, actual) < tolerance
 
 
-def codes(fake: fx.GraphModule) -> dict[str, Integers]:
+def codes(fake: fx.GraphModule) -> dict[str, Affine]:
     """Reader of a fake-quantized weight -> its integers."""
     constant, values = constants_with_quantizers(fake), Constants(fake)
     return {
@@ -141,9 +142,9 @@ def codes(fake: fx.GraphModule) -> dict[str, Integers]:
     }
 
 
-def offsets(integers: Integers) -> Tensor:
+def offsets(integers: Affine) -> Tensor:
     """Codes less their zero point."""
-    wide = Integers(integers.values.to(torch.int32), torch.ones_like(integers.scale, dtype=torch.float64), *[
+    wide = Affine(integers.values.to(torch.int32), torch.ones_like(integers.scale, dtype=torch.float64), *[
         integers.zero_point, integers.quant_min, integers.quant_max, integers.dim, integers.groups
     ])  # fmt: skip
     return wide.dequantize().to(torch.int64)

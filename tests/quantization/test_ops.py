@@ -18,7 +18,7 @@ from graphcomp.quantization.ops import (
     pack,
     unpack,
 )
-from graphcomp.quantization.quantizers.base import Integers, container, spread
+from graphcomp.quantization.stored import Affine, container, spread
 
 from .cases import pattern
 
@@ -66,13 +66,13 @@ def test_unpacking_any_shape(shape: tuple[int, ...], signed: bool, bits: int) ->
 @pytest.mark.parametrize("shape", [(3, 5), (3, 2, 5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dequantize_grouped(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """As Integers has it, bit for bit; groups in any order, one of them empty."""
+    """As Affine has it, bit for bit; groups in any order, one of them empty."""
     values = torch.randint(0, 16, shape, dtype=torch.uint8)
     scales, groups = torch.rand(3, 4, dtype=dtype), torch.tensor([2, 0, 0, 3, 2])
     zeros = torch.randint(0, 16, (3, 4), dtype=torch.int32)
     result = dequantize_grouped(values, scales, zeros, groups)
     assert result.dtype == dtype
-    assert torch.equal(pattern(result), pattern(Integers(values, scales, zeros, 0, 15, 0, groups).dequantize()))
+    assert torch.equal(pattern(result), pattern(Affine(values, scales, zeros, 0, 15, 0, groups).dequantize()))
     row, column = 2, 3
     group = groups[column]
     expected = (values[row, ..., column].to(dtype) - zeros[row, group]) * scales[row, group]
@@ -80,7 +80,7 @@ def test_dequantize_grouped(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.graphcomp.dequantize_grouped.default, (values, scales, zeros, groups))
 
 
-# ------------------------------------------------------------------------------------------------ Integers
+# ------------------------------------------------------------------------------------------------ codes
 @pytest.mark.parametrize(
     ("low", "high", "dtype"),
     [

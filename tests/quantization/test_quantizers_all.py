@@ -18,10 +18,11 @@ from graphcomp.quantization.quantizers.affine import AffineQuantizer
 from graphcomp.quantization.quantizers.geta import GetaQuantizer
 from graphcomp.quantization.quantizers.make import make_quantizer
 from graphcomp.quantization.quantizers.symmetric import SymmetricQuantizer
+from graphcomp.quantization.quantizers.ternary import TernaryQuantizer
 from graphcomp.quantization.spec import QuantSpec
 from tests.marks import slow
 
-from .cases import SHAPE, SPECS, check_integers, data, make
+from .cases import SHAPE, SPECS, check_integers, data, make, steps_of
 
 
 def learned(quantizer: nn.Module) -> list[nn.Parameter]:
@@ -62,6 +63,7 @@ def test_integers_stand_for_the_floats(
     old = SPECS[name]
     if old.granularity == "group" and drawn.dim() < 2:
         return
+    bits = old.bits if old.kind == "ternary" else bits
     spec = dataclasses.replace(old, bits=bits, group_size=min(old.group_size, 2))
     dim = place % drawn.dim() if old.granularity == "channel" else 0
     quantizer = make_quantizer(spec, shape=drawn.shape, dim=dim)
@@ -69,8 +71,8 @@ def test_integers_stand_for_the_floats(
     quantizer.set_range(torch.tensor(low), torch.tensor(high))
     integers = check_integers(quantizer.to(drawn.dtype) if cast else quantizer, drawn)
     assert quantizer(drawn).isfinite().all()
-    assert integers.scale.dtype == drawn.dtype
-    assert (integers.scale > 0).all()
+    assert steps_of(integers).dtype == drawn.dtype
+    assert (steps_of(integers) > 0).all()
 
 
 @every_quantizer
@@ -207,7 +209,7 @@ def test_a_silly_learning_rate(name: str, lr: float, projected: bool, loss: str)
             assert all((p > 0).all() for p in parameters)
     assert negative or loss != "shrink", "no parameter was driven negative: the test is idle"
     integers = check_integers(quantizer, x)
-    assert (integers.scale > 0).all() and integers.scale.isfinite().all()
+    assert (steps_of(integers) > 0).all() and steps_of(integers).isfinite().all()
     assert quantizer.bits.isfinite()
 
 
@@ -246,8 +248,7 @@ def test_a_negative_step_recovers(name: str) -> None:
 def test_an_empty_range_gives_a_positive_step(name: str, end: float) -> None:
     quantizer = make(name)
     quantizer.set_range(torch.tensor(0.0), torch.tensor(end, dtype=torch.float64))
-    integers = quantizer.to_integers(torch.zeros(SHAPE))
-    assert (integers.scale > 0).all()
+    assert (steps_of(quantizer.to_integers(torch.zeros(SHAPE))) > 0).all()
     assert torch.equal(quantizer(torch.zeros(SHAPE)), torch.zeros(SHAPE))
     assert quantizer(torch.ones(SHAPE)).isfinite().all()
 
@@ -256,12 +257,15 @@ def test_an_empty_range_gives_a_positive_step(name: str, end: float) -> None:
 def test_the_range_is_spanned(name: str) -> None:
     quantizer = make(name)
     bits = SPECS[name].bits
+    torch.testing.assert_close(quantizer.bits, torch.tensor(float(bits)))
+    steps = steps_of(quantizer.to_integers(torch.zeros(SHAPE)))
+    if SPECS[name].tabled:
+        torch.testing.assert_close(steps, torch.tensor([1.5, 2.0]).expand_as(steps))
+        return
     step = 2.0 / (2 ** (bits - 1) - 1) if SPECS[name].symmetric else 3.5 / (2**bits - 1)
-    integers = quantizer.to_integers(torch.zeros(SHAPE))
-    torch.testing.assert_close(integers.scale, torch.full_like(integers.scale, step))
+    torch.testing.assert_close(steps, torch.full_like(steps, step))
     x = torch.linspace(-1.4, 1.9, 72).view(SHAPE)
     assert (quantizer(x) - x).abs().max() <= step / 2 * (1 + 1e-5)
-    torch.testing.assert_close(quantizer.bits, torch.tensor(4.0))
 
 
 # ------------------------------------------------------------------------------------------------ making, coupling
@@ -269,6 +273,7 @@ def test_the_kinds() -> None:
     kinds = {name: type(make(name)) for name in SPECS}
     assert kinds["symmetric group"] is SymmetricQuantizer
     assert kinds["affine channel"] is AffineQuantizer
+    assert kinds["ternary"] is kinds["ternary, two scales, channel"] is TernaryQuantizer
     assert kinds["geta"] is kinds["geta exponent"] is GetaQuantizer
 
 
@@ -315,6 +320,7 @@ def test_a_spec_of_another_kind() -> None:
         lambda: SymmetricQuantizer(QuantSpec(symmetric=False)),
         lambda: AffineQuantizer(QuantSpec()),
         lambda: GetaQuantizer(QuantSpec()),
+        lambda: TernaryQuantizer(QuantSpec()),
         lambda: SymmetricQuantizer(QuantSpec(kind="geta")),
     ):
         with pytest.raises(PlanError):
@@ -335,7 +341,7 @@ def test_couples_its_tensors_and_nothing_else(name: str) -> None:
     x, own = axes_of(quantizer, *SHAPE)
     assert not any(is_frozen(axis) for axis in x)
     assert len({id(normal(axis)) for axis in x}) == 3
-    for key in {"scale", "zero_point"} & own.keys():
+    for key in own.keys() - {"groups"}:
         if own[key]:
             assert normal(own[key][0]) is normal(x[0])
         assert all(is_frozen(axis) for axis in own[key][1:])

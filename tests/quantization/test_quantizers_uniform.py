@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphcomp.quantization.quantizers.base import spread
 from graphcomp.quantization.quantizers.make import make_quantizer
 from graphcomp.quantization.quantizers.symmetric import SymmetricQuantizer
 from graphcomp.quantization.quantizers.uniform import UniformQuantizer
 from graphcomp.quantization.spec import QuantSpec
+from graphcomp.quantization.stored import spread
 
 from .cases import SHAPE, SPECS, check_integers, gradients, make, straight
 

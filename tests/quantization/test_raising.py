@@ -28,6 +28,11 @@ CONFIGS = {
     "zero points, wide": QuantConfig(QuantSpec(9, False, "channel"), embeddings=QuantSpec(9, False, "tensor")),
     "symmetric activations": QuantConfig(QuantSpec(8), QuantSpec(8), embeddings=QuantSpec(8)),
     "attention": QuantConfig(attention=True),
+    "ternary": QuantConfig(QuantSpec(kind="ternary", granularity="channel"), embeddings=QuantSpec(kind="ternary")),
+    "ternary, two scales": QuantConfig(QuantSpec(kind="ternary", symmetric=False), first_and_last_bits=2),
+    "ternary, two scales per channel": QuantConfig(
+        QuantSpec(kind="ternary", symmetric=False, granularity="channel"), None, first_and_last_bits=2
+    ),
 }
 
 

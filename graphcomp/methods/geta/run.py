@@ -103,7 +103,7 @@ class GetaRun(Run):
         # The scalars of all quantizers move in a few operations instead of a few each; decay would draw d to 0.
         own = [{"params": self._learned, "lr": rate, "weight_decay": 0.0, "foreach": True}] if self._learned else []
         params, self._params = self._params, None
-        return grouped(self.ready, params, [*own, *lsq_groups(self._uniform, base, lr, self.lr_quant)])
+        return grouped(self.ready, params, [*own, *lsq_groups(self._with_steps, base, lr, self.lr_quant)])
 
     # ------------------------------------------------------------------------------------------ where it stands
     @property

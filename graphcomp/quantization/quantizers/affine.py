@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from graphcomp.quantization.quantizers import recompute
-from graphcomp.quantization.quantizers.base import Integers, container
 from graphcomp.quantization.quantizers.gradients import fake_quantize, multiples, round_through
 from graphcomp.quantization.quantizers.uniform import UniformQuantizer
 from graphcomp.quantization.spec import QuantSpec
+from graphcomp.quantization.stored import Affine, container
 
 
 class AffineQuantizer(UniformQuantizer):
@@ -61,7 +61,7 @@ class AffineQuantizer(UniformQuantizer):
         self.zero_point.copy_(zero)
 
     @torch.no_grad()
-    def to_integers(self, x: Tensor) -> Integers:
+    def to_integers(self, x: Tensor) -> Affine:
         """The codes of `x`, whether or not the quantizer is enabled.
 
         The scale is in the dtype the forward computes in; for half floats, cast what they dequantize to.
@@ -70,8 +70,8 @@ class AffineQuantizer(UniformQuantizer):
         dtype, zero = self._wide(x), self._zero(x)
         codes = multiples(x.to(dtype), self._step(x), zero, low, high) + zero
         whole = self.zero_point.to(dtype).clamp(low, high).round().to(torch.int32)
-        return Integers(
-            codes.to(container(low, high)), self._valid_scale(dtype), whole, low, high, self.dim, self.groups
+        return Affine(
+            codes.to(container(low, high)), self._valid(self.scale, dtype), whole, low, high, self.dim, self.groups
         )
 
     @torch.no_grad()

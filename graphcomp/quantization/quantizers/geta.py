@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from graphcomp.errors import PlanError
 from graphcomp.quantization.quantizers import blocked, recompute
-from graphcomp.quantization.quantizers.base import Integers, Quantizer, container
+from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.gradients import bounded, inward, sum_of_product, where_inside
 from graphcomp.quantization.quantizers.uniform import step_and_zero
 from graphcomp.quantization.spec import QuantSpec
+from graphcomp.quantization.stored import Affine, container
 from graphcomp.torch_compat import get_unwrapped, is_functorch_wrapped_tensor, transforms_active
 
 RANGE_LIMITS = (1e-15, 1e18)
@@ -57,6 +58,8 @@ class GetaQuantizer(Quantizer):
     q_m: Tensor
     t: Tensor
     peak: Tensor
+
+    nearest: ClassVar[bool] = False
 
     def __init__(self, spec: QuantSpec, *, steep: bool = False) -> None:
         if spec.kind != "geta":
@@ -113,7 +116,7 @@ class GetaQuantizer(Quantizer):
         self.d.copy_(self.q_m.double() / self.spec.quant_max)
 
     @torch.no_grad()
-    def to_integers(self, x: Tensor) -> Integers:
+    def to_integers(self, x: Tensor) -> Affine:
         """The codes of `x`, whether or not the quantizer is enabled.
 
         The highest code is round(q_m^t / d), which need not be one less than a power of 2. For t != 1 the integers of
@@ -124,7 +127,7 @@ class GetaQuantizer(Quantizer):
         codes = _codes(x.to(dtype), d, q_m, t)
         most = int(torch.cat([codes.abs().reshape(-1), _codes(q_m.view(1), d, q_m, t)]).amax())
         zero = torch.zeros_like(d, dtype=torch.int32)
-        return Integers(codes.to(container(-most, most)), d, zero, -most, most)
+        return Affine(codes.to(container(-most, most)), d, zero, -most, most)
 
     @property
     def bits(self) -> Tensor:

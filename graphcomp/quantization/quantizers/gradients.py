@@ -27,6 +27,11 @@ def round_through(x: Tensor) -> Tensor:
     return _Round.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def straight_through(x: Tensor, level: Tensor) -> Tensor:
+    """`level`, of the shape and dtype of `x`; both get its gradient."""
+    return _Straight.apply(x, level)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """`x` itself; its gradient times `factor`.
 
@@ -123,6 +128,22 @@ class _Round(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
+
+
+class _Straight(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, level: Tensor) -> Tensor:
+        return level.view_as(level)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from graphcomp.quantization.quantizers import recompute
-from graphcomp.quantization.quantizers.base import Integers, container
 from graphcomp.quantization.quantizers.gradients import fake_quantize, multiples
 from graphcomp.quantization.quantizers.uniform import UniformQuantizer
+from graphcomp.quantization.stored import Affine, container
 
 
 class SymmetricQuantizer(UniformQuantizer):
@@ -40,13 +40,13 @@ class SymmetricQuantizer(UniformQuantizer):
         self.scale.copy_(self._step_and_zero(low, high)[0])
 
     @torch.no_grad()
-    def to_integers(self, x: Tensor) -> Integers:
+    def to_integers(self, x: Tensor) -> Affine:
         """The codes of `x`, whether or not the quantizer is enabled.
 
         The scale is in the dtype the forward computes in; for half floats, cast what they dequantize to.
         """
         low, high = self.spec.quant_min, self.spec.quant_max
         codes = multiples(x.to(self._wide(x)), self._step(x), None, low, high)
-        scale = self._valid_scale(self._wide(x))
+        scale = self._valid(self.scale, self._wide(x))
         zero = torch.zeros_like(scale, dtype=torch.int32)
-        return Integers(codes.to(container(low, high)), scale, zero, low, high, self.dim, self.groups)
+        return Affine(codes.to(container(low, high)), scale, zero, low, high, self.dim, self.groups)

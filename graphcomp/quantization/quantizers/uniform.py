@@ -1,4 +1,4 @@
-"""What quantizers with evenly spaced levels share: where their steps lie, and that they stay valid."""
+"""What quantizers at fixed bits share: where their steps lie, and that they stay valid."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from torch import Tensor, nn
 
 from graphcomp.coupling.axis import Axes, Reason, couple, freeze
 from graphcomp.errors import PlanError
-from graphcomp.quantization.quantizers.base import Quantizer, spread
+from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.gradients import bounded, scale_gradient
-from graphcomp.quantization.spec import QuantSpec
-
-SMALLEST_STEP = torch.finfo(torch.float32).tiny
-"""The floor of every step: the smallest normal float32, so that dividing by it loses no precision."""
+from graphcomp.quantization.spec import Kind, QuantSpec
+from graphcomp.quantization.stored import SMALLEST_STEP, spread
 
 
 def largest_step(spec: QuantSpec) -> float:
@@ -23,8 +21,8 @@ def largest_step(spec: QuantSpec) -> float:
     return torch.finfo(torch.float32).max / (spec.quant_max - spec.quant_min) * (1 - 2.0**-20)
 
 
-class UniformQuantizer(Quantizer):
-    """Levels are multiples of a learnable step, `scale`.
+class StepQuantizer(Quantizer):
+    """Levels follow from a learnable step, `scale`, in the units of the tensor.
 
     Attributes:
         scale: parameter () per tensor, (c,) per channel, (c, g) per group. Units of the tensor per code; 1 until
@@ -43,10 +41,10 @@ class UniformQuantizer(Quantizer):
         PlanError: the spec is not for this class, or its granularity does not fit `shape` and `dim`.
     """
 
-    symmetric: ClassVar[bool]
+    kind: ClassVar[Kind]
     """Which specs the class is for."""
 
-    scale: Tensor
+    scale: nn.Parameter
     groups: Tensor | None
 
     def __init__(
@@ -57,14 +55,9 @@ class UniformQuantizer(Quantizer):
         *,
         gradient_scale: bool = True,
     ) -> None:
-        if spec.kind != "uniform":
+        if spec.kind != self.kind:
             raise PlanError(
                 f"{type(self).__name__} was given a spec of kind {spec.kind!r}", fix="make_quantizer(spec, …)"
-            )
-        if spec.symmetric is not self.symmetric:
-            raise PlanError(
-                f"{type(self).__name__} was given {'a symmetric' if spec.symmetric else 'an asymmetric'} spec",
-                fix=f"make_quantizer(spec, …), or QuantSpec(symmetric={self.symmetric})",
             )
         dim = channel_dim(spec, shape, dim)
         super().__init__(spec, dim)
@@ -80,10 +73,20 @@ class UniformQuantizer(Quantizer):
         """() float32: as many as the spec says."""
         return torch.full((), float(self.spec.bits), device=self.scale.device)
 
+    @property
+    def multiples(self) -> bool:
+        """Whether every level is a whole multiple of `scale`, less a zero point."""
+        return True
+
+    def steps(self) -> Sequence[nn.Parameter]:
+        """`scale`, and what else is learned in the units of the tensor."""
+        return (self.scale,)
+
     @torch.no_grad()
     def project(self) -> None:
-        """Clamp `scale` to the steps that are valid."""
-        self.scale.clamp_(*self._step_limits())
+        """Clamp steps to those that are valid."""
+        for step in self.steps():
+            step.clamp_(*self._step_limits())
 
     def couple_axes(self, x: Axes, own: Mapping[str, Axes], why: Reason) -> Axes:
         """Steps go with their channel, and `groups` with the last dim; which groups there are is not up for pruning."""
@@ -119,12 +122,40 @@ class UniformQuantizer(Quantizer):
         step, zero = step_and_zero(low.to(device, torch.float64), high.to(device, torch.float64), self.spec)
         return step.clamp(*self._step_limits()), zero
 
-    def _valid_scale(self, dtype: torch.dtype) -> Tensor:
-        """The steps the forward uses, in the shape of `scale`."""
-        return self.scale.to(dtype).clamp(SMALLEST_STEP, largest_step(self.spec))
+    def _valid(self, step: Tensor, dtype: torch.dtype) -> Tensor:
+        """A step as the forward uses it, in its own shape."""
+        return step.to(dtype).clamp(SMALLEST_STEP, largest_step(self.spec))
 
-    def _step(self, x: Tensor) -> Tensor:
-        return self._learned(self.scale, SMALLEST_STEP, largest_step(self.spec), x)
+    def _step(self, x: Tensor, step: Tensor | None = None) -> Tensor:
+        """A step, `scale` by default, as the forward uses it, spread to broadcast with `x`."""
+        return self._learned(self.scale if step is None else step, SMALLEST_STEP, largest_step(self.spec), x)
+
+
+class UniformQuantizer(StepQuantizer):
+    """Levels are multiples of a learnable step, `scale`. Arguments and attributes as StepQuantizer.
+
+    Raises:
+        PlanError: the spec is not for this class, or its granularity does not fit `shape` and `dim`.
+    """
+
+    kind: ClassVar[Kind] = "uniform"
+    symmetric: ClassVar[bool]
+    """Which specs the class is for."""
+
+    def __init__(
+        self,
+        spec: QuantSpec,
+        shape: Sequence[int] | None = None,
+        dim: int | None = None,
+        *,
+        gradient_scale: bool = True,
+    ) -> None:
+        super().__init__(spec, shape, dim, gradient_scale=gradient_scale)
+        if spec.symmetric is not self.symmetric:
+            raise PlanError(
+                f"{type(self).__name__} was given {'a symmetric' if spec.symmetric else 'an asymmetric'} spec",
+                fix=f"make_quantizer(spec, …), or QuantSpec(symmetric={self.symmetric})",
+            )
 
 
 def channel_dim(spec: QuantSpec, shape: Sequence[int] | None, dim: int | None) -> int | None:

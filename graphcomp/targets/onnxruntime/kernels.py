@@ -72,9 +72,6 @@ MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")
 LONGEST = 10
 """Steps from a layer back to the codes of its weight, where these are shifted, dequantized and turned around."""
 
-OF_CODEBOOKS = ("Add", "Clip", "Max", "Min", "Relu")
-"""Ops, beside products, between the codes of a codebook and the weight."""
-
 SMALLEST_BLOCK = 16
 """Inputs that share a step, for onnxruntime's kernel of weights of few bits."""
 
@@ -197,12 +194,15 @@ def _why_float(node: ir.Node) -> str:
 
 
 def _integers(value: ir.Value | None) -> str | None:
-    """The integer constant behind a dequantization, blocked or written out for unequal groups."""
+    """The integer constant behind a dequantization, blocked or written out for unequal groups, or behind a table."""
     for _ in range(LONGEST):
         producer = value.producer() if value is not None else None
         if producer is None:
             break
-        if producer.op_type not in ("DequantizeLinear", "Cast", "Mul", "Sub", *MOVES, *OF_CODEBOOKS):
+        if producer.op_type == "Gather":
+            value = _places(producer)
+            continue
+        if producer.op_type not in ("DequantizeLinear", "Cast", "Mul", "Sub", *MOVES):
             return None
         value = producer.inputs[0]
     if value is None or not value.is_initializer() or value.dtype is None or not value.dtype.is_integer():
@@ -210,9 +210,21 @@ def _integers(value: ir.Value | None) -> str | None:
     return str(value.name)
 
 
+def _places(gather: ir.Node) -> ir.Value | None:
+    """The codes that are looked up in a table of values: widened, and with one table per channel moved."""
+    value = gather.inputs[1]
+    for kind in ("Add", "Cast"):
+        if (producer := value.producer() if value is not None else None) is not None and producer.op_type == kind:
+            value = producer.inputs[0]
+    narrow = value is not None and value.dtype is not None and value.dtype.is_integer() and value.dtype.bitwidth <= 8
+    return value if narrow else None
+
+
 def _reason(node: ir.Node) -> str:
     """Why onnxruntime has no integer kernel for a quantized layer."""
     source, producer = _through_moves(node.inputs[0]), _through_moves(node.inputs[1])
+    if producer is not None and producer.op_type == "Gather":
+        return "weights from a table of values have no integer kernel"
     if _integers(node.inputs[1]) is None and _integers(node.inputs[0]) is not None:
         return "a constant on the left with a step per row has no integer kernel"
     if node.op_type == "ConvTranspose":

@@ -14,7 +14,7 @@ import torch
 from graphcomp.quantization import ops
 
 DOMAIN = "graphcomp"
-UNPACK, GROUPED, WIDE = "Unpack", "DequantizeGrouped", "DequantizeDouble"
+UNPACK, GROUPED, WIDE, LOOK_UP = "Unpack", "DequantizeGrouped", "DequantizeDouble", "LookUp"
 
 
 def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -75,6 +75,16 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
         type_constraints=kinds[:1],
         attributes=[attribute("axis", integers[0])],
     )
+    look_up_schema = schema(
+        LOOK_UP,
+        DOMAIN,
+        1,
+        inputs=[parameter("values", "T"), parameter("table", "F")],
+        outputs=[parameter("weight", "F")],
+        type_constraints=kinds,
+        attributes=[attribute("axis", integers[0])],
+    )
+    look_up_op = Op(private, LOOK_UP, look_up_schema)
     unpack_op, grouped_op = Op(private, UNPACK, unpack_schema), Op(private, GROUPED, grouped_schema)
     wide_op = Op(private, WIDE, wide_schema)
 
@@ -120,10 +130,14 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
     def dequantize_grouped(values, scales, zero_points, groups):  # type: ignore[no-untyped-def]
         return grouped_op(values, scales, zero_points, groups)
 
+    def look_up(values, table, axis: int = -1):  # type: ignore[no-untyped-def]
+        return look_up_op(values, table, axis=-1 if axis is None else axis)  # -1: one table for all
+
     return {
         ops.quantize_per_tensor: quantize_per_tensor,
         ops.dequantize_per_tensor: dequantize_per_tensor,
         ops.dequantize_per_channel: dequantize_per_channel,
         torch.ops.graphcomp.unpack.default: unpack,
         torch.ops.graphcomp.dequantize_grouped.default: dequantize_grouped,
+        ops.LOOK_UP: look_up,
     }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from graphcomp.errors import ExportError
 from graphcomp.quantization import ops
 from graphcomp.targets.onnxruntime.norms import write_sums
-from graphcomp.targets.onnxruntime.ops import DOMAIN, GROUPED, UNPACK, WIDE
+from graphcomp.targets.onnxruntime.ops import DOMAIN, GROUPED, LOOK_UP, UNPACK, WIDE
 from graphcomp.targets.onnxruntime.pads import fold_pads
 from graphcomp.targets.onnxruntime.unfused import (
     by_arithmetic,
@@ -45,6 +45,8 @@ def prepare(model: ir.Model) -> None:
     for node in _nodes(model, GROUPED, DOMAIN):
         _as_matmul(node)
         _blocks(model.graph, node)
+    for node in _nodes(model, LOOK_UP, DOMAIN):
+        _as_matmul(node)
     for node in _nodes(model, "DequantizeLinear"):
         _set_zero_points(model.graph, node)
     for node in _nodes(model, "Transpose"):
@@ -60,6 +62,8 @@ def finish(model: ir.Model) -> None:
         _gathered(node)
     for node in _nodes(model, WIDE, DOMAIN):
         _double(node)
+    for node in _nodes(model, LOOK_UP, DOMAIN):
+        _in_table(node)
     for node in _nodes(model, UNPACK, DOMAIN):
         _halve(node)
     model.opset_imports.pop(DOMAIN, None)
@@ -245,8 +249,8 @@ def _as_matmul(node: ir.Node) -> None:
     """Let a Gemm that reads this weight be MatMul and Add.
 
     onnxruntime has a kernel for MatMul with a weight in blocks (MatMulNBits), and none for Gemm; and it would quantize
-    the float weight of a Gemm between quantized values a second time, on its own. On three dims, as it makes a Gemm of
-    what has two.
+    the float weight, from groups or a table, of a Gemm between quantized values a second time, on its own. On three
+    dims, as it makes a Gemm of what has two.
     """
     import numpy as np
     import onnx_ir as ir
@@ -315,6 +319,63 @@ def _double(node: ir.Node) -> None:
     by_arithmetic(node, values, scales, zeros, node.attributes["axis"].as_int())
 
 
+def _in_table(node: ir.Node) -> None:
+    """Codes that are looked up in a table of values, or in one table per index of a dim: once, when the runtime loads
+    the file.
+
+    All tables are one, end to end, and each index adds the place where its table begins.
+    """
+    import numpy as np
+    import onnx_ir as ir
+
+    values, table = node.inputs
+    axis = node.attributes["axis"].as_int()
+    assert values is not None and table is not None and table.shape is not None
+
+    def constant(numbers: Any) -> Any:
+        return tape.op("Constant", [], {"value": ir.tensor(numbers)})
+
+    tape = _tape()
+    places: Any = tape.op("Cast", [values], {"to": ir.DataType.INT32})
+    if axis >= 0:
+        assert values.shape is not None
+        channels, levels = table.shape.numpy()
+        first = np.arange(channels, dtype=np.int32) * levels
+        shape = [-1 if dim == axis else 1 for dim in range(len(values.shape))]
+        places = tape.op("Add", [places, constant(first.reshape(shape))])
+        table = tape.op("Reshape", [table, constant(np.array([-1], np.int64))])
+    result = tape.op("Gather", [table, places], {"axis": 0})
+    _insert(node, tape, result)
+    keep_sums_apart(result)
+    for user, place in list(readers(result)):
+        if user.op_type in ("Conv", "ConvTranspose") and place == 1 and dequantized(user.inputs[0]):
+            _bias_apart(user)
+
+
+def _bias_apart(node: ir.Node) -> None:
+    """Let the bias of a convolution, zeros without one, be added by Sum.
+
+    onnxruntime quantizes the float weight of a convolution between quantized values on its own, with one step in all.
+    """
+    import numpy as np
+    import onnx_ir as ir
+
+    out, weight = node.outputs[0], node.inputs[1]
+    assert out.shape is not None and weight is not None
+    tape = _tape()
+    bias: Any = node.inputs[2] if len(node.inputs) > 2 else None
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    sums = tape.op(node.op_type, list(node.inputs[:2]), attributes)
+    sums.dtype, sums.shape = out.dtype, out.shape
+    if bias is None:
+        kind = out.dtype
+        assert isinstance(kind, ir.DataType)
+        bias = tape.op("Constant", [], {"value": ir.tensor(np.zeros(1, kind.numpy()))})
+    shape = np.array([-1] + [1] * (len(out.shape) - 2), np.int64)
+    bias = tape.op("Reshape", [bias, tape.op("Constant", [], {"value": ir.tensor(shape)})])
+    _insert(node, tape, tape.op("Sum", [sums, bias]))
+
+
 def _between(tape: Any, value: ir.Value, rank: int) -> Any:
     """(c, i) as (c, 1, …, i), of `rank` dims."""
     import numpy as np
@@ -340,9 +401,10 @@ def _set_zero_points(graph: ir.Graph, node: ir.Node) -> None:
         return
     producer = node.inputs[2].producer()
     source = producer.inputs[0] if producer is not None and producer.op_type == "Cast" else node.inputs[2]
-    if source is None or source.const_value is None:
+    held = None if source is None else ir.convenience.get_const_tensor(source)  # a constant, or of a Constant node
+    if source is None or held is None:
         return
-    zeros = source.const_value.numpy()
+    zeros = held.numpy()
     if codes.dtype == ir.DataType.INT32 and not zeros.any():
         node.resize_inputs(2)
     elif codes.dtype in (ir.DataType.INT4, ir.DataType.UINT4):
