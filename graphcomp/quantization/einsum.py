@@ -18,6 +18,8 @@ from graphcomp.quantization.placement import constants
 
 aten = torch.ops.aten
 
+RESULT_OF = "result_of"
+"""Key of `meta`: name of the op that a node has the value of, where a node of another name has that value now."""
 ELLIPSIS = "…"
 """Prefix of the labels of dims that an ellipsis stands for, numbered from the last."""
 
@@ -139,8 +141,9 @@ class _WriteOut:
         node.meta["val"] = target(*(value(operand) for operand in operands))
         with node.graph.inserting_before(node.next):
             found = self._permuted(self._parted(node, sizes), swapped.result, terms.result)
-        for user in users:
-            if found is not node:
+        if found is not node:
+            node.meta[RESULT_OF], found.meta[RESULT_OF] = "", node.name
+            for user in users:
                 user.replace_input_with(node, found)
 
     def _product(

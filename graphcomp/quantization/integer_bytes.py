@@ -12,6 +12,7 @@ from graphcomp.coupling.axis import Factor, leaves
 from graphcomp.coupling.propagate import Coupling, propagate
 from graphcomp.ir.graph import bind
 from graphcomp.ops.answers import compute_of
+from graphcomp.quantization.einsum import RESULT_OF
 from graphcomp.quantization.ops import PACKED_BITS, dequantize_per_channel
 
 STEP_BYTES, ZERO_BYTES, GROUP_BYTES = 4, 4, 8
@@ -97,7 +98,7 @@ def _twins(ours: Coupling, theirs: Coupling) -> dict[Factor, Factor]:
     found: dict[Factor, Factor] = {}
     ambiguous: set[Factor] = set()
     for node, results in theirs.axes.items():
-        for own, other in zip(results, named.get(node.name, ()), strict=False):
+        for own, other in zip(results, named.get(node.meta.get(RESULT_OF, node.name), ()), strict=False):
             for axis, twin in zip(own, other, strict=False):
                 pairs = list(leaves(axis)), list(leaves(twin))
                 if [leaf.size for leaf in pairs[0]] != [leaf.size for leaf in pairs[1]]:

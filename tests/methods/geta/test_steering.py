@@ -27,7 +27,12 @@ def test_the_budget_holds_for_the_result(cost, share):
 
 
 @pytest.mark.parametrize(
-    "name", ["mlp", *in_ci("encoder"), *slow(*(n for n in MODELS if n not in ("encoder", "residual", "mlp")))]
+    "name",
+    [
+        "mlp",
+        *in_ci("encoder", "experts"),
+        *slow(*(n for n in MODELS if n not in ("encoder", "experts", "residual", "mlp"))),
+    ],
 )
 @pytest.mark.parametrize("bits", [(4, 8), *slow((2, 4), (9, 16))])
 def test_bytes_are_those_of_the_report(name, bits):
