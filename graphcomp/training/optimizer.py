@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, overload
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from graphcomp.arguments import wrong
 from graphcomp.coupling.groups import Kept
 from graphcomp.errors import CheckpointError, PlanError
 from graphcomp.pruning.mask import gone
@@ -376,8 +378,13 @@ def _base_optimizer(
     """The base optimizer.
 
     Raises:
-        PlanError: its class refuses the options, or groups of parameters; or its steps need a closure.
+        PlanError: its class refuses the options, or groups of parameters; its steps need a closure; a learning rate is
+            not finite.
     """
+    rates = (lr, *(group["lr"] for group in groups if "lr" in group))
+    for rate in rates:
+        if isinstance(rate, float) and not math.isfinite(rate):
+            raise wrong("lr", "a finite number", rate, "lr=1e-3")
     try:
         made = base(groups, lr=lr, **options, **more)  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:

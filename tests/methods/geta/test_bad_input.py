@@ -18,6 +18,13 @@ def qasso(ready: nn.Module, *base: Any, **options: Any) -> gc.QASSO:
     return gc.QASSO(ready, *base, **{"lr": 0.01, "schedule": SCHEDULE, **options})
 
 
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("lr", [float("nan"), float("inf")])
+def test_a_learning_rate_is_finite(base, lr):
+    with pytest.raises(gc.PlanError, match="lr must be a finite number"):
+        qasso(ready_of("mlp"), base, lr=lr)
+
+
 # ------------------------------------------------------------------------------------------------ modules
 @pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel, nn.Sequential])
 def test_a_module_that_was_not_prepared(wrap):
