@@ -1,16 +1,20 @@
 """What graphcomp relies on of each private name of torch, and that one file alone binds the names."""
 
 import ast
+import gc as collector
 import importlib
 import logging
 import re
 import runpy
+import weakref
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import sympy
 import torch
 from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import graphcomp as gc
 from benchmarks.house import private_attributes, private_names
@@ -44,6 +48,7 @@ from graphcomp.torch_compat import (
     foreach_clamp_min_,
     foreach_copy_,
     foreach_zero_,
+    forget_shape_environments,
     get_unwrapped,
     inside_wrapper,
     is_batchedtensor,
@@ -511,3 +516,15 @@ def test_a_module_of_torch_registers_the_ops_of_quantized_graphs():
     op = torch.ops.quantized_decomposed.dequantize_per_tensor.default
     names = [a.name for a in schema_of(op).arguments]
     assert names == ["input", "scale", "zero_point", "quant_min", "quant_max", "dtype", "out_dtype"]
+
+
+def test_forget_shape_environments():
+    environment = ShapeEnv()
+    environment.simplify(sympy.Integer(1) + sympy.Symbol("s"))  # cached on the method, with the environment
+    alive = weakref.ref(environment)
+    del environment
+    collector.collect()
+    assert alive() is not None
+    forget_shape_environments()
+    collector.collect()
+    assert alive() is None

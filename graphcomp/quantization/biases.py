@@ -93,7 +93,7 @@ def fit_biases(fake: fx.GraphModule) -> None:
         for layer in found:
             floats, product = values.of(layer.bias), layer.quantizer.scale * layer.step / 2**layer.shift
             if layer.quantizer.spec.symmetric and product.numel() in (1, floats.numel()):
-                rounded = nn.Parameter(torch.round(floats / product) * product)
+                rounded = nn.Parameter((torch.round(floats / product) * product).to(floats.dtype))
                 argument, name = operands_of(layer.node).bias, f"graphcomp_{layer.node.name}_bias"
                 replace_argument(fake, layer.node, argument, rounded, name, readers)
     fake.recompile()
