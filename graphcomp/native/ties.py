@@ -25,7 +25,7 @@ from graphcomp.ir.graph import source_line
 from graphcomp.ir.preserve import eval_copy
 from graphcomp.native.attributes import LINE, TORCH, Place, module_paths
 from graphcomp.pruning.ties import merged
-from graphcomp.torch_compat import pytree
+from graphcomp.torch_compat import OpOverload, pytree
 
 FactorTie: TypeAlias = frozenset[Factor]
 """Factors of which equally many units must stay."""
@@ -195,10 +195,13 @@ def _by_place(coupling: Coupling, counts: Mapping[Factor, int]) -> Known:
 
 
 def _made_of_values(coupling: Coupling, node: fx.Node) -> set[Factor]:
-    """Return the dims that an op makes anew of its operands and freezes.
+    """Return the dims that an op makes anew of its operands and freezes, where values may decide their lengths.
 
-    Values may decide their lengths (how many scores exceed a threshold), and another model has other values.
+    How many scores exceed a threshold, say: another model has other values.
     """
+    op = node.target
+    if isinstance(op, OpOverload) and op.namespace == "aten" and torch.Tag.dynamic_output_shape not in op.tags:
+        return set()
     read = {leaf for n in node.all_input_nodes for axes in coupling.axes.get(n, []) for a in axes for leaf in leaves(a)}
     results = [normal(axis) for axes in coupling.axes.get(node, []) for axis in axes] if read else []
     return {axis for axis in results if isinstance(axis, Factor) and axis.frozen and axis not in read}
