@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -47,6 +48,22 @@ class Goal:
         """Whether bits are asked for."""
         return self.bits is not None or self.start is not None
 
+    @property
+    def of_units(self) -> dict[str, bool]:
+        """Options of methods that prune units -> whether the option is given."""
+        return {
+            "a budget": self.budget is not None,
+            "a saliency": self.saliency is not None,
+            "round_to": self.round_to != 1,
+            "prune": self.prune is not None,
+            "sparsity by module": isinstance(self.sparsity, Mapping),
+        }
+
+    @property
+    def of_activations(self) -> dict[str, bool]:
+        """Options of methods that quantize activations -> whether the option is given."""
+        return {"a number of activation bits": self.activation_bits not in ("same", None)}
+
 
 class Source(Protocol):
     """A captured model, of which a method chooses the views that stand on its weights."""
@@ -68,7 +85,7 @@ class Source(Protocol):
         """
 
 
-class Method:
+class Method(ABC):
     """A way to train a model smaller: plain training at fixed bits, of which a method overrides what it does otherwise.
 
     Attributes:
@@ -85,7 +102,7 @@ class Method:
     calibrated: ClassVar[bool] = False
     compares: ClassVar[bool] = False
 
-    def check(self, goal: Goal) -> None:
+    def check(self, goal: Goal) -> None:  # noqa: B027 (most methods have nothing to refuse)
         """Refuse what the method cannot do.
 
         Raises:
@@ -98,6 +115,7 @@ class Method:
             return source()
         return source(bits=goal.bits, activation_bits=goal.activation_bits, start=goal.start)
 
+    @abstractmethod
     def begin(self, ready: Prepared, goal: Goal, training: Training, steps: int) -> Run:
         """Begin a run.
 
@@ -107,7 +125,6 @@ class Method:
             training: the options of training, with those that were chosen for the model.
             steps: of the whole run.
         """
-        raise NotImplementedError
 
 
 def folders(stages: Sequence[Method]) -> list[str]:

@@ -267,12 +267,7 @@ class Pqk(Method):
 
     def check(self, goal: Goal) -> None:
         """A share of the weights, and fixed bits or none."""
-        others = {
-            "a budget": goal.budget is not None, "a saliency": goal.saliency is not None,
-            "round_to": goal.round_to != 1, "prune": goal.prune is not None,
-            "sparsity by module": isinstance(goal.sparsity, Mapping),
-        }  # fmt: skip
-        refuse(self, others, "single weights are pruned by magnitude, whatever unit they belong to")
+        refuse(self, goal.of_units, "single weights are pruned by magnitude, whatever unit they belong to")
         if goal.bits is not None:
             raise PlanError(f"bits must be one number for PQK, got {goal.bits}", fix=f"bits={goal.bits[0]}")
 

@@ -150,13 +150,11 @@ class Psgd(Method):
 
     def check(self, goal: Goal) -> None:
         """One number of bits, or a share of the weights."""
-        others = {
-            "a budget": goal.budget is not None, "a saliency": goal.saliency is not None,
-            "round_to": goal.round_to != 1, "prune": goal.prune is not None,
-            "sparsity by module": isinstance(goal.sparsity, Mapping),
-            "a number of activation bits": goal.activation_bits not in ("same", None),
-        }  # fmt: skip
-        refuse(self, others, "single weights are pruned or rounded, whatever unit they belong to")
+        refuse(
+            self,
+            {**goal.of_units, **goal.of_activations},
+            "single weights are pruned or rounded, whatever unit they belong to",
+        )
         if (goal.bits is None) == (not goal.sparsity):
             raise PlanError(
                 'method="psgd" needs bits or a sparsity, and not both',

@@ -6,7 +6,6 @@ et al. 2016, arXiv 1605.04711); see `graphcomp.quantization.quantizers.ternary` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -45,13 +44,7 @@ class Ternary(Method):
 
     def check(self, goal: Goal) -> None:
         """Two bits, for weights."""
-        others = {
-            "a budget": goal.budget is not None, "a saliency": goal.saliency is not None,
-            "round_to": goal.round_to != 1, "prune": goal.prune is not None,
-            "sparsity by module": isinstance(goal.sparsity, Mapping),
-            "a number of activation bits": goal.activation_bits not in ("same", None),
-        }  # fmt: skip
-        refuse(self, others, "weights become ternary, and all else stays")
+        refuse(self, {**goal.of_units, **goal.of_activations}, "weights become ternary, and all else stays")
         if goal.bits != (2, 2):
             raise PlanError(f"bits of ternary weights must be 2, got {goal.bits}", fix="bits=2")
 

@@ -139,9 +139,7 @@ def outputs_of(module: nn.Module, inputs: tuple[Any, Any], *, exactly: bool = Fa
         exactly: a copy of `module` runs in float64.
         calls: 2: what a second call returns then, too.
     """
-    args, kwargs = copies(inputs)
-    with _running(module, exactly) as copied:
-        args, kwargs = pytree.tree_map(in_float64, (args, kwargs)) if exactly else (args, kwargs)
+    with _running(module, inputs, exactly) as (copied, args, kwargs):
         outputs = _named(copied(*args, **kwargs))
         if calls == 2:
             outputs |= {f"{name}, second call": tensor for name, tensor in _named(copied(*args, **kwargs)).items()}
@@ -149,13 +147,20 @@ def outputs_of(module: nn.Module, inputs: tuple[Any, Any], *, exactly: bool = Fa
 
 
 @contextmanager
-def _running(module: nn.Module, exactly: bool) -> Iterator[nn.Module]:
-    """Give a copy in eval mode that computes without gradients from one random state; `exactly`: in float64."""
+def _running(
+    module: nn.Module, inputs: tuple[Any, Any], exactly: bool
+) -> Iterator[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
+    """Give copies of a module in eval mode and of its inputs, without gradients and from one random state.
+
+    Args:
+        exactly: both in float64.
+    """
     module = _as_float64(module) if exactly else module
+    args, kwargs = pytree.tree_map(in_float64, copies(inputs)) if exactly else copies(inputs)
     precision = Float64ByDefault() if exactly else nullcontext()
     with eval_copy(module, real=True) as copied, torch.no_grad(), precision:
         torch.manual_seed(0)
-        yield copied
+        yield copied, args, kwargs
 
 
 def outputs_in_modes(module: nn.Module, inputs: tuple[Any, Any], modes: Mapping[str, bool] | None) -> dict[str, Any]:
@@ -167,9 +172,7 @@ def outputs_in_modes(module: nn.Module, inputs: tuple[Any, Any], modes: Mapping[
 
 def _floats_before(module: nn.Module, inputs: tuple[Any, Any], *, exactly: bool) -> dict[str, list[Tensor]]:
     """Output -> the floats that it is computed from, of one run; see `Provenance`."""
-    args, kwargs = copies(inputs)
-    with _running(module, exactly) as copied:
-        args, kwargs = pytree.tree_map(in_float64, (args, kwargs)) if exactly else (args, kwargs)
+    with _running(module, inputs, exactly) as (copied, args, kwargs):
         output, provenance = heard(copied, args, kwargs)
         return {name: provenance.before(tensor) for name, tensor in _named(output).items()}
 

@@ -36,12 +36,6 @@ def is_convolution(node: fx.Node) -> bool:
     return found is not None and found.convolution
 
 
-def is_transposed(node: fx.Node) -> bool:
-    """Return whether the op is a transposed convolution with an integer form."""
-    found = compute_of(node)
-    return found is not None and found.transposed
-
-
 def move_of(node: fx.Node) -> Move | None:
     """Return how the op moves elements of one operand."""
     return _of_kind(node, Move)

@@ -103,6 +103,7 @@ class _Planner:
         self.folded = folded
         self.constants = constants(module.graph)
         self.compute = {node: self._chosen(node) for node in module.graph.nodes if compute_of(node)}
+        self.ends = self._ends()
         self.floats = self._reading_floats()
         self.readers: dict[fx.Node, dict[fx.Node, None]] = {}
         self.weights: list[Site] = []
@@ -176,7 +177,7 @@ class _Planner:
         if operands.weight not in operands.data and arguments[operands.weight] not in self.constants:
             self.left_float[node] = "its weight is computed from the inputs"
             return
-        if node in self._ends() and not chosen.named:
+        if node in self.ends and not chosen.named:
             asked, chosen = chosen, chosen.at_least(self.config.first_and_last_bits)
             if chosen != asked:
                 self.raised.append(self.label(node))
