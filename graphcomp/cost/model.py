@@ -110,8 +110,8 @@ class CostModel:
         self._size = Lengths(analysis.captured, {group.factor: group.factor for group in analysis.groups}).size
         axes_of = {
             id(tensor): own.attributes[str(node.target)]
-            for own in (*coupling.beside, coupling)
-            for node, tensor in attributes(own.module)
+            for own, module in analysis.coupled
+            for node, tensor in attributes(module)
         }
         parameters = {id(p): p for p in analysis.model.parameters()}
         stored = {id(t): t for t in analysis.model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
@@ -128,7 +128,7 @@ class CostModel:
         layers = _Layers(analysis)
         operations, uncounted = [], []
         weights: set[str] = set()
-        for node in coupling.module.graph.nodes:
+        for node in coupling.graph.nodes:
             call = coupling.calls.get(node)
             if call is None or not call.products:
                 missing = _uncounted(node, coupling)
@@ -237,7 +237,7 @@ class _Layers:
 
     def __init__(self, analysis: Analysis) -> None:
         self._coupling = analysis.coupling
-        self._tensors = {str(node.target): tensor for node, tensor in attributes(analysis.coupling.module)}
+        self._tensors = {str(node.target): tensor for node, tensor in attributes(analysis.captured.module)}
         names = {id(p): name.removesuffix(".weight") for name, p in analysis.model.named_parameters()}
         self.parameters = tuple(names.values())
         self._names = {t: names.get(id(tensor), t.removesuffix(".weight")) for t, tensor in self._tensors.items()}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import networkx
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from graphcomp.arguments import check_word
 from graphcomp.capture.beside import RunsBeside, runs_beside
@@ -29,9 +29,21 @@ class Analysis:
     """
 
     captured: Captured
-    coupling: Coupling
     groups: tuple[ChannelGroup, ...]
     beside: RunsBeside = field(default_factory=RunsBeside)
+
+    @property
+    def coupling(self) -> Coupling:
+        """The axes of the captured graph."""
+        assert self.captured.coupling is not None
+        return self.captured.coupling
+
+    @property
+    def coupled(self) -> Iterator[tuple[Coupling, fx.GraphModule]]:
+        """The axes of each graph with the graph: those of the graphs beside, then those of the captured graph."""
+        graphs = (other.module for other in self.beside.graphs)
+        yield from zip(self.coupling.beside, graphs, strict=True)
+        yield self.coupling, self.captured.module
 
     @property
     def model(self) -> nn.Module:
@@ -40,14 +52,8 @@ class Analysis:
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Analysis:
         """Return the same analysis of the same graph with `tensors` in place of the tensors of their names."""
-        captured = self.captured.bind(tensors)
         beside = tuple(replace(other, module=bound_graph(other.module, tensors)) for other in self.beside.graphs)
-        coupling = replace(
-            self.coupling,
-            module=captured.module,
-            beside=[replace(c, module=own.module) for c, own in zip(self.coupling.beside, beside, strict=True)],
-        )
-        return replace(self, captured=captured, coupling=coupling, beside=replace(self.beside, graphs=beside))
+        return replace(self, captured=self.captured.bind(tensors), beside=replace(self.beside, graphs=beside))
 
     @cached_property
     def frozen(self) -> tuple[FrozenAxis, ...]:
@@ -90,10 +96,11 @@ class Analysis:
 def analyze_captured(captured: Captured) -> Analysis:
     """Couple the axes of a captured graph and collect its groups."""
     coupling = propagate(captured.module, captured.output_names, held=captured.outside.reads)
+    captured = replace(captured, coupling=coupling)
     beside = runs_beside(captured)
     for other in beside.graphs:
         names = {str(node.target) for node, _ in attributes(other.module)} - set(tensor_names(captured.original))
         constants = dict.fromkeys(names, f"a constant of the code {other.what}")
         held = {**captured.outside.reads, **constants}
-        couple_beside(coupling, other.module, other.output_names, other.what, held)
-    return Analysis(captured, coupling, find_groups(coupling), beside)
+        couple_beside(captured, other.module, other.output_names, other.what, held)
+    return Analysis(captured, find_groups(coupling), beside)

@@ -27,7 +27,7 @@ from graphcomp.coupling.axis import (
     normal,
 )
 from graphcomp.coupling.propagate import Coupling
-from graphcomp.ir.graph import argument_at, attributes, bind, source_line
+from graphcomp.ir.graph import argument_at, bind, source_line
 from graphcomp.ops.call import Call
 
 Role = Literal["channel", "head", "head_dim", "hidden", "width", "expert", "group"]
@@ -123,15 +123,15 @@ def find_groups(coupling: Coupling) -> tuple[ChannelGroup, ...]:
     """
     consumed, made = consumed_and_made(coupling)
     members: dict[Factor, list[Member]] = {}
-    for name, tensor in _distinct(coupling):
-        is_parameter = isinstance(tensor, torch.nn.Parameter)
+    for name in _distinct(coupling):
+        is_parameter = name in coupling.parameters
+        shape = tuple(int(length(axis)) for axis in coupling.attributes[name])
         for dim, axis in enumerate(coupling.attributes[name]):
             rows: dict[Factor, list[Tensor]] = {}
             for factor, row in coordinates(axis):
                 rows.setdefault(factor, []).append(row)
             for factor, found in rows.items():
                 consumes = (name, dim) in consumed
-                shape = tuple(tensor.shape)
                 member = Member(name, dim, normal(axis), torch.stack(found), consumes, is_parameter, shape)
                 members.setdefault(factor, []).append(member)
     groups: list[ChannelGroup] = []
@@ -237,38 +237,33 @@ def _sure(axis: Product | Concat, part: Axis) -> int:
 def find_frozen(coupling: Coupling) -> tuple[FrozenAxis, ...]:
     """For each parameter and dim the frozen indices, one entry per reason; dims of length 1 are left out."""
     found: list[FrozenAxis] = []
-    for name, tensor in _distinct(coupling):
-        if not isinstance(tensor, torch.nn.Parameter):
+    for name in _distinct(coupling):
+        if name not in coupling.parameters:
             continue
         for dim, axis in enumerate(coupling.attributes[name]):
+            size = length(axis)
+            assert isinstance(size, int)
             reasons: Counter[Reason] = Counter()
             for leaf in leaves(axis):
                 if leaf.frozen:
                     reasons[leaf.frozen] += leaf.size
-            if tensor.shape[dim] > 1 and not any(True for _ in leaves(axis)):
-                found.append(FrozenAxis(name, dim, tensor.shape[dim], _ALONE))
+            if size > 1 and not any(True for _ in leaves(axis)):
+                found.append(FrozenAxis(name, dim, size, _ALONE))
             elif is_frozen(axis) and reasons:  # all of it: one line, the first reason
-                found.append(FrozenAxis(name, dim, tensor.shape[dim], next(iter(reasons))))
+                found.append(FrozenAxis(name, dim, size, next(iter(reasons))))
             else:
                 found += [FrozenAxis(name, dim, count, reason) for reason, count in reasons.items()]
     return tuple(found)
 
 
-def _distinct(coupling: Coupling) -> list[tuple[str, Tensor]]:
+def _distinct(coupling: Coupling) -> list[str]:
     """Each tensor of the graph once, by the first name it is read under."""
-    seen: set[int] = set()
-    found = []
-    for node, tensor in attributes(coupling.module):
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            found.append((str(node.target), tensor))
-    return found
+    return [name for name, first in coupling.first_names.items() if name == first]
 
 
 def consumed_and_made(coupling: Coupling) -> tuple[set[tuple[str, int]], set[tuple[str, int]]]:
     """(tensor, dim) pairs that some op sums over, and those that some op reads and does not sum over."""
-    first_name = {id(tensor): name for name, tensor in _distinct(coupling)}
-    canonical = {str(n.target): first_name[id(t)] for n, t in attributes(coupling.module)}
+    canonical = coupling.first_names
     consumed: set[tuple[str, int]] = set()
     made: set[tuple[str, int]] = set()
     inside: set[tuple[str, int]] = set()  # summed over while a weight is computed

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from graphcomp.coupling.axis import Axes, Concat, Reason, all_leaves, freeze, fresh, leaves, length, normal
 from graphcomp.coupling.size import size_of
 from graphcomp.errors import RuleError
 from graphcomp.ir.graph import argument_at, attributes, bind, is_op, source_line, tensor_values, value
+from graphcomp.ir.program import Program
 from graphcomp.ops import registry
 from graphcomp.ops.call import AxesValue, Call
 from graphcomp.torch_compat import OpOverload, storage_key
@@ -57,11 +58,14 @@ class Coupled(Protocol):
 
 @dataclass
 class Coupling:
-    """What the walk found. Axes of a node are one tuple per tensor it computes."""
+    """What the walk found. Axes of a node are one tuple per tensor it computes. It holds no tensor of the model."""
 
-    module: fx.GraphModule
+    graph: fx.Graph
     axes: dict[fx.Node, list[Axes]] = field(default_factory=dict)
     attributes: dict[str, Axes] = field(default_factory=dict)  # get_attr target -> axes of the tensor
+    first_names: dict[str, str] = field(default_factory=dict)
+    """get_attr target -> the first one of the graph that reads the same tensor."""
+    parameters: set[str] = field(default_factory=set)  # the get_attr targets that are parameters
     calls: dict[fx.Node, Call] = field(default_factory=dict)
     sources: dict[fx.Node, frozenset[str]] = field(default_factory=dict)
     """For values that depend on parameters and constants only: the get_attr targets they are made of."""
@@ -83,7 +87,7 @@ def propagate(
     output_names: Sequence[str] = (),
     order: Sequence[fx.Node] | None = None,
     held: Mapping[str, str] | None = None,
-    known: Coupling | None = None,
+    known: Program | None = None,
 ) -> Coupling:
     """Walk `module` once and couple all its axes.
 
@@ -92,10 +96,10 @@ def propagate(
         output_names: one per output tensor, for the reasons.
         order: another topological order of the nodes (the result must not depend on it).
         held: tensors that must stay as they are -> why.
-        known: of another graph of the same model: tensors that both graphs read have the same axes.
+        known: another graph of the same model, with its axes: tensors that both graphs read have the same axes.
     """
-    coupling = Coupling(module)
-    _place_attributes(coupling, known)
+    coupling = Coupling(module.graph)
+    _place_attributes(coupling, module, known)
     for name, why in (held or {}).items():
         for axis in coupling.attributes.get(name, ()):
             freeze(axis, Reason(f"'{name}': {why}"))
@@ -120,7 +124,7 @@ def propagate(
 
 
 def couple_beside(
-    coupling: Coupling,
+    program: Program,
     module: fx.GraphModule,
     output_names: Sequence[str],
     what: str,
@@ -132,10 +136,13 @@ def couple_beside(
     the lengths of such parts stand in code that no sliced graph can follow.
 
     Args:
+        program: the first graph, with its axes.
         what: completes the reasons: "in training mode".
     """
+    coupling = program.coupling
+    assert coupling is not None
     before = {leaf: leaf.frozen for axes in coupling.attributes.values() for leaf in all_leaves(axes)}
-    coupling.beside.append(propagate(module, output_names, held=held, known=coupling))
+    coupling.beside.append(propagate(module, output_names, held=held, known=program))
     for leaf, frozen in before.items():
         if isinstance(normal(leaf), Concat):
             freeze(leaf, Reason(f"read in parts {what}"))
@@ -145,14 +152,19 @@ def couple_beside(
                     inner.frozen = Reason(f"{inner.frozen.text}, {what}", inner.frozen.op, inner.frozen.source)
 
 
-def _place_attributes(coupling: Coupling, known: Coupling | None = None) -> None:
+def _place_attributes(coupling: Coupling, module: fx.GraphModule, known: Program | None) -> None:
     """Fresh axes for every tensor the graph reads. The same tensor under two names has the same axes."""
-    shared = [] if known is None else attributes(known.module)
-    by_tensor: dict[int, Axes] = {id(t): known.attributes[str(n.target)] for n, t in shared} if known else {}
+    shared = [] if known is None else list(attributes(known.module))
+    of_known = known.coupling.attributes if known is not None and known.coupling is not None else {}
+    by_tensor: dict[int, Axes] = {id(t): of_known[str(n.target)] for n, t in shared}
     by_storage: dict[int, tuple[int, Axes]] = {
         storage_key(tensor.untyped_storage()): (id(tensor), by_tensor[id(tensor)]) for _, tensor in shared
     }
-    for node, tensor in attributes(coupling.module):
+    first_names: dict[int, str] = {}
+    for node, tensor in attributes(module):
+        coupling.first_names[str(node.target)] = first_names.setdefault(id(tensor), str(node.target))
+        if isinstance(tensor, nn.Parameter):
+            coupling.parameters.add(str(node.target))
         axes = by_tensor.get(id(tensor))
         if axes is None:
             axes = tuple(fresh(n) for n in tensor.shape)

@@ -75,7 +75,7 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
         Rewrite("leave out written backward passes", without_backward),
         Rewrite("put quantizers behind moves", with_repeats),
         Rewrite("quantize tables", partial(with_embeddings, spec=session.config.embeddings, ignore=session.ignore)),
-    ))(replace(session.quantized.captured, module=sliced))  # fmt: skip
+    ))(session.quantized.captured.rewritten(sliced))  # fmt: skip
     quantized = from_training(stored.module, [inputs])
     return with_integers(
         cut,

@@ -315,7 +315,7 @@ def as_integers(
             notes.append("calibrated on the example inputs alone, as no calibration= was given")
         elif options.rounding == "second_order":
             notes.append("rounded to second order on the example inputs alone, as no calibration= was given")
-    quantized = quantize(replace(captured, module=cut.graph), batches, options)
+    quantized = quantize(captured.rewritten(cut.graph), batches, options)
     return with_integers(
         cut, quantized, (*notes, *quantized.notes), batches[0] if verify else None, measure_latency=measure_latency
     )

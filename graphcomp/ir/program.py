@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor, fx, nn
 
 from graphcomp.ir.graph import all_tensors
 from graphcomp.ir.inputs import Inputs
 from graphcomp.ir.module import bound_graph, bound_model
+
+if TYPE_CHECKING:
+    from graphcomp.coupling.propagate import Coupling
 
 P = TypeVar("P", bound="Program")
 
@@ -24,6 +27,8 @@ class Program:
             this one, which shares the tensors that stay.
         original: the model that the graph was captured from.
         inputs: example inputs of `original`, copies of the caller's. A run gets copies of these.
+        coupling: the axes of what each node of the graph computes; None: not known (yet), as of a graph that was
+            rewritten. It holds no tensor, and is shared by all programs of one graph.
         notes: what the program differs in from the model, and what was asked and not done, each with its reason.
         left_float: layer -> why the layer is not quantized.
         errors: layer -> relative error of its output, ||fake - float|| / ||float||.
@@ -32,9 +37,13 @@ class Program:
     module: fx.GraphModule
     original: nn.Module
     inputs: Inputs
+    coupling: Coupling | None = None
     notes: tuple[str, ...] = ()
     left_float: Mapping[str, str] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert self.coupling is None or self.coupling.graph is self.graph, "the axes must be of the program's graph"
 
     @property
     def graph(self) -> fx.Graph:
@@ -54,5 +63,5 @@ class Program:
         return replace(self, module=bound_graph(self.module, tensors), original=bound_model(self.original, tensors))
 
     def rewritten(self: P, module: fx.GraphModule, notes: Sequence[str] = ()) -> P:
-        """Return the program of a module that a stage made of this one's, with more notes."""
-        return replace(self, module=module, notes=(*self.notes, *notes))
+        """Return the program of a module that a stage made of this one's, with more notes; its axes are not known."""
+        return replace(self, module=module, coupling=None, notes=(*self.notes, *notes))

@@ -270,7 +270,7 @@ def find_lengths(coupling: Coupling, counts: Mapping[Factor, int]) -> Lengths:
 
 
 def _find_lengths(coupling: Coupling, counts: Mapping[Factor, int], found: Lengths) -> None:
-    for node in coupling.module.graph.nodes:
+    for node in coupling.graph.nodes:
         axes = [axis for value in coupling.axes.get(node, []) for axis in value]
         changes = {change for axis in axes for change in _parts(axis, counts)}
         for path in module_paths(node):

@@ -62,7 +62,7 @@ def _needs_masks(coupling: Coupling, cut: Mapping[Factor, Tensor]) -> bool:
             axes = coupling.axes[operand][0]
             if not any(leaf in cut for dim in dims for leaf in all_leaves([axes[dim]])):
                 continue
-            name = parameter_behind(coupling.module, operand)
+            name = parameter_behind(operand, coupling.parameters)
             if masked_form(call.node.target) or not name or name in computed:
                 return True
     return False

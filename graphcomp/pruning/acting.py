@@ -52,7 +52,7 @@ def acting_weights(coupling: Coupling) -> dict[str, Acting]:
     found: dict[str, Acting] = {}
     computed: set[fx.Node] = set()
     sized: set[fx.Node] = set()
-    for node in coupling.module.graph.nodes:
+    for node in coupling.graph.nodes:
         if node.op == "placeholder" or not sized.isdisjoint(node.all_input_nodes):
             sized.add(node)
     for node, sources in coupling.sources.items():
@@ -78,8 +78,11 @@ def _computes(coupling: Coupling, node: fx.Node) -> bool:
 
 def _is_weight(coupling: Coupling, node: fx.Node, sources: Collection[str]) -> bool:
     """Whether the value holds real numbers, and a parameter is among its sources."""
-    of_parameters = any(isinstance(fetch(coupling.module, name), nn.Parameter) for name in sources)
-    return of_parameters and bool(coupling.axes.get(node)) and is_real(tensor_values(node)[0])
+    return (
+        not coupling.parameters.isdisjoint(sources)
+        and bool(coupling.axes.get(node))
+        and is_real(tensor_values(node)[0])
+    )
 
 
 def _members(

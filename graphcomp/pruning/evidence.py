@@ -67,7 +67,7 @@ class Evidence:
 
     @cached_property
     def _tensors(self) -> dict[str, Tensor]:
-        return {str(node.target): tensor for node, tensor in attributes(self.analysis.coupling.module)}
+        return {str(node.target): tensor for node, tensor in attributes(self.analysis.captured.module)}
 
     @cached_property
     def acting(self) -> dict[str, Acting]:

@@ -6,7 +6,7 @@ vector; where it takes statistics, its masked form takes its place; implied cons
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from graphcomp.coupling.axis import Axis, Factor, all_leaves, coordinates, length
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.coupling.propagate import Coupling
-from graphcomp.ir.graph import argument_at, bind, clone, fetch, set_argument, set_argument_at, value
+from graphcomp.ir.graph import argument_at, bind, clone, set_argument, set_argument_at, value
 from graphcomp.ops.answers import keeps_zeros, masked_form
 from graphcomp.ops.call import Call
 from graphcomp.pruning.slice import check_kept
@@ -92,22 +92,22 @@ class InsertMasks:
 
     def _held(self) -> set[fx.Node]:
         """The operands that are parameters which `hold_masks` holds at zero."""
-        computed, module = computed_with(self.coupling), self.coupling.module
-        names = {node: parameter_behind(module, node) for node in self.coupling.sources}
+        computed, parameters = computed_with(self.coupling), self.coupling.parameters
+        names = {node: parameter_behind(node, parameters) for node in self.coupling.sources}
         return {node for node, name in names.items() if name and name not in computed}
 
     def _leaves(self, node: fx.Node) -> list[Factor]:
         return [leaf for axes in self.coupling.axes.get(node, []) for leaf in all_leaves(axes)]
 
 
-def parameter_behind(module: fx.GraphModule, node: fx.Node) -> str:
-    """The parameter whose elements `node` holds, in whatever order, quantized or not: its zeros are zeros still. ""
-    where there is none."""
+def parameter_behind(node: fx.Node, parameters: Container[str]) -> str:
+    """The one of `parameters` whose elements `node` holds, in whatever order, quantized or not: its zeros are zeros
+    still. "" where there is none."""
     while node.op != "get_attr":
         if (node.op != "call_module" and not keeps_zeros(node)) or len(node.all_input_nodes) != 1:
             return ""
         (node,) = node.all_input_nodes
-    return str(node.target) if isinstance(fetch(module, str(node.target)), nn.Parameter) else ""
+    return str(node.target) if str(node.target) in parameters else ""
 
 
 def _substitute(node: fx.Node, form: Callable[..., Any], mask: fx.Node) -> None:

@@ -34,7 +34,7 @@ from graphcomp.coupling.axis import normal
 from graphcomp.coupling.groups import ChannelGroup, Member
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.errors import PlanError
-from graphcomp.ir.graph import attributes, bind
+from graphcomp.ir.graph import bind
 from graphcomp.ops.registry import facts_of
 from graphcomp.pruning.acting import with_acting
 from graphcomp.pruning.evidence import Evidence, Loss, Meeting, Place, Scores, axis_at, units_at
@@ -348,9 +348,8 @@ class NormScale:
 
 def _norm_weights(coupling: Coupling) -> set[str]:
     """Names of the parameters that norms scale by."""
-    known = {str(node.target) for node, _ in attributes(coupling.module)}
-    norms = (bind(node).get("weight") for node in coupling.module.graph.nodes if facts_of(node.target).norm)
-    return {str(weight.target) for weight in norms if weight is not None and str(weight.target) in known}
+    norms = (bind(node).get("weight") for node in coupling.graph.nodes if facts_of(node.target).norm)
+    return {str(weight.target) for weight in norms if weight is not None and str(weight.target) in coupling.first_names}
 
 
 def _filled(evidence: Evidence, scores: Scores, fallback: Saliency | None, why: str, name: str, scorer: str) -> Scores:

@@ -19,13 +19,13 @@ def multiplied(ready: Prepared) -> dict[str, nn.Parameter]:
 
     Parameters of modules that are to stay float are left out.
     """
-    session, module = ready.session, ready.session.plan.captured.module
+    session, plan = ready.session, ready.session.plan
     found: dict[str, nn.Parameter] = {}
-    for node in module.graph.nodes:
+    for node in plan.coupling.graph.nodes:
         compute = compute_of(node)
         if compute is None:
             continue
-        name = parameter_behind(module, bind(node)[compute.weight])
+        name = parameter_behind(bind(node)[compute.weight], plan.coupling.parameters)
         if name and not any(matches(pattern, module_path(node)) for pattern in session.ignore):
             found[name] = ready.get_parameter(name)
     return {name: parameter for name, parameter in found.items() if parameter.requires_grad}

@@ -434,7 +434,7 @@ def prepare_graph(
         graph, wishes = quantize_to_train(plan.captured.module, batches, start)
         sites, config, ignore = _fixed_sites(graph), start.config, start.ignore
         bits = _bounds(sites)
-        quantized = analyze_captured(replace(plan.captured, module=graph))
+        quantized = analyze_captured(plan.captured.rewritten(graph))
     elif config is not None:
         floats = WriteOutEinsum()(plan.captured.module)
         placement = place(floats, replace(config, embeddings=None), ignore, folded_nodes(floats.graph))
@@ -447,7 +447,7 @@ def prepare_graph(
             sites, wishes = _Ranges(graph, bits, activation_bits or bits, layer_bits).sites()
             _start_at_the_most(graph, sites)
         wishes = (*placement.notes, *wishes)
-        quantized = analyze_captured(replace(plan.captured, module=graph))
+        quantized = analyze_captured(plan.captured.rewritten(graph))
     if quantized is not plan and not sites:
         wishes = (*wishes, nothing_quantized(quantized.captured.module))
     by_name = {group.name: group for group in quantized.groups}
@@ -532,6 +532,7 @@ class _Ranges:
     ) -> None:
         self.graph, self.bits, self.activation_bits, self.layer_bits = graph, bits, activation_bits, layer_bits
         self.constant = constants_with_quantizers(graph)
+        self.parameters = dict(graph.named_parameters(remove_duplicate=False))
         self.matched: set[str] = set()
         self.notes: list[str] = []
 
@@ -570,7 +571,7 @@ class _Ranges:
                     f"{path}: its {what} has {low} to {high} bits, not {wish[0]} to {wish[1]}, "
                     f"as it shares the quantizer of {layer} with {', '.join(p for p in wishes if p != path)}"
                 )
-        parameter = parameter_behind(self.graph, source) if is_weight else ""
+        parameter = parameter_behind(source, self.parameters) if is_weight else ""
         return Site(name, layer, parameter, is_weight, low, high)
 
     def _wish(self, path: str, is_weight: bool) -> tuple[int, int] | None:
@@ -591,12 +592,13 @@ def _bounds(sites: Sequence[Site]) -> tuple[int, int]:
 def _fixed_sites(graph: fx.GraphModule) -> tuple[Site, ...]:
     """Return the quantizers, each with the bits of its spec."""
     constant = constants_with_quantizers(graph)
+    parameters = dict(graph.named_parameters(remove_duplicate=False))
     found: dict[str, Site] = {}
     for node, quantizer in quantizer_nodes(graph):
         (source,) = node.all_input_nodes
         name, is_weight, bits = str(node.target), node in constant, quantizer.spec.bits
         layer = layer_name(source, constant) if is_weight else source.name
-        parameter = parameter_behind(graph, source) if is_weight else ""
+        parameter = parameter_behind(source, parameters) if is_weight else ""
         found.setdefault(name, Site(name, layer, parameter, is_weight, bits, bits))
     return tuple(found.values())
 

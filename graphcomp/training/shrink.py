@@ -97,11 +97,11 @@ def shrunk(ready: Prepared) -> Prepared:
     in_floats = {group: units[group.name] for group in session.plan.groups if group.name in units}
     floats = SliceGroups(session.plan.coupling, in_floats)(session.plan.captured.module)
     model = bound_model(session.plan.model, dict(all_tensors(floats)))
-    cut = analyze_captured(replace(session.plan.captured, module=floats, original=model))
+    cut = analyze_captured(replace(session.plan.captured.rewritten(floats), original=model))
     plan = quantized = _named_as(session.plan, in_floats, cut)
     if session.bits is not None:
         graph = SliceGroups(session.quantized.coupling, kept)(session.quantized.captured.module)
-        cut = analyze_captured(replace(session.quantized.captured, module=graph, original=model))
+        cut = analyze_captured(replace(session.quantized.captured.rewritten(graph), original=model))
         quantized = _named_as(session.quantized, kept, cut)
     groups = tuple(group for group in quantized.groups if group.name in units)
     whole = copy.deepcopy(ready)
