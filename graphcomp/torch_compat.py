@@ -7,7 +7,9 @@ Importing this module loads nothing that `import torch` has not loaded.
 
 from __future__ import annotations
 
+import linecache
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -46,6 +48,7 @@ __all__ = [
     "foreach_copy_",
     "foreach_zero_",
     "forget_shape_environments",
+    "forget_source_with",
     "get_unwrapped",
     "inside_wrapper",
     "is_batchedtensor",
@@ -59,6 +62,7 @@ __all__ = [
     "refresh_flat_weights",
     "saved_tensors_hooks_disabled",
     "schema_of",
+    "sources_go_with_code",
     "storage_key",
     "takes_numbers_as_tensors",
     "target_format",
@@ -345,3 +349,35 @@ def forget_shape_environments() -> None:
             if hasattr(found, "cache_clear"):
                 found.cache_clear()
             found = getattr(found, "__wrapped__", None)
+
+
+# Let the source of a generated forward go with the code. torch.fx keeps the source of each GraphModule that there ever
+# was, some ten for an export, in a table of its own and in linecache. Public would be a table that goes with the
+# modules.
+with bound("torch.fx.graph_module._loader.eval_cache", "torch.fx.graph_module._method_from_src"):
+    torch.fx.graph_module._loader.eval_cache, torch.fx.graph_module._method_from_src  # noqa: B018
+
+GENERATED = "<eval_with_key>"
+"""Beginning of the file names that torch.fx gives to generated code."""
+
+
+def forget_source_with(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that torch.fx generated; the source is forgotten when the code of the function is collected."""
+    code: types.CodeType = function.__code__
+    if code.co_filename.startswith(GENERATED):
+        weakref.finalize(code, _forget_source, code.co_filename).atexit = False
+    return function
+
+
+def _forget_source(name: str) -> None:
+    torch.fx.graph_module._loader.eval_cache.pop(name, None)
+    linecache.cache.pop(name, None)
+
+
+def sources_go_with_code() -> AbstractContextManager[None]:
+    """Within, the source of each GraphModule that is made goes with the code of the module."""
+
+    def make(before: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: forget_source_with(before(*args, **kwargs))
+
+    return _replaced(torch.fx.graph_module, "_method_from_src", make)

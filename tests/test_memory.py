@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import graphcomp as gc
 from graphcomp.result import CompressedModel
 from graphcomp.testing.memory import held_bytes
-from graphcomp.torch_compat import forget_shape_environments
+from graphcomp.torch_compat import FakeTensor, forget_shape_environments
 
 X = torch.randn(2, 128, generator=torch.Generator().manual_seed(0))
 ALLOWED = 1.1
@@ -87,14 +88,42 @@ def test_held_bytes_count_a_storage_once() -> None:
     assert held_bytes({"a": [tensor, tensor[2:]], "b": nn.Parameter(tensor)}) == 40
 
 
-def test_a_capture_leaves_no_shape_environment_behind() -> None:
+def test_a_capture_leaves_no_shape_environment_and_no_source_behind() -> None:
     """torch keeps such an environment, with all its symbols, in caches and in a cycle that no collector sees."""
-    environments = []
+    environments, sources = [], []
     for _ in range(3):
         plan = gc.analyze(net(), X)
         fakes = [node.meta["val"] for node in plan.captured.graph.find_nodes(op="placeholder")]
         environments.append(weakref.ref(fakes[0].fake_mode.shape_env))
         del plan, fakes
+        collector.collect()
+        sources.append(len(fx.graph_module._loader.eval_cache))
     forget_shape_environments()
     collector.collect()
     assert [environment() for environment in environments[:-1]] == [None, None]  # torch may hold its latest export
+    assert sources[1] == sources[2]
+
+
+def alive() -> dict[str, int]:
+    """Return how many graphs, fake tensors and shape environments live, and how many sources torch.fx keeps."""
+    collector.collect()
+    types = [type(held) for held in collector.get_objects()]
+    kinds = (fx.GraphModule, fx.Graph, FakeTensor, ShapeEnv)
+    counts = {kind.__name__: sum(issubclass(own, kind) for own in types) for kind in kinds}
+    return {**counts, "sources": len(fx.graph_module._loader.eval_cache)}
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("name", ["native", "int8", "trained", "scope"])
+def test_compressions_in_a_row_leave_as_much_behind_as_few(name: str) -> None:
+    collector.collect()
+    collector.freeze()  # what is there already is not looked at again
+    try:
+        counts = []
+        for _ in range(6):
+            RESULTS[name]()
+            counts.append(alive())
+    finally:
+        collector.unfreeze()
+    assert counts[5] == counts[2]

@@ -3,6 +3,7 @@
 import ast
 import gc as collector
 import importlib
+import linecache
 import logging
 import re
 import runpy
@@ -49,6 +50,7 @@ from graphcomp.torch_compat import (
     foreach_copy_,
     foreach_zero_,
     forget_shape_environments,
+    forget_source_with,
     get_unwrapped,
     inside_wrapper,
     is_batchedtensor,
@@ -62,6 +64,7 @@ from graphcomp.torch_compat import (
     refresh_flat_weights,
     saved_tensors_hooks_disabled,
     schema_of,
+    sources_go_with_code,
     storage_key,
     takes_numbers_as_tensors,
     target_format,
@@ -528,3 +531,43 @@ def test_forget_shape_environments():
     forget_shape_environments()
     collector.collect()
     assert alive() is None
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return x * 2
+
+
+def source_of(module):
+    return "".join(linecache.getlines(type(module).forward.__code__.co_filename))
+
+
+def test_the_source_of_a_generated_forward_goes_with_the_code():
+    module = fx.symbolic_trace(Doubled())
+    name = type(module).forward.__code__.co_filename
+    assert forget_source_with(type(module).forward) is type(module).forward
+    collector.collect()
+    assert "x * 2" in source_of(module) and name in linecache.cache
+    del module
+    collector.collect()
+    assert name not in linecache.cache and not linecache.getlines(name)
+    assert torch.fx.graph_module._loader.get_source(name) is None
+
+
+def test_sources_of_modules_that_are_made_within_go_with_their_code():
+    kept = fx.symbolic_trace(Doubled())
+    with sources_go_with_code():
+        module = fx.symbolic_trace(Doubled())
+    after = fx.symbolic_trace(Doubled())
+    names = [type(own).forward.__code__.co_filename for own in (kept, module, after)]
+    assert len(set(names)) == 3 and "x * 2" in source_of(module)
+    del kept, module, after
+    collector.collect()
+    assert [bool(torch.fx.graph_module._loader.get_source(name)) for name in names] == [True, False, True]
+
+
+def test_sources_of_files_are_left_alone():
+    name = Doubled.forward.__code__.co_filename
+    before = weakref.getweakrefcount(Doubled.forward.__code__)
+    assert linecache.getlines(name) and forget_source_with(Doubled.forward) is Doubled.forward
+    assert weakref.getweakrefcount(Doubled.forward.__code__) == before

@@ -7,6 +7,7 @@ because a branch depends on data, is recorded while it runs (see record.py). The
 from __future__ import annotations
 
 import difflib
+import functools
 import keyword
 import logging
 import os
@@ -68,6 +69,7 @@ from graphcomp.torch_compat import (
     codegen_of,
     forget_shape_environments,
     pytree,
+    sources_go_with_code,
     version_of,
 )
 
@@ -337,14 +339,19 @@ def _check_names(model: nn.Module, kwargs: Kwargs) -> None:
                 why="Python takes it for no name of an argument",
                 fix="rename it, or compress a module whose forward hands it on under another name",
             )
-    own = set(dir(fx.GraphModule({}, fx.Graph()))) - set(dir(nn.Module()))
-    taken = sorted({name.partition(".")[0] for name in tensor_names(model)} & own)
+    taken = sorted({name.partition(".")[0] for name in tensor_names(model)} & _names_of_graphs())
     if taken:
         raise CaptureError(
             f"{type(model).__name__} has a submodule or tensor called {taken[0]!r}",
             why="torch.fx.GraphModule has an attribute of that name",
             fix="rename it, or wrap the model in torch.nn.Sequential (its names then begin with '0.')",
         )
+
+
+@functools.cache
+def _names_of_graphs() -> frozenset[str]:
+    """Return the attributes that a GraphModule has beyond those of any module."""
+    return frozenset(dir(fx.GraphModule({}, fx.Graph()))) - frozenset(dir(nn.Module()))
 
 
 class _Reached(BaseException):
@@ -639,7 +646,10 @@ def _follow_training(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back what torch.export has to say about graphs: warnings, log lines, and the graph it prints on failure."""
+    """Hold back what torch.export has to say about graphs: warnings, log lines, and the graph it prints on failure.
+
+    Sources of the modules that torch.export makes go with these modules.
+    """
     loggers = [logging.getLogger(name) for name in EXPORT_LOGGERS]
     # the exception says it all; what other threads log is theirs
     silent = in_this_thread(lambda _record: False, lambda _record: True)
@@ -647,7 +657,7 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.addFilter(silent)
     try:
-        with stderr_held() as said, warnings.catch_warnings():
+        with stderr_held() as said, warnings.catch_warnings(), sources_go_with_code():
             warnings.simplefilter("ignore")
             yield
     except Exception as error:

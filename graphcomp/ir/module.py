@@ -10,7 +10,7 @@ import keyword
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,7 +24,15 @@ from graphcomp.ir.calling import argument_names, bind_call, is_constant, other_t
 from graphcomp.ir.graph import all_tensors, bind, is_op, module_path, set_argument, tensor_values
 from graphcomp.ir.module_copy import module_copy
 from graphcomp.system.threads import LOCK
-from graphcomp.torch_compat import BatchNormBase, OpOverload, codegen_of, pytree, schema_of, target_format
+from graphcomp.torch_compat import (
+    BatchNormBase,
+    OpOverload,
+    codegen_of,
+    forget_source_with,
+    pytree,
+    schema_of,
+    target_format,
+)
 
 log = logging.getLogger("graphcomp.graph_module")
 
@@ -169,10 +177,10 @@ class CapturedModule(fx.GraphModule):
         info = getattr(codegen_of(self.graph), "pytree_info", None)
         self.argument_count = len(self.graph.find_nodes(op="placeholder") if info is None else info.orig_args)
         targets = (str(node.target) for node in self.graph.nodes if node.op in ("get_attr", "call_module"))
-        if all(map(_is_plain_path, targets)):
-            return super().recompile()
-        with names_quoted():
-            return super().recompile()
+        with nullcontext() if all(map(_is_plain_path, targets)) else names_quoted():
+            code = super().recompile()
+        forget_source_with(type(self).forward)
+        return code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
         with warnings.catch_warnings():

@@ -22,8 +22,9 @@ from graphcomp.ir.graph import clone
 from graphcomp.ir.preserve import eval_copy
 from graphcomp.quantization import ops as _ops  # noqa: F401 (the graph may hold these ops)
 from graphcomp.system.files import replacing
+from graphcomp.system.threads import LOCK
 from graphcomp.targets.lengths import CAPTURED, Lengths
-from graphcomp.torch_compat import pytree
+from graphcomp.torch_compat import pytree, sources_go_with_code
 
 log = logging.getLogger("graphcomp.export")
 
@@ -171,7 +172,7 @@ def in_eval_mode(module: Model) -> Model:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings: those that torch gives on every export are about its own code."""
-    with warnings.catch_warnings():
+    """Hold back the warnings of torch.export about its own code, and let sources go with the modules that it makes."""
+    with LOCK, warnings.catch_warnings(), sources_go_with_code():
         warnings.simplefilter("ignore")
         yield
