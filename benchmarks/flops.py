@@ -23,6 +23,7 @@ from benchmarks.over_zoo import Row, by_family, parser_of, rows_of
 from graphcomp.capture.capture import Captured, capture
 from graphcomp.cost import CostModel
 from graphcomp.coupling.analysis import analyze_captured
+from graphcomp.ir.run_nodes import compute_node, run_tapped
 
 SECONDS = 900
 ALL = "all ops"
@@ -50,7 +51,7 @@ def counts(case: Any) -> Row:
         theirs = Counter({ALL: counted(model, args, kwargs)})
         ours = Counter({ALL: costs.macs()})
     else:
-        theirs = Counts(captured).by_op()
+        theirs = counted_by_op(captured)
     differences = {op: (ours[op], theirs[op]) for op in (*ours, *theirs) if ours[op] != theirs[op]}
     return {
         "ours": sum(ours.values()),
@@ -67,29 +68,20 @@ def counted(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return counter.get_total_flops() // 2
 
 
-class Counts(fx.Interpreter):
-    """Run a captured graph and let torch count each op."""
+def counted_by_op(captured: Captured) -> Counter[str]:
+    """Run a captured graph, each op under a counter of its own; return half of the floating-point operations, by op."""
+    found: Counter[str] = Counter()
 
-    def __init__(self, captured: Captured) -> None:
-        super().__init__(captured.module)
-        self.captured = captured
-        self.found: Counter[str] = Counter()
-
-    def by_op(self) -> Counter[str]:
-        """Return half of the floating-point operations, by op."""
-        flat = self.captured.inputs.flat()
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            self.run(*flat, enable_io_processing=False)
-        return +self.found
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node under a counter of its own."""
-        if n.op != "call_function":
-            return super().run_node(n)
+    def count(module: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with FlopCounterMode(display=False) as counter:
-            result = super().run_node(n)
-        self.found[str(n.target)] += counter.get_total_flops() // 2
+            result = compute_node(module, node, args, kwargs)
+        if node.op == "call_function":
+            found[str(node.target)] += counter.get_total_flops() // 2
         return result
+
+    with sdpa_kernel(SDPBackend.MATH):
+        run_tapped(captured.module, captured.inputs.flat(), compute=count)
+    return +found
 
 
 def line(row: Row) -> str:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import copy
-import functools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from graphcomp.torch_compat import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
     FakeTensor,
-    FakeTensorMode,
     OpOverload,
     buffer_table,
     module_table,
@@ -38,16 +33,21 @@ def is_op(node: fx.Node) -> bool:
 
 def bind(node: fx.Node) -> dict[str, Any]:
     """The arguments of an op node by the names of its schema, defaults filled in."""
-    assert isinstance(node.target, OpOverload)
-    bound: dict[str, Any] = {}
-    for k, argument in enumerate(schema_of(node.target).arguments):
-        if argument.name in node.kwargs:
-            bound[argument.name] = node.kwargs[argument.name]
-        elif not argument.kwarg_only and k < len(node.args):
-            bound[argument.name] = node.args[k]
+    return bound(node.target, node.args, node.kwargs)
+
+
+def bound(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `op` by the names of the schema, defaults filled in."""
+    assert isinstance(op, OpOverload)
+    found: dict[str, Any] = {}
+    for k, argument in enumerate(schema_of(op).arguments):
+        if argument.name in kwargs:
+            found[argument.name] = kwargs[argument.name]
+        elif not argument.kwarg_only and k < len(args):
+            found[argument.name] = args[k]
         elif argument.has_default_value():
-            bound[argument.name] = argument.default_value
-    return bound
+            found[argument.name] = argument.default_value
+    return found
 
 
 def set_argument(node: fx.Node, name: str, value: Any) -> None:
@@ -189,74 +189,6 @@ def set_argument_at(node: fx.Node, key: str, value: Any) -> None:
     items = list(bind(node)[name])
     items[int(item)] = value
     set_argument(node, name, items)
-
-
-class _ShapeInterpreter(fx.Interpreter):
-    """Runs a graph on fake tensors and notes what every node computes."""
-
-    def __init__(self, module: fx.GraphModule, mode: FakeTensorMode) -> None:
-        super().__init__(module)
-        self.mode = mode
-        self.fakes: dict[int, Tensor] = {}
-        self.found: dict[fx.Node, Any] = {}
-
-    def fetch_attr(self, target: str) -> Any:
-        tensor = fetch(self.module, target)
-        return self._fake(tensor) if isinstance(tensor, Tensor) else tensor
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        called = self.module.get_submodule(target)
-        tensors = {name: self._fake(t) for name, t in (*called.named_parameters(), *called.named_buffers())}
-        return torch.func.functional_call(called, tensors, args, kwargs)
-
-    def _fake(self, tensor: Tensor) -> Tensor:
-        if id(tensor) not in self.fakes:
-            self.fakes[id(tensor)] = self.mode.from_tensor(tensor, static_shapes=True)
-        return self.fakes[id(tensor)]
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n.op != "output":
-            self.found[n] = result
-        return result
-
-
-def run_shapes(module: fx.GraphModule) -> dict[fx.Node, Any]:
-    """What every node computes, as fake tensors, for inputs of the example's size.
-
-    Dynamic lengths take the example's value: over symbols every op is many times slower. Lengths that depend on data
-    become symbols of a shape environment made for this run alone: the graph's own would specialise its symbols to
-    what this run meets, and everything read off them later with it.
-
-    Raises:
-        Whatever the op raises whose operands do not fit.
-    """
-    inputs = [_example_sized(value(n)) for n in module.graph.find_nodes(op="placeholder")]
-    try:
-        return run_fake(module, FakeTensorMode(), inputs)
-    except (DynamicOutputShapeException, DataDependentOutputException):
-        return run_fake(module, FakeTensorMode(shape_env=ShapeEnv()), inputs)
-
-
-def run_fake(module: fx.GraphModule, mode: FakeTensorMode, inputs: Sequence[Any]) -> dict[fx.Node, Any]:
-    """What every node computes from `inputs`, fake tensors of `mode` or numbers.
-
-    Raises:
-        Whatever the op raises whose operands do not fit.
-    """
-    with mode, torch.no_grad():
-        fakes = [t() if callable(t) and not isinstance(t, Tensor) else t for t in inputs]
-        interpreter = _ShapeInterpreter(module, mode)
-        interpreter.run(*fakes, enable_io_processing=False)
-    return interpreter.found
-
-
-def _example_sized(found: Any) -> Any:
-    """An input to be made inside a fake mode, or a number."""
-    if not isinstance(found, Tensor):
-        return example_size(found) if isinstance(found, torch.SymInt) else found
-    shape = [example_size(n) for n in found.shape]
-    return functools.partial(torch.empty, shape, dtype=found.dtype, device=found.device)
 
 
 def example_size(size: int | torch.SymInt) -> int:

@@ -27,9 +27,10 @@ from torch import Tensor, fx
 
 from graphcomp.errors import CheckpointError
 from graphcomp.ir.calling import CONSTANTS, REQUIRED, calling_convention, is_constant
-from graphcomp.ir.graph import clone, example_size, fetch, run_fake
+from graphcomp.ir.graph import clone, example_size, fetch
 from graphcomp.ir.json_values import JSON, damaged, decode, encode
 from graphcomp.ir.module import FOLLOWS_MODE, CapturedModule, build
+from graphcomp.ir.shapes import run_fake
 from graphcomp.ir.spec_json import dump_spec, load_spec
 from graphcomp.ir.trust import EVERYTHING, Trust
 from graphcomp.system.threads import LOCK

@@ -9,8 +9,10 @@ from typing import Any, Protocol
 from torch import Tensor, fx
 
 from graphcomp.errors import GraphcompError, PassError, VerificationError, first_line
-from graphcomp.ir.graph import example_size, fetch, neighbourhood, run_shapes, source_line, value
+from graphcomp.ir.graph import example_size, fetch, neighbourhood, source_line, value
 from graphcomp.ir.program import P, Program
+from graphcomp.ir.run_nodes import failed_at
+from graphcomp.ir.shapes import run_shapes
 from graphcomp.torch_compat import pytree
 
 
@@ -118,7 +120,8 @@ def wrong_value(program: Program) -> tuple[fx.Node | None, str] | None:
     try:
         found = run_shapes(program.module)
     except Exception as error:  # whatever an op raises whose operands do not fit
-        return None, f"the graph does not run on fake tensors: {type(error).__name__}: {first_line(error)[:300]}"
+        why = f"the graph does not run on fake tensors: {type(error).__name__}: {first_line(error)[:300]}"
+        return None, f"{why}\nat {at}" if (at := failed_at(error)) else why
     for node, computed in found.items():
         said = value(node)
         if said is None:

@@ -1,19 +1,125 @@
-"""Run a graph node by node: on several batches at once, or those nodes that depend on no input."""
+"""Run a graph node by node: with a tap on each value, on several batches at once, or constant nodes alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
 
-from graphcomp.ir.graph import fetch
-from graphcomp.ir.preserve import own_inputs, writes
+from graphcomp.ir.graph import fetch, source_line
+from graphcomp.ir.preserve import own_inputs, same_buffers, writes
+
+Compute: TypeAlias = Callable[[fx.GraphModule, fx.Node, tuple[Any, ...], dict[str, Any]], Any]
+"""From a node and the values of its arguments to the value of the node. An output node has the value it returns."""
+
+See: TypeAlias = Callable[[fx.Node, Any], None]
+Instead: TypeAlias = Callable[[fx.Node, Any], Any]
+
+_AT = "at: "
+"""Prefix of the note that names the node at which a run failed."""
+
+
+def compute_node(module: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Compute `node` as the graph says."""
+    if node.op == "get_attr":
+        return fetch(module, str(node.target))
+    if node.op == "call_module":
+        return module.get_submodule(str(node.target))(*args, **kwargs)
+    if node.op == "output":
+        return args[0]
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def run_tapped(
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    see: See | None = None,
+    instead: Instead | None = None,
+    compute: Compute = compute_node,
+    gradients: bool = False,
+) -> Any:
+    """Run a graph, and leave its buffers and `inputs` as they are.
+
+    Args:
+        module: the graph.
+        inputs: flat, in the order of the placeholders.
+        see: called with each node and its value, before users of the node read the value.
+        instead: called after `see` in the same way; returns the value that users read.
+        compute: computes a node.
+        gradients: record what a backward pass needs.
+
+    Returns:
+        What the output node returns.
+
+    Raises:
+        Whatever an op raises, with a note that `failed_at` reads.
+    """
+    with same_buffers(module), torch.set_grad_enabled(gradients):
+        return Run(module, own_inputs(module, inputs), compute).finish(see, instead)
+
+
+def failed_at(error: BaseException) -> str:
+    """Return name and source line of the node at which a run failed; "" where the error is of something else."""
+    notes = getattr(error, "__notes__", ())
+    return next((note.removeprefix(_AT) for note in notes if note.startswith(_AT)), "")
+
+
+class Run:
+    """One run of a graph, node by node in the order of the graph. A value is dropped after the last use.
+
+    Attributes:
+        values: node -> value, of the nodes that were computed and are still to be read.
+    """
+
+    def __init__(self, module: fx.GraphModule, inputs: Sequence[Any], compute: Compute = compute_node) -> None:
+        self.module, self.compute = module, compute
+        self.values: dict[fx.Node, Any] = {}
+        self._inputs = iter(inputs)
+        last_user = {operand: node for node in module.graph.nodes for operand in node.all_input_nodes}
+        self._unread: dict[fx.Node, list[fx.Node]] = {}  # node -> what nothing reads after the node
+        for node in module.graph.nodes:
+            self._unread.setdefault(last_user.get(node, node), []).append(node)
+
+    def arguments(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what `node` is called with."""
+        found: tuple[tuple[Any, ...], dict[str, Any]] = fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
+        return found
+
+    def step(self, node: fx.Node) -> None:
+        """Compute `node`."""
+        if node.op == "placeholder":
+            self.values[node] = next(self._inputs)
+            return
+        try:
+            self.values[node] = self.compute(self.module, node, *self.arguments(node))
+        except Exception as error:
+            error.add_note(f"{_AT}{node.name} {source_line(node)}".rstrip())
+            raise
+
+    def drop(self, node: fx.Node) -> None:
+        """Forget what nothing reads after `node`. The value of a node that was added on the way stays."""
+        for unread in self._unread.get(node, ()):
+            self.values.pop(unread, None)
+
+    def finish(self, see: See | None = None, instead: Instead | None = None) -> Any:
+        """Run to the end, see `run_tapped`; return what the output node returns."""
+        for node in self.module.graph.nodes:
+            self.step(node)
+            if node.op == "output":
+                return self.values.pop(node)
+            if see is not None:
+                see(node, self.values[node])
+            if instead is not None:
+                self.values[node] = instead(node, self.values[node])
+            self.drop(node)
+        return None
 
 
 class Lockstep:
-    """The values of a graph's nodes for several batches, computed in the order of the graph and dropped after use.
+    """One run of a graph for each of several batches, all at the same node.
 
     Args:
         module: the graph.
@@ -21,44 +127,38 @@ class Lockstep:
     """
 
     def __init__(self, module: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> None:
-        self.module = module
-        self.writes = writes(module)
-        self.inputs = [iter(own_inputs(module, batch)) for batch in batches]
-        self.values: list[dict[fx.Node, Any]] = [{} for _ in batches]
-        self.last_user: dict[fx.Node, fx.Node] = {}
-        for node in module.graph.nodes:
-            for operand in node.all_input_nodes:
-                self.last_user[operand] = node
+        # what an op may write into is each batch's own
+        how = _with_copies if writes(module) else compute_node
+        self.runs = [Run(module, own_inputs(module, batch), how) for batch in batches]
 
     def arguments(self, node: fx.Node) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         """What `node` is called with, per batch."""
-        for values in self.values:
-            yield fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        return (run.arguments(node) for run in self.runs)
 
     def of(self, node: fx.Node) -> list[Any]:
         """What `node` computed, per batch; there until its last user has run."""
-        return [values[node] for values in self.values]
+        return [run.values[node] for run in self.runs]
 
     @torch.no_grad()
     def step(self, node: fx.Node) -> None:
         """Compute `node`."""
-        if node.op == "output":
-            return
-        for values, inputs, (args, kwargs) in zip(self.values, self.inputs, list(self.arguments(node)), strict=True):
-            is_input = node.op == "placeholder"
-            found = next(inputs) if is_input else _compute(self.module, node, args, kwargs)
-            # what an op may write into is each batch's own
-            values[node] = found.clone() if self.writes and node.op == "get_attr" else found
+        for run in self.runs:
+            run.step(node)
+
+    def put(self, node: fx.Node, value: Any) -> None:
+        """Let users of `node` read `value` in each run."""
+        for run in self.runs:
+            run.values[node] = value
 
     def drop(self, node: fx.Node) -> None:
-        """Forget the operands that `node` was the last to read, and `node` itself where nothing reads it."""
-        for operand in node.all_input_nodes:
-            if self.last_user.get(operand) is node:  # a node that was added on the way has none
-                for values in self.values:
-                    values.pop(operand, None)
-        if node not in self.last_user:
-            for values in self.values:
-                values.pop(node, None)
+        """Forget what nothing reads after `node`."""
+        for run in self.runs:
+            run.drop(node)
+
+
+def _with_copies(module: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    found = compute_node(module, node, args, kwargs)
+    return found.clone() if node.op == "get_attr" else found
 
 
 class Constants:
@@ -73,14 +173,6 @@ class Constants:
         """The value of a node that depends on parameters, buffers and numbers only."""
         if node not in self.values:
             args, kwargs = fx.map_arg((node.args, node.kwargs), self.of)
-            self.values[node] = _compute(self.module, node, args, kwargs)
+            self.values[node] = compute_node(self.module, node, args, kwargs)
         found: Tensor = self.values[node]
         return found
-
-
-def _compute(module: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if node.op == "get_attr":
-        return fetch(module, str(node.target))
-    if node.op == "call_module":
-        return module.get_submodule(str(node.target))(*args, **kwargs)
-    return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -20,11 +20,12 @@ from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.axis import Factor, coordinates, leaves
 from graphcomp.coupling.groups import ChannelGroup
 from graphcomp.coupling.propagate import Coupling
-from graphcomp.errors import PlanError
+from graphcomp.errors import PlanError, first_line
 from graphcomp.ir.graph import argument_at, attributes, bind
 from graphcomp.ir.inputs import copies
 from graphcomp.ir.module import tensor_leaves
-from graphcomp.ir.preserve import eval_copy, own_inputs, same_buffers
+from graphcomp.ir.preserve import eval_copy
+from graphcomp.ir.run_nodes import failed_at, run_tapped
 from graphcomp.ops.registry import facts_of
 from graphcomp.pruning.acting import Acting, acting_weights
 from graphcomp.torch_compat import inside_wrapper
@@ -285,36 +286,42 @@ def gradients_at(
     Raises:
         PlanError: the graph does not run on a batch, or `loss` gives no scalar that depends on the nodes.
     """
-    runner = _Leaves(captured.module, names)
+    leaves: dict[str, Tensor] = {}
+    totals: dict[str, Tensor] = {}
+
+    def leaf(node: fx.Node, found: Any) -> Any:
+        """Give the users of a named node a leaf, one for all batches."""
+        return leaves.setdefault(names[node], found.detach().requires_grad_()) if node in names else found
+
     count = 0
     for batch in batches:
-        args, kwargs = copies(arguments_of(captured, batch))
-        with same_buffers(captured.module), torch.enable_grad():
-            flat = captured.inputs.of(args, kwargs).flat()
-            try:
-                output = captured.module.graph.process_outputs(runner.run(*flat, enable_io_processing=False))
-            except Exception as error:  # whatever the ops raise on inputs of another shape
-                raise PlanError("the model does not run on a batch of data", why=str(error)[:300]) from error
-            value = loss(output, batch)
+        output = _run(captured, copies(arguments_of(captured, batch)), instead=leaf, gradients=True)
+        with torch.enable_grad():
+            value = loss(captured.module.graph.process_outputs(output), batch)
             check_loss(value)
-            value.backward()  # type: ignore[no-untyped-call]
+            found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+        for name, gradient in zip(leaves, found, strict=True):
+            if gradient is not None:
+                totals[name] = totals[name] + gradient if name in totals else gradient
         count += 1
-    return {name: leaf.grad / count for name, leaf in runner.leaves.items() if leaf.grad is not None}
+    return {name: total / count for name, total in totals.items()}
 
 
-class _Leaves(fx.Interpreter):
-    """Runs the graph with leaves in place of some values, the same ones in every run."""
+def _run(captured: Captured, arguments: tuple[tuple[Any, ...], Mapping[str, Any]], **how: Any) -> Any:
+    """Run the captured graph as `run_tapped` does.
 
-    def __init__(self, module: fx.GraphModule, names: Mapping[fx.Node, str]) -> None:
-        super().__init__(module)
-        self.names = names
-        self.leaves: dict[str, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n not in self.names:
-            return result
-        return self.leaves.setdefault(self.names[n], result.detach().requires_grad_())
+    Raises:
+        PlanError: the graph does not run on the arguments.
+    """
+    try:
+        return run_tapped(captured.module, captured.inputs.of(*arguments).flat(), **how)
+    except Exception as error:  # whatever the ops raise on inputs of another shape
+        raise PlanError(
+            "the model does not run on a batch of data",
+            at=failed_at(error),
+            why=first_line(error)[:300],
+            fix="give batches of the shape of the example inputs" if captured.producer == "record" else "",
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------ activations
@@ -368,41 +375,26 @@ def mean_squares(captured: Captured, batches: Iterable[Any], places: Iterable[Pl
     Raises:
         PlanError: there are no batches, or the graph does not run on one of them.
     """
-    observer = _Observer(captured.module, places)
+    dims: dict[fx.Node, list[int]] = {}
+    for node, dim in places:
+        dims.setdefault(node, []).append(dim)
+    totals: dict[Place, Tensor] = {}
+    counts: dict[Place, int] = {}
+
+    def add(node: fx.Node, found: Any) -> None:
+        for dim in dims.get(node, ()):
+            squares = found.detach().double().square()
+            total = squares.sum([d for d in range(squares.dim()) if d != dim]) if squares.dim() > 1 else squares
+            totals[node, dim] = totals.get((node, dim), 0) + total.cpu()
+            counts[node, dim] = counts.get((node, dim), 0) + squares.numel() // squares.shape[dim]
+
     count = 0
     for batch in batches:
-        flat = captured.inputs.of(*arguments_of(captured, batch)).flat()
-        try:
-            with same_buffers(captured.module), torch.no_grad():
-                observer.run(*own_inputs(captured.module, flat), enable_io_processing=False)
-        except Exception as error:  # whatever the ops raise on inputs of another shape
-            fix = "give batches of the shape of the example inputs" if captured.producer == "record" else ""
-            raise PlanError("the model does not run on a batch of data", why=str(error)[:300], fix=fix) from error
+        _run(captured, arguments_of(captured, batch), see=add)
         count += 1
     if not count:
         raise PlanError("there are no batches to observe", fix="data=[batch, …]; an iterator runs only once")
-    return {place: (total / observer.counts[place]).float() for place, total in observer.totals.items()}
-
-
-class _Observer(fx.Interpreter):
-    """Runs the graph and adds up squares at some places."""
-
-    def __init__(self, module: fx.GraphModule, places: Iterable[Place]) -> None:
-        super().__init__(module)
-        self.dims: dict[fx.Node, list[int]] = {}
-        for node, dim in places:
-            self.dims.setdefault(node, []).append(dim)
-        self.totals: dict[Place, Tensor] = {}
-        self.counts: dict[Place, int] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        for dim in self.dims.get(n, ()):
-            squares = result.detach().double().square()
-            total = squares.sum([d for d in range(squares.dim()) if d != dim]) if squares.dim() > 1 else squares
-            self.totals[n, dim] = self.totals.get((n, dim), 0) + total.cpu()
-            self.counts[n, dim] = self.counts.get((n, dim), 0) + squares.numel() // squares.shape[dim]
-        return result
+    return {place: (total / counts[place]).float() for place, total in totals.items()}
 
 
 def units_at(coupling: Coupling, place: Place, group: ChannelGroup) -> Tensor:

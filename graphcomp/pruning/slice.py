@@ -29,11 +29,12 @@ from graphcomp.ir.graph import (
     clone,
     example_values,
     neighbourhood,
-    run_shapes,
     set_argument,
     source_line,
     value,
 )
+from graphcomp.ir.run_nodes import failed_at
+from graphcomp.ir.shapes import run_shapes
 from graphcomp.ops.call import Call
 from graphcomp.torch_compat import FakeTensor, pytree
 
@@ -197,7 +198,9 @@ class SliceGroups:
         try:
             found = run_shapes(small)
         except Exception as error:
-            raise VerificationError("the sliced graph does not run", why=str(error)[:2000]) from error
+            raise VerificationError(
+                "the sliced graph does not run", at=failed_at(error), why=str(error)[:2000]
+            ) from error
         example = example_values(small)
         for old, new in new_node.items():
             actual = [t for t in pytree.tree_leaves(found.get(new)) if isinstance(t, Tensor)]

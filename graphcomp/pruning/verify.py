@@ -28,6 +28,7 @@ from graphcomp.ir.graph import value
 from graphcomp.ir.inputs import copies, updates
 from graphcomp.ir.module import tensor_leaves
 from graphcomp.ir.preserve import same_buffers, writes
+from graphcomp.ir.run_nodes import run_tapped
 from graphcomp.numerics.compare import TOLERANCE, in_float64, is_whole, relative_error, why_silent
 from graphcomp.numerics.float64 import Float64ByDefault
 from graphcomp.numerics.provenance import jumps
@@ -174,80 +175,71 @@ class _Pair:
         The sliced graph goes on with the values of the masked graph, so that classes and flags must be the same.
         """
         results = dict(zip(_places(self.captured), _output_nodes(self.masked), strict=True))
-        telling = _Telling(self.masked)
-        self._interpret(telling, given)
-        known = telling.names & set(self.axes)
+        told: set[str] = set()
+
+        def tell(node: fx.Node, found: Any) -> None:
+            if _tells(node, found):
+                told.add(node.name)
+
+        self._tapped(self.masked, given, see=tell)
+        known = told & set(self.axes)
         before = {place: _nearest(results[place], known) for place in weak if place in results}
         names = frozenset().union(*before.values())
         if not names:
             return set()
-        keeper = _Keeper(self.masked, names)
-        wanted = self._interpret(keeper, given)
-        follower = _Follower(self.small, keeper.values, self.axes)
-        got = self._interpret(follower, given)
-        for name, error in follower.errors.items():
-            if not error <= TOLERANCE.get(keeper.values[name].dtype, 1e-1):
+        values: dict[str, Tensor] = {}
+
+        def keep(node: fx.Node, found: Any) -> None:
+            if node.name in names:
+                values[node.name] = found.clone()
+
+        follow = _Follow(values, self.axes)
+        wanted = self._tapped(self.masked, given, see=keep)
+        got = self._tapped(self.small, given, instead=follow)
+        for name, error in follow.errors.items():
+            if not error <= TOLERANCE.get(values[name].dtype, 1e-1):
                 raise _violated(given, f"{name}, of which an output is computed, is off by {error:.1e} (relative)")
         for place, a, b in zip(results, wanted, got, strict=True):
             if before.get(place) and not a.is_floating_point() and not torch.equal(a, b):
                 raise _violated(given, f"{place} differs, computed of the same floats")
-        self.errors += follower.errors.values()
+        self.errors += follow.errors.values()
         return {place for place, found in before.items() if found}
 
-    def _interpret(self, interpreter: fx.Interpreter, given: Variant) -> list[Tensor]:
-        """Run an interpreter of one of the graphs; return the output tensors."""
-        inputs = copies(self.captured.inputs.of(given.args, given.kwargs).flat())
-        with same_buffers(interpreter.module), torch.no_grad(), _seeded(inputs):  # type: ignore[arg-type]
-            return tensor_leaves(interpreter.run(*inputs, enable_io_processing=False))
+    def _tapped(self, graph: fx.GraphModule, given: Variant, **taps: Any) -> list[Tensor]:
+        """Run one of the graphs with taps; return the output tensors."""
+        inputs = self.captured.inputs.of(given.args, given.kwargs).flat()
+        with _seeded(inputs):
+            return tensor_leaves(run_tapped(graph, inputs, **taps))
 
 
-class _Telling(fx.Interpreter):
-    """Notes which ops compute a float tensor whose comparison proves something."""
+def _tells(node: fx.Node, result: Any) -> bool:
+    """Return whether a node computes a float tensor whose comparison proves something."""
+    if node.op != "call_function" or not isinstance(result, Tensor) or jumps(node.target):
+        return False
+    return not why_silent(result) and not is_whole(result)
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.names: set[str] = set()
 
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n.op != "call_function" or not isinstance(result, Tensor) or jumps(n.target):
+@dataclass(frozen=True)
+class _Follow:
+    """Compares values of the sliced graph with values of the masked graph, and goes on with the latter.
+
+    Attributes:
+        expected: name of a node -> value in the masked graph.
+        axes: name of a node -> axes of the values, and the units kept.
+        errors: name of a node -> relative error.
+    """
+
+    expected: Mapping[str, Tensor]
+    axes: Mapping[str, Any]
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def __call__(self, node: fx.Node, result: Any) -> Any:
+        if node.name not in self.expected:
             return result
-        if not why_silent(result) and not is_whole(result):
-            self.names.add(n.name)
-        return result
-
-
-class _Keeper(fx.Interpreter):
-    """Keeps the values of some nodes."""
-
-    def __init__(self, module: fx.GraphModule, names: frozenset[str]) -> None:
-        super().__init__(module)
-        self.names = names
-        self.values: dict[str, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n.name in self.names:
-            self.values[n.name] = result.clone()
-        return result
-
-
-class _Follower(fx.Interpreter):
-    """Compares some values of the sliced graph with those of the masked graph, and goes on with the latter."""
-
-    def __init__(self, module: fx.GraphModule, expected: Mapping[str, Tensor], axes: Mapping[str, Any]) -> None:
-        super().__init__(module)
-        self.expected, self.axes = expected, axes
-        self.errors: dict[str, float] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n.name not in self.expected:
-            return result
-        (axes, *_), units = self.axes[n.name]
+        (axes, *_), units = self.axes[node.name]
         dims = {dim: kept_indices(axis, units) for dim, axis in enumerate(axes)}
-        wanted = select(self.expected[n.name], {dim: found for dim, found in dims.items() if found is not None})
-        self.errors[n.name] = _error(wanted, result)
+        wanted = select(self.expected[node.name], {dim: found for dim, found in dims.items() if found is not None})
+        self.errors[node.name] = _error(wanted, result)
         return wanted if wanted.shape == result.shape else result
 
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, fx
 
 from graphcomp.errors import VerificationError
-from graphcomp.ir.graph import bind, is_op
-from graphcomp.ir.preserve import own_inputs, same_buffers
+from graphcomp.ir.graph import bound, is_op
+from graphcomp.ir.run_nodes import Instead, compute_node, run_tapped
 from graphcomp.numerics.compare import relative_error
 from graphcomp.ops.answers import clip_of, compute_of, move_of, operands_of
 from graphcomp.quantization import ops
@@ -89,7 +89,7 @@ class _NotIntegers(Exception):
     """Why an op on integers computes in float."""
 
 
-class IntegerInterpreter(fx.Interpreter):
+class IntegerInterpreter:
     """Runs a lowered graph, in integers wherever the graph allows.
 
     Attributes:
@@ -98,44 +98,43 @@ class IntegerInterpreter(fx.Interpreter):
 
     Args:
         module: `lower(…).module`.
-
-    Raises:
-        VerificationError: in `run`, when a sum of products does not fit into 32 bits.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
+        self.module = module
         self.in_integers: list[str] = []
         self.in_floats: dict[str, str] = {}
 
-    @torch.no_grad()
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """What the graph returns, floats; arguments as for `fx.Interpreter.run`."""
+    def run(self, *args: Any) -> Any:
+        """Return what the graph returns, floats, for the positional arguments of the model.
+
+        Raises:
+            VerificationError: a sum of products does not fit into 32 bits.
+        """
+        graph = self.module.graph
+        return graph.process_outputs(self.run_flat(graph.process_inputs(*args)))
+
+    def run_flat(self, inputs: Sequence[Any], instead: Instead | None = None) -> Any:
+        """As `run`, for flat inputs and outputs; `instead` as in `run_tapped`."""
         self.in_integers, self.in_floats = [], {}
-        return super().run(*args, **kwargs)
+        return run_tapped(self.module, inputs, instead=instead, compute=self._compute)
 
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op == "output":
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
-            return self.output(n.target, *pytree.tree_map(_float, (args, kwargs)))
-        if n.op != "call_function":
-            return super().run_node(n)
-        if n.target in DEQUANTIZE:
-            return DEQUANTIZE[n.target](self._bound(n))
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if any(isinstance(leaf, Scaled) for leaf in _leaves((args, kwargs))) and is_op(n):
+    def _compute(self, module: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if node.target in DEQUANTIZE:
+            return DEQUANTIZE[node.target](bound(node.target, args, kwargs))
+        picks = node.op == "call_function" and not is_op(node)  # an item of several values
+        if picks or not any(map(_is_scaled, _leaves((args, kwargs)))):
+            return compute_node(module, node, args, kwargs)
+        if is_op(node):
             try:
-                result = _compute_in_integers(n, self._bound(n))
+                found = _compute_in_integers(node, bound(node.target, args, kwargs))
             except _NotIntegers as reason:
-                self.in_floats[n.name] = str(reason)
+                self.in_floats[node.name] = str(reason)
             else:
-                self.in_integers.append(n.name)
-                return result
-            args, kwargs = pytree.tree_map(_float, (args, kwargs), is_leaf=_is_scaled)
-        return n.target(*args, **kwargs)  # type: ignore[operator]
-
-    def _bound(self, node: fx.Node) -> dict[str, Any]:
-        return {name: fx.map_arg(argument, self.env.__getitem__) for name, argument in bind(node).items()}
+                self.in_integers.append(node.name)
+                return found
+        args, kwargs = pytree.tree_map(_float, (args, kwargs), is_leaf=_is_scaled)
+        return compute_node(module, node, args, kwargs)
 
 
 def _is_scaled(found: Any) -> bool:
@@ -338,50 +337,37 @@ def check_integers(module: fx.GraphModule, flat_inputs: Sequence[Any]) -> Intege
     Raises:
         VerificationError: an activation differs by more than a step, or a sum does not fit into 32 bits.
     """
-    reference = _Codes(module)
-    with same_buffers(module), torch.no_grad():
-        expected = reference.run(*own_inputs(module, flat_inputs), enable_io_processing=False)
-    follower = _Follower(module, reference.codes)
-    with same_buffers(module), torch.no_grad():
-        actual = follower.run(*own_inputs(module, flat_inputs), enable_io_processing=False)
-    if follower.steps > STEPS_ALLOWED:
+    codes: dict[str, Tensor] = {}
+
+    def keep(node: fx.Node, found: Any) -> None:
+        if node.target == ops.quantize_per_tensor:
+            codes[node.name] = found
+
+    follow, interpreter = _Follow(codes), IntegerInterpreter(module)
+    expected = run_tapped(module, flat_inputs, see=keep)
+    actual = interpreter.run_flat(flat_inputs, instead=follow)
+    if follow.steps > STEPS_ALLOWED:
         raise VerificationError(
             "integer arithmetic does not give what the lowered graph gives",
-            at=follower.where,
-            why=f"an activation is {follower.steps} codes off, allowed is {STEPS_ALLOWED}",
+            at=follow.where,
+            why=f"an activation is {follow.steps} codes off, allowed is {STEPS_ALLOWED}",
         )
     error = relative_error(expected, actual)
-    return IntegerError(follower.steps, follower.where, error, tuple(follower.in_integers), dict(follower.in_floats))
+    return IntegerError(follow.steps, follow.where, error, tuple(interpreter.in_integers), dict(interpreter.in_floats))
 
 
-class _Codes(fx.Interpreter):
-    """Runs a lowered graph as it stands and keeps the codes of its activations."""
+class _Follow:
+    """Compares each code, and goes on with the code of the graph that ran in float."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.codes: dict[str, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n.target == ops.quantize_per_tensor:
-            self.codes[n.name] = result
-        return result
-
-
-class _Follower(IntegerInterpreter):
-    """Compares each code and goes on with the reference's."""
-
-    def __init__(self, module: fx.GraphModule, codes: Mapping[str, Tensor]) -> None:
-        super().__init__(module)
+    def __init__(self, codes: Mapping[str, Tensor]) -> None:
         self.codes = codes
         self.steps, self.where = 0, ""
 
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n.name not in self.codes:
+    def __call__(self, node: fx.Node, result: Any) -> Any:
+        if node.name not in self.codes:
             return result
-        expected = self.codes[n.name]
+        expected = self.codes[node.name]
         steps = int((result.int() - expected.int()).abs().max()) if expected.numel() else 0
         if steps > self.steps:
-            self.steps, self.where = steps, n.name
+            self.steps, self.where = steps, node.name
         return expected

@@ -15,16 +15,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphcomp.arguments import as_names, check_flag, check_instance, check_whole, check_word
-from graphcomp.errors import CalibrationError
+from graphcomp.errors import CalibrationError, first_line
 from graphcomp.ir.graph import attributes, bind, clone, fetch, set_argument, value
 from graphcomp.ir.passes import Fill, Pass, Pipeline, Rewrite
-from graphcomp.ir.preserve import own_inputs, same_buffers
 from graphcomp.ir.program import P, Program
-from graphcomp.ir.run_nodes import Constants, Lockstep
+from graphcomp.ir.run_nodes import Constants, Lockstep, See, failed_at, run_tapped
 from graphcomp.ops.answers import compute_of, is_convolution, operands_of
 from graphcomp.quantization.attention import WriteOutAttention
 from graphcomp.quantization.biases import fit_biases
-from graphcomp.quantization.calibrate import RangeObserver, calibrate_weight, make_observer
+from graphcomp.quantization.calibrate import calibrate_weight, make_observer
 from graphcomp.quantization.einsum import WriteOutEinsum
 from graphcomp.quantization.equalize import equalize
 from graphcomp.quantization.floats import float_layers
@@ -261,14 +260,17 @@ def calibrate_activations(fake: fx.GraphModule, batches: Sequence[Sequence[Any]]
         raise CalibrationError(
             "there is no batch to calibrate on", why="ranges are read off data", fix="calibration=[batch, …]"
         )
+
+    def observe(node: fx.Node, read: Any) -> None:
+        if node in found:
+            observers[found[node]].observe(read)
+
     everything = [q for _, q in quantizer_nodes(fake)]
     for quantizer in everything:
         quantizer.enabled = False
     try:
-        watcher = _Watcher(fake, {node: observers[q] for node, q in found.items()})
-        with same_buffers(fake):
-            for k, batch in enumerate(batches):
-                _run(watcher, own_inputs(fake, batch), k)
+        for k, batch in enumerate(batches):
+            _run(fake, batch, k, observe)
     finally:
         for quantizer in everything:
             quantizer.enabled = True
@@ -276,32 +278,18 @@ def calibrate_activations(fake: fx.GraphModule, batches: Sequence[Sequence[Any]]
         quantizer.set_range(*observer.range())
 
 
-def _run(watcher: fx.Interpreter, batch: Sequence[Any], k: int) -> None:
+def _run(fake: fx.GraphModule, batch: Sequence[Any], k: int, see: See) -> None:
     try:
-        with torch.no_grad():
-            watcher.run(*batch, enable_io_processing=False)
+        run_tapped(fake, batch, see=see)
     except CalibrationError:
         raise
     except Exception as error:  # whatever the ops raise on inputs of another shape
         raise CalibrationError(
             f"the model does not run on batch {k} of the calibration data",
-            why=str(error).splitlines()[0][:300] if str(error) else type(error).__name__,
+            at=failed_at(error),
+            why=first_line(error)[:300] or type(error).__name__,
             fix="give batches in the form of the example inputs",
         ) from error
-
-
-class _Watcher(fx.Interpreter):
-    """Runs a graph and shows observers what quantizers read."""
-
-    def __init__(self, module: fx.GraphModule, observers: Mapping[fx.Node, RangeObserver]) -> None:
-        super().__init__(module)
-        self.observers = observers
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n in self.observers:
-            self.observers[n].observe(result)
-        return result
 
 
 def calibrate_weights(fake: fx.GraphModule) -> None:
@@ -426,8 +414,7 @@ class Setting:
                 wrapped.replace_input_with(source, add_tensor(self.fake, own, nn.Parameter(rounded), source))
         else:
             put(self.fake, str(source.target), nn.Parameter(rounded))
-        for values in rough.values:
-            values[wrapped] = quantizer(rounded)
+        rough.put(wrapped, quantizer(rounded))
 
     def _give(self, node: fx.Node, argument: str, tensor: Tensor) -> None:
         name = f"graphcomp_{node.name}_{argument}"

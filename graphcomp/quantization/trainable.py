@@ -157,8 +157,7 @@ class _TrainableSetting(Setting):
         new = (old.detach().double() + more).to(old.dtype)
         new = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         assign(self.fake, str(source.target), new)
-        for values in rough.values:
-            values[source] = new
+        rough.put(source, new)
 
     def _round(self, node: fx.Node, rough: Lockstep) -> None:
         wrapped = bind(node)[operands_of(node).weight]

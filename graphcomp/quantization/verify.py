@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from graphcomp.errors import VerificationError
 from graphcomp.ir.graph import bind
-from graphcomp.ir.preserve import own_inputs, same_buffers
+from graphcomp.ir.run_nodes import run_tapped
 from graphcomp.numerics.compare import relative_error
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.lower import Lowered
@@ -49,18 +49,21 @@ def check_lowering(fake: fx.GraphModule, lowered: Lowered, flat_inputs: Sequence
     Raises:
         VerificationError: a weight differs, or an activation by more than a step.
     """
-    seen = _Recorder(fake)
-    with same_buffers(fake), torch.no_grad():
-        expected = seen.run(*own_inputs(fake, flat_inputs), enable_io_processing=False)
-    follower = _Follower(lowered, seen.values)
-    with same_buffers(lowered.module), torch.no_grad():
-        actual = follower.run(*own_inputs(lowered.module, flat_inputs), enable_io_processing=False)
+    quantizers, values = dict(quantizer_nodes(fake)), dict[str, Tensor]()
+
+    def keep(node: fx.Node, found: Any) -> None:
+        if node in quantizers:
+            values[node.name] = found
+
+    follow = _Follow(lowered, values)
+    expected = run_tapped(fake, flat_inputs, see=keep)
+    actual = run_tapped(lowered.module, flat_inputs, instead=follow)
     weights, worst = 0.0, ""
     for name, integers in lowered.weights.items():
-        expected_weight = seen.values[name]  # in the model's dtype, which integers are cast to
+        expected_weight = values[name]  # in the model's dtype, which integers are cast to
         difference = float((integers.dequantize().to(expected_weight.dtype) - expected_weight).abs().max())
         weights, worst = max((weights, worst), (difference, name))
-    found = LoweringError(weights, follower.steps, follower.where, _output_error(expected, actual))
+    found = LoweringError(weights, follow.steps, follow.where, _output_error(expected, actual))
     if weights > 0:
         raise VerificationError(
             f"the integers of {worst} are not its fake-quantized weight", why=f"off by {weights:.1e}"
@@ -74,42 +77,25 @@ def check_lowering(fake: fx.GraphModule, lowered: Lowered, flat_inputs: Sequence
     return found
 
 
-class _Recorder(fx.Interpreter):
-    """Runs a fake-quant graph and keeps what its quantizers return."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.nodes = {node for node, _ in quantizer_nodes(module)}
-        self.values: dict[str, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n in self.nodes:
-            self.values[n.name] = result
-        return result
-
-
-class _Follower(fx.Interpreter):
-    """Runs a lowered graph, compares each dequantized activation and goes on with the other graph's."""
+class _Follow:
+    """Compares each dequantized activation of a lowered graph, and goes on with the other graph's."""
 
     def __init__(self, lowered: Lowered, expected: dict[str, Tensor]) -> None:
-        super().__init__(lowered.module)
         self.fake_of = {name: fake for fake, name in lowered.activations.items()}
         self.expected = expected
         self.steps, self.where = 0.0, ""
 
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n.name not in self.fake_of:
+    def __call__(self, node: fx.Node, result: Any) -> Any:
+        if node.name not in self.fake_of:
             return result
-        expected = self.expected[self.fake_of[n.name]]
-        scale = bind(n)["scale"]
+        expected = self.expected[self.fake_of[node.name]]
+        scale = bind(node)["scale"]
         # float32 holds the code 40000 to within 0.004, so that one code apart may look like a little more
         lost = 4 * torch.finfo(torch.float32).eps * expected.double().abs()
         beyond = ((result.double() - expected.double()).abs() - lost).clamp(min=0)
         steps = float(beyond.max()) / scale if expected.numel() else 0.0
         if not steps <= self.steps:
-            self.steps, self.where = steps, n.name
+            self.steps, self.where = steps, node.name
         return expected
 
 

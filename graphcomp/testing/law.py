@@ -25,6 +25,7 @@ from graphcomp.errors import VerificationError
 from graphcomp.ir.graph import neighbourhood, source_line
 from graphcomp.ir.module import tensor_leaves
 from graphcomp.ir.preserve import eval_copy, same_buffers
+from graphcomp.ir.run_nodes import run_tapped
 from graphcomp.numerics.compare import relative_error, tolerance_of, why_silent
 from graphcomp.pruning.mask import InsertMasks, computed_with, hold_masks, set_masks
 from graphcomp.pruning.slice import SliceGroups, by_factor, select
@@ -182,10 +183,8 @@ def _values(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, Any]:
     """Node name -> value, of one run."""
     values: dict[str, Any] = {}
 
-    class Recorder(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            values[n.name] = super().run_node(n)
-            return values[n.name]
+    def keep(node: fx.Node, found: Any) -> None:
+        values[node.name] = found
 
-    Recorder(module).run(*inputs, enable_io_processing=False)
+    run_tapped(module, inputs, see=keep)
     return values

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcomp.capture.capture import capture
+from graphcomp.ir.run_nodes import run_tapped
 from graphcomp.numerics.compare import relative_error
 from graphcomp.quantization.fold import FoldBatchNorm, FoldForTraining
 from tests.quantization.models import random_norms, residual
@@ -111,11 +112,5 @@ def test_training_form_quantizes_the_folded_weight():
     scaled, folded = FoldForTraining()(captured.module), FoldBatchNorm()(captured.module)
     (conv,) = scaled.graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default)
     seen = {}
-
-    class Look(torch.fx.Interpreter):
-        def run_node(self, n: torch.fx.Node) -> Any:
-            seen[n] = super().run_node(n)
-            return seen[n]
-
-    Look(scaled).run(x, enable_io_processing=False)
+    run_tapped(scaled, [x], see=seen.__setitem__)
     assert torch.allclose(seen[conv.args[1]], folded.get_parameter("0.weight"), atol=1e-6)

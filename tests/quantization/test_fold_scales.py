@@ -18,7 +18,7 @@ from graphcomp.coupling.groups import find_groups
 from graphcomp.coupling.propagate import propagate
 from graphcomp.errors import PlanError, VerificationError
 from graphcomp.ir.graph import bind, fetch, set_argument
-from graphcomp.ir.run_nodes import Constants
+from graphcomp.ir.run_nodes import Constants, run_tapped
 from graphcomp.numerics.compare import relative_error
 from graphcomp.pruning.slice import SliceGroups
 from graphcomp.quantization.fold import FoldForTraining, chains, folded_nodes
@@ -97,34 +97,32 @@ def trained(
     return learned(FORMS[form](copy.deepcopy(found.module)), found.inputs.args, config, **how), found.inputs.args
 
 
-class Inputs(fx.Interpreter):
-    """Runs a graph and keeps what its quantizers read; goes on with what another graph's returned, where given."""
+class Inputs:
+    """Keeps what the quantizers of a graph read; goes on with what another graph's returned, where given."""
 
     def __init__(self, module: fx.GraphModule, returned: dict[str, Tensor] | None = None) -> None:
-        super().__init__(module)
-        self.quantized = {node.name for node, _ in quantizer_nodes(module)} - {
-            node.name for node in constants_with_quantizers(module)
-        }
+        self.quantized = {node for node, _ in quantizer_nodes(module)} - constants_with_quantizers(module)
+        self.sources = {node.all_input_nodes[0] for node in self.quantized}
         self.follow = returned
+        self.values: dict[fx.Node, Any] = {}
         self.read: dict[str, Tensor] = {}
         self.returned: dict[str, Tensor] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n.name in self.quantized:
-            self.read[n.name] = self.env[n.all_input_nodes[0]]
-            self.returned[n.name] = result if self.follow is None else self.follow[n.name]
-            return self.returned[n.name]
+    def __call__(self, node: fx.Node, result: Any) -> Any:
+        if node in self.quantized:
+            self.read[node.name] = self.values[node.all_input_nodes[0]]
+            self.returned[node.name] = result = result if self.follow is None else self.follow[node.name]
+        if node in self.sources:
+            self.values[node] = result
         return result
 
 
 def check_same(fake: fx.GraphModule, finished: fx.GraphModule, inputs: Sequence[Any], tolerance: float) -> None:
     """Each quantizer reads the same in both graphs, on equal operands; so does who reads the outputs."""
     one = Inputs(fake)
-    with torch.no_grad():
-        expected = one.run(*inputs, enable_io_processing=False)
-        other = Inputs(finished, one.returned)
-        actual = other.run(*inputs, enable_io_processing=False)
+    expected = run_tapped(fake, inputs, instead=one)
+    other = Inputs(finished, one.returned)
+    actual = run_tapped(finished, inputs, instead=other)
     assert one.read.keys() == other.read.keys()
     for name, value in one.read.items():
         assert relative_error(value, other.read[name]) < tolerance, name

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from graphcomp.capture.capture import capture
 from graphcomp.ir.graph import bind, fetch, set_argument
 from graphcomp.ir.module import CapturedModule
+from graphcomp.ir.run_nodes import run_tapped
 from graphcomp.quantization.ops import (
     dequantize_per_channel,
     dequantize_per_tensor,
@@ -53,10 +54,14 @@ def lower(model: nn.Module, inputs: Any, how: Quantization | None = None) -> Cap
     how = how or Quantization()
     module = capture(model, inputs).module
     assert isinstance(module, CapturedModule)
-    seen = _Ranges(module)
-    with torch.no_grad():
-        seen.run(*(inputs if isinstance(inputs, tuple) else (inputs,)))
-    lowering = _Lowering(module, seen.ranges, how)
+    ranges: dict[str, tuple[float, float]] = {}
+
+    def keep(node: fx.Node, found: Any) -> None:
+        if isinstance(found, Tensor) and found.is_floating_point():
+            ranges[node.name] = (min(0.0, float(found.min())), max(0.0, float(found.max())))
+
+    run_tapped(module, inputs if isinstance(inputs, tuple) else (inputs,), see=keep)
+    lowering = _Lowering(module, ranges, how)
     for node in list(module.graph.nodes):
         lowering.visit(node)
     lowering.finish()
@@ -64,18 +69,6 @@ def lower(model: nn.Module, inputs: Any, how: Quantization | None = None) -> Cap
     module.graph.lint()
     module.recompile()
     return module
-
-
-class _Ranges(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.ranges: dict[str, tuple[float, float]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, Tensor) and result.is_floating_point():
-            self.ranges[n.name] = (min(0.0, float(result.min())), max(0.0, float(result.max())))
-        return result
 
 
 class _Lowering:
