@@ -32,7 +32,6 @@ from graphcomp.flows.results import (
     post_training,
 )
 from graphcomp.flows.whole import into_whole
-from graphcomp.ir.graph import replace_module
 from graphcomp.ir.module import copied, tensor_leaves
 from graphcomp.methods.base import Goal, Method, check_goal, folders
 from graphcomp.methods.registry import stages_of
@@ -53,11 +52,14 @@ from graphcomp.result import CompressedModel
 from graphcomp.system.progress import progress as show_progress
 from graphcomp.training import distributed
 from graphcomp.training.batches import first_batches, to_device
-from graphcomp.training.loop import Whole, train
+from graphcomp.training.loop import train
 from graphcomp.training.options import Training, parts
-from graphcomp.training.prepared import LayerBits, Prepared, prepare_graph, training_config, unwrapped
+from graphcomp.training.preparation import prepare_graph, training_config
+from graphcomp.training.prepared import Prepared, unwrapped
+from graphcomp.training.ranges import LayerBits
 from graphcomp.training.same_gradients import settle_gradients
 from graphcomp.training.shrink import shrunk
+from graphcomp.training.whole import standing_in
 
 Modules: TypeAlias = str | nn.Module | Sequence[str | nn.Module]
 """Modules of a model: a name, a "re:" pattern, a module itself, or several of these."""
@@ -543,13 +545,8 @@ def _trained(
         _check_called(ready.session.plan.captured)
         ready.keep({group: kept[group.name] for group in ready.session.groups if group.name in kept})
         ready.keep_elements(elements)
-        part = ready.session.plan.model
-        replace_module(model, part, ready)
-        try:
-            whole = Whole(model, model, *example) if scope else None
+        with standing_in(model, ready, *example) as whole:
             trained(ready, training=training, begin=partial(method.begin, ready, goal), whole=whole)
-        finally:
-            replace_module(model, ready, ready.session.bind(ready).plan.model)
         kept = {group.name: units for group, units in ready.kept().items()}
         elements = ready.elements
         remarks |= dict.fromkeys(ready.remarks)

@@ -30,8 +30,9 @@ from graphcomp.quantization.redundant import with_repeats
 from graphcomp.result import CompressedModel
 from graphcomp.system.threads import one_at_a_time
 from graphcomp.torch_compat import pytree
-from graphcomp.training.prepared import Prepared, Session
-from graphcomp.training.shrink import expanded, session_of, settled
+from graphcomp.training.prepared import Prepared
+from graphcomp.training.session import Session
+from graphcomp.training.shrink import session_of, settled
 
 SLICING, FOLDING = 1e-9, 1e-6
 """Largest relative errors, in float64, of slicing a trained graph and of folding its batch norms into its steps."""
@@ -47,8 +48,8 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
         VerificationError: the small model does not compute what the trained one does.
     """
     trained = ready = settled(ready, verify=verify)
-    while ready.session.whole is not None:
-        ready = expanded(ready)
+    while (cut_from := ready.session.cut_from) is not None:
+        ready = cut_from.grown(ready)
     for name, tensor in trained.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise TrainingError(

@@ -115,12 +115,13 @@ def fetch(root: torch.nn.Module, target: str) -> Any:
     return found
 
 
-def replace_module(root: torch.nn.Module, old: torch.nn.Module, new: torch.nn.Module) -> None:
-    """Let `new` stand wherever `old` stands in `root`, under every name."""
+def replace_module(root: torch.nn.Module, old: torch.nn.Module, new: torch.nn.Module) -> torch.nn.Module:
+    """Let `new` stand where `old` stands in `root`, under every name; return the root, which may be `new`."""
     for parent in list(root.modules()):
         for name, child in list(module_table(parent).items()):
             if child is old:
                 module_table(parent)[name] = new
+    return new if root is old else root
 
 
 def assign(root: torch.nn.Module, target: str, tensor: Tensor) -> None:

@@ -22,13 +22,12 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from graphcomp.capture.capture import user_line
 from graphcomp.errors import CheckpointError, GraphcompError, PlanError, TrainingError, first_line
-from graphcomp.ir.graph import replace_module
 from graphcomp.ir.inputs import copies
 from graphcomp.ir.preserve import eval_copy
 from graphcomp.pruning.evidence import Loss, arguments_like, check_loss
 from graphcomp.system.progress import Progress
 from graphcomp.system.progress import progress as show_progress
-from graphcomp.torch_compat import BatchNormBase, pytree
+from graphcomp.torch_compat import pytree
 from graphcomp.training import distributed
 from graphcomp.training.batches import check_iterable, check_shares, no_batches, set_epoch, to_device
 from graphcomp.training.folder import (
@@ -46,7 +45,7 @@ from graphcomp.training.optimizer import MethodOptimizer
 from graphcomp.training.options import Training
 from graphcomp.training.prepared import Prepared
 from graphcomp.training.run import Begin
-from graphcomp.training.shrink import give_back
+from graphcomp.training.whole import Whole
 
 SHRINK_FROM = 100
 """Steps that are left at least where the module is shrunk: that captures it anew, which takes as long as some steps."""
@@ -65,54 +64,6 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
         for each, mode in modes:
             if isinstance(each, Prepared):
                 each.train(mode)
-
-
-@dataclass(frozen=True, eq=False)
-class Whole:
-    """The model whose output the loss is of: the prepared one, or one in which the prepared one stands.
-
-    All its parameters are trained, those outside of the prepared module by the same optimizer.
-
-    Attributes:
-        module: what is called, and trained.
-        original: whose forward tells the names of positional inputs.
-        args, kwargs: example inputs, whose form batches have.
-    """
-
-    module: nn.Module
-    original: nn.Module
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-    @staticmethod
-    def of(ready: Prepared) -> Whole:
-        """The prepared module, which is all there is."""
-        captured = ready.session.plan.captured
-        return Whole(ready, captured.original, captured.inputs.args, captured.inputs.kwargs)
-
-    def train(self) -> None:
-        """Switch to training mode; what the user put in eval mode inside of a model in training mode stays in it."""
-        prepared = [m for m in self.module.modules() if isinstance(m, Prepared)]
-        inside = {id(m) for ready in prepared for m in ready.modules()}  # its graph knows which ops follow the mode
-        held = [m for m in self.module.modules() if not m.training and id(m) not in inside]
-        held = held if self.module.training else []
-        self.module.train()
-        for module in held:
-            module.training = False
-
-    def freeze_norms(self) -> None:
-        """Keep the running statistics of all batch norms as they are."""
-        for module in self.module.modules():
-            if isinstance(module, Prepared):
-                module.freeze_norms()
-            elif isinstance(module, BatchNormBase) and module.track_running_stats:
-                module.training = False
-
-    def around(self, ready: Prepared) -> tuple[str, list[nn.Parameter]]:
-        """Where `ready` stands, as a prefix of names, and the parameters outside of it that can be trained."""
-        prefix = next(f"{name}." if name else "" for name, m in self.module.named_modules() if m is ready)
-        inside = {id(p) for p in ready.parameters()}
-        return prefix, [p for p in self.module.parameters() if p.requires_grad and id(p) not in inside]
 
 
 def train(
@@ -166,11 +117,10 @@ def train(
                     distributed.copy_from_first(loop.whole.module.buffers())
                     loop.run.choice().apply(loop.run.ready)
                 finally:
-                    small = loop.put_back()
+                    loop.whole.hold(ready)
         finally:
             loop.close()
-        if small is not None:
-            give_back(small, ready)
+        loop.give_back()
         if start is not None:
             loop.keep_better(start, measured)
 
@@ -210,7 +160,7 @@ class _Loop:
         check_iterable(data)
         _check_loss_function(loss, whole.module)
         self.ready, self.whole, self.data, self.loss, self.training = ready, whole, data, loss, training
-        self.prefix, outside = whole.around(ready)
+        self.prefix, outside = whole.outside()
         self.step = self.epoch = self.position = 0
         self.total = training.steps_over(data)
         if not self.total:
@@ -441,28 +391,25 @@ class _Loop:
                 logging.getLogger("graphcomp").info("the cool-down goes on with masks: %s", error)
                 self.training = replace(self.training, shrink=False)
                 return
-            self._follow()
+            self._hold_shrunk()
 
-    def _follow(self) -> None:
-        """Let the module that the optimizer has shrunk stand in the place of the one that was prepared."""
-        if self.whole.module is self.ready:
-            self.whole = replace(self.whole, module=self.optimizer.ready)
-        else:
-            replace_module(self.whole.module, self.ready, self.optimizer.ready)
+    def _hold_shrunk(self) -> None:
+        """Go on with the module that the optimizer has shrunk."""
+        self.whole.hold(self.optimizer.ready)
         self.weights = self._weights()
+
+    def give_back(self) -> None:
+        """Let the prepared module hold what the module that it was shrunk to has learned."""
+        small = self.optimizer.ready
+        if small is not self.ready:
+            assert small.session.cut_from is not None
+            self.ready.load_state_dict(small.session.cut_from.grown(small).state_dict())
+            self.ready.set_progress(*small.progress)
 
     def close(self) -> None:
         """Let other runs use the folder."""
         if self.folder is not None:
             self.folder.close()
-
-    def put_back(self) -> Prepared | None:
-        """Let the prepared module stand in its place again; what it was shrunk to, if it was."""
-        small = self.optimizer.ready
-        if small is self.ready:
-            return None
-        replace_module(self.whole.module, small, self.ready)
-        return small
 
     def _precision(self) -> AbstractContextManager[object]:
         dtype = self.training.autocast
@@ -562,7 +509,7 @@ class _Loop:
                 state["random"], state["epoch_random"] = state["random_of_others"][distributed.rank() - 1]
             self.optimizer.load_state_dict(state["optimizer"])
             if self.optimizer.ready is not self.ready:
-                self._follow()
+                self._hold_shrunk()
             self.whole.module.load_state_dict(state["module"])
             self.scheduler.load_state_dict(state["scheduler"])
             if self.scaler.is_enabled():

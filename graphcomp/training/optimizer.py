@@ -18,7 +18,7 @@ from graphcomp.errors import CheckpointError, PlanError
 from graphcomp.pruning.mask import gone
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.training.prepared import Prepared
-from graphcomp.training.shrink import move, shrunk
+from graphcomp.training.shrink import CutFrom, shrunk
 
 if TYPE_CHECKING:
     from graphcomp.training.run import Run
@@ -159,14 +159,31 @@ class MethodOptimizer(Optimizer):
         return self._shrink()
 
     def _shrink(self) -> Prepared:
-        ready, small = self.ready, shrunk(self.ready)
-        move(self.param_groups, self.state, ready, small)
+        small = shrunk(self.ready)
+        assert small.session.cut_from is not None
+        self._bind(small, small.session.cut_from)
         earlier = self._shrunk or {}
         kept = {group.name: units for group, units in self.run.kept.items()}
         self._shrunk = {**earlier, **{n: earlier[n][units] if n in earlier else units for n, units in kept.items()}}
         self.run.follow(small)
         self._index_zeros()
         return small
+
+    def _bind(self, small: Prepared, cut_from: CutFrom) -> None:
+        """Let groups and state be of the parameters of `small`; parameters outside of the module stay.
+
+        Raises:
+            PlanError: the state cannot be cut; nothing is changed then.
+        """
+        new, names = dict(small.named_parameters()), {id(p): name for name, p in self.ready.named_parameters()}
+        state = {}
+        for p, values in self.state.items():
+            name = names.get(id(p), "")
+            state[new.get(name, p)] = cut_from.state(name, values)
+        for group in self.param_groups:
+            group["params"] = [new[names[id(p)]] if id(p) in names else p for p in group["params"]]
+        self.state.clear()
+        self.state.update(state)
 
     # ------------------------------------------------------------------------------------------ saving
     def state_dict(self) -> dict[str, Any]:

@@ -1,10 +1,14 @@
-"""From a prepared module some of whose units are gone to one without them, that trains faster; and back."""
+"""From a prepared module some of whose units are gone to one without them, that trains faster; and back.
+
+The two are programs with tensors of the same names; the smaller one's are those of the whole one at the indices that
+were kept. `CutFrom` holds these, and maps tensors both ways.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, MutableMapping
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +23,9 @@ from graphcomp.pruning.mask import PREFIX, gone
 from graphcomp.pruning.slice import SliceGroups, kept_of_tensors, select
 from graphcomp.system.threads import one_at_a_time
 from graphcomp.torch_compat import pytree
-from graphcomp.training.prepared import SESSION, Prepared, Session, with_masks
+from graphcomp.training.masked import with_masks
+from graphcomp.training.prepared import SESSION, Prepared
+from graphcomp.training.session import Session
 
 REMNANT = 0.1
 """Of the largest magnitude in a parameter: what an average, for the most part of cool-down steps, may hold of units
@@ -81,6 +87,93 @@ def settled(ready: Prepared, *, verify: bool = True) -> Prepared:
     return exact
 
 
+@dataclass(frozen=True, eq=False)
+class CutFrom:
+    """The module that a smaller one was cut from, and where the tensors of the smaller one lie in those of the whole.
+
+    Attributes:
+        whole: the module as it was when it was cut.
+        units: the units of each group of `whole` that were kept.
+        kept: tensor -> dim -> indices that were kept, of the dims that got shorter.
+    """
+
+    whole: Prepared
+    units: Kept
+    kept: Mapping[str, Mapping[int, Tensor]]
+
+    @staticmethod
+    def of(ready: Prepared) -> CutFrom:
+        """Return how `ready` is cut to the units that its masks leave; `whole` is a copy of `ready`."""
+        whole, units = copy.deepcopy(ready), ready.kept()
+        whole.zero_grad()
+        return CutFrom(whole, units, kept_of_tensors(ready.session.quantized.coupling, units))
+
+    def select(self, name: str, value: Tensor) -> Tensor:
+        """Return a copy of what belongs to a tensor of the whole module, without what that loses.
+
+        A dim of size 1 is of all indices, as in the rows and columns of Adafactor.
+        """
+        shape = self.whole.get_parameter(name).shape
+        return select(value, {d: own for d, own in self.kept.get(name, {}).items() if value.shape[d] == shape[d]})
+
+    def scatter(self, name: str, whole: Tensor, part: Tensor) -> Tensor:
+        """Return a copy of `whole` that holds `part` at the indices that were kept."""
+        result, cut = whole.clone(), self.kept.get(name, {})
+        if not cut:
+            return result.copy_(part)
+        indices = [cut.get(dim, torch.arange(size)) for dim, size in enumerate(whole.shape)]
+        spread = [own.view([-1 if d == dim else 1 for d in range(whole.dim())]) for dim, own in enumerate(indices)]
+        return result.index_put_(tuple(own.to(whole.device) for own in spread), part)
+
+    def state(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what an optimizer holds of a parameter, without what the parameter loses.
+
+        Raises:
+            PlanError: a value does not say what a unit's part is.
+        """
+        if name not in self.kept:
+            return dict(values)
+        return {key: self._entry(name, key, value) for key, value in values.items()}
+
+    def _entry(self, name: str, key: str, value: Any) -> Any:
+        shape = self.whole.get_parameter(name).shape
+        dims = value.shape if isinstance(value, Tensor) else ()
+        if len(dims) == len(shape) and all(own in (1, size) for own, size in zip(dims, shape, strict=True)):
+            return self.select(name, value)
+        strange = next((t for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.numel() > 1), None)
+        if strange is not None:
+            raise PlanError(
+                "the optimizer's state cannot be shrunk",
+                at=f"state '{key}' of {name}",
+                why=f"it is {tuple(strange.shape)}, and the parameter {tuple(shape)}",
+                fix="train on with masks; or graphcomp.shrink(ready) and a new optimizer",
+            )
+        return value
+
+    @torch.no_grad()
+    def grown(self, small: Prepared) -> Prepared:
+        """Return the whole module with tensors that hold what `small` has learned; units that went are zero."""
+        learned, like = dict(all_tensors(small)), next(small.parameters())
+        full: dict[int, Tensor] = {}
+        found: dict[str, Tensor] = {}
+        for name, old in all_tensors(self.whole):
+            if id(old) not in full:
+                own = None if name.startswith(PREFIX) else learned.get(name)
+                full[id(old)] = self._grown(name, old, own, like)
+            found[name] = full[id(old)]
+        ready, left = self.whole.bind(found), {group.name: units for group, units in small.kept().items()}
+        ready.keep({group: own[left[group.name]] if group.name in left else own for group, own in self.units.items()})
+        return ready
+
+    def _grown(self, name: str, old: Tensor, learned: Tensor | None, like: Tensor) -> Tensor:
+        """Return a tensor of the whole module; without what was learned, a copy, floats in the dtype of `like`."""
+        if learned is None:
+            data, trained = old.detach().clone().to(like if old.is_floating_point() else like.device), old.requires_grad
+        else:
+            data, trained = self.scatter(name, old.detach().to(learned), learned.detach()), learned.requires_grad
+        return nn.Parameter(data, trained) if isinstance(old if learned is None else learned, nn.Parameter) else data
+
+
 @one_at_a_time
 def shrunk(ready: Prepared) -> Prepared:
     """A smaller copy without the units that are gone; see `graphcomp.shrink`.
@@ -104,12 +197,10 @@ def shrunk(ready: Prepared) -> Prepared:
         cut = analyze_captured(replace(session.quantized.captured.rewritten(graph), original=model))
         quantized = _named_as(session.quantized, kept, cut)
     groups = tuple(group for group in quantized.groups if group.name in units)
-    whole = copy.deepcopy(ready)
-    whole.zero_grad()
-    small = with_masks(replace(session, plan=plan, quantized=quantized, groups=groups, whole=whole))
+    cut_from = CutFrom.of(ready)
+    small = with_masks(replace(session, plan=plan, quantized=quantized, groups=groups, cut_from=cut_from))
     small.meta[SESSION] = small.session.bind(small)  # one set of smaller tensors for graph, model and module
-    cuts = kept_of_tensors(ready.session.quantized.coupling, kept)
-    small.elements = {name: select(mask, cuts.get(name, {})) for name, mask in ready.elements.items()}
+    small.elements = {name: cut_from.select(name, mask) for name, mask in ready.elements.items()}
     small.set_progress(*ready.progress)
     small.recompute, small.norms_frozen, small.remarks = ready.recompute, ready.norms_frozen, ready.remarks
     small.train(ready.training)
@@ -132,96 +223,6 @@ def _named_as(before: Analysis, kept: Kept, cut: Analysis) -> Analysis:
 
 def _places(group: ChannelGroup) -> set[tuple[str, int]]:
     return {(member.name, member.dim) for member in group.members}
-
-
-@torch.no_grad()
-def expanded(small: Prepared) -> Prepared:
-    """Return the module that `small` was cut from, with all that `small` has learned since in its place."""
-    whole = small.session.whole
-    assert whole is not None
-    kept, units = whole.kept(), {group.name: own for group, own in small.kept().items()}
-    cuts = kept_of_tensors(whole.session.quantized.coupling, kept)
-    learned, like = dict(all_tensors(small)), next(small.parameters())
-    full: dict[int, Tensor] = {}
-    for name, old in all_tensors(whole):
-        if id(old) not in full:
-            own = None if name.startswith(PREFIX) else learned.get(name)
-            full[id(old)] = _grown(old, cuts.get(name, {}), own, like)
-    found = copy.deepcopy(whole, dict(full))
-    found.keep({group: own[units[group.name]] if group.name in units else own for group, own in kept.items()})
-    return found
-
-
-def _grown(old: Tensor, cut: Mapping[int, Tensor], learned: Tensor | None, like: Tensor) -> Tensor:
-    """Return a copy of `old` with what was learned at the indices that were not cut; floats in the dtype of `like`."""
-    if learned is None:
-        data = old.detach().clone().to(like if old.is_floating_point() else like.device)
-        return nn.Parameter(data, old.requires_grad) if isinstance(old, nn.Parameter) else data
-    data = _filled(old.detach().to(learned), cut, learned.detach())
-    return nn.Parameter(data, learned.requires_grad) if isinstance(learned, nn.Parameter) else data
-
-
-@torch.no_grad()
-def move(
-    param_groups: Iterable[dict[str, Any]], state: MutableMapping[Any, Any], ready: Prepared, small: Prepared
-) -> None:
-    """Let an optimizer's groups and state, which are changed, be of `small` instead of `ready`: what it holds of a
-    parameter is cut as that is. Parameters of neither stay.
-
-    Raises:
-        PlanError: what it holds does not say what a unit's part is; nothing is changed then.
-    """
-    cuts, new = kept_of_tensors(ready.session.quantized.coupling, ready.kept()), dict(small.named_parameters())
-    names = {id(p): name for name, p in ready.named_parameters()}
-    moved = {}
-    for old, values in state.items():
-        name = names.get(id(old), "")
-        cut = cuts.get(name, {})
-        moved[new.get(name, old)] = {
-            key: _cut(value, old, cut, f"state '{key}' of {name}") if cut else value for key, value in values.items()
-        }
-    for group in param_groups:
-        group["params"] = [new[names[id(p)]] if id(p) in names else p for p in group["params"]]
-    state.clear()
-    state.update(moved)
-
-
-def _cut(value: Any, parameter: Tensor, cut: Mapping[int, Tensor], at: str) -> Any:
-    """What an optimizer holds of a parameter, without what the parameter loses. A dim of size 1 is of all units, as in
-    Adafactor's rows and columns.
-
-    Raises:
-        PlanError: it is of another shape, or no tensor but holds some.
-    """
-    if isinstance(value, Tensor) and value.dim() == parameter.dim():
-        pairs = list(zip(value.shape, parameter.shape, strict=True))
-        if all(own in (1, size) for own, size in pairs):
-            return select(value, {dim: kept for dim, kept in cut.items() if pairs[dim][0] == pairs[dim][1]})
-    strange = next((t for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.numel() > 1), None)
-    if strange is not None:
-        raise PlanError(
-            "the optimizer's state cannot be shrunk",
-            at=at,
-            why=f"it is {tuple(strange.shape)}, and the parameter {tuple(parameter.shape)}",
-            fix="train on with masks; or graphcomp.shrink(ready) and a new optimizer",
-        )
-    return value
-
-
-def give_back(small: Prepared, ready: Prepared) -> None:
-    """Let `ready`, which `small` was cut from, hold what `small` has learned since; in place."""
-    ready.load_state_dict(expanded(small).state_dict())
-    ready.set_progress(*small.progress)
-
-
-def _filled(full: Tensor, cuts: Mapping[int, Tensor], values: Tensor) -> Tensor:
-    """A copy of `full` with `values` at the indices `cuts` of its dims."""
-    result = full.clone()
-    if not cuts:
-        return result.copy_(values)
-    indices = [cuts.get(dim, torch.arange(size)) for dim, size in enumerate(full.shape)]
-    spread = [own.view([-1 if d == dim else 1 for d in range(full.dim())]) for dim, own in enumerate(indices)]
-    return result.index_put_(tuple(own.to(full.device) for own in spread), values)
 
 
 def session_of(ready: Prepared) -> Session:

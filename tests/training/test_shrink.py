@@ -11,7 +11,6 @@ from torch import nn
 import graphcomp as gc
 from graphcomp.cost import CostModel
 from graphcomp.pruning.slice import kept_of_tensors, select
-from graphcomp.training.shrink import expanded
 from tests.marks import in_ci, slow
 from tests.training.runs import SCHEDULE, batch, model_of, ready_of, train
 
@@ -24,6 +23,11 @@ def pruned(name: str, bits: tuple[int, int] | None = (4, 8)) -> gc.Prepared:
     optimizer = gc.QASSO(ready, torch.optim.SGD, lr=0.01, sparsity=0.4, schedule=SCHEDULE)
     train(optimizer, ready, name, SCHEDULE.ends[2] + 1)
     return ready
+
+
+def grown(small: gc.Prepared) -> gc.Prepared:
+    assert small.session.cut_from is not None
+    return small.session.cut_from.grown(small)
 
 
 def in_double(name: str, seed: int) -> tuple[torch.Tensor, ...]:
@@ -64,7 +68,7 @@ def test_training_it_is_training_the_whole():
             optimizer.zero_grad()
             module(*in_double("residual", step)).square().mean().backward()
             optimizer.step()
-    found, wanted = expanded(small), dict(ready.state_dict())
+    found, wanted = grown(small), dict(ready.state_dict())
     masked = {name for name in wanted if "running_" in name or "num_batches" in name}  # of units that are gone
     for name, tensor in found.state_dict().items():
         if name not in masked:
@@ -179,7 +183,7 @@ def test_the_optimizer_goes_on_with_it(how):
     halving.step()
     assert optimizer.removed == removed
 
-    found, wanted = expanded(small).state_dict(), twin.state_dict()
+    found, wanted = grown(small).state_dict(), twin.state_dict()
     for name, tensor in found.items():
         if "running_" not in name:  # of units that are gone, too
             torch.testing.assert_close(tensor, wanted[name], rtol=1e-8, atol=1e-11, msg=name)

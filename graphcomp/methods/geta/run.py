@@ -24,9 +24,10 @@ from graphcomp.torch_compat import foreach_clamp_max_, foreach_clamp_min_
 from graphcomp.training.identity import name_of
 from graphcomp.training.lsq import lsq_groups
 from graphcomp.training.optimizer import grouped
-from graphcomp.training.prepared import Prepared, Session, Site
+from graphcomp.training.prepared import Prepared
 from graphcomp.training.run import Run
 from graphcomp.training.schedule import Moment, Schedule, Stage
+from graphcomp.training.session import Session, Site
 
 
 class GetaRun(Run):

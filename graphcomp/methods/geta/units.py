@@ -18,7 +18,8 @@ from graphcomp.pruning.allocation import Budget, Normalize, allocate, normalized
 from graphcomp.pruning.evidence import Evidence, Scores
 from graphcomp.pruning.saliency import Saliency, score_of
 from graphcomp.pruning.shares import Part, parts_of
-from graphcomp.training.prepared import Prepared, Session
+from graphcomp.training.prepared import Prepared
+from graphcomp.training.session import Session
 
 
 @dataclass(frozen=True, eq=False)
