@@ -18,14 +18,14 @@ from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import CalibrationError, CaptureError, InputError, NothingToPrune, PlanError
 from graphcomp.flows.finalize import as_trained
 from graphcomp.flows.held import equal_counts, held_by_class
+from graphcomp.flows.one_shot import cut_groups, cut_to_integers
 from graphcomp.flows.results import (
-    Cut,
     as_integers,
     as_model,
+    calibrating,
     check_batches,
     check_floats,
     check_second_call,
-    cut_groups,
     group_sizes,
     planned_bits,
     planned_bytes,
@@ -312,7 +312,7 @@ def compress(
     )
     quantization = quantization and _with_names(quantization, part)
     notes: list[str] = []
-    with show_progress(4 if quantization is None else 5, progress) as bar:
+    with show_progress(4, progress) as bar:
         bar.step("capturing and coupling")
         analysis = analyze(model, example_inputs, example_kwargs, scope=scope, outputs=outputs)
         if quantization is not None:
@@ -348,21 +348,21 @@ def compress(
                 )
             kept, rounded = in_multiples(kept, scores, round_to, at_most=budget is not None)
             notes += rounded
-        bar.step("cutting and verifying")
         with blaming_inputs(analysis.captured):
-            cut = cut_groups(analysis, kept, groups, verify=verify)
             if quantization is None:
-                choose = None
+                bar.step("cutting and verifying")
+                cut, choose = cut_groups(analysis, kept, groups, verify=verify), None
                 if prefer_native and kept and not zeros:
                     choose = equal_counts(analysis, kept, scores, budget, ranking == "local", round_to)
                 cut, held = held_by_class(cut, choose)
-                small = as_model(_noted(cut, notes), held, measure_latency=measure_latency)
+                small = as_model(cut.noted(*notes), held, measure_latency=measure_latency)
             else:
-                bar.step("calibrating and lowering")
+                bar.step("cutting, calibrating, lowering and verifying")
                 found = _calibration(model, analysis, example_inputs, example_kwargs, calibration)
-                small = as_integers(
-                    _noted(cut, notes), quantization, found, verify=verify, measure_latency=measure_latency
-                )
+                batches, said = calibrating(analysis.captured, quantization, found)
+                cut, integers = cut_to_integers(analysis, kept, groups, quantization, batches, verify=verify)
+                said = (*said, *integers.notes_since(cut.program))
+                small = as_integers(cut.noted(*notes), integers, said, measure_latency=measure_latency)
     if not scope:
         return small
     example = example_arguments(example_inputs, example_kwargs)
@@ -391,10 +391,6 @@ def _check_stacked(data: Tensor, example_inputs: Any) -> None:
     example = next(iter(tensor_leaves(example_inputs)), None)
     if example is not None and data.dim() <= example.dim():
         raise wrong("data", "a series of batches", data, "data=[batch, …], such as data=tensor.split(32)")
-
-
-def _noted(cut: Cut, notes: Sequence[str]) -> Cut:
-    return replace(cut, notes=(*notes, *cut.notes))
 
 
 def _scope(model: nn.Module, scope: str | nn.Module) -> str:

@@ -12,7 +12,7 @@ import operator
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -20,6 +20,7 @@ from torch.autograd import Function
 
 from graphcomp.capture.record import user_frame
 from graphcomp.ir.graph import bind, clone, frame_text
+from graphcomp.ir.passes import GraphPass
 from graphcomp.system.threads import LOCK, in_this_thread
 
 SCHEMA = "(Tensor[] results, Tensor[] operands, str name) -> Tensor[]"
@@ -171,11 +172,17 @@ def drop(graph: fx.Graph, nodes: Collection[fx.Node] | None = None) -> None:
         graph.erase_node(node)
 
 
-def without_backward(module: fx.GraphModule) -> fx.GraphModule:
-    """Return `module`, or a copy for inference where the gradient of some node is a Function's."""
-    if not calls_in(module.graph):
-        return module
-    copied, _ = clone(module)
-    drop(copied.graph)
-    copied.recompile()
-    return copied
+@dataclass(frozen=True)
+class LeaveOutBackward(GraphPass):
+    """Leave out the backward passes that a user wrote: the graph is for inference."""
+
+    name: ClassVar[str] = "leave out written backward passes"
+
+    def rewrite(self, module: fx.GraphModule, /) -> fx.GraphModule:
+        """Return `module`, or a copy where the gradient of some node is a Function's."""
+        if not calls_in(module.graph):
+            return module
+        copied, _ = clone(module)
+        drop(copied.graph)
+        copied.recompile()
+        return copied

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
-from graphcomp.capture.backward import without_backward
+from graphcomp.capture.backward import LeaveOutBackward
 from graphcomp.capture.capture import Captured
 from graphcomp.coupling.groups import ChannelGroup
 from graphcomp.errors import TrainingError, VerificationError
 from graphcomp.flows.held import held_by_class
-from graphcomp.flows.results import as_model, cut_groups, with_integers
+from graphcomp.flows.one_shot import cut_groups
+from graphcomp.flows.results import as_integers, as_model
 from graphcomp.ir.module import tensor_leaves
-from graphcomp.ir.passes import Pipeline, Rewrite
+from graphcomp.ir.passes import Pass, Pipeline, applied
 from graphcomp.ir.preserve import same_buffers
+from graphcomp.ir.program import P
 from graphcomp.numerics.compare import in_float64, is_whole, relative_error, why_silent
 from graphcomp.numerics.float64 import Float64ByDefault
 from graphcomp.numerics.provenance import compare_before, heard
 from graphcomp.pruning.slice import SliceGroups, kept_of_tensors, select
 from graphcomp.pruning.verify import in_double
-from graphcomp.quantization.fold_scales import Finish, from_training, with_embeddings
-from graphcomp.quantization.redundant import with_repeats
+from graphcomp.quantization.fold_scales import Finish, QuantizeTables, finishing
+from graphcomp.quantization.redundant import RepeatQuantizers
+from graphcomp.quantization.verify import CheckLowering
 from graphcomp.result import CompressedModel
 from graphcomp.system.threads import one_at_a_time
 from graphcomp.torch_compat import pytree
@@ -62,29 +64,27 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
     in_floats = {group.name: group for group in plan.groups}
     groups: list[ChannelGroup] = [in_floats[group.name] for group in session.groups]
     cut = cut_groups(plan, dict(zip(groups, kept.values(), strict=True)), groups, verify=False)
-    cut = replace(cut, notes=(*session.notes, *trained.remarks, *_pruned_elements(trained)))
-    sliced = SliceGroups(session.quantized.coupling, kept)(session.quantized.captured.module)
-    if verify:
-        verified, unchecked = _verified(trained, sliced, session)
-        cut = replace(cut, verified=verified, unchecked=unchecked)
-    if session.bits is None:
-        _, held = held_by_class(cut)
-        return as_model(cut, held, measure_latency=measure_latency)
-    inputs = plan.captured.inputs.flat()
-    assert session.config is not None
-    stored = Pipeline("trained", (
-        Rewrite("leave out written backward passes", without_backward),
-        Rewrite("put quantizers behind moves", with_repeats),
-        Rewrite("quantize tables", partial(with_embeddings, spec=session.config.embeddings, ignore=session.ignore)),
-    ))(session.quantized.captured.rewritten(sliced))  # fmt: skip
-    quantized = from_training(stored.module, [inputs])
-    return with_integers(
-        cut,
-        quantized,
-        quantized.notes,
-        inputs if verify else None,
-        measure_latency=measure_latency,
+    cut = cut.noted(*session.notes, *trained.remarks, *_pruned_elements(trained))
+    start = session.quantized.captured
+    cutting: tuple[Pass, ...] = (
+        SliceGroups(session.quantized.coupling, kept),
+        *([CheckTrained(trained, session)] if verify else []),
     )
+    if session.bits is None:
+        sliced = Pipeline("finalize", cutting)(start)
+        _, held = held_by_class(cut)
+        return as_model(cut.proved(sliced.verified, sliced.unchecked), held, measure_latency=measure_latency)
+    assert session.config is not None
+    inputs = plan.captured.inputs.flat()
+    integers = Pipeline("finalize", (
+        *cutting,
+        LeaveOutBackward(),
+        RepeatQuantizers(),
+        QuantizeTables(session.config.embeddings, session.ignore),
+        *finishing([inputs]),
+        *([CheckLowering(inputs)] if verify else []),
+    ))(start)  # fmt: skip
+    return as_integers(cut, integers, integers.notes_since(start), measure_latency=measure_latency)
 
 
 def _pruned_elements(trained: Prepared) -> Iterator[str]:
@@ -97,24 +97,34 @@ def _pruned_elements(trained: Prepared) -> Iterator[str]:
 
 
 # ------------------------------------------------------------------------------------------------ verification
-def _verified(ready: Prepared, sliced: fx.GraphModule, session: Session) -> tuple[dict[str, float], dict[str, str]]:
-    """How far the trained, the sliced and the folded graph are apart on the example inputs, in eval mode and in
-    float64: in float32 the rounding of a sum can send an activation to the next code, and what follows with it.
+@dataclass(frozen=True)
+class CheckTrained:
+    """Check that the trained, the sliced and the folded graph compute the same on the example inputs, in eval mode.
 
-    Raises:
-        VerificationError: they differ.
+    In float64: in float32 the rounding of a sum can send an activation to the next code, and what follows with it.
     """
-    captured, exact = session.plan.captured, in_double(sliced)
-    laws = {"trained == sliced": (in_double(ready), exact, SLICING)}
-    if session.bits is not None:
-        laws["sliced == folded"] = (exact, Finish()(with_repeats(exact)), FOLDING)
-    errors: dict[str, float] = {}
-    unchecked: dict[str, str] = {}
-    for law, (wanted, got, allowed) in laws.items():
-        error, silent = _compare(wanted, got, captured, allowed)
-        errors |= {} if math.isnan(error) else {law: error}
-        unchecked |= {law: silent} if math.isnan(error) else {}
-    return errors, unchecked
+
+    trained: Prepared
+    session: Session
+    name: ClassVar[str] = "check sliced and folded"
+
+    def __call__(self, program: P, /) -> P:
+        """Return the sliced program with the laws among `verified` or `unchecked`.
+
+        Raises:
+            VerificationError: the graphs differ.
+        """
+        captured, exact = self.session.plan.captured, in_double(program.module)
+        laws = {"trained == sliced": (in_double(self.trained), exact, SLICING)}
+        if self.session.bits is not None:
+            folded = applied(program.rewritten(exact), RepeatQuantizers(), Finish()).module
+            laws["sliced == folded"] = (exact, folded, FOLDING)
+        verified, unchecked = dict(program.verified), dict(program.unchecked)
+        for law, (wanted, got, allowed) in laws.items():
+            error, silent = _compare(wanted, got, captured, allowed)
+            verified |= {} if math.isnan(error) else {law: error}
+            unchecked |= {law: silent} if math.isnan(error) else {}
+        return replace(program, verified=verified, unchecked=unchecked)
 
 
 def _compare(wanted: fx.GraphModule, got: fx.GraphModule, captured: Captured, allowed: float) -> tuple[float, str]:

@@ -10,7 +10,8 @@ from typing import TypeAlias
 from graphcomp.cost import CostModel
 from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.groups import ChannelGroup, Kept
-from graphcomp.flows.results import Cut, cut_groups
+from graphcomp.flows.one_shot import cut_groups
+from graphcomp.flows.results import Cut
 from graphcomp.native.model import NativeResult, native
 from graphcomp.pruning.allocation import Budget, Meter, normalized
 from graphcomp.pruning.evidence import Scores
@@ -69,7 +70,7 @@ def _tied(cut: Cut, found: NativeResult, choose: Choose) -> tuple[Cut, NativeRes
         tied = cut_groups(cut.plan, choose(ties), cut.groups, verify=False)
         latest = native(cut.plan, tied.kept, tied.graph)
         if latest.module is not None:
-            if cut.verified or cut.unchecked:
+            if cut.program.verified or cut.program.unchecked:
                 tied = cut_groups(cut.plan, tied.kept, cut.groups, verify=True)
             return replace(tied, notes=(*tied.notes, _tie_note(ties))), latest
     if ties:

@@ -1,4 +1,4 @@
-"""From what is kept to what is handed back: cut, verify, quantize, count, and put it together."""
+"""From a program to what is handed back: what goes with what, counted and put together."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -21,26 +21,21 @@ from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import CalibrationError, PlanError, VerificationError
 from graphcomp.ir.graph import bind, value
 from graphcomp.ir.module import tensor_leaves
+from graphcomp.ir.program import Program
 from graphcomp.native.model import NativeResult
-from graphcomp.pruning.slice import SliceGroups, by_factor, kept_of_model, kept_of_tensors
-from graphcomp.pruning.verify import LAW as SLICING
-from graphcomp.pruning.verify import check_slicing
+from graphcomp.pruning.slice import by_factor, kept_of_model, kept_of_tensors
 from graphcomp.quantization import ops
 from graphcomp.quantization.integer_bytes import StoredBytes
 from graphcomp.quantization.lower import Lowered, LoweredLayer
 from graphcomp.quantization.ptq import (
     PostTraining,
-    Quantized,
     Rounding,
     planned,
     planned_layers,
     planned_sites,
-    quantize,
 )
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, Observer, QuantConfig, QuantSpec, check_bits
-from graphcomp.quantization.verify import LAW as LOWERING
-from graphcomp.quantization.verify import check_lowering
 from graphcomp.report.report import Change, LayerReport, Report, group_dict, layers
 from graphcomp.result import CompressedModel
 from graphcomp.system.threads import one_at_a_time
@@ -59,37 +54,29 @@ class Cut:
         plan: of the model before.
         kept: the units that stay; groups left out stay whole.
         groups: whose units were up for pruning.
-        graph: the sliced graph; None for a recorded model, which has none that can be run.
-        verified: law -> largest relative error.
-        unchecked: law, or part of one -> why it could not be checked.
+        program: sliced; of a recorded model, whose graph cannot be run, what was captured.
         notes: what was asked and not done, or done otherwise; how laws were checked.
     """
 
     plan: Analysis
     kept: Kept
     groups: Sequence[ChannelGroup]
-    graph: fx.GraphModule | None
-    verified: Mapping[str, float]
-    unchecked: Mapping[str, str] = field(default_factory=dict)
+    program: Program
     notes: tuple[str, ...] = ()
 
+    @property
+    def graph(self) -> fx.GraphModule | None:
+        """The sliced graph; None for a recorded model."""
+        return None if self.plan.captured.producer == "record" else self.program.module
 
-@one_at_a_time
-def cut_groups(plan: Analysis, kept: Kept, groups: Sequence[ChannelGroup], *, verify: bool) -> Cut:
-    """Slice the captured graph.
+    def noted(self, *notes: str) -> Cut:
+        """Return the cut with more notes, in front of the others."""
+        return replace(self, notes=(*notes, *self.notes))
 
-    Raises:
-        PlanError: a group would lose all units, or an index is none of its units.
-        VerificationError: the sliced model does not compute what the masked one does.
-    """
-    if plan.captured.producer != "export":
-        return Cut(plan, kept, groups, None, {})
-    graph = SliceGroups(plan.coupling, kept)(plan.captured.module)
-    if not verify or not kept:
-        return Cut(plan, kept, groups, graph, {})
-    found = check_slicing(plan.coupling, plan.captured, kept, graph)
-    verified = {} if math.isnan(found.error) else {SLICING: found.error}
-    return Cut(plan, kept, groups, graph, verified, found.unchecked, found.notes)
+    def proved(self, verified: Mapping[str, float], unchecked: Mapping[str, str]) -> Cut:
+        """Return the cut with more laws checked, and more that could not be."""
+        verified, unchecked = {**self.program.verified, **verified}, {**self.program.unchecked, **unchecked}
+        return replace(self, program=replace(self.program, verified=verified, unchecked=unchecked))
 
 
 @one_at_a_time
@@ -97,7 +84,8 @@ def as_model(cut: Cut, found: NativeResult, *, measure_latency: bool) -> Compres
     """The cut model in floats: of the user's own class where that could be verified, else the graph."""
     plan = cut.plan
     module, form = _choose(found, cut.graph, plan)
-    verified, unchecked = dict(cut.verified), dict(cut.unchecked)
+    verified: dict[str, float] = {}
+    unchecked: dict[str, str] = {}
     if found.module is not None and not math.isnan(found.error):
         verified[_law_of_native(plan, found)] = found.error
     elif found.module is not None:
@@ -106,7 +94,7 @@ def as_model(cut: Cut, found: NativeResult, *, measure_latency: bool) -> Compres
     verified |= {law: error for law, error in others.items() if not math.isnan(error)}
     unchecked |= {_law_of_other(name): why for name, why in found.unchecked.items()}
     unchecked |= plan.beside.unchecked
-    report = _report(replace(cut, verified=verified, unchecked=unchecked), _native_notes(plan, found))
+    report = _report(cut.proved(verified, unchecked), _native_notes(plan, found))
     module.train(plan.model.training)
     return _model(
         cut,
@@ -216,7 +204,7 @@ def planned_bits(plan: Analysis, options: PostTraining) -> dict[str | fx.Node, B
             why=f"torch.export refused: {captured.reason}",
             fix='scope="path.to.submodule" compresses a part that can be exported',
         )
-    return _bits_by_node(CostModel(plan), planned_layers(captured.module, options))
+    return _bits_by_node(CostModel(plan), planned_layers(captured, options))
 
 
 def check_second_call(captured: Captured) -> None:
@@ -235,7 +223,7 @@ def group_sizes(plan: Analysis, options: PostTraining) -> dict[str, int]:
     specs = (options.config.weights, *(weights for weights, _ in options.config.overrides.values()))
     if all(spec is None or spec.granularity != "group" for spec in specs):
         return {}
-    sites = planned_sites(captured.module, options)
+    sites = planned_sites(captured, options)
     return {str(site.value.target): site.spec.group_size for site in sites if site.value.op == "get_attr"}
 
 
@@ -279,7 +267,7 @@ def planned_bytes(plan: Analysis, options: PostTraining, bits: Mapping[str | fx.
         group_size = config.weights.group_size
         rows = replace(config.weights, granularity="channel", group_size=0)
         options = replace(options, config=replace(config, weights=rows))
-    stored = StoredBytes(plan, planned(plan.captured.module, options), group_size)
+    stored = StoredBytes(plan, planned(plan.captured, options), group_size)
     by_op = {node.name: own for node, own in bits.items() if isinstance(node, fx.Node)}
     return lambda counts: stored(counts, by_op)
 
@@ -290,55 +278,33 @@ def _bits_by_node(costs: CostModel, layers: Sequence[LoweredLayer]) -> dict[str 
     return {op.node: found[op.node.name] for op in costs.operations if op.node.name in found}
 
 
-@one_at_a_time
-def as_integers(
-    cut: Cut,
-    options: PostTraining,
-    batches: Sequence[Sequence[Any]] | None,
-    *,
-    verify: bool,
-    measure_latency: bool,
-) -> CompressedModel:
-    """The cut model with integer weights, calibrated on batches of flat inputs, or on the example inputs where there
-    are none.
-
-    Raises:
-        CalibrationError: the data do not fit, or are not finite.
-        VerificationError: the integers do not compute what the fake-quant graph does.
-    """
-    captured = cut.plan.captured
-    assert cut.graph is not None, "planned_bits refuses a recorded model"
-    notes = []
-    if batches is None:
-        batches = [captured.inputs.flat()]
-        if options.config.activations is not None:
-            notes.append("calibrated on the example inputs alone, as no calibration= was given")
-        elif options.rounding == "second_order":
-            notes.append("rounded to second order on the example inputs alone, as no calibration= was given")
-    quantized = quantize(captured.rewritten(cut.graph), batches, options)
-    return with_integers(
-        cut, quantized, (*notes, *quantized.notes), batches[0] if verify else None, measure_latency=measure_latency
-    )
+def calibrating(
+    captured: Captured, options: PostTraining, batches: Sequence[Sequence[Any]] | None
+) -> tuple[Sequence[Sequence[Any]], tuple[str, ...]]:
+    """Return the batches to calibrate on: without any, the example inputs, with a note that says so."""
+    if batches is not None:
+        return batches, ()
+    example = [captured.inputs.flat()]
+    if options.config.activations is not None:
+        return example, ("calibrated on the example inputs alone, as no calibration= was given",)
+    if options.rounding == "second_order":
+        return example, ("rounded to second order on the example inputs alone, as no calibration= was given",)
+    return example, ()
 
 
 @one_at_a_time
-def with_integers(
-    cut: Cut, quantized: Quantized, notes: Sequence[str], inputs: Sequence[Any] | None, *, measure_latency: bool
-) -> CompressedModel:
-    """A cut and quantized model, Law 3 checked on flat `inputs` where there are some.
+def as_integers(cut: Cut, integers: Program, notes: Sequence[str], *, measure_latency: bool) -> CompressedModel:
+    """The cut model with integer weights.
 
-    Raises:
-        VerificationError: the integers do not compute what the fake-quant graph does.
+    Args:
+        integers: lowered.
+        notes: what was asked and not done in quantizing.
     """
-    verified, unchecked = dict(cut.verified), dict(cut.unchecked)
-    if inputs is not None and (quantized.lowered.weights or quantized.lowered.activations):
-        verified[LOWERING] = check_lowering(quantized.fake, quantized.lowered, inputs).steps
-    elif inputs is not None:
-        unchecked[LOWERING] = "nothing was quantized"
-    cut = replace(cut, verified=verified, unchecked=unchecked)
-    left = _left_float(quantized.left_float)
-    report = _quantized_report(cut, (*notes, *_replaced_notes(cut.plan.captured), *left), quantized)
-    module = quantized.lowered.module
+    assert integers.lowered is not None
+    cut = cut.proved(integers.verified, integers.unchecked)
+    left = _left_float(integers.left_float)
+    report = _quantized_report(cut, (*notes, *_replaced_notes(cut.plan.captured), *left), integers)
+    module = integers.module
     return _model(
         cut,
         module,
@@ -365,9 +331,10 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def _quantized_report(cut: Cut, notes: Sequence[str], quantized: Quantized) -> Report:
+def _quantized_report(cut: Cut, notes: Sequence[str], integers: Program) -> Report:
     """The float report with what the integers change in it."""
-    lowered = quantized.lowered
+    lowered = integers.lowered
+    assert lowered is not None
     by_node = {layer.node: layer for layer in lowered.layers}
     # a weight that is computed of a parameter has a name of its own once it is stored
     operations = CostModel(cut.plan).operations
@@ -380,7 +347,7 @@ def _quantized_report(cut: Cut, notes: Sequence[str], quantized: Quantized) -> R
         bytes=Change(report.bytes.before, stored),
         layers=tuple(_with_bits(layer, by_name) for layer in report.layers),
         sizes=_sizes(lowered),
-        quantization_errors=quantized.errors,
+        quantization_errors=integers.errors,
     )
 
 
@@ -466,8 +433,8 @@ def _report(cut: Cut, notes: Sequence[str], quantized: Sequence[LoweredLayer] = 
         groups=tuple(group_dict(group, kept) for group in plan.groups),
         frozen=plan.frozen,
         unknown_ops=tuple(u.op for u in plan.unknown_ops),
-        verified=cut.verified,
-        unchecked=cut.unchecked,
+        verified=cut.program.verified,
+        unchecked=cut.program.unchecked,
         notes=(*plan.captured.notes, *_uncounted_notes(costs), *notes, *cut.notes, *plan.captured.path.notes()),
     )
 

@@ -174,11 +174,11 @@ class Found:
 def masked_part(cut: Cut) -> nn.Module | None:
     """Return the submodule at full size in which masked units count as gone; None where no unit goes."""
     captured, kept = cut.plan.captured, cut.kept
-    if not kept or not cut.verified:
+    if not kept or not cut.program.verified:
         return None
     if captured.producer == "record":
         return masked_model(cut.plan, kept)
-    masked = InsertMasks(cut.plan.coupling, list(kept))(captured.module)
+    masked = InsertMasks(cut.plan.coupling, list(kept))(captured).module
     set_masks(masked, list(kept), kept)
     return masked
 

@@ -8,12 +8,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx
 
 from graphcomp.torch_compat import (
-    FakeTensor,
     OpOverload,
     buffer_table,
     module_table,
@@ -195,12 +193,3 @@ def set_argument_at(node: fx.Node, key: str, value: Any) -> None:
 def example_size(size: int | torch.SymInt) -> int:
     """A length as it was for the example inputs (of the capture, which doubles a batch of 1)."""
     return size.node.hint if isinstance(size, torch.SymInt) else size
-
-
-def example_values(module: fx.GraphModule) -> dict[sympy.Symbol, int]:
-    """Each symbol of the graph's dynamic lengths with the example's value."""
-    for node in module.graph.find_nodes(op="placeholder"):
-        found = value(node)
-        if isinstance(found, FakeTensor) and found.fake_mode.shape_env is not None:
-            return {symbol: int(n) for symbol, n in found.fake_mode.shape_env.backed_var_to_val.items()}
-    return {}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol, overload
 
 from torch import Tensor, fx
 
@@ -17,7 +18,11 @@ from graphcomp.torch_compat import pytree
 
 
 class Pass(Protocol):
-    """From program to program. A pass changes neither graph nor tensors of the program that it is given."""
+    """From program to program. A pass changes neither graph nor tensors of the program that it is given.
+
+    A pass is a frozen dataclass: `name` is a ClassVar, the options are the fields. `GraphPass` and `ValuePass` are the
+    bases of passes that need nothing but the graph; a pass that reads or adds notes, laws or stages has `__call__`.
+    """
 
     @property
     def name(self) -> str:
@@ -27,32 +32,80 @@ class Pass(Protocol):
         """Return another program."""
 
 
-@dataclass(frozen=True)
-class Rewrite:
-    """The pass that puts `rewrite(module)`, a new module that shares the tensors that stay, in place of the module."""
+class GraphPass(ABC):
+    """A pass that makes another module of the graph; `rewrite` is all that it says.
 
-    name: str
-    rewrite: Callable[[fx.GraphModule], fx.GraphModule]
+    Outside of a pipeline a graph alone is taken, too: the result is a graph alone, checked as at the end of a pipeline.
+    (A graph that was moved to another dtype after capture says what it does not compute before and after.)
+    """
 
-    def __call__(self, program: P, /) -> P:
-        """Return the program of the new module."""
-        return program.rewritten(self.rewrite(program.module))
+    name: ClassVar[str]
+
+    @abstractmethod
+    def rewrite(self, module: fx.GraphModule, /) -> fx.GraphModule:
+        """Return a new module, which shares the tensors that stay with `module`; `module` is not changed."""
+
+    @overload
+    def __call__(self, program: P, /) -> P: ...
+
+    @overload
+    def __call__(self, program: fx.GraphModule, /) -> fx.GraphModule: ...
+
+    def __call__(self, program: Program | fx.GraphModule, /) -> Program | fx.GraphModule:
+        """Return the program of the new module.
+
+        Raises:
+            VerificationError: of a graph alone: the new graph is not valid, and the old one was.
+        """
+        if isinstance(program, Program):
+            return program.rewritten(self.rewrite(program.module))
+        module = self.rewrite(program)
+        check_form(module, f"the pass '{self.name}'")
+        wrong = wrong_value(module)
+        if wrong is not None and wrong_value(program) is None:
+            raise _invalid(f"the pass '{self.name}'", *wrong)
+        return module
 
 
-@dataclass(frozen=True)
-class Fill:
-    """The pass that sets values which the passes before left open: ranges of new quantizers, biases of new layers.
+class ValuePass(ABC):
+    """A pass that sets values which the passes before left open: ranges of new quantizers, biases of new layers.
 
     The values are written in place, into tensors that passes of the same pipeline made.
     """
 
-    name: str
-    fill: Callable[[fx.GraphModule], None]
+    name: ClassVar[str]
+
+    @abstractmethod
+    def fill(self, module: fx.GraphModule, /) -> None:
+        """Set the values in `module`."""
+
+    @overload
+    def __call__(self, program: P, /) -> P: ...
+
+    @overload
+    def __call__(self, program: fx.GraphModule, /) -> fx.GraphModule: ...
+
+    def __call__(self, program: Program | fx.GraphModule, /) -> Program | fx.GraphModule:
+        """Return the program, or the graph alone, filled."""
+        self.fill(program.module if isinstance(program, Program) else program)
+        return program
+
+
+@dataclass(frozen=True)
+class Remember:
+    """The pass that keeps the program, or what `passes` make of it, under `stage`: later passes compare with it."""
+
+    stage: str
+    passes: tuple[Pass, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What is remembered."""
+        return f"remember {self.stage}"
 
     def __call__(self, program: P, /) -> P:
-        """Return the program, filled."""
-        self.fill(program.module)
-        return program
+        """Return the program, with one stage more."""
+        return replace(program, stages={**program.stages, self.stage: applied(program, *self.passes)})
 
 
 @dataclass(frozen=True)
@@ -60,12 +113,18 @@ class Pipeline:
     """Passes, one after the other.
 
     After each pass the graph is well-formed, and each tensor that the graph reads is there. After the last, what each
-    node computes has the shape and the dtype that the node says; where one has not, the passes are looked through for
-    the first after which that is so.
+    node computes has the shape and the dtype that the node says. Where one has not, at the end or in front of a pass
+    that fails, the passes run again, and nodes are compared after each: the first pass that left such a graph is named.
+
+    Attributes:
+        name: of the flow, for errors: "one shot".
+        passes: from first to last.
+        values: whether what nodes compute is compared; False where what follows infers all shapes anew.
     """
 
     name: str
     passes: tuple[Pass, ...]
+    values: bool = True
 
     def __call__(self, program: P, /) -> P:
         """Run all passes.
@@ -75,50 +134,81 @@ class Pipeline:
             PassError: a pass failed in a way that it has no error for.
             GraphcompError: what a pass raises itself, with a note that names the pass.
         """
-        seen = [program]
+        last = self._run(program, check_form)
+        if self.values and wrong_value(last.module) is not None:
+            self._blame(program)
+            check(last.module, self._place(len(self.passes) - 1))
+        return last
+
+    def _run(self, program: P, verify: Callable[[fx.GraphModule, str], None]) -> P:
+        start = program
         for k, each in enumerate(self.passes):
             try:
-                program = each(program)
-            except GraphcompError as error:
-                error.add_note(f"in {self._place(k)}")
-                raise
+                following = each(program)
             except Exception as error:
+                if verify is check_form and self.values and wrong_value(program.module) is not None:
+                    self._blame(start)
+                if isinstance(error, GraphcompError):
+                    error.add_note(f"in {self._place(k)}")
+                    raise
                 raise PassError(
                     f"{self._place(k)} failed",
                     why=f"{type(error).__name__}: {first_line(error)[:300]}",
                     fix="please report the model",
                 ) from error
-            check_form(program, self._place(k))
-            seen.append(program)
-        if (wrong := wrong_value(program)) is not None:
-            at = next(k for k, each in enumerate(seen) if k == len(seen) - 1 or wrong_value(each) is not None)
-            raise _invalid(self._place(at - 1) if at else f"the start of '{self.name}'", *wrong)
+            verify(following.module, self._place(k))
+            program = following
         return program
+
+    def _blame(self, start: Program) -> None:
+        """Raise VerificationError for the first pass that leaves a wrong graph, if one does."""
+        check(start.module, f"the start of '{self.name}'")
+        self._run(start, check)
 
     def _place(self, k: int) -> str:
         after = f", after '{self.passes[k - 1].name}'" if k else ""
         return f"the pass '{self.passes[k].name}' of '{self.name}'{after}"
 
 
-def check_form(program: Program, place: str) -> None:
+def applied(program: P, *passes: Pass) -> P:
+    """Return what passes make of a program, unchecked: for what is not handed out, such as plans."""
+    for each in passes:
+        program = each(program)
+    return program
+
+
+def check(module: fx.GraphModule, place: str) -> None:
+    """Raise VerificationError where the graph is not well-formed, or a node computes another shape than it says."""
+    check_form(module, place)
+    if (wrong := wrong_value(module)) is not None:
+        raise _invalid(place, *wrong)
+
+
+def check_form(module: fx.GraphModule, place: str) -> None:
     """Raise VerificationError where the graph is not well-formed, or reads a tensor or a module that is not there."""
-    for node in program.graph.nodes:
+    for node in module.graph.nodes:
         if node.op not in ("get_attr", "call_module"):
             continue
         try:
-            fetch(program.module, str(node.target))
+            fetch(module, str(node.target))
         except AttributeError:
             raise _invalid(place, node, f"there is no '{node.target}'") from None
     try:
-        program.graph.lint()
+        module.graph.lint()
     except Exception as error:  # lint raises errors of several kinds
         raise _invalid(place, None, first_line(error)) from error
 
 
-def wrong_value(program: Program) -> tuple[fx.Node | None, str] | None:
-    """Return the first node that computes another shape or dtype than the node says, and what; None without one."""
+def wrong_value(module: fx.GraphModule) -> tuple[fx.Node | None, str] | None:
+    """Return the first node that computes another shape or dtype than the node says, and what; None without one.
+
+    Nothing is compared where an input that is read does not say what it is.
+    """
+    places = module.graph.find_nodes(op="placeholder")
+    if any(value(place) is None and place.users for place in places):
+        return None
     try:
-        found = run_shapes(program.module)
+        found = run_shapes(module)
     except Exception as error:  # whatever an op raises whose operands do not fit
         why = f"the graph does not run on fake tensors: {type(error).__name__}: {first_line(error)[:300]}"
         return None, f"{why}\nat {at}" if (at := failed_at(error)) else why

@@ -14,6 +14,7 @@ from graphcomp.ir.module import bound_graph, bound_model
 
 if TYPE_CHECKING:
     from graphcomp.coupling.propagate import Coupling
+    from graphcomp.quantization.lower import Lowered
 
 P = TypeVar("P", bound="Program")
 
@@ -32,6 +33,10 @@ class Program:
         notes: what the program differs in from the model, and what was asked and not done, each with its reason.
         left_float: layer -> why the layer is not quantized.
         errors: layer -> relative error of its output, ||fake - float|| / ||float||.
+        verified: law -> largest error that was found when the law was checked.
+        unchecked: law, or part of one -> why it could not be checked.
+        stages: name -> the program as it was then, for later stages that compare with it.
+        lowered: the integers of the module, and where they stand in the graph before; None of a graph of floats.
     """
 
     module: fx.GraphModule
@@ -41,6 +46,10 @@ class Program:
     notes: tuple[str, ...] = ()
     left_float: Mapping[str, str] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
+    verified: Mapping[str, float] = field(default_factory=dict)
+    unchecked: Mapping[str, str] = field(default_factory=dict)
+    stages: Mapping[str, Program] = field(default_factory=dict)
+    lowered: Lowered | None = None
 
     def __post_init__(self) -> None:
         assert self.coupling is None or self.coupling.graph is self.graph, "the axes must be of the program's graph"
@@ -64,4 +73,8 @@ class Program:
 
     def rewritten(self: P, module: fx.GraphModule, notes: Sequence[str] = ()) -> P:
         """Return the program of a module that a stage made of this one's, with more notes; its axes are not known."""
-        return replace(self, module=module, coupling=None, notes=(*self.notes, *notes))
+        return replace(self, module=module, coupling=None, notes=(*self.notes, *notes), lowered=None)
+
+    def notes_since(self, earlier: Program) -> tuple[str, ...]:
+        """Return the notes of the stages between an earlier program and this one."""
+        return self.notes[len(earlier.notes) :]

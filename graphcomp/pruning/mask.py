@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,6 +17,7 @@ from graphcomp.coupling.axis import Axis, Factor, all_leaves, coordinates, lengt
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.ir.graph import argument_at, bind, clone, set_argument, set_argument_at, value
+from graphcomp.ir.passes import GraphPass
 from graphcomp.ops.answers import keeps_zeros, masked_form
 from graphcomp.ops.call import Call
 from graphcomp.pruning.slice import check_kept
@@ -48,7 +49,7 @@ class AxisMask(nn.Module):
 
 
 @dataclass(frozen=True)
-class InsertMasks:
+class InsertMasks(GraphPass):
     """Give the graph one mask buffer per group, all ones, and let every op that mixes units heed it.
 
     With `held` the parameters of masked units are held at zero by whoever sets the masks (in training, where a mask on
@@ -58,8 +59,9 @@ class InsertMasks:
     coupling: Coupling
     groups: Sequence[ChannelGroup]
     held: bool = False
+    name: ClassVar[str] = "insert masks"
 
-    def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
+    def rewrite(self, module: fx.GraphModule, /) -> fx.GraphModule:
         """A new module that shares the tensors of `module`; `set_masks` says which units stay."""
         masked, new_node = clone(module)
         masks = _MaskNodes(masked, self.groups, _float_dtype(masked))
@@ -67,7 +69,6 @@ class InsertMasks:
         for node, call in self.coupling.calls.items():
             if node in new_node:
                 self._rewrite(node, new_node[node], call, masks)
-        masked.graph.lint()
         masked.recompile()
         return masked
 

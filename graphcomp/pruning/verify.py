@@ -11,8 +11,8 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -28,6 +28,7 @@ from graphcomp.ir.graph import value
 from graphcomp.ir.inputs import copies, updates
 from graphcomp.ir.module import tensor_leaves
 from graphcomp.ir.preserve import same_buffers, writes
+from graphcomp.ir.program import P
 from graphcomp.ir.run_nodes import run_tapped
 from graphcomp.numerics.compare import TOLERANCE, in_float64, is_whole, relative_error, why_silent
 from graphcomp.numerics.float64 import Float64ByDefault
@@ -62,6 +63,37 @@ class Checked:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class CheckSlicing:
+    """Check Law 2: a program that was sliced computes what the masked one computes.
+
+    Attributes:
+        coupling: of the program before.
+        captured: the program before.
+        kept: the units that stay.
+    """
+
+    coupling: Coupling
+    captured: Captured
+    kept: Kept
+    name: ClassVar[str] = "check slicing"
+
+    def __call__(self, program: P, /) -> P:
+        """Return the program with the law among `verified`, and what could not be checked.
+
+        Raises:
+            VerificationError: see `check_slicing`.
+        """
+        found = check_slicing(self.coupling, self.captured, self.kept, program.module)
+        verified = {} if math.isnan(found.error) else {LAW: found.error}
+        return replace(
+            program,
+            verified={**program.verified, **verified},
+            unchecked={**program.unchecked, **found.unchecked},
+            notes=(*program.notes, *found.notes),
+        )
+
+
 def check_slicing(coupling: Coupling, captured: Captured, kept: Kept, small: fx.GraphModule) -> Checked:
     """Compare the sliced graph `small` with the masked graph.
 
@@ -70,7 +102,7 @@ def check_slicing(coupling: Coupling, captured: Captured, kept: Kept, small: fx.
     """
     if any(p.is_meta for p in small.parameters()):
         return Checked(unchecked={LAW: "the model has no values (meta device)"})
-    masked = InsertMasks(coupling, list(kept))(captured.module)
+    masked = InsertMasks(coupling, list(kept))(captured).module
     set_masks(masked, list(kept), kept)
     pair = _Pair(coupling, captured, by_factor(kept), masked, small)
     given = [Variant(EXAMPLE, captured.inputs.args, captured.inputs.kwargs), *variants(captured)]

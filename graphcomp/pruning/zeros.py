@@ -48,7 +48,7 @@ def without_zeros(
     kept: dict[ChannelGroup, Tensor] = {group: torch.arange(group.size) for group in groups}
     notes = []
     if changed:
-        masked = InsertMasks(analysis.coupling, changed)(captured.module)
+        masked = InsertMasks(analysis.coupling, changed)(captured).module
         expected = _outputs(masked, analysis)
         for group in changed:
             set_masks(masked, changed, {group: staying[group]})

@@ -6,18 +6,20 @@ scaled_dot_product_attention(q, k, v, mask)  ->  softmax((q scale) @ kᵀ + mask
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
 
 from graphcomp.ir.graph import bind, call_like, clone, value
 from graphcomp.ir.module import FOLLOWS_MODE
+from graphcomp.ir.passes import GraphPass
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class WriteOutAttention:
+class WriteOutAttention(GraphPass):
     """Replace every `scaled_dot_product_attention` without dropout by two products and a softmax.
 
     It computes the same up to rounding, but for queries whose mask hides every key, as padding has them.
@@ -29,8 +31,9 @@ class WriteOutAttention:
     """
 
     zero_hidden: bool = False
+    name: ClassVar[str] = "write out attention"
 
-    def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
+    def rewrite(self, module: fx.GraphModule, /) -> fx.GraphModule:
         """A new module, which shares the tensors of `module`."""
         written, _ = clone(module)
         for node in written.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
@@ -38,7 +41,6 @@ class WriteOutAttention:
             # a graph from elsewhere may not say what its nodes compute
             if arguments["dropout_p"] == 0 and all(value(arguments[name]) is not None for name in ("query", "key")):
                 _write_out(node, self.zero_hidden)
-        written.graph.lint()
         written.recompile()
         return written
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from graphcomp.ir.graph import bind
+from graphcomp.ir.passes import ValuePass
 from graphcomp.ir.run_nodes import Constants
 from graphcomp.ops.answers import compute_of, lookup_of, operands_of
 from graphcomp.quantization.insert import quantizer_nodes
@@ -72,28 +74,34 @@ def biased_layers(fake: fx.GraphModule) -> Iterator[BiasedLayer]:
             yield BiasedLayer(node, bias, weight, quantizer, levels.scale)
 
 
-def fit_biases(fake: fx.GraphModule) -> None:
+@dataclass(frozen=True)
+class FitBiases(ValuePass):
     """Give each bias a value that an integer kernel adds as it is: a multiple of the step of the layer's products.
 
     Steps of weights are widened so much that the multiple fits into an int32, which matters for channels whose weights
     are next to nothing beside their bias.
     """
-    values, readers = Constants(fake), attribute_readers(fake)
-    found = list(biased_layers(fake))
-    with torch.no_grad():
-        for layer in found:  # all of them first: layers may share a quantizer
-            weight, finer = layer.quantizer, 2**layer.shift
-            needed = values.of(layer.bias).detach().abs() * finer / (layer.step * BIAS_LIMIT)
-            if weight.dim is None:
-                needed = needed.amax()
-            elif needed.numel() != weight.scale.numel():  # groups of a transposed convolution share the channels
-                needed = needed.view(-1, weight.scale.numel()).amax(0)
-            needed = needed.to(weight.scale).clamp(min=SMALLEST_STEP * finer)
-            weight.scale.copy_(torch.maximum(weight.scale, needed))
-        for layer in found:
-            floats, product = values.of(layer.bias), layer.quantizer.scale * layer.step / 2**layer.shift
-            if layer.quantizer.spec.symmetric and product.numel() in (1, floats.numel()):
-                rounded = nn.Parameter((torch.round(floats / product) * product).to(floats.dtype))
-                argument, name = operands_of(layer.node).bias, f"graphcomp_{layer.node.name}_bias"
-                replace_argument(fake, layer.node, argument, rounded, name, readers)
-    fake.recompile()
+
+    name: ClassVar[str] = "fit biases"
+
+    def fill(self, fake: fx.GraphModule, /) -> None:
+        """Set biases and steps."""
+        values, readers = Constants(fake), attribute_readers(fake)
+        found = list(biased_layers(fake))
+        with torch.no_grad():
+            for layer in found:  # all of them first: layers may share a quantizer
+                weight, finer = layer.quantizer, 2**layer.shift
+                needed = values.of(layer.bias).detach().abs() * finer / (layer.step * BIAS_LIMIT)
+                if weight.dim is None:
+                    needed = needed.amax()
+                elif needed.numel() != weight.scale.numel():  # groups of a transposed convolution share the channels
+                    needed = needed.view(-1, weight.scale.numel()).amax(0)
+                needed = needed.to(weight.scale).clamp(min=SMALLEST_STEP * finer)
+                weight.scale.copy_(torch.maximum(weight.scale, needed))
+            for layer in found:
+                floats, product = values.of(layer.bias), layer.quantizer.scale * layer.step / 2**layer.shift
+                if layer.quantizer.spec.symmetric and product.numel() in (1, floats.numel()):
+                    rounded = nn.Parameter((torch.round(floats / product) * product).to(floats.dtype))
+                    argument, name = operands_of(layer.node).bias, f"graphcomp_{layer.node.name}_bias"
+                    replace_argument(fake, layer.node, argument, rounded, name, readers)
+        fake.recompile()

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from graphcomp.coupling.size import Size, size_of
 from graphcomp.ir.graph import bind, call_like, clone, value
+from graphcomp.ir.passes import GraphPass
 from graphcomp.quantization.placement import constants
 
 aten = torch.ops.aten
@@ -25,13 +26,15 @@ ELLIPSIS = "…"
 
 
 @dataclass(frozen=True)
-class WriteOutEinsum:
+class WriteOutEinsum(GraphPass):
     """Replace every einsum that multiplies and sums by matrix products of two operands each, from left to right.
 
     An einsum with a label twice in one operand, with dims of 1 that are broadcast, or without a sum stays.
     """
 
-    def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
+    name: ClassVar[str] = "write out einsum"
+
+    def rewrite(self, module: fx.GraphModule, /) -> fx.GraphModule:
         """A new module, which shares the tensors of `module`."""
         written, _ = clone(module)
         constant = constants(written.graph)
@@ -41,7 +44,6 @@ class WriteOutEinsum:
             if terms is not None and all(len(step.summed) > 0 for step in _steps(terms)):
                 _WriteOut(node, constant).run(terms)
         written.graph.eliminate_dead_code()
-        written.graph.lint()
         written.recompile()
         return written
 

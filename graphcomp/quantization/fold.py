@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from graphcomp.ir.graph import bind, clone, fetch, set_argument, value
+from graphcomp.ir.passes import GraphPass
 from graphcomp.ir.run_nodes import Constants
 from graphcomp.ops.answers import compute_of, operands_of
 from graphcomp.quantization.placement import constants
@@ -93,10 +94,12 @@ def _channels_second(compute: fx.Node) -> bool:
 
 
 @dataclass(frozen=True)
-class FoldBatchNorm:
+class FoldBatchNorm(GraphPass):
     """Fold every batch norm in eval mode into the op in front of it."""
 
-    def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
+    name: ClassVar[str] = "fold batch norms"
+
+    def rewrite(self, module: fx.GraphModule, /) -> fx.GraphModule:
         """A new module; tensors that no fold changes are shared with `module`."""
         folded, _ = clone(module)
         with torch.no_grad():
@@ -179,19 +182,20 @@ def drop_unread(module: fx.GraphModule) -> None:
 
 # ------------------------------------------------------------------------------------------------ training
 @dataclass(frozen=True)
-class FoldForTraining:
+class FoldForTraining(GraphPass):
     """Scale each weight by gamma / sqrt(running_var + eps) in front of its quantizer, and the result back behind it.
 
     Run before the quantizers are inserted: they then see the weights as they will be once folded. In eval mode the
     graph computes what `FoldBatchNorm` gives; in training the norm takes its statistics of the unscaled result.
     """
 
-    def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
+    name: ClassVar[str] = "scale weights as norms will"
+
+    def rewrite(self, module: fx.GraphModule, /) -> fx.GraphModule:
         """A new module that shares the tensors of `module`."""
         folded, _ = clone(module)
         for pair in list(pairs(folded.graph)):
             _scale(folded, pair)
-        folded.graph.lint()
         folded.recompile()
         return folded
 

@@ -14,27 +14,29 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from graphcomp.errors import PlanError, VerificationError
 from graphcomp.ir.graph import bind, clone, fetch, value
+from graphcomp.ir.passes import GraphPass, Pass, Pipeline, Remember, applied
+from graphcomp.ir.program import P, Program
 from graphcomp.ir.run_nodes import Constants
 from graphcomp.ops.answers import compute_of, operands_of
-from graphcomp.quantization.biases import fit_biases
+from graphcomp.quantization.biases import FitBiases
 from graphcomp.quantization.calibrate import calibrate_weight
 from graphcomp.quantization.floats import float_layers
 from graphcomp.quantization.fold import Pair, affine_of, chains, drop_unread
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
-from graphcomp.quantization.lower import constants_with_quantizers, lower
+from graphcomp.quantization.lower import FAKE, Lower, constants_with_quantizers
 from graphcomp.quantization.placement import layer_name, place
-from graphcomp.quantization.ptq import Quantized, layer_errors
+from graphcomp.quantization.ptq import FLOATS, Quantized, layer_errors, quantized_of
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.geta import GetaQuantizer
 from graphcomp.quantization.quantizers.make import quantizer_of
-from graphcomp.quantization.redundant import with_repeats
+from graphcomp.quantization.redundant import RepeatQuantizers
 from graphcomp.quantization.spec import MAX_BITS, MIN_BITS, TABLES, QuantConfig, QuantSpec
 from graphcomp.quantization.stored import Stored, spread
 from graphcomp.quantization.tensors import add_tensor, attribute_readers, put, replace_argument
@@ -44,7 +46,7 @@ TRAINED_IN_FLOATS = "trained in floats"
 
 
 @dataclass(frozen=True)
-class Finish:
+class Finish(GraphPass):
     """Fold batch norms into the steps of trained quantizers, and let every quantizer round to the nearest level.
 
     In eval mode the result computes what the trained graph computes, up to the rounding of floats.
@@ -55,8 +57,9 @@ class Finish:
     """
 
     rounded: bool = True
+    name: ClassVar[str] = "fold norms into steps"
 
-    def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
+    def rewrite(self, module: fx.GraphModule, /) -> fx.GraphModule:
         """A new module; `module`, a graph in eval mode with trained quantizers, is not changed.
 
         Raises:
@@ -70,59 +73,122 @@ class Finish:
         return finished
 
 
-def from_training(fake: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> Quantized:
+def finishing(batches: Sequence[Sequence[Any]]) -> tuple[Pass, ...]:
+    """Return the passes from a trained fake-quant graph in eval mode to integers; see `from_training`."""
+    return (
+        Remember(FLOATS, (Finish(rounded=False),)),
+        Finish(),
+        MeasureLayers(batches),
+        FitTrainedBiases(),
+        NameTrainedInFloats(),
+        Remember(FAKE),
+        Lower(),
+    )
+
+
+def from_training(program: Program, batches: Sequence[Sequence[Any]]) -> Quantized:
     """The integers of a trained fake-quant graph, and what `quantize` gives beside them.
 
-    Biases are rounded to what an integer kernel adds (`fit_biases`). Where the weights
-    of a channel are next to nothing beside its bias, that multiple does not fit into an int32: the step is widened and
-    the codes are rounded again, the only ones that are not those that were trained. `notes` names the layer. (Left
-    float, such a bias would be rounded by onnxruntime itself, which lets it overflow.)
-
     Args:
-        fake: in eval mode, not changed.
+        program: in eval mode, not changed.
         batches: flat inputs, in the order of the placeholders; errors are measured on them.
 
     Raises:
         PlanError, VerificationError: as `Finish`.
     """
-    finished, twin = Finish()(fake), Finish(rounded=False)(fake)
-    errors = layer_errors(twin, finished, batches)
-    trained = _weight_codes(finished)
-    fit_biases(finished)
-    notes = tuple(_rounded_again(trained, _weight_codes(finished)))
-    left = float_layers(finished, _float_products(finished), TRAINED_IN_FLOATS)
-    return Quantized(twin, finished, lower(finished), errors, left, notes)
+    return quantized_of(Pipeline("end of training", finishing(batches))(program), program)
 
 
-def with_embeddings(
-    fake: fx.GraphModule, spec: QuantSpec | None = TABLES, ignore: Sequence[str] = ()
-) -> fx.GraphModule:
-    """Tables that were looked up in floats get their quantizers, as `spec` says; None leaves them float.
+@dataclass(frozen=True)
+class MeasureLayers:
+    """Measure how far each layer is from its float twin, see `layer_errors`."""
 
-    Args:
+    batches: Sequence[Sequence[Any]]
+    name: ClassVar[str] = "measure layers"
+
+    def __call__(self, program: P, /) -> P:
+        """Return the program with the errors of its layers."""
+        return replace(program, errors=layer_errors(program.stages[FLOATS].module, program.module, self.batches))
+
+
+@dataclass(frozen=True)
+class FitTrainedBiases:
+    """Fit biases, see `FitBiases`, and name the layers whose weights are rounded again.
+
+    Where the weights of a channel are next to nothing beside its bias, the bias as a multiple of the products' step
+    does not fit into an int32: the step is widened and the codes are rounded again, the only ones that are not those
+    that were trained. (Left float, such a bias would be rounded by onnxruntime itself, which lets it overflow.)
+    """
+
+    name: ClassVar[str] = "fit biases"
+
+    def __call__(self, program: P, /) -> P:
+        """Return the program with a note for each such layer."""
+        trained = _weight_codes(program.module)
+        program = FitBiases()(program)
+        again = _rounded_again(trained, _weight_codes(program.module))
+        return replace(program, notes=(*program.notes, *again))
+
+
+@dataclass(frozen=True)
+class NameTrainedInFloats:
+    """Name the layers that compute in float, since they were trained in floats."""
+
+    name: ClassVar[str] = "name float layers"
+
+    def __call__(self, program: P, /) -> P:
+        """Return the program with these layers in `left_float`."""
+        left = float_layers(program.module, _float_products(program.module), TRAINED_IN_FLOATS)
+        return replace(program, left_float=left)
+
+
+@dataclass(frozen=True)
+class QuantizeTables(GraphPass):
+    """Give tables that were looked up in floats their quantizers.
+
+    Attributes:
+        spec: how tables are quantized; None leaves them float.
         ignore: module names or "re:" patterns that stay float.
     """
-    before = {str(node.target) for node, _ in quantizer_nodes(fake)}
-    config = QuantConfig(weights=None, activations=None, embeddings=spec)
-    found = InsertQuantizers(place(fake, config, ignore))(fake)
-    values = Constants(found)
-    for node, quantizer in quantizer_nodes(found):
-        if str(node.target) not in before:
-            calibrate_weight(quantizer, values.of(node.all_input_nodes[0]), str(node.target))
-    return found
+
+    spec: QuantSpec | None = TABLES
+    ignore: Sequence[str] = ()
+    name: ClassVar[str] = "quantize tables"
+
+    def rewrite(self, module: fx.GraphModule, /) -> fx.GraphModule:
+        """Return a new module; the quantizers are calibrated."""
+        before = {str(node.target) for node, _ in quantizer_nodes(module)}
+        config = QuantConfig(weights=None, activations=None, embeddings=self.spec)
+        found = InsertQuantizers(place(module, config, self.ignore)).rewrite(module)
+        values = Constants(found)
+        for node, quantizer in quantizer_nodes(found):
+            if str(node.target) not in before:
+                calibrate_weight(quantizer, values.of(node.all_input_nodes[0]), str(node.target))
+        return found
 
 
-def planned(fake: fx.GraphModule) -> fx.GraphModule:
+@dataclass(frozen=True)
+class ProjectBits(GraphPass):
+    """Give each quantizer that learns its bits so many, for plans."""
+
+    bits: int
+    name: ClassVar[str] = "project bits"
+
+    def rewrite(self, module: fx.GraphModule, /) -> fx.GraphModule:
+        """Return a copy; nothing is shared."""
+        copied = copy.deepcopy(module)
+        for _, quantizer in quantizer_nodes(copied):
+            if isinstance(quantizer, GetaQuantizer):
+                quantizer.project()
+                quantizer.project_bits(self.bits, self.bits)
+        return copied
+
+
+def planned(fake: Program) -> fx.GraphModule:
     """The integer graph that training will leave of a fake-quant graph, as far as the shapes of its tensors go: at 8
     bits and not packed, whatever bits there are now. `fake`, in eval mode, is not changed."""
-    copied = copy.deepcopy(fake)
-    for _, quantizer in quantizer_nodes(copied):
-        if isinstance(quantizer, GetaQuantizer):
-            quantizer.project()
-            quantizer.project_bits(8, 8)
-    finished = Finish()(with_embeddings(with_repeats(copied)))
-    fit_biases(finished)
-    return lower(finished, pack=False).module
+    passes = (ProjectBits(8), RepeatQuantizers(), QuantizeTables(), Finish(), FitBiases(), Lower(pack=False))
+    return applied(fake, *passes).module
 
 
 @torch.no_grad()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from graphcomp.ir.graph import clone, value
+from graphcomp.ir.passes import GraphPass
 from graphcomp.quantization.placement import Placement, Site
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.make import make_quantizer
@@ -18,12 +20,13 @@ PREFIX = "graphcomp_quantizers"
 
 
 @dataclass(frozen=True)
-class InsertQuantizers:
+class InsertQuantizers(GraphPass):
     """Put a quantizer behind each value of a placement, for the users that it names."""
 
     placement: Placement
+    name: ClassVar[str] = "insert quantizers"
 
-    def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
+    def rewrite(self, module: fx.GraphModule, /) -> fx.GraphModule:
         """A new module that shares the tensors of `module`; the placement must be of `module`'s graph."""
         quantized, new_node = clone(module)
         names = Names(quantized)
@@ -39,7 +42,6 @@ class InsertQuantizers:
             wrapped.meta = {key: found for key, found in node.meta.items() if key != "follows_mode"}
             for user in users:
                 user.replace_input_with(node, wrapped)
-        quantized.graph.lint()
         quantized.recompile()
         return quantized
 

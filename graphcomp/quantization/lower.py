@@ -15,13 +15,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from graphcomp.errors import PlanError
 from graphcomp.ir.graph import bind, clone, module_path, set_argument, tensor_values, value
+from graphcomp.ir.program import P
 from graphcomp.ir.run_nodes import Constants
 from graphcomp.ops.answers import clip_of, compute_of, lookup_of, move_of, operands_of
 from graphcomp.quantization import ops
@@ -40,6 +41,9 @@ from graphcomp.quantization.tensors import add_tensor
 aten = torch.ops.aten
 
 INT32_MAX = 2**31 - 1
+
+FAKE = "fake-quant"
+"""The stage before the graph is lowered, with which the integers are compared."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +76,29 @@ class Lowered:
     layers: tuple[LoweredLayer, ...] = field(default=())
 
 
-def lower(fake: fx.GraphModule, *, pack: bool = True) -> Lowered:
-    """The integer graph of a fake-quant graph in eval mode; `fake` is not changed.
+@dataclass(frozen=True)
+class Lower:
+    """Put integers in place of fake-quant nodes.
 
-    Args:
+    Attributes:
         pack: codes of four bits and fewer end to end; False: each in a byte.
-
-    Raises:
-        PlanError: activations that are quantized are in another dtype than float32.
     """
+
+    pack: bool = True
+    name: ClassVar[str] = "lower"
+
+    def __call__(self, program: P, /) -> P:
+        """Return the integer program of a fake-quant one in eval mode; `lowered` has the integers.
+
+        Raises:
+            PlanError: activations that are quantized are in another dtype than float32.
+        """
+        found = lower(program.module, pack=self.pack)
+        return replace(program.rewritten(found.module), lowered=found)
+
+
+def lower(fake: fx.GraphModule, *, pack: bool = True) -> Lowered:
+    """The integer graph of a fake-quant graph alone; see `Lower`."""
     with torch.no_grad():
         return _Lowering(fake, pack).run()
 
@@ -115,7 +133,6 @@ class _Lowering:
                 self._bias(node)
         self.graph.eliminate_dead_code()
         drop_unread(self.module)
-        self.graph.lint()
         self.module.recompile()
         return Lowered(self.module, self.activations, self.weights, self.layers)
 

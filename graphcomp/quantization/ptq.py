@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -17,12 +16,12 @@ from torch import Tensor, fx, nn
 from graphcomp.arguments import as_names, check_flag, check_instance, check_whole, check_word
 from graphcomp.errors import CalibrationError, first_line
 from graphcomp.ir.graph import attributes, bind, clone, fetch, set_argument, value
-from graphcomp.ir.passes import Fill, Pass, Pipeline, Rewrite
+from graphcomp.ir.passes import GraphPass, Pass, Pipeline, Remember, ValuePass, applied
 from graphcomp.ir.program import P, Program
 from graphcomp.ir.run_nodes import Constants, Lockstep, See, failed_at, run_tapped
 from graphcomp.ops.answers import compute_of, is_convolution, operands_of
 from graphcomp.quantization.attention import WriteOutAttention
-from graphcomp.quantization.biases import fit_biases
+from graphcomp.quantization.biases import FitBiases
 from graphcomp.quantization.calibrate import calibrate_weight, make_observer
 from graphcomp.quantization.einsum import WriteOutEinsum
 from graphcomp.quantization.equalize import equalize
@@ -30,12 +29,15 @@ from graphcomp.quantization.floats import float_layers
 from graphcomp.quantization.fold import FoldBatchNorm
 from graphcomp.quantization.gptq import round_second_order, second_moments
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
-from graphcomp.quantization.lower import Lowered, LoweredLayer, constants_with_quantizers, layers_of, lower
+from graphcomp.quantization.lower import FAKE, Lower, Lowered, LoweredLayer, constants_with_quantizers, layers_of
 from graphcomp.quantization.placement import Site, channels_of, layer_name, place
 from graphcomp.quantization.spec import QuantConfig
 from graphcomp.quantization.tensors import add_tensor, attribute_readers, put, read_by_others, replace_argument
 
 Rounding = Literal["nearest", "second_order"]
+
+FLOATS = "floats"
+"""The stage before quantizers are placed, with which the layers are compared."""
 
 FEWEST_SAMPLES = 16
 """Of each channel, to tell a mean error from chance."""
@@ -104,37 +106,41 @@ def quantize(program: Program, batches: Sequence[Sequence[Any]], options: PostTr
     Raises:
         CalibrationError: no batch, one the model does not run on, or values that are not finite.
     """
-    _check_tensors(program.module)  # before batch norms hand theirs on to weights
-    weights, known = options.config.weights, len(program.notes)
+    last = Pipeline("post-training quantization", quantizing(options, batches))(program)
+    return quantized_of(last, program)
+
+
+def quantizing(options: PostTraining, batches: Sequence[Sequence[Any]]) -> tuple[Pass, ...]:
+    """Return the passes from a float graph in eval mode to integers; see `quantize`."""
+    weights = options.config.weights
     per_tensor = weights is not None and weights.granularity == "tensor"
-    floats = Pipeline("floats", (
+    return (
+        CheckTensors(),  # before batch norms hand theirs on to weights
         *written_out(options.config),
         *([Equalize()] if options.equalize or (options.equalize is None and per_tensor) else []),
-        *([Rewrite("add biases", with_biases)] if options.correct_bias else []),
-    ))(program)  # fmt: skip
-    fake = Pipeline("fake-quant", (
+        *([AddBiases()] if options.correct_bias else []),
+        Remember(FLOATS),
         PlaceQuantizers(options.config, options.ignore),
-        Fill("calibrate weights", calibrate_weights),
-        Fill("calibrate activations", partial(calibrate_activations, batches=batches)),
-        SetLayers(floats, options, batches[: options.walk_batches]),
-        Fill("fit biases", fit_biases),
+        CalibrateWeights(),
+        CalibrateActivations(batches),
+        SetLayers(options, batches[: options.walk_batches]),
+        FitBiases(),
         NameFloatLayers(),
-    ))(floats)  # fmt: skip
-    return Quantized(floats.module, fake.module, lower(fake.module), fake.errors, fake.left_float, fake.notes[known:])
+        Remember(FAKE),
+        Lower(),
+    )
 
 
-def written_out(config: QuantConfig) -> tuple[Pass, ...]:
+def written_out(config: QuantConfig) -> tuple[GraphPass, ...]:
     """Return the passes to the float graph that quantizers are placed in."""
-    fold, einsum = Rewrite("fold batch norms", FoldBatchNorm()), Rewrite("write out einsum", WriteOutEinsum())
-    return (fold, einsum, *([Rewrite("write out attention", WriteOutAttention())] if config.attention else []))
+    return (FoldBatchNorm(), WriteOutEinsum(), *([WriteOutAttention()] if config.attention else []))
 
 
-def prepared(module: fx.GraphModule, config: QuantConfig) -> fx.GraphModule:
-    """The float graph that quantizers are placed in, of a bare graph: for plans, which run nothing."""
-    for each in written_out(config):
-        assert isinstance(each, Rewrite)
-        module = each.rewrite(module)
-    return module
+def quantized_of(last: Program, first: Program) -> Quantized:
+    """Return what the passes of `quantizing` made of `first`."""
+    floats, fake = (last.stages[stage].module for stage in (FLOATS, FAKE))
+    assert isinstance(last.lowered, Lowered)
+    return Quantized(floats, fake, last.lowered, last.errors, last.left_float, last.notes_since(first))
 
 
 @dataclass(frozen=True)
@@ -159,26 +165,22 @@ class PlaceQuantizers:
     def __call__(self, program: P, /) -> P:
         """Return the program with quantizers; `left_float` has the nodes that got none, with the reason."""
         placement = place(program.module, self.config, self.ignore)
-        placed = program.rewritten(InsertQuantizers(placement)(program.module), placement.notes)
+        placed = program.rewritten(InsertQuantizers(placement).rewrite(program.module), placement.notes)
         return replace(placed, left_float={node.name: why for node, why in placement.left_float.items()})
 
 
 @dataclass(frozen=True)
 class SetLayers:
-    """Round weights and correct biases, layer after layer, and measure the error that is left.
+    """Round weights and correct biases, layer after layer, and measure the error that is left."""
 
-    Attributes:
-        floats: the program before quantizers were placed.
-    """
-
-    floats: Program
     options: PostTraining
     batches: Sequence[Sequence[Any]]
     name: ClassVar[str] = "set layers"
 
     def __call__(self, program: P, /) -> P:
         """Return the program with the errors of its layers."""
-        return replace(program, errors=Setting(self.floats.module, program.module, self.options).walk(self.batches))
+        floats = program.stages[FLOATS].module
+        return replace(program, errors=Setting(floats, program.module, self.options).walk(self.batches))
 
 
 @dataclass(frozen=True)
@@ -192,61 +194,122 @@ class NameFloatLayers:
         return replace(program, left_float=float_layers(program.module, program.left_float))
 
 
-def planned_sites(module: fx.GraphModule, options: PostTraining) -> list[Site]:
+# ------------------------------------------------------------------------------------------------ plans
+def planned_sites(program: Program, options: PostTraining) -> list[Site]:
     """Where `quantize` will put quantizers of weights; it takes no data."""
-    placement = place(prepared(module, options.config), options.config, options.ignore)
-    return [site for site in placement.sites if site.is_weight]
+    floats = applied(program, *written_out(options.config))
+    return [site for site in place(floats.module, options.config, options.ignore).sites if site.is_weight]
 
 
-def planned_layers(module: fx.GraphModule, options: PostTraining) -> tuple[LoweredLayer, ...]:
+def planned_layers(program: Program, options: PostTraining) -> tuple[LoweredLayer, ...]:
     """The bits that `quantize` will give each layer; it takes no data."""
-    folded = prepared(module, options.config)
-    return layers_of(InsertQuantizers(place(folded, options.config, options.ignore))(folded))
+    placing = PlaceQuantizers(options.config, options.ignore)
+    return layers_of(applied(program, *written_out(options.config), placing).module)
 
 
-def planned(module: fx.GraphModule, options: PostTraining) -> fx.GraphModule:
+def planned(program: Program, options: PostTraining) -> fx.GraphModule:
     """The integer graph that `quantize` will make, as far as the shapes of its tensors go, its codes not packed; it
     takes no data."""
-    folded = prepared(module, options.config)
-    own_bias = with_biases(folded) if options.correct_bias else folded
-    fake = InsertQuantizers(place(own_bias, options.config, options.ignore))(own_bias)
-    constant, one = constants_with_quantizers(fake), torch.ones(())
-    for node, quantizer in quantizer_nodes(fake):
-        if node not in constant:
-            quantizer.set_range(-one, one)
-    calibrate_weights(fake)
-    fit_biases(fake)
-    return lower(fake, pack=False).module
+    return applied(
+        program,
+        *written_out(options.config),
+        *([AddBiases()] if options.correct_bias else []),
+        PlaceQuantizers(options.config, options.ignore),
+        UnitRanges(),
+        CalibrateWeights(),
+        FitBiases(),
+        Lower(pack=False),
+    ).module
+
+
+@dataclass(frozen=True)
+class UnitRanges(ValuePass):
+    """Let each quantizer of an activation range from -1 to 1, where there are no data to read a range off."""
+
+    name: ClassVar[str] = "set unit ranges"
+
+    def fill(self, fake: fx.GraphModule, /) -> None:
+        """Set the ranges."""
+        constant, one = constants_with_quantizers(fake), torch.ones(())
+        for node, quantizer in quantizer_nodes(fake):
+            if node not in constant:
+                quantizer.set_range(-one, one)
 
 
 # ------------------------------------------------------------------------------------------------ tensors of its own
-def with_biases(module: fx.GraphModule, without: Collection[fx.Node] = ()) -> fx.GraphModule:
-    """A bias of zeros for each convolution that has none: there is then where to correct.
+@dataclass(frozen=True)
+class AddBiases(GraphPass):
+    """Give each convolution that has no bias one of zeros: there is then where to correct.
 
     Where the number of filters is dynamic (those of every sample side by side) no bias fits.
 
-    Args:
+    Attributes:
         without: convolutions that need no bias.
     """
-    found, new_node = clone(module)
-    others = {new_node[node] for node in without}
-    for node in list(found.graph.nodes):
-        if node in others or not is_convolution(node) or bind(node)["bias"] is not None:
-            continue
-        weight = bind(node)["weight"]
-        filters = value(node).shape[channels_of(node)]
-        if not isinstance(filters, int):
-            continue
-        path = str(weight.target).rpartition(".")[0] if weight.op == "get_attr" else node.name
-        device = next(p.device for p in found.parameters())
-        zeros = torch.zeros(filters, dtype=value(weight).dtype, device=device)
-        with found.graph.inserting_before(node):
-            set_argument(node, "bias", add_tensor(found, f"{path}.bias".lstrip("."), nn.Parameter(zeros), node))
-    found.recompile()
-    return found
+
+    without: Collection[fx.Node] = ()
+    name: ClassVar[str] = "add biases"
+
+    def rewrite(self, module: fx.GraphModule, /) -> fx.GraphModule:
+        """Return a new module that shares the tensors of `module`."""
+        found, new_node = clone(module)
+        others = {new_node[node] for node in self.without}
+        for node in list(found.graph.nodes):
+            if node in others or not is_convolution(node) or bind(node)["bias"] is not None:
+                continue
+            weight = bind(node)["weight"]
+            filters = value(node).shape[channels_of(node)]
+            if not isinstance(filters, int):
+                continue
+            path = str(weight.target).rpartition(".")[0] if weight.op == "get_attr" else node.name
+            device = next(p.device for p in found.parameters())
+            zeros = torch.zeros(filters, dtype=value(weight).dtype, device=device)
+            with found.graph.inserting_before(node):
+                set_argument(node, "bias", add_tensor(found, f"{path}.bias".lstrip("."), nn.Parameter(zeros), node))
+        found.recompile()
+        return found
 
 
 # ------------------------------------------------------------------------------------------------ calibration
+@dataclass(frozen=True)
+class CalibrateActivations(ValuePass):
+    """Set the range of every quantizer of an activation from what the quantizer reads when nothing is quantized."""
+
+    batches: Sequence[Sequence[Any]]
+    name: ClassVar[str] = "calibrate activations"
+
+    def fill(self, fake: fx.GraphModule, /) -> None:
+        """Set the ranges; see `calibrate_activations`."""
+        calibrate_activations(fake, self.batches)
+
+
+@dataclass(frozen=True)
+class CalibrateWeights(ValuePass):
+    """Set the range of every quantizer of a weight from the weight."""
+
+    name: ClassVar[str] = "calibrate weights"
+
+    def fill(self, fake: fx.GraphModule, /) -> None:
+        """Set the ranges; see `calibrate_weights`."""
+        calibrate_weights(fake)
+
+
+@dataclass(frozen=True)
+class CheckTensors:
+    """Refuse a NaN in a tensor that the graph reads, and an infinity in a parameter."""
+
+    name: ClassVar[str] = "check tensors"
+
+    def __call__(self, program: P, /) -> P:
+        """Return the program as it is.
+
+        Raises:
+            CalibrationError: a tensor is not finite; the message names the tensor.
+        """
+        _check_tensors(program.module)
+        return program
+
+
 def calibrate_activations(fake: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> None:
     """Set the range of every quantizer of an activation from what it reads when nothing is quantized.
 

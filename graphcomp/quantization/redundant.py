@@ -7,12 +7,14 @@ and costs a pass. Where the largest level lies above the range it even keeps gra
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import fx
 
 from graphcomp.ir.graph import bind, clone
+from graphcomp.ir.passes import GraphPass
 from graphcomp.ops.answers import move_of
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers
@@ -52,22 +54,27 @@ def quantizer_before(node: fx.Node, quantizers: Mapping[fx.Node, object]) -> fx.
     return found
 
 
-def with_repeats(fake: fx.GraphModule) -> fx.GraphModule:
-    """A new graph that computes the same, with a quantizer behind every value that was moved from a quantized one."""
-    repeated, _ = clone(fake)
-    constant = constants_with_quantizers(repeated)
-    quantizers = {node: str(node.target) for node, _ in quantizer_nodes(repeated) if node not in constant}
-    for node in list(repeated.graph.nodes):
-        source = moved_from(node)
-        users = [user for user in node.users if user not in quantizers and user.op != "output"]
-        if source not in quantizers or not users:
-            continue
-        with repeated.graph.inserting_after(node):
-            again = repeated.graph.call_module(quantizers[source], (node,))
-        again.meta = {key: found for key, found in node.meta.items() if key != "follows_mode"}
-        quantizers[again] = quantizers[source]
-        for user in users:
-            user.replace_input_with(node, again)
-    repeated.graph.lint()
-    repeated.recompile()
-    return repeated
+@dataclass(frozen=True)
+class RepeatQuantizers(GraphPass):
+    """Put a quantizer behind every value that was moved from a quantized one: the graph computes the same."""
+
+    name: ClassVar[str] = "repeat quantizers behind moves"
+
+    def rewrite(self, module: fx.GraphModule, /) -> fx.GraphModule:
+        """Return a new module that shares the tensors of `module`."""
+        repeated, _ = clone(module)
+        constant = constants_with_quantizers(repeated)
+        quantizers = {node: str(node.target) for node, _ in quantizer_nodes(repeated) if node not in constant}
+        for node in list(repeated.graph.nodes):
+            source = moved_from(node)
+            users = [user for user in node.users if user not in quantizers and user.op != "output"]
+            if source not in quantizers or not users:
+                continue
+            with repeated.graph.inserting_after(node):
+                again = repeated.graph.call_module(quantizers[source], (node,))
+            again.meta = {key: found for key, found in node.meta.items() if key != "follows_mode"}
+            quantizers[again] = quantizers[source]
+            for user in users:
+                user.replace_input_with(node, again)
+        repeated.recompile()
+        return repeated

@@ -25,12 +25,12 @@ from graphcomp.quantization.fold import FoldForTraining, chains, folded_nodes
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.placement import place
 from graphcomp.quantization.ptq import (
+    AddBiases,
     PostTraining,
     Setting,
     calibrate_activations,
     calibrate_weights,
     significant_mean,
-    with_biases,
 )
 from graphcomp.quantization.redundant import without_repeats
 from graphcomp.quantization.spec import QuantConfig
@@ -61,7 +61,7 @@ def quantize_to_train(
         floats = FoldForTraining()(floats)  # one step is for the weight as it will be folded
     fresh = _has_fresh_norms(floats)
     if options.correct_bias and not fresh:
-        floats = with_biases(floats, [pair.compute for pair in chains(floats.graph)])
+        floats = AddBiases([pair.compute for pair in chains(floats.graph)])(floats)
     config = trainable(floats.graph, options.config)
     placement = place(floats, config, options.ignore, folded_nodes(floats.graph))
     whole = InsertQuantizers(placement)(floats)

@@ -7,18 +7,19 @@ values of the other from there, so that a step at one layer is not counted again
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from graphcomp.errors import VerificationError
 from graphcomp.ir.graph import bind
+from graphcomp.ir.program import P
 from graphcomp.ir.run_nodes import run_tapped
 from graphcomp.numerics.compare import relative_error
 from graphcomp.quantization.insert import quantizer_nodes
-from graphcomp.quantization.lower import Lowered
+from graphcomp.quantization.lower import FAKE, Lowered
 from graphcomp.torch_compat import pytree
 
 LAW = "integers == fake-quant, in steps"
@@ -41,6 +42,31 @@ class LoweringError:
     steps: float
     where: str
     output: float
+
+
+@dataclass(frozen=True)
+class CheckLowering:
+    """Check Law 3 on one batch: the integers are those of the program that is remembered as `FAKE`.
+
+    Attributes:
+        inputs: flat, in the order of the placeholders.
+    """
+
+    inputs: Sequence[Any]
+    name: ClassVar[str] = "check integers"
+
+    def __call__(self, program: P, /) -> P:
+        """Return the program with the law among `verified` or `unchecked`.
+
+        Raises:
+            VerificationError: see `check_lowering`.
+        """
+        lowered = program.lowered
+        assert lowered is not None, "the program was lowered"
+        if not lowered.weights and not lowered.activations:
+            return replace(program, unchecked={**program.unchecked, LAW: "nothing was quantized"})
+        found = check_lowering(program.stages[FAKE].module, lowered, self.inputs)
+        return replace(program, verified={**program.verified, LAW: found.steps})
 
 
 def check_lowering(fake: fx.GraphModule, lowered: Lowered, flat_inputs: Sequence[Any]) -> LoweringError:

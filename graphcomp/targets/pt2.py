@@ -8,18 +8,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from graphcomp.capture.backward import without_backward
+from graphcomp.capture.backward import LeaveOutBackward
 from graphcomp.capture.capture import capture
 from graphcomp.capture.resized import input_name
 from graphcomp.errors import ExportError, first_line
 from graphcomp.ir.graph import clone
+from graphcomp.ir.inputs import Inputs
+from graphcomp.ir.passes import GraphPass
 from graphcomp.ir.preserve import eval_copy
+from graphcomp.ir.program import Program
 from graphcomp.quantization import ops as _ops  # noqa: F401 (the graph may hold these ops)
 from graphcomp.system.files import replacing
 from graphcomp.system.threads import LOCK
@@ -91,24 +94,20 @@ def save_program(program: ExportedProgram, path: str | Path) -> None:
             raise ExportError(f"cannot write {path}", why=first_line(error)) from error
 
 
-@dataclass(frozen=True)
-class Graph:
-    """What a file is written of.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Written(Program):
+    """What a file is written of. The notes say for which inputs alone the graph holds.
 
     Attributes:
-        module: the graph.
-        names: of its tensor outputs, where the graph does not hold them.
-        notes: for which inputs alone the graph holds.
+        names: of the tensor outputs, where the graph does not hold them.
     """
 
-    module: fx.GraphModule
     names: Sequence[str] | None = None
-    notes: tuple[str, ...] = ()
 
 
 def graph_of(
     module: nn.Module, args: Args, kwargs: Mapping[str, Any], more: Mapping[str, Iterable[int]] | None = None
-) -> Graph:
+) -> Written:
     """Return `module` if it is a captured graph, else its graph.
 
     Args:
@@ -117,18 +116,21 @@ def graph_of(
         more: input -> dims that are left symbolic, too, where the module allows it.
     """
     if isinstance(module, fx.GraphModule):
-        return Graph(without_backward(module))
+        spec = pytree.tree_structure((args, dict(kwargs)))
+        program = Written(module=module, original=module, inputs=Inputs(args, dict(kwargs), spec))
+        return LeaveOutBackward()(program)
     captured = capture(module, args, kwargs)
     if more and captured.producer == "export":
         places = captured.module.graph.find_nodes(op="placeholder")
         inputs = [input_name(place) for place in places if isinstance(place.meta.get("val"), Tensor)]
         captured = capture(module, args, kwargs, more=[tuple(more.get(name, ())) for name in inputs])
-    graph, notes = without_backward(captured.module), tuple(captured.path.notes())
-    if captured.producer == "export":
-        return Graph(graph, None, notes)
-    fixed = f"holds for inputs of the example's sizes alone, as torch.export refused the model: {captured.reason}"
-    log.warning("the graph of %s %s", type(module).__name__, fixed)
-    return Graph(graph, captured.output_names, (fixed, *notes))
+    notes, names = tuple(captured.path.notes()), None
+    if captured.producer == "record":
+        fixed = f"holds for inputs of the example's sizes alone, as torch.export refused the model: {captured.reason}"
+        log.warning("the graph of %s %s", type(module).__name__, fixed)
+        notes, names = (fixed, *notes), captured.output_names
+    program = Written(module=captured.module, original=module, inputs=captured.inputs, notes=notes, names=names)
+    return LeaveOutBackward()(program)
 
 
 def _dynamic(
@@ -159,6 +161,17 @@ def _twice(leaf: Any, dims: Iterable[int]) -> Any:
     for dim in dims:
         leaf = torch.cat([leaf, leaf], dim) if leaf.shape[dim] == 1 else leaf
     return leaf
+
+
+@dataclass(frozen=True)
+class InEvalMode(GraphPass):
+    """Put the batch norms and dropouts of a graph in eval mode."""
+
+    name: ClassVar[str] = "put in eval mode"
+
+    def rewrite(self, module: fx.GraphModule, /) -> fx.GraphModule:
+        """Return `module`, or a copy where a part is in training mode."""
+        return in_eval_mode(module)
 
 
 def in_eval_mode(module: Model) -> Model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import graphcomp as gc
 from graphcomp.capture.capture import Captured, capture
 from graphcomp.errors import PassError
 from graphcomp.ir.graph import clone
-from graphcomp.ir.passes import Pipeline, Rewrite, wrong_value
+from graphcomp.ir.passes import GraphPass, Pipeline, wrong_value
 
 aten = torch.ops.aten
 
@@ -23,14 +24,16 @@ def program() -> Captured:
     return capture(model, torch.randn(4, 6))
 
 
-def edited(edit: Callable[[fx.GraphModule], None]) -> Callable[[fx.GraphModule], fx.GraphModule]:
-    def rewrite(module: fx.GraphModule) -> fx.GraphModule:
+@dataclass(frozen=True)
+class Edit(GraphPass):
+    name: str  # type: ignore[misc]  # one per test
+    edit: Callable[[fx.GraphModule], None] = lambda module: None
+
+    def rewrite(self, module: fx.GraphModule, /) -> fx.GraphModule:
         copied, _ = clone(module)
-        edit(copied)
+        self.edit(copied)
         copied.recompile()
         return copied
-
-    return rewrite
 
 
 def relu(module: fx.GraphModule) -> fx.Node:
@@ -67,14 +70,14 @@ def refuse(module: fx.GraphModule) -> None:
     raise gc.PlanError("not like this")
 
 
-KEEP = Rewrite("keep", edited(lambda module: None))
+KEEP = Edit("keep")
 
 
 def test_passes_run_one_after_the_other_and_change_no_program() -> None:
     first = program()
-    last = Pipeline("two", (Rewrite("tanh", edited(tanh)), KEEP))(first)
+    last = Pipeline("two", (Edit("tanh", tanh), KEEP))(first)
     x = first.inputs.flat()[0]
-    assert isinstance(last, Captured) and last.inputs is first.inputs and wrong_value(last) is None
+    assert isinstance(last, Captured) and last.inputs is first.inputs and wrong_value(last.module) is None
     weights = last.tensors
     assert all(weights[name] is tensor for name, tensor in first.tensors.items())
     expected = torch.tanh(x @ weights["0.weight"].T + weights["0.bias"]) @ weights["2.weight"].T + weights["2.bias"]
@@ -91,7 +94,7 @@ def test_passes_run_one_after_the_other_and_change_no_program() -> None:
     ],
 )
 def test_an_invalid_graph_names_the_pass_and_the_one_before(edit: Callable[[fx.GraphModule], None], says: str) -> None:
-    passes = (KEEP, Rewrite("break", edited(edit)), Rewrite("keep again", edited(lambda module: None)))
+    passes = (KEEP, Edit("break", edit), Edit("keep again"))
     with pytest.raises(gc.VerificationError, match=says) as raised:
         Pipeline("three", passes)(program())
     assert str(raised.value).startswith("the pass 'break' of 'three', after 'keep' left a graph that is not valid")
@@ -99,9 +102,9 @@ def test_an_invalid_graph_names_the_pass_and_the_one_before(edit: Callable[[fx.G
 
 def test_a_pass_that_fails_is_named() -> None:
     with pytest.raises(PassError, match=r"the pass 'fail' of 'two', after 'keep' failed\n(.|\n)*KeyError"):
-        Pipeline("two", (KEEP, Rewrite("fail", edited(fail))))(program())
+        Pipeline("two", (KEEP, Edit("fail", fail)))(program())
     with pytest.raises(gc.PlanError, match="not like this") as raised:
-        Pipeline("one", (Rewrite("refuse", edited(refuse)),))(program())
+        Pipeline("one", (Edit("refuse", refuse),))(program())
     assert raised.value.__notes__ == ["in the pass 'refuse' of 'one'"]
 
 
@@ -109,4 +112,6 @@ def test_quantizing_names_the_pass_that_refuses() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     with pytest.raises(gc.CalibrationError) as raised:
         gc.compress(model, torch.randn(4, 6), bits=8, calibration=[torch.full((4, 6), torch.nan)])
-    assert raised.value.__notes__ == ["in the pass 'calibrate activations' of 'fake-quant', after 'calibrate weights'"]
+    assert raised.value.__notes__ == [
+        "in the pass 'calibrate activations' of 'one shot, with bits', after 'calibrate weights'"
+    ]

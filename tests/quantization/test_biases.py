@@ -13,7 +13,7 @@ from graphcomp.capture.capture import Captured, capture
 from graphcomp.ir.graph import bind, fetch
 from graphcomp.ir.run_nodes import Constants
 from graphcomp.ops.answers import operands_of
-from graphcomp.quantization.biases import biased_layers, fit_biases
+from graphcomp.quantization.biases import FitBiases, biased_layers
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.ptq import PostTraining, Quantized, quantize
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, with_bits
@@ -70,7 +70,7 @@ def test_biases_stay_where_they_were(bits: int) -> None:
     for layer in biased_layers(fake):  # biases that nothing has rounded yet
         fetch(fake, str(layer.bias.target)).data.uniform_(-1, 1)
     before = {layer.node.name: Constants(fake).of(layer.bias).clone() for layer in biased_layers(fake)}
-    fit_biases(fake)
+    FitBiases()(fake)
     for layer in biased_layers(fake):
         unit = layer.quantizer.scale * layer.step / 2**layer.shift
         moved = (Constants(fake).of(layer.bias) - before[layer.node.name]).abs().detach()

@@ -18,6 +18,8 @@ from graphcomp.coupling.groups import find_groups
 from graphcomp.coupling.propagate import propagate
 from graphcomp.errors import PlanError, VerificationError
 from graphcomp.ir.graph import bind, fetch, set_argument
+from graphcomp.ir.inputs import Inputs as Example
+from graphcomp.ir.program import Program
 from graphcomp.ir.run_nodes import Constants, run_tapped
 from graphcomp.numerics.compare import relative_error
 from graphcomp.pruning.slice import SliceGroups
@@ -37,6 +39,7 @@ from graphcomp.quantization.tensors import add_tensor
 from graphcomp.quantization.verify import check_lowering
 from graphcomp.targets.pt2 import export_program
 from graphcomp.testing import random_kept
+from graphcomp.torch_compat import pytree
 from tests.marks import in_ci, slow
 from tests.quantization.test_qadg import MODELS, build
 
@@ -115,6 +118,12 @@ class Inputs:
         if node in self.sources:
             self.values[node] = result
         return result
+
+
+def program(fake: fx.GraphModule, inputs: Sequence[Any]) -> Program:
+    """The program of a graph alone."""
+    spec = pytree.tree_structure((tuple(inputs), {}))
+    return Program(module=fake, original=fake, inputs=Example(tuple(inputs), {}, spec))
 
 
 def check_same(fake: fx.GraphModule, finished: fx.GraphModule, inputs: Sequence[Any], tolerance: float) -> None:
@@ -221,7 +230,7 @@ def test_the_trained_graph_is_left_alone():
     fetch(fake, "norm1.weight").data[0] = 1e-12  # a step that is widened
     before = {name: t.clone() for name, t in fake.state_dict().items()}
     graph = str(fake.graph)
-    assert from_training(fake, [inputs]).notes
+    assert from_training(program(fake, inputs), [inputs]).notes
     assert str(fake.graph) == graph
     assert all(torch.equal(before[name], t) for name, t in fake.state_dict().items())
 
@@ -276,7 +285,7 @@ def test_shared_and_ignored_layers():
     linears = finished.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
     sources = [node.args[1].all_input_nodes[0].target for node in linears]
     assert sources[0] != sources[1] and fetch(finished, sources[0]) is fetch(finished, sources[1])
-    result = from_training(fake, [inputs])
+    result = from_training(program(fake, inputs), [inputs])
     assert result.left_float == {"ignored": "trained in floats"}
     assert check_lowering(result.fake, result.lowered, inputs).steps <= 1.001
     assert len(result.errors) == 4 and all(0 < error < 1 for error in result.errors.values())
@@ -316,7 +325,7 @@ def test_a_dtype_too_narrow_for_the_codes_is_refused():
 @pytest.mark.parametrize("name", ["cnn", "vit", "bert", *slow("residual", "encoder")])
 def test_lowered_and_in_integers(name: str, bits: Sequence[int]) -> None:
     fake, inputs = trained(name, GETA, bits=bits, t=1.3)
-    result = from_training(fake, [inputs])
+    result = from_training(program(fake, inputs), [inputs])
     error = check_lowering(result.fake, result.lowered, inputs)
     assert error.weights == 0 and error.steps <= 1.001
     assert check_integers(result.lowered.module, inputs).steps <= 1
@@ -329,7 +338,7 @@ def test_lowered_and_in_integers(name: str, bits: Sequence[int]) -> None:
 
 def test_storage_follows_the_learned_bits():
     fake, inputs = trained("cnn", GETA, bits=(9, 4, 8, 3, 16))
-    state = from_training(fake, [inputs]).lowered.module.state_dict()
+    state = from_training(program(fake, inputs), [inputs]).lowered.module.state_dict()
     stored = [state[f"{name}.weight_codes"].dtype for name in ("stem", "expand", "depthwise", "project", "head")]
     assert stored == [torch.int16, torch.uint8, torch.int8, torch.uint8, torch.int16]
     assert state["expand.weight_codes"].numel() == 12 * 8 // 2
@@ -342,7 +351,7 @@ def test_a_channel_of_nothing_beside_a_bias(scale: float) -> None:
     norm = next(iter(chains(fake.graph))).norm
     fetch(fake, str(bind(norm)["weight"].target)).data[2] = scale
     fetch(fake, str(bind(norm)["bias"].target)).data[2] = 3.0
-    result = from_training(fake, [inputs])
+    result = from_training(program(fake, inputs), [inputs])
     assert [note.split(":")[0] for note in result.notes] == (["expand"] if scale else [])
     state = result.lowered.module.state_dict()
     assert float(state["expand.bias_codes"][2] * state["expand.bias_scale"][2]) == pytest.approx(3.0, rel=1e-4)
@@ -360,7 +369,7 @@ def test_onnxruntime_multiplies_integers(name: str, bits: Sequence[int], tmp_pat
     from graphcomp.targets.runtime import run
 
     fake, inputs = trained(name, GETA, bits=bits)
-    lowered = from_training(fake, [inputs]).lowered.module
+    lowered = from_training(program(fake, inputs), [inputs]).lowered.module
     export_onnx(lowered, inputs, None, tmp_path / "m.onnx")
     (found,) = run(tmp_path / "m.onnx", inputs)
     with torch.no_grad():
@@ -372,10 +381,10 @@ def test_onnxruntime_multiplies_integers(name: str, bits: Sequence[int], tmp_pat
 
 def test_a_program_computes_what_the_lowered_graph_computes():
     fake, inputs = trained("cnn", GETA, bits=range(2, 17))
-    lowered = from_training(fake, [inputs]).lowered.module
-    program = export_program(lowered, inputs, {}).module()
+    lowered = from_training(program(fake, inputs), [inputs]).lowered.module
+    exported = export_program(lowered, inputs, {}).module()
     with torch.no_grad():
-        assert torch.equal(lowered(*inputs), program(*inputs))
+        assert torch.equal(lowered(*inputs), exported(*inputs))
 
 
 def test_quantizers_are_modules_of_their_own():

@@ -8,7 +8,7 @@ from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers
 from graphcomp.quantization.placement import place
 from graphcomp.quantization.ptq import calibrate_activations, calibrate_weights
-from graphcomp.quantization.redundant import quantizer_before, with_repeats, without_repeats
+from graphcomp.quantization.redundant import RepeatQuantizers, quantizer_before, without_repeats
 from graphcomp.quantization.spec import QuantConfig, QuantSpec
 
 
@@ -54,7 +54,7 @@ def test_a_moved_value_is_quantized_once_and_the_result_is_the_same():
 
 def test_what_was_left_out_is_put_back():
     every, few = quantized(False), quantized(True)
-    back = with_repeats(few)
+    back = RepeatQuantizers()(few)
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 3
     assert torch.equal(back(x), few(x))
     assert [n.target for n in activations(back)] == [n.target for n in activations(every)]
@@ -72,6 +72,6 @@ def test_gradients_of_a_range_are_counted_once():
     few(x).sum().backward()
     once = {name: p.grad.clone() for name, p in few.named_parameters() if p.grad is not None and name.endswith("q_m")}
     few.zero_grad()
-    with_repeats(few)(x).sum().backward()
+    RepeatQuantizers()(few)(x).sum().backward()
     again = {name: p.grad for name, p in few.named_parameters() if p.grad is not None and name.endswith("q_m")}
     assert any(not torch.allclose(once[name], again[name]) for name in once)

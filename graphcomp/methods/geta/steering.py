@@ -41,7 +41,7 @@ class Target:
         self.costs = CostModel(self.plan)
         self.stored = None
         if budget.bytes is not None and session.bits is not None:
-            self.stored = StoredBytes(self.plan, planned(session.quantized.captured.module))
+            self.stored = StoredBytes(self.plan, planned(session.quantized.captured))
         self.low = [round(bits) for bits in low.tolist()]
         at = {site.name: k for k, site in enumerate(sites)}
         in_graph = {op.node.name: op.node for op in self.costs.operations}

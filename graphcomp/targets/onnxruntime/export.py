@@ -17,11 +17,12 @@ from torch import fx, nn
 
 from graphcomp.errors import ExportError, GraphcompError, first_line
 from graphcomp.ir.graph import is_op, source_line
+from graphcomp.ir.passes import Pipeline
 from graphcomp.quantization.attention import WriteOutAttention
 from graphcomp.system.files import replacing
 from graphcomp.targets.lengths import CAPTURED, Lengths
-from graphcomp.targets.outputs import with_own_outputs
-from graphcomp.targets.pt2 import export_program, graph_of, in_eval_mode, quiet
+from graphcomp.targets.outputs import OwnOutputs, own_names
+from graphcomp.targets.pt2 import InEvalMode, export_program, graph_of, quiet
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -32,6 +33,18 @@ EXTERNAL_ABOVE = 2**31 - 2**20
 """Bytes of weights above which they go to a file of their own: protobuf holds 2 GiB, the graph needs some of it."""
 
 PACKAGES = ("onnx", "onnxscript", "onnx_ir")
+
+WRITABLE = Pipeline(
+    "writing ONNX",
+    (
+        InEvalMode(),
+        OwnOutputs(),
+        # the exporter's own way takes a softmax apart for NaN, in each layer, and turns keys around by reshaping them
+        WriteOutAttention(zero_hidden=True),
+    ),
+    values=False,  # torch.export infers all shapes anew
+)
+"""From a captured or lowered graph to one that torch's exporter writes."""
 
 
 def export_onnx(
@@ -108,11 +121,10 @@ def _translate(
     from graphcomp.targets.onnxruntime import passes
     from graphcomp.targets.onnxruntime.ops import translation_table
 
-    # the exporter's own way takes a softmax apart for NaN, in each layer, and turns keys around by reshaping them
     found = graph_of(module, args, kwargs)
-    graph, names = with_own_outputs(in_eval_mode(found.module), found.names)
-    written_out = WriteOutAttention(zero_hidden=True)(graph)
-    program = export_program(written_out, args, kwargs, lengths=lengths)
+    names = own_names(found.module, found.names)
+    graph = WRITABLE(found).module
+    program = export_program(graph, args, kwargs, lengths=lengths)
     try:
         with _silent():
             written = torch.onnx.export(
