@@ -35,6 +35,7 @@ from graphcomp.flows.whole import into_whole
 from graphcomp.ir.module import copied, tensor_leaves
 from graphcomp.methods.base import Goal, Method, check_goal, folders
 from graphcomp.methods.registry import stages_of
+from graphcomp.methods.takes import ONE_SHOT, check_taken
 from graphcomp.pruning.allocation import Budget, Scope, allocate_budget
 from graphcomp.pruning.evidence import arguments_like, arguments_of
 from graphcomp.pruning.multiples import in_multiples, with_group_sizes
@@ -222,16 +223,18 @@ def compress(
     zeros = saliency == ZEROS
     if zeros:
         check_alone({"sparsity": sparsity is not None, "budget": budget is not None, "method": bool(stages)})
+    given = {
+        "sparsity by module": isinstance(sparsity, Mapping), "budget": budget, "saliency": saliency,
+        "round_to": round_to, "prune": prune, "keep_inputs": keep_inputs, "ranking": ranking,
+        "prefer_native": prefer_native, "activation_bits": activation_bits, "calibration": calibration,
+        "group_size": group_size, "rounding": rounding, "reduce_range": reduce_range, "quantization": quantization,
+    }  # fmt: skip
     if stages:
         start = None
         calibrated = any(stage.calibrated for stage in stages)
         if calibrated and (quantization is not None or not (_is_range(bits) or _is_range(activation_bits))):
             start = _start(bits, activation_bits, group_size, rounding, reduce_range, quantization)
-        one_shot_only = {
-            "ranking": ranking != "global",
-            **({} if start is not None else _quantizing(quantization, group_size, rounding, reduce_range)),
-        }
-        _check_trainable(title, [name for name, given in one_shot_only.items() if given])
+        _check_gradients(title)
         goal = Goal(
             sparsity=by_module_name(part, sparsity, "sparsity") if isinstance(sparsity, Mapping) else sparsity,
             budget=budget,
@@ -243,7 +246,7 @@ def compress(
             prune=prune,
             ignore=tuple(ignore),
         )
-        check_goal(stages, title, goal)
+        remarks = check_goal(stages, title, goal, given)
         _activation_limits(bits if quantization is None else 8, activation_bits)
         if calibration is not None and bits is None and start is None:
             raise PlanError(
@@ -252,7 +255,7 @@ def compress(
                 fix="bits=(4, 8), or no calibration",
             )
         compares = start is not None and any(stage.compares for stage in stages)
-        _check_compares(compares, title, budget, training)
+        _check_held_out(compares, training)
         if data is None or loss is None or training is None:
             raise PlanError(
                 f"method={title!r} trains: it needs data, a loss and a length",
@@ -289,6 +292,7 @@ def compress(
             scope=scope,
             progress=progress,
         )
+        ready.remarks = (*ready.remarks, *remarks)
         with show_progress(1, progress) as bar:
             bar.step("cutting, lowering and verifying")
             small = finalize(ready, verify=verify, measure_latency=measure_latency)
@@ -311,7 +315,7 @@ def compress(
         bits, activation_bits, group_size, rounding, ignore, reduce_range, calibration is not None
     )
     quantization = quantization and _with_names(quantization, part)
-    notes: list[str] = []
+    notes = list(check_taken(title, ONE_SHOT - ({"prefer_native"} if quantization is not None else set()), given))
     with show_progress(4, progress) as bar:
         bar.step("capturing and coupling")
         analysis = analyze(model, example_inputs, example_kwargs, scope=scope, outputs=outputs)
@@ -655,14 +659,8 @@ def _held_out(batches: Iterable[Any]) -> list[Any]:
     return found
 
 
-def _check_compares(compares: bool, method: str, budget: Budget | None, training: Training | None) -> None:
-    """Raise PlanError where a budget is given with fixed bits, or held-out data that nothing is measured on."""
-    if compares and budget is not None:
-        raise PlanError(
-            f"a budget with method={method!r} and fixed bits",
-            why="no units go, and each layer has the bits that are asked for",
-            fix="bits=(4, 8), of which a budget chooses, or no budget",
-        )
+def _check_held_out(compares: bool, training: Training | None) -> None:
+    """Raise PlanError where held-out data are given that nothing is measured on."""
     if not compares and training is not None and training.held_out is not None:
         raise PlanError(
             "Training(held_out=…) of a method other than LSQ",
@@ -671,18 +669,12 @@ def _check_compares(compares: bool, method: str, budget: Budget | None, training
         )
 
 
-def _check_trainable(method: str, given: Sequence[str]) -> None:
+def _check_gradients(method: str) -> None:
     if torch.is_inference_mode_enabled():
         raise PlanError(
             f"method={method!r} in torch.inference_mode()",
             why="tensors that are made in it have no gradients",
             fix="call graphcomp.compress outside of it",
-        )
-    if given:
-        raise PlanError(
-            f"{', '.join(given)} with method={method!r}",
-            why="that is not for training",
-            fix='method="oneshot", or graphcomp.prepare and QASSO in your own loop',
         )
 
 

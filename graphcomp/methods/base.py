@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from graphcomp.errors import PlanError
+from graphcomp.methods.takes import ACTIVATIONS, START, check_taken
 from graphcomp.pruning.allocation import Budget
 from graphcomp.pruning.saliency import Saliency
 from graphcomp.quantization.ptq import PostTraining
@@ -48,21 +49,10 @@ class Goal:
         """Whether bits are asked for."""
         return self.bits is not None or self.start is not None
 
-    @property
-    def of_units(self) -> dict[str, bool]:
-        """Options of methods that prune units -> whether the option is given."""
-        return {
-            "a budget": self.budget is not None,
-            "a saliency": self.saliency is not None,
-            "round_to": self.round_to != 1,
-            "prune": self.prune is not None,
-            "sparsity by module": isinstance(self.sparsity, Mapping),
-        }
 
-    @property
-    def of_activations(self) -> dict[str, bool]:
-        """Options of methods that quantize activations -> whether the option is given."""
-        return {"a number of activation bits": self.activation_bits not in ("same", None)}
+def of_activations(goal: Goal) -> Collection[str]:
+    """Return the options of activations that a method takes that quantizes activations where the goal asks for that."""
+    return ACTIVATIONS if goal.activation_bits is not None else ()
 
 
 class Source(Protocol):
@@ -109,6 +99,12 @@ class Method(ABC):
             PlanError: a part of the goal is nothing that the method knows.
         """
 
+    def takes(self, goal: Goal) -> Collection[str]:
+        """Return the options of `OPTIONS` (`graphcomp/methods/takes.py`) that the method has a use for."""
+        if goal.start is not None and self.calibrated:
+            return START
+        return of_activations(goal) if self.quantizes else ()
+
     def prepare(self, source: Source, goal: Goal) -> Prepared:
         """Return the module to train: which views stand on which weights."""
         if not self.quantizes:
@@ -133,12 +129,18 @@ def folders(stages: Sequence[Method]) -> list[str]:
     return [f"{k + 1}-{own}" for k, own in enumerate(what)]
 
 
-def check_goal(stages: Sequence[Method], name: str, goal: Goal) -> None:
-    """Refuse a goal that the stages of a method do not reach.
+def check_goal(stages: Sequence[Method], name: str, goal: Goal, given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Refuse a goal that the stages of a method do not reach, and options that the stages have no use for.
+
+    Args:
+        given: option -> value, of all in `OPTIONS`.
+
+    Returns:
+        Notes of options that change nothing, and whose result is as asked.
 
     Raises:
-        PlanError: bits or a sparsity that no stage does, no bits where they are all that is done, or a budget for
-            several stages.
+        PlanError: bits or a sparsity that no stage does, no bits where they are all that is done, a budget for several
+            stages, or an option without a use.
     """
     prunes, quantizes = (any(getattr(stage, what) for stage in stages) for what in ("prunes", "quantizes"))
     if not goal.quantizes and any(stage.quantizes and not stage.prunes for stage in stages):
@@ -153,8 +155,10 @@ def check_goal(stages: Sequence[Method], name: str, goal: Goal) -> None:
             why="the run that prunes does not know the bits that the other one gives",
             fix='method="geta", or sparsity=0.5',
         )
+    notes = check_taken(name, {option for stage in stages for option in stage.takes(goal)}, given)
     for stage in stages:
         stage.check(goal)
+    return notes
 
 
 def refuse(method: Method, given: Mapping[str, bool], why: str) -> None:

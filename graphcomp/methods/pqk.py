@@ -267,7 +267,6 @@ class Pqk(Method):
 
     def check(self, goal: Goal) -> None:
         """A share of the weights, and fixed bits or none."""
-        refuse(self, goal.of_units, "single weights are pruned by magnitude, whatever unit they belong to")
         if goal.bits is not None:
             raise PlanError(f"bits must be one number for PQK, got {goal.bits}", fix=f"bits={goal.bits[0]}")
 

@@ -9,7 +9,7 @@ over the mean distance by default, gradients of biases are not scaled, and activ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -148,13 +148,12 @@ class Psgd(Method):
             if value is not None and not (is_number(value) and value >= least):
                 raise PlanError(f"Psgd({name}={value!r}): must be a number, {least} at least", fix=f"{name}=1e-4")
 
+    def takes(self, goal: Goal) -> Collection[str]:
+        """Nothing: single weights are pruned or rounded, whatever unit they belong to."""
+        return ()
+
     def check(self, goal: Goal) -> None:
         """One number of bits, or a share of the weights."""
-        refuse(
-            self,
-            {**goal.of_units, **goal.of_activations},
-            "single weights are pruned or rounded, whatever unit they belong to",
-        )
         if (goal.bits is None) == (not goal.sparsity):
             raise PlanError(
                 'method="psgd" needs bits or a sparsity, and not both',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import ClassVar
 
 from graphcomp.methods.base import Goal, Method
@@ -9,6 +10,9 @@ from graphcomp.methods.geta.method import Geta
 from graphcomp.training.options import Training
 from graphcomp.training.prepared import Prepared
 from graphcomp.training.run import Run
+
+LEARNS_BITS = Geta("qat", prunes=False)
+"""The method with a range of bits."""
 
 
 class QatRun(Run):
@@ -26,8 +30,12 @@ class Qat(Method):
     calibrated: ClassVar[bool] = True
     compares: ClassVar[bool] = True
 
+    def takes(self, goal: Goal) -> Collection[str]:
+        """All options of post-training quantization; with a range of bits what GETA takes to quantize."""
+        return super().takes(goal) if goal.start is not None else LEARNS_BITS.takes(goal)
+
     def begin(self, ready: Prepared, goal: Goal, training: Training, steps: int) -> Run:
         """Begin a run; nothing is pruned."""
         if ready.session.learns_bits:
-            return Geta(self.name, prunes=False).begin(ready, goal, training, steps)
+            return LEARNS_BITS.begin(ready, goal, training, steps)
         return QatRun(ready, lr_quant=training.lr_quant)

@@ -6,12 +6,13 @@ et al. 2016, arXiv 1605.04711); see `graphcomp.quantization.quantizers.ternary` 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from graphcomp.arguments import check_flag, check_word
 from graphcomp.errors import PlanError
-from graphcomp.methods.base import Goal, Method, Source, refuse
+from graphcomp.methods.base import Goal, Method, Source
 from graphcomp.quantization.spec import QuantConfig, QuantSpec
 from graphcomp.training.options import Training
 from graphcomp.training.prepared import Prepared
@@ -42,9 +43,12 @@ class Ternary(Method):
         check_word("granularity", self.granularity, ("channel", "tensor"))
         check_flag("symmetric", self.symmetric)
 
+    def takes(self, goal: Goal) -> Collection[str]:
+        """Nothing: weights become ternary, and all else stays."""
+        return ()
+
     def check(self, goal: Goal) -> None:
         """Two bits, for weights."""
-        refuse(self, {**goal.of_units, **goal.of_activations}, "weights become ternary, and all else stays")
         if goal.bits != (2, 2):
             raise PlanError(f"bits of ternary weights must be 2, got {goal.bits}", fix="bits=2")
 

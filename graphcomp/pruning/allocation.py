@@ -92,7 +92,8 @@ def rounding_note(groups: Sequence[ChannelGroup], kept: Kept, sparsity: float, r
     """
     total = sum(group.size for group in groups)
     removed = sum(group.size - len(kept[group]) for group in groups)
-    if removed == units_to_remove(sparsity, total):
+    asked = units_to_remove(sparsity, total)
+    if not asked or removed == asked:  # of a sparsity of zero units may be gone since a run before
         return ""
     of = f" of {name}" if name else ""
     return (

@@ -204,9 +204,9 @@ def test_a_run_that_was_cut_short_ends_as_it_would_have(tmp_path):
         ({}, "needs bits or a sparsity"),
         ({"bits": 4, "sparsity": 0.5}, "needs bits or a sparsity"),
         ({"bits": (4, 8)}, "one number for PSGD"),
-        ({"bits": 4, "activation_bits": 8}, "a number of activation bits"),
+        ({"bits": 4, "activation_bits": 8}, "activation_bits with"),
         ({"sparsity": {"second": 0.5}}, "sparsity by module"),
-        ({"bits": 4, "budget": gc.Budget(bops=0.1)}, "a budget"),
+        ({"bits": 4, "budget": gc.Budget(bops=0.1)}, "budget with"),
         ({"sparsity": 0.5, "training": {"steps": None, "schedule": gc.Schedule(24)}}, "a Schedule"),
     ],
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from graphcomp.methods.base import Goal, Method
+from graphcomp.methods.base import Goal, Method, of_activations
 from graphcomp.methods.geta.run import GetaRun
+from graphcomp.methods.takes import UNITS
 from graphcomp.training.options import Training
 from graphcomp.training.prepared import Prepared
 from graphcomp.training.schedule import Schedule
@@ -26,6 +28,10 @@ class Geta(Method):
     prunes: bool = True
     quantizes: bool = True
     forgetting: Literal["descent", "uniform"] = "descent"
+
+    def takes(self, goal: Goal) -> Collection[str]:
+        """What units go by, a budget on bits, and what activations are quantized by."""
+        return {"budget", *(UNITS if self.prunes else ()), *(of_activations(goal) if self.quantizes else ())}
 
     def begin(self, ready: Prepared, goal: Goal, training: Training, steps: int) -> GetaRun:
         """Begin a run with the schedule that was given, or the default one."""

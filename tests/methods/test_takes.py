@@ -1,0 +1,137 @@
+"""Every method with every option of `compress`: what is given changes the result, or is noted, or is refused."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+from torch import nn
+
+import graphcomp as gc
+from graphcomp.methods.registry import METHODS
+from graphcomp.methods.takes import OPTIONS, UNITS
+from tests.methods.learning import batches, loss, net
+from tests.methods.test_own_method import of_the_page
+
+X = batches()[0][0]
+STEPS = 12
+GIVEN: dict[str, Any] = {
+    "sparsity by module": {"sparsity": {"second": 0.5}},
+    "budget": {"budget": gc.Budget(params=0.6), "sparsity": None},
+    "saliency": {"saliency": "random"},
+    "round_to": {"round_to": 4},
+    "prune": {"prune": ["hidden"]},
+    "keep_inputs": {"keep_inputs": ["second"]},
+    "ranking": {"ranking": "local"},
+    "prefer_native": {"prefer_native": False},
+    "activation_bits": {"activation_bits": 6},
+    "calibration": {"calibration": [3 * X]},
+    "group_size": {"group_size": 4},
+    "rounding": {"rounding": "second_order", "calibration": [X]},
+    "reduce_range": {"reduce_range": True},
+    "quantization": {"quantization": gc.PostTraining(gc.QuantConfig(gc.QuantSpec(5))), "bits": None},
+}
+"""What asks for each option of the table."""
+EVERY: dict[str, Any] = {
+    "ignore": {"ignore": ["second"]},
+    "outputs": {},
+    "scope": {},
+    "verify": {"verify": False},
+    "measure_latency": {"measure_latency": True},
+}
+"""What asks for the options that serve every method; empty where a single output, or a whole model, is as without."""
+NOTHING_LEFT = ("prune", "keep_inputs")
+"""Options that leave nothing of the network to prune, as they are asked for here; only methods that prune take them."""
+PLAIN = {
+    "bits", "sparsity", "method", "data", "loss", "epochs", "steps", "lr", "folder", "training", "seed", "progress",
+}  # fmt: skip
+"""Options that every method is given here, or that are a method's own question (`check_goal`)."""
+BASE: dict[str, Any] = {
+    "oneshot": {"bits": 8},
+    "geta": {"bits": (4, 8)},
+    "hesso": {},
+    "qat": {"bits": 4},
+    "sequential": {"bits": (4, 8)},
+    "psgd": {"bits": 4},
+    "pqk": {"bits": 4, "sparsity": 0.5},
+    "ternary": {"bits": 2},
+    "own": {},
+}
+
+
+def compress(method: str, **options: Any) -> gc.CompressedModel:
+    given = {"sparsity": None, **BASE[method], **options}
+    if method != "oneshot":
+        given |= {"data": batches(), "loss": loss, "training": gc.Training(steps=STEPS, lr=0.05)}
+    own = of_the_page()["Shrinkage"]() if method == "own" else method
+    model = nn.Sequential(net()) if "scope" in options else net()
+    return gc.compress(model, X, method=own, progress=False, **given)
+
+
+def shown(small: gc.CompressedModel) -> list[Any]:
+    """All that a user sees of a result: tensors, and the report."""
+    tensors = {name: (t.dtype, t.shape, t.flatten().tolist()) for name, t in small.state_dict().items()}
+    report = small.report
+    of_layers = [(layer.name, layer.weight_bits, layer.activation_bits) for layer in report.layers]
+    return [tensors, report.notes, of_layers, report.verified.keys(), report.unchecked, report.latency_ms is None]
+
+
+def test_the_tables_hold_every_option_of_compress():
+    named = {*OPTIONS, *EVERY, *PLAIN} - {"sparsity by module"}
+    assert named == {*inspect.signature(gc.compress).parameters} - {"model", "example_inputs", "example_kwargs"}
+    assert OPTIONS.keys() == GIVEN.keys() and BASE.keys() == {*METHODS, "own"}
+
+
+REFUSED = {
+    "geta": {"ranking", "group_size", "rounding", "reduce_range", "quantization"},
+    "hesso": OPTIONS.keys() - UNITS - {"prefer_native"},
+    "qat": {*UNITS, "ranking"},
+    "psgd": OPTIONS.keys() - {"prefer_native"},
+    "pqk": {*UNITS, "ranking"},
+    "ternary": OPTIONS.keys() - {"prefer_native"},
+    "own": OPTIONS.keys() - {"prefer_native"},
+    "oneshot": set(),
+}  # fmt: skip
+REFUSED["sequential"] = {*REFUSED["geta"], "budget"}
+"""Method -> the options that it has no use for."""
+
+
+@pytest.mark.parametrize("method", BASE)
+def test_an_option_without_a_use_is_refused(method):
+    for option in REFUSED[method]:
+        with pytest.raises(gc.PlanError, match=rf"{option} with method=|does not prune|no bits are given") as caught:
+            compress(method, **GIVEN[option])
+        assert caught.value.fix and (
+            caught.value.why or "does not" in str(caught.value) or "no bits" in str(caught.value)
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("method", BASE)
+def test_every_other_option_changes_the_result_or_is_noted(method):
+    plain = shown(compress(method))
+    for option in OPTIONS.keys() - REFUSED[method]:
+        if option in NOTHING_LEFT:
+            with pytest.raises(gc.NothingToPrune, match=f"{option}="):
+                compress(method, **GIVEN[option])
+        else:
+            assert shown(compress(method, **GIVEN[option])) != plain, option
+    for option, given in EVERY.items():
+        if given:
+            assert shown(compress(method, **given)) != plain, option
+    part = compress(method, scope="0")
+    assert isinstance(part.module, nn.Sequential) and part(X).shape == (len(X), 3)
+    for option in ("scope", "outputs", "ignore"):
+        with pytest.raises(gc.GraphcompError, match="nowhere"):
+            compress(method, **{option: "nowhere"})
+
+
+def test_calibration_is_refused_where_activations_stay_float():
+    with pytest.raises(gc.PlanError, match="calibration with method='geta'"):
+        compress("geta", activation_bits=None, calibration=[X])
+
+
+def test_several_stages_say_nothing_of_multiples_that_were_not_asked_for():
+    assert not any("round_to" in note for note in compress("sequential").report.notes)
