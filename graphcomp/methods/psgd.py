@@ -3,8 +3,11 @@
 Weights end near the grid (or near zero), so that they can be rounded (or pruned) without data once training is over.
 Forward passes see floats.
 
-Source: Position-based Scaled Gradient (Kim, Yoo, Kwak 2020, arXiv 2005.11035). Here the strength of each tensor is one
-over the mean distance by default, gradients of biases are not scaled, and activations stay float.
+Source: Position-based Scaled Gradient (Kim, Yoo, Kwak 2020, arXiv 2005.11035). Here the strength needs no tuning by
+default: one over the mean distance of weights that are spread evenly over the grid, a quarter of a step, and outside of
+the running range no gradient is scaled by more than at half a step. (One over the mean distance that there is speeds up
+the few weights between two points when most are on one: ranges grow, and rounded models get worse.) For pruning the
+strength is one over the mean magnitude. Gradients of biases are not scaled, and activations stay float.
 """
 
 from __future__ import annotations
@@ -29,6 +32,9 @@ from graphcomp.training.schedule import Schedule, is_number
 
 NEW = 0.1
 """Weight of the current step in the running range of a tensor."""
+
+MOST = 2.0
+"""Largest default scale of a gradient: where a weight is half a step off the grid, twice that of the mean weight."""
 
 COARSE = 4
 """Bits below which the first and the last layer get 8."""
@@ -58,7 +64,8 @@ class PsgdRun(Run):
 
     Attributes:
         weights: parameter -> positive levels of its grid; 0: the target is zero.
-        strength: what distances are multiplied by; None: one over their mean, per tensor.
+        strength: what distances are multiplied by; None: four over the step of the grid, so that no scale is above
+            `MOST`; without a grid one over the mean distance.
         eps: added to distances: with 0 a weight on the grid stays.
         sparsity: fraction of the weights that is pruned in the end.
     """
@@ -98,10 +105,14 @@ class PsgdRun(Run):
     def scale(self, name: str) -> Tensor:
         """Return what the gradient of a weight is multiplied by, of its shape."""
         weight, levels = self.weights[name].detach(), self._levels(name)
-        found = distances(weight, self.ranges[name].abs().max(), levels, self.eps)
+        peak = self.ranges[name].abs().max()
+        found = distances(weight, peak, levels, self.eps)
         if self.strength is not None:
             return found * self.strength
-        return found / found.mean().clamp(min=torch.finfo(found.dtype).tiny)
+        tiny = torch.finfo(found.dtype).tiny
+        if not levels:
+            return found / found.mean().clamp(min=tiny)
+        return (found / (peak / (4 * levels)).clamp(min=tiny)).clamp(max=MOST)
 
     def after_step(self, step: int) -> None:
         """Let the running ranges follow the weights; quantizers take the exact ones."""
