@@ -26,6 +26,17 @@ class Net(nn.Module):
         return self.head(F.relu(self.two(self.second(x))).mean((2, 3)))
 
 
+class Outer(nn.Module):
+    """`Net` inside of a model: (n, 1, 6, 6) -> (n, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = net(), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.inner(x))
+
+
 def net(seed: int = 0) -> Net:
     torch.manual_seed(seed)
     return Net()

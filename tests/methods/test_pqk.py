@@ -15,7 +15,7 @@ from graphcomp.methods.pqk import Pqk, PqkRun, distillation, sparsity_at
 from graphcomp.training.elements import largest
 from graphcomp.training.folder import read_metrics
 from graphcomp.training.optimizer import MethodOptimizer
-from tests.methods.learning import Net, Stop, batches, compress, loss, net, weight_of
+from tests.methods.learning import Net, Outer, Stop, batches, compress, loss, net, weight_of
 
 STEPS = 12
 """Steps 0 to 3 prune, 4 to 7 quantize, 8 to 11 distil."""
@@ -203,14 +203,6 @@ def test_loss_scaling_takes_the_teachers_gradients_too(tmp_path):
 
 
 def test_a_submodule_with_a_teacher():
-    class Outer(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner, self.last = net(), torch.nn.Linear(3, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.inner(x))
-
     small = compress("pqk", model=Outer(), scope="inner", sparsity=0.75)
     inner = small.module.inner
     assert sum(int((p == 0).sum()) for p in (inner.first.weight, inner.second.weight)) == 486
@@ -244,8 +236,8 @@ def test_outputs_that_hold_logits():
     ("options", "message"),
     [
         ({"bits": (4, 8)}, "one number for PQK"),
-        ({"budget": gc.Budget(macs=0.5)}, "a budget"),
-        ({"saliency": "l2", "round_to": 8}, "a saliency, round_to"),
+        ({"budget": gc.Budget(macs=0.5)}, "budget with"),
+        ({"saliency": "l2", "round_to": 8}, "saliency, round_to with"),
         ({"training": {"steps": 2}}, "3 at least"),
         ({"ignore": "re:first|second"}, "finds no weight to prune"),
     ],

@@ -165,3 +165,61 @@ def test_a_convolution_must_have_the_arguments_of_torchs() -> None:
     gc.op(DENSE, "... i, o i, o -> ... o", integer="like aten::conv2d")
     with pytest.raises(gc.RuleError, match="no argument bias, dilation, groups, input, padding, stride, weight"):
         facts_of(torch.ops.graphcomp_op.dense.default)
+
+
+# ------------------------------------------------------------------------------------------------ files
+class Layers(nn.Module):
+    """(n, 8) -> (n, 4), two layers of a user's op."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = layer
+        self.up, self.down = nn.Parameter(torch.randn(16, 8) / 4), nn.Parameter(torch.randn(4, 16) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.layer(x, self.up).relu(), self.down)
+
+
+@pytest.fixture
+def composite() -> Iterator[Any]:
+    """An op that is a name for other ops, which exporters find."""
+    with torch.library._scoped_library("graphcomp_op", "FRAGMENT") as library:
+        library.define("named(Tensor x, Tensor w) -> Tensor")
+        library.impl("named", nn.functional.linear, "CompositeImplicitAutograd")
+        gc.op("graphcomp_op::named", "... i, o i -> ... o", integer="like aten::linear")
+        yield torch.ops.graphcomp_op.named
+        forget("graphcomp_op::named")
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("options", [{}, {"bits": 8}])
+def test_an_op_that_is_made_of_other_ops_is_written_as_onnx(tmp_path, composite, options) -> None:
+    pytest.importorskip("onnxruntime")
+    from graphcomp.targets.runtime import compare
+
+    x = torch.randn(4, 8)
+    small = gc.compress(Layers(composite), x, progress=False, **options)
+    assert small.report.units_removed == 8
+    small.export(tmp_path / "model.onnx")
+    found = compare(tmp_path / "model.onnx", small, (x,))
+    assert found.steps <= 1 if options else found.error < 1e-5
+    small.export(tmp_path / "model.pt2")
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("options", [{}, {"bits": 8}])
+def test_an_op_that_onnx_does_not_know_is_refused_by_name_and_written_as_pt2(tmp_path, options) -> None:
+    pytest.importorskip("onnxruntime")
+    gc.op(DENSE, "... i, o i, o -> ... o", integer="like aten::linear")
+    x = torch.randn(4, 8)
+    small = gc.compress(Layers(dense), x, progress=False, **options)
+    with pytest.raises(gc.ExportError) as caught:
+        small.export(tmp_path / "model.onnx")
+    error = caught.value
+    assert "graphcomp_op.dense" in error.why and "test_op.py" in error.at and ".pt2" in error.fix
+    assert not list(tmp_path.iterdir())
+    small.export(tmp_path / "model.pt2")
+    assert torch.equal(torch.export.load(tmp_path / "model.pt2").module()(x), small(x))
