@@ -195,7 +195,7 @@ def test_what_does_not_go_together_is_refused(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 4, "budget": gc.Budget(bops=0.1)}, "a budget"),
+        ({"bits": 4, "budget": gc.Budget(bops=0.1)}, "budget with"),
         ({"bits": 4, "ranking": "local"}, "ranking"),
         ({"bits": (4, 8), "group_size": 4}, "group_size"),
         ({"bits": (4, 8), "training": gc.Training(steps=2, held_out=[])}, "held_out"),
