@@ -26,8 +26,8 @@ from benchmarks.common import CHECKOUT, section, table
 PACKAGE = "graphcomp"
 CARRIERS = ("GraphModule", "CapturedModule", "fx.Graph", "nn.Module", "Captured", "Program")
 """Types of the fields by which a class carries a graph or a model."""
-GRAPHS = ("GraphModule", "CapturedModule", "Program")
-"""Types by which a function that takes one first, and returns one or nothing, counts as a pass."""
+GRAPHS = ("GraphModule", "CapturedModule", "Program", "P")
+"""Types by which a function that takes one first, and returns one or nothing, counts as a pass. P is any Program."""
 PRIVATE_MODULE = re.compile(r"torch(\.\w+)*\._\w+(\.\w+)*")
 """A string that is the name of a private module of torch, or of what stands in one."""
 
@@ -69,6 +69,7 @@ def counts(root: Path) -> dict[str, str]:
         "functions of more than 10 parameters": str(sum(parameters(f) > 10 for _, f in functions)),
         "classes that carry a graph or a model": str(len(carriers)),
         "calling conventions of functions from graph to graph": str(len(conventions)),
+        "of those that return a graph": str(sum(not found.endswith("-> None") for found in conventions)),
         "functions from graph to graph": str(sum(conventions.values())),
         "private torch names": str(len(private)),
         "private attributes of torch objects": str(len(attributes)),
@@ -113,7 +114,7 @@ def carries(kind: ast.ClassDef) -> bool:
 
 def convention_of(function: Function) -> str:
     """How a function from graph to graph (or to nothing, in place) is called; "" for any other function."""
-    own = [a for a in function.args.args if a.arg not in ("self", "cls")]
+    own = [a for a in (*function.args.posonlyargs, *function.args.args) if a.arg not in ("self", "cls")]
     if not own or own[0].annotation is None or function.returns is None:
         return ""
     first, result = (ast.unparse(a).removeprefix("fx.") for a in (own[0].annotation, function.returns))

@@ -21,6 +21,7 @@ from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import CalibrationError, PlanError, VerificationError
 from graphcomp.ir.graph import bind, value
 from graphcomp.ir.module import tensor_leaves
+from graphcomp.ir.passes import applied
 from graphcomp.ir.program import Program
 from graphcomp.native.model import NativeResult
 from graphcomp.pruning.slice import by_factor, kept_of_model, kept_of_tensors
@@ -30,9 +31,9 @@ from graphcomp.quantization.lower import Lowered, LoweredLayer
 from graphcomp.quantization.ptq import (
     PostTraining,
     Rounding,
-    planned,
     planned_layers,
     planned_sites,
+    planning,
 )
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, Observer, QuantConfig, QuantSpec, check_bits
@@ -267,7 +268,8 @@ def planned_bytes(plan: Analysis, options: PostTraining, bits: Mapping[str | fx.
         group_size = config.weights.group_size
         rows = replace(config.weights, granularity="channel", group_size=0)
         options = replace(options, config=replace(config, weights=rows))
-    stored = StoredBytes(plan, planned(plan.captured, options), group_size)
+    lowered = applied(plan.captured, *planning(options)).module
+    stored = StoredBytes(plan, lowered, group_size)
     by_op = {node.name: own for node, own in bits.items() if isinstance(node, fx.Node)}
     return lambda counts: stored(counts, by_op)
 

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from graphcomp.errors import PlanError, VerificationError
 from graphcomp.ir.graph import bind, clone, fetch, value
-from graphcomp.ir.passes import GraphPass, Pass, Pipeline, Remember, applied
+from graphcomp.ir.passes import GraphPass, Pass, Pipeline, Remember
 from graphcomp.ir.program import P, Program
 from graphcomp.ir.run_nodes import Constants
 from graphcomp.ops.answers import compute_of, operands_of
@@ -184,11 +184,10 @@ class ProjectBits(GraphPass):
         return copied
 
 
-def planned(fake: Program) -> fx.GraphModule:
-    """The integer graph that training will leave of a fake-quant graph, as far as the shapes of its tensors go: at 8
-    bits and not packed, whatever bits there are now. `fake`, in eval mode, is not changed."""
-    passes = (ProjectBits(8), RepeatQuantizers(), QuantizeTables(), Finish(), FitBiases(), Lower(pack=False))
-    return applied(fake, *passes).module
+def planning() -> tuple[Pass, ...]:
+    """Return the passes to the integer graph that training will leave of a fake-quant graph in eval mode, as far as the
+    shapes of its tensors go: at 8 bits and not packed, whatever bits there are now."""
+    return (ProjectBits(8), RepeatQuantizers(), QuantizeTables(), Finish(), FitBiases(), Lower(pack=False))
 
 
 @torch.no_grad()

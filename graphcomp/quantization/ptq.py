@@ -207,11 +207,10 @@ def planned_layers(program: Program, options: PostTraining) -> tuple[LoweredLaye
     return layers_of(applied(program, *written_out(options.config), placing).module)
 
 
-def planned(program: Program, options: PostTraining) -> fx.GraphModule:
-    """The integer graph that `quantize` will make, as far as the shapes of its tensors go, its codes not packed; it
-    takes no data."""
-    return applied(
-        program,
+def planning(options: PostTraining) -> tuple[Pass, ...]:
+    """Return the passes to the integer graph that `quantize` will make, as far as the shapes of its tensors go, its
+    codes not packed; they take no data."""
+    return (
         *written_out(options.config),
         *([AddBiases()] if options.correct_bias else []),
         PlaceQuantizers(options.config, options.ignore),
@@ -219,7 +218,7 @@ def planned(program: Program, options: PostTraining) -> fx.GraphModule:
         CalibrateWeights(),
         FitBiases(),
         Lower(pack=False),
-    ).module
+    )
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from torch import Tensor, fx
 
 from graphcomp.cost import Bits, BitsOf, CostModel, Counts
 from graphcomp.coupling.groups import ChannelGroup, Kept
+from graphcomp.ir.passes import applied
 from graphcomp.pruning.allocation import Budget, Meter, allocate_budget
 from graphcomp.pruning.evidence import Scores
-from graphcomp.quantization.fold_scales import planned
+from graphcomp.quantization.fold_scales import planning
 from graphcomp.quantization.integer_bytes import StoredBytes
 from graphcomp.training.session import Session, Site, operands
 
@@ -41,7 +42,7 @@ class Target:
         self.costs = CostModel(self.plan)
         self.stored = None
         if budget.bytes is not None and session.bits is not None:
-            self.stored = StoredBytes(self.plan, planned(session.quantized.captured))
+            self.stored = StoredBytes(self.plan, applied(session.quantized.captured, *planning()).module)
         self.low = [round(bits) for bits in low.tolist()]
         at = {site.name: k for k, site in enumerate(sites)}
         in_graph = {op.node.name: op.node for op in self.costs.operations}
