@@ -1,9 +1,6 @@
 """Training on several processes: all ranks keep the same units, bits and weights, those of one process."""
 
 import functools
-import os
-import socket
-import warnings
 
 import pytest
 import torch
@@ -13,6 +10,7 @@ from torch import nn
 
 import graphcomp as gc
 from graphcomp.training import loop
+from tests.processes import NEEDS_GLOO, in_two
 
 STEPS, BATCH = 14, 16
 
@@ -59,28 +57,15 @@ def train(wrap, rank=0, ranks=1):
     return weights, optimizer.bank.bits(), units, optimizer.removed
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _rank(rank, port, folder):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        found = train(nn.parallel.DistributedDataParallel, rank, 2)
-        torch.save(found, os.path.join(folder, f"{rank}.pt"))
-    finally:
-        dist.destroy_process_group()
+def _rank(rank, _folder):
+    return train(nn.parallel.DistributedDataParallel, rank, 2)
 
 
 @pytest.mark.slow
 @pytest.mark.ci
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
+@NEEDS_GLOO
 def test_two_processes_train_the_model_that_one_trains(tmp_path):
-    torch.multiprocessing.spawn(_rank, (free_port(), str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = in_two(_rank, tmp_path)
     alone = train(lambda module: module)
     for name, weight in first[0].items():
         assert torch.equal(weight, second[0][name]), name  # ranks agree bit for bit
@@ -114,20 +99,13 @@ def compressed(rank=0, ranks=1, *, loss=loss, dropout=0.0, batches=None, double=
     if double:
         net, batches = net.double(), [(x.double(), y) for x, y in batches]
     training = gc.Training(optimizer=torch.optim.AdamW, steps=28, **options.pop("training", {}))
-    roles = ("channel", "width", "hidden")
-    return gc.compress(
-        net, batches[0][0][:4], data=batches, loss=loss, training=training, prune=roles, progress=False, **options
-    )
+    options = {"prune": ("channel", "width", "hidden"), **options}
+    return gc.compress(net, batches[0][0][:4], data=batches, loss=loss, training=training, progress=False, **options)
 
 
-def _compress_rank(rank, port, folder):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def _compress_rank(rank, folder):
     loop.SHRINK_FROM = 2
-    warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated", FutureWarning)  # torch's
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    whole, cut_short = os.path.join(folder, "whole"), os.path.join(folder, "cut short")
+    whole, cut_short = folder / "whole", folder / "cut short"
     calls = []
 
     @functools.wraps(loss)  # a run goes on with the same loss
@@ -140,34 +118,30 @@ def _compress_rank(rank, port, folder):
     def bad_in_one(output, batch):
         return loss(output, batch) * (float("nan") if rank == 1 else 1.0)
 
-    try:
-        options = {"bits": (4, 8), "dropout": 0.3, "training": {"folder": whole, "save_every": 4, "accumulate": 2}}
-        first = compressed(rank, 2, **options).state_dict()
-        options["training"] = options["training"] | {"folder": cut_short}
-        with pytest.raises(Stopped):
-            compressed(rank, 2, loss=stopping, **options)
-        resumed = compressed(rank, 2, **options).state_dict()
-        plain = compressed(rank, 2, double=True, bits=None, method="hesso").state_dict()
-        steps = compressed(rank, 2, bits=4, activation_bits=8, method="qat").state_dict()
-        with pytest.raises(gc.TrainingError, match="the loss is nan at step 1 of"):
-            compressed(rank, 2, bits=8, loss=bad_in_one)
-        with pytest.raises(gc.PlanError, match="14 in process 0, 13 in process 1"):
-            compressed(rank, 2, bits=8, batches=shares(rank, 2)[rank:])
-        with pytest.raises(gc.CheckpointError, match="another run"):  # the first process finds it, and tells
-            compressed(rank, 2, **(options | {"sparsity": 0.3}))
-        torch.save([first, resumed, plain, steps], os.path.join(folder, f"{rank}.pt"))
-    finally:
-        dist.destroy_process_group()
+    options = {"bits": (4, 8), "dropout": 0.3, "training": {"folder": whole, "save_every": 4, "accumulate": 2}}
+    first = compressed(rank, 2, **options).state_dict()
+    options["training"] = options["training"] | {"folder": cut_short}
+    with pytest.raises(Stopped):
+        compressed(rank, 2, loss=stopping, **options)
+    resumed = compressed(rank, 2, **options).state_dict()
+    plain = compressed(rank, 2, double=True, bits=None, method="hesso").state_dict()
+    steps = compressed(rank, 2, bits=4, activation_bits=8, method="qat", prune=None).state_dict()
+    with pytest.raises(gc.TrainingError, match="the loss is nan at step 1 of"):
+        compressed(rank, 2, bits=8, loss=bad_in_one)
+    with pytest.raises(gc.PlanError, match="14 in process 0, 13 in process 1"):
+        compressed(rank, 2, bits=8, batches=shares(rank, 2)[rank:])
+    with pytest.raises(gc.CheckpointError, match="another run"):  # the first process finds it, and tells
+        compressed(rank, 2, **(options | {"sparsity": 0.3}))
+    return [first, resumed, plain, steps]
 
 
 @pytest.mark.slow
 @pytest.mark.ci
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
+@NEEDS_GLOO
 def test_compress_in_two_processes(tmp_path, monkeypatch):
     """Both return the same model, one writes the folder, and a run that was cut short goes on bit for bit."""
     monkeypatch.setattr(loop, "SHRINK_FROM", 2)
-    torch.multiprocessing.spawn(_compress_rank, (free_port(), str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = in_two(_compress_rank, tmp_path)
     for mine, other in zip(first, second, strict=True):
         assert mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
     run, resumed, plain, _ = first
@@ -181,7 +155,7 @@ def test_compress_in_two_processes(tmp_path, monkeypatch):
         compressed(bits=(4, 8), training={"folder": tmp_path / "whole", "accumulate": 2})
 
 
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
+@NEEDS_GLOO
 def test_a_sharded_module_is_refused():
     from torch.distributed.fsdp import fully_shard
 
