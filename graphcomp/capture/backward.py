@@ -21,6 +21,7 @@ from torch.autograd import Function
 from graphcomp.capture.record import user_frame
 from graphcomp.ir.graph import bind, clone, frame_text
 from graphcomp.ir.passes import GraphPass
+from graphcomp.ir.rewrite import replace_node
 from graphcomp.system.threads import LOCK, in_this_thread
 
 SCHEMA = "(Tensor[] results, Tensor[] operands, str name) -> Tensor[]"
@@ -167,8 +168,7 @@ def drop(graph: fx.Graph, nodes: Collection[fx.Node] | None = None) -> None:
         results = bind(node)["results"]
         for user in list(node.users):
             assert user.target is operator.getitem, user.format_node()
-            user.replace_all_uses_with(results[int(user.args[1])])  # type: ignore[arg-type]
-            graph.erase_node(user)
+            replace_node(user, results[int(user.args[1])])  # type: ignore[arg-type]
         graph.erase_node(node)
 
 

@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from graphcomp.capture.record import OP_SITE, READS
 from graphcomp.ir.graph import bind, fetch
+from graphcomp.ir.rewrite import before, replace_node
 from graphcomp.torch_compat import OpOverload, is_batchedtensor, pytree, schema_of, storage_key
 
 log = logging.getLogger("graphcomp.capture")
@@ -85,12 +86,11 @@ def _inline(module: fx.GraphModule, node: fx.Node, region: fx.GraphModule, input
             elif inner.op != "placeholder":
                 copies[inner] = _copy_node(module, region, inner, copies)
         if without_grad and any(_requires_grad(copies[p]) for p in placeholders):
-            results = [_detached(module.graph, r) for r in results]
+            results = [_detached(node, r) for r in results]
     for user in list(node.users):
         # a sub-graph returns a tuple, so its users are all getitem
         assert user.target is operator.getitem, user.format_node()
-        user.replace_all_uses_with(results[int(user.args[1])])  # type: ignore[arg-type]
-        module.graph.erase_node(user)
+        replace_node(user, results[int(user.args[1])])  # type: ignore[arg-type]
     module.graph.erase_node(node)
 
 
@@ -119,13 +119,11 @@ def _requires_grad(node: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.requires_grad
 
 
-def _detached(graph: fx.Graph, result: Any) -> Any:
+def _detached(region: fx.Node, result: Any) -> Any:
     value = result.meta.get("val") if isinstance(result, fx.Node) else None
     if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
         return result
-    node = graph.call_function(aten.detach.default, (result,))
-    node.meta = dict(result.meta)
-    return node
+    return before(region, like=result)(aten.detach.default, result)
 
 
 # ---------------------------------------------------------------------------------------------- checks
@@ -241,8 +239,7 @@ def rewrite(graph: fx.Graph) -> None:
         rule = REWRITES.get(node.target)
         new = rule(node) if rule is not None else None
         if isinstance(new, fx.Node):
-            node.replace_all_uses_with(new)
-            graph.erase_node(node)
+            replace_node(node, new)
         elif new is not None:
             node.target, node.args = new
             node.kwargs = {}

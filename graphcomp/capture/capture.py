@@ -59,6 +59,7 @@ from graphcomp.ir.module import (
 from graphcomp.ir.module_copy import module_copy
 from graphcomp.ir.preserve import HoldParameters, ParameterWritten, eval_copy, same_buffers, writes, written_parameters
 from graphcomp.ir.program import Program
+from graphcomp.ir.rewrite import replace_node
 from graphcomp.numerics.compare import relative_error, tolerance_of
 from graphcomp.system.threads import in_this_thread, one_at_a_time, stderr_held
 from graphcomp.torch_compat import (
@@ -864,8 +865,7 @@ def _finish(module: fx.GraphModule, model: nn.Module) -> CapturedModule:
         value = fetch(module, str(node.target))
         node.target = name = names.get(id(value), str(node.target))
         if name in first:
-            node.replace_all_uses_with(first[name])
-            module.graph.erase_node(node)
+            replace_node(node, first[name])
             continue
         first[name], held[name] = node, value
     return build(held, module.graph, type(model).__name__)

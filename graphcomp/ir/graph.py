@@ -63,15 +63,6 @@ def value(node: fx.Node) -> Any:
     return node.meta.get("val")
 
 
-def call_like(like: fx.Node, target: Any, *arguments: Any, **options: Any) -> fx.Node:
-    """Add a call of `target` where the graph inserts, with the source of `like`, and what the call computes."""
-    node = like.graph.call_function(target, arguments, options)
-    node.meta = {key: like.meta[key] for key in ("stack_trace", "nn_module_stack") if key in like.meta}
-    args, kwargs = fx.node.map_arg((arguments, options), value)
-    node.meta["val"] = target(*args, **kwargs)
-    return node
-
-
 def tensor_values(node: fx.Node) -> list[Tensor]:
     """The (fake) tensors the node computes, in order; none for a node that yields numbers."""
     found = value(node)

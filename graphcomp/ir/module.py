@@ -23,6 +23,7 @@ from graphcomp.errors import InputError
 from graphcomp.ir.calling import argument_names, bind_call, is_constant, other_than_default
 from graphcomp.ir.graph import all_tensors, bind, is_op, module_path, set_argument, tensor_values
 from graphcomp.ir.module_copy import module_copy
+from graphcomp.ir.rewrite import after, redirect
 from graphcomp.system.threads import LOCK
 from graphcomp.torch_compat import (
     BatchNormBase,
@@ -474,11 +475,10 @@ def _insert_dropout(dropout: fx.Node, same: dict[fx.Node, fx.Node]) -> bool:
     if not isinstance(read, fx.Node) or read not in same or len(read.users) > 1:
         return False
     ours = same[read]
-    with ours.graph.inserting_after(ours):
-        added = ours.graph.call_function(dropout.target, (ours, dropout.args[1], False))
-    ours.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
-    same[dropout] = added
-    added.meta = {**dropout.meta, "val": ours.meta.get("val"), FOLLOWS_MODE: {"train": (False, True)}}
+    users = list(ours.users)
+    same[dropout] = added = after(ours, like=dropout)(dropout.target, ours, dropout.args[1], False)
+    added.meta[FOLLOWS_MODE] = {"train": (False, True)}
+    redirect(users, ours, added)
     return True
 
 

@@ -6,9 +6,9 @@ vector; where it takes statistics, its masked form takes its place; implied cons
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Sequence
+from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,6 +18,7 @@ from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.ir.graph import argument_at, bind, clone, set_argument, set_argument_at, value
 from graphcomp.ir.passes import GraphPass
+from graphcomp.ir.rewrite import Maker, before
 from graphcomp.ops.answers import keeps_zeros, masked_form
 from graphcomp.ops.call import Call
 from graphcomp.pruning.slice import check_kept
@@ -80,13 +81,12 @@ class InsertMasks(GraphPass):
             present = [dim for dim in dims if masks.has(axes[dim])]
             if not present or (form is None and operand in masks.held):  # zeros count in a mean
                 continue
-            with new.graph.inserting_before(new):
-                mask = masks.broadcast([(dim, axes[dim]) for dim in present], len(axes), value(operand).dtype)
-                if form is not None:
-                    _substitute(new, form, mask)
-                    return
-                inside = argument_at(bind(new), key)
-                set_argument_at(new, key, new.graph.call_function(torch.ops.aten.mul.Tensor, (inside, mask)))
+            make, pairs = before(new), [(dim, axes[dim]) for dim in present]
+            mask = masks.broadcast(make, pairs, len(axes), value(operand).dtype)
+            if form is not None:  # takes arguments by name
+                new.target, new.args, new.kwargs = form, (mask,), bind(new)
+                return
+            set_argument_at(new, key, make(torch.ops.aten.mul.Tensor, argument_at(bind(new), key), mask))
         if call.pins and any(leaf in masks.factors for node in old.all_input_nodes for leaf in self._leaves(node)):
             for name, constant in call.pins.items():
                 set_argument(new, name, constant)
@@ -109,15 +109,6 @@ def parameter_behind(node: fx.Node, parameters: Container[str]) -> str:
             return ""
         (node,) = node.all_input_nodes
     return str(node.target) if str(node.target) in parameters else ""
-
-
-def _substitute(node: fx.Node, form: Callable[..., Any], mask: fx.Node) -> None:
-    """The op's masked form in place of the op, arguments by name."""
-    arguments = bind(node)
-    replacement = node.graph.call_function(form, (mask,), arguments)
-    replacement.meta = dict(node.meta)
-    node.replace_all_uses_with(replacement)
-    node.graph.erase_node(node)
 
 
 def set_masks(masked: nn.Module, groups: Sequence[ChannelGroup], kept: Kept) -> None:
@@ -179,28 +170,28 @@ class _MaskNodes:
         self.held: set[fx.Node] = set()  # of the graph before: operands that need no mask
         self.count = 0
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        first = next(iter(module.graph.nodes))
-        with module.graph.inserting_before(first):
-            for k, group in enumerate(groups):
-                module.register_buffer(f"{PREFIX}{k}", torch.ones(group.size, dtype=dtype, device=device))
-                self.factors[group.factor] = module.graph.get_attr(f"{PREFIX}{k}")
+        make = before(next(iter(module.graph.nodes)))
+        for k, group in enumerate(groups):
+            mask = torch.ones(group.size, dtype=dtype, device=device)
+            self.factors[group.factor] = make.tensor(module, f"{PREFIX}{k}", mask)
 
     def has(self, axis: Axis) -> bool:
         """Whether some index of `axis` belongs to a unit of a masked group."""
         return any(leaf in self.factors for leaf in all_leaves([axis]))
 
-    def broadcast(self, dims: Sequence[tuple[int, Axis]], rank: int, dtype: torch.dtype) -> fx.Node:
-        """The product of the masks of several dims of an operand of `rank` dims, as a node at the insertion point."""
-        graph, result = self.module.graph, None
+    def broadcast(self, make: Maker, dims: Sequence[tuple[int, Axis]], rank: int, dtype: torch.dtype) -> fx.Node:
+        """The product of the masks of several dims of an operand of `rank` dims, as a node that `make` makes."""
+        result = None
         for dim, axis in dims:
             rows = [(factor, row) for factor, row in coordinates(axis) if factor in self.factors]
             shape = [length(axis) if d == dim else 1 for d in range(rank)]
             name = f"{PREFIX}axis_{self.count}"
             self.count += 1
             self.module.add_submodule(name, AxisMask([row for _, row in rows], shape))
-            node = graph.call_module(name, tuple(self.factors[factor] for factor, _ in rows))
-            result = node if result is None else graph.call_function(torch.ops.aten.mul.Tensor, (result, node))
+            factors = [self.factors[factor] for factor, _ in rows]
+            node = make.submodule(name, *factors, val=value(factors[0]).new_empty(shape))
+            result = node if result is None else make(torch.ops.aten.mul.Tensor, result, node)
         assert result is not None
         if dtype != self.dtype and dtype.is_floating_point:
-            result = graph.call_function(torch.ops.aten.to.dtype, (result, dtype))
+            result = make(torch.ops.aten.to.dtype, result, dtype)
         return result

@@ -31,6 +31,7 @@ from graphcomp.ir.graph import (
     value,
 )
 from graphcomp.ir.passes import GraphPass
+from graphcomp.ir.rewrite import before
 from graphcomp.ops.call import Call
 from graphcomp.torch_compat import FakeTensor
 
@@ -241,13 +242,13 @@ def _resized(node: fx.Node, old: Any, axes: Axis | list[Axis | None], counts: Ma
         if isinstance(old, int):  # one number that stands for a list of one
             old = [old]
         return [o if a is None else _resized(node, o, a, counts) for o, a in zip(old, axes, strict=True)]
-    before, after = length(axes), kept_length(axes, counts)
-    if before == after or (isinstance(old, int) and old == -1 and before != -1):
+    was, will_be = length(axes), kept_length(axes, counts)
+    if was == will_be or (isinstance(old, int) and old == -1 and was != -1):
         return old
-    if isinstance(after, int):
-        return after
-    numerator, denominator = _ratio(before, after)
-    with node.graph.inserting_before(node):
-        if denominator != 1:
-            old = node.graph.call_function(operator.floordiv, (old, denominator))
-        return node.graph.call_function(operator.mul, (old, numerator)) if numerator != 1 else old
+    if isinstance(will_be, int):
+        return will_be
+    numerator, denominator = _ratio(was, will_be)
+    make = before(node)
+    if denominator != 1:
+        old = make(operator.floordiv, old, denominator)
+    return make(operator.mul, old, numerator) if numerator != 1 else old

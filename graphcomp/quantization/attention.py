@@ -11,9 +11,10 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from graphcomp.ir.graph import bind, call_like, clone, value
+from graphcomp.ir.graph import bind, clone, value
 from graphcomp.ir.module import FOLLOWS_MODE
 from graphcomp.ir.passes import GraphPass
+from graphcomp.ir.rewrite import Maker, after, become, before, redirect
 
 aten = torch.ops.aten
 
@@ -49,63 +50,55 @@ def _write_out(node: fx.Node, zero_hidden: bool) -> None:
     arguments = bind(node)
     query, key, val, mask = (arguments[name] for name in ("query", "key", "value", "attn_mask"))
     scale, lowest = arguments["scale"], torch.finfo(value(query).dtype).min
-    with node.graph.inserting_before(node):
-        if arguments["enable_gqa"]:
-            each = value(query).shape[-3] // value(key).shape[-3]
-            key, val = (call_like(node, aten.repeat_interleave.self_int, t, each, -3) for t in (key, val))
-        scaled = call_like(node, aten.mul.Scalar, query, value(query).shape[-1] ** -0.5 if scale is None else scale)
-        scores = call_like(node, aten.matmul.default, scaled, call_like(node, aten.transpose.int, key, -2, -1))
-        if arguments["is_causal"]:
-            lower = call_like(node, aten.tril.default, _ones(node, query, key))
-            scores = call_like(node, aten.add.Tensor, scores, _bias(node, lower, lowest))
-        if mask is not None and value(mask).dtype is torch.bool:
-            scores = call_like(node, aten.add.Tensor, scores, _bias(node, mask, lowest))
-        elif mask is not None:
-            scores = call_like(node, aten.add.Tensor, scores, call_like(node, aten.clamp_min.default, mask, lowest))
-        weights = _dropped(node, call_like(node, aten.softmax.int, scores, -1))
-    # the node keeps its name, by which costs find it
-    node.target, node.args, node.kwargs = aten.matmul.default, (weights, val), {}
+    make = before(node)
+    if arguments["enable_gqa"]:
+        each = value(query).shape[-3] // value(key).shape[-3]
+        key, val = (make(aten.repeat_interleave.self_int, t, each, -3) for t in (key, val))
+    scaled = make(aten.mul.Scalar, query, value(query).shape[-1] ** -0.5 if scale is None else scale)
+    scores = make(aten.matmul.default, scaled, make(aten.transpose.int, key, -2, -1))
+    if arguments["is_causal"]:
+        scores = make(aten.add.Tensor, scores, _bias(make, make(aten.tril.default, _ones(make, query, key)), lowest))
+    if mask is not None and value(mask).dtype is torch.bool:
+        scores = make(aten.add.Tensor, scores, _bias(make, mask, lowest))
+    elif mask is not None:
+        scores = make(aten.add.Tensor, scores, make(aten.clamp_min.default, mask, lowest))
+    become(node, aten.matmul.default, _dropped(make, make(aten.softmax.int, scores, -1)), val)
     node.meta.pop(FOLLOWS_MODE, None)
     if mask is None or not zero_hidden:
         return
     users = list(node.users)
-    with node.graph.inserting_before(node.next):
-        # of the mask alone: layers that share it share this, too
-        if value(mask).dtype is torch.bool:
-            hidden = call_like(node, aten.logical_not.default, call_like(node, aten.any.dim, mask, -1, True))
-        else:
-            hidden = call_like(node, aten.eq.Scalar, call_like(node, aten.amax.default, mask, [-1], True), -torch.inf)
-        result = call_like(node, aten.masked_fill.Scalar, node, hidden, 0.0)
-    for user in users:
-        user.replace_input_with(node, result)
+    make = after(node)
+    # of the mask alone: layers that share it share this, too
+    if value(mask).dtype is torch.bool:
+        hidden = make(aten.logical_not.default, make(aten.any.dim, mask, -1, True))
+    else:
+        hidden = make(aten.eq.Scalar, make(aten.amax.default, mask, [-1], True), -torch.inf)
+    redirect(users, node, make(aten.masked_fill.Scalar, node, hidden, 0.0))
 
 
-def _dropped(attention: fx.Node, weights: fx.Node) -> fx.Node:
+def _dropped(make: Maker, weights: fx.Node) -> fx.Node:
     """Return the weights behind the dropout that attention has in training mode alone; `weights` without one."""
-    _, in_training = attention.meta.get(FOLLOWS_MODE, {}).get("dropout_p", (0.0, 0.0))
+    _, in_training = make.like.meta.get(FOLLOWS_MODE, {}).get("dropout_p", (0.0, 0.0))
     if not in_training:
         return weights
-    dropout = call_like(attention, aten.dropout.default, weights, in_training, False)
+    dropout = make(aten.dropout.default, weights, in_training, False)
     dropout.meta[FOLLOWS_MODE] = {"train": (False, True)}
     return dropout
 
 
-def _bias(node: fx.Node, seen: fx.Node, lowest: float) -> fx.Node:
+def _bias(make: Maker, seen: fx.Node, lowest: float) -> fx.Node:
     """0 where `seen` is not 0 or false, else `lowest`; not -inf, of which a whole row would become NaN.
 
     Of the shape of the mask, which has no heads: adding it takes less than filling all scores, layer by layer.
     """
-    dtype = value(node).dtype
-    zeros = call_like(node, aten._to_copy.default, call_like(node, aten.zeros_like.default, seen), dtype=dtype)
-    return call_like(node, aten.masked_fill.Scalar, zeros, call_like(node, aten.eq.Scalar, seen, 0), lowest)
+    zeros = make(aten._to_copy.default, make(aten.zeros_like.default, seen), dtype=value(make.like).dtype)
+    return make(aten.masked_fill.Scalar, zeros, make(aten.eq.Scalar, seen, 0), lowest)
 
 
-def _ones(node: fx.Node, query: fx.Node, key: fx.Node) -> fx.Node:
+def _ones(make: Maker, query: fx.Node, key: fx.Node) -> fx.Node:
     """(s, t) of ones, for queries (…, s, d) and keys (…, t, d)."""
     rows, columns = query, key
     for _ in range(value(query).dim() - 2):
-        rows, columns = (call_like(node, aten.select.int, t, 0, 0) for t in (rows, columns))
-    rows, columns = (
-        call_like(node, aten.ones_like.default, call_like(node, aten.slice.Tensor, t, 1, 0, 1)) for t in (rows, columns)
-    )
-    return call_like(node, aten.mul.Tensor, rows, call_like(node, aten.transpose.int, columns, 0, 1))
+        rows, columns = (make(aten.select.int, t, 0, 0) for t in (rows, columns))
+    rows, columns = (make(aten.ones_like.default, make(aten.slice.Tensor, t, 1, 0, 1)) for t in (rows, columns))
+    return make(aten.mul.Tensor, rows, make(aten.transpose.int, columns, 0, 1))

@@ -13,8 +13,9 @@ import torch
 from torch import fx
 
 from graphcomp.coupling.size import Size, size_of
-from graphcomp.ir.graph import bind, call_like, clone, value
+from graphcomp.ir.graph import bind, clone, value
 from graphcomp.ir.passes import GraphPass
+from graphcomp.ir.rewrite import after, become, before, redirect
 from graphcomp.quantization.placement import constants
 
 aten = torch.ops.aten
@@ -125,7 +126,7 @@ class _WriteOut:
     """Writes one einsum out. The last product takes the place of the node, whose name costs find it by."""
 
     def __init__(self, node: fx.Node, constant: set[fx.Node]) -> None:
-        self.node = node
+        self.node, self.make = node, before(node)
         self.constant = constant
 
     def run(self, terms: _Terms) -> None:
@@ -133,20 +134,17 @@ class _WriteOut:
         node = self.node
         tensors, steps = list(bind(node)["tensors"]), _steps(terms)
         so_far, labels = tensors[0], terms.operands[0]
-        with node.graph.inserting_before(node):
-            for tensor, own, step in zip(tensors[1:-1], terms.operands[1:-1], steps[:-1], strict=True):
-                so_far, labels = self._product(so_far, labels, tensor, own, step)
-            last, swapped = self._operands(so_far, labels, tensors[-1], terms.operands[-1], steps[-1])
+        for tensor, own, step in zip(tensors[1:-1], terms.operands[1:-1], steps[:-1], strict=True):
+            so_far, labels = self._product(so_far, labels, tensor, own, step)
+        last, swapped = self._operands(so_far, labels, tensors[-1], terms.operands[-1], steps[-1])
         target, operands, sizes = last
         users = list(node.users)
-        node.target, node.args, node.kwargs = target, operands, {}
-        node.meta["val"] = target(*(value(operand) for operand in operands))
-        with node.graph.inserting_before(node.next):
-            found = self._permuted(self._parted(node, sizes), swapped.result, terms.result)
+        become(node, target, *operands)
+        self.make = after(node)
+        found = self._permuted(self._parted(node, sizes), swapped.result, terms.result)
         if found is not node:
             node.meta[RESULT_OF], found.meta[RESULT_OF] = "", node.name
-            for user in users:
-                user.replace_input_with(node, found)
+            redirect(users, node, found)
 
     def _product(
         self, a: fx.Node, of_a: tuple[str, ...], b: fx.Node, of_b: tuple[str, ...], step: _Step
@@ -219,7 +217,7 @@ class _WriteOut:
         return size if isinstance(size, int) else self._call(aten.sym_size.int, operand, dim)
 
     def _call(self, target: Any, *arguments: Any) -> fx.Node:
-        found = call_like(self.node, target, *arguments)
+        found = self.make(target, *arguments)
         if self.constant.issuperset(found.all_input_nodes):
             self.constant.add(found)
         return found

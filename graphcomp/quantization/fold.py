@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from graphcomp.ir.graph import bind, clone, fetch, set_argument, value
 from graphcomp.ir.passes import GraphPass
+from graphcomp.ir.rewrite import before, redirect, replace_node
 from graphcomp.ir.run_nodes import Constants
 from graphcomp.ops.answers import compute_of, operands_of
 from graphcomp.quantization.placement import constants
@@ -122,8 +123,7 @@ def _fold(module: fx.GraphModule, pair: Pair, readers: dict[str, list[fx.Node]],
     own_bias = f"{name.removesuffix('weight').rstrip('._') or 'folded'}.bias"
     replace_argument(module, pair.compute, "weight", nn.Parameter(scaled), name, readers)
     replace_argument(module, pair.compute, "bias", nn.Parameter(bias.to(weight.dtype)), own_bias, readers)
-    pair.norm.replace_all_uses_with(pair.compute)
-    module.graph.erase_node(pair.norm)
+    replace_node(pair.norm, pair.compute)
 
 
 def affine_of(pair: Pair, values: Constants) -> tuple[Tensor, Tensor]:
@@ -195,38 +195,30 @@ class FoldForTraining(GraphPass):
         """A new module that shares the tensors of `module`."""
         folded, _ = clone(module)
         for pair in list(pairs(folded.graph)):
-            _scale(folded, pair)
+            _scale(pair)
         folded.recompile()
         return folded
 
 
-def _scale(module: fx.GraphModule, pair: Pair) -> None:
-    graph, norm, arguments = module.graph, bind(pair.norm), bind(pair.compute)
+def _scale(pair: Pair) -> None:
+    norm, arguments = bind(pair.norm), bind(pair.compute)
     weight, rank = arguments["weight"], value(pair.compute).dim()
     shape = _along(pair.compute, value(weight))
 
-    def op(target: Any, *args: Any) -> fx.Node:
-        node = graph.call_function(target, args)
-        node.meta = {k: v for k, v in pair.compute.meta.items() if k in ("stack_trace", "nn_module_stack")}
-        node.meta["val"] = target(*(value(a) if isinstance(a, fx.Node) else a for a in args))
-        return node
-
-    variance = norm["running_var"]
-    with graph.inserting_before(pair.compute):
-        factor = op(aten.rsqrt.default, op(aten.add.Tensor, variance, norm["eps"]))
-        if norm["weight"] is not None:
-            factor = op(aten.mul.Tensor, factor, norm["weight"])
-        # a channel with gamma 0 cannot be scaled back: it is left as it is
-        factor = op(aten.masked_fill.Scalar, factor, op(aten.eq.Scalar, factor, 0), 1.0)
-        scaled = op(aten.mul.Tensor, weight, op(aten.view.default, factor, shape))
+    make = before(pair.compute)
+    factor = make(aten.rsqrt.default, make(aten.add.Tensor, norm["running_var"], norm["eps"]))
+    if norm["weight"] is not None:
+        factor = make(aten.mul.Tensor, factor, norm["weight"])
+    # a channel with gamma 0 cannot be scaled back: it is left as it is
+    factor = make(aten.masked_fill.Scalar, factor, make(aten.eq.Scalar, factor, 0), 1.0)
+    scaled = make(aten.mul.Tensor, weight, make(aten.view.default, factor, shape))
     set_argument(pair.compute, "weight", scaled)
     bias = arguments["bias"]
     set_argument(pair.compute, "bias", None)
     channels = [1, -1] + [1] * (rank - 2)
     users = list(pair.compute.users)
-    with graph.inserting_before(pair.norm):
-        back = op(aten.div.Tensor, pair.compute, op(aten.view.default, factor, channels))
-        if bias is not None:
-            back = op(aten.add.Tensor, back, op(aten.view.default, bias, channels))
-    for user in users:
-        user.replace_input_with(pair.compute, back)
+    make = before(pair.norm, like=pair.compute)
+    back = make(aten.div.Tensor, pair.compute, make(aten.view.default, factor, channels))
+    if bias is not None:
+        back = make(aten.add.Tensor, back, make(aten.view.default, bias, channels))
+    redirect(users, pair.compute, back)

@@ -23,6 +23,7 @@ from graphcomp.errors import PlanError, VerificationError
 from graphcomp.ir.graph import bind, clone, fetch, value
 from graphcomp.ir.passes import GraphPass, Pass, Pipeline, Remember
 from graphcomp.ir.program import P, Program
+from graphcomp.ir.rewrite import before, replace_node
 from graphcomp.ir.run_nodes import Constants
 from graphcomp.ops.answers import compute_of, operands_of
 from graphcomp.quantization.biases import FitBiases
@@ -39,7 +40,7 @@ from graphcomp.quantization.quantizers.make import quantizer_of
 from graphcomp.quantization.redundant import RepeatQuantizers
 from graphcomp.quantization.spec import MAX_BITS, MIN_BITS, TABLES, QuantConfig, QuantSpec
 from graphcomp.quantization.stored import Stored, spread
-from graphcomp.quantization.tensors import add_tensor, attribute_readers, put, replace_argument
+from graphcomp.quantization.tensors import attribute_readers, put, replace_argument
 
 TRAINED_IN_FLOATS = "trained in floats"
 """Why a layer has no integers, where training made the model."""
@@ -367,9 +368,7 @@ class _Finishing:
             return wrapped
         name = f"{wrapped.target}_{compute.name}"
         self.module.add_submodule(name, quantizer)
-        with self.graph.inserting_before(compute):
-            own = self.graph.call_module(name, wrapped.args)
-        own.meta = dict(wrapped.meta)
+        own = before(compute, like=wrapped).submodule(name, *wrapped.all_input_nodes, val=value(wrapped))
         compute.replace_input_with(wrapped, own)
         return own
 
@@ -388,8 +387,7 @@ class _Finishing:
                 path[-1].meta["val"] = value(path[0])
             places = [path[-1] for path in paths]
         else:
-            with self.graph.inserting_before(min(readers)):
-                places = [add_tensor(self.module, name, tensor, readers[0])] * len(readers)
+            places = [before(min(readers)).tensor(self.module, name, tensor)] * len(readers)
         for reader, source, new in zip(readers, sources, places, strict=True):
             reader.replace_input_with(source, new)
         return name
@@ -413,8 +411,8 @@ class _Finishing:
 
     def _fold(self, pair: Pair, bias: nn.Parameter, name: str) -> None:
         replace_argument(self.module, pair.compute, "bias", bias, name, self.readers)
-        pair.norm.replace_all_uses_with(pair.compute)
-        for node in (pair.norm, *reversed(pair.between)):
+        replace_node(pair.norm, pair.compute)
+        for node in reversed(pair.between):
             self.graph.erase_node(node)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from graphcomp.ir.graph import clone, value
 from graphcomp.ir.passes import GraphPass
+from graphcomp.ir.rewrite import after, redirect
 from graphcomp.quantization.placement import Placement, Site
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.make import make_quantizer
@@ -37,11 +38,7 @@ class InsertQuantizers(GraphPass):
                 by_share[site.shares] = f"{PREFIX}.{names.of(node)}"
                 quantized.add_submodule(by_share[site.shares], _quantizer(site))
             users = [new_node[user] for user in site.users]
-            with quantized.graph.inserting_after(node):
-                wrapped = quantized.graph.call_module(by_share[site.shares], (node,))
-            wrapped.meta = {key: found for key, found in node.meta.items() if key != "follows_mode"}
-            for user in users:
-                user.replace_input_with(node, wrapped)
+            redirect(users, node, after(node).submodule(by_share[site.shares], node, val=value(node)))
         quantized.recompile()
         return quantized
 

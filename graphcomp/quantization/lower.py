@@ -13,16 +13,17 @@ clip        gone where the quantizer behind it saturates at the same codes
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from graphcomp.errors import PlanError
 from graphcomp.ir.graph import bind, clone, module_path, set_argument, tensor_values, value
 from graphcomp.ir.program import P
+from graphcomp.ir.rewrite import Maker, before, redirect, replace_node
 from graphcomp.ir.run_nodes import Constants
 from graphcomp.ops.answers import clip_of, compute_of, lookup_of, move_of, operands_of
 from graphcomp.quantization import ops
@@ -35,8 +36,7 @@ from graphcomp.quantization.placement import (
     padded_with,
 )
 from graphcomp.quantization.quantizers.base import Quantizer
-from graphcomp.quantization.stored import Affine, Stored, container
-from graphcomp.quantization.tensors import add_tensor
+from graphcomp.quantization.stored import Affine, Stored, Writer, container
 
 aten = torch.ops.aten
 
@@ -143,13 +143,11 @@ class _Lowering:
         stored = quantizer.to_integers(self.values.of(source)).computable()
         self.weights[self.fake_name[node]] = stored
         lookups = [user for user in node.users if lookup_of(user)]
-        with self.graph.inserting_before(node):
-            written = stored.write(self, self._stem(source), node, self.shifts.get(node, 0))
-            if len(lookups) < len(node.users):
-                floats = written.floats()
-                self.integers[floats] = written.stored
-                for user in [u for u in node.users if u not in lookups]:
-                    user.replace_input_with(node, floats)
+        written = stored.write(self._writer(node), self._stem(source), self.shifts.get(node, 0))
+        if len(lookups) < len(node.users):
+            floats = written.floats()
+            self.integers[floats] = written.stored
+            redirect([user for user in node.users if user not in lookups], node, floats)
         for user in lookups:
             written.look_up(user)
         self.graph.erase_node(node)
@@ -173,23 +171,20 @@ class _Lowering:
         arguments = (*numbers, integers.quant_min, integers.quant_max, integers.values.dtype)
         if clip_of(source) and all(user is node for user in source.users) and _saturates(source, integers):
             source = source.all_input_nodes[0]
-        with self.graph.inserting_before(node):
-            source = self._transformed(source, quantizer, node)
-            codes = self.call(ops.quantize_per_tensor, (source, *arguments), node)
-            result = self.call(ops.dequantize_per_tensor, (codes, *arguments), node)
-        node.replace_all_uses_with(result)
+        make = before(node)
+        codes = make(ops.quantize_per_tensor, self._transformed(source, quantizer, make), *arguments)
+        result = make(ops.dequantize_per_tensor, codes, *arguments)
         self.activations[self.fake_name[node]] = result.name
         self.scales[result] = integers
-        self.graph.erase_node(node)
+        replace_node(node, result)
 
-    def _transformed(self, source: fx.Node, quantizer: Quantizer, like: fx.Node) -> fx.Node:
+    def _transformed(self, source: fx.Node, quantizer: Quantizer, make: Maker) -> fx.Node:
         """What is rounded: the value itself, but for quantizers with an exponent."""
         exponent = quantizer.exponent
         if exponent == 1.0:
             return source
-        sign = self.call(aten.sign.default, (source,), like)
-        power = self.call(aten.pow.Tensor_Scalar, (self.call(aten.abs.default, (source,), like), exponent), like)
-        return self.call(aten.mul.Tensor, (sign, power), like)
+        sign = make(aten.sign.default, source)
+        return make(aten.mul.Tensor, sign, make(aten.pow.Tensor_Scalar, make(aten.abs.default, source), exponent))
 
     # ------------------------------------------------------------------------------------------ biases
     def _bias(self, node: fx.Node) -> None:
@@ -209,32 +204,18 @@ class _Lowering:
         codes = torch.round(floats / scale)
         if floats.dim() != 1 or not bool((codes.abs() <= INT32_MAX).all()):
             return
-        stem = self._stem(bias)
-        with self.graph.inserting_before(node):
-            buffers = (
-                self.buffer(f"{stem}_codes", codes.to(torch.int32), bias),
-                self.buffer(f"{stem}_scale", scale, bias),
-                self.buffer(f"{stem}_zero_point", torch.zeros_like(codes, dtype=torch.int32), bias),
-            )
-            bounds = (0, -INT32_MAX - 1, INT32_MAX, torch.int32)
-            set_argument(node, operands.bias, self.call(ops.dequantize_per_channel, (*buffers, *bounds), bias))
+        stem, to = self._stem(bias), self._writer(node)
+        buffers = (
+            to.buffer(f"{stem}_codes", codes.to(torch.int32)),
+            to.buffer(f"{stem}_scale", scale),
+            to.buffer(f"{stem}_zero_point", torch.zeros_like(codes, dtype=torch.int32)),
+        )
+        bounds = (0, -INT32_MAX - 1, INT32_MAX, torch.int32)
+        set_argument(node, operands.bias, to.make(ops.dequantize_per_channel, *buffers, *bounds))
 
     # ------------------------------------------------------------------------------------------ nodes and tensors
-    def call(self, target: Any, arguments: Sequence[Any], like: fx.Node) -> fx.Node:
-        """Return a new node of `target`, which belongs to what `like` belongs to."""
-        node = self.graph.call_function(target, tuple(arguments))
-        node.meta = {key: like.meta[key] for key in ("stack_trace", "nn_module_stack") if key in like.meta}
-        shown = [a.meta.get("val") if isinstance(a, fx.Node) else a for a in arguments]
-        node.meta["val"] = target(*shown)
-        return node
-
-    def cast(self, node: fx.Node, dtype: torch.dtype, like: fx.Node) -> fx.Node:
-        """`node` in the dtype of the model: what integers stand for is float32."""
-        return node if value(node).dtype == dtype else self.call(aten.to.dtype, (node, dtype), like)
-
-    def buffer(self, name: str, tensor: Tensor, like: fx.Node) -> fx.Node:
-        """A tensor laid out as it is when it is read from a file: sums of another order round otherwise."""
-        return add_tensor(self.module, name, tensor.detach().clone(memory_format=torch.contiguous_format), like)
+    def _writer(self, node: fx.Node) -> Writer:
+        return Writer(self.module, before(node), self.pack)
 
     def _stem(self, source: fx.Node) -> str:
         """The name of the parameter that a constant is made of; the node's where it is made of several."""

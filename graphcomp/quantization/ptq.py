@@ -18,6 +18,7 @@ from graphcomp.errors import CalibrationError, first_line
 from graphcomp.ir.graph import attributes, bind, clone, fetch, set_argument, value
 from graphcomp.ir.passes import GraphPass, Pass, Pipeline, Remember, ValuePass, applied
 from graphcomp.ir.program import P, Program
+from graphcomp.ir.rewrite import before
 from graphcomp.ir.run_nodes import Constants, Lockstep, See, failed_at, run_tapped
 from graphcomp.ops.answers import compute_of, is_convolution, operands_of
 from graphcomp.quantization.attention import WriteOutAttention
@@ -32,7 +33,7 @@ from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.lower import FAKE, Lower, Lowered, LoweredLayer, constants_with_quantizers, layers_of
 from graphcomp.quantization.placement import Site, channels_of, layer_name, place
 from graphcomp.quantization.spec import QuantConfig
-from graphcomp.quantization.tensors import add_tensor, attribute_readers, put, read_by_others, replace_argument
+from graphcomp.quantization.tensors import attribute_readers, put, read_by_others, replace_argument
 
 Rounding = Literal["nearest", "second_order"]
 
@@ -263,8 +264,8 @@ class AddBiases(GraphPass):
             path = str(weight.target).rpartition(".")[0] if weight.op == "get_attr" else node.name
             device = next(p.device for p in found.parameters())
             zeros = torch.zeros(filters, dtype=value(weight).dtype, device=device)
-            with found.graph.inserting_before(node):
-                set_argument(node, "bias", add_tensor(found, f"{path}.bias".lstrip("."), nn.Parameter(zeros), node))
+            fresh = before(node).tensor(found, f"{path}.bias".lstrip("."), nn.Parameter(zeros))
+            set_argument(node, "bias", fresh)
         found.recompile()
         return found
 
@@ -471,9 +472,9 @@ class Setting:
         weight = fetch(self.fake, str(source.target))
         rounded = round_second_order(weight, moments, quantizer, dim=operands.out % weight.dim())
         if read_by_others(self.readers, source, wrapped):
-            with self.fake.graph.inserting_before(wrapped):
-                own = f"graphcomp_{wrapped.name}_weight"
-                wrapped.replace_input_with(source, add_tensor(self.fake, own, nn.Parameter(rounded), source))
+            name = f"graphcomp_{wrapped.name}_weight"
+            own = before(wrapped).tensor(self.fake, name, nn.Parameter(rounded))
+            wrapped.replace_input_with(source, own)
         else:
             put(self.fake, str(source.target), nn.Parameter(rounded))
         rough.put(wrapped, quantizer(rounded))

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphcomp.errors import PlanError
-from graphcomp.ir.graph import bind, clone
+from graphcomp.ir.graph import bind, clone, value
+from graphcomp.ir.rewrite import after, before
 from graphcomp.ir.run_nodes import Constants
 from graphcomp.ops.answers import lookup_of
 from graphcomp.quantization import ops
@@ -28,7 +29,6 @@ from graphcomp.quantization.lower import Lowered, layers_of
 from graphcomp.quantization.quantizers.make import quantizer_of
 from graphcomp.quantization.spec import MIN_BITS
 from graphcomp.quantization.stored import Affine, Codebook, Stored
-from graphcomp.quantization.tensors import add_tensor
 
 aten = torch.ops.aten
 
@@ -157,7 +157,7 @@ class _Raising:
 
     def _weight(self, node: fx.Node, integers: Affine) -> None:
         if integers.values.dtype is torch.int32:  # a bias: on the grid of the sums, without a quantizer of its own
-            node.replace_all_uses_with(self._floats(node.args[0], integers, node))  # type: ignore[arg-type]
+            node.replace_all_uses_with(self._floats(node.args[0], integers))  # type: ignore[arg-type]
         else:
             node.replace_all_uses_with(self._on_grid(node.args[0], integers, node))  # type: ignore[arg-type]
 
@@ -172,32 +172,26 @@ class _Raising:
         low, high = self._limits(node.args[0], codes)  # type: ignore[arg-type]
         integers = Affine(codes, scale, zero, low, high, 0 if scale.dim() else None)
         wrapped = self._on_grid(node.args[0], integers, last)  # type: ignore[arg-type]
-        with self.graph.inserting_before(node):
-            row = self.graph.call_function(node.target, (wrapped, *node.args[1:]), node.kwargs)  # type: ignore[arg-type]
-        row.meta = dict(last.meta)
+        row = before(node, like=last)(node.target, wrapped, *node.args[1:], **node.kwargs)
         last.replace_all_uses_with(row)
 
     def _on_grid(self, codes: fx.Node, stored: Stored, like: fx.Node) -> fx.Node:
         """Return the fake-quant node of a weight, one for all that read its codes."""
         if codes not in self.on_grid:
-            floats = self._floats(codes, stored, like)
+            floats = self._floats(codes, stored)
             name = self.names.free(re.sub(r"\W", "_", _stem(codes)))
-            self.on_grid[codes] = self._quantizer(name, stored, floats, floats)
+            self.on_grid[codes] = self._quantizer(name, stored, floats, like)
             self.weights[self.on_grid[codes].name] = stored
         return self.on_grid[codes]
 
-    def _floats(self, codes: fx.Node, stored: Stored, like: fx.Node) -> fx.Node:
-        with self.graph.inserting_after(codes):
-            return add_tensor(self.module, _stem(codes), nn.Parameter(stored.dequantize(), False), like)
+    def _floats(self, codes: fx.Node, stored: Stored) -> fx.Node:
+        return after(codes).tensor(self.module, _stem(codes), nn.Parameter(stored.dequantize(), False))
 
     def _quantizer(self, name: str, stored: Stored, source: fx.Node, like: fx.Node) -> fx.Node:
         target = f"{PREFIX}.{name}"
         own = stored.on_spec()
         self.module.add_submodule(target, quantizer_of(own, own.spec))
-        with self.graph.inserting_after(source):
-            node = self.graph.call_module(target, (source,))
-        node.meta = dict(like.meta)
-        return node
+        return after(source, like).submodule(target, source, val=value(source))
 
 
 GROUPED = torch.ops.graphcomp.dequantize_grouped.default

@@ -13,8 +13,9 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from graphcomp.ir.graph import bind, clone
+from graphcomp.ir.graph import bind, clone, value
 from graphcomp.ir.passes import GraphPass
+from graphcomp.ir.rewrite import after, redirect
 from graphcomp.ops.answers import move_of
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers
@@ -70,11 +71,8 @@ class RepeatQuantizers(GraphPass):
             users = [user for user in node.users if user not in quantizers and user.op != "output"]
             if source not in quantizers or not users:
                 continue
-            with repeated.graph.inserting_after(node):
-                again = repeated.graph.call_module(quantizers[source], (node,))
-            again.meta = {key: found for key, found in node.meta.items() if key != "follows_mode"}
+            again = after(node).submodule(quantizers[source], node, val=value(node))
             quantizers[again] = quantizers[source]
-            for user in users:
-                user.replace_input_with(node, again)
+            redirect(users, node, again)
         repeated.recompile()
         return repeated

@@ -8,7 +8,6 @@ Passes ask a stored tensor, and never which of the two it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -18,6 +17,7 @@ from torch import Tensor, fx
 from graphcomp.cost.conventions import Codes
 from graphcomp.errors import PlanError
 from graphcomp.ir.graph import bind, value
+from graphcomp.ir.rewrite import Maker, before, replace_node
 from graphcomp.quantization import ops
 from graphcomp.quantization.spec import MIN_BITS, QuantSpec
 from graphcomp.torch_compat import schema_of
@@ -31,20 +31,32 @@ KERNEL_BITS = 7
 """Bits of a code that was shifted (see `biases`)."""
 
 
-class Writer(Protocol):
-    """Writes nodes and tensors at the insertion point of a graph."""
+@dataclass(frozen=True)
+class Writer:
+    """Writes nodes and tensors into a lowered graph.
 
-    pack: bool
-    """Whether codes of few bits are stored end to end."""
+    Attributes:
+        module: the graph.
+        make: makes nodes where the tensor is quantized in the fake-quant graph.
+        pack: whether codes of few bits are stored end to end.
+    """
 
-    def call(self, target: Any, arguments: Sequence[Any], like: fx.Node) -> fx.Node:
-        """Return a new node of `target`, which belongs to what `like` belongs to."""
+    module: fx.GraphModule
+    make: Maker
+    pack: bool = True
 
-    def cast(self, node: fx.Node, dtype: torch.dtype, like: fx.Node) -> fx.Node:
-        """Return `node` in `dtype`."""
+    def buffer(self, name: str, tensor: Tensor) -> fx.Node:
+        """Return the node of a new buffer, laid out as when read from a file: sums of another order round otherwise."""
+        return self.make.tensor(self.module, name, tensor.detach().clone(memory_format=torch.contiguous_format))
 
-    def buffer(self, name: str, tensor: Tensor, like: fx.Node) -> fx.Node:
-        """Return the node of a new buffer."""
+    def cast(self, node: fx.Node) -> fx.Node:
+        """Return `node` in the dtype of the model: what integers stand for is float32."""
+        return cast(self.make, node, value(self.make.like).dtype)
+
+
+def cast(make: Maker, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """Return `node` in `dtype`."""
+    return node if value(node).dtype == dtype else make(aten.to.dtype, node, dtype)
 
 
 class Written(Protocol):
@@ -109,7 +121,7 @@ class Stored(Protocol):
     def counted(self) -> Codes:
         """Return the codes, as the conventions of storage count codes."""
 
-    def write(self, to: Writer, stem: str, like: fx.Node, shift: int = 0) -> Written:
+    def write(self, to: Writer, stem: str, shift: int = 0) -> Written:
         """Write codes and parameters into a lowered graph.
 
         Args:
@@ -146,14 +158,14 @@ def stored_bits(quant_min: int, quant_max: int) -> int:
     return max(max(quant_max, -1 - quant_min).bit_length() + (quant_min < 0), min(ops.PACKED_BITS))
 
 
-def write_codes(to: Writer, stem: str, own: Stored, shifted: Stored, shift: int, like: fx.Node) -> fx.Node:
+def write_codes(to: Writer, stem: str, own: Stored, shifted: Stored, shift: int) -> fx.Node:
     """Return the node of the codes of `shifted`, packed as those of `own` and unpacked where the codes are narrow."""
     bits = stored_bits(own.quant_min, own.quant_max)
     if bits > max(ops.PACKED_BITS) or not to.pack:
-        return to.buffer(f"{stem}_codes", shifted.values, like)
-    packed = to.buffer(f"{stem}_codes", ops.pack(own.values, bits), like)
+        return to.buffer(f"{stem}_codes", shifted.values)
+    packed = to.buffer(f"{stem}_codes", ops.pack(own.values, bits))
     arguments = (packed, list(own.values.shape), bits, own.quant_min < 0, *([shift] if shift else []))
-    return to.call(torch.ops.graphcomp.unpack.default, arguments, like)
+    return to.make(torch.ops.graphcomp.unpack.default, *arguments)
 
 
 # ------------------------------------------------------------------------------------------------ evenly spaced
@@ -256,13 +268,13 @@ class Affine:
         zero = spread(self.zero_point, self.values.dim(), self.dim, self.groups)
         return Codes(self.values, (self.quant_max - self.quant_min).bit_length(), zero, self.scale.numel())
 
-    def write(self, to: Writer, stem: str, like: fx.Node, shift: int = 0) -> Written:
+    def write(self, to: Writer, stem: str, shift: int = 0) -> Written:
         """Write codes, scales and zero points."""
         stored = self.shifted(shift)
-        codes = write_codes(to, stem, self, stored, shift, like)
-        scale = to.buffer(f"{stem}_scale", stored.scale, like)
-        zero = to.buffer(f"{stem}_zero_point", stored.zero_point.to(torch.int32), like)
-        return _WrittenAffine(stored, to, stem, like, codes, scale, zero)
+        codes = write_codes(to, stem, self, stored, shift)
+        scale = to.buffer(f"{stem}_scale", stored.scale)
+        zero = to.buffer(f"{stem}_zero_point", stored.zero_point.to(torch.int32))
+        return _WrittenAffine(stored, to, stem, codes, scale, zero)
 
 
 @dataclass(frozen=True)
@@ -270,48 +282,43 @@ class _WrittenAffine:
     stored: Affine
     to: Writer
     stem: str
-    like: fx.Node
     codes: fx.Node
     scale: fx.Node
     zero: fx.Node
 
     def floats(self) -> fx.Node:
         """Return a dequantize node."""
-        return self.to.cast(self._dequantize(), value(self.like).dtype, self.like)
+        return self.to.cast(self._dequantize())
 
     def _dequantize(self) -> fx.Node:
-        stored, call = self.stored, self.to.call
+        stored, make = self.stored, self.to.make
         bounds = (stored.quant_min, stored.quant_max, stored.values.dtype)
         parameters = (self.codes, self.scale, self.zero)
         if stored.groups is not None:
-            groups = self.to.buffer(f"{self.stem}_groups", stored.groups, self.like)
-            return call(torch.ops.graphcomp.dequantize_grouped.default, (*parameters, groups), self.like)
+            groups = self.to.buffer(f"{self.stem}_groups", stored.groups)
+            return make(torch.ops.graphcomp.dequantize_grouped.default, *parameters, groups)
         if stored.dim is not None:
-            return call(ops.dequantize_per_channel, (*parameters, stored.dim, *bounds), self.like)
+            return make(ops.dequantize_per_channel, *parameters, stored.dim, *bounds)
         numbers = (float(stored.scale), int(stored.zero_point))
-        return call(ops.dequantize_per_tensor, (self.codes, *numbers, *bounds), self.like)
+        return make(ops.dequantize_per_tensor, self.codes, *numbers, *bounds)
 
     def look_up(self, user: fx.Node) -> None:
         """embedding(dequantized table, ids) -> (embedding(codes, ids) - zero point) * scale of the row."""
-        stored, call = self.stored, self.to.call
+        stored, make = self.stored, before(user)
         assert stored.groups is None, "an embedding has one scale per row or one in all"
         arguments = bind(user)
         rest = tuple(arguments[a.name] for a in schema_of(user.target).arguments[1:])
-        with user.graph.inserting_before(user):
-            row = call(user.target, (self.codes, *rest), user)
-            row = call(aten.to.dtype, (row, stored.scale.dtype), user)
-            if bool((stored.zero_point != 0).any()):
-                row = call(aten.sub.Tensor, (row, self._row(self.zero, rest, user)), user)
-            row = call(aten.mul.Tensor, (row, self._row(self.scale, rest, user)), user)
-            row = self.to.cast(row, value(user).dtype, user)
-        user.replace_all_uses_with(row)
-        user.graph.erase_node(user)
+        row = make(user.target, self.codes, *rest)
+        row = make(aten.to.dtype, row, stored.scale.dtype)
+        if bool((stored.zero_point != 0).any()):
+            row = make(aten.sub.Tensor, row, self._row(self.zero, rest, make))
+        row = make(aten.mul.Tensor, row, self._row(self.scale, rest, make))
+        replace_node(user, cast(make, row, value(user).dtype))
 
-    def _row(self, parameter: fx.Node, rest: tuple[Any, ...], user: fx.Node) -> fx.Node:
+    def _row(self, parameter: fx.Node, rest: tuple[Any, ...], make: Maker) -> fx.Node:
         if self.stored.dim is None:
             return parameter
-        column = self.to.call(aten.view.default, (parameter, [-1, 1]), parameter)
-        return self.to.call(user.target, (column, *rest), user)
+        return make(make.like.target, make(aten.view.default, parameter, [-1, 1]), *rest)
 
 
 # ------------------------------------------------------------------------------------------------ a table of values
@@ -375,26 +382,24 @@ class Codebook:
         bits, steps = self.quant_max.bit_length(), int((zero == 0).sum())
         return Codes(self.values, bits, spread(code, self.values.dim(), self.dim), steps)
 
-    def write(self, to: Writer, stem: str, like: fx.Node, shift: int = 0) -> Written:
+    def write(self, to: Writer, stem: str, shift: int = 0) -> Written:
         """Write codes and tables."""
         assert shift == 0, "codes of a table are no numbers"
-        codes = write_codes(to, stem, self, self, 0, like)
-        return _WrittenCodebook(self, to, like, codes, to.buffer(f"{stem}_table", self.table, like))
+        codes = write_codes(to, stem, self, self, 0)
+        return _WrittenCodebook(self, to, codes, to.buffer(f"{stem}_table", self.table))
 
 
 @dataclass(frozen=True)
 class _WrittenCodebook:
     stored: Codebook
     to: Writer
-    like: fx.Node
     codes: fx.Node
     table: fx.Node
 
     def floats(self) -> fx.Node:
         """Return a node that looks the codes up."""
         arguments = (self.codes, self.table, *(() if self.stored.dim is None else (self.stored.dim,)))
-        found = self.to.call(ops.LOOK_UP, arguments, self.like)
-        return self.to.cast(found, value(self.like).dtype, self.like)
+        return self.to.cast(self.to.make(ops.LOOK_UP, *arguments))
 
     def look_up(self, user: fx.Node) -> None:
         """Refuse.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import fx, nn
 
-from torch import Tensor, fx, nn
-
-from graphcomp.ir.graph import attributes, bind, set_argument, value
-from graphcomp.torch_compat import buffer_table, parameter_table
+from graphcomp.ir.graph import attributes, bind, set_argument
+from graphcomp.ir.rewrite import before
+from graphcomp.torch_compat import buffer_table
 
 
 def attribute_readers(module: fx.GraphModule) -> dict[str, list[fx.Node]]:
@@ -29,36 +28,6 @@ def read_by_others(readers: dict[str, list[fx.Node]], attribute: fx.Node, reader
     return any(user is not reader for node in nodes for user in node.users)
 
 
-def add_tensor(module: fx.GraphModule, name: str, tensor: Tensor, like: fx.Node) -> fx.Node:
-    """Register a tensor and read it at the insertion point.
-
-    Args:
-        name: of a parameter where `tensor` is one, else of a buffer; a number is added where it is taken. Modules on
-            the way are made where there are none.
-        like: a node whose fake tensors the new one's belongs with.
-
-    Returns:
-        The get_attr node.
-    """
-    owner_name, _, last = name.rpartition(".")
-    owner: nn.Module = module
-    for part in owner_name.split(".") if owner_name else ():
-        if not isinstance(getattr(owner, part, None), nn.Module):
-            owner.add_module(part, nn.Module())
-        owner = owner.get_submodule(part)
-    free, k = last, 0
-    while getattr(owner, free, None) is not None:
-        free, k = f"{last}_{k + 1}", k + 1
-    parameter_table(owner).pop(free, None)  # a bias that is None stands there by name
-    if isinstance(tensor, nn.Parameter):
-        owner.register_parameter(free, tensor)
-    else:
-        owner.register_buffer(free, tensor)
-    node = module.graph.get_attr(f"{owner_name}.{free}".lstrip("."))
-    node.meta["val"] = _fake(tensor, like)
-    return node
-
-
 def replace_argument(
     module: fx.GraphModule,
     node: fx.Node,
@@ -77,9 +46,7 @@ def replace_argument(
     if isinstance(old, fx.Node) and old.op == "get_attr" and not read_by_others(readers, old, node):
         put(module, str(old.target), parameter)
         return
-    with module.graph.inserting_before(node):
-        fresh = add_tensor(module, name, parameter, node)
-    set_argument(node, argument, fresh)
+    set_argument(node, argument, before(node).tensor(module, name, parameter))
     if isinstance(old, fx.Node) and old.op == "get_attr" and not old.users:
         module.graph.erase_node(old)
 
@@ -90,8 +57,3 @@ def put(module: fx.GraphModule, name: str, parameter: nn.Parameter) -> None:
     owner = module.get_submodule(owner_name)
     buffer_table(owner).pop(last, None)
     setattr(owner, last, parameter)
-
-
-def _fake(tensor: Tensor, like: fx.Node) -> Any:
-    mode = getattr(value(like), "fake_mode", None)
-    return mode.from_tensor(tensor, static_shapes=True) if mode else tensor

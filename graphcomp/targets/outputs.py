@@ -13,6 +13,7 @@ from graphcomp.ir.calling import calling_convention
 from graphcomp.ir.graph import clone
 from graphcomp.ir.module import leaf_names
 from graphcomp.ir.passes import GraphPass
+from graphcomp.ir.rewrite import before
 from graphcomp.torch_compat import codegen_of, pytree
 
 
@@ -33,7 +34,8 @@ class OwnOutputs(GraphPass):
         seen: set[fx.Node] = set()
         owned = []
         for node in filter(_is_tensor, pytree.tree_leaves(output.args[0])):
-            owned.append(_copied(node, output) if node.op == "placeholder" or node in seen else node)
+            copy = before(output, like=node)
+            owned.append(copy(torch.ops.aten.clone.default, node) if node.op == "placeholder" or node in seen else node)
             seen.add(node)
         output.args = (tuple(owned),)
         info = getattr(codegen_of(copied.graph), "pytree_info", None)
@@ -71,10 +73,3 @@ def file_names(graph: fx.GraphModule, names: Sequence[str]) -> list[str]:
     """Return names of outputs for a file: none begins with a digit, or is an input's."""
     read = {place.name for place in graph.graph.find_nodes(op="placeholder")}
     return [f"output_{name}" if name[:1].isdigit() or name in read else name for name in names]
-
-
-def _copied(node: fx.Node, before: fx.Node) -> fx.Node:
-    with node.graph.inserting_before(before):
-        found = node.graph.call_function(torch.ops.aten.clone.default, (node,))
-    found.meta = dict(node.meta)
-    return found

@@ -8,8 +8,9 @@ import torch
 from torch import fx, nn
 
 from graphcomp.errors import PlanError
-from graphcomp.ir.graph import bind, fetch, module_path
+from graphcomp.ir.graph import bind, fetch, module_path, value
 from graphcomp.ir.module import trains
+from graphcomp.ir.rewrite import before, redirect
 from graphcomp.pruning.mask import PREFIX, InsertMasks
 from graphcomp.training.prepared import PROGRESS, SESSION, MoreThanOneValue, Prepared
 from graphcomp.training.session import Session
@@ -68,7 +69,4 @@ def _check_batch_norms(masked: fx.GraphModule) -> None:
         if trains(node):
             name, read = f"graphcomp_check_{node.name}", bind(node)["input"]
             masked.add_submodule(name, MoreThanOneValue(module_path(node)))
-            with masked.graph.inserting_before(node):
-                check = masked.graph.call_module(name, (read,))
-            check.meta["val"] = read.meta["val"]
-            node.replace_input_with(read, check)
+            redirect([node], read, before(node).submodule(name, read, val=value(read)))

@@ -101,11 +101,11 @@ def test_masks_of_a_norm_and_a_contraction() -> None:
     assert printed(masked(analysed(Normed(), torch.randn(2, 5)))) == text("""
         linear = aten.linear(x, up.weight)
         graphcomp_mask_axis_0 = graphcomp_mask_axis_0(graphcomp_mask_0)
-        layer_norm_1 = layer_norm(graphcomp_mask_axis_0, input=linear, normalized_shape=[8], weight=norm.weight, \
+        layer_norm = layer_norm(graphcomp_mask_axis_0, input=linear, normalized_shape=[8], weight=norm.weight, \
 bias=norm.bias, eps=1e-05, cudnn_enable=False)
         graphcomp_mask_axis_1 = graphcomp_mask_axis_1(graphcomp_mask_0)
         mul_tensor = aten.mul.Tensor(down.weight, graphcomp_mask_axis_1)
-        linear_1 = aten.linear(layer_norm_1, mul_tensor)
+        linear_1 = aten.linear(layer_norm, mul_tensor)
     """)
 
 

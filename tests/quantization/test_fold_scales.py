@@ -20,6 +20,7 @@ from graphcomp.errors import PlanError, VerificationError
 from graphcomp.ir.graph import bind, fetch, set_argument
 from graphcomp.ir.inputs import Inputs as Example
 from graphcomp.ir.program import Program
+from graphcomp.ir.rewrite import before
 from graphcomp.ir.run_nodes import Constants, run_tapped
 from graphcomp.numerics.compare import relative_error
 from graphcomp.pruning.slice import SliceGroups
@@ -35,7 +36,6 @@ from graphcomp.quantization.quantizers.geta import GetaQuantizer
 from graphcomp.quantization.quantizers.uniform import UniformQuantizer
 from graphcomp.quantization.spec import QuantConfig, QuantSpec
 from graphcomp.quantization.stored import Affine
-from graphcomp.quantization.tensors import add_tensor
 from graphcomp.quantization.verify import check_lowering
 from graphcomp.targets.pt2 import export_program
 from graphcomp.testing import random_kept
@@ -269,9 +269,8 @@ def shared() -> tuple[fx.GraphModule, tuple[Tensor]]:
     x = torch.randn(3, 4, 5, 5)
     module = capture(model.eval(), x).module
     _, last = module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
-    with module.graph.inserting_before(last):  # capture reads tied tensors under one name
-        second = add_tensor(module, "two.weight", model.two.weight, last)
-    set_argument(last, "weight", second)
+    # capture reads tied tensors under one name
+    set_argument(last, "weight", before(last).tensor(module, "two.weight", model.two.weight))
     module.recompile()
     return learned(module, (x,), QuantConfig(QuantSpec(8))), (x,)
 

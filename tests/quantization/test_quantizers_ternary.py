@@ -311,7 +311,7 @@ def test_one_scale_runs_on_integers_and_two_scales_say_why_not() -> None:
         lowered = quantize(captured, [flat], PostTraining(config)).lowered.module
         interpreter = IntegerInterpreter(lowered)
         with torch.no_grad():
-            result = interpreter.run(*flat, enable_io_processing=False)
+            result = interpreter.run_flat(flat)
             torch.testing.assert_close(result[0], lowered(*captured.inputs.args), rtol=0.1, atol=0.1)
         ran[name] = interpreter
     assert len([n for n in ran["per channel"].in_integers if "conv" in n]) == 5
