@@ -55,7 +55,7 @@ from graphcomp.training import distributed
 from graphcomp.training.batches import first_batches, to_device
 from graphcomp.training.loop import train
 from graphcomp.training.options import Training, parts
-from graphcomp.training.preparation import prepare_graph, training_config
+from graphcomp.training.preparation import AsTheyAre, FromPostTraining, Quantizing, prepare_graph, training_config
 from graphcomp.training.prepared import Prepared, unwrapped
 from graphcomp.training.ranges import LayerBits
 from graphcomp.training.same_gradients import settle_gradients
@@ -875,21 +875,24 @@ def _prepared(
     batches = _calibration(model, plan, example_inputs, example_kwargs, calibration if quantized else None)
     if batches is None:
         batches = [captured.inputs.flat()]
-    if limits is not None:
+    quantizing: Quantizing | None = None
+    if start is not None:
+        quantizing = FromPostTraining(start)
+    elif limits is not None:
         config = training_config(limits[1], of_activations and of_activations[1], learn_exponent)
+        own_bits = {name: _layer_bits(own) for name, own in (layer_bits or {}).items()}
+        quantizing = AsTheyAre(config, limits, of_activations, own_bits)
+    elif config is not None:
+        quantizing = AsTheyAre(config)
     with blaming_inputs(captured):
         return prepare_graph(
             plan,
             groups,
-            bits=limits,
-            activation_bits=of_activations,
-            config=config,
-            layer_bits={name: _layer_bits(own) for name, own in (layer_bits or {}).items()},
+            quantizing,
             ignore=(*ignore, *_read_outside(plan)),
             batches=batches,
             no_groups=no_groups,
             notes=(*notes, other) if other else notes,
-            start=start,
         )
 
 

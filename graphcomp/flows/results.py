@@ -31,8 +31,8 @@ from graphcomp.quantization.lower import Lowered, LoweredLayer
 from graphcomp.quantization.ptq import (
     PostTraining,
     Rounding,
+    planned_group_sizes,
     planned_layers,
-    planned_sites,
     planning,
 )
 from graphcomp.quantization.quantizers.base import Quantizer
@@ -220,12 +220,10 @@ def check_second_call(captured: Captured) -> None:
 
 def group_sizes(plan: Analysis, options: PostTraining) -> dict[str, int]:
     """Return the weights whose inputs will be quantized in groups, with the size of a group."""
-    captured = plan.captured
     specs = (options.config.weights, *(weights for weights, _ in options.config.overrides.values()))
     if all(spec is None or spec.granularity != "group" for spec in specs):
         return {}
-    sites = planned_sites(captured, options)
-    return {str(site.value.target): site.spec.group_size for site in sites if site.value.op == "get_attr"}
+    return planned_group_sizes(plan.captured, options)
 
 
 def check_floats(captured: Captured) -> None:

@@ -15,6 +15,7 @@ from graphcomp.ir.module import bound_graph, bound_model
 if TYPE_CHECKING:
     from graphcomp.coupling.propagate import Coupling
     from graphcomp.quantization.lower import Lowered
+    from graphcomp.quantization.sites import Site
 
 P = TypeVar("P", bound="Program")
 
@@ -30,6 +31,7 @@ class Program:
         inputs: example inputs of `original`, copies of the caller's. A run gets copies of these.
         coupling: the axes of what each node of the graph computes; None: not known (yet), as of a graph that was
             rewritten. It holds no tensor, and is shared by all programs of one graph.
+        sites: the quantizers that were placed, in the order of the graph.
         notes: what the program differs in from the model, and what was asked and not done, each with its reason.
         left_float: layer -> why the layer is not quantized.
         errors: layer -> relative error of its output, ||fake - float|| / ||float||.
@@ -43,6 +45,7 @@ class Program:
     original: nn.Module
     inputs: Inputs
     coupling: Coupling | None = None
+    sites: tuple[Site, ...] = ()
     notes: tuple[str, ...] = ()
     left_float: Mapping[str, str] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
@@ -67,9 +70,11 @@ class Program:
     def bind(self: P, tensors: Mapping[str, Tensor]) -> P:
         """Return the same program with `tensors` in place of the tensors of their names, in graph and model.
 
-        The graph is shared, so that what is known by its nodes holds for both programs.
+        The graph is shared, so that what is known by its nodes holds for both programs. Earlier stages, which hold
+        tensors of their own, stay behind.
         """
-        return replace(self, module=bound_graph(self.module, tensors), original=bound_model(self.original, tensors))
+        module, original = bound_graph(self.module, tensors), bound_model(self.original, tensors)
+        return replace(self, module=module, original=original, stages={})
 
     def rewritten(self: P, module: fx.GraphModule, notes: Sequence[str] = ()) -> P:
         """Return the program of a module that a stage made of this one's, with more notes; its axes are not known."""

@@ -23,9 +23,9 @@ from graphcomp.coupling.groups import Kept, consumed_and_made
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.ir.graph import argument_at, bind
 from graphcomp.ir.module import copied, tensor_names
-from graphcomp.ops.answers import masked_form
+from graphcomp.ops.answers import masked_form, parameter_behind
 from graphcomp.ops.call import Call
-from graphcomp.pruning.mask import computed_with, parameter_behind
+from graphcomp.pruning.mask import computed_with
 from graphcomp.pruning.slice import by_factor
 from graphcomp.torch_compat import OpOverload, TorchDispatchMode, schema_of
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, TypeVar
 
 from torch import fx
@@ -75,3 +75,13 @@ def masked_form(op: object) -> Callable[..., Any] | None:
 def keeps_zeros(node: fx.Node) -> bool:
     """Return whether the op only moves the elements of its one operand, in the same units."""
     return bool(facts_of(node.target).keeps_zeros)
+
+
+def parameter_behind(node: fx.Node, parameters: Container[str]) -> str:
+    """The one of `parameters` whose elements `node` holds, in whatever order, quantized or not: its zeros are zeros
+    still. "" where there is none."""
+    while node.op != "get_attr":
+        if (node.op != "call_module" and not keeps_zeros(node)) or len(node.all_input_nodes) != 1:
+            return ""
+        (node,) = node.all_input_nodes
+    return str(node.target) if str(node.target) in parameters else ""

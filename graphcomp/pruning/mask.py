@@ -6,7 +6,7 @@ vector; where it takes statistics, its masked form takes its place; implied cons
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +19,7 @@ from graphcomp.coupling.propagate import Coupling
 from graphcomp.ir.graph import argument_at, bind, clone, set_argument, set_argument_at, value
 from graphcomp.ir.passes import GraphPass
 from graphcomp.ir.rewrite import Maker, before
-from graphcomp.ops.answers import keeps_zeros, masked_form
+from graphcomp.ops.answers import keeps_zeros, masked_form, parameter_behind
 from graphcomp.ops.call import Call
 from graphcomp.pruning.slice import check_kept
 
@@ -101,14 +101,6 @@ class InsertMasks(GraphPass):
         return [leaf for axes in self.coupling.axes.get(node, []) for leaf in all_leaves(axes)]
 
 
-def parameter_behind(node: fx.Node, parameters: Container[str]) -> str:
-    """The one of `parameters` whose elements `node` holds, in whatever order, quantized or not: its zeros are zeros
-    still. "" where there is none."""
-    while node.op != "get_attr":
-        if (node.op != "call_module" and not keeps_zeros(node)) or len(node.all_input_nodes) != 1:
-            return ""
-        (node,) = node.all_input_nodes
-    return str(node.target) if str(node.target) in parameters else ""
 
 
 def set_masks(masked: nn.Module, groups: Sequence[ChannelGroup], kept: Kept) -> None:

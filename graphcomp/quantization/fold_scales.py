@@ -160,7 +160,7 @@ class QuantizeTables(GraphPass):
         """Return a new module; the quantizers are calibrated."""
         before = {str(node.target) for node, _ in quantizer_nodes(module)}
         config = QuantConfig(weights=None, activations=None, embeddings=self.spec)
-        found = InsertQuantizers(place(module, config, self.ignore)).rewrite(module)
+        found = InsertQuantizers(place(module, config, self.ignore).sites).rewrite(module)
         values = Constants(found)
         for node, quantizer in quantizer_nodes(found):
             if str(node.target) not in before:

@@ -1,76 +1,52 @@
-"""The insertion pass: one fake-quant node per site of a placement."""
+"""The insertion pass: one fake-quant node per value of each site."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from graphcomp.ir.graph import clone, value
 from graphcomp.ir.passes import GraphPass
 from graphcomp.ir.rewrite import after, redirect
-from graphcomp.quantization.placement import Placement, Site
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.make import make_quantizer
-
-PREFIX = "graphcomp_quantizers"
+from graphcomp.quantization.sites import Site
 
 
 @dataclass(frozen=True)
 class InsertQuantizers(GraphPass):
-    """Put a quantizer behind each value of a placement, for the users that it names."""
+    """Put the quantizers of sites behind the values, for the users that the sites name."""
 
-    placement: Placement
+    sites: Sequence[Site]
     name: ClassVar[str] = "insert quantizers"
 
     def rewrite(self, module: fx.GraphModule, /) -> fx.GraphModule:
-        """A new module that shares the tensors of `module`; the placement must be of `module`'s graph."""
-        quantized, new_node = clone(module)
-        names = Names(quantized)
-        by_share: dict[object, str] = {}
-        for site in self.placement.sites:
-            node = new_node[site.value]
-            if site.shares not in by_share:
-                by_share[site.shares] = f"{PREFIX}.{names.of(node)}"
-                quantized.add_submodule(by_share[site.shares], _quantizer(site))
-            users = [new_node[user] for user in site.users]
-            redirect(users, node, after(node).submodule(by_share[site.shares], node, val=value(node)))
+        """A new module that shares the tensors of `module`; the sites must be of `module`'s graph."""
+        quantized, _ = clone(module)
+        nodes = {node.name: node for node in quantized.graph.nodes}
+        position = {name: k for k, name in enumerate(nodes)}
+        for site in self.sites:
+            quantized.add_submodule(site.name, _quantizer(site, nodes[next(iter(site.at))]))
+        spots = [(at, users, site.name) for site in self.sites for at, users in site.at.items()]
+        for at, users, name in sorted(spots, key=lambda spot: position[spot[0]]):
+            node = nodes[at]
+            wrapped = after(node).submodule(name, node, val=value(node))
+            redirect([nodes[user] for user in users], node, wrapped)
         quantized.recompile()
         return quantized
 
 
-def _quantizer(site: Site) -> Quantizer:
-    found = value(site.value)
+def _quantizer(site: Site, node: fx.Node) -> Quantizer:
+    found = value(node)
     assert isinstance(found, Tensor)
     shape = [n if isinstance(n, int) else -1 for n in found.shape]
     quantizer = make_quantizer(site.spec, shape=shape if site.is_weight else None, dim=site.dim)
     dtype = found.dtype if found.dtype in (torch.float32, torch.float64) else torch.float32
     return quantizer.to(device=found.device, dtype=dtype)
-
-
-class Names:
-    """A name per quantizer that says what it quantizes: 'layer1_0_conv1_weight', 'relu_3'."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        self.taken = set(dir(nn.Module()))  # a node may be called like a method: 'to'
-        if isinstance(already := getattr(module, PREFIX, None), nn.Module):
-            self.taken.update(name for name, _ in already.named_children())
-
-    def of(self, node: fx.Node) -> str:
-        """A name that says which node's value is quantized."""
-        return self.free(re.sub(r"\W", "_", str(node.target) if node.op in ("get_attr", "placeholder") else node.name))
-
-    def free(self, name: str) -> str:
-        """`name`, with a number where it is taken."""
-        unique, k = name, 1
-        while unique in self.taken:
-            unique, k = f"{name}_{k}", k + 1
-        self.taken.add(unique)
-        return unique
 
 
 def quantizer_nodes(module: fx.GraphModule) -> Iterator[tuple[fx.Node, Quantizer]]:

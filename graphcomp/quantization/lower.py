@@ -94,7 +94,7 @@ class Lower:
             PlanError: activations that are quantized are in another dtype than float32.
         """
         found = lower(program.module, pack=self.pack)
-        return replace(program.rewritten(found.module), lowered=found)
+        return replace(program.rewritten(found.module), lowered=found, sites=())
 
 
 def lower(fake: fx.GraphModule, *, pack: bool = True) -> Lowered:

@@ -28,8 +28,10 @@ from graphcomp.ops.answers import (
     lookup_of,
     move_of,
     operands_of,
+    parameter_behind,
     rescales,
 )
+from graphcomp.quantization.sites import PREFIX, Site, names_in
 from graphcomp.quantization.spec import QuantConfig, QuantSpec, matches
 from graphcomp.quantization.wishes import Chosen, Wish, Wishes
 
@@ -37,10 +39,10 @@ aten = torch.ops.aten
 
 
 @dataclass
-class Site:
+class _Spot:
     """One value that is quantized for some of its users.
 
-    `shares` is the representative value: sites with the same one have one quantizer.
+    `shares` is the representative value: spots with the same one have one quantizer.
     """
 
     value: fx.Node
@@ -53,7 +55,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Placement:
-    """All sites in the order of the graph, which compute ops stay float, and why, and what else was not met."""
+    """All sites in the order of their first values; which compute ops stay float, and why; what else was not met."""
 
     sites: tuple[Site, ...]
     left_float: Mapping[fx.Node, str] = field(default_factory=dict)
@@ -106,7 +108,7 @@ class _Planner:
         self.ends = self._ends()
         self.floats = self._reading_floats()
         self.readers: dict[fx.Node, dict[fx.Node, None]] = {}
-        self.weights: list[Site] = []
+        self.weights: list[_Spot] = []
         self.left_float: dict[fx.Node, str] = {}
         self.notes: list[str] = []
         self.raised: list[str] = []  # layers with more bits than asked
@@ -123,9 +125,9 @@ class _Planner:
         if self.config.activations is not None or self.config.overrides:
             self._spread()
         position = {node: k for k, node in enumerate(self.graph.nodes)}
-        sites = [*self.weights, *self._activations()]
-        for site in sites:
-            site.users.sort(key=position.__getitem__)
+        spots = sorted((*self.weights, *self._activations()), key=lambda spot: position[spot.value])
+        for spot in spots:
+            spot.users.sort(key=position.__getitem__)
         self._answer_overrides()
         if self.raised:
             least = self.config.first_and_last_bits
@@ -133,7 +135,27 @@ class _Planner:
                 f"{', '.join(self.raised)}: {least} bits, as the first and the last quantized layer get at least that "
                 "many: QuantConfig(first_and_last_bits=…)"
             )
-        return Placement(tuple(sorted(sites, key=lambda s: position[s.value])), self.left_float, tuple(self.notes))
+        return Placement(tuple(self._sites(spots)), self.left_float, tuple(self.notes))
+
+    def _sites(self, spots: Sequence[_Spot]) -> Iterator[Site]:
+        """Yield one site for all spots that share a quantizer, in the order of the first spots."""
+        names, shared = names_in(self.module), dict[object, list[_Spot]]()
+        parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        for spot in spots:
+            shared.setdefault(spot.shares, []).append(spot)
+        for first, *others in shared.values():
+            weight, bits = first.value if first.is_weight else None, first.spec.bits
+            yield Site(
+                name=f"{PREFIX}.{names.of(first.value)}",
+                at={spot.value.name: tuple(user.name for user in spot.users) for spot in (first, *others)},
+                layer=first.value.name if weight is None else layer_name(weight, self.constants),
+                parameter="" if weight is None else parameter_behind(weight, parameters),
+                is_weight=first.is_weight,
+                spec=first.spec,
+                dim=first.dim,
+                low=bits,
+                high=bits,
+            )
 
     # ------------------------------------------------------------------------------------------ what ops ask for
     def _chosen(self, node: fx.Node) -> Chosen:
@@ -212,11 +234,11 @@ class _Planner:
             )
             spec = replace(spec, granularity="channel", group_size=0)
         key = (self._tensor_key(operand), where, spec)
-        for site in self.weights:
-            if site.value is operand and site.shares == key:
-                site.users.append(user)
+        for spot in self.weights:
+            if spot.value is operand and spot.shares == key:
+                spot.users.append(user)
                 return
-        self.weights.append(Site(operand, [user], spec, where, True, key))
+        self.weights.append(_Spot(operand, [user], spec, where, True, key))
 
     def _tensor_key(self, operand: fx.Node) -> object:
         """The same for every node that reads one tensor under any of its names."""
@@ -335,8 +357,8 @@ class _Planner:
             self.wishes.union(operands[0], operands[-1])
 
     # ------------------------------------------------------------------------------------------ what comes of it
-    def _activations(self) -> Iterator[Site]:
-        """Yield the sites of activations: one per value, and one per reader that was given another spec by name."""
+    def _activations(self) -> Iterator[_Spot]:
+        """Yield the spots of activations: one per value, and one per reader that was given another spec by name."""
         others = {
             value_: [user for user in readers if user not in self.compute and self._source(user) is not value_]
             for value_, readers in self.readers.items()
@@ -351,9 +373,9 @@ class _Planner:
             away = {user for users in apart.values() for user in users}
             together = [user for user in readers if user not in away]
             if together:
-                yield Site(value_, together, spec, shares=self.wishes.shared(value_))
+                yield _Spot(value_, together, spec, shares=self.wishes.shared(value_))
             for own, users in apart.items():
-                yield Site(value_, list(dict.fromkeys(users)), own, shares=(value_, own))
+                yield _Spot(value_, list(dict.fromkeys(users)), own, shares=(value_, own))
 
     def _answer_overrides(self) -> None:
         """Note the overrides that ask for something and change no op."""

@@ -31,7 +31,7 @@ from graphcomp.quantization.fold import FoldBatchNorm
 from graphcomp.quantization.gptq import round_second_order, second_moments
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.lower import FAKE, Lower, Lowered, LoweredLayer, constants_with_quantizers, layers_of
-from graphcomp.quantization.placement import Site, channels_of, layer_name, place
+from graphcomp.quantization.placement import channels_of, layer_name, place
 from graphcomp.quantization.spec import QuantConfig
 from graphcomp.quantization.tensors import attribute_readers, put, read_by_others, replace_argument
 
@@ -166,8 +166,9 @@ class PlaceQuantizers:
     def __call__(self, program: P, /) -> P:
         """Return the program with quantizers; `left_float` has the nodes that got none, with the reason."""
         placement = place(program.module, self.config, self.ignore)
-        placed = program.rewritten(InsertQuantizers(placement).rewrite(program.module), placement.notes)
-        return replace(placed, left_float={node.name: why for node, why in placement.left_float.items()})
+        placed = program.rewritten(InsertQuantizers(placement.sites).rewrite(program.module), placement.notes)
+        left_float = {node.name: why for node, why in placement.left_float.items()}
+        return replace(placed, sites=placement.sites, left_float=left_float)
 
 
 @dataclass(frozen=True)
@@ -196,10 +197,13 @@ class NameFloatLayers:
 
 
 # ------------------------------------------------------------------------------------------------ plans
-def planned_sites(program: Program, options: PostTraining) -> list[Site]:
-    """Where `quantize` will put quantizers of weights; it takes no data."""
+def planned_group_sizes(program: Program, options: PostTraining) -> dict[str, int]:
+    """Weight that `quantize` will quantize as the graph reads it -> inputs that share a step; it takes no data."""
     floats = applied(program, *written_out(options.config))
-    return [site for site in place(floats.module, options.config, options.ignore).sites if site.is_weight]
+    sites = [site for site in place(floats.module, options.config, options.ignore).sites if site.is_weight]
+    sizes = {value: site.spec.group_size for site in sites for value in site.at}
+    read = floats.graph.find_nodes(op="get_attr")
+    return {str(node.target): sizes[node.name] for node in read if node.name in sizes}
 
 
 def planned_layers(program: Program, options: PostTraining) -> tuple[LoweredLayer, ...]:

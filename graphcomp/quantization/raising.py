@@ -24,9 +24,9 @@ from graphcomp.ir.run_nodes import Constants
 from graphcomp.ops.answers import lookup_of
 from graphcomp.quantization import ops
 from graphcomp.quantization.fold import drop_unread
-from graphcomp.quantization.insert import PREFIX, Names
 from graphcomp.quantization.lower import Lowered, layers_of
 from graphcomp.quantization.quantizers.make import quantizer_of
+from graphcomp.quantization.sites import PREFIX, names_in
 from graphcomp.quantization.spec import MIN_BITS
 from graphcomp.quantization.stored import Affine, Codebook, Stored
 
@@ -82,7 +82,7 @@ class _Raising:
         self.graph = self.module.graph
         self.old = {new: old for old, new in new_node.items()}
         self.values = Constants(self.module)
-        self.names = Names(self.module)
+        self.names = names_in(self.module)
         self.activations: dict[str, str] = {}
         self.weights: dict[str, Stored] = {}
         self.on_grid: dict[fx.Node, fx.Node] = {}  # codes -> fake-quant node

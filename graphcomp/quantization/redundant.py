@@ -19,23 +19,20 @@ from graphcomp.ir.rewrite import after, redirect
 from graphcomp.ops.answers import move_of
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers
-from graphcomp.quantization.placement import Placement, Site, fills
+from graphcomp.quantization.placement import fills
+from graphcomp.quantization.sites import Site
 
 
-def without_repeats(placement: Placement) -> Placement:
-    """The placement without sites on values that were moved from another site with the same quantizer."""
-    at: dict[fx.Node, list[Site]] = {}
-    for site in placement.sites:
-        if not site.is_weight:
-            at.setdefault(site.value, []).append(site)
-    kept = tuple(site for site in placement.sites if site.is_weight or not _repeats(site, at))
-    return replace(placement, sites=kept)
+def without_repeats(sites: Sequence[Site], graph: fx.Graph) -> tuple[Site, ...]:
+    """Return the sites without values that were moved from another value of the same quantizer."""
+    nodes = {node.name: node for node in graph.nodes}
+    return tuple(site if site.is_weight else replace(site, at=_not_moved(site.at, nodes)) for site in sites)
 
 
-def _repeats(site: Site, at: Mapping[fx.Node, Sequence[Site]]) -> bool:
-    source = moved_from(site.value)
-    before = at.get(source, ()) if source is not None else ()
-    return any(other.shares is site.shares and site.value in other.users for other in before)
+def _not_moved(at: Mapping[str, tuple[str, ...]], nodes: Mapping[str, fx.Node]) -> dict[str, tuple[str, ...]]:
+    sources = {value: moved_from(nodes[value]) for value in at}
+    moved = {value for value, source in sources.items() if source is not None and value in at.get(source.name, ())}
+    return {value: users for value, users in at.items() if value not in moved}
 
 
 def moved_from(node: fx.Node) -> fx.Node | None:

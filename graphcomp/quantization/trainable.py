@@ -8,8 +8,8 @@ Weights with one step per tensor are scaled by the norm's factor in front of the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,64 +17,174 @@ from torch import Tensor, fx, nn
 from graphcomp.errors import CalibrationError
 from graphcomp.ir.graph import all_tensors, assign, bind, clone, fetch, set_argument
 from graphcomp.ir.module import keeps_statistics, trains
+from graphcomp.ir.passes import GraphPass, Pass, Remember, ValuePass
+from graphcomp.ir.program import P
 from graphcomp.ir.run_nodes import Constants, Lockstep
 from graphcomp.ops.answers import lookup_of, operands_of
 from graphcomp.quantization.attention import WriteOutAttention
 from graphcomp.quantization.einsum import WriteOutEinsum
 from graphcomp.quantization.fold import FoldForTraining, chains, folded_nodes
-from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
+from graphcomp.quantization.insert import InsertQuantizers
 from graphcomp.quantization.placement import place
 from graphcomp.quantization.ptq import (
+    FLOATS,
     AddBiases,
+    CalibrateActivations,
+    CalibrateWeights,
     PostTraining,
     Setting,
     calibrate_activations,
-    calibrate_weights,
     significant_mean,
 )
 from graphcomp.quantization.redundant import without_repeats
+from graphcomp.quantization.sites import Site
 from graphcomp.quantization.spec import QuantConfig
 from graphcomp.quantization.tensors import read_by_others
 
 NOT_EQUALIZED = "channels were not equalised between layers, as batch norms stay in the graph that is trained"
 
 
-def quantize_to_train(
-    module: fx.GraphModule, batches: Sequence[Sequence[Any]], options: PostTraining
-) -> tuple[fx.GraphModule, tuple[str, ...]]:
-    """Return a new graph with quantizers, calibrated, rounded and corrected as after training, and what was not done.
+def on_weights_as_they_are(
+    config: QuantConfig, ignore: Sequence[str], batches: Sequence[Sequence[Any]]
+) -> tuple[Pass, ...]:
+    """Return the passes from a float graph to one with calibrated quantizers, whose weights are not changed.
+
+    Tables are quantized when training is over.
+
+    Args:
+        ignore: module names or "re:" patterns that stay float.
+        batches: flat inputs, in the order of the placeholders; at least one.
+    """
+    return (
+        WriteOutEinsum(),
+        PlaceToTrain(replace(config, embeddings=None), tuple(ignore)),
+        CalibrateWeights(),
+        CalibrateInTraining(batches),
+    )
+
+
+def quantizing_to_train(
+    module: fx.GraphModule, options: PostTraining, batches: Sequence[Sequence[Any]]
+) -> tuple[Pass, ...]:
+    """Return the passes from a float graph to quantizers, calibrated, rounded and corrected as after training.
 
     Where batch norms have seen no batch yet, the ranges are those of batch statistics, and nothing is corrected.
 
     Args:
-        module: in eval mode; not changed. The result shares its tensors, but for those that are rounded or corrected.
-        batches: flat inputs, in the order of the placeholders; at least one.
+        module: the graph that the passes begin with, in eval mode.
         options: how. Channels are not equalised between layers.
-
-    Raises:
-        CalibrationError: no batch, one the model does not run on, or values that are not finite.
+        batches: flat inputs, in the order of the placeholders; at least one.
     """
-    floats = WriteOutEinsum()(module)
-    floats = WriteOutAttention()(floats) if options.config.attention else floats
     per_tensor = options.config.weights is not None and options.config.weights.granularity == "tensor"
-    if per_tensor:
-        floats = FoldForTraining()(floats)  # one step is for the weight as it will be folded
-    fresh = _has_fresh_norms(floats)
-    if options.correct_bias and not fresh:
-        floats = AddBiases([pair.compute for pair in chains(floats.graph)])(floats)
-    config = trainable(floats.graph, options.config)
-    placement = place(floats, config, options.ignore, folded_nodes(floats.graph))
-    whole = InsertQuantizers(placement)(floats)
-    calibrate_weights(whole)
-    (calibrate_in_training if fresh else calibrate_activations)(whole, batches)
-    fake = InsertQuantizers(without_repeats(placement))(floats)
-    for node, quantizer in quantizer_nodes(fake):
-        quantizer.load_state_dict(whole.get_submodule(str(node.target)).state_dict())
-    if not fresh:
-        _TrainableSetting(floats, fake, options).walk(batches[: options.walk_batches])
-        _keep_frozen(floats, fake)
     unequal = options.equalize or (options.equalize is None and per_tensor)
-    return fake, (*placement.notes, *([NOT_EQUALIZED] if unequal else []))
+    fresh = _has_fresh_norms(module)
+    return (
+        WriteOutEinsum(),
+        *([WriteOutAttention()] if options.config.attention else []),
+        *([FoldForTraining()] if per_tensor else []),  # one step is for the weight as it will be folded
+        *([AddTrainableBiases()] if options.correct_bias and not fresh else []),
+        Remember(FLOATS),
+        PlaceToTrain(options.config, options.ignore, repeats=True),
+        CalibrateWeights(),
+        CalibrateInTraining(batches) if fresh else CalibrateActivations(batches),
+        LeaveOutRepeats(),
+        *([] if fresh else [SetTrainableLayers(options, batches[: options.walk_batches])]),
+        *([AddNote(NOT_EQUALIZED)] if unequal else []),
+    )
+
+
+@dataclass(frozen=True)
+class AddTrainableBiases(GraphPass):
+    """Give each convolution a bias of zeros that has none, and no batch norm behind it."""
+
+    name: ClassVar[str] = "add biases"
+
+    def rewrite(self, module: fx.GraphModule, /) -> fx.GraphModule:
+        """Return a new module that shares the tensors of `module`."""
+        return AddBiases([pair.compute for pair in chains(module.graph)]).rewrite(module)
+
+
+@dataclass(frozen=True)
+class PlaceToTrain:
+    """Put quantizers, not calibrated, into a graph that is trained with its batch norms.
+
+    Attributes:
+        config, ignore: where, and how.
+        repeats: whether a value that was moved from a quantized one has the quantizer again.
+    """
+
+    config: QuantConfig
+    ignore: tuple[str, ...]
+    repeats: bool = False
+    name: ClassVar[str] = "place quantizers"
+
+    def __call__(self, program: P, /) -> P:
+        """Return the program with quantizers."""
+        floats = program.module
+        placement = place(floats, trainable(floats.graph, self.config), self.ignore, folded_nodes(floats.graph))
+        return _with_quantizers(program.rewritten(floats, placement.notes), placement.sites, self.repeats)
+
+
+@dataclass(frozen=True)
+class LeaveOutRepeats:
+    """Leave out quantizers of values that were moved from quantized ones: needless in training."""
+
+    name: ClassVar[str] = "leave out repeated quantizers"
+
+    def __call__(self, program: P, /) -> P:
+        """Return the program with the same quantizers, each with the state it has."""
+        calibrated, floats = program.module, program.stages[FLOATS].module
+        program = _with_quantizers(program.rewritten(floats), program.sites, repeats=False)
+        for site in program.sites:
+            state = calibrated.get_submodule(site.name).state_dict()
+            program.module.get_submodule(site.name).load_state_dict(state)
+        return program
+
+
+def _with_quantizers(program: P, sites: Sequence[Site], repeats: bool) -> P:
+    """Return the program of floats with the quantizers of `sites`."""
+    placed = tuple(sites) if repeats else without_repeats(sites, program.graph)
+    return replace(program.rewritten(InsertQuantizers(placed).rewrite(program.module)), sites=placed)
+
+
+@dataclass(frozen=True)
+class CalibrateInTraining(ValuePass):
+    """Set the ranges of activations as training will see them; see `calibrate_in_training`."""
+
+    batches: Sequence[Sequence[Any]]
+    name: ClassVar[str] = "calibrate activations in training mode"
+
+    def fill(self, module: fx.GraphModule, /) -> None:
+        """Set the ranges."""
+        calibrate_in_training(module, self.batches)
+
+
+@dataclass(frozen=True)
+class SetTrainableLayers:
+    """Round weights and correct biases, layer after layer; see `_TrainableSetting`."""
+
+    options: PostTraining
+    batches: Sequence[Sequence[Any]]
+    name: ClassVar[str] = "set layers"
+
+    def __call__(self, program: P, /) -> P:
+        """Return the program, set."""
+        floats = program.stages[FLOATS].module
+        _TrainableSetting(floats, program.module, self.options).walk(self.batches)
+        _keep_frozen(floats, program.module)
+        return program
+
+
+@dataclass(frozen=True)
+class AddNote:
+    """Say what was asked and not done."""
+
+    note: str
+    name: ClassVar[str] = "note what is not done"
+
+    def __call__(self, program: P, /) -> P:
+        """Return the program with one note more."""
+        return replace(program, notes=(*program.notes, self.note))
 
 
 def trainable(graph: fx.Graph, config: QuantConfig) -> QuantConfig:

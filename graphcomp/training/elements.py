@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcomp.ir.graph import bind, module_path
-from graphcomp.ops.answers import compute_of
-from graphcomp.pruning.mask import parameter_behind
+from graphcomp.ops.answers import compute_of, parameter_behind
 from graphcomp.quantization.spec import matches
 from graphcomp.training.prepared import Prepared
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import fx, nn
 
+from graphcomp.coupling.groups import ChannelGroup
 from graphcomp.errors import PlanError
-from graphcomp.ir.graph import bind, fetch, module_path, value
+from graphcomp.ir.graph import bind, clone, fetch, module_path, value
 from graphcomp.ir.module import trains
+from graphcomp.ir.passes import GraphPass, Pipeline
 from graphcomp.ir.rewrite import before, redirect
 from graphcomp.pruning.mask import PREFIX, InsertMasks
 from graphcomp.training.prepared import PROGRESS, SESSION, MoreThanOneValue, Prepared
@@ -34,20 +38,38 @@ class Part(nn.Module):
 
 def with_masks(session: Session) -> Prepared:
     """The module of a session, in eval mode: its quantized graph with a mask per group."""
-    quantized, groups = session.quantized, session.groups
-    masked = InsertMasks(quantized.coupling, groups, held=True)(quantized.captured.module)
-    ready = _as_prepared(masked, type(session.plan.model).__name__, len(groups))
+    masked = Pipeline("masks to train", (
+        InsertMasks(session.quantized.coupling, session.groups, held=True),
+        GuardBatchNorms(),
+    ), values=False)(session.quantized.captured)  # fmt: skip
+    ready = _as_prepared(masked.module, type(session.plan.model).__name__, session.groups)
     ready.meta[SESSION] = session
     ready.save_as_the_model()
     return ready
 
 
-def _as_prepared(masked: fx.GraphModule, name: str, groups: int) -> Prepared:
-    masks = {f"{PREFIX}{k}": masked.get_buffer(f"{PREFIX}{k}") for k in range(groups)}
+@dataclass(frozen=True)
+class GuardBatchNorms(GraphPass):
+    """Check in front of each batch norm that training gives it more than one value per channel."""
+
+    name: ClassVar[str] = "guard batch norms"
+
+    def rewrite(self, module: fx.GraphModule, /) -> fx.GraphModule:
+        """Return a new module that shares the tensors of `module`."""
+        found, _ = clone(module)
+        for node in found.graph.find_nodes(op="call_function", target=torch.ops.aten.batch_norm.default):
+            if trains(node):
+                name, read = f"graphcomp_check_{node.name}", bind(node)["input"]
+                found.add_submodule(name, MoreThanOneValue(module_path(node)))
+                redirect([node], read, before(node).submodule(name, read, val=value(read)))
+        return found
+
+
+def _as_prepared(masked: fx.GraphModule, name: str, groups: Sequence[ChannelGroup]) -> Prepared:
+    masks = {f"{PREFIX}{k}": masked.get_buffer(f"{PREFIX}{k}") for k in range(len(groups))}
     for node in masked.graph.find_nodes(op="get_attr"):
         if str(node.target) in masks and not node.users:
             masked.graph.erase_node(node)
-    _check_batch_norms(masked)
     held = {
         str(n.target): fetch(masked, str(n.target)) for n in masked.graph.nodes if n.op in ("get_attr", "call_module")
     }
@@ -62,11 +84,3 @@ def _as_prepared(masked: fx.GraphModule, name: str, groups: int) -> Prepared:
     ready.register_buffer(PROGRESS, torch.zeros(2, device=device), persistent=False)
     ready.eval()
     return ready
-
-
-def _check_batch_norms(masked: fx.GraphModule) -> None:
-    for node in masked.graph.find_nodes(op="call_function", target=torch.ops.aten.batch_norm.default):
-        if trains(node):
-            name, read = f"graphcomp_check_{node.name}", bind(node)["input"]
-            masked.add_submodule(name, MoreThanOneValue(module_path(node)))
-            redirect([node], read, before(node).submodule(name, read, val=value(read)))

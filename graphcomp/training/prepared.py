@@ -20,8 +20,9 @@ from graphcomp.pruning.mask import PREFIX, hold_masks
 from graphcomp.pruning.slice import check_groups, check_kept
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.recompute import made_again
+from graphcomp.quantization.sites import Site
 from graphcomp.torch_compat import inside_wrapper, non_persistent
-from graphcomp.training.session import Session, Site, operands
+from graphcomp.training.session import Session, operands
 
 SESSION = "graphcomp_session"
 PROGRESS = "graphcomp_progress"

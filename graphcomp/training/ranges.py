@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import fx
 
 from graphcomp.errors import PlanError
 from graphcomp.ir.graph import module_path
-from graphcomp.pruning.mask import parameter_behind
+from graphcomp.ir.program import P
 from graphcomp.quantization.insert import quantizer_nodes
-from graphcomp.quantization.lower import constants_with_quantizers
-from graphcomp.quantization.placement import layer_name
 from graphcomp.quantization.quantizers.geta import GetaQuantizer
 from graphcomp.quantization.redundant import moved_from
+from graphcomp.quantization.sites import Site
 from graphcomp.quantization.spec import MAX_BITS, MIN_BITS, matches
-from graphcomp.training.session import Site
 
 
 @dataclass(frozen=True)
@@ -28,91 +27,85 @@ class LayerBits:
     activations: tuple[int, int]
 
 
-class _Ranges:
-    """The range of bits of each quantizer: the general one, or one that a layer was given by name."""
+@dataclass(frozen=True)
+class ChooseBits:
+    """Say which bits each quantizer may have, and let those that learn their bits start at the most.
 
-    def __init__(
-        self,
-        graph: fx.GraphModule,
-        bits: tuple[int, int],
-        activation_bits: tuple[int, int],
-        layer_bits: Mapping[str, LayerBits],
-    ) -> None:
-        self.graph, self.bits, self.activation_bits, self.layer_bits = graph, bits, activation_bits, layer_bits
-        self.constant = constants_with_quantizers(graph)
-        self.parameters = dict(graph.named_parameters(remove_duplicate=False))
-        self.matched: set[str] = set()
-        self.notes: list[str] = []
+    Attributes:
+        bits: the range of bits of weights; None: each quantizer has the bits of its spec.
+        activation_bits: the range of bits of activations; None: as `bits`.
+        layer_bits: module name or "re:" pattern -> ranges of its own; the last that matches counts.
+    """
 
-    def sites(self) -> tuple[tuple[Site, ...], tuple[str, ...]]:
-        """Return the quantizers with their ranges, and a note for each wish that is not met.
+    bits: tuple[int, int] | None = None
+    activation_bits: tuple[int, int] | None = None
+    layer_bits: Mapping[str, LayerBits] = field(default_factory=dict)
+    name: ClassVar[str] = "choose bits"
+
+    def __call__(self, program: P, /) -> P:
+        """Return the program with its sites in the order of the graph, and a note for each wish that is not met.
 
         Raises:
             PlanError: an entry of `layer_bits` names no layer with a quantizer.
         """
         nodes: dict[str, list[fx.Node]] = {}
-        for node, _ in quantizer_nodes(self.graph):
+        for node, _ in quantizer_nodes(program.module):
             nodes.setdefault(str(node.target), []).append(node)
-        found = tuple(self._site(name, readers) for name, readers in nodes.items())
-        if unmatched := sorted(self.layer_bits.keys() - self.matched):
-            layers = dict.fromkeys(site.layer for site in found if site.is_weight)
+        by_name = {site.name: site for site in program.sites}
+        program = replace(program, sites=tuple(by_name[name] for name in nodes))
+        return program if self.bits is None else self._chosen(program, nodes)
+
+    def _chosen(self, program: P, nodes: Mapping[str, Sequence[fx.Node]]) -> P:
+        matched: set[str] = set()
+        sites: list[Site] = []
+        notes: list[str] = []
+        for site in program.sites:
+            paths = {module_path(reader): None for node in nodes[site.name] for reader in _readers(node)}
+            wishes = {}
+            for path in (*paths, *([site.layer] if site.layer not in paths else [])):
+                entries = [pattern for pattern in self.layer_bits if matches(pattern, path)]
+                matched.update(entries)
+                if entries:
+                    own = self.layer_bits[entries[-1]]
+                    wishes[path] = own.weights if site.is_weight else own.activations
+            sites.append(self._within(site, wishes))
+            notes += _unmet(sites[-1], wishes)
+        if unmatched := sorted(self.layer_bits.keys() - matched):
+            layers = dict.fromkeys(site.layer for site in sites if site.is_weight)
             raise PlanError(
                 f"layer_bits names {', '.join(unmatched)}, which is no module with a quantizer",
                 fix=f"quantized layers: {', '.join(layers)}",
             )
-        return found, tuple(self.notes)
+        start_at_the_most(program.module, sites)
+        return replace(program, sites=tuple(sites), notes=(*program.notes, *notes))
 
-    def _site(self, name: str, nodes: Sequence[fx.Node]) -> Site:
-        """Return the site of one quantizer, which stands at each of `nodes`."""
-        (source,) = nodes[0].all_input_nodes
-        is_weight = nodes[0] in self.constant
-        layer = layer_name(source, self.constant) if is_weight else source.name
-        paths = {module_path(reader): None for node in nodes for reader in _readers(node)} | {layer: None}
-        wishes = {path: wish for path in paths if (wish := self._wish(path, is_weight)) is not None}
-        low, high = self.bits if is_weight else self.activation_bits
+    def _within(self, site: Site, wishes: Mapping[str, tuple[int, int]]) -> Site:
+        """Return a site with its range: the general one, or the most bits that one of its layers was given by name."""
+        assert self.bits is not None
+        low, high = self.bits if site.is_weight else self.activation_bits or self.bits
         if wishes:
             low, high = max(wishes.values(), key=lambda own: (own[1], own[0]))
-        for path, wish in wishes.items():
-            if wish != (low, high):
-                what = "weight" if is_weight else "input"
-                self.notes.append(
-                    f"{path}: its {what} has {low} to {high} bits, not {wish[0]} to {wish[1]}, "
-                    f"as it shares the quantizer of {layer} with {', '.join(p for p in wishes if p != path)}"
-                )
-        parameter = parameter_behind(source, self.parameters) if is_weight else ""
-        return Site(name, layer, parameter, is_weight, low, high)
-
-    def _wish(self, path: str, is_weight: bool) -> tuple[int, int] | None:
-        """Return the range that the last matching entry of `layer_bits` gives; None without one."""
-        found = None
-        for pattern, own in self.layer_bits.items():
-            if matches(pattern, path):
-                found = own.weights if is_weight else own.activations
-                self.matched.add(pattern)
-        return found
+        return site.within(low, high)
 
 
-def _bounds(sites: Sequence[Site]) -> tuple[int, int]:
+def _unmet(site: Site, wishes: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+    """Yield a note for each layer that was given another range by name than its quantizer has."""
+    what = "weight" if site.is_weight else "input"
+    for path, wish in wishes.items():
+        if wish != (site.low, site.high):
+            yield (
+                f"{path}: its {what} has {site.low} to {site.high} bits, not {wish[0]} to {wish[1]}, "
+                f"as it shares the quantizer of {site.layer} with {', '.join(p for p in wishes if p != path)}"
+            )
+
+
+def bounds(sites: Sequence[Site]) -> tuple[int, int]:
     """Return the fewest and the most bits of quantizers."""
     return min((site.low for site in sites), default=MIN_BITS), max((site.high for site in sites), default=MAX_BITS)
 
 
-def _fixed_sites(graph: fx.GraphModule) -> tuple[Site, ...]:
-    """Return the quantizers, each with the bits of its spec."""
-    constant = constants_with_quantizers(graph)
-    parameters = dict(graph.named_parameters(remove_duplicate=False))
-    found: dict[str, Site] = {}
-    for node, quantizer in quantizer_nodes(graph):
-        (source,) = node.all_input_nodes
-        name, is_weight, bits = str(node.target), node in constant, quantizer.spec.bits
-        layer = layer_name(source, constant) if is_weight else source.name
-        parameter = parameter_behind(source, parameters) if is_weight else ""
-        found.setdefault(name, Site(name, layer, parameter, is_weight, bits, bits))
-    return tuple(found.values())
-
-
 @torch.no_grad()
-def _start_at_the_most(graph: fx.GraphModule, sites: Sequence[Site]) -> None:
+def start_at_the_most(graph: fx.GraphModule, sites: Sequence[Site]) -> None:
     """Give quantizers that learn their bits the most bits of their range."""
     for site in sites:
         quantizer = graph.get_submodule(site.name)

@@ -14,31 +14,12 @@ from graphcomp.ops.answers import compute_of
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers
 from graphcomp.quantization.redundant import quantizer_before
+from graphcomp.quantization.sites import Site
 from graphcomp.quantization.spec import QuantConfig
 
 if TYPE_CHECKING:
     from graphcomp.training.prepared import Prepared
     from graphcomp.training.shrink import CutFrom
-
-
-@dataclass(frozen=True)
-class Site:
-    """One quantizer of a prepared module.
-
-    Attributes:
-        name: of the quantizer among the modules.
-        layer: the layer whose weight it quantizes, or the node whose value.
-        parameter: the parameter that it reads element by element; "" for activations and computed weights.
-        is_weight: whether what it quantizes depends on no input.
-        low, high: the bits it may have.
-    """
-
-    name: str
-    layer: str
-    parameter: str
-    is_weight: bool
-    low: int
-    high: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +30,6 @@ class Session:
         plan: of the copy of the model that is trained, in floats.
         quantized: the same graph with quantizers; `plan` itself where there are none.
         groups: of `quantized`, those whose units may go.
-        sites: the quantizers.
         bits: the range asked for; None: nothing is quantized.
         config: which tensors are quantized. GETA's quantizers stand on no embedding tables.
         ignore: module names or "re:" patterns that stay float.
@@ -62,7 +42,6 @@ class Session:
     plan: Analysis
     quantized: Analysis
     groups: tuple[ChannelGroup, ...]
-    sites: tuple[Site, ...]
     bits: tuple[int, int] | None
     config: QuantConfig | None
     computed: frozenset[str]
@@ -70,6 +49,11 @@ class Session:
     notes: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     cut_from: CutFrom | None = None
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The quantizers, in the order of the graph."""
+        return self.quantized.captured.sites
 
     @property
     def has_attention(self) -> bool:

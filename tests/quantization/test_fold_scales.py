@@ -81,7 +81,7 @@ def learned(
 ) -> fx.GraphModule:
     """A graph with quantizers as training leaves them: exponents of weights, and bits that go round through `bits`."""
     placement = place(module, config, ("re:ignored",), folded_nodes(module.graph))
-    fake = InsertQuantizers(placement)(module)
+    fake = InsertQuantizers(placement.sites)(module)
     calibrate_activations(fake, [inputs])
     calibrate_weights(fake)
     for k, (_, quantizer) in enumerate(quantizer_nodes(fake)):

@@ -22,7 +22,7 @@ def test_a_graph_in_training_compiles_without_breaks(spec: QuantSpec) -> None:
     """The compiled step has the loss and the gradients of the eager one, those of the quantizers included."""
     model, x = residual()
     plain = capture(model, (x,)).module
-    fake = InsertQuantizers(place(plain, QuantConfig(spec, spec)))(plain)
+    fake = InsertQuantizers(place(plain, QuantConfig(spec, spec)).sites)(plain)
     calibrate_activations(fake, [(x,)])
     calibrate_weights(fake)
     fake.train()

@@ -31,7 +31,7 @@ IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 def lowered(model: nn.Module, inputs: Sequence[Tensor], config: QuantConfig | None = None) -> fx.GraphModule:
     """`model` as an integer graph, ranges read off `inputs`."""
     folded = FoldBatchNorm()(capture(model.eval(), tuple(inputs)).module)
-    fake = InsertQuantizers(place(folded, config or QuantConfig()))(folded)
+    fake = InsertQuantizers(place(folded, config or QuantConfig()).sites)(folded)
     quantizers = dict(quantizer_nodes(fake))
     steps = Lockstep(fake, [inputs])
     for node in fake.graph.nodes:

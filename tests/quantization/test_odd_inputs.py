@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import graphcomp as gc
-from tests.quantization.test_placement import placed
+from tests.quantization.test_placement import placed, quantizers
 
 
 def images(count: int = 16) -> list[Tensor]:
@@ -110,8 +110,8 @@ def test_padding_that_repeats_elements_keeps_the_scale() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.o(functional.pad(self.a(x).relu(), (1, 1, 1, 1), mode="reflect"))
 
-    shares = {site.value.name: site.shares for site in placed(Reflected(), torch.randn(2, 3, 8, 8)).sites}
-    assert shares["relu"] is shares["pad"]
+    shared = quantizers(placed(Reflected(), torch.randn(2, 3, 8, 8)))
+    assert shared["relu"] == shared["pad"]
 
 
 @pytest.mark.parametrize("name", ["0.weight", "0.bias", "1.running_var", "3.weight"])

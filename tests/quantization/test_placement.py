@@ -12,6 +12,7 @@ from graphcomp.capture.capture import capture
 from graphcomp.quantization.fold import FoldBatchNorm, FoldForTraining, chains, folded_nodes
 from graphcomp.quantization.insert import InsertQuantizers
 from graphcomp.quantization.placement import Placement, place
+from graphcomp.quantization.sites import Site
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, with_bits
 from tests.quantization.models import encoder, residual
 from tests.quantization.test_qadg import MODELS, build
@@ -22,7 +23,17 @@ def placed(model: nn.Module, inputs: Any, config: QuantConfig = QuantConfig(), i
 
 
 def names(placement: Placement, weights: bool = False) -> dict[str, list[str]]:
-    return {s.value.name: [u.name for u in s.users] for s in placement.sites if s.is_weight == weights}
+    found = [at for site in placement.sites if site.is_weight == weights for at in site.at.items()]
+    return {value: list(users) for value, users in found}
+
+
+def quantizers(placement: Placement) -> dict[str, str]:
+    """Value -> name of its quantizer."""
+    return {value: site.name for site in placement.sites for value in site.at}
+
+
+def readers_of(site: Site) -> list[str]:
+    return [user for users in site.at.values() for user in users]
 
 
 class Of(nn.Module):
@@ -62,10 +73,10 @@ def test_every_weight_has_a_step_per_output_channel():
 
 
 def test_moves_keep_the_scale():
-    shares = {s.value.name: s.shares for s in placed(*residual()).sites}
-    assert shares["max_pool2d"] is shares["relu6"]
-    assert shares["flatten"] is shares["adaptive_avg_pool2d"]
-    assert shares["adaptive_avg_pool2d"] is not shares["conv2d_4"]
+    shared = quantizers(placed(*residual()))
+    assert shared["max_pool2d"] == shared["relu6"]
+    assert shared["flatten"] == shared["adaptive_avg_pool2d"]
+    assert shared["adaptive_avg_pool2d"] != shared["conv2d_4"]
 
 
 def test_transformer_residuals_stay_float():
@@ -77,9 +88,8 @@ def test_transformer_residuals_stay_float():
 
 
 def test_tied_weight_is_quantized_once():
-    weights = [s for s in placed(*encoder()).sites if s.is_weight and s.value.target in ("embed.weight", "head.weight")]
-    assert sorted(u.name for s in weights for u in s.users) == ["embedding", "linear_6"]
-    assert len({s.shares for s in weights}) == 1
+    (weight,) = [s for s in placed(*encoder()).sites if s.parameter in ("embed.weight", "head.weight")]
+    assert sorted(readers_of(weight)) == ["embedding", "linear_6"]
 
 
 @pytest.mark.parametrize(
@@ -101,8 +111,8 @@ def test_what_stands_between_convolutions(between: Any, quantized: set[str]) -> 
 
 
 def test_padding_with_a_number_is_no_move():
-    shares = [s.shares for s in placed(Of(lambda x: functional.pad(x, (1, 1), value=3.0)), X).sites if not s.is_weight]
-    assert len(set(shares)) == 4
+    sites = placed(Of(lambda x: functional.pad(x, (1, 1), value=3.0)), X).sites
+    assert len([site for site in sites if not site.is_weight]) == 4
 
 
 class Two(nn.Module):
@@ -118,24 +128,22 @@ class Two(nn.Module):
 
 @pytest.mark.parametrize(("share", "count"), [(False, 3), (True, 1)])
 def test_share_concat(share: bool, count: int) -> None:
-    sites = placed(Two(), X, QuantConfig(share_concat=share)).sites
-    around = {s.shares for s in sites if s.value.name in ("relu", "relu_1", "cat")}
-    assert len(around) == count
+    shared = quantizers(placed(Two(), X, QuantConfig(share_concat=share)))
+    assert len({shared[value] for value in ("relu", "relu_1", "cat")}) == count
 
 
 def test_share_add():
     both = {}
     for share in (False, True):
-        sites = placed(*residual(), QuantConfig(share_add=share)).sites
-        shares = {s.value.name: s.shares for s in sites}
-        both[share] = shares["conv2d_2"] is shares["max_pool2d"]
+        shared = quantizers(placed(*residual(), QuantConfig(share_add=share)))
+        both[share] = shared["conv2d_2"] == shared["max_pool2d"]
     assert both == {False: False, True: True}
 
 
 def test_first_and_last_layer_have_eight_bits():
     config = QuantConfig(with_bits(WEIGHTS, 4), with_bits(ACTIVATIONS, 4))
     placement = placed(*residual(), config)
-    bits = {u.name: s.spec.bits for s in placement.sites if s.is_weight for u in s.users}
+    bits = {user: s.spec.bits for s in placement.sites if s.is_weight for user in readers_of(s)}
     assert bits["conv2d"] == bits["linear"] == 8
     assert {bits[f"conv2d_{k}"] for k in range(1, 5)} == {4}
     assert [note for note in placement.notes if "8 bits, as the first and the last quantized layer" in note]
@@ -144,7 +152,7 @@ def test_first_and_last_layer_have_eight_bits():
 
 def test_ignored_layers_stay_float():
     placement = placed(*residual(), ignore=["block", "re:^fc$"])
-    readers = {u.name for s in placement.sites if s.is_weight for u in s.users}
+    readers = {user for s in placement.sites if s.is_weight for user in readers_of(s)}
     assert readers == {"conv2d", "conv2d_3", "conv2d_4"}
     assert {n.name: why for n, why in placement.left_float.items()} == {
         "conv2d_1": "ignored", "conv2d_2": "ignored", "linear": "ignored",
@@ -160,9 +168,11 @@ def test_overrides_set_bits_by_module():
         }
     )
     placement = placed(*residual(), config)
-    bits = {u.name: s.spec.bits for s in placement.sites if s.is_weight for u in s.users}
+    bits = {user: s.spec.bits for s in placement.sites if s.is_weight for user in readers_of(s)}
     assert bits["conv2d_1"] == 3 and "conv2d_2" not in bits and bits["conv2d_3"] == 8
-    assert "linear" in bits and "linear" not in {u.name for s in placement.sites if not s.is_weight for u in s.users}
+    assert "linear" in bits and "linear" not in {
+        user for s in placement.sites if not s.is_weight for user in readers_of(s)
+    }
 
 
 def test_weights_only():
@@ -195,7 +205,7 @@ def test_products_of_constants_are_left_alone():
     model, x = Table(), torch.randn(5, 3)
     placement = placed(model, x)
     assert list(placement.left_float.values()) == ["depends on no input"]
-    assert {u.name for s in placement.sites for u in s.users} == {"linear"}
+    assert {user for site in placement.sites for user in readers_of(site)} == {"linear"}
 
 
 def test_a_value_called_like_a_method_of_modules():
@@ -203,25 +213,22 @@ def test_a_value_called_like_a_method_of_modules():
     module = FoldBatchNorm()(capture(model.eval(), X).module)
     (node,) = (n for n in module.graph.nodes if n.name == "mul")
     node._rename("to")
-    quantized = InsertQuantizers(place(module, QuantConfig()))(module)
+    quantized = InsertQuantizers(place(module, QuantConfig()).sites)(module)
     assert "graphcomp_quantizers.to_1" in dict(quantized.named_modules())
 
 
 # ------------------------------------------------------------------------------------------------ on training graphs
 def sites_by_name(placement: Placement, stands_for: dict[str, str]) -> set[Any]:
-    """Each site, and who shares its quantizer. A weight is called like its first user."""
+    """Each site, with its values and who reads them. A weight is called like its first user."""
 
-    def name(site: Any) -> str:
-        return f"weight of {site.users[0].name}" if site.is_weight else stands_for.get(site.value.name, site.value.name)
+    def name(site: Site, value: str) -> str:
+        return f"weight of {site.at[value][0]}" if site.is_weight else stands_for.get(value, value)
+
+    def users(site: Site, value: str) -> tuple[str, ...]:
+        return tuple(stands_for.get(user, user) for user in site.at[value])
 
     return {
-        (
-            name(s),
-            tuple(stands_for.get(u.name, u.name) for u in s.users),
-            s.spec,
-            s.dim,
-            frozenset(name(other) for other in placement.sites if other.shares == s.shares),
-        )
+        (s.spec, s.dim, s.low, s.high, frozenset((name(s, value), users(s, value)) for value in s.at))
         for s in placement.sites
     }
 
@@ -263,9 +270,6 @@ def test_ops_that_move_elements_carry_scales_as_a_transpose_does(moved: Any) -> 
     def sites(move: Any) -> list[tuple[list[str], bool]]:
         graph = capture(Scores(move).eval(), (torch.randn(2, 5, 8),)).module
         found = place(graph, QuantConfig()).sites
-        return [
-            ([str(user.target) for user in site.users if "matmul" in str(user.target)], site.is_weight)
-            for site in found
-        ]
+        return [([user for user in readers_of(site) if "matmul" in user], site.is_weight) for site in found]
 
     assert sites(moved) == sites(lambda k: k.transpose(-2, -1))

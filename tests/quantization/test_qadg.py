@@ -171,7 +171,7 @@ def test_our_quantizers_change_no_group(name: str, kind: str) -> None:
     model, inputs = build(name)
     captured = capture(model, inputs)
     plain = FoldBatchNorm()(captured.module)
-    quantized = calibrated(InsertQuantizers(place(plain, config(SPECS[kind])))(plain), inputs)
+    quantized = calibrated(InsertQuantizers(place(plain, config(SPECS[kind])).sites)(plain), inputs)
     own = {str(node.target) for node in plain.graph.find_nodes(op="get_attr")}
     coupling = propagate(quantized, captured.output_names)
     found = picture(coupling, own)
@@ -234,7 +234,7 @@ def test_real_networks_have_the_groups_of_the_float_model(name: str) -> None:
     assert len(expected[0]) == VISION[name]
     for activations in (None, SPECS["geta"]):
         config = QuantConfig(SPECS["geta"], activations)
-        quantized = InsertQuantizers(place(plain, config))(plain)
+        quantized = InsertQuantizers(place(plain, config).sites)(plain)
         inserted = {node for node, _ in quantizer_nodes(quantized)}
         assert len(inserted) > len(
             list(plain.graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default))
@@ -248,7 +248,7 @@ def test_a_quantizer_shared_by_several_values_couples_nothing() -> None:
     model, inputs = build("residual")
     captured = capture(model, inputs)
     plain = FoldBatchNorm()(captured.module)
-    shared = InsertQuantizers(place(plain, QuantConfig(share_add=True, share_concat=True)))(plain)
+    shared = InsertQuantizers(place(plain, QuantConfig(share_add=True, share_concat=True)).sites)(plain)
     nodes = [quantizer for _, quantizer in quantizer_nodes(shared)]
     assert len({id(quantizer) for quantizer in nodes}) < len(nodes)
     own = {str(node.target) for node in plain.graph.find_nodes(op="get_attr")}
@@ -261,7 +261,7 @@ def test_steps_of_kept_units_stay() -> None:
     linear = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
     captured = capture(linear, (torch.randn(2, 4).double(),))
     spec = QuantConfig(QuantSpec(4, granularity="group", group_size=2), None)
-    quantized = calibrated(InsertQuantizers(place(captured.module, spec))(captured.module), captured.inputs.args)
+    quantized = calibrated(InsertQuantizers(place(captured.module, spec).sites)(captured.module), captured.inputs.args)
     coupling = propagate(quantized, captured.output_names)
     (group,) = find_groups(coupling)
     small = SliceGroups(coupling, {group: torch.tensor([0, 3, 4])})(quantized)

@@ -29,8 +29,8 @@ def quantized(drop):
     torch.manual_seed(0)
     captured = capture(Moves().eval(), torch.randn(2, 3, 8, 8))
     spec = QuantSpec(4, kind="geta")
-    placement = place(captured.module, QuantConfig(weights=spec, activations=spec))
-    graph = InsertQuantizers(without_repeats(placement) if drop else placement)(captured.module)
+    sites = place(captured.module, QuantConfig(weights=spec, activations=spec)).sites
+    graph = InsertQuantizers(without_repeats(sites, captured.graph) if drop else sites)(captured.module)
     calibrate_activations(graph, [captured.inputs.flat()])
     calibrate_weights(graph)
     return graph

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import graphcomp as gc
+from graphcomp.capture.capture import capture
 from graphcomp.ir.graph import module_path
+from graphcomp.quantization.placement import place
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, QuantSpec, with_bits
-from tests.quantization.test_placement import placed
+from tests.quantization.test_placement import readers_of
 
 X = torch.randn(8, 3, 12, 12)
 
@@ -85,8 +87,10 @@ def test_two_named_readers_of_one_value_both_have_their_bits() -> None:
 
 
 def test_a_float_reader_behind_a_pooling_that_others_read() -> None:
-    placement = placed(Branches().eval(), X, QuantConfig(*specs(4, 4), overrides={"b": (None, None)}))
-    read = {module_path(user) or user.name for site in placement.sites if not site.is_weight for user in site.users}
+    module = capture(Branches().eval(), X).module
+    paths = {node.name: module_path(node) or node.name for node in module.graph.nodes}
+    sites = place(module, QuantConfig(*specs(4, 4), overrides={"b": (None, None)})).sites
+    read = {paths[user] for site in sites if not site.is_weight for user in readers_of(site)}
     assert "b" not in read and {"a", "c", "last"} <= read
     assert "max_pool2d" not in read
 

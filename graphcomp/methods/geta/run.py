@@ -19,6 +19,7 @@ from graphcomp.methods.geta.units import Units, check_by_module, frozen_note, ma
 from graphcomp.pruning.allocation import Budget, Normalize, units_to_remove
 from graphcomp.pruning.saliency import Activation, Saliency, named
 from graphcomp.quantization.quantizers.geta import GetaQuantizer
+from graphcomp.quantization.sites import Site
 from graphcomp.quantization.spec import check_bits
 from graphcomp.torch_compat import foreach_clamp_max_, foreach_clamp_min_
 from graphcomp.training.identity import name_of
@@ -27,7 +28,7 @@ from graphcomp.training.optimizer import grouped
 from graphcomp.training.prepared import Prepared
 from graphcomp.training.run import Run
 from graphcomp.training.schedule import Moment, Schedule, Stage
-from graphcomp.training.session import Session, Site
+from graphcomp.training.session import Session
 
 
 class GetaRun(Run):

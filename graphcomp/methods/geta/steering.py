@@ -13,7 +13,8 @@ from graphcomp.pruning.allocation import Budget, Meter, allocate_budget
 from graphcomp.pruning.evidence import Scores
 from graphcomp.quantization.fold_scales import planning
 from graphcomp.quantization.integer_bytes import StoredBytes
-from graphcomp.training.session import Session, Site, operands
+from graphcomp.quantization.sites import Site
+from graphcomp.training.session import Session, operands
 
 BY_COST = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Powers of a unit's cost that its score is divided by, until a fixed number of units is cheap enough."""
