@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 from torch import nn
 
 import graphcomp as gc
 from graphcomp.capture.capture import capture
+from graphcomp.ir.graph import clone
 from graphcomp.ir.module import tensor_names
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
@@ -54,6 +58,16 @@ def test_a_bound_analysis_is_cut_like_the_first() -> None:
     with torch.no_grad():
         masked[2].weight[:, 5:] = 0
     torch.testing.assert_close(small(X), masked(X))
+
+
+def test_axes_are_shared_by_bound_programs_and_unknown_after_a_rewriting() -> None:
+    program = replace(gc.analyze(Tied().eval(), X, {"more": X}).captured, stages={"earlier": capture(nn.ReLU(), X)})
+    bound = program.bind(tensor_names(Tied()))
+    assert program.coupling is not None and bound.coupling is program.coupling and not bound.stages
+    copied, _ = clone(program.module)
+    assert program.rewritten(copied).coupling is None
+    with pytest.raises(AssertionError, match="must be of the program's graph"):
+        replace(program, module=copied)
 
 
 def test_inputs_are_flat_in_the_order_of_the_graph() -> None:
