@@ -123,7 +123,8 @@ def prepare_graph(
     if quantizing is not None:
         ignore = (*quantizing.ignore, *ignore)
         passes = quantizing.passes(plan.captured, ignore, batches)
-        quantizers = Pipeline("quantizers to train", (*passes, NoteFloats(), ForgetStages()))
+        # calibration runs the graph, and coupling compares each rule with the shapes that nodes say
+        quantizers = Pipeline("quantizers to train", (*passes, NoteFloats(), ForgetStages()), values=False)
         quantized = analyze_captured(quantizers(plan.captured))
     by_name = {group.name: group for group in quantized.groups}
     ready = with_masks(
