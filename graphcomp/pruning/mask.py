@@ -101,8 +101,6 @@ class InsertMasks(GraphPass):
         return [leaf for axes in self.coupling.axes.get(node, []) for leaf in all_leaves(axes)]
 
 
-
-
 def set_masks(masked: nn.Module, groups: Sequence[ChannelGroup], kept: Kept) -> None:
     """Set the masks of a module made by `InsertMasks(…, groups)`: 1 for the kept units, 0 for the others."""
     check_kept(kept)
