@@ -64,7 +64,7 @@ def cut_to_integers(
         *cutting(plan, kept, verify=verify),
         Remember(SLICED),
         *quantizing(options, batches),
-        *([CheckLowering(batches[0])] if verify else []),
+        *([CheckLowering(batches[0])] if verify and batches else []),  # without any, calibration refuses
     ))(plan.captured)  # fmt: skip
     sliced = integers.stages[SLICED]
     return Cut(plan, kept, groups, sliced, sliced.notes_since(plan.captured)), integers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, overload
 
@@ -13,7 +13,7 @@ from graphcomp.errors import GraphcompError, PassError, VerificationError, first
 from graphcomp.ir.graph import example_size, fetch, neighbourhood, source_line, value
 from graphcomp.ir.program import P, Program
 from graphcomp.ir.run_nodes import failed_at
-from graphcomp.ir.shapes import run_shapes
+from graphcomp.ir.shapes import run_meta, run_shapes
 from graphcomp.torch_compat import pytree
 
 
@@ -207,11 +207,19 @@ def wrong_value(module: fx.GraphModule) -> tuple[fx.Node | None, str] | None:
     places = module.graph.find_nodes(op="placeholder")
     if any(value(place) is None and place.users for place in places):
         return None
+    metas = run_meta(module)
+    if metas is not None and _difference(metas) is None:
+        return None
     try:
         found = run_shapes(module)
     except Exception as error:  # whatever an op raises whose operands do not fit
         why = f"the graph does not run on fake tensors: {type(error).__name__}: {first_line(error)[:300]}"
         return None, f"{why}\nat {at}" if (at := failed_at(error)) else why
+    return _difference(found)
+
+
+def _difference(found: Mapping[fx.Node, Any]) -> tuple[fx.Node, str] | None:
+    """Return the first node that says another shape or dtype than was found, and what."""
     for node, computed in found.items():
         said = value(node)
         if said is None:
