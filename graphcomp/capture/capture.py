@@ -10,7 +10,6 @@ import difflib
 import functools
 import keyword
 import logging
-import os
 import re
 import sys
 import traceback
@@ -61,6 +60,7 @@ from graphcomp.ir.preserve import HoldParameters, ParameterWritten, eval_copy, s
 from graphcomp.ir.program import Program
 from graphcomp.ir.rewrite import replace_node
 from graphcomp.numerics.compare import relative_error, tolerance_of
+from graphcomp.system.files import folder_of
 from graphcomp.system.threads import in_this_thread, one_at_a_time, stderr_held
 from graphcomp.torch_compat import (
     PRIVATE_LOGGERS,
@@ -76,10 +76,7 @@ from graphcomp.torch_compat import (
 
 log = logging.getLogger("graphcomp.capture")
 
-NOT_THE_USERS = (
-    *(os.path.join(os.path.dirname(file), "") for file in (torch.__file__, sympy.__file__, graphcomp.__file__)),
-    "<",
-)
+NOT_THE_USERS = (folder_of(torch), folder_of(sympy), folder_of(graphcomp), "<")
 EXPORT_LOGGERS = (
     *PRIVATE_LOGGERS,
     "torch.export",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import linecache
 import operator
-import os
 import sys
 import sysconfig
 from collections import Counter
@@ -32,6 +31,7 @@ from graphcomp.errors import CaptureError
 from graphcomp.ir.calling import calling_convention
 from graphcomp.ir.graph import frame_text
 from graphcomp.ir.module import canonical_names, leaf_names, tensor_names
+from graphcomp.system.files import folder_of
 from graphcomp.torch_compat import FakeTensorMode, TorchDispatchMode, pytree, schema_of, storage_key
 
 aten = torch.ops.aten
@@ -47,9 +47,9 @@ WRITABLE = (bool, int, float, complex, str, torch.dtype, torch.device, torch.lay
 
 ModuleStack = dict[str, tuple[str, str]]
 OP_SITE = "op_site"  # node.meta: the OpSite of a recorded op, before canonical.py rewrites it
-TORCH_LAYERS = os.path.join(os.path.dirname(nn.__file__), "")
+TORCH_LAYERS = folder_of(nn)
 STDLIB, INSTALLED = sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")
-SKIPPED_FRAMES = (*(os.path.join(os.path.dirname(file), "") for file in (torch.__file__, graphcomp.__file__)), "<")
+SKIPPED_FRAMES = (folder_of(torch), folder_of(graphcomp), "<")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import operator
-import os
 import re
 import sys
 from collections import defaultdict
@@ -26,6 +25,7 @@ from graphcomp.coupling.axis import Axis, Concat, Factor, Product, kept_length, 
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.ir.graph import source_line
 from graphcomp.ir.preserve import eval_copy
+from graphcomp.system.files import folder_of
 
 Site: TypeAlias = tuple[str, str, int | None]
 """Path of a module, name of its attribute, position in it where it is a tuple or list of ints."""
@@ -34,7 +34,7 @@ Values: TypeAlias = Mapping[Site, int]
 Place: TypeAlias = tuple[str, int]
 """A user's source line: file name and number."""
 
-TORCH = os.path.join(os.path.dirname(torch.__file__), "")
+TORCH = folder_of(torch)
 LINE = re.compile(r"^(.+):(\d+), in ")
 MAX_SOLUTIONS = 64
 

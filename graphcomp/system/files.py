@@ -7,12 +7,19 @@ import os
 import shutil
 import stat
 import tempfile
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from graphcomp.errors import ExportError
 from graphcomp.system.locks import LOCK_FILE, lock_file, lock_folder
+
+
+def folder_of(module: types.ModuleType) -> str:
+    """Return the folder of a Python package or module, with a separator at the end: file names of the code begin so."""
+    assert module.__file__ is not None
+    return os.path.join(os.path.dirname(module.__file__), "")
 
 
 @contextmanager
