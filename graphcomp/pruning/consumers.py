@@ -1,0 +1,204 @@
+"""Consumers of a graph: ops that multiply what they read with a weight, and which tensors hold weight and intercept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from graphcomp.ir.graph import bind, fetch
+from graphcomp.ir.module import keeps_statistics
+from graphcomp.ops.answers import compute_of, move_of
+from graphcomp.ops.registry import facts_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, eq=False)
+class Consumer:
+    """An op with a weight that a parameter holds, as it is or with its elements moved.
+
+    Attributes:
+        node: the op.
+        name: of the parameter, without ".weight".
+        data, weight: arguments of the op; of an einsum "0" and "1".
+        attribute: the get_attr node of the parameter.
+        moves: the ops from there to the weight, in the order of the graph.
+        index: shaped like the weight: which element of the parameter, flat, each element is.
+        bias: name of the tensor that takes an intercept; "" where none does.
+        sign: of the intercept in that tensor: -1 where it is the running mean of a batch norm behind the op.
+    """
+
+    node: fx.Node
+    name: str
+    data: str
+    weight: str
+    attribute: fx.Node
+    moves: tuple[fx.Node, ...]
+    index: Tensor
+    bias: str = ""
+    sign: int = 1
+
+    @property
+    def tensor(self) -> str:
+        """Name of the parameter."""
+        return str(self.attribute.target)
+
+    def moved(self, tensor: Tensor) -> Tensor:
+        """Return the weight that the op reads where the parameter is `tensor`."""
+        return _run_moves(tensor, self.moves)
+
+
+def operands(node: fx.Node) -> dict[str, fx.Node]:
+    """Return the two operands of a product by argument; of an einsum by number; nothing for another op."""
+    if node.op != "call_function":
+        return {}
+    compute = compute_of(node)
+    if compute is not None:
+        arguments = bind(node)
+        found = {name: arguments[name] for name in dict.fromkeys((*compute.data, compute.weight))}
+        return found if all(isinstance(operand, fx.Node) for operand in found.values()) else {}
+    if node.target is not aten.einsum.default:
+        return {}
+    return {str(k): tensor for k, tensor in enumerate(bind(node)["tensors"])}
+
+
+def multiplies(node: fx.Node) -> bool:
+    """Return whether the op sums products of operands."""
+    return node.op == "call_function" and facts_of(node.target).sums == "products"
+
+
+class Consumers:
+    """The consumers of a graph.
+
+    Args:
+        module: the graph.
+        sources: value -> parameters that it is made of, of values that depend on nothing else.
+
+    Attributes:
+        at: op -> consumer.
+        left: op with a weight that cannot be solved -> why.
+        together: consumer -> all that read the same elements of one parameter, in the order of the graph.
+    """
+
+    def __init__(self, module: fx.GraphModule, sources: Mapping[fx.Node, frozenset[str]]) -> None:
+        self.module, self.sources = module, sources
+        self.readers: dict[str, list[fx.Node]] = {}
+        for node in module.graph.find_nodes(op="get_attr"):
+            self.readers.setdefault(str(node.target), []).append(node)
+        self.at: dict[fx.Node, Consumer] = {}
+        self.left: dict[fx.Node, str] = {}
+        self.together: dict[Consumer, tuple[Consumer, ...]] = {}
+        for node in module.graph.nodes:
+            found = self._consumer(node)
+            if isinstance(found, Consumer):
+                self.at[node] = found
+            elif found:
+                self.left[node] = found
+        self._tie()
+
+    def name(self, node: fx.Node) -> str:
+        """Return the name of the parameter that an op reads first, without ".weight"; else that of the op."""
+        made_of = [self.sources.get(n, frozenset()) for n in node.all_input_nodes]
+        names = sorted(name for found in made_of for name in found if not name.endswith("bias"))
+        return names[0].removesuffix(".weight") if names else node.name
+
+    def _consumer(self, node: fx.Node) -> Consumer | str:
+        """Return the consumer that an op is, or why its weight cannot be solved; "" for an op without a weight."""
+        if not multiplies(node):
+            return ""
+        found = operands(node)
+        constant = [name for name, operand in found.items() if operand in self.sources]
+        if not found or len(found) != 2:
+            weighted = any(n in self.sources for n in node.all_input_nodes) and node not in self.sources
+            return f"there is no closed form for {node.target}" if weighted else ""
+        if len(constant) != 1:
+            return ""
+        (weight,) = constant
+        (data,) = (name for name in found if name != weight)
+        if (chain := _chain(found[weight])) is None:
+            return "its weight is computed of a parameter"
+        attribute, moves = chain
+        shape = fetch(self.module, str(attribute.target)).shape
+        index = _run_moves(torch.arange(shape.numel()).reshape(shape), moves)
+        return Consumer(node, self.name(node), data, weight, attribute, moves, index, *self._intercept(node))
+
+    def _tie(self) -> None:
+        """Find consumers that read the same elements, and leave those whose parameter is read in another way, too."""
+        of_tensor: dict[str, list[Consumer]] = {}
+        for consumer in self.at.values():
+            of_tensor.setdefault(consumer.tensor, []).append(consumer)
+        for tensor, found in of_tensor.items():
+            others = [node for node in self._readers_of(tensor) if node not in self.at]
+            for consumer in found:
+                same = tuple(
+                    c
+                    for c in found
+                    if c.index.shape == consumer.index.shape and bool((c.index == consumer.index).all())
+                )
+                some = [c.node for c in found if c not in same and bool(torch.isin(c.index, consumer.index).any())]
+                kinds = [
+                    c.node for c in same if c.node.target is not consumer.node.target or c.weight != consumer.weight
+                ]
+                if read := [*others, *some, *kinds]:
+                    self.left[consumer.node] = f"its weight is read by {read[0].name}, too"
+                    del self.at[consumer.node]
+                else:
+                    self.together[consumer] = same
+
+    def _readers_of(self, tensor: str) -> Iterator[fx.Node]:
+        """Yield the ops that read a parameter, behind ops that move its elements."""
+        waiting = [user for node in self.readers[tensor] for user in node.users]
+        while waiting:
+            node = waiting.pop()
+            if _is_move(node) and node in self.sources:
+                waiting += node.users
+            else:
+                yield node
+
+    def _intercept(self, node: fx.Node) -> tuple[str, int]:
+        """Return the tensor that can hold an intercept of the op's result, and its sign there."""
+        compute = compute_of(node)
+        bias = bind(node).get(compute.bias) if compute is not None and compute.bias else None
+        if isinstance(bias, fx.Node):
+            flat = self._alone(bias) and fetch(self.module, str(bias.target)).dim() == 1
+            return (str(bias.target), 1) if flat else ("", 1)
+        norm = next(iter(node.users))
+        if compute is None or not compute.convolution or len(node.users) != 1 or not is_evaluated_norm(norm):
+            return "", 1
+        mean = bind(norm)["running_mean"]
+        return (str(mean.target), -1) if self._alone(mean) else ("", 1)
+
+    def _alone(self, attribute: fx.Node) -> bool:
+        """Return whether a tensor is read in one place."""
+        return attribute.op == "get_attr" and len(self.readers[str(attribute.target)]) == len(attribute.users) == 1
+
+
+def is_evaluated_norm(node: fx.Node) -> bool:
+    """Return whether an op is a batch norm that uses its running statistics."""
+    return node.target is aten.batch_norm.default and keeps_statistics(node) and not bind(node)["training"]
+
+
+def _is_move(node: fx.Node) -> bool:
+    move = move_of(node) if node.op == "call_function" else None
+    return move is not None and not move.pools and not move.pads
+
+
+def _chain(weight: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
+    """Return the parameter behind a weight and the ops between; None where these do more than move elements."""
+    moves: list[fx.Node] = []
+    while weight.op != "get_attr":
+        if not _is_move(weight) or len(weight.all_input_nodes) != 1:
+            return None
+        moves.insert(0, weight)
+        (weight,) = weight.all_input_nodes
+    return weight, tuple(moves)
+
+
+def _run_moves(tensor: Tensor, moves: Sequence[fx.Node]) -> Tensor:
+    for node in moves:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _, moved=tensor: moved)  # type: ignore[misc]
+        tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+    return tensor

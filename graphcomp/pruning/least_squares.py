@@ -1,0 +1,99 @@
+"""The regression of one layer: rows of what it reads, and what is to be added to its result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graphcomp.ir.run_nodes import Lockstep
+from graphcomp.numerics.regression import Moments
+from graphcomp.ops.design import Design, Patches, design_of
+from graphcomp.pruning.consumers import Consumer, operands
+
+ROWS, ROWS_PER_FEATURE = 30_000, 10
+"""A layer is solved on at most so many rows, or so many for each feature where that is more."""
+CHUNK = 1 << 23
+"""Elements of rows that are multiplied at a time: 64 MiB in float64."""
+HELD_OUT = 5
+"""One sample of so many is held out to choose the ridge on."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Moments of the rows that a layer is solved on, of those that the ridge is chosen on, and Σ t²."""
+
+    fit: Moments
+    held: Moments
+    norm: float
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(self.fit + other.fit, self.held + other.held, self.norm + other.norm)
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """The regression of one layer.
+
+    Attributes:
+        design: the layer as products with matrices.
+        features: unknowns of each output, the intercept included.
+        intercept: whether there is one.
+    """
+
+    design: Design
+    features: int
+    intercept: bool
+
+    @classmethod
+    def of(cls, consumer: Consumer, values: Lockstep) -> Problem | str:
+        """Return the problem of a layer, or why there is none."""
+        found = operands(consumer.node)
+        x, weight = values.of(found[consumer.data])[0], values.of(found[consumer.weight])[0]
+        if not x.is_floating_point() or not weight.is_floating_point():
+            return f"it computes in {weight.dtype}"
+        shapes = {consumer.data: x.shape, consumer.weight: weight.shape}
+        design = design_of(consumer.node, consumer.data, consumer.weight, shapes)
+        if design is None:
+            return f"{consumer.node.target} with this weight is no product with a matrix"
+        return cls(design, design.matrices(weight).shape[1] + bool(consumer.bias), bool(consumer.bias))
+
+    @classmethod
+    def points(cls, x: Tensor) -> Problem:
+        """Return the problem of mapping channels at each position, with an intercept."""
+        ones = (1,) * (x.dim() - 2)
+        return cls(
+            Patches((1, x.shape[1], *ones), 1, ones, ones, ((0, 0),) * len(ones), ones, False), x.shape[1] + 1, True
+        )
+
+    def sums(self, inputs: Sequence[Tensor], rest: Sequence[Tensor], wanted: Sequence[Tensor]) -> Sums:
+        """Return the sums over a random share of the rows, the same in each run."""
+        counts = [self.design.count(x) for x in inputs]
+        share = max(ROWS, ROWS_PER_FEATURE * self.features) / max(*counts, sum(counts), 1)
+        generator = torch.Generator().manual_seed(0)
+        few = sum(len(x) for x in inputs) < HELD_OUT
+        samples = 0
+        parts: list[Sums] = []
+        for x, r, t, count in zip(inputs, rest, wanted, counts, strict=True):
+            chosen = torch.randperm(count, generator=generator)[: math.ceil(count * min(share, 1.0))].sort().values
+            sample = chosen if few else self.design.samples(x, chosen) + samples
+            held = sample % HELD_OUT == HELD_OUT - 1
+            samples += len(x)
+            fit, other = (self._moments(x, r, chosen[own]) for own in (~held, held))
+            norm = float(self.design.results(t, chosen).double().square().sum())
+            parts.append(Sums(fit, other, norm))
+        return sum(parts[1:], parts[0])
+
+    def _moments(self, x: Tensor, rest: Tensor, chosen: Tensor) -> Moments:
+        total = None
+        for some in torch.split(chosen, max(1, CHUNK // self.features)):
+            rows = self.design.rows(x, some).double()
+            if self.intercept:
+                rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
+            found = Moments.of(rows, self.design.results(rest, some))
+            total = found if total is None else total + found
+        assert total is not None, "split gives one part at least"
+        return total

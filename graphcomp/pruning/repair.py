@@ -1,0 +1,410 @@
+"""Least-squares repair of a cut: each layer that reads what the cut changed gets the weights that restore its output.
+
+    T = T0 + (Σ x̃ x̃ᵀ + λ · mean diag · I)⁻¹ (Σ x̃ tᵀ − Σ x̃ x̃ᵀ T0)
+
+x̃ is what the layer reads in the small model, t the output that the layer had in the model before, T0 the slice of the
+old weights. Layers are solved in order of execution, in lock step over both graphs: a layer is solved the moment it is
+reached, and runs with its new weights. Where its result is added to a stream, t makes up for what the stream has lost.
+
+Sources: optimal brain surgeon's layer-wise form and its sequential use after structural cuts, as in GRAIL, CORP, Olica
+and SlimLLM (2025), each for one architecture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphcomp.coupling.analysis import Analysis
+from graphcomp.coupling.axis import kept_indices
+from graphcomp.coupling.groups import Kept
+from graphcomp.errors import CalibrationError, first_line
+from graphcomp.ir.graph import all_tensors, assign, bind, clone, fetch, source_line
+from graphcomp.ir.run_nodes import Lockstep
+from graphcomp.numerics.regression import choose_ridge, solve
+from graphcomp.ops.design import Patches
+from graphcomp.pruning.consumers import Consumer, Consumers, is_evaluated_norm, operands
+from graphcomp.pruning.least_squares import Problem, Sums
+from graphcomp.pruning.slice import by_factor, kept_of_tensors, select
+
+aten = torch.ops.aten
+
+FEWEST_ROWS = 32
+"""Rows below which a layer keeps the sliced weights."""
+MOST_TAPS = 3000
+"""Features of a convolution above which its channels are mapped, not its patches."""
+MOST_FEATURES = 8192
+"""Features above which the matrix of a layer, 512 MiB in float64, is not built."""
+SMALL_SLOPE = 1e-3
+"""A batch norm's factor below this share of the mean one lets nothing through that a layer could make up for."""
+
+
+@dataclass(frozen=True)
+class LayerRepair:
+    """What the repair of one layer did, on the calibration rows.
+
+    Attributes:
+        before: relative error of the layer's output with the sliced weights, ||y - t|| / ||t||.
+        after: that with the repaired weights; never larger.
+        ridge: λ, chosen on held-out rows; infinite where the sliced weights stay.
+        rows: rows that the layer was solved on.
+    """
+
+    before: float
+    after: float
+    ridge: float
+    rows: int
+
+
+@dataclass(frozen=True, eq=False)
+class Repaired:
+    """A repaired cut.
+
+    Attributes:
+        plan: of the model before the cut, with the repaired values in place: its slice is the repaired model.
+        layers: layer -> what was done.
+        left: layer -> why it keeps the sliced weights.
+        reestimated: batch norms behind such layers, whose statistics are those of the calibration data.
+    """
+
+    plan: Analysis
+    layers: Mapping[str, LayerRepair]
+    left: Mapping[str, str]
+    reestimated: tuple[str, ...] = ()
+
+
+@torch.no_grad()
+def repair_cut(plan: Analysis, kept: Kept, small: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> Repaired:
+    """Repair a cut on unlabelled calibration data.
+
+    Args:
+        plan: of the model before.
+        kept: the units that stay.
+        small: the sliced graph; not changed.
+        batches: flat inputs, in the order of the placeholders.
+
+    Raises:
+        CalibrationError: no batch, one that the model does not run on, or values that are not finite.
+    """
+    if not by_factor(kept):
+        return Repaired(plan, {}, {})
+    if not batches:
+        raise CalibrationError("there is no batch to repair on", fix="calibration=[batch, …]")
+    repair = _Repair(plan, kept, small, batches)
+    while repair.walk():  # a weight that several layers share is solved once all are seen, and then they run again
+        pass
+    new = {name: fetch(repair.work, name) for name in repair.changed}
+    return Repaired(plan.bind(_scattered(plan, kept, new)), repair.layers, repair.left, tuple(repair.reestimated))
+
+
+def _scattered(plan: Analysis, kept: Kept, small: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of the model before, with the values of the small ones at the indices that stay."""
+    cuts = kept_of_tensors(plan.coupling, kept)
+    old = dict(all_tensors(plan.captured.module))
+    found: dict[str, Tensor] = {}
+    for name, values in small.items():
+        whole = old[name].detach().clone()
+        dims = cuts.get(name, {})
+        index = [dims.get(d, torch.arange(n)).to(whole.device) for d, n in enumerate(whole.shape)]
+        whole[torch.meshgrid(*index, indexing="ij")] = values.detach().to(whole.dtype)
+        found[name] = _like(whole, old[name])
+    return found
+
+
+def _like(tensor: Tensor, old: Tensor) -> Tensor:
+    """Return `tensor` as a parameter where `old` is one."""
+    return nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+
+
+class _Repair:
+    """One repair of one cut, on graphs of its own."""
+
+    def __init__(self, plan: Analysis, kept: Kept, small: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> None:
+        self.plan, self.kept, self.batches, self.small = plan, kept, batches, small
+        self.units = by_factor(kept)
+        self.whole = plan.captured.module
+        self.work, _ = clone(small)  # shares the tensors of `small`; those of a solution take the place of its own
+        self.twins = {node.name: node for node in self.whole.graph.nodes}
+        sources = plan.coupling.sources
+        constant = {n: sources[t] for n in self.work.graph.nodes if (t := self.twins.get(n.name)) in sources}
+        self.consumers = Consumers(self.work, constant)
+        self.place = {node: k for k, node in enumerate(self.work.graph.nodes)}
+        self.changed: dict[str, None] = {}
+        self.layers: dict[str, LayerRepair] = {}
+        self.left: dict[str, str] = {}
+        self.reestimated: dict[str, None] = {}
+        self.solved: set[Consumer] = set()
+        self.sums: dict[Consumer, Sums] = {}
+
+    # -------------------------------------------------------------------------------------------- walking
+    def walk(self) -> bool:
+        """Solve layers in order of execution; True where a shared weight was solved: the graph runs again with it."""
+        self.sums.clear()
+        self.exact, self.rough = Lockstep(self.whole, self.batches), Lockstep(self.work, self.batches)
+        unsolved: set[fx.Node] = set()
+        for node in self.work.graph.nodes:
+            twin = self.twins.get(node.name)
+            if twin is None:  # a length that slicing computes
+                self.rough.step(node)
+                self.rough.drop(node)
+                continue
+            self._step(self.exact, twin)
+            consumer = self.consumers.at.get(node)
+            if consumer is not None and consumer not in self.solved:
+                why = self._reach(consumer, twin)
+                if why == AGAIN:
+                    return True
+                if why:
+                    self.left[consumer.name] = why
+                    unsolved.add(node)
+            elif node in self.consumers.left and self._reads_other(node, twin):
+                self.left[self.consumers.name(node)] = self.consumers.left[node]
+                unsolved.add(node)
+            elif is_evaluated_norm(node) and node.all_input_nodes[0] in unsolved:
+                self._reestimate(node)
+            self._step(self.rough, node)
+            self.exact.drop(twin)
+            self.rough.drop(node)
+        return False
+
+    def _step(self, values: Lockstep, node: fx.Node) -> None:
+        try:
+            values.step(node)
+        except Exception as error:  # whatever the ops raise on inputs of another shape
+            raise CalibrationError(
+                "the model does not run on the calibration data",
+                at=f"{node.name} {source_line(node)}".rstrip(),
+                why=first_line(error)[:300],
+                fix="give batches in the form of the example inputs",
+            ) from error
+
+    def _reads_other(self, node: fx.Node, twin: fx.Node) -> bool:
+        """Return whether the cut changed what an op reads."""
+        pairs = zip(node.all_input_nodes, twin.all_input_nodes, strict=False)
+        return any(n not in self.consumers.sources and self._differ(n, t) for n, t in pairs)
+
+    def _differ(self, node: fx.Node, twin: fx.Node) -> bool:
+        found = zip(self.rough.of(node), self.exact.of(twin), strict=True)
+        return any(not isinstance(x, Tensor) or x.shape != y.shape or not torch.equal(x, y) for x, y in found)
+
+    # -------------------------------------------------------------------------------------------- solving
+    def _reach(self, consumer: Consumer, twin: fx.Node) -> str:
+        """Solve a layer, or the weight that several share once the last is reached; AGAIN then. Return why not."""
+        together = self.consumers.together[consumer]
+        other = self._differ(operands(consumer.node)[consumer.data], operands(twin)[consumer.data])
+        if len(together) == 1 and not other:
+            return ""
+        self._start_over(consumer)
+        problem = Problem.of(consumer, self.rough)
+        if isinstance(problem, str):
+            return problem
+        inputs = self.rough.of(operands(consumer.node)[consumer.data])
+        if problem.features > MOST_TAPS and isinstance(problem.design, Patches) and max(problem.design.kernel) > 1:
+            return self._map_channels(consumer, twin, problem)
+        if problem.features > MOST_FEATURES:
+            return f"it has {problem.features} features, more than {MOST_FEATURES}"
+        wanted = self._wanted(consumer.node, twin)
+        self._step(self.rough, consumer.node)
+        rest = [t.double() - y.double() for t, y in zip(wanted, self.rough.of(consumer.node), strict=True)]
+        sums = problem.sums(inputs, rest, wanted)
+        if not (sums.fit + sums.held).finite:
+            raise CalibrationError("the data, or what the model computes of them, are not finite", at=consumer.name)
+        first = together[0]
+        self.sums[first] = self.sums[first] + sums if first in self.sums else sums
+        if consumer is not together[-1]:
+            return ""
+        if not self._solve(consumer, problem, self.sums[first]) or len(together) == 1:
+            self.solved |= {*together} if len(together) > 1 else set()
+            return ""
+        self.solved = {c for c in self.solved if self.place[c.node] < self.place[first.node]} | {*together}
+        return AGAIN
+
+    def _solve(self, consumer: Consumer, problem: Problem, sums: Sums) -> bool:
+        """Give a layer the solution; False where it keeps the sliced weights."""
+        total = sums.fit + sums.held
+        ridge = choose_ridge(sums.fit, sums.held, problem.intercept) if total.rows >= FEWEST_ROWS else math.inf
+        change = solve(total, ridge, problem.intercept)
+        if change is None:
+            ridge, change = math.inf, torch.zeros_like(total.xt)
+        errors = (total.tt, total.tt if math.isinf(ridge) else min(total.error(change), total.tt))
+        before, after = (math.sqrt(error / sums.norm) if sums.norm else 0.0 for error in errors)
+        self.layers[consumer.name] = LayerRepair(before, after, ridge, total.rows)
+        if math.isinf(ridge):
+            return False
+        self._give(consumer, problem, change)
+        return True
+
+    def _give(self, consumer: Consumer, problem: Problem, change: Tensor) -> None:
+        """Add a change to the weight of a layer, and to the tensor that takes its intercept."""
+        added = problem.design.weight(change[:, :-1] if problem.intercept else change)
+        self._add(consumer.tensor, added, consumer.index)
+        if problem.intercept:
+            self._add(consumer.bias, change[:, -1] * consumer.sign)
+        self._refresh(consumer)
+
+    def _add(self, name: str, change: Tensor, index: Tensor | None = None) -> None:
+        old = fetch(self.work, name).detach()
+        new = old.double().flatten()
+        if index is None:
+            new += change.flatten()
+        else:
+            new[index.flatten().to(new.device)] += change.flatten()
+        self._put(name, new.view(old.shape).to(old.dtype))
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        assign(self.work, name, _like(tensor.detach(), fetch(self.small, name)))
+        self.changed[name] = None
+
+    def _refresh(self, consumer: Consumer) -> None:
+        """Bring values that were read off the layer's tensors up to date."""
+        biases = self.consumers.readers[consumer.bias] if consumer.bias else []
+        for node in (consumer.attribute, *consumer.moves, *biases):
+            self.rough.step(node)
+
+    def _map_channels(self, consumer: Consumer, twin: fx.Node, problem: Problem) -> str:
+        """Solve a convolution with too many taps by a map from the channels that it reads to those that it read before.
+
+            M = argmin Σ ||x − M x̃||², shrunk towards the plain selection;  W' = W M for each tap
+
+        Returns:
+            Why not, where the map makes the output worse, or the layer has groups.
+        """
+        design = problem.design
+        assert isinstance(design, Patches)
+        if design.groups > 1 or consumer.moves or len(self.consumers.together[consumer]) > 1:
+            return f"it has {problem.features} features, more than {MOST_TAPS}"
+        data = operands(twin)[consumer.data]
+        inputs, before_cut = self.rough.of(operands(consumer.node)[consumer.data]), self.exact.of(data)
+        wanted = self._wanted(consumer.node, twin)
+        points = Problem.points(inputs[0])
+        sums = points.sums(inputs, self._missing(data, inputs), before_cut)
+        before = self._error(consumer.node, wanted)
+        ridge = choose_ridge(sums.fit, sums.held, intercept=True)
+        change = solve(sums.fit + sums.held, ridge, intercept=True)
+        after = before
+        if change is not None and not math.isinf(ridge):
+            whole = fetch(self.whole, consumer.tensor).detach().double()
+            out = 1 if design.transposed else 0
+            cut = kept_of_tensors(self.plan.coupling, self.kept).get(consumer.tensor, {})
+            filters = select(whole, {d: index for d, index in cut.items() if d == out}).movedim(
+                1 - out, 0
+            )  # (c, o, *k)
+            self._add(consumer.tensor, torch.tensordot(change[0, :-1], filters, 1).movedim(0, 1 - out))
+            if consumer.bias:
+                self._add(consumer.bias, torch.tensordot(change[0, -1], filters, 1).flatten(1).sum(1) * consumer.sign)
+            self._refresh(consumer)
+            after = self._error(consumer.node, wanted)
+        if after >= before:
+            self._start_over(consumer)
+        self.layers[consumer.name] = LayerRepair(before, min(before, after), ridge, sums.fit.rows + sums.held.rows)
+        return ""
+
+    def _missing(self, data: fx.Node, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return each channel as it was before the cut, less what stands in its place now."""
+        (axes,) = self.plan.coupling.axes[data]
+        kept = kept_indices(axes[1], self.units)
+        rest = [x.double() for x in self.exact.of(data)]  # copies, unless they were in float64
+        result = []
+        for old, x in zip(rest, inputs, strict=True):
+            now = torch.zeros_like(old)
+            now[:, slice(None) if kept is None else kept.to(now.device)] = x.double()
+            result.append(old - now)
+        return result
+
+    def _error(self, node: fx.Node, wanted: Sequence[Tensor]) -> float:
+        """Return the relative error of a layer's output as it is now."""
+        self._step(self.rough, node)
+        pairs = list(zip(wanted, self.rough.of(node), strict=True))
+        error, norm = (
+            sum(float(v.double().square().sum()) for v in values)
+            for values in ([t - y for t, y in pairs], [t for t, _ in pairs])
+        )
+        return math.sqrt(error / norm) if norm else 0.0
+
+    def _start_over(self, consumer: Consumer) -> None:
+        """Put the sliced tensors of a layer back."""
+        self._put(consumer.tensor, fetch(self.small, consumer.tensor))
+        if consumer.bias:
+            self._put(consumer.bias, fetch(self.small, consumer.bias))
+        self._refresh(consumer)
+
+    def _reestimate(self, norm: fx.Node) -> None:
+        """Give a batch norm behind a layer that is not repaired the statistics of what the norm reads now."""
+        arguments = bind(norm)
+        names = [str(arguments[name].target) for name in ("running_mean", "running_var")]
+        if any(len(self.consumers.readers[name]) > 1 for name in names):
+            return
+        values = [x.double().movedim(1, 0).flatten(1) for x in self.rough.of(arguments["input"])]
+        found = torch.cat(values, 1)
+        for name, statistic in zip(names, (found.mean(1), found.var(1)), strict=True):
+            self._put(name, statistic.to(fetch(self.small, name).dtype))
+            for node in self.consumers.readers[name]:
+                self.rough.step(node)
+        self.reestimated[names[0].removesuffix(".running_mean")] = None
+
+    # -------------------------------------------------------------------------------------------- targets
+    def _wanted(self, node: fx.Node, twin: fx.Node) -> list[Tensor]:
+        """Return what the layer is to give, at the indices that stay.
+
+        Where the result is added to a stream, behind batch norms or alone, that is the old sum less the stream as it
+        is now.
+        """
+        wanted = [self._kept(twin, y) for y in self.exact.of(twin)]
+        found = _added_to(node, self.work)
+        other = None if found is None else found[0]
+        old = None if other is None else self.twins.get(other.name)
+        if found is None or other is None or old is None:
+            return wanted
+        if any(other not in v for v in self.rough.values) or any(old not in v for v in self.exact.values):
+            return wanted  # computed later: then that layer makes up for this one
+        slope = found[1]
+        result = []
+        for t, now, before in zip(wanted, self.rough.of(other), self.exact.of(old), strict=True):
+            lost = self._kept(old, before).double() - now.double()
+            if lost.shape != t.shape:
+                return wanted
+            if slope is not None:
+                safe = torch.where(slope.abs() > SMALL_SLOPE * slope.abs().mean(), slope, math.inf)
+                lost = lost / safe.view(1, -1, *[1] * (lost.dim() - 2))
+            result.append((t.double() + lost).to(t.dtype))
+        return result
+
+    def _kept(self, twin: fx.Node, y: Tensor) -> Tensor:
+        """Return the part of a value of the model before that the small model computes."""
+        (axes,) = self.plan.coupling.axes[twin]
+        found = {dim: kept_indices(axis, self.units) for dim, axis in enumerate(axes)}
+        dims = {dim: index for dim, index in found.items() if index is not None}
+        return select(y, dims) if dims else y
+
+
+AGAIN = "again"
+"""What reaching a layer gives where the graph must run again."""
+
+
+def _added_to(node: fx.Node, module: fx.GraphModule) -> tuple[fx.Node, Tensor | None] | None:
+    """Return the other operand of the sum that a layer's result goes into, and the factor per channel on the way.
+
+    None where the result goes elsewhere, too, or through other ops than batch norms.
+    """
+    slope: Tensor | None = None
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.target in (aten.add.Tensor, aten.add_.Tensor):
+            others = [n for n in user.all_input_nodes if n is not node]
+            return (others[0], slope) if len(others) == 1 and bind(user)["alpha"] == 1 else None
+        if is_evaluated_norm(user):
+            arguments = bind(user)
+            var = fetch(module, str(arguments["running_var"].target)).double()
+            factor = torch.rsqrt(var + arguments["eps"])
+            if arguments["weight"] is not None:
+                factor = factor * fetch(module, str(arguments["weight"].target)).double()
+            slope = factor if slope is None else slope * factor
+        elif user.target is not aten.dropout.default:
+            return None
+        node = user
+    return None
