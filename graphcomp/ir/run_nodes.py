@@ -139,6 +139,10 @@ class Lockstep:
         """What `node` computed, per batch; there until its last user has run."""
         return [run.values[node] for run in self.runs]
 
+    def has(self, node: fx.Node) -> bool:
+        """Return whether `node` was computed and is still to be read."""
+        return all(node in run.values for run in self.runs)
+
     @torch.no_grad()
     def step(self, node: fx.Node) -> None:
         """Compute `node`."""

@@ -24,8 +24,8 @@ from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.axis import kept_indices
 from graphcomp.coupling.groups import Kept
 from graphcomp.errors import CalibrationError, first_line
-from graphcomp.ir.graph import all_tensors, assign, bind, clone, fetch, source_line
-from graphcomp.ir.run_nodes import Lockstep
+from graphcomp.ir.graph import all_tensors, assign, bind, clone, fetch
+from graphcomp.ir.run_nodes import Lockstep, failed_at
 from graphcomp.numerics.regression import choose_ridge, solve
 from graphcomp.ops.design import Patches
 from graphcomp.pruning.consumers import Consumer, Consumers, is_evaluated_norm, operands
@@ -178,7 +178,7 @@ class _Repair:
         except Exception as error:  # whatever the ops raise on inputs of another shape
             raise CalibrationError(
                 "the model does not run on the calibration data",
-                at=f"{node.name} {source_line(node)}".rstrip(),
+                at=failed_at(error),
                 why=first_line(error)[:300],
                 fix="give batches in the form of the example inputs",
             ) from error
@@ -360,7 +360,7 @@ class _Repair:
         old = None if other is None else self.twins.get(other.name)
         if found is None or other is None or old is None:
             return wanted
-        if any(other not in v for v in self.rough.values) or any(old not in v for v in self.exact.values):
+        if not self.rough.has(other) or not self.exact.has(old):
             return wanted  # computed later: then that layer makes up for this one
         slope = found[1]
         result = []
