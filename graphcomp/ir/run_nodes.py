@@ -154,6 +154,11 @@ class Lockstep:
         for run in self.runs:
             run.values[node] = value
 
+    def take(self, node: fx.Node, other: Lockstep, twin: fx.Node) -> None:
+        """Give `node` the values that `twin` has in another run of the same batches."""
+        for run, source in zip(self.runs, other.runs, strict=True):
+            run.values[node] = source.values[twin]
+
     def drop(self, node: fx.Node) -> None:
         """Forget what nothing reads after `node`."""
         for run in self.runs:

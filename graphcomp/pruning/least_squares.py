@@ -69,10 +69,10 @@ class Problem:
             Patches((1, x.shape[1], *ones), 1, ones, ones, ((0, 0),) * len(ones), ones, False), x.shape[1] + 1, True
         )
 
-    def sums(self, inputs: Sequence[Tensor], rest: Sequence[Tensor], wanted: Sequence[Tensor]) -> Sums:
+    def sums(self, inputs: Sequence[Tensor], rest: Sequence[Tensor], wanted: Sequence[Tensor], most: int) -> Sums:
         """Return the sums over a random share of the rows, the same in each run."""
         counts = [self.design.count(x) for x in inputs]
-        share = max(ROWS, ROWS_PER_FEATURE * self.features) / max(*counts, sum(counts), 1)
+        share = max(most, ROWS_PER_FEATURE * self.features) / max(*counts, sum(counts), 1)
         generator = torch.Generator().manual_seed(0)
         few = sum(len(x) for x in inputs) < HELD_OUT
         samples = 0

@@ -25,11 +25,12 @@ from graphcomp.coupling.axis import kept_indices
 from graphcomp.coupling.groups import Kept
 from graphcomp.errors import CalibrationError, first_line
 from graphcomp.ir.graph import all_tensors, assign, bind, clone, fetch
+from graphcomp.ir.preserve import writes
 from graphcomp.ir.run_nodes import Lockstep, failed_at
 from graphcomp.numerics.regression import choose_ridge, solve
 from graphcomp.ops.design import Patches
 from graphcomp.pruning.consumers import Consumer, Consumers, is_evaluated_norm, operands
-from graphcomp.pruning.least_squares import Problem, Sums
+from graphcomp.pruning.least_squares import ROWS, Problem, Sums
 from graphcomp.pruning.slice import by_factor, kept_of_tensors, select
 
 aten = torch.ops.aten
@@ -79,7 +80,15 @@ class Repaired:
 
 
 @torch.no_grad()
-def repair_cut(plan: Analysis, kept: Kept, small: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> Repaired:
+def repair_cut(
+    plan: Analysis,
+    kept: Kept,
+    small: fx.GraphModule,
+    batches: Sequence[Sequence[Any]],
+    *,
+    direct: bool = False,
+    rows: int = ROWS,
+) -> Repaired:
     """Repair a cut on unlabelled calibration data.
 
     Args:
@@ -87,6 +96,8 @@ def repair_cut(plan: Analysis, kept: Kept, small: fx.GraphModule, batches: Seque
         kept: the units that stay.
         small: the sliced graph; not changed.
         batches: flat inputs, in the order of the placeholders.
+        direct: solve only layers whose own weights lose inputs or outputs.
+        rows: each layer is solved on at most so many rows, or ten for each feature where that is more.
 
     Raises:
         CalibrationError: no batch, one that the model does not run on, or values that are not finite.
@@ -95,7 +106,7 @@ def repair_cut(plan: Analysis, kept: Kept, small: fx.GraphModule, batches: Seque
         return Repaired(plan, {}, {})
     if not batches:
         raise CalibrationError("there is no batch to repair on", fix="calibration=[batch, …]")
-    repair = _Repair(plan, kept, small, batches)
+    repair = _Repair(plan, kept, small, batches, direct, rows)
     while repair.walk():  # a weight that several layers share is solved once all are seen, and then they run again
         pass
     new = {name: fetch(repair.work, name) for name in repair.changed}
@@ -124,8 +135,18 @@ def _like(tensor: Tensor, old: Tensor) -> Tensor:
 class _Repair:
     """One repair of one cut, on graphs of its own."""
 
-    def __init__(self, plan: Analysis, kept: Kept, small: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> None:
-        self.plan, self.kept, self.batches, self.small = plan, kept, batches, small
+    def __init__(
+        self,
+        plan: Analysis,
+        kept: Kept,
+        small: fx.GraphModule,
+        batches: Sequence[Sequence[Any]],
+        direct: bool = False,
+        rows: int = ROWS,
+    ) -> None:
+        self.plan, self.batches, self.small, self.direct, self.rows = plan, batches, small, direct, rows
+        self.cuts = kept_of_tensors(plan.coupling, kept)
+        self.in_place = writes(small)
         self.units = by_factor(kept)
         self.whole = plan.captured.module
         self.work, _ = clone(small)  # shares the tensors of `small`; those of a solution take the place of its own
@@ -145,6 +166,7 @@ class _Repair:
     def walk(self) -> bool:
         """Solve layers in order of execution; True where a shared weight was solved: the graph runs again with it."""
         self.sums.clear()
+        self.same: set[fx.Node] = set()
         self.exact, self.rough = Lockstep(self.whole, self.batches), Lockstep(self.work, self.batches)
         unsolved: set[fx.Node] = set()
         for node in self.work.graph.nodes:
@@ -154,8 +176,14 @@ class _Repair:
                 self.rough.drop(node)
                 continue
             self._step(self.exact, twin)
+            if self._untouched(node, twin):
+                self.rough.take(node, self.exact, twin)
+                self.same.add(node)
+                self.exact.drop(twin)
+                self.rough.drop(node)
+                continue
             consumer = self.consumers.at.get(node)
-            if consumer is not None and consumer not in self.solved:
+            if consumer is not None and consumer not in self.solved and not self._passed_over(consumer):
                 why = self._reach(consumer, twin)
                 if why == AGAIN:
                     return True
@@ -171,6 +199,22 @@ class _Repair:
             self.exact.drop(twin)
             self.rough.drop(node)
         return False
+
+    def _untouched(self, node: fx.Node, twin: fx.Node) -> bool:
+        """Return whether an op computes what it computed before the cut: the value is taken over then."""
+        if self.in_place or node.op in ("placeholder", "output"):
+            return False
+        if node.op == "get_attr":
+            name = str(node.target)
+            return name not in self.changed and name not in self.cuts
+        if any(n not in self.same for n in node.all_input_nodes):
+            return False
+        found, old = (fx.map_arg((n.args, n.kwargs), lambda operand: operand.name) for n in (node, twin))
+        return node.op == "call_function" and found == old
+
+    def _passed_over(self, consumer: Consumer) -> bool:
+        """Return whether the layer keeps the sliced weights, as only layers that lose inputs are to be solved."""
+        return self.direct and consumer.tensor not in self.cuts
 
     def _step(self, values: Lockstep, node: fx.Node) -> None:
         try:
@@ -189,6 +233,8 @@ class _Repair:
         return any(n not in self.consumers.sources and self._differ(n, t) for n, t in pairs)
 
     def _differ(self, node: fx.Node, twin: fx.Node) -> bool:
+        if node in self.same:
+            return False
         found = zip(self.rough.of(node), self.exact.of(twin), strict=True)
         return any(not isinstance(x, Tensor) or x.shape != y.shape or not torch.equal(x, y) for x, y in found)
 
@@ -211,7 +257,7 @@ class _Repair:
         wanted = self._wanted(consumer.node, twin)
         self._step(self.rough, consumer.node)
         rest = [t.double() - y.double() for t, y in zip(wanted, self.rough.of(consumer.node), strict=True)]
-        sums = problem.sums(inputs, rest, wanted)
+        sums = problem.sums(inputs, rest, wanted, self.rows)
         if not (sums.fit + sums.held).finite:
             raise CalibrationError("the data, or what the model computes of them, are not finite", at=consumer.name)
         first = together[0]
@@ -282,7 +328,7 @@ class _Repair:
         inputs, before_cut = self.rough.of(operands(consumer.node)[consumer.data]), self.exact.of(data)
         wanted = self._wanted(consumer.node, twin)
         points = Problem.points(inputs[0])
-        sums = points.sums(inputs, self._missing(data, inputs), before_cut)
+        sums = points.sums(inputs, self._missing(data, inputs), before_cut, self.rows)
         before = self._error(consumer.node, wanted)
         ridge = choose_ridge(sums.fit, sums.held, intercept=True)
         change = solve(sums.fit + sums.held, ridge, intercept=True)
@@ -290,7 +336,7 @@ class _Repair:
         if change is not None and not math.isinf(ridge):
             whole = fetch(self.whole, consumer.tensor).detach().double()
             out = 1 if design.transposed else 0
-            cut = kept_of_tensors(self.plan.coupling, self.kept).get(consumer.tensor, {})
+            cut = self.cuts.get(consumer.tensor, {})
             filters = select(whole, {d: index for d, index in cut.items() if d == out}).movedim(
                 1 - out, 0
             )  # (c, o, *k)
