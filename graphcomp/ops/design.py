@@ -126,9 +126,8 @@ class Contraction:
     def weight(self, matrices: Tensor) -> Tensor:
         """See `Design`."""
         order = (*self.batch, *self.summed, *self.out)
-        return matrices.reshape([self.sizes[label] for label in order]).permute(
-            [order.index(label) for label in self.w]
-        )
+        found = matrices.reshape([self.sizes[label] for label in order])
+        return found.permute([order.index(label) for label in self.w]).reshape(self.shape)
 
     def _lengths(self, x: Tensor) -> torch.Size:
         return torch.Size(x.shape[self.x.index(label)] for label in self.row)

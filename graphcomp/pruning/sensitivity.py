@@ -1,0 +1,147 @@
+"""Sensitivity: by how much the model's outputs move where a share of one group's units goes, after the repair.
+
+Errors of layers do not compare: a layer's own output may move by much and the model's by little. So each group is cut
+alone, by a few shares, its consumers are repaired, and the error is that of the model's outputs on batches that the
+repair has not seen. Between the shares the error is taken as straight, and made convex: the first units of a group are
+never dearer than the next.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphcomp.coupling.analysis import Analysis
+from graphcomp.coupling.groups import ChannelGroup, Kept
+from graphcomp.errors import CalibrationError, PlanError
+from graphcomp.ir.module import tensor_leaves
+from graphcomp.ir.run_nodes import run_tapped
+from graphcomp.pruning.evidence import Scores
+from graphcomp.pruning.repair import repair_cut
+from graphcomp.pruning.slice import SliceGroups
+
+logger = logging.getLogger("graphcomp")
+
+SHARES = (0.125, 0.25, 0.5, 0.75)
+"""Shares of a group that are cut to see what the group is worth."""
+SAMPLES = 128
+"""Samples that the probes are repaired on at most, and as many that they are judged on."""
+ROWS = 8_000
+"""Rows that a consumer is solved on in a probe."""
+POWER = 3
+"""Growth of the error beyond the last share."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Error of the model's outputs by the number of units that one group has lost.
+
+    Attributes:
+        size: units of the group.
+        removed: numbers of units, ascending, 0 first.
+        errors: relative squared error of the outputs for each.
+    """
+
+    size: int
+    removed: tuple[int, ...]
+    errors: tuple[float, ...]
+
+    def slopes(self) -> Tensor:
+        """Return what the k-th unit costs, (size,) float64, not decreasing: the slopes of the lower convex hull."""
+        points = list(zip(self.removed, self.errors, strict=True))
+        last, error = points[-1]
+        if last < self.size:
+            points.append((self.size, error * (self.size / max(last, 1)) ** POWER))
+        hull: list[tuple[int, float]] = []
+        for point in points:
+            while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
+                hull.pop()
+            hull.append(point)
+        pieces = [torch.full((b[0] - a[0],), _slope(a, b)) for a, b in pairwise(hull)]
+        return torch.cat(pieces).double().clamp(min=0).cummax(0).values
+
+
+def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])
+
+
+@torch.no_grad()
+def probe(
+    plan: Analysis, groups: Sequence[ChannelGroup], scores: Scores, batches: Sequence[Sequence[Any]]
+) -> dict[ChannelGroup, Curve]:
+    """Return the curve of each group, its units of the lowest scores gone first.
+
+    Args:
+        plan: of the whole model, exported.
+        groups: of `plan`.
+        scores: for each group (size,).
+        batches: flat inputs, in the order of the placeholders. Every second one judges; a single one does both.
+
+    Raises:
+        CalibrationError: no batch, one that the model does not run on, or values that are not finite.
+        PlanError: the model returns no floats.
+    """
+    if not batches:
+        raise CalibrationError("there is no batch to probe groups on", fix="calibration=[batch, …]")
+    fit, held = _some(batches[::2]), _some(batches[1::2] or batches)
+    wanted = _floats(plan.captured.module, held)
+    if not wanted:
+        raise PlanError("no output is of floats, so nothing says how much a group matters", fix='ranking="global"')
+    curves: dict[ChannelGroup, Curve] = {}
+    for group in groups:
+        order = scores[group].argsort(stable=True)
+        removed = sorted({round(group.size * share) for share in SHARES} - {0, group.size})
+        errors = [_error(plan, {group: order[count:].sort().values}, fit, held, wanted) for count in removed]
+        curves[group] = Curve(group.size, (0, *removed), (0.0, *errors))
+        logger.debug("sensitivity of %s: %s", group.name, curves[group])
+    return curves
+
+
+def marginal(curves: dict[ChannelGroup, Curve], scores: Scores, cost: Callable[[ChannelGroup], float]) -> Scores:
+    """Return scores that compare between groups: what losing the unit costs the outputs, for each unit of `cost`.
+
+    Args:
+        curves: of `probe`.
+        scores: the order within each group.
+        cost: what one unit of a group saves, of what is to be saved.
+    """
+    found = {}
+    for group, curve in curves.items():
+        own = torch.empty(group.size, dtype=torch.float64)
+        own[scores[group].argsort(stable=True)] = curve.slopes() / max(cost(group), torch.finfo(own.dtype).tiny)
+        found[group] = own.clamp(max=torch.finfo(own.dtype).max)
+    return found
+
+
+def _error(plan: Analysis, kept: Kept, fit: Sequence[Any], held: Sequence[Any], wanted: Sequence[Tensor]) -> float:
+    """Return Σ ||y - t||² / Σ ||t||² of a cut whose consumers are repaired."""
+    small = SliceGroups(plan.coupling, kept)(plan.captured.module)
+    repaired = repair_cut(plan, kept, small, fit, direct=True, rows=ROWS).plan
+    small = SliceGroups(repaired.coupling, kept)(repaired.captured.module)
+    pairs = list(zip(_floats(small, held), wanted, strict=True))
+    error = sum(float((y - t).square().sum()) for y, t in pairs)
+    return error / max(sum(float(t.square().sum()) for _, t in pairs), torch.finfo(torch.float64).tiny)
+
+
+def _floats(module: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> list[Tensor]:
+    """Return the floats that a graph returns, of all batches, in float64."""
+    outputs = [tensor_leaves(run_tapped(module, batch)) for batch in batches]
+    return [t.double() for found in outputs for t in found if t.is_floating_point()]
+
+
+def _some(batches: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
+    """Return the first batches, of SAMPLES samples at most, one at least."""
+    found: list[Sequence[Any]] = []
+    count = 0
+    for batch in batches:
+        found.append(batch)
+        count += next((len(t) for t in batch if isinstance(t, Tensor) and t.dim()), 1)
+        if count >= SAMPLES:
+            break
+    return found
