@@ -19,6 +19,7 @@ from graphcomp.errors import CalibrationError, CaptureError, InputError, Nothing
 from graphcomp.flows.finalize import as_trained
 from graphcomp.flows.held import equal_counts, held_by_class
 from graphcomp.flows.one_shot import cut_groups, cut_to_integers
+from graphcomp.flows.repaired import repaired
 from graphcomp.flows.results import (
     as_integers,
     as_model,
@@ -42,6 +43,7 @@ from graphcomp.pruning.multiples import in_multiples, with_group_sizes
 from graphcomp.pruning.names import by_module_name, module_names, scope_name
 from graphcomp.pruning.prunable import find_prunable
 from graphcomp.pruning.saliency import Saliency, reads_data, score
+from graphcomp.pruning.sensitivity import sensitivities
 from graphcomp.pruning.shares import allocate_parts, parts_of
 from graphcomp.pruning.slice import as_kept, check_groups
 from graphcomp.pruning.zeros import NAME as ZEROS
@@ -117,6 +119,7 @@ def compress(
     training: Training | None = None,
     saliency: str | Saliency | None = None,
     ranking: Scope = "global",
+    repair: Literal["least_squares"] | None = "least_squares",
     ignore: Modules = (),
     keep_inputs: Modules = (),
     prune: Sequence[str] | None = None,
@@ -167,7 +170,12 @@ def compress(
         training: all options of training at once, in place of the four above.
         saliency: how units are ranked; see `graphcomp.pruning.saliency`. Default: "l2", in training "geta". Or
             "zeros": no ranking, exactly the units go that are zero already and leave the outputs as they are.
-        ranking: "global" ranks all units together, "local" removes the same share of every group.
+        ranking: "global" ranks all units together, by scores relative to those of their group; "local" removes the same
+            share of every group; "sensitivity" measures for each group how far the outputs move where a share of its
+            units goes and the layers behind are repaired: it takes a while, keeps most, and needs calibration or data.
+        repair: "least_squares": in one shot, with calibration or data, each layer that reads what the cut changed gets
+            the weights that best restore its output, without labels (see `graphcomp.pruning.repair`). None: the
+            weights that stay are as they were.
         ignore: modules that keep their output width and stay float: names, "re:" patterns, or the modules themselves.
             What they read may get narrower.
         keep_inputs: modules, named likewise, that keep their input width and their output width.
@@ -205,9 +213,9 @@ def compress(
     check_options(
         example_kwargs=example_kwargs, sparsity=sparsity, activation_bits=activation_bits, group_size=group_size,
         rounding=rounding, reduce_range=reduce_range, quantization=quantization, method=method, data=data, loss=loss,
-        folder=folder, training=training, saliency=saliency, ranking=ranking, prune=prune, round_to=round_to,
-        budget=budget, prefer_native=prefer_native, outputs=outputs, verify=verify, measure_latency=measure_latency,
-        progress=progress, seed=seed,
+        folder=folder, training=training, saliency=saliency, ranking=ranking, repair=repair, prune=prune,
+        round_to=round_to, budget=budget, prefer_native=prefer_native, outputs=outputs, verify=verify,
+        measure_latency=measure_latency, progress=progress, seed=seed,
     )  # fmt: skip
     scope = _scope(model, scope)
     part = _submodule(model, scope)
@@ -310,10 +318,20 @@ def compress(
         )
     if quantization is not None:
         _check_alone(bits, activation_bits, group_size, rounding, reduce_range)
+    if (
+        calibration is not None
+        and bits is None
+        and quantization is None
+        and repair is None
+        and ranking != "sensitivity"
+    ):
+        raise PlanError(
+            "calibration with repair=None, and no bits are given",
+            why="nothing reads it",
+            fix='repair="least_squares", bits=8, or no calibration',
+        )
     sparsity, saliency = 0.5 if sparsity is None else sparsity, saliency or "l2"
-    quantization = quantization or post_training(
-        bits, activation_bits, group_size, rounding, ignore, reduce_range, calibration is not None
-    )
+    quantization = quantization or post_training(bits, activation_bits, group_size, rounding, ignore, reduce_range)
     quantization = quantization and _with_names(quantization, part)
     notes = list(check_taken(title, ONE_SHOT - ({"prefer_native"} if quantization is not None else set()), given))
     with show_progress(4, progress) as bar:
@@ -327,6 +345,11 @@ def compress(
             analysis = replace(analysis, groups=with_group_sizes(analysis.groups, sizes))
         groups: tuple[ChannelGroup, ...] = ()
         kept: Kept = {}
+        shown = calibration
+        if calibration is None and data is not None and (repair is not None or ranking == "sensitivity"):
+            shown, data = first_batches(data, seed)
+        rows = _calibration(model, analysis, example_inputs, example_kwargs, shown)
+        mends = repair is not None and rows is not None and not zeros
         if sparsity or budget is not None or quantization is None:
             prunable = find_prunable(analysis, ignore, keep_inputs, prune)
             parts_to_cut = parts_of(analysis.model, prunable.groups, sparsity)
@@ -334,9 +357,11 @@ def compress(
             notes += prunable.notes
             _check_weights(analysis.model, saliency)
             bar.step(f"scoring {sum(group.size for group in groups)} units")
-            notes += _unused(data, loss, saliency)
+            notes += _unused(None if shown is not None else data, loss, saliency)
             scores = {} if zeros else score(saliency, analysis, groups, data=data, loss=loss, seed=seed)
             bar.step("choosing")
+            if ranking == "sensitivity":
+                scores = sensitivities(analysis, groups, scores, _needed(rows), budget, layer_bits)
             if zeros:
                 kept, found_notes = without_zeros(analysis, groups, round_to)
                 notes += found_notes
@@ -357,14 +382,19 @@ def compress(
                 bar.step("cutting and verifying")
                 cut, choose = cut_groups(analysis, kept, groups, verify=verify), None
                 if prefer_native and kept and not zeros:
-                    choose = equal_counts(analysis, kept, scores, budget, ranking == "local", round_to)
+                    choose = equal_counts(analysis, kept, scores, budget, ranking, round_to)
                 cut, held = held_by_class(cut, choose)
+                if mends:
+                    cut, held = held_by_class(repaired(cut, rows or [], verify=verify))
                 small = as_model(cut.noted(*notes), held, measure_latency=measure_latency)
             else:
                 bar.step("cutting, calibrating, lowering and verifying")
-                found = _calibration(model, analysis, example_inputs, example_kwargs, calibration)
-                batches, said = calibrating(analysis.captured, quantization, found)
-                cut, integers = cut_to_integers(analysis, kept, groups, quantization, batches, verify=verify)
+                before = cut_groups(analysis, kept, groups, verify=verify) if mends and kept else None
+                before = before and repaired(before, rows or [], verify=False)
+                batches, said = calibrating(analysis.captured, quantization, None if calibration is None else rows)
+                plan = analysis if before is None else before.plan
+                cut, integers = cut_to_integers(plan, kept, groups, quantization, batches, verify=verify)
+                cut = cut if before is None else cut.after(before)
                 said = (*said, *integers.notes_since(cut.program))
                 small = as_integers(cut.noted(*notes), integers, said, measure_latency=measure_latency)
     if not scope:
@@ -376,6 +406,21 @@ def compress(
 def _read_outside(analysis: Analysis) -> tuple[str, ...]:
     """Return the modules of a scope whose tensors the rest of the model reads, too: they stay float."""
     return tuple({name.rpartition(".")[0]: None for name in analysis.captured.outside.reads if "." in name})
+
+
+def _needed(rows: list[list[Any]] | None) -> list[list[Any]]:
+    """Return the batches that groups are probed on.
+
+    Raises:
+        PlanError: there is none.
+    """
+    if rows is None:
+        raise PlanError(
+            'ranking="sensitivity" needs calibration or data, got neither',
+            why="the outputs are compared on batches",
+            fix='calibration=[batch, …]; or ranking="global"',
+        )
+    return rows
 
 
 def _unused(data: Any, loss: Any, saliency: str | Saliency) -> list[str]:

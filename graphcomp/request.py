@@ -71,6 +71,12 @@ def check_share(name: str, value: Any) -> None:
         )
 
 
+def _repair(name: str, value: Any) -> None:
+    """Raise PlanError where the value is no way to repair a cut."""
+    if value is not None:
+        check_word(name, value, ("least_squares",))
+
+
 def _seed(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
         raise PlanError(f"{name}={shown(value)} is not a whole number of 64 bits", fix="seed=0")
@@ -127,6 +133,7 @@ CHECKS: dict[str, Check] = {
     "training": _an(Training, "training=graphcomp.Training(steps=1000, …)"),
     "saliency": _saliency,
     "ranking": partial(check_word, words=get_args(Scope)),
+    "repair": _repair,
     "prune": lambda _, value: check_roles(value),
     "round_to": check_whole,
     "budget": _an(Budget, "budget=graphcomp.Budget(macs=0.5)"),

@@ -13,7 +13,7 @@ from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.flows.one_shot import cut_groups
 from graphcomp.flows.results import Cut
 from graphcomp.native.model import NativeResult, native
-from graphcomp.pruning.allocation import Budget, Meter, normalized
+from graphcomp.pruning.allocation import Budget, Meter, Scope, normalized
 from graphcomp.pruning.evidence import Scores
 from graphcomp.pruning.ties import Left, Tie, equalized, merged
 from graphcomp.system.threads import one_at_a_time
@@ -42,7 +42,7 @@ def held_by_class(cut: Cut, choose: Choose | None = None) -> tuple[Cut, NativeRe
 
 
 def equal_counts(
-    plan: Analysis, kept: Kept, scores: Scores, budget: Budget | None, local: bool, round_to: int
+    plan: Analysis, kept: Kept, scores: Scores, budget: Budget | None, ranking: Scope, round_to: int
 ) -> Choose:
     """Return a function from ties to a choice like `kept`, with equal counts within each tie."""
     groups = list(kept)
@@ -52,7 +52,8 @@ def equal_counts(
         assert meter is not None
         return meter.holds([left[group] for group in groups])
 
-    comparable = normalized(scores, "mean")
+    comparable = normalized(scores, "none" if ranking == "sensitivity" else "mean")
+    local = ranking == "local"
     return partial(equalized, kept, comparable, step=round_to, local=local, holds=None if meter is None else holds)
 
 

@@ -6,7 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,7 @@ from graphcomp.ir.module import tensor_leaves
 from graphcomp.ir.passes import applied
 from graphcomp.ir.program import Program
 from graphcomp.native.model import NativeResult
+from graphcomp.pruning.repair import LayerRepair
 from graphcomp.pruning.slice import by_factor, kept_of_model, kept_of_tensors
 from graphcomp.quantization import ops
 from graphcomp.quantization.integer_bytes import StoredBytes
@@ -57,6 +58,7 @@ class Cut:
         groups: whose units were up for pruning.
         program: sliced; of a recorded model, whose graph cannot be run, what was captured.
         notes: what was asked and not done, or done otherwise; how laws were checked.
+        repaired: layer -> what the repair did to it; empty where nothing was repaired.
     """
 
     plan: Analysis
@@ -64,6 +66,11 @@ class Cut:
     groups: Sequence[ChannelGroup]
     program: Program
     notes: tuple[str, ...] = ()
+    repaired: Mapping[str, LayerRepair] = field(default_factory=dict)
+
+    def after(self, repair: Cut) -> Cut:
+        """Return this cut, of the plan that a repair made, with what the repair said."""
+        return replace(self, notes=tuple(dict.fromkeys((*repair.notes, *self.notes))), repaired=repair.repaired)
 
     @property
     def graph(self) -> fx.GraphModule | None:
@@ -153,7 +160,6 @@ def post_training(
     rounding: Rounding,
     ignore: str | Sequence[str],
     reduce_range: bool = False,
-    calibrated: bool = False,
     observer: Observer = "minmax",
 ) -> PostTraining | None:
     """The options that `compress` was given one by one; None where nothing is to be quantized.
@@ -165,9 +171,9 @@ def post_training(
     """
     if not isinstance(bits, int) or isinstance(bits, bool):
         others = activation_bits not in ("same", None) or group_size or rounding != "nearest" or reduce_range
-        if bits is None and (others or calibrated):
+        if bits is None and others:
             raise PlanError(
-                "activation_bits, group_size, rounding, reduce_range and calibration need bits", fix="bits=8"
+                "activation_bits, group_size, rounding and reduce_range need bits, got bits=None", fix="bits=8"
             )
         if bits is not None:
             check_bits(bits)
@@ -320,12 +326,12 @@ def _left_float(left: Mapping[str, str]) -> list[str]:
     for layer, reason in left.items():
         by_reason.setdefault(reason, []).append(f"'{layer}'")
     return [
-        f"{_listed(layers)} {'stays' if len(layers) == 1 else 'stay'} float: {reason}"
+        f"{listed(layers)} {'stays' if len(layers) == 1 else 'stay'} float: {reason}"
         for reason, layers in by_reason.items()
     ]
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """Return the names, those beyond SHOWN as their number."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
@@ -433,6 +439,7 @@ def _report(cut: Cut, notes: Sequence[str], quantized: Sequence[LoweredLayer] = 
         groups=tuple(group_dict(group, kept) for group in plan.groups),
         frozen=plan.frozen,
         unknown_ops=tuple(u.op for u in plan.unknown_ops),
+        repairs={name: Change(layer.before, layer.after) for name, layer in cut.repaired.items()},
         verified=cut.program.verified,
         unchecked=cut.program.unchecked,
         notes=(*plan.captured.notes, *_uncounted_notes(costs), *notes, *cut.notes, *plan.captured.path.notes()),

@@ -25,7 +25,7 @@ from graphcomp.errors import BudgetError, NotBuiltError, NothingToPrune, PlanErr
 from graphcomp.pruning.evidence import Scores
 from graphcomp.pruning.slice import check_group_list, check_kept
 
-Scope: TypeAlias = Literal["global", "local"]
+Scope: TypeAlias = Literal["global", "local", "sensitivity"]
 Normalize: TypeAlias = Literal["mean", "max", "l2", "none"]
 
 NORMALIZE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -57,7 +57,8 @@ def allocate(
         scores: (size,) per group, finite.
         sparsity: fraction of all units to remove, 0 <= sparsity < 1.
         scope: "global" ranks the units of all groups together; "local" removes the same share of every group, to the
-            nearest unit (divisor method of Webster, which makes the total exact), lowest scores first.
+            nearest unit (divisor method of Webster, which makes the total exact), lowest scores first. "sensitivity":
+            as "global", of scores that compare as they are (see `graphcomp.pruning.sensitivity`).
         normalize: divide each group's scores by their mean, maximum or L2 norm before they are compared.
         round_to: the number kept of each group is a multiple of it, or the whole group.
         min_units: kept of each group, at least (smaller groups stay whole).
@@ -212,6 +213,8 @@ def rank(
 ) -> Ranking:
     """Rank the units of all groups; the arguments are those of `allocate`."""
     _check_options(scope, normalize, round_to, min_units, max_group_sparsity)
+    if scope == "sensitivity":
+        normalize = "none"
     check_mapping("scores", scores, "score(saliency, analysis, groups)")
     check_kept({} if already is None else already)
     orders, sizes, keys = [], [], []
@@ -544,6 +547,12 @@ class Meter:
         """By which fraction of its limit the cost is above it, for the limit that is missed most."""
         counts = self._counts(left)
         return max(self.measures[name](counts) / limit - 1 for name, limit in self.limits.items())
+
+    def saved_by_a_unit(self, group: ChannelGroup) -> float:
+        """Return which share of the limited costs one unit of a group saves, on average over half of the group."""
+        count = max(1, group.size // 2)
+        less = {group.factor: group.size - count}
+        return sum((self.measures[n]({}) - self.measures[n](less)) / self.measures[n]({}) for n in self.limits) / count
 
     def exceeded(self, left: Sequence[int]) -> BudgetError:
         """The error that says what the smallest network costs."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,6 +76,7 @@ class Consumers:
     Args:
         module: the graph.
         sources: value -> parameters that it is made of, of values that depend on nothing else.
+        held: names of tensors that must stay as they are, as the rest of a larger model reads them.
 
     Attributes:
         at: op -> consumer.
@@ -83,11 +84,16 @@ class Consumers:
         together: consumer -> all that read the same elements of one parameter, in the order of the graph.
     """
 
-    def __init__(self, module: fx.GraphModule, sources: Mapping[fx.Node, frozenset[str]]) -> None:
-        self.module, self.sources = module, sources
-        self.readers: dict[str, list[fx.Node]] = {}
+    def __init__(
+        self, module: fx.GraphModule, sources: Mapping[fx.Node, frozenset[str]], held: Collection[str] = ()
+    ) -> None:
+        self.module, self.sources, self.held = module, sources, held
+        of_tensor: dict[int, list[fx.Node]] = {}
+        self.readers: dict[str, list[fx.Node]] = {}  # a tensor under two names has the readers of both
         for node in module.graph.find_nodes(op="get_attr"):
-            self.readers.setdefault(str(node.target), []).append(node)
+            same = of_tensor.setdefault(id(fetch(module, str(node.target))), [])
+            same.append(node)
+            self.readers[str(node.target)] = same
         self.at: dict[fx.Node, Consumer] = {}
         self.left: dict[fx.Node, str] = {}
         self.together: dict[Consumer, tuple[Consumer, ...]] = {}
@@ -121,17 +127,19 @@ class Consumers:
         if (chain := _chain(found[weight])) is None:
             return "its weight is computed of a parameter"
         attribute, moves = chain
+        if str(attribute.target) in self.held:
+            return "the rest of the model reads its weight"
         shape = fetch(self.module, str(attribute.target)).shape
         index = _run_moves(torch.arange(shape.numel()).reshape(shape), moves)
         return Consumer(node, self.name(node), data, weight, attribute, moves, index, *self._intercept(node))
 
     def _tie(self) -> None:
         """Find consumers that read the same elements, and leave those whose parameter is read in another way, too."""
-        of_tensor: dict[str, list[Consumer]] = {}
-        for consumer in self.at.values():
-            of_tensor.setdefault(consumer.tensor, []).append(consumer)
-        for tensor, found in of_tensor.items():
-            others = [node for node in self._readers_of(tensor) if node not in self.at]
+        of_tensor: dict[int, list[Consumer]] = {}
+        for consumer in list(self.at.values()):
+            of_tensor.setdefault(id(fetch(self.module, consumer.tensor)), []).append(consumer)
+        for found in of_tensor.values():
+            others = [node for node in self._readers_of(found[0].tensor) if node not in self.at]
             for consumer in found:
                 same = tuple(
                     c
@@ -173,7 +181,12 @@ class Consumers:
 
     def _alone(self, attribute: fx.Node) -> bool:
         """Return whether a tensor is read in one place."""
-        return attribute.op == "get_attr" and len(self.readers[str(attribute.target)]) == len(attribute.users) == 1
+        name = str(attribute.target)
+        return (
+            attribute.op == "get_attr"
+            and len(self.readers[name]) == len(attribute.users) == 1
+            and name not in self.held
+        )
 
 
 def is_evaluated_norm(node: fx.Node) -> bool:

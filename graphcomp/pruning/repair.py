@@ -24,7 +24,7 @@ from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.axis import kept_indices
 from graphcomp.coupling.groups import Kept
 from graphcomp.errors import CalibrationError, first_line
-from graphcomp.ir.graph import all_tensors, assign, bind, clone, fetch
+from graphcomp.ir.graph import all_tensors, assign, bind, clone, example_size, fetch, tensor_values
 from graphcomp.ir.preserve import writes
 from graphcomp.ir.run_nodes import Lockstep, failed_at
 from graphcomp.numerics.regression import choose_ridge, solve
@@ -35,6 +35,8 @@ from graphcomp.pruning.slice import by_factor, kept_of_tensors, select
 
 aten = torch.ops.aten
 
+LIVE = 3 << 30
+"""Bytes of values that both runs may hold at a time."""
 FEWEST_ROWS = 32
 """Rows below which a layer keeps the sliced weights."""
 MOST_TAPS = 3000
@@ -71,12 +73,48 @@ class Repaired:
         layers: layer -> what was done.
         left: layer -> why it keeps the sliced weights.
         reestimated: batch norms behind such layers, whose statistics are those of the calibration data.
+        batches: how many of the batches, the first ones, were used: as many as memory is for.
     """
 
     plan: Analysis
     layers: Mapping[str, LayerRepair]
     left: Mapping[str, str]
     reestimated: tuple[str, ...] = ()
+    batches: int = 0
+
+
+def value_bytes(node: fx.Node) -> int:
+    """Return the bytes of what a node computes, at the example sizes."""
+    return sum(math.prod(map(example_size, t.shape)) * t.element_size() for t in tensor_values(node))
+
+
+def within_memory(
+    module: fx.GraphModule, batches: Sequence[Sequence[Any]], most: int = LIVE
+) -> Sequence[Sequence[Any]]:
+    """Return the first batches whose values, of two runs side by side, take `most` bytes at a time; one at least.
+
+    Args:
+        module: the graph, each node with an example of the value; values grow as the first input does.
+        batches: flat inputs.
+    """
+    last = {operand: node for node in module.graph.nodes for operand in node.all_input_nodes}
+    ends: dict[fx.Node, list[fx.Node]] = {}
+    for operand, node in last.items():
+        ends.setdefault(node, []).append(operand)
+    live = peak = 0
+    for node in module.graph.nodes:
+        live += 0 if node.op == "get_attr" else value_bytes(node)
+        peak = max(peak, live)
+        live -= sum(value_bytes(operand) for operand in ends.get(node, ()) if operand.op != "get_attr")
+    example = sum(value_bytes(node) for node in module.graph.find_nodes(op="placeholder"))
+    given = [sum(t.numel() * t.element_size() for t in batch if isinstance(t, Tensor)) for batch in batches]
+    count, used = 0, 0.0
+    for size in given:
+        used += 2 * peak * size / max(example, 1)
+        if count and used > most:
+            break
+        count += 1
+    return batches[:count]
 
 
 @torch.no_grad()
@@ -106,11 +144,14 @@ def repair_cut(
         return Repaired(plan, {}, {})
     if not batches:
         raise CalibrationError("there is no batch to repair on", fix="calibration=[batch, …]")
-    repair = _Repair(plan, kept, small, batches, direct, rows)
+    used = within_memory(plan.captured.module, batches)
+    repair = _Repair(plan, kept, small, used, direct, rows)
     while repair.walk():  # a weight that several layers share is solved once all are seen, and then they run again
         pass
     new = {name: fetch(repair.work, name) for name in repair.changed}
-    return Repaired(plan.bind(_scattered(plan, kept, new)), repair.layers, repair.left, tuple(repair.reestimated))
+    return Repaired(
+        plan.bind(_scattered(plan, kept, new)), repair.layers, repair.left, tuple(repair.reestimated), len(used)
+    )
 
 
 def _scattered(plan: Analysis, kept: Kept, small: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -118,12 +159,15 @@ def _scattered(plan: Analysis, kept: Kept, small: Mapping[str, Tensor]) -> dict[
     cuts = kept_of_tensors(plan.coupling, kept)
     old = dict(all_tensors(plan.captured.module))
     found: dict[str, Tensor] = {}
+    same: dict[int, list[str]] = {}
+    for name, tensor in old.items():
+        same.setdefault(id(tensor), []).append(name)
     for name, values in small.items():
         whole = old[name].detach().clone()
         dims = cuts.get(name, {})
         index = [dims.get(d, torch.arange(n)).to(whole.device) for d, n in enumerate(whole.shape)]
         whole[torch.meshgrid(*index, indexing="ij")] = values.detach().to(whole.dtype)
-        found[name] = _like(whole, old[name])
+        found |= dict.fromkeys(same[id(old[name])], _like(whole, old[name]))
     return found
 
 
@@ -153,8 +197,11 @@ class _Repair:
         self.twins = {node.name: node for node in self.whole.graph.nodes}
         sources = plan.coupling.sources
         constant = {n: sources[t] for n in self.work.graph.nodes if (t := self.twins.get(n.name)) in sources}
-        self.consumers = Consumers(self.work, constant)
+        self.consumers = Consumers(self.work, constant, plan.captured.outside.reads)
         self.place = {node: k for k, node in enumerate(self.work.graph.nodes)}
+        self.names: dict[int, list[str]] = {}
+        for name, tensor in all_tensors(small):
+            self.names.setdefault(id(tensor), []).append(name)
         self.changed: dict[str, None] = {}
         self.layers: dict[str, LayerRepair] = {}
         self.left: dict[str, str] = {}
@@ -303,7 +350,11 @@ class _Repair:
         self._put(name, new.view(old.shape).to(old.dtype))
 
     def _put(self, name: str, tensor: Tensor) -> None:
-        assign(self.work, name, _like(tensor.detach(), fetch(self.small, name)))
+        """Put a tensor in place of one, under each of its names."""
+        old = fetch(self.small, name)
+        new = _like(tensor.detach(), old)
+        for own in self.names[id(old)]:
+            assign(self.work, own, new)
         self.changed[name] = None
 
     def _refresh(self, consumer: Consumer) -> None:

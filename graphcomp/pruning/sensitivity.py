@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphcomp.cost import BitsOf, CostModel
 from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import CalibrationError, PlanError
 from graphcomp.ir.module import tensor_leaves
 from graphcomp.ir.run_nodes import run_tapped
+from graphcomp.pruning.allocation import Budget, Meter
 from graphcomp.pruning.evidence import Scores
 from graphcomp.pruning.repair import repair_cut
 from graphcomp.pruning.slice import SliceGroups
@@ -103,6 +105,36 @@ def probe(
     return curves
 
 
+def sensitivities(
+    plan: Analysis,
+    groups: Sequence[ChannelGroup],
+    scores: Scores,
+    batches: Sequence[Sequence[Any]],
+    budget: Budget | None = None,
+    bits: BitsOf | None = None,
+) -> Scores:
+    """Return scores that compare between groups, in the order that `scores` have within each; see `probe`.
+
+    Args:
+        budget: what units are to save; None: all units count alike.
+        bits: what the layers will be quantized to, for a budget on bit operations.
+
+    Raises:
+        PlanError: the model could only be recorded, or returns no floats.
+    """
+    if plan.captured.producer == "record":
+        raise PlanError(
+            f"{type(plan.model).__name__} could only be recorded: no graph runs, and no group can be probed",
+            why=f"torch.export refused: {plan.captured.reason}",
+            fix='ranking="global"',
+        )
+    curves = probe(plan, groups, scores, batches)
+    if budget is None:
+        return marginal(curves, scores, lambda _: 1.0)
+    meter = Meter(CostModel(plan), budget, groups, bits)
+    return marginal(curves, scores, meter.saved_by_a_unit)
+
+
 def marginal(curves: dict[ChannelGroup, Curve], scores: Scores, cost: Callable[[ChannelGroup], float]) -> Scores:
     """Return scores that compare between groups: what losing the unit costs the outputs, for each unit of `cost`.
 
@@ -121,9 +153,9 @@ def marginal(curves: dict[ChannelGroup, Curve], scores: Scores, cost: Callable[[
 
 def _error(plan: Analysis, kept: Kept, fit: Sequence[Any], held: Sequence[Any], wanted: Sequence[Tensor]) -> float:
     """Return Σ ||y - t||² / Σ ||t||² of a cut whose consumers are repaired."""
-    small = SliceGroups(plan.coupling, kept)(plan.captured.module)
+    small = SliceGroups(plan.coupling, kept).rewrite(plan.captured.module)
     repaired = repair_cut(plan, kept, small, fit, direct=True, rows=ROWS).plan
-    small = SliceGroups(repaired.coupling, kept)(repaired.captured.module)
+    small = SliceGroups(repaired.coupling, kept).rewrite(repaired.captured.module)
     pairs = list(zip(_floats(small, held), wanted, strict=True))
     error = sum(float((y - t).square().sum()) for y, t in pairs)
     return error / max(sum(float(t.square().sum()) for _, t in pairs), torch.finfo(torch.float64).tiny)

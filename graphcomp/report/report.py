@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from graphcomp.cost import FLOAT_BITS
@@ -74,6 +75,9 @@ class Report:
             anything, inputs that the model refuses.
         sizes: storage convention (see `graphcomp.cost.conventions`) -> bytes of the integer weights; empty without any.
         quantization_errors: layer -> relative error that quantization makes in its output.
+        repairs: layer -> relative error of its output on the calibration rows, ||y - t|| / ||t||, with the sliced
+            weights and with those that least squares gave; t is what the layer has to give so that the layers behind
+            it get what they got before the cut.
         kernels: of the last ONNX file that was exported, what onnxruntime runs (`KernelProof.to_dict()`): integer and
             float kernels, and each layer that stays float, with the reason; None: not exported.
     """
@@ -94,6 +98,7 @@ class Report:
     latency_ms: Change | None = None
     sizes: Mapping[str, float] = field(default_factory=dict)
     quantization_errors: Mapping[str, float] = field(default_factory=dict)
+    repairs: Mapping[str, Change] = field(default_factory=dict)
     kernels: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = field(default=())
 
@@ -113,6 +118,7 @@ class Report:
             "latency_ms": self.latency_ms.to_dict() if self.latency_ms else None,
             "sizes": dict(self.sizes),
             "quantization_errors": dict(self.quantization_errors),
+            "repairs": {name: change.to_dict() for name, change in self.repairs.items()},
             "kernels": dict(self.kernels) if self.kernels is not None else None,
             "sparsity": self.sparsity,
             "units": {"removed": self.units_removed, "total": self.units_total},
@@ -145,6 +151,7 @@ class Report:
             unknown_ops=tuple(data["unknown_ops"]),
             unchecked=dict(data.get("unchecked", {})),
             latency_ms=None if data["latency_ms"] is None else Change.from_dict(data["latency_ms"]),
+            repairs={name: Change.from_dict(change) for name, change in data.get("repairs", {}).items()},
             kernels=data["kernels"],
             notes=tuple(data["notes"]),
         )
@@ -164,6 +171,11 @@ class Report:
         if self.quantization_errors:
             worst, error = max(self.quantization_errors.items(), key=lambda item: item[1])
             rows.append(_row("quantization", f"largest relative error {error:.1e}, of {worst}"))
+        if self.repairs:
+            before, after = (median(getattr(c, end) for c in self.repairs.values()) for end in ("before", "after"))
+            rows.append(
+                _row("repair", f"median relative error of {len(self.repairs)} layers {before:.3f} -> {after:.3f}")
+            )
         rows += [_row("kernels", text) for text in _kernels_text(self.kernels)]
         rows += [_row("verified", f"{law}: largest relative error {error:.1e}") for law, error in self.verified.items()]
         rows += [_row("not checked", f"{law}: {why}") for law, why in self.unchecked.items()]

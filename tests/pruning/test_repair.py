@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +15,8 @@ from torch import Tensor, nn
 import graphcomp as gc
 from graphcomp.coupling.analysis import Analysis
 from graphcomp.errors import CalibrationError
-from graphcomp.flows.results import cut_groups
-from graphcomp.pruning import repair
-from graphcomp.pruning.repair import Repaired, repair_cut
+from graphcomp.flows.one_shot import cut_groups
+from graphcomp.pruning.repair import Repaired, repair_cut, within_memory
 
 WIDTH = 8
 
@@ -95,7 +96,9 @@ KINDS: dict[str, tuple[Callable[[], list[nn.Module]], tuple[int, ...]]] = {
     "weight first": (lambda: [nn.Linear(6, WIDTH), Weight((5, WIDTH), lambda x, w: w @ x.mT)], (7, 6)),
     "transposed weight": (lambda: [nn.Linear(6, WIDTH), Weight((5, WIDTH), lambda x, w: x @ w.t())], (7, 6)),
     "addmm": (lambda: [nn.Linear(6, WIDTH), Weight((WIDTH, 5), lambda x, w: torch.addmm(torch.ones(5), x, w))], (6,)),
-    "einsum": (lambda: [nn.Linear(6, WIDTH), Weight((WIDTH, 2, 5), lambda x, w: torch.einsum("bti,iho->btho", x, w))], (7, 6)),
+    "einsum": (
+        lambda: [nn.Linear(6, WIDTH), Weight((WIDTH, 2, 5), lambda x, w: torch.einsum("bti,iho->btho", x, w))], (7, 6)
+    ),
     "experts": (
         lambda: [nn.Linear(6, WIDTH), Weight((3, WIDTH, 5), lambda x, w: torch.bmm(x[:3], w))], (40, 6)
     ),
@@ -117,8 +120,8 @@ def cut(model: nn.Module, batches: Sequence[Tensor], name: str = "first") -> tup
     return plan, kept, cut_groups(plan, kept, groups, verify=True).graph
 
 
-def repaired(model: nn.Module, batches: Sequence[Tensor]) -> tuple[Repaired, nn.Module, nn.Module]:
-    plan, kept, small = cut(model, batches)
+def repaired(model: nn.Module, batches: Sequence[Tensor], name: str = "first") -> tuple[Repaired, nn.Module, nn.Module]:
+    plan, kept, small = cut(model, batches, name)
     found = repair_cut(plan, kept, small, [[batch] for batch in batches])
     return found, small, cut_groups(found.plan, kept, list(kept), verify=True).graph
 
@@ -156,3 +159,217 @@ def test_a_weight_of_two_layers_is_solved_over_both() -> None:
     found = repair_cut(plan, kept, small, [[batch] for batch in batches])
     assert list(found.layers) == ["shared"]
     assert error(model, cut_groups(found.plan, kept, [group], verify=True).graph, batches) < 1e-3
+
+
+# ------------------------------------------------------------------------------------------------ laws
+def net(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 10)).eval()
+
+
+def test_the_error_of_no_layer_grows() -> None:
+    model, batches = net(), images(3, 9, 9)
+    small = gc.compress(model, batches[0][:2], sparsity=0.5, calibration=batches, progress=False)
+    plain = gc.compress(model, batches[0][:2], sparsity=0.5, progress=False)
+    assert small.report.repairs.keys() == {"3", "7"}
+    assert all(change.after <= change.before for change in small.report.repairs.values())
+    assert error(model, small, batches) < 0.8 * error(model, plain, batches)
+    assert not plain.report.repairs
+    assert small.form == plain.form == "native"
+
+
+def test_an_infinite_ridge_gives_the_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphcomp.pruning.repair.choose_ridge", lambda *_, **__: math.inf)
+    model, batches = net(), images(3, 9, 9)
+    found, sliced, small = repaired(model, batches, "0")
+    assert found.layers
+    assert all(layer.before == layer.after for layer in found.layers.values())
+    for name, tensor in sliced.state_dict().items():
+        assert torch.equal(tensor, small.state_dict()[name])
+
+
+def test_nothing_moves_where_nothing_is_cut() -> None:
+    model, batches = net(), images(3, 9, 9)
+    small = gc.compress(model, batches[0][:2], sparsity=0.0, calibration=batches, progress=False)
+    assert not small.report.repairs
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, small.module.state_dict()[name])
+
+
+def test_one_batch_and_several_give_the_same() -> None:
+    model, batches = net(), images(3, 9, 9)
+    several, _, small = repaired(model, batches, "0")
+    one, _, other = repaired(model, [torch.cat(batches)], "0")
+    assert several.layers.keys() == one.layers.keys()
+    for name, tensor in small.state_dict().items():
+        assert torch.allclose(tensor, other.state_dict()[name], rtol=1e-3, atol=1e-4), name
+
+
+def test_the_model_is_left_alone() -> None:
+    model, batches = net(), images(3, 9, 9)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    given = [batch.clone() for batch in batches]
+    gc.compress(model, batches[0][:2], calibration=batches, progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(a, b) for a, b in zip(given, batches, strict=True))
+
+
+def test_what_a_stream_has_lost_is_made_up_for() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.up, self.down = nn.Linear(6, WIDTH), nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH)
+            self.head = nn.Linear(WIDTH, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for _ in range(1):
+                x = x + self.down(torch.relu(self.up(x)))
+            return self.head(x)
+
+    torch.manual_seed(0)
+    model, batches = Residual().eval(), images(6)
+    small = gc.compress(model, batches[0], sparsity=0.3, calibration=batches, progress=False)
+    assert "down" in small.report.repairs
+    plain = gc.compress(model, batches[0], sparsity=0.3, repair=None, progress=False)
+    assert error(model, small, batches) < error(model, plain, batches)
+
+
+# ------------------------------------------------------------------------------------------------ what is not repaired
+class Gated(nn.Module):
+    """A recurrent layer behind what is cut, and a batch norm behind a layer whose weight is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gru, self.last = nn.Linear(6, WIDTH), nn.GRU(WIDTH, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.gru(torch.tanh(self.first(x)))[0])
+
+
+def test_layers_without_a_closed_form_are_named() -> None:
+    torch.manual_seed(0)
+    model, batches = Gated().eval(), images(7, 6)
+    found, _, _ = repaired(model, batches)
+    (why,) = found.left.values()
+    assert "no closed form" in why
+    small = gc.compress(model, batches[0][:2], sparsity=0.3, calibration=batches, progress=False)
+    assert any(note.startswith("not repaired") and "gru" in note for note in small.report.notes)
+
+
+def test_a_batch_norm_behind_a_layer_that_is_left_gets_new_statistics() -> None:
+    class Computed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Linear(6, WIDTH), nn.BatchNorm1d(5)
+            self.weight = nn.Parameter(torch.randn(5, WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(F.linear(torch.tanh(self.first(x)), torch.tanh(self.weight)))
+
+    torch.manual_seed(0)
+    model, batches = Computed().eval(), images(6)
+    found, _, small = repaired(model, batches)
+    assert found.left == {"weight": "its weight is computed of a parameter"}
+    assert found.reestimated == ("norm",)
+    with torch.no_grad():
+        output = small(torch.cat(batches))
+    assert torch.allclose(output.mean(0), torch.zeros(5), atol=1e-4)
+
+
+def test_a_weight_that_an_embedding_reads_is_left() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.up, self.down = nn.Embedding(11, 6), nn.Linear(6, 16), nn.Linear(16, 6)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return F.linear(self.down(torch.relu(self.up(self.table(tokens)))), self.table.weight)
+
+    torch.manual_seed(0)
+    model = Tied().eval()
+    tokens = [torch.randint(11, (16, 5), generator=torch.Generator().manual_seed(k)) for k in range(3)]
+    small = gc.compress(model, tokens[0], sparsity=0.3, calibration=tokens, progress=False)
+    assert "down" in small.report.repairs
+    assert any("read by embedding, too: 'table'" in note for note in small.report.notes)
+
+
+def test_channels_are_mapped_where_there_are_too_many_taps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphcomp.pruning.repair.MOST_TAPS", 8)
+    torch.manual_seed(0)
+    for make in (conv(padding=1), [nn.Conv2d(3, WIDTH, 3), nn.ConvTranspose2d(WIDTH, 4, 3, stride=2)]):
+        model = Chain(*make).eval()
+        doubled(model.first)
+        batches = images(3, 9, 9)
+        _, sliced, small = repaired(model, batches)
+        assert error(model, small, batches) < 0.05 < error(model, sliced, batches)
+
+
+def test_wide_layers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphcomp.pruning.repair.MOST_FEATURES", 3)
+    found, _, _ = repaired(Chain(nn.Linear(6, WIDTH), nn.Linear(WIDTH, 5)).eval(), images(6))
+    assert found.left == {"rest.0": "it has 5 features, more than 3"}
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+def test_few_rows_change_nothing() -> None:
+    found, _, _ = repaired(Chain(nn.Linear(6, WIDTH), nn.Linear(WIDTH, 5)).eval(), [images(6)[0][:8]])
+    assert math.isinf(found.layers["rest.0"].ridge)
+
+
+def test_constant_activations_do_no_harm() -> None:
+    batches = [torch.ones(16, 6) for _ in range(4)]
+    found, _, small = repaired(Chain(nn.Linear(6, WIDTH), nn.Linear(WIDTH, 5)).eval(), batches)
+    assert all(layer.after <= layer.before for layer in found.layers.values())
+    assert all(bool(tensor.isfinite().all()) for tensor in small.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        ([], "no batch"),
+        ([torch.full((16, 3, 9, 9), torch.nan)], "not finite"),
+        ([torch.randn(16, 4, 9, 9)], "does not run"),
+    ],
+)
+def test_bad_calibration_is_refused(calibration: list[Tensor], message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        gc.compress(net(), torch.randn(2, 3, 9, 9), calibration=calibration, progress=False)
+
+
+def test_batches_beyond_memory_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = net(), images(3, 9, 9)
+    module = gc.analyze(model, batches[0]).captured.module
+    assert len(within_memory(module, batches)) == 3
+    assert len(within_memory(module, batches, most=1)) == 1
+    monkeypatch.setattr("graphcomp.pruning.repair.LIVE", 1)
+    monkeypatch.setattr("graphcomp.pruning.repair.within_memory", lambda module, batches: batches[:1])
+    small = gc.compress(model, batches[0][:2], calibration=batches, progress=False)
+    assert any("first 1 of 3 batches" in note for note in small.report.notes)
+
+
+# ------------------------------------------------------------------------------------------------ through compress
+def test_bits_are_of_the_repaired_weights() -> None:
+    model, batches = net(), images(3, 9, 9)
+    small = gc.compress(model, batches[0][:2], sparsity=0.5, bits=8, calibration=batches, progress=False)
+    plain = gc.compress(model, batches[0][:2], sparsity=0.5, bits=8, calibration=batches, repair=None, progress=False)
+    assert small.report.repairs
+    assert error(model, small, batches) < 0.8 * error(model, plain, batches)
+
+
+def test_a_submodule_is_repaired_on_what_it_gets() -> None:
+    model, batches = nn.Sequential(nn.Conv2d(3, 3, 1), net()).eval(), images(3, 9, 9)
+    small = gc.compress(model, batches[0][:2], scope="1", calibration=batches, progress=False)
+    plain = gc.compress(model, batches[0][:2], scope="1", repair=None, progress=False)
+    assert small.report.repairs.keys() == {"3", "7"}
+    assert error(model, small, batches) < error(model, plain, batches)
+
+
+def test_a_report_keeps_repairs_on_disk(tmp_path: Path) -> None:
+    model, batches = net(), images(3, 9, 9)
+    small = gc.compress(model, batches[0][:2], calibration=batches, progress=False)
+    small.save(tmp_path / "small")
+    loaded = gc.load(tmp_path / "small")
+    assert loaded.report.repairs == small.report.repairs
+    assert "median relative error of 2 layers" in str(loaded.report)
