@@ -264,15 +264,16 @@ class _Repair:
         return self.direct and consumer.tensor not in self.cuts
 
     def _step(self, values: Lockstep, node: fx.Node) -> None:
-        try:
-            values.step(node)
-        except Exception as error:  # whatever the ops raise on inputs of another shape
-            raise CalibrationError(
-                "the model does not run on the calibration data",
-                at=failed_at(error),
-                why=first_line(error)[:300],
-                fix="give batches in the form of the example inputs",
-            ) from error
+        for k, run in enumerate(values.runs):
+            try:
+                run.step(node)
+            except Exception as error:  # whatever the ops raise on inputs of another shape
+                raise CalibrationError(
+                    f"the model does not run on batch {k} of the calibration data",
+                    at=failed_at(error),
+                    why=first_line(error)[:300],
+                    fix="give batches in the form of the example inputs",
+                ) from error
 
     def _reads_other(self, node: fx.Node, twin: fx.Node) -> bool:
         """Return whether the cut changed what an op reads."""

@@ -111,7 +111,7 @@ def test_a_pass_that_fails_is_named() -> None:
 def test_quantizing_names_the_pass_that_refuses() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     with pytest.raises(gc.CalibrationError) as raised:
-        gc.compress(model, torch.randn(4, 6), bits=8, calibration=[torch.full((4, 6), torch.nan)])
+        gc.compress(model, torch.randn(4, 6), bits=8, calibration=[torch.full((4, 6), torch.nan)], repair=None)
     assert raised.value.__notes__ == [
         "in the pass 'calibrate activations' of 'one shot, with bits', after 'calibrate weights'"
     ]

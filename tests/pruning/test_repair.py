@@ -330,7 +330,7 @@ def test_constant_activations_do_no_harm() -> None:
     [
         ([], "no batch"),
         ([torch.full((16, 3, 9, 9), torch.nan)], "not finite"),
-        ([torch.randn(16, 4, 9, 9)], "does not run"),
+        ([torch.randn(16, 4, 9, 9)], "does not run on batch 0"),
     ],
 )
 def test_bad_calibration_is_refused(calibration: list[Tensor], message: str) -> None:
