@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+import graphcomp as gc
 from graphcomp.capture.capture import capture
 from graphcomp.coupling.analysis import Analysis, analyze_captured
 from graphcomp.errors import PlanError, VerificationError
+from graphcomp.flows.one_shot import cut_groups
 from graphcomp.pruning.mask import InsertMasks, set_masks
 from graphcomp.pruning.slice import SliceGroups
 
@@ -221,3 +223,27 @@ def test_a_graph_whose_shapes_do_not_follow_its_axes_is_refused() -> None:
         VerificationError, match=r"the pass 'slice groups' left a graph that is not valid\n(.|\n)*does not run"
     ):
         sliced(analysis, head_dim=[0, 1])
+
+
+def test_lengths_that_depend_on_the_batch_are_cut_by_their_ratio() -> None:
+    class Flat(nn.Module):
+        """Channels and batch in one dim, whose length is an expression of the batch size."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv1d(6, 16, 1), nn.Conv1d(16, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.a(x))
+            b, c, t = y.shape
+            return self.b(torch.tanh(y.reshape(b * c, t)).reshape(b, c, t))
+
+    model, x = Flat().eval(), torch.randn(2, 6, 5)
+    plan = gc.analyze(model, x)
+    (group,) = plan.groups
+    kept = torch.arange(12)
+    small = cut_groups(plan, {group: kept}, [group], verify=True).graph
+    other = torch.randn(3, 6, 5)
+    with torch.no_grad():
+        wanted = model.b(torch.tanh(torch.relu(model.a(other))) * torch.isin(torch.arange(16), kept)[:, None])
+        assert torch.allclose(small(other), wanted, atol=1e-5)
