@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from graphcomp.quantization import ops as _ops  # noqa: F401  (registers the ops of lowered graphs)
 
 if TYPE_CHECKING:
-    from graphcomp.api import analyze, compress, finalize, load, prepare, prunable_groups, shrink, slice_groups
+    from graphcomp.api import analyze, compress, finalize, load, prepare, prunable_groups, repair, shrink, slice_groups
     from graphcomp.coupling.analysis import Analysis
     from graphcomp.coupling.groups import ChannelGroup, Member
     from graphcomp.errors import (
@@ -94,6 +94,7 @@ __all__ = [
     "plot",
     "prepare",
     "prunable_groups",
+    "repair",
     "rule",
     "shrink",
     "slice_groups",
@@ -108,6 +109,7 @@ _HOMES = {
         "load",
         "prepare",
         "prunable_groups",
+        "repair",
         "shrink",
         "slice_groups",
     ),

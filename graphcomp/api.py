@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from graphcomp.arguments import wrong
+from graphcomp.arguments import check_instance, wrong
 from graphcomp.capture.capture import Captured, blaming_inputs, capture, example_arguments, scoped
 from graphcomp.coupling.analysis import Analysis, analyze_captured
 from graphcomp.coupling.groups import ChannelGroup, Kept
@@ -19,7 +19,7 @@ from graphcomp.errors import CalibrationError, CaptureError, InputError, Nothing
 from graphcomp.flows.finalize import as_trained
 from graphcomp.flows.held import equal_counts, held_by_class
 from graphcomp.flows.one_shot import cut_groups, cut_to_integers
-from graphcomp.flows.repaired import repaired
+from graphcomp.flows.repaired import cut_again, flat_batches, repaired
 from graphcomp.flows.results import (
     as_integers,
     as_model,
@@ -174,7 +174,7 @@ def compress(
             share of every group; "sensitivity" measures for each group how far the outputs move where a share of its
             units goes and the layers behind are repaired: it takes a while, keeps most, and needs calibration or data.
         repair: "least_squares": in one shot, with calibration or data, each layer that reads what the cut changed gets
-            the weights that best restore its output, without labels (see `graphcomp.pruning.repair`). None: the
+            the weights that best restore its output, without labels (see `graphcomp.repair`). None: the
             weights that stay are as they were.
         ignore: modules that keep their output width and stay float: names, "re:" patterns, or the modules themselves.
             What they read may get narrower.
@@ -520,6 +520,7 @@ def slice_groups(
     kept: Mapping[ChannelGroup, Tensor | Sequence[int] | Sequence[bool]],
     *,
     up_for_pruning: Sequence[ChannelGroup] | None = None,
+    calibration: Iterable[Any] | None = None,
     verify: bool = True,
     measure_latency: bool = False,
 ) -> CompressedModel:
@@ -530,6 +531,8 @@ def slice_groups(
         kept: group of the plan -> indices of the units that stay, or a mask (size,) of bools; groups left out stay
             whole.
         up_for_pruning: the groups whose units count in the report's sparsity (default: all).
+        calibration: batches in the form of the inputs that the plan was made with; layers that read what the cut
+            changed are repaired on these, as `repair` does. None: the weights that stay are as they were.
         verify: check that the masked and the sliced model agree on the example inputs.
         measure_latency: time the model before and after.
 
@@ -543,6 +546,49 @@ def slice_groups(
         check_groups("up_for_pruning", plan.groups, up_for_pruning)
     with blaming_inputs(plan.captured):
         cut = cut_groups(plan, units, up_for_pruning or plan.groups, verify=verify)
+        if calibration is not None:
+            cut = repaired(cut, flat_batches(plan, calibration), verify=verify)
+        _, held = held_by_class(cut)
+        return as_model(cut, held, measure_latency=measure_latency)
+
+
+def repair(
+    small: CompressedModel,
+    plan: Analysis,
+    batches: Iterable[Any],
+    *,
+    verify: bool = True,
+    measure_latency: bool = False,
+) -> CompressedModel:
+    """Return a cut model with weights that restore, layer by layer, what the layers gave before the cut.
+
+    Each layer that reads what the cut changed is solved by least squares in closed form, in order of execution, on
+    unlabelled data: no gradients, seconds of CPU. The solution shrinks towards the weights as they were cut, by a ridge
+    that is chosen per layer on rows that are held out, so that little data does no harm.
+
+    Args:
+        small: of a cut of `plan` in floats, its weights as they were cut: `compress(…, repair=None)`, `slice_groups`.
+        plan: of the model before the cut, what `analyze` returned.
+        batches: in the form of the inputs that the plan was made with; labels may follow. Some hundred samples.
+        verify: check that the repaired masked and sliced model agree on the example inputs.
+        measure_latency: time the model before and after.
+
+    Returns:
+        Another model of the same shapes. `.report.repairs` has each layer's error before and after, and the notes say
+        which layers keep their weights, and why.
+
+    Raises:
+        PlanError: `small` is no cut of `plan`, or its weights are others: quantized, or trained since.
+        CalibrationError: the data do not fit, or are not finite.
+        VerificationError: the laws do not hold on the result.
+
+    Source: least squares towards the sliced weights, `graphcomp.pruning.repair`.
+    """
+    check_options(plan=plan, verify=verify, measure_latency=measure_latency)
+    check_instance("small", small, CompressedModel, "slice_groups(plan, kept)")
+    with blaming_inputs(plan.captured):
+        cut = cut_again(plan, small)
+        cut = repaired(cut, flat_batches(plan, batches), verify=verify)
         _, held = held_by_class(cut)
         return as_model(cut, held, measure_latency=measure_latency)
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
+from graphcomp.coupling.analysis import Analysis
+from graphcomp.errors import PlanError
 from graphcomp.flows.one_shot import cut_groups
-from graphcomp.flows.results import Cut, listed
+from graphcomp.flows.results import Cut, check_batches, listed
+from graphcomp.ir.graph import all_tensors
+from graphcomp.ir.module import tensor_names
+from graphcomp.pruning.evidence import arguments_of
 from graphcomp.pruning.repair import Repaired, repair_cut
-from graphcomp.pruning.slice import by_factor
+from graphcomp.pruning.slice import by_factor, kept_units
+from graphcomp.result import CompressedModel
 from graphcomp.system.threads import one_at_a_time
 
 
@@ -33,6 +41,44 @@ def repaired(cut: Cut, batches: Sequence[Sequence[Any]], *, verify: bool) -> Cut
     found = repair_cut(cut.plan, cut.kept, cut.graph, batches)
     small = cut_groups(found.plan, cut.kept, cut.groups, verify=verify)
     return small.after(replace(cut, notes=(*cut.notes, *notes(found, len(batches))), repaired=found.layers))
+
+
+def flat_batches(plan: Analysis, batches: Iterable[Any]) -> list[list[Any]]:
+    """Return the flat inputs of each batch.
+
+    Raises:
+        CalibrationError: `batches` is no series of batches.
+        InputError: a batch does not have the form of the example inputs.
+    """
+    captured = plan.captured
+    check_batches((captured.inputs.args, captured.inputs.kwargs), batches)
+    return [captured.inputs.of(*arguments_of(captured, batch)).flat() for batch in batches]
+
+
+def cut_again(plan: Analysis, small: CompressedModel) -> Cut:
+    """Return the cut that `small` is.
+
+    Raises:
+        PlanError: `small` is no cut of `plan`, or its weights are not those of the plan.
+    """
+    names = plan.coupling.attributes.keys()
+    if not small.kept.keys() <= names:
+        raise PlanError(
+            "the model was not cut by this plan",
+            why=f"the plan has no {sorted(small.kept.keys() - names)[0]!r}",
+            fix="the plan that slice_groups(plan, kept) was given",
+        )
+    cut = cut_groups(plan, kept_units(plan.coupling, plan.groups, small.kept), plan.groups, verify=False)
+    tensors = {} if cut.graph is None else dict(all_tensors(cut.graph))
+    held = dict(tensor_names(small.module))
+    other = [n for n, t in tensors.items() if n in held and not (held[n].shape == t.shape and torch.equal(held[n], t))]
+    if other or not tensors.keys() & held.keys():
+        raise PlanError(
+            "the weights of the model are not those that the plan's model has at the units that stay",
+            why=f"'{other[0]}' is another tensor" if other else "the model holds none of the plan's tensors",
+            fix="repair a cut before it is trained or quantized: compress(…, repair=None), slice_groups(plan, kept)",
+        )
+    return cut
 
 
 NOTHING = "nothing was cut"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from graphcomp.arguments import check_instance, check_mapping, wrong
-from graphcomp.coupling.axis import Axes, Axis, Factor, all_leaves, kept_indices, kept_length, length
+from graphcomp.coupling.axis import Axes, Axis, Factor, all_leaves, coordinates, kept_indices, kept_length, length
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.coupling.size import Size
@@ -142,6 +142,24 @@ def kept_of_tensors(coupling: Coupling, kept: Kept) -> dict[str, dict[int, Tenso
         if cut:
             found[name] = cut
     return found
+
+
+def kept_units(
+    coupling: Coupling, groups: Sequence[ChannelGroup], tensors: Mapping[str, Mapping[int, Tensor]]
+) -> dict[ChannelGroup, Tensor]:
+    """Return the units that a cut left of each group, from the indices that it left of tensors (see `kept_of_tensors`).
+
+    Groups that no tensor tells of are left out: they are whole.
+    """
+    of_factor = {group.factor: group for group in groups}
+    found: dict[ChannelGroup, Tensor] = {}
+    for name, dims in tensors.items():
+        for dim, indices in dims.items():
+            for factor, row in coordinates(coupling.attributes[name][dim]):
+                if factor in of_factor and of_factor[factor] not in found:
+                    units = row[indices]
+                    found[of_factor[factor]] = torch.unique(units[units >= 0])
+    return {group: units for group, units in found.items() if len(units) < group.size}
 
 
 def select(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:

@@ -366,6 +366,35 @@ def test_a_submodule_is_repaired_on_what_it_gets() -> None:
     assert error(model, small, batches) < error(model, plain, batches)
 
 
+def test_a_cut_is_repaired_afterwards() -> None:
+    model, batches = net(), images(3, 9, 9)
+    plan = gc.analyze(model, batches[0][:2])
+    kept = {group: torch.arange(group.size // 2) for group in plan.groups}
+    plain = gc.slice_groups(plan, kept)
+    later, at_once = gc.repair(plain, plan, batches), gc.slice_groups(plan, kept, calibration=batches)
+    assert later.report.repairs == at_once.report.repairs
+    for name, tensor in later.module.state_dict().items():
+        assert torch.equal(tensor, at_once.module.state_dict()[name])
+    assert error(model, later, batches) < 0.8 * error(model, plain, batches)
+
+
+def test_a_model_that_is_no_cut_of_the_plan_is_refused() -> None:
+    model, batches = net(), images(3, 9, 9)
+    plan = gc.analyze(model, batches[0][:2])
+    small = gc.compress(model, batches[0][:2], progress=False)
+    with torch.no_grad():
+        small.module[7].weight.mul_(2)
+    with pytest.raises(gc.PlanError, match=r"'7\.weight' is another tensor"):
+        gc.repair(small, plan, batches)
+    with pytest.raises(gc.PlanError, match="not cut by this plan"):
+        gc.repair(gc.compress(Chain(*conv()).eval(), batches[0][:2], progress=False), plan, batches)
+    with pytest.raises(gc.PlanError, match="small"):
+        gc.repair(model, plan, batches)  # type: ignore[arg-type]
+    integers = gc.compress(model, batches[0][:2], bits=8, progress=False)
+    with pytest.raises(gc.PlanError, match="before it is trained or quantized"):
+        gc.repair(integers, plan, batches)
+
+
 def test_a_report_keeps_repairs_on_disk(tmp_path: Path) -> None:
     model, batches = net(), images(3, 9, 9)
     small = gc.compress(model, batches[0][:2], calibration=batches, progress=False)
