@@ -1,12 +1,14 @@
-"""Real weights: quality right after a one-shot cut, for three saliencies, and after a short fine-tuning.
+"""Real weights: quality right after a one-shot cut, as it is and repaired, and after a short fine-tuning.
 
     python -m benchmarks.oneshot                                   # five models, 10 to 50 % of the units
     python -m benchmarks.oneshot --finetune                        # and ResNet-20 after five short epochs
     python -m benchmarks.oneshot --models resnet20,stories --saliencies l2,random
+    python -m benchmarks.oneshot --models resnet20 --saliencies activation --sensitivity
+    python -m benchmarks.oneshot --models mobilenet --saliencies activation --sensitivity --macs 0.8,0.7
 
 Data and weights come from the shared folder beside the checkout. Calibration data (gradients, activations, batch norm
-statistics) are never test data: CIFAR-10's training images, every fifth of the 500 ImageNet images (the other 400 are
-the test), unlabelled sentences, other stories. No weight is trained, unless --finetune.
+statistics, repair) are never test data: CIFAR-10's training images, every fifth of the 500 ImageNet images (the other
+400 are the test), unlabelled sentences, other stories. No weight is trained, unless --finetune.
 """
 
 from __future__ import annotations
@@ -28,11 +30,15 @@ from torch import Tensor, nn
 
 from benchmarks import common
 from benchmarks.common import append_json, percent, section, table, timed
-from graphcomp.api import analyze, prunable_groups, slice_groups
+from graphcomp.api import analyze, prunable_groups, repair, slice_groups
+from graphcomp.cost import CostModel
 from graphcomp.coupling.analysis import Analysis
-from graphcomp.pruning.allocation import allocate
+from graphcomp.coupling.groups import ChannelGroup
+from graphcomp.flows.repaired import flat_batches
+from graphcomp.pruning.allocation import Budget, Meter, Scope, allocate, allocate_budget
 from graphcomp.pruning.evidence import Scores
 from graphcomp.pruning.saliency import score
+from graphcomp.pruning.sensitivity import Curve, marginal, probe
 from graphcomp.result import CompressedModel
 
 SPARSITIES = (0.1, 0.2, 0.3, 0.5)
@@ -83,9 +89,17 @@ def main() -> None:
         options.json.unlink(missing_ok=True)
     for name in options.models.split(","):
         task = TASKS[name]()
-        rows, sizes = curves(task, options.saliencies.split(","), options.json)
-        columns = ["metric", "saliency", "0 %", *(percent(s, 0) for s in SPARSITIES)]
-        section(f"{task.name}: right after the cut, by share of units removed", table(columns, rows))
+        budgets = [Budget(macs=float(share)) for share in options.macs.split(",") if share]
+        targets: Sequence[float | Budget] = budgets or SPARSITIES
+        rows, sizes = curves(task, options.saliencies.split(","), targets, options.sensitivity, options.json)
+        columns = [
+            "metric",
+            "saliency",
+            "dense",
+            *(percent(t.macs if isinstance(t, Budget) else t, 0) for t in targets),
+        ]
+        by = "share of MACs left" if budgets else "share of units removed"
+        section(f"{task.name}: right after the cut, by {by}", table(columns, rows))
         print("\n" + table(["saliency", "left", *columns[3:]], sizes), flush=True)
     if options.finetune:
         finetune_resnet20(options.saliencies.split(",")[0])
@@ -95,6 +109,8 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(TASKS), metavar="A,B", help="default: %(default)s")
     parser.add_argument("--saliencies", default=",".join(SALIENCIES), metavar="A,B", help="default: %(default)s")
+    parser.add_argument("--sensitivity", action="store_true", help="choose by the outputs' sensitivity, too")
+    parser.add_argument("--macs", default="", metavar="A,B", help="shares of MACs to leave, in place of units removed")
     parser.add_argument("--finetune", action="store_true", help="fine-tune ResNet-20 after the cut (first saliency)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one line of JSON per measurement")
@@ -102,7 +118,9 @@ def _options() -> argparse.Namespace:
 
 
 # ------------------------------------------------------------------------------------------------ curves
-def curves(task: Task, saliencies: Sequence[str], file: Path | None) -> tuple[list[list[str]], list[list[str]]]:
+def curves(
+    task: Task, saliencies: Sequence[str], targets: Sequence[float | Budget], sensitivity: bool, file: Path | None
+) -> tuple[list[list[str]], list[list[str]]]:
     """Rows of the table of qualities, and of the table of sizes."""
     dense = task.evaluate(task.model)
     with timed() as clock:
@@ -113,27 +131,57 @@ def curves(task: Task, saliencies: Sequence[str], file: Path | None) -> tuple[li
           + ", ".join(f"{s.metric} {s} (n = {s.n})" for s in dense), flush=True)  # fmt: skip
     rows: list[list[str]] = []
     sizes: list[list[str]] = []
-    for saliency in saliencies:
+    for saliency, scope in [(s, scope) for s in saliencies for scope in ("global", "sensitivity")[: 1 + sensitivity]]:
+        name = saliency if scope == "global" else f"{saliency}, by sensitivity"
         scores = score(saliency, analysis, groups, data=task.calibration, loss=task.loss)
-        cuts = [cut(analysis, scores, sparsity) for sparsity in SPARSITIES]
-        found = {saliency: [task.evaluate(small) for small in cuts]}
+        cuts = [cut(analysis, scores, target, scope, task.calibration) for target in targets]
+        with timed() as clock:
+            mended = [repair(small, analysis, task.calibration).eval() for small in cuts]
+        print(f"{name}: repaired in {clock.seconds / len(cuts):.0f} s each", flush=True)
+        found = {name: [task.evaluate(small) for small in cuts]}
         if task.has_batch_norm:
-            found[f"{saliency}, BN re-estimated"] = [task.evaluate(reestimated(s, task.calibration)) for s in cuts]
+            found[f"{name}, BN re-estimated"] = [task.evaluate(reestimated(s, task.calibration)) for s in cuts]
+        found[f"{name}, repaired"] = [task.evaluate(small) for small in mended]
         for label, results in found.items():
             for k, whole in enumerate(dense):
                 rows.append([f"{whole.metric} (n = {whole.n})", label, str(whole), *(str(r[k]) for r in results)])
-                _note(file, task, label, [whole, *(r[k] for r in results)])
-        sizes += _sizes(saliency, cuts)
-        forms = {small.form: small.reason for small in cuts}
-        print("\n".join(f"{saliency}: {form} {reason and f'({reason})'}" for form, reason in forms.items()), flush=True)
+                _note(file, task, label, targets, [whole, *(r[k] for r in results)])
+        sizes += _sizes(name, cuts)
+        forms = {small.form: small.reason for small in mended}
+        print("\n".join(f"{name}: {form} {reason and f'({reason})'}" for form, reason in forms.items()), flush=True)
     return rows, sizes
 
 
-def cut(analysis: Analysis, scores: Scores, sparsity: float) -> CompressedModel:
-    """Remove that share of all units, those with the lowest scores, in one go; the laws are checked."""
+def cut(
+    analysis: Analysis, scores: Scores, target: float | Budget, scope: Scope, calibration: Sequence[Batch]
+) -> CompressedModel:
+    """Remove a share of all units, or units down to a budget, the least important first; the laws are checked."""
     groups = tuple(scores)
-    kept = allocate(groups, scores, sparsity=sparsity)
+    budget = target if isinstance(target, Budget) else None
+    if scope == "sensitivity":
+        with timed() as clock:
+            scores = by_sensitivity(analysis, scores, budget, calibration)
+        print(f"sensitivity: {clock.seconds:.0f} s", flush=True)
+    if isinstance(target, Budget):
+        kept = allocate_budget(analysis, groups, scores, target, scope=scope)
+    else:
+        kept = allocate(groups, scores, sparsity=target, scope=scope)
     return slice_groups(analysis, kept, up_for_pruning=groups).eval()
+
+
+def by_sensitivity(analysis: Analysis, scores: Scores, budget: Budget | None, calibration: Sequence[Batch]) -> Scores:
+    """Return scores that compare between groups; each group is probed once for all targets."""
+    key = id(analysis), tuple(float(values.sum()) for values in scores.values())
+    if key not in PROBED:
+        halves = [half for batch in calibration for half in zip(*(t.chunk(2) for t in batch), strict=True)]
+        batches = list(calibration) if len(calibration) > 3 else halves
+        PROBED[key] = probe(analysis, tuple(scores), scores, flat_batches(analysis, batches))
+    meter = None if budget is None else Meter(CostModel(analysis), budget, tuple(scores))
+    return marginal(PROBED[key], scores, (lambda _: 1.0) if meter is None else meter.saved_by_a_unit)
+
+
+PROBED: dict[Any, dict[ChannelGroup, Curve]] = {}
+"""Model and scores -> what was found of each group."""
 
 
 def _sizes(saliency: str, cuts: Sequence[CompressedModel]) -> list[list[str]]:
@@ -142,9 +190,12 @@ def _sizes(saliency: str, cuts: Sequence[CompressedModel]) -> list[list[str]]:
     return [[saliency, "parameters", *params], [saliency, "MACs", *(percent(report.macs.ratio) for report in reports)]]
 
 
-def _note(file: Path | None, task: Task, label: str, scores: Sequence[Score]) -> None:
-    for sparsity, found in zip((0.0, *SPARSITIES), scores, strict=True):
-        append_json(file, {"model": task.name, "saliency": label, "sparsity": sparsity, **vars(found)})
+def _note(
+    file: Path | None, task: Task, label: str, targets: Sequence[float | Budget], scores: Sequence[Score]
+) -> None:
+    for target, found in zip((0.0, *targets), scores, strict=True):
+        asked = {"macs": target.macs} if isinstance(target, Budget) else {"sparsity": target}
+        append_json(file, {"model": task.name, "saliency": label, **asked, **vars(found)})
 
 
 @torch.no_grad()
@@ -303,7 +354,7 @@ def finetune_resnet20(saliency: str) -> None:
     scores = score(saliency, analysis, groups, data=task.calibration, loss=task.loss)
     rows = []
     for sparsity in (0.0, *SPARSITIES):
-        small = cut(analysis, scores, sparsity)
+        small = cut(analysis, scores, sparsity, "global", task.calibration)
         before = evaluate(small)[0]
         with timed() as clock:
             finetune(small, *cifar("train_a", FINETUNE_IMAGES))
