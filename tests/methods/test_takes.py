@@ -45,8 +45,10 @@ NOTHING_LEFT = ("prune", "keep_inputs")
 """Options that leave nothing of the network to prune, as they are asked for here; only methods that prune take them."""
 PLAIN = {
     "bits", "sparsity", "method", "data", "loss", "epochs", "steps", "lr", "folder", "training", "seed", "progress",
+    "repair",
 }  # fmt: skip
-"""Options that every method is given here, or that are a method's own question (`check_goal`)."""
+"""Options that every method is given here, that are a method's own question (`check_goal`), or that stand for what one
+shot does by default, and training without: a repair."""
 BASE: dict[str, Any] = {
     "oneshot": {"bits": 8},
     "geta": {"bits": (4, 8)},
