@@ -47,8 +47,9 @@ def float_layers(fake: fx.GraphModule, reasons: Mapping[str, str], default: str 
             if bind(node)[lookup.weight] not in quantized and _parameters(fake, node, constant):
                 found[op_label(node, constant)] = reasons.get(node.name, default)
         elif _multiplies(node) and (weights := _parameters(fake, node, constant)):
-            owner = weights[0].rpartition(".")[0]
-            found[owner or weights[0]] = _why(node)
+            found |= {name.rpartition(".")[0] or name: _why(node) for name in weights}
+        elif _unanswered(node):
+            found[op_label(node, constant)] = _why(node)
     return found
 
 
@@ -56,6 +57,11 @@ def nothing_quantized(fake: fx.GraphModule) -> str:
     """Return why a graph that was to be quantized holds no quantizer."""
     reasons = [f"'{layer}' stays float: {reason}" for layer, reason in float_layers(fake, {}).items()]
     return f"nothing is quantized: {'; '.join(reasons) or 'no op multiplies or looks up a weight'}"
+
+
+def _unanswered(node: fx.Node) -> bool:
+    """Return whether nothing says how the op behaves on integers."""
+    return isinstance(node.target, OpOverload) and facts_of(node.target).integer is None
 
 
 def _multiplies(node: fx.Node) -> bool:

@@ -25,14 +25,14 @@ from graphcomp.ir.passes import GraphPass, Pass, Pipeline, Remember
 from graphcomp.ir.program import P, Program
 from graphcomp.ir.rewrite import before, replace_node
 from graphcomp.ir.run_nodes import Constants
-from graphcomp.ops.answers import compute_of, operands_of
+from graphcomp.ops.answers import compute_of, is_fused, operands_of
 from graphcomp.quantization.biases import FitBiases
 from graphcomp.quantization.calibrate import calibrate_weight
 from graphcomp.quantization.floats import float_layers
 from graphcomp.quantization.fold import Pair, affine_of, chains, drop_unread
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.lower import FAKE, Lower, constants_with_quantizers
-from graphcomp.quantization.placement import layer_name, place
+from graphcomp.quantization.placement import FUSED, layer_name, place
 from graphcomp.quantization.ptq import FLOATS, Quantized, layer_errors, quantized_of
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.geta import GetaQuantizer
@@ -209,17 +209,19 @@ def _rounded_again(trained: Mapping[str, Stored], fitted: Mapping[str, Stored]) 
 
 
 def _float_products(fake: fx.GraphModule) -> dict[str, str]:
-    """Return the products of two activations that read no quantized one, though activations are quantized elsewhere."""
+    """Return the products of two activations that read no quantized one, though activations are quantized elsewhere,
+    with the reason."""
     quantized, constant = dict(quantizer_nodes(fake)), constants_with_quantizers(fake)
     if constant.issuperset(quantized):
         return {}
-    return {
+    found = {
         node.name: TRAINED_IN_FLOATS
         for node in fake.graph.nodes
         if compute_of(node)
         and constant.isdisjoint(node.all_input_nodes)
         and quantized.keys().isdisjoint(node.all_input_nodes)
     }
+    return found | {node.name: FUSED for node in fake.graph.nodes if is_fused(node)}
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,9 @@ from graphcomp.quantization.wishes import Chosen, Wish, Wishes
 
 aten = torch.ops.aten
 
+FUSED = "attention in one op; QuantConfig(attention=True) writes it out"
+"""Why fused attention stays float."""
+
 
 @dataclass
 class _Spot:
@@ -262,7 +265,7 @@ class _Planner:
 
     def _fused(self, node: fx.Node) -> None:
         if self._chosen(node).activations is not None:
-            self.left_float[node] = "attention in one op; QuantConfig(attention=True) writes it out"
+            self.left_float[node] = FUSED
 
     def _need(self, value_: fx.Node, users: Iterable[fx.Node]) -> None:
         """Quantize a value for those of `users` that do not read floats."""
