@@ -81,7 +81,7 @@ def _check_names(op: OpOverload, integer: object) -> None:
             raise RuleError(
                 f"{field} of {type(integer).__name__} must be {article} {what} of {op}, got {name!r}",
                 why=f"the {what}s of {op} are {', '.join(among) or 'none'}",
-                fix=f"{field}={among[0]!r}" if among else "leave integer= out",
+                fix=f"one of {', '.join(map(repr, among))}" if among else "leave integer= out",
             )
     if isinstance(integer, Lookup) and integer.weight != every[0]:
         raise RuleError(

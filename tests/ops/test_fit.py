@@ -33,13 +33,17 @@ RIGHT = Compute(("x",), "w", out=0, bias="b")
 @pytest.mark.parametrize(
     ("integer", "message", "fix"),
     [
-        (Move(), "operand of Move must be a tensor of graphcomp_fit.weight_first.default, got 'self'", "operand='w'"),
-        (Compute(("x",), "nope"), "weight of Compute must be a tensor", "weight='w'"),
-        (Compute(("x",), "w", bias="bb"), "bias of Compute must be a tensor", "bias='w'"),
-        (Compute(("gain",), "w"), "data of Compute must be a tensor", "data='w'"),
+        (
+            Move(),
+            "operand of Move must be a tensor of graphcomp_fit.weight_first.default, got 'self'",
+            "one of 'w', 'x', 'b'",
+        ),
+        (Compute(("x",), "nope"), "weight of Compute must be a tensor", "one of 'w', 'x', 'b'"),
+        (Compute(("x",), "w", bias="bb"), "bias of Compute must be a tensor", "one of 'w', 'x', 'b'"),
+        (Compute(("gain",), "w"), "data of Compute must be a tensor", "one of 'w', 'x', 'b'"),
         (Lookup("x"), "does not look rows up as aten::embedding does", "leave integer= out"),
-        (Float("sums", rows="table"), "rows of Float must be a tensor", "rows='w'"),
-        (Clip("lowest"), "low of Clip must be an argument", "low='w'"),
+        (Float("sums", rows="table"), "rows of Float must be a tensor", "one of 'w', 'x', 'b'"),
+        (Clip("lowest"), "low of Clip must be an argument", "one of 'w', 'x', 'b', 'gain'"),
         (Compute(("x",), "w", out=7), "dim 7 of 'w' must count the output channels", "Compute(('x',), 'w', out=0)"),
         (Compute(("x",), "w", out=1), "dim 1 of 'w' must count the output channels", "Compute(('x',), 'w', out=0)"),
         ("like aten::linear", "dim 0 of 'x' must count the output channels", "Compute(('x',), 'w', out=0)"),
