@@ -2,8 +2,8 @@
 
     inline_regions    no_grad and autocast(enabled=False) sub-graphs become part of the graph
     drop_checks       runtime assertions leave
-    make_functional   in-place ops become their functional twins wherever that cannot be observed
     rewrite           chunk, split, narrow, unsafe_*, … become one op each (the table REWRITES)
+    make_functional   in-place ops, on views too, become functional (see `functional`)
 
 Every pass keeps `meta["val"]`, `meta["stack_trace"]` and `meta["nn_module_stack"]` of the nodes it changes.
 """
@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from graphcomp.capture.functional import make_functional
 from graphcomp.capture.record import OP_SITE, READS
 from graphcomp.ir.graph import bind, fetch
 from graphcomp.ir.rewrite import before, replace_node
-from graphcomp.torch_compat import OpOverload, is_batchedtensor, pytree, schema_of, storage_key
+from graphcomp.torch_compat import OpOverload, pytree
 
 log = logging.getLogger("graphcomp.capture")
 aten = torch.ops.aten
@@ -33,8 +34,8 @@ def canonicalize(module: fx.GraphModule) -> None:
     """Bring the graph of `module` into canonical form, in place."""
     inline_regions(module)
     drop_checks(module.graph)
-    make_functional(module.graph)
     rewrite(module.graph)
+    make_functional(module.graph)
     tidy_meta(module.graph)
     module.graph.eliminate_dead_code(lambda node: node.is_impure() or is_read(node))
 
@@ -144,89 +145,6 @@ def drop_checks(graph: fx.Graph) -> None:
     for node in reversed(graph.nodes):
         if node.target in CHECKS and not node.users:
             graph.erase_node(node)
-
-
-# ---------------------------------------------------------------------------------------------- in-place ops
-def make_functional(graph: fx.Graph) -> None:
-    """Turn in-place ops into functional ones where no one can tell.
-
-    `n = relu_(v)` becomes `n = relu(v)`, and later uses of `v` read `n`, unless `v` is (a view of) a parameter, buffer
-    or input, or another name of the same memory, made before `n`, is read after it. Which values share memory is
-    read off the storages of their fake tensors.
-    """
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    sharing: dict[int, list[fx.Node]] = {}
-    for node in order:
-        for key in _storages(node):
-            sharing.setdefault(key, []).append(node)
-    for node in order:
-        op = functional(node.target)
-        if op is not None and _unobserved(node, order, sharing) and _same_result(node, op):
-            _read_result(node, order)
-            node.target = op
-
-
-def functional(target: Any) -> OpOverload | None:
-    """The functional twin of an in-place op: aten.relu_.default -> aten.relu.default."""
-    if not isinstance(target, OpOverload) or target.namespace != "aten":
-        return None
-    name = schema_of(target).name.removeprefix("aten::")
-    written = [a for a in schema_of(target).arguments if a.alias_info is not None and a.alias_info.is_write]
-    if [a.name for a in written] != [a.name for a in schema_of(target).arguments[:1]]:
-        return None
-    twin = "__" + name[3:] if name.startswith("__i") else name.removesuffix("_")
-    packet = getattr(aten, twin, None) if twin != name else None
-    overload = getattr(packet, schema_of(target).overload_name or "default", None)
-    return overload if isinstance(overload, OpOverload) and not schema_of(overload).is_mutable else None
-
-
-def _storages(node: fx.Node) -> Iterator[int]:
-    """A key for each piece of memory that the value of `node` lives in."""
-    for value in pytree.tree_leaves(node.meta.get("val")):
-        if isinstance(value, torch.Tensor) and value.layout is torch.strided and not is_batched(value):
-            yield storage_key(value.untyped_storage())
-
-
-def is_batched(tensor: torch.Tensor) -> bool:
-    """Whether it is one inside of torch.vmap, which has no memory of its own."""
-    return bool(is_batchedtensor(tensor))
-
-
-def _unobserved(node: fx.Node, order: dict[fx.Node, int], sharing: dict[int, list[fx.Node]]) -> bool:
-    """Whether nobody reads the memory that `node` writes under another, older name."""
-    written = node.args[0] if node.args else None
-    if not isinstance(written, fx.Node):
-        return False
-    keys = list(_storages(written))
-    relatives = {other for key in keys for other in sharing[key]}
-    if not keys or any(other.op in ("placeholder", "get_attr") for other in relatives | {written}):
-        return False
-    now = order[node]
-    older = [other for other in relatives if order[other] < now and other is not written]
-    return not any(order[user] > now for other in older for user in other.users)
-
-
-def _same_result(node: fx.Node, op: OpOverload) -> bool:
-    """Whether `op` gives the dtype of `node`: in-place ops do not promote, their twins do."""
-    expected = node.meta.get("val")
-    mode = getattr(expected, "fake_mode", None)
-    if not isinstance(expected, torch.Tensor) or mode is None:
-        return False
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    try:
-        with mode, torch.no_grad():
-            value = op(*args, **kwargs)
-    except Exception as error:  # whatever a fake kernel refuses: the op then stays in place, which is always right
-        log.debug("%s stays in place: %s", node.format_node(), error)
-        return False
-    return isinstance(value, torch.Tensor) and value.dtype == expected.dtype and value.dim() == expected.dim()
-
-
-def _read_result(node: fx.Node, order: dict[fx.Node, int]) -> None:
-    """Make everyone who reads the written value after `node` read the result of `node`."""
-    written = node.args[0]
-    assert isinstance(written, fx.Node)
-    written.replace_all_uses_with(node, delete_user_cb=lambda user: order[user] > order[node])
 
 
 # ---------------------------------------------------------------------------------------------- one op for one thing

@@ -15,7 +15,7 @@ from graphcomp.capture.capture import Captured
 from graphcomp.coupling.groups import ChannelGroup, FrozenAxis, find_frozen, find_groups
 from graphcomp.coupling.propagate import Coupling, UnknownOp, couple_beside, propagate
 from graphcomp.coupling.text import analysis_graph, analysis_text
-from graphcomp.ir.graph import attributes
+from graphcomp.ir.graph import all_tensors, attributes
 from graphcomp.ir.module import bound_graph, tensor_names
 from graphcomp.system.threads import one_at_a_time
 
@@ -52,8 +52,7 @@ class Analysis:
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Analysis:
         """Return the same analysis of the same graph with `tensors` in place of the tensors of their names."""
-        beside = tuple(replace(other, module=bound_graph(other.module, tensors)) for other in self.beside.graphs)
-        return replace(self, captured=self.captured.bind(tensors), beside=replace(self.beside, graphs=beside))
+        return replace(self, captured=self.captured.bind(tensors), beside=_bound(self.beside, tensors))
 
     @cached_property
     def frozen(self) -> tuple[FrozenAxis, ...]:
@@ -95,12 +94,37 @@ class Analysis:
 @one_at_a_time
 def analyze_captured(captured: Captured) -> Analysis:
     """Couple the axes of a captured graph and collect its groups."""
+    captured = _coupled(captured)
+    return _with_beside(captured, runs_beside(captured))
+
+
+@one_at_a_time
+def analyze_rewritten(plan: Analysis, captured: Captured) -> Analysis:
+    """Couple the axes of what passes made of the graph of `plan`, and collect its groups.
+
+    What the model does beside its graph is known by `plan`. To look it up again would take each tensor that a pass put
+    in the place of one of the model's for one that the graph does not read.
+    """
+    return _with_beside(_coupled(captured), _bound(plan.beside, dict(all_tensors(captured.module))))
+
+
+def _coupled(captured: Captured) -> Captured:
     coupling = propagate(captured.module, captured.output_names, held=captured.outside.reads)
-    captured = replace(captured, coupling=coupling)
-    beside = runs_beside(captured)
+    return replace(captured, coupling=coupling)
+
+
+def _bound(beside: RunsBeside, tensors: Mapping[str, Tensor]) -> RunsBeside:
+    """Return the same graphs with `tensors` in place of the tensors of their names."""
+    return replace(
+        beside, graphs=tuple(replace(other, module=bound_graph(other.module, tensors)) for other in beside.graphs)
+    )
+
+
+def _with_beside(captured: Captured, beside: RunsBeside) -> Analysis:
     for other in beside.graphs:
         names = {str(node.target) for node, _ in attributes(other.module)} - set(tensor_names(captured.original))
         constants = dict.fromkeys(names, f"a constant of the code {other.what}")
         held = {**captured.outside.reads, **constants}
         couple_beside(captured, other.module, other.output_names, other.what, held)
-    return Analysis(captured, find_groups(coupling), beside)
+    assert captured.coupling is not None
+    return Analysis(captured, find_groups(captured.coupling), beside)

@@ -73,6 +73,11 @@ def tensor_values(node: fx.Node) -> list[Tensor]:
     return []
 
 
+def op_name(node: fx.Node) -> str:
+    """The name of the op that the node calls: 'aten::relu'; of what is no op, its text."""
+    return str(schema_of(node.target).name) if isinstance(node.target, OpOverload) else str(node.target)
+
+
 def source_line(node: fx.Node) -> str:
     """Where in the user's code the node comes from: 'file.py:12, in forward -> x = self.fc(x)'; '' if unknown."""
     return frame_text(node.meta.get("stack_trace") or "")

@@ -14,10 +14,7 @@ from graphcomp.ops import (
     quantize,
     recurrent,
     reductions,
-    registry,
 )
-
-registry.seal()
 
 __all__ = [
     "conv",

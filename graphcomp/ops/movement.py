@@ -347,20 +347,25 @@ def slice_(
     self: Axes, dim: int = 0, start: Size | None = None, end: Size | None = None, step: int = 1, *, call: Call
 ) -> Axes:
     """Indices start:end:step of `dim`. With step 1 the dim is cut; with step k it is read as (n, k)."""
-    axis, total, wanted = self[dim], length(self[dim]), call.shape[dim]
+    return _with(self, dim, _taken(self[dim], start, end, step, call.shape[dim], call))
+
+
+def _taken(axis: Axis, start: Size | None, end: Size | None, step: int, wanted: Size, call: Call) -> Axis:
+    """The `wanted` indices start:end:step of `axis`."""
+    total = length(axis)
     if total == wanted:
-        return tuple(self)
+        return axis
     if not all(isinstance(n, int) for n in (total, wanted, start or 0, end or 0)):
         call.freeze(axis, "sliced at symbolic places")
-        return _with(self, dim, fresh(wanted, call.why))
+        return fresh(wanted, call.why)
     first = min(max((start or 0) + (total if (start or 0) < 0 else 0), 0), total)
     if step != 1:
-        return _with(self, dim, _every(axis, first, step, wanted, call))
+        return _every(axis, first, step, wanted, call)
     left, rest = cut(axis, first)
     middle, right = cut(rest, wanted)
     call.lengths["start"] = left
     call.lengths["end"] = concat(left, middle) if length(right) else None
-    return _with(self, dim, middle)
+    return middle
 
 
 def _every(axis: Axis, first: int, step: int, wanted: int, call: Call) -> Axis:
@@ -375,13 +380,14 @@ def _every(axis: Axis, first: int, step: int, wanted: int, call: Call) -> Axis:
 
 
 @op(aten.slice_scatter.default, facts=JOINS)
-def slice_scatter(self: Axes, src: Axes, dim: int = 0, *, call: Call) -> Axes:
-    """A slice replaced: that dim is frozen unless it is replaced whole."""
-    for k, (a, b) in enumerate(zip(self, src, strict=True)):
-        if k != dim % len(self) or length(a) == length(b):
-            couple(a, b, call.why)
-        else:
-            call.freeze([a, b], "part of it is replaced")
+def slice_scatter(
+    self: Axes, src: Axes, dim: int = 0, start: Size | None = None, end: Size | None = None, step: int = 1, *,
+    call: Call,
+) -> Axes:  # fmt: skip
+    """`src` has the dims of what `slice` takes, and replaces it."""
+    taken = _with(self, dim, _taken(self[dim], start, end, step, length(src[dim]), call))
+    for own, theirs in zip(taken, src, strict=True):
+        couple(own, theirs, call.why)
     return tuple(self)
 
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from graphcomp.ir.graph import bind, fetch, module_path, tensor_values, value
+from graphcomp.ir.graph import bind, fetch, module_path, op_name, source_line, tensor_values, value
+from graphcomp.ir.memory import writers
 from graphcomp.ops.answers import (
     clip_of,
     compute_of,
@@ -38,7 +39,7 @@ from graphcomp.quantization.wishes import Chosen, Wish, Wishes
 aten = torch.ops.aten
 
 FUSED = "attention in one op; QuantConfig(attention=True) writes it out"
-"""Why fused attention stays float."""
+"""Why attention computes in float."""
 
 
 @dataclass
@@ -107,6 +108,8 @@ class _Planner:
         self.ignore = ignore
         self.folded = folded
         self.constants = constants(module.graph)
+        self.written = writers(module)
+        self.asked_in_vain: dict[fx.Node, dict[fx.Node, None]] = {}
         self.compute = {node: self._chosen(node) for node in module.graph.nodes if compute_of(node)}
         self.ends = self._ends()
         self.floats = self._reading_floats()
@@ -132,6 +135,7 @@ class _Planner:
         for spot in spots:
             spot.users.sort(key=position.__getitem__)
         self._answer_overrides()
+        self.notes.extend(self._written_notes())
         if self.raised:
             least = self.config.first_and_last_bits
             self.notes.append(
@@ -202,6 +206,9 @@ class _Planner:
         if operands.weight not in operands.data and arguments[operands.weight] not in self.constants:
             self.left_float[node] = "its weight is computed from the inputs"
             return
+        if arguments[operands.weight] in self.constants and arguments[operands.weight] in self.written:
+            self.left_float[node] = self._why_written(arguments[operands.weight])
+            return
         if node in self.ends and not chosen.named:
             asked, chosen = chosen, chosen.at_least(self.config.first_and_last_bits)
             if chosen != asked:
@@ -258,6 +265,9 @@ class _Planner:
         spec = self.config.embeddings if name is None else self.config.overrides[name][0]
         if spec is None or table not in self.constants or any(matches(entry, path) for entry in self.ignore):
             return
+        if table in self.written:
+            self.notes.append(f"{self.label(node)} stays float: {self._why_written(table)}")
+            return
         if spec.tabled:
             self.notes.append(f"{self.label(node)} stays float: ternary embeddings must be symmetric")
             return
@@ -268,9 +278,14 @@ class _Planner:
             self.left_float[node] = FUSED
 
     def _need(self, value_: fx.Node, users: Iterable[fx.Node]) -> None:
-        """Quantize a value for those of `users` that do not read floats."""
+        """Quantize a value for those of `users` that do not read floats.
+
+        A value that an op writes into stays float: the quantizer would stand between the definition and the write.
+        """
         wanted = dict.fromkeys(user for user in users if user not in self.floats)
-        if wanted:
+        if wanted and value_ in self.written:
+            self.asked_in_vain.setdefault(value_, {}).update(wanted)
+        elif wanted:
             self.readers.setdefault(value_, {}).update(wanted)
 
     def _result(self, node: fx.Node) -> fx.Node:
@@ -379,6 +394,21 @@ class _Planner:
                 yield _Spot(value_, together, spec, shares=self.wishes.shared(value_))
             for own, users in apart.items():
                 yield _Spot(value_, list(dict.fromkeys(users)), own, shares=(value_, own))
+
+    def _written_notes(self) -> Iterator[str]:
+        """Name what stays float since an op writes into it."""
+        for value_, readers in self.asked_in_vain.items():
+            layers = dict.fromkeys(self.label(reader) for reader in readers if compute_of(reader))
+            named = f"what {', '.join(layers)} reads" if layers else ""
+            if not named and compute_of(value_):
+                named = f"what {self.label(value_)} returns"
+            if named:
+                yield f"{named} stays float: {self._why_written(value_)}"
+
+    def _why_written(self, value_: fx.Node) -> str:
+        op = self.written[value_]
+        line = source_line(op)
+        return f"{op_name(op)} writes into it in place" + (f", at {line}" if line else "")
 
     def _answer_overrides(self) -> None:
         """Note the overrides that ask for something and change no op."""

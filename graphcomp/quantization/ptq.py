@@ -31,6 +31,7 @@ from graphcomp.quantization.fold import FoldBatchNorm
 from graphcomp.quantization.gptq import round_second_order, second_moments
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.lower import FAKE, Lower, Lowered, LoweredLayer, constants_with_quantizers, layers_of
+from graphcomp.quantization.placed import CheckPlaced
 from graphcomp.quantization.placement import channels_of, layer_name, place
 from graphcomp.quantization.spec import QuantConfig
 from graphcomp.quantization.tensors import attribute_readers, put, read_by_others, replace_argument
@@ -106,6 +107,7 @@ def quantize(program: Program, batches: Sequence[Sequence[Any]], options: PostTr
 
     Raises:
         CalibrationError: no batch, one the model does not run on, or values that are not finite.
+        VerificationError: with all quantizers off, the graph does not compute what the float graph does.
     """
     last = Pipeline("post-training quantization", quantizing(options, batches))(program)
     return quantized_of(last, program)
@@ -124,6 +126,7 @@ def quantizing(options: PostTraining, batches: Sequence[Sequence[Any]]) -> tuple
         PlaceQuantizers(options.config, options.ignore),
         CalibrateWeights(),
         CalibrateActivations(batches),
+        CheckPlaced(FLOATS, batches),
         SetLayers(options, batches[: options.walk_batches]),
         FitBiases(),
         NameFloatLayers(),

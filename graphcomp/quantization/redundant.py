@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from graphcomp.ir.graph import bind, clone, value
+from graphcomp.ir.memory import writers
 from graphcomp.ir.passes import GraphPass
 from graphcomp.ir.rewrite import after, redirect
 from graphcomp.ops.answers import move_of
@@ -54,19 +55,20 @@ def quantizer_before(node: fx.Node, quantizers: Mapping[fx.Node, object]) -> fx.
 
 @dataclass(frozen=True)
 class RepeatQuantizers(GraphPass):
-    """Put a quantizer behind every value that was moved from a quantized one: the graph computes the same."""
+    """Put a quantizer behind every value that was moved from a quantized one, unless an op writes into the value after
+    that: the graph computes the same."""
 
     name: ClassVar[str] = "repeat quantizers behind moves"
 
     def rewrite(self, module: fx.GraphModule, /) -> fx.GraphModule:
         """Return a new module that shares the tensors of `module`."""
         repeated, _ = clone(module)
-        constant = constants_with_quantizers(repeated)
+        written, constant = writers(repeated), constants_with_quantizers(repeated)
         quantizers = {node: str(node.target) for node, _ in quantizer_nodes(repeated) if node not in constant}
         for node in list(repeated.graph.nodes):
             source = moved_from(node)
             users = [user for user in node.users if user not in quantizers and user.op != "output"]
-            if source not in quantizers or not users:
+            if source not in quantizers or not users or node in written:
                 continue
             again = after(node).submodule(quantizers[source], node, val=value(node))
             quantizers[again] = quantizers[source]

@@ -25,6 +25,7 @@ from graphcomp.quantization.attention import WriteOutAttention
 from graphcomp.quantization.einsum import WriteOutEinsum
 from graphcomp.quantization.fold import FoldForTraining, chains, folded_nodes
 from graphcomp.quantization.insert import InsertQuantizers
+from graphcomp.quantization.placed import CheckPlaced
 from graphcomp.quantization.placement import place
 from graphcomp.quantization.ptq import (
     FLOATS,
@@ -57,9 +58,11 @@ def on_weights_as_they_are(
     """
     return (
         WriteOutEinsum(),
+        Remember(FLOATS),
         PlaceToTrain(replace(config, embeddings=None), tuple(ignore)),
         CalibrateWeights(),
         CalibrateInTraining(batches),
+        CheckPlaced(FLOATS, batches),
     )
 
 
@@ -88,6 +91,7 @@ def quantizing_to_train(
         CalibrateWeights(),
         CalibrateInTraining(batches) if fresh else CalibrateActivations(batches),
         LeaveOutRepeats(),
+        CheckPlaced(FLOATS, batches),
         *([] if fresh else [SetTrainableLayers(options, batches[: options.walk_batches])]),
         *([AddNote(NOT_EQUALIZED)] if unequal else []),
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from graphcomp.coupling.analysis import Analysis, analyze_captured
+from graphcomp.coupling.analysis import Analysis, analyze_rewritten
 from graphcomp.coupling.groups import ChannelGroup
 from graphcomp.ir.passes import Pass, Pipeline
 from graphcomp.ir.program import P, Program
@@ -125,7 +125,7 @@ def prepare_graph(
         passes = quantizing.passes(plan.captured, ignore, batches)
         # calibration runs the graph, and coupling compares each rule with the shapes that nodes say
         quantizers = Pipeline("quantizers to train", (*passes, NoteFloats(), ForgetStages()), values=False)
-        quantized = analyze_captured(quantizers(plan.captured))
+        quantized = analyze_rewritten(plan, quantizers(plan.captured))
     by_name = {group.name: group for group in quantized.groups}
     ready = with_masks(
         Session(

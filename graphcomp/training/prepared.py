@@ -18,6 +18,7 @@ from graphcomp.ir.graph import all_tensors
 from graphcomp.ir.module import CapturedModule
 from graphcomp.pruning.mask import PREFIX, hold_masks
 from graphcomp.pruning.slice import check_groups, check_kept
+from graphcomp.quantization.placed import in_floats
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.recompute import made_again
 from graphcomp.quantization.sites import Site
@@ -209,15 +210,8 @@ class Prepared(CapturedModule):
     @contextmanager
     def in_floats(self) -> Iterator[None]:
         """Let quantizers pass on what they read, inside."""
-        found = [quantizer for _, quantizer in self.quantizers()]
-        before = [quantizer.enabled for quantizer in found]
-        for quantizer in found:
-            quantizer.enabled = False
-        try:
+        with in_floats(self):
             yield
-        finally:
-            for quantizer, enabled in zip(found, before, strict=True):
-                quantizer.enabled = enabled
 
     @property
     def progress(self) -> tuple[int, int]:

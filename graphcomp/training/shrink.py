@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphcomp.coupling.analysis import Analysis, analyze_captured
+from graphcomp.coupling.analysis import Analysis, analyze_captured, analyze_rewritten
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import PlanError, VerificationError
 from graphcomp.ir.graph import all_tensors, value
@@ -194,7 +194,7 @@ def shrunk(ready: Prepared) -> Prepared:
     plan = quantized = _named_as(session.plan, in_floats, cut)
     if session.bits is not None:
         graph = SliceGroups(session.quantized.coupling, kept)(session.quantized.captured.module)
-        cut = analyze_captured(replace(session.quantized.captured.rewritten(graph), original=model))
+        cut = analyze_rewritten(cut, replace(session.quantized.captured.rewritten(graph), original=model))
         quantized = _named_as(session.quantized, kept, cut)
     groups = tuple(group for group in quantized.groups if group.name in units)
     cut_from = CutFrom.of(ready)

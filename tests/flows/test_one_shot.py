@@ -61,7 +61,7 @@ def fail(*_: Any) -> Any:
             with_bits,
             SetLayers,
             "__call__",
-            "the pass 'set layers' of 'one shot, with bits', after 'calibrate activations' failed",
+            "the pass 'set layers' of 'one shot, with bits', after 'check placed quantizers' failed",
         ),
         (with_bits, Lower, "__call__", "the pass 'lower' of 'one shot, with bits', after 'remember fake-quant' failed"),
         (
