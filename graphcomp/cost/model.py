@@ -19,13 +19,14 @@ from torch import Tensor, fx
 
 from graphcomp.capture.capture import Captured
 from graphcomp.coupling.analysis import Analysis
-from graphcomp.coupling.axis import Axis, Factor, Product, all_leaves, leaves, length, normal
-from graphcomp.coupling.groups import Kept, summed_axes
-from graphcomp.coupling.propagate import Coupling, is_real
+from graphcomp.coupling.axis import Axis, Factor, Product, leaves, length, normal
+from graphcomp.coupling.groups import Kept
+from graphcomp.coupling.propagate import Coupling
 from graphcomp.ir.graph import argument_at, attributes, bind, module_path, source_line, tensor_values
 from graphcomp.ops import registry
 from graphcomp.ops.call import KINDS, Call, Kind
 from graphcomp.ops.facts import Float, Lookup
+from graphcomp.ops.teach import macs_fix
 
 aten = torch.ops.aten
 
@@ -82,11 +83,13 @@ class Uncounted:
         op: the op.
         source: the user's source line.
         why: the reason.
+        fix: the line that says what the op multiplies, to complete; "" where there is none.
     """
 
     op: str
     source: str
     why: str = "nothing says what it multiplies"
+    fix: str = ""
 
     def __str__(self) -> str:
         at = f" at {self.source}" if self.source else ""
@@ -101,8 +104,7 @@ class CostModel:
         layers: the name without ".weight" of every parameter, and the layer of every operation.
         weights: the name without ".weight" of every parameter that an op multiplies with or looks up; others are added,
             scaled with or fed in: norms, class tokens, tables of positions, biases of attention.
-        uncounted: ops that may have multiply-accumulates and have no formula, or lengths that depend on data; they
-            count 0.
+        uncounted: ops of which nothing says what they multiply, or whose lengths depend on data; they count 0.
     """
 
     def __init__(self, analysis: Analysis) -> None:
@@ -311,20 +313,13 @@ def _looks_up(node: fx.Node, coupling: Coupling) -> bool:
 
 
 def _uncounted(node: fx.Node, coupling: Coupling) -> list[Uncounted]:
-    """Name the op where nothing says what the op sums, and its rule sums over what several operands share, or the op
-    reads several matrices."""
-    call = coupling.calls.get(node)
-    if call is None and str(node.target) not in coupling.unknown:
+    """Name the op where nothing says what the op multiplies, or where the rule that would say so failed."""
+    call, sums = coupling.calls.get(node), registry.facts_of(node.target).sums
+    if call is None and (str(node.target) not in coupling.unknown or sums not in (None, "products")):
         return []
-    if call is not None and registry.facts_of(node.target).sums is not None:
+    if call is not None and sums is not None:
         return []
-    operands = [n for n in node.all_input_nodes if coupling.axes.get(n)]
-    axes = [coupling.axes[n][0] for n in operands]
-    alike = len({tuple(all_leaves(own)) for own in axes}) < 2
-    if call is not None and not alike and summed_axes(coupling, node, call):
-        return [Uncounted(str(node.target), source_line(node))]
-    matrices = [n for n, own in zip(operands, axes, strict=True) if len(own) > 1 and is_real(tensor_values(n)[0])]
-    return [Uncounted(str(node.target), source_line(node))] if len(matrices) > 1 else []
+    return [Uncounted(str(node.target), source_line(node), fix=macs_fix(node))]
 
 
 # ------------------------------------------------------------------------------------------------ example inputs

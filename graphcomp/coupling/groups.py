@@ -300,7 +300,8 @@ def summed_axes(coupling: Coupling, node: fx.Node, call: Call) -> list[Axis]:
     summed: list[Axis] = []
     for key, dims in call.contracted.items():
         axes = coupling.axes[argument_at(arguments, key)][0]
-        if not _same_axes(axes, coupling.axes[node][0]):  # else a norm's statistics: nothing is summed away
+        results = coupling.axes[node]
+        if not results or not _same_axes(axes, results[0]):  # else a norm's statistics: nothing is summed away
             summed += [axes[dim] for dim in dims]
     return summed
 

@@ -11,14 +11,19 @@ Operands are separated by commas, results follow the arrow. For each dim:
     +k       any number of dims of a kernel: frozen, and summed away
     ...      any number of leading dims that broadcast, at most once per operand
 
-A letter that stands on the left only is contracted: its units are summed away. Operands are multiplied from left to
-right, and each product that sums something away costs one multiply-accumulate per index of its letters, kernels and
-dims of the result.
+A letter that stands on the left only is contracted: its units are summed away. Masks stand in each operand that holds
+the letter, but for the first: whatever the op multiplies with what, a masked unit adds nothing.
+
+Operands are multiplied from left to right, and each product that sums something away costs one multiply-accumulate per
+index of its letters, kernels and dims of the result. Where the data share a contracted letter with several operands,
+each of these operands is multiplied with the data by itself, as in a gated layer: "... i, o i, o i -> ... o" is two
+products, of "... i" with either matrix. What else an op multiplies is said by `macs=`.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -82,6 +87,16 @@ class Notation:
     operands: tuple[Pattern, ...]
     results: tuple[Pattern, ...]
 
+    @property
+    def kept(self) -> set[str]:
+        """The letters of the results."""
+        return set().union(*(pattern.letters() for pattern in self.results))
+
+    @property
+    def contracted(self) -> set[str]:
+        """The letters that stand on the left only."""
+        return set().union(*(pattern.letters() for pattern in self.operands)) - self.kept
+
 
 @cache
 def parse(text: str) -> Notation:
@@ -119,12 +134,12 @@ def _pattern(text: str, rule: str) -> Pattern:
             dims.append(token)
         else:
             raise RuleError(f"rule {rule!r}: cannot read {token!r}")
-    if sum(map(_is_open, dims)) > 1:
+    if sum(map(is_open, dims)) > 1:
         raise RuleError(f"rule {rule!r}: {text.strip()!r} has two dims of open number")
     return Pattern(tuple(dims))
 
 
-def _is_open(dim: str | tuple[str, ...]) -> bool:
+def is_open(dim: str | tuple[str, ...]) -> bool:
     """Return whether `dim` stands for any number of dims."""
     return isinstance(dim, str) and dim[0] in ".*+"
 
@@ -136,12 +151,13 @@ def apply(
     why: Reason,
     sizes: Mapping[str, Size] | None = None,
     counted: Sequence[Sequence[str]] | None = None,
+    data: int = 0,
 ) -> Applied:
     """Couple `operands` as the rule says; return the results, which dims are contracted, and what is multiplied.
 
     An operand may be None (an optional one left out). `sizes` gives lengths of letters, e.g. a conv's groups; `counted`
-    the names of each product (see `products_of`), where they are not those of the rule.
-    Of several operands that hold a contracted letter by itself, the last is the one reported.
+    the names of each product (see `products_of`), where they are not those of the rule; `data` the number of the
+    operand that weights are multiplied with.
     """
     bound = _Binding(why, dict(sizes or {}))
     given = zip(notation.operands, operands, strict=True)
@@ -151,8 +167,8 @@ def apply(
     for _, pattern, axes in present:
         bound.take(pattern, axes)
     results = [bound.give(p, shape) for p, shape in zip(notation.results, result_shapes, strict=False)]
-    kept = set().union(*(p.letters() for p in notation.results))
-    return Applied(results, _contractions(present, kept), _products(notation, present, bound, results, counted))
+    products = _products(notation, present, bound, results, counted, data)
+    return Applied(results, _contractions(present, notation.kept), products)
 
 
 def _products(
@@ -161,31 +177,51 @@ def _products(
     bound: _Binding,
     results: Sequence[Axes],
     counted: Sequence[Sequence[str]] | None,
+    data: int,
 ) -> list[Product]:
-    first = notation.results[0]
+    first, given = notation.results[0], tuple(k for k, _, _ in present)
     if counted is None:
-        found = [(names, count, True) for names, count in products(notation, [k for k, _, _ in present])]
+        found = [(names, operands, True) for names, operands in products(notation, given, data)]
     else:
-        found = [(list(names), len(present), False) for names in counted]
+        found = [(list(names), given, False) for names in counted]
     made = []
-    for names, count, stars in found:
+    for names, operands, stars in found:
         axes = [axis for name in names for axis in bound.extent(name)]
         axes += _in_stars(first, results) if stars else ()
-        operands = tuple(present[k][0] for k in range(count))
         made.append(Product(tuple(axes), operands, any(name.startswith("+") for name in names)))
     return made
 
 
-def products(notation: Notation, present: Sequence[int] | None = None) -> Sequence[tuple[list[str], int]]:
-    """As `summed_products`, of a rule whose operands `present` are given (None: all)."""
-    return _products_of(notation.text, tuple(range(len(notation.operands)) if present is None else present))
+def products(
+    notation: Notation, present: Sequence[int] | None = None, data: int = 0
+) -> Sequence[tuple[list[str], tuple[int, ...]]]:
+    """Return the letters and the operands of each product that sums something away.
+
+    Args:
+        notation: a rule.
+        present: numbers of the operands that are given; None: all.
+        data: number of the operand that weights are multiplied with.
+    """
+    return _products_of(notation.text, tuple(range(len(notation.operands)) if present is None else present), data)
 
 
 @cache
-def _products_of(rule: str, present: tuple[int, ...]) -> Sequence[tuple[list[str], int]]:
+def _products_of(rule: str, present: tuple[int, ...], data: int) -> Sequence[tuple[list[str], tuple[int, ...]]]:
     notation = parse(rule)
-    letters = [_summable(notation.operands[k]) for k in present]
-    return summed_products(letters, notation.results[0].letters() | {"..."})
+    letters = {k: _summable(notation.operands[k]) for k in present}
+    kept = notation.kept | {"..."}
+    others = Counter(name for k in present if k != data for name in set(letters[k]))
+    again = {name for name in letters.get(data, ()) if others[name] > 1 and name not in kept}
+    found = []
+    if again:  # the data meet several operands
+        mine = [name for name in letters.pop(data) if name in kept or others[name]]
+        for k, own in letters.items():
+            if again & set(own):
+                both = list(dict.fromkeys((*mine, *own)))
+                found.append((both, (data, k)))
+                letters[k] = [name for name in both if name not in again and not name.startswith("+")]
+    numbers = tuple(letters)
+    return [*found, *((names, numbers[:n]) for names, n in summed_products(list(letters.values()), kept))]
 
 
 def products_of(notation: Notation, texts: Sequence[str]) -> list[list[str]]:
@@ -240,19 +276,20 @@ def summed_products(operands: Sequence[Sequence[str]], result: Collection[str]) 
 
 
 def _contractions(present: Sequence[tuple[int, Pattern, Axes]], kept: set[str]) -> list[Contraction]:
-    where: dict[str, Contraction] = {}
+    """Where masks stand. Of two operands that are multiplied one is not the first: its zeros take the unit out."""
+    where: dict[str, list[Contraction]] = {}
     for k, pattern, axes in present:
         for name, dim in _positions(pattern, len(axes)):
             if name not in kept:
-                where[name] = Contraction(k, dim)
-    return list(where.values())
+                where.setdefault(name, []).append(Contraction(k, dim))
+    return [place for places in where.values() for place in places[1:] or places]
 
 
 def _positions(pattern: Pattern, rank: int) -> list[tuple[str, int]]:
     """Each letter of `pattern` with the dim it stands in."""
     found, dim = [], 0
     for item in pattern.dims:
-        if _is_open(item):
+        if is_open(item):
             dim += rank - (len(pattern.dims) - 1)
             continue
         found += [(name, dim) for name in ((item,) if isinstance(item, str) else item)]
@@ -310,7 +347,7 @@ class _Binding:
     def _items(self, pattern: Pattern, axes: Axes) -> list[tuple[str | tuple[str, ...], Axis | tuple[Axis, ...]]]:
         """Each item of the pattern with its axis, or the tuple of axes of an item of open number."""
         rank, fixed = len(axes), len(pattern.dims)
-        open_at = next((k for k, dim in enumerate(pattern.dims) if _is_open(dim)), None)
+        open_at = next((k for k, dim in enumerate(pattern.dims) if is_open(dim)), None)
         if open_at is None:
             if rank != fixed:
                 raise RuleError(f"the rule expects {fixed} dims and the operand has {rank}", at=str(self.why))

@@ -18,6 +18,7 @@ from graphcomp.ir.graph import argument_at, attributes, bind, is_op, source_line
 from graphcomp.ir.program import Program
 from graphcomp.ops import registry
 from graphcomp.ops.call import AxesValue, Call
+from graphcomp.ops.teach import rule_fix
 from graphcomp.torch_compat import OpOverload, storage_key
 
 logger = logging.getLogger("graphcomp.coupling")
@@ -31,18 +32,25 @@ MAX_ORIGINS = 8
 
 @dataclass(frozen=True)
 class UnknownOp:
-    """An op without a rule: every axis it touches is frozen."""
+    """An op without a rule, or whose rule does not decide: every axis that the op touches is frozen.
+
+    Attributes:
+        op: the op.
+        source: the user's source line.
+        count: how many calls.
+        why: the reason.
+        fix: the line that lifts the op, to be checked against what the op computes; "" where there is none.
+    """
 
     op: str
     source: str
     count: int
     why: str = "no coupling rule"
+    fix: str = ""
 
-    @property
-    def fix(self) -> str:
-        """The line that lifts it, to complete."""
-        name = self.op.rpartition(".")[0].replace(".", "::", 1) if "::" not in self.op else self.op
-        return f'graphcomp.rule("{name}", "n c ..., ... -> n c ...")'
+    def __str__(self) -> str:
+        at = f" at {self.source}" if self.source else ""
+        return f"{self.op} ({self.count}x){at}: {self.why}"
 
 
 @runtime_checkable
@@ -333,7 +341,8 @@ def _unknown(coupling: Coupling, node: fx.Node, op: str, why: str) -> None:
     reason = Reason(f"{why} for {op}" if why.startswith("no ") else f"{op}: {why}", op, source_line(node))
     _freeze_around(coupling, node, reason)
     known = coupling.unknown.get(op)
-    coupling.unknown[op] = UnknownOp(op, reason.source, 1 + (known.count if known else 0), why)
+    source, why, fix = (known.source, known.why, known.fix) if known else (reason.source, why, rule_fix(node))
+    coupling.unknown[op] = UnknownOp(op, source, 1 + (known.count if known else 0), why, fix)
 
 
 def _freeze_around(coupling: Coupling, node: fx.Node, reason: Reason) -> None:

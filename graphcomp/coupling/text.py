@@ -53,7 +53,7 @@ def _frozen_text(frozen: Sequence[FrozenAxis]) -> str:
 
 
 def _unknown_text(analysis: Analysis) -> str:
-    rows = [f"  {u.op} ({u.count}x) at {u.source}: {u.why}\n    fix: {u.fix}" for u in analysis.unknown_ops]
+    rows = [f"  {u}" + (f"\n    fix: {u.fix}" if u.fix else "") for u in analysis.unknown_ops]
     return "\n".join(["ops without a usable rule (every axis they touch is frozen):", *rows]) if rows else ""
 
 

@@ -21,6 +21,7 @@ from graphcomp.ir.module import tensor_leaves
 from graphcomp.ir.passes import Pass, Pipeline, applied
 from graphcomp.ir.preserve import same_buffers
 from graphcomp.ir.program import P
+from graphcomp.ir.taught import suspected
 from graphcomp.numerics.compare import in_float64, is_whole, relative_error, why_silent
 from graphcomp.numerics.float64 import Float64ByDefault
 from graphcomp.numerics.provenance import compare_before, heard
@@ -38,6 +39,8 @@ from graphcomp.training.shrink import session_of, settled
 
 SLICING, FOLDING = 1e-9, 1e-6
 """Largest relative errors, in float64, of slicing a trained graph and of folding its batch norms into its steps."""
+
+UNVERIFIED = "finalize(ready, verify=False) goes on all the same"
 
 
 @one_at_a_time
@@ -136,7 +139,7 @@ def _compare(wanted: fx.GraphModule, got: fx.GraphModule, captured: Captured, al
         VerificationError: the two differ.
     """
     expected, actual = _outputs(wanted, captured), _outputs(got, captured)
-    errors = [_checked(relative_error(expected, actual), allowed)]
+    errors = [_checked(relative_error(expected, actual), allowed, captured)]
     outputs = tensor_leaves(expected[0])
     silent = [
         f"output '{name}' {why}"
@@ -149,7 +152,7 @@ def _compare(wanted: fx.GraphModule, got: fx.GraphModule, captured: Captured, al
         errors = []
     before = [_floats_before(graph, captured) for graph in (wanted, got)]
     found = [compare_before(a, b) for a, b in zip(*before, strict=True) if a]
-    errors += [_checked(error, allowed) for error in found if not math.isnan(error)]
+    errors += [_checked(error, allowed, captured) for error in found if not math.isnan(error)]
     return max(errors, default=math.nan), "; ".join(silent)
 
 
@@ -181,7 +184,7 @@ def _floats_before(graph: fx.GraphModule, captured: Captured) -> list[list[Tenso
     ]
 
 
-def _checked(error: float, allowed: float) -> float:
+def _checked(error: float, allowed: float, captured: Captured) -> float:
     """Return `error`.
 
     Raises:
@@ -191,6 +194,6 @@ def _checked(error: float, allowed: float) -> float:
         raise VerificationError(
             "the small model does not compute what the trained model computes",
             why=f"largest relative error {error:.1e} in float64, allowed {allowed:.0e}",
-            fix="please report the model; finalize(ready, verify=False) goes on all the same",
+            fix=f"{suspected(captured.module.graph)}; {UNVERIFIED}",
         )
     return error

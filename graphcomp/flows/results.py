@@ -442,8 +442,20 @@ def _report(cut: Cut, notes: Sequence[str], quantized: Sequence[LoweredLayer] = 
         repairs={name: Change(layer.before, layer.after) for name, layer in cut.repaired.items()},
         verified=cut.program.verified,
         unchecked=cut.program.unchecked,
-        notes=(*plan.captured.notes, *_uncounted_notes(costs), *notes, *cut.notes, *plan.captured.path.notes()),
+        notes=(
+            *plan.captured.notes,
+            *_unknown_notes(plan),
+            *_uncounted_notes(costs),
+            *notes,
+            *cut.notes,
+            *plan.captured.path.notes(),
+        ),
     )
+
+
+def _unknown_notes(plan: Analysis) -> list[str]:
+    """One note per op that keeps every index it touches, for want of a rule that decides."""
+    return [f"left whole around {op}" + (f"; {op.fix}" if op.fix else "") for op in plan.unknown_ops]
 
 
 def _uncounted_notes(costs: CostModel) -> list[str]:

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import inspect
 import keyword
-import logging
 import math
 import operator
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from graphcomp.ir.module import FOLLOWS_MODE, CapturedModule, build
 from graphcomp.ir.shapes import run_fake
 from graphcomp.ir.spec_json import dump_spec, load_spec
 from graphcomp.ir.trust import EVERYTHING, Trust
-from graphcomp.system.threads import LOCK
+from graphcomp.system.threads import unlogged
 from graphcomp.torch_compat import (
     FAKE_TENSOR_LOGGER,
     FakeTensorMode,
@@ -165,7 +164,7 @@ def _example(node: fx.Node) -> JSON:
 def _results(module: fx.GraphModule, examples: Sequence[JSON]) -> JSON:
     """dtype and shape of each output for inputs like `examples`; None where the graph cannot be run without data."""
     try:
-        with _unlogged(FAKE_TENSOR_LOGGER):
+        with unlogged(FAKE_TENSOR_LOGGER):
             return _run(module, examples, {})
     except Exception:  # an op may need data, or know nothing of fake tensors; what it raises is its own affair
         return None
@@ -179,18 +178,6 @@ def _run(module: fx.GraphModule, examples: Sequence[JSON], devices: Mapping[str,
     found = run_fake(module, mode, inputs)
     leaves = pytree.tree_leaves(fx.map_arg(output.args[0], lambda node: found[node]))
     return [[str(t.dtype).removeprefix("torch."), list(t.shape)] if isinstance(t, Tensor) else None for t in leaves]
-
-
-@contextmanager
-def _unlogged(name: str) -> Iterator[None]:
-    """Keep a logger quiet inside: torch logs what an op raises, and the error says the same."""
-    logger, nothing = logging.getLogger(name), lambda record: False
-    with LOCK:
-        logger.addFilter(nothing)
-        try:
-            yield
-        finally:
-            logger.removeFilter(nothing)
 
 
 def _input(example: JSON, devices: Mapping[str, torch.device]) -> Any:
@@ -468,7 +455,7 @@ def _check_results(module: CapturedModule, document: JSON, devices: Mapping[str,
     if not isinstance(examples, list) or len(examples) != len(places):
         raise damaged(f"the inputs are like {examples!r:.100}")
     try:
-        with _unlogged(FAKE_TENSOR_LOGGER):
+        with unlogged(FAKE_TENSOR_LOGGER):
             found = _run(module, examples, devices)
     except CheckpointError:
         raise

@@ -14,7 +14,9 @@ from graphcomp.ir.graph import example_size, fetch, neighbourhood, source_line, 
 from graphcomp.ir.program import P, Program
 from graphcomp.ir.run_nodes import failed_at
 from graphcomp.ir.shapes import run_meta, run_shapes
-from graphcomp.torch_compat import pytree
+from graphcomp.ir.taught import suspected
+from graphcomp.system.threads import unlogged
+from graphcomp.torch_compat import FAKE_TENSOR_LOGGER, pytree
 
 
 class Pass(Protocol):
@@ -63,7 +65,7 @@ class GraphPass(ABC):
         check_form(module, f"the pass '{self.name}'")
         wrong = wrong_value(module)
         if wrong is not None and wrong_value(program) is None:
-            raise _invalid(f"the pass '{self.name}'", *wrong)
+            raise _invalid(module, f"the pass '{self.name}'", *wrong)
         return module
 
 
@@ -154,7 +156,7 @@ class Pipeline:
                 raise PassError(
                     f"{self._place(k)} failed",
                     why=f"{type(error).__name__}: {first_line(error)[:300]}",
-                    fix="please report the model",
+                    fix=suspected(program.graph),
                 ) from error
             verify(following.module, self._place(k))
             program = following
@@ -181,7 +183,7 @@ def check(module: fx.GraphModule, place: str) -> None:
     """Raise VerificationError where the graph is not well-formed, or a node computes another shape than it says."""
     check_form(module, place)
     if (wrong := wrong_value(module)) is not None:
-        raise _invalid(place, *wrong)
+        raise _invalid(module, place, *wrong)
 
 
 def check_form(module: fx.GraphModule, place: str) -> None:
@@ -192,11 +194,11 @@ def check_form(module: fx.GraphModule, place: str) -> None:
         try:
             fetch(module, str(node.target))
         except AttributeError:
-            raise _invalid(place, node, f"there is no '{node.target}'") from None
+            raise _invalid(module, place, node, f"there is no '{node.target}'") from None
     try:
         module.graph.lint()
     except Exception as error:  # lint raises errors of several kinds
-        raise _invalid(place, None, first_line(error)) from error
+        raise _invalid(module, place, None, first_line(error)) from error
 
 
 def wrong_value(module: fx.GraphModule) -> tuple[fx.Node | None, str] | None:
@@ -211,7 +213,8 @@ def wrong_value(module: fx.GraphModule) -> tuple[fx.Node | None, str] | None:
     if metas is not None and _difference(metas) is None:
         return None
     try:
-        found = run_shapes(module)
+        with unlogged(FAKE_TENSOR_LOGGER):
+            found = run_shapes(module)
     except Exception as error:  # whatever an op raises whose operands do not fit
         why = f"the graph does not run on fake tensors: {type(error).__name__}: {first_line(error)[:300]}"
         return None, f"{why}\nat {at}" if (at := failed_at(error)) else why
@@ -244,10 +247,10 @@ def _length(size: Any) -> int | None:
     return example_size(size) if size.node.has_hint() else None
 
 
-def _invalid(place: str, node: fx.Node | None, why: str) -> VerificationError:
+def _invalid(module: fx.GraphModule, place: str, node: fx.Node | None, why: str) -> VerificationError:
     return VerificationError(
         f"{place} left a graph that is not valid",
         at="" if node is None else f"{node.name} {source_line(node)}".rstrip(),
         why=why if node is None else f"{why}\n{neighbourhood(node)}",
-        fix="please report the model",
+        fix=suspected(module.graph),
     )

@@ -14,7 +14,10 @@ from graphcomp.ops import (
     quantize,
     recurrent,
     reductions,
+    registry,
 )
+
+registry.seal()
 
 __all__ = [
     "conv",

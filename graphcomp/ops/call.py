@@ -94,12 +94,14 @@ class Call:
         /,
         **operands: Axes | None,
     ) -> list[Axes]:
-        """Apply a rule in notation to the arguments given by name; contractions and products are noted."""
+        """Apply a rule in notation to the arguments given by name; contractions and products are noted. The data that
+        weights are multiplied with are the first activation."""
         parsed = notation.parse(text)
         if len(parsed.operands) != len(operands):
             raise RuleError(f"rule {text!r} has {len(parsed.operands)} operands and got {len(operands)}")
-        applied = notation.apply(parsed, list(operands.values()), self.shapes, self.why, sizes, counted)
         names = list(operands)
+        data = next((k for k, name in enumerate(names) if name in self.activations), 0)
+        applied = notation.apply(parsed, list(operands.values()), self.shapes, self.why, sizes, counted, data)
         for contraction in applied.contractions:
             self.contract(names[contraction.operand], contraction.dim)
         for product in applied.products:

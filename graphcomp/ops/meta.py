@@ -6,7 +6,7 @@ import torch
 
 from graphcomp.coupling.axis import Axes
 from graphcomp.ops.create import overloads
-from graphcomp.ops.facts import in_float
+from graphcomp.ops.facts import Float, in_float, product
 from graphcomp.ops.registry import op, refuse
 
 aten = torch.ops.aten
@@ -36,8 +36,12 @@ refuse(
         aten._adaptive_avg_pool2d_backward, aten.embedding_dense_backward, aten.native_layer_norm_backward,
         aten.native_group_norm_backward,
     ),
-    why="a gradient: no forward has it",
+    why="a gradient: no forward has it", facts=product(Float("a gradient: no forward has it")),
 )  # fmt: skip
 refuse(aten.resize_.default, why="changes an operand's memory")
-refuse(aten._pdist_forward.default, why="distances between all rows of one operand")
+refuse(
+    aten._pdist_forward.default,
+    why="distances between all rows of one operand",
+    facts=product(Float("distances between all rows of one operand")),
+)
 refuse(aten.sym_is_contiguous.default, why="asks for the layout in memory, which a cut changes")

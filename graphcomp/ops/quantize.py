@@ -9,7 +9,7 @@ from graphcomp.ops.call import Call
 from graphcomp.ops.facts import in_float
 from graphcomp.ops.index import whole
 from graphcomp.ops.pointwise import pointwise
-from graphcomp.ops.registry import elementwise, op
+from graphcomp.ops.registry import elementwise, op, refuse
 
 aten = torch.ops.aten
 
@@ -75,3 +75,9 @@ for _name in ("quantize_per_tensor", "dequantize_per_tensor", "convert_element_t
     op(f"quantized_decomposed::{_name}", pointwise, facts=QUANTIZES)
 for _name in ("choose_qparams", "choose_qparams_symmetric"):
     op(f"quantized_decomposed::{_name}", whole, facts=in_float("a range of floats"))
+
+refuse(
+    "graphcomp::unpack", "graphcomp::dequantize_grouped",
+    why="integers of a compressed model, several in one number",
+    fix="compress the float model: compress(model, example_inputs, sparsity=…, bits=…) cuts, then quantizes",
+)  # fmt: skip

@@ -5,7 +5,8 @@
     @op(aten.cat.default, facts=moves(Rescale()))                 parameters are the op's own schema:
     def cat(tensors: list[Axes], dim: int = 0) -> Axes: ...       tensors as Axes, lengths as sizes, the rest as is
 
-A function that also takes `call` is handed the Call: shapes of the results, and what to tell later passes.
+A function that also takes `call` is handed the Call: shapes of the results, and what to tell later passes. A function
+returns the axes of the result; of several results, a list of the axes of each.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any, TypeAlias, TypeVar, get_args, overload
+from functools import cache, wraps
+from typing import Any, TypeAlias, TypeVar, cast, get_args, overload
 
 import torch
 
 from graphcomp.coupling import notation
-from graphcomp.coupling.axis import Axes
-from graphcomp.errors import RuleError
+from graphcomp.coupling.axis import Axes, Axis
+from graphcomp.errors import RuleError, first_line
+from graphcomp.ir.taught import TAUGHT, forgetting
 from graphcomp.ops.call import Call
-from graphcomp.ops.facts import UNANSWERED, ZEROS_ADD_NOTHING, Compute, Facts, Float, Integer, Scales, in_float, renamed
+from graphcomp.ops.facts import UNANSWERED, ZEROS_ADD_NOTHING, Facts, Float, Integer, Scales, in_float, renamed
+from graphcomp.ops.fit import check_fit, is_written, overloads_of, tensors_of
 from graphcomp.torch_compat import OpOverload, schema_of
 
 Result: TypeAlias = Axes | list[Axes] | None
@@ -34,18 +37,25 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Entry:
-    """One registration: a coupling rule (None: there is none), and the facts."""
+    """One registration.
+
+    Attributes:
+        rule: the coupling rule; None: there is none.
+        facts: the other answers.
+        text: the rule in notation; "" where the rule is a function.
+        fix: of an op without a rule: what to do instead.
+    """
 
     rule: RuleFunction | None
     facts: Facts
+    text: str = ""
+    fix: str = ""
 
 
 NOTHING_KNOWN = Entry(None, UNANSWERED)
 
-CONVOLUTION_ARGUMENTS = frozenset({"input", "weight", "bias", "stride", "padding", "dilation", "groups"})
-"""Arguments of torch's convolutions that passes over quantized graphs read by name."""
-
 _ENTRIES: dict[OpKey, Entry] = {}
+_BUILT_IN: set[OpKey] = set()
 _FAMILIES: list[tuple[Callable[[OpOverload], bool], Entry]] = []
 _ELEMENTWISE: list[RuleFunction] = []
 
@@ -64,16 +74,17 @@ def op(
 
     Args:
         ops: the op and its coupling rule in notation (see `graphcomp.coupling.notation`); or one or more ops, for a
-            decorator of a rule in Python, or with that function last. An op is an OpOverload
+            decorator of a rule in Python (see `rule`), or with that function last. An op is an OpOverload
             (`torch.ops.aten.cat.default`) or, where it may not be there yet, "mylib::op", which stands for all its
             overloads.
         integer: how the op behaves on integers: one of `graphcomp.ops.facts.Integer`, or "like aten::linear", whose
             tensors stand in the same order. Without an answer the op stays float, and the report names the op.
         masked: of an op that takes statistics over dims that its rule contracts: a function of a 0/1 mask, which
-            broadcasts with the summed operand, and the op's arguments, that returns what the op would return had the
-            masked units never existed.
+            broadcasts with the first operand that the rule contracts, and the op's arguments by name, that returns what
+            the op would return had the masked units never existed.
         macs: multiply-accumulates of an op whose rule in notation does not tell them: the letters whose lengths are
-            multiplied, or several of these, which are added: ("h s t d", "h s t e"). (): the op has none.
+            multiplied, or several of these, which are added: ("h s t d", "h s t e"). (): the op has none. An op that no
+            rule says a product of is not counted, and named, until `macs` says so.
         keeps_zeros: whether the op returns the elements of its one operand, zeros where zeros were.
         scales: how the op lets a scale per channel through, see `graphcomp.ops.facts.Scales`.
         facts: answers to start from.
@@ -82,7 +93,8 @@ def op(
         A decorator of a rule in Python, where no rule is given.
 
     Raises:
-        RuleError: the notation is malformed, an answer is not one of its kind, or the op has an entry already.
+        RuleError: the notation is malformed, an answer is not one of its kind or does not fit the op, or the op has an
+            entry already.
 
     Example:
         >>> graphcomp.op("mylib::linear", "... i, o i, o -> ... o", integer="like aten::linear")
@@ -102,23 +114,25 @@ def op(
     if keys and isinstance(keys[-1], str) and "->" in keys[-1]:
         coupling = str(keys.pop())
     function: RuleFunction | None = None
-    if coupling is not None:
-        function, answers = _from_notation(coupling, macs), _summing(coupling, macs, answers)
-    elif macs is not None:
-        raise RuleError("macs need a rule in notation, got a function", fix="call.multiply(axes, 'x', 'w') in the rule")
-    elif keys and not isinstance(keys[-1], (str, OpOverload)) and callable(keys[-1]):
+    if coupling is None and len(keys) > 1 and _is_rule(keys[-1]):
         function = keys.pop()
     if not keys:
         raise RuleError("op() needs at least one op", fix='op("mylib::op", "n c, c -> n c")')
-    if function is not None:
-        for key in keys:
-            _register(key, Entry(function, answers))
+    for key in keys:
+        _check_key(key)
+    if coupling is not None:
+        _check_masked(coupling, answers)
+        function, answers = _from_notation(coupling, macs), _summing(coupling, macs, answers)
+    elif macs is not None:
+        answers = _without_products(macs, answers)
 
     def decorate(rule: F) -> F:
         for key in keys:
-            _register(key, Entry(rule, answers))
+            _register(key, Entry(rule, answers, coupling or ""))
         return rule
 
+    if function is not None:
+        decorate(function)
     return decorate
 
 
@@ -131,6 +145,18 @@ def rule(*ops: OpKey) -> Callable[[F], F]: ...
 def rule(*args: Any) -> Any:
     """Say how an op couples the dims of its operands and results: the short form of `op`.
 
+    A rule is a line in notation, or a function in Python. The parameters of the function are arguments of the op, by
+    their names in the schema, those that matter. A tensor arrives as a tuple with one axis per dim; a list of tensors
+    as a list of such tuples, None as None, a length as a number, anything else as the call has it. The function returns
+    one axis per dim of the result, or a list with the axes of each of several results: the very axes of an operand
+    where the result has the operand's units at the same places. Two dims whose units live and die together are coupled
+    (`graphcomp.coupling.axis.couple`). With a parameter `call`, the function says the rest:
+
+        call.freeze(axes)             no unit of these may go: the op reads by position
+        call.contract("w", dim)       the op sums over this dim of the argument `w`: masks stand there
+        call.multiply(axes, "x", "w") one multiply-accumulate per index of `axes`
+        call.lengths["n"] = axis      the argument `n` is the length of this axis
+
     Args:
         args: one op and its rule in notation (see `graphcomp.coupling.notation`), or one or more ops: a decorator.
             An op is an OpOverload (`torch.ops.aten.cat.default`) or, where it may not be there yet, "mylib::op",
@@ -141,6 +167,13 @@ def rule(*args: Any) -> Any:
 
     Example:
         >>> graphcomp.rule("mylib::swish_scale", "n c h w, c -> n c h w")
+
+        >>> @graphcomp.rule("mylib::linear")
+        ... def linear(x, w, *, call):
+        ...     couple(x[-1], w[1], call.why)
+        ...     call.contract("w", 1)
+        ...     call.multiply((*x, w[0]), "x", "w")
+        ...     return (*x[:-1], w[0])
     """
     if not args:
         raise RuleError("rule() needs at least one op", fix='rule("mylib::op", "n c, c -> n c")')
@@ -148,19 +181,117 @@ def rule(*args: Any) -> Any:
     return None if len(args) == 2 and isinstance(args[1], str) and "->" in args[1] else decorator
 
 
-def refuse(*ops: OpKey, why: str) -> None:
-    """Say why ops have no coupling rule: they are unknown ops, with this reason."""
+def refuse(*ops: OpKey, why: str, facts: Facts | None = None, fix: str = "") -> None:
+    """Say why ops have no coupling rule: they are unknown ops, with this reason.
+
+    Args:
+        ops: the ops.
+        why: the reason.
+        facts: the other answers; None: computed in float, sums nothing away.
+        fix: what to do instead.
+    """
     for key in ops:
-        _register(key, Entry(None, in_float(why)))
+        _register(key, Entry(None, facts or in_float(why), fix=fix))
+
+
+def seal() -> None:
+    """Note that every entry so far is graphcomp's own: those to come are users'."""
+    _BUILT_IN.update(_ENTRIES)
 
 
 def _register(key: OpKey, entry: Entry) -> None:
-    if not isinstance(key, OpOverload) and not (isinstance(key, str) and "::" in key):
-        raise RuleError(f"{key!r} is not an op", fix="pass torch.ops.lib.op.overload, or 'lib::op'")
-    if key in _ENTRIES:
-        raise RuleError(f"{key} has a coupling rule already", fix="graphcomp.ops.registry.forget(op) first")
+    _check_key(key)
+    if _BUILT_IN:
+        for overload_ in [key] if isinstance(key, OpOverload) else overloads_of(key):
+            _checked(overload_, entry)
+        if callable(entry.facts.masked):
+            entry = replace(entry, facts=replace(entry.facts, masked=_guarded(entry.facts.masked, str(key))))
+        TAUGHT.add(key)
     _ENTRIES[key] = entry
     _known.cache_clear()
+
+
+def _is_rule(found: Any) -> bool:
+    return callable(found) and not isinstance(found, (str, OpOverload))
+
+
+def _check_key(key: Any) -> None:
+    """Refuse what names no op, and an op that has an entry.
+
+    Raises:
+        RuleError: `key` is no op, or the op has an entry already.
+    """
+    if not isinstance(key, (OpOverload, str)) or (isinstance(key, str) and not re.fullmatch(r"\w+::\w+", key)):
+        overload_ = re.fullmatch(r"(\w+)::(\w+)\.(\w+)", key) if isinstance(key, str) else None
+        fix = "pass torch.ops.lib.op.overload, or 'lib::op'; a rule in notation has one '->'"
+        if overload_:
+            name, spelt = "::".join(overload_.groups()[:2]), ".".join(overload_.groups())
+            fix = f"{name!r}, which stands for all overloads, or torch.ops.{spelt}"
+        raise RuleError(f"{key!r} is not an op", fix=fix)
+    others = [key, schema_of(key).name] if isinstance(key, OpOverload) else [key, *overloads_of(key)]
+    there = next((other for other in others if other in _ENTRIES), None)
+    if there is None:
+        return
+    if there in _BUILT_IN:
+        raise RuleError(
+            f"{key} has a coupling rule already",
+            why=f"graphcomp knows {there}",
+            fix="teach an op of your own; a rule of graphcomp's that is wrong is a bug, please report it",
+        )
+    raise RuleError(
+        f"{key} has a coupling rule already",
+        why="one registration says all that is known of an op",
+        fix=f"{forgetting(there)}, then all answers at once: graphcomp.op({there!r}, rule, integer=…, macs=…)",
+    )
+
+
+def text_of(op: OpOverload) -> str:
+    """Return the rule of `op` in notation; "" where there is none, or where it is a function."""
+    return _entry(op).text
+
+
+def _check_masked(coupling: str, facts: Facts) -> None:
+    """Refuse a masked form that no mask reaches.
+
+    Raises:
+        RuleError: the rule contracts nothing.
+    """
+    if callable(facts.masked) and not notation.parse(coupling).contracted:
+        raise RuleError(
+            "masked= is never called: the rule contracts nothing",
+            why=f"masks stand on letters that stand on the left only, and {coupling!r} has none",
+            fix="a rule in Python that says which dim the statistics are over: call.contract('x', dim)",
+        )
+
+
+def _without_products(macs: Any, facts: Facts) -> Facts:
+    """Answer for a rule in Python that the op has no multiply-accumulates.
+
+    Raises:
+        RuleError: `macs` holds letters, which are those of a rule in notation.
+    """
+    if isinstance(macs, str) or not isinstance(macs, Sequence) or len(macs):
+        raise RuleError(
+            f"macs must be () for a rule in Python, got {macs!r}", fix="call.multiply(axes, 'x', 'w') in the rule"
+        )
+    return replace(facts, sums=facts.sums or "products", masked=facts.masked or ZEROS_ADD_NOTHING)
+
+
+def _guarded(form: Callable[..., Any], op: str) -> Callable[..., Any]:
+    """Return a user's masked form, whose failures name the op."""
+
+    @wraps(form)
+    def guarded(mask: Any, **arguments: Any) -> Any:
+        try:
+            return form(mask, **arguments)
+        except Exception as error:
+            raise RuleError(
+                f"the masked form of {op} failed",
+                why=f"{type(error).__name__}: {first_line(error)}",
+                fix="masked= takes a mask, and the op's arguments by name, and returns what the op returns",
+            ) from error
+
+    return guarded
 
 
 def _check_answers(facts: Facts) -> None:
@@ -197,6 +328,8 @@ def _summing(coupling: str, macs: Any, facts: Facts) -> Facts:
 def forget(op: OpKey) -> None:
     """Remove the entry of `op`, so that another can be given."""
     _ENTRIES.pop(op, None)
+    _BUILT_IN.discard(op)
+    TAUGHT.discard(op)
     _known.cache_clear()
 
 
@@ -228,32 +361,32 @@ def known(op: object) -> Entry:
 
 @cache
 def _known(op: OpOverload) -> Entry:
-    entry = _entry(op)
-    if isinstance(entry.facts.integer, str):
-        entry = replace(entry, facts=replace(entry.facts, integer=_integer_like(op, entry.facts.integer)))
-    _check_convolution(op, entry.facts.integer)
+    return _checked(op, _entry(op))
+
+
+def _checked(op: OpOverload, entry: Entry) -> Entry:
+    """Return `entry` with the integer form by the names of the op's arguments.
+
+    Raises:
+        RuleError: an answer does not fit the schema of `op`.
+    """
+    integer = entry.facts.integer
+    if isinstance(integer, str):
+        entry = replace(entry, facts=replace(entry.facts, integer=_integer_like(op, integer)))
+    check_fit(op, entry.facts, entry.text)
     return entry
 
 
-def _check_convolution(op: OpOverload, integer: object) -> None:
-    """Refuse a convolution whose arguments have other names than those of torch's convolutions: passes read them.
-
-    Raises:
-        RuleError: an argument is missing.
-    """
-    if not isinstance(integer, Compute) or not integer.convolution:
-        return
-    missing = CONVOLUTION_ARGUMENTS - {argument.name for argument in schema_of(op).arguments}
-    if missing:
-        raise RuleError(
-            f"{op} is a convolution on integers and has no argument {', '.join(sorted(missing))}",
-            fix="name the op's arguments as those of aten::conv2d, or leave integer= out",
-        )
-
-
 def _entry(op: OpOverload) -> Entry:
-    own = _ENTRIES.get(op) or _ENTRIES.get(schema_of(op).name)
-    return own or next((entry for holds, entry in _FAMILIES if holds(op)), NOTHING_KNOWN)
+    key = _key(op)
+    if key is not None:
+        return _ENTRIES[key]
+    return next((entry for holds, entry in _FAMILIES if holds(op)), NOTHING_KNOWN)
+
+
+def _key(op: OpOverload) -> OpKey | None:
+    """Return what `op` has an entry under; None where the op has none of its own."""
+    return next((key for key in (op, schema_of(op).name) if key in _ENTRIES), None)
 
 
 def _integer_like(op: OpOverload, text: str) -> Integer | None:
@@ -269,7 +402,7 @@ def _integer_like(op: OpOverload, text: str) -> Integer | None:
     integer = known(other).facts.integer
     if other is None or integer is None or isinstance(integer, str):
         raise RuleError(f"nothing is known of {name!r} on integers", fix='integer="like aten::linear"')
-    names = dict(zip(_tensors_of(other), _tensors_of(op), strict=False))
+    names = dict(zip(tensors_of(other), tensors_of(op), strict=False))
     try:
         return renamed(integer, names)
     except KeyError as error:
@@ -306,7 +439,9 @@ def run(function: RuleFunction, call: Call, arguments: Mapping[str, Any]) -> lis
     result = function(**accepted, call=call) if "call" in names else function(**accepted)
     if result is None:
         return []
-    return result if isinstance(result, list) else [result]
+    if isinstance(result, tuple) or (result and all(isinstance(axis, get_args(Axis)) for axis in result)):
+        return [cast(Axes, tuple(result))]
+    return [tuple(axes) for axes in result]
 
 
 @cache
@@ -325,14 +460,28 @@ def _from_notation(text: str, macs: str | Sequence[str] | None = None) -> RuleFu
 
     def from_notation(call: Call, **arguments: Any) -> Result:
         assert isinstance(call.node.target, OpOverload)
-        names = _tensors_of(call.node.target)[: len(parsed.operands)]
+        names = tensors_of(call.node.target)[: len(parsed.operands)]
+        if not call.shapes:
+            _check_written(call, parsed, names)
         return call.einsum(text, None, counted, **{name: arguments.get(name) for name in names})
 
     return from_notation
 
 
-def _tensors_of(op: OpOverload) -> list[str]:
-    return [argument.name for argument in schema_of(op).arguments if str(argument.type) in _TENSOR_TYPES]
+def _check_written(call: Call, rule: notation.Notation, names: Sequence[str]) -> None:
+    """Refuse a rule of an op without results that does not say how what the op writes into comes out.
 
-
-_TENSOR_TYPES = ("Tensor", "Optional[Tensor]")
+    Raises:
+        RuleError: the right side is not that of the operands that are written into.
+    """
+    written = [argument.name for argument in schema_of(call.node.target).arguments if is_written(argument)]
+    patterns = dict(zip(names, rule.operands, strict=False))
+    wanted = [patterns[name] for name in written if name in patterns]
+    if wanted and list(rule.results) != wanted:
+        left = rule.text.partition("->")[0].strip()
+        right = ", ".join(left.split(",")[names.index(name)].strip() for name in written if name in patterns)
+        raise RuleError(
+            f"the op writes into {', '.join(written)}, and the rule {rule.text!r} does not end in the axes of that",
+            at=call.why.source,
+            fix=f'"{left} -> {right}"',
+        )

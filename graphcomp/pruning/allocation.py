@@ -580,12 +580,11 @@ def _check_counted(costs: CostModel, budget: Budget) -> None:
     limits = [name for name in budget.limits() if name in ("macs", "bops")]
     if limits and costs.uncounted:
         first = costs.uncounted[0]
-        name = first.op.rpartition(".")[0].replace(".", "::", 1)
         raise BudgetError(
             f"a budget of {limits[0]} cannot be checked: {first.op} is not counted",
             at=first.source,
             why=first.why,
-            fix=f'graphcomp.op("{name}", rule, macs=…), macs=() where it multiplies nothing; or Budget(params=0.5)',
+            fix="; or ".join(fix for fix in (first.fix, "Budget(params=0.5)") if fix),
         )
 
 

@@ -145,8 +145,7 @@ def _note(why: str, groups: Sequence[ChannelGroup]) -> str:
 def _nothing(analysis: Analysis, prune: Sequence[str] | None) -> NothingToPrune:
     count = len(analysis.groups)
     left_out = f"{count} groups are left out by ignore=, keep_inputs= and prune=; " if count else ""
-    unknown = "; ".join(u.fix for u in analysis.unknown_ops)
-    fix = f"give rules for the unknown ops: {unknown}" if unknown else "see graphcomp.analyze(…).report()"
+    fix = "; ".join(dict.fromkeys(u.fix for u in analysis.unknown_ops if u.fix)) or "see graphcomp.analyze(…).report()"
     uncut = {g.role: None for g in analysis.groups if not _is_pruned(g, None)} if prune is None else {}
     if uncut:
         fix = f"prune={tuple(uncut)!r} cuts what is left whole by default; {fix}"

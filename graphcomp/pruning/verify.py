@@ -30,6 +30,7 @@ from graphcomp.ir.module import tensor_leaves
 from graphcomp.ir.preserve import same_buffers, writes
 from graphcomp.ir.program import P
 from graphcomp.ir.run_nodes import run_tapped
+from graphcomp.ir.taught import suspected
 from graphcomp.numerics.compare import TOLERANCE, in_float64, is_whole, relative_error, why_silent
 from graphcomp.numerics.float64 import Float64ByDefault
 from graphcomp.numerics.provenance import jumps
@@ -156,7 +157,7 @@ class _Pair:
         try:
             got = _run(self.small, self.captured, given)
         except Exception as error:
-            raise _violated(given, "the sliced model does not run") from error
+            raise self._violated(given, "the sliced model does not run") from error
         self._compare_outputs(wanted, got, given)
         silent = {place: why for place, found in wanted.items() if (why := why_silent(found))}
         for place in wanted:
@@ -172,14 +173,16 @@ class _Pair:
 
     def _compare_outputs(self, wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], given: Variant) -> None:
         if list(wanted) != list(got):
-            raise _violated(given, f"the sliced model gives {', '.join(got)}, the masked model {', '.join(wanted)}")
+            raise self._violated(
+                given, f"the sliced model gives {', '.join(got)}, the masked model {', '.join(wanted)}"
+            )
         exact = None
         for place, expected in wanted.items():
             error = _error(expected, got[place])
             if not error <= TOLERANCE.get(expected.dtype, 1e-1):
                 exact = exact or self._in_float64(given)
                 if not exact.get(place, math.inf) <= EXACT:
-                    raise _violated(given, f"{place} is off by {error:.1e} (relative)")
+                    raise self._violated(given, f"{place} is off by {error:.1e} (relative)")
                 note = (
                     f"{place} was compared in float64, since in the model's own precision rounding shows: {error:.1e}"
                 )
@@ -199,6 +202,15 @@ class _Pair:
             log.debug("Law 2 cannot be checked in float64: %s", error)
             return {}
         return {place: _error(found, pair[1][place]) for place, found in pair[0].items() if place in pair[1]}
+
+    def _violated(self, given: Variant, why: str) -> VerificationError:
+        on = EXAMPLE if given.name == EXAMPLE else f"{given.name} than those of the example"
+        report = "please report the model; graphcomp.testing.check_law(model, inputs, groups=[…]) finds the group"
+        return VerificationError(
+            "the sliced model does not compute what the masked model computes",
+            why=f"on {on}, {why}",
+            fix=suspected(self.captured.module.graph, report),
+        )
 
     # -------------------------------------------------------------------------------------- what outputs are made of
     def _compare_before(self, weak: set[str], given: Variant) -> set[str]:
@@ -230,10 +242,10 @@ class _Pair:
         got = self._tapped(self.small, given, instead=follow)
         for name, error in follow.errors.items():
             if not error <= TOLERANCE.get(values[name].dtype, 1e-1):
-                raise _violated(given, f"{name}, of which an output is computed, is off by {error:.1e} (relative)")
+                raise self._violated(given, f"{name}, of which an output is computed, is off by {error:.1e} (relative)")
         for place, a, b in zip(results, wanted, got, strict=True):
             if before.get(place) and not a.is_floating_point() and not torch.equal(a, b):
-                raise _violated(given, f"{place} differs, computed of the same floats")
+                raise self._violated(given, f"{place} differs, computed of the same floats")
         self.errors += follow.errors.values()
         return {place for place, found in before.items() if found}
 
@@ -334,15 +346,6 @@ def _error(expected: Tensor, actual: Tensor) -> float:
     if expected.dtype != actual.dtype or expected.shape != actual.shape:
         return math.inf
     return relative_error(expected, actual)
-
-
-def _violated(given: Variant, why: str) -> VerificationError:
-    on = EXAMPLE if given.name == EXAMPLE else f"{given.name} than those of the example"
-    return VerificationError(
-        "the sliced model does not compute what the masked model computes",
-        why=f"on {on}, {why}",
-        fix="please report the model; graphcomp.testing.check_law(model, inputs, groups=[…]) finds the group",
-    )
 
 
 # ------------------------------------------------------------------------------------------------ float64

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, fx, nn
 
-from graphcomp.ir.graph import bind, fetch, op_name, value
+from graphcomp.ir.graph import bind, fetch, value
 from graphcomp.ops.answers import compute_of, is_fused, lookup_of
 from graphcomp.ops.facts import Float
 from graphcomp.ops.registry import facts_of
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers
 from graphcomp.quantization.placement import op_label
-from graphcomp.torch_compat import HigherOrderOperator, OpOverload
+from graphcomp.torch_compat import HigherOrderOperator, OpOverload, schema_of
 
 aten = torch.ops.aten
 
@@ -47,8 +47,9 @@ def float_layers(fake: fx.GraphModule, reasons: Mapping[str, str], default: str 
             if bind(node)[lookup.weight] not in quantized and _parameters(fake, node, constant):
                 found[op_label(node, constant)] = reasons.get(node.name, default)
         elif _multiplies(node) and (weights := _parameters(fake, node, constant)):
-            for name in weights:
-                found[name.rpartition(".")[0] or name] = _why(node)
+            found |= {name.rpartition(".")[0] or name: _why(node) for name in weights}
+        elif _unanswered(node):
+            found[op_label(node, constant)] = _why(node)
     return found
 
 
@@ -56,6 +57,11 @@ def nothing_quantized(fake: fx.GraphModule) -> str:
     """Return why a graph that was to be quantized holds no quantizer."""
     reasons = [f"'{layer}' stays float: {reason}" for layer, reason in float_layers(fake, {}).items()]
     return f"nothing is quantized: {'; '.join(reasons) or 'no op multiplies or looks up a weight'}"
+
+
+def _unanswered(node: fx.Node) -> bool:
+    """Return whether nothing says how the op behaves on integers."""
+    return isinstance(node.target, OpOverload) and facts_of(node.target).integer is None
 
 
 def _multiplies(node: fx.Node) -> bool:
@@ -87,6 +93,7 @@ def _matrices(fake: fx.GraphModule, operand: fx.Node) -> Iterator[str]:
 def _why(node: fx.Node) -> str:
     if node.target is torch.ops.higher_order.wrap_with_autocast:
         return UNDER_AUTOCAST
+    name = schema_of(node.target).name if isinstance(node.target, OpOverload) else str(node.target)
     integer = facts_of(node.target).integer
     why = f": {integer.why}" if isinstance(integer, Float) else ""
-    return NO_INTEGER_FORM.format(op_name(node).rpartition("::")[2]) + why
+    return NO_INTEGER_FORM.format(name.rpartition("::")[2]) + why

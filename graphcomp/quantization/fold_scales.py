@@ -139,7 +139,7 @@ class NameTrainedInFloats:
 
     def __call__(self, program: P, /) -> P:
         """Return the program with these layers in `left_float`."""
-        left = float_layers(program.module, _reasons(program.module), TRAINED_IN_FLOATS)
+        left = float_layers(program.module, _float_products(program.module), TRAINED_IN_FLOATS)
         return replace(program, left_float=left)
 
 
@@ -208,20 +208,20 @@ def _rounded_again(trained: Mapping[str, Stored], fitted: Mapping[str, Stored]) 
             yield f"{layer}: weights next to nothing beside their bias were rounded again, so that it fits into 32 bits"
 
 
-def _reasons(fake: fx.GraphModule) -> dict[str, str]:
-    """Return why ops compute in float, though activations are quantized elsewhere: products of two activations that
-    read no quantized one, and attention in one op."""
+def _float_products(fake: fx.GraphModule) -> dict[str, str]:
+    """Return the products of two activations that read no quantized one, though activations are quantized elsewhere,
+    with the reason."""
     quantized, constant = dict(quantizer_nodes(fake)), constants_with_quantizers(fake)
     if constant.issuperset(quantized):
         return {}
-    fused = {node.name: FUSED for node in fake.graph.nodes if is_fused(node)}
-    return fused | {
+    found = {
         node.name: TRAINED_IN_FLOATS
         for node in fake.graph.nodes
         if compute_of(node)
         and constant.isdisjoint(node.all_input_nodes)
         and quantized.keys().isdisjoint(node.all_input_nodes)
     }
+    return found | {node.name: FUSED for node in fake.graph.nodes if is_fused(node)}
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from graphcomp.quantization.wishes import Chosen, Wish, Wishes
 aten = torch.ops.aten
 
 FUSED = "attention in one op; QuantConfig(attention=True) writes it out"
-"""Why attention computes in float."""
+"""Why fused attention stays float."""
 
 
 @dataclass

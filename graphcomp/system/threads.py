@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -63,3 +64,15 @@ def stderr_held() -> Iterator[io.StringIO]:
             yield held
         finally:
             sys.stderr = before
+
+
+@contextmanager
+def unlogged(name: str) -> Iterator[None]:
+    """Keep a logger quiet inside: torch logs what an op raises, and the error says the same."""
+    logger, nothing = logging.getLogger(name), lambda record: False
+    with LOCK:
+        logger.addFilter(nothing)
+        try:
+            yield
+        finally:
+            logger.removeFilter(nothing)

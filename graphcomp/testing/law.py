@@ -26,6 +26,7 @@ from graphcomp.ir.graph import neighbourhood, source_line
 from graphcomp.ir.module import tensor_leaves
 from graphcomp.ir.preserve import eval_copy, same_buffers
 from graphcomp.ir.run_nodes import run_tapped
+from graphcomp.ir.taught import suspected
 from graphcomp.numerics.compare import relative_error, tolerance_of, why_silent
 from graphcomp.pruning.mask import InsertMasks, computed_with, hold_masks, set_masks
 from graphcomp.pruning.slice import SliceGroups, by_factor, select
@@ -151,6 +152,7 @@ def _violated(
         f"sliced and masked model differ by {error:.1e} (relative), allowed {allowed:.0e}",
         at="" if node is None else source_line(node),
         why="no single value differs" if node is None else f"the values differ from here on\n{neighbourhood(node)}",
+        fix=suspected(analysis.coupling.graph, ""),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -42,6 +43,32 @@ def run(text: str, *operands: Axes | None, shape: Sequence[int] = (), **sizes: i
 def test_malformed_rules_say_what_is_wrong(text: str, message: str) -> None:
     with pytest.raises(RuleError, match=message):
         parse(text)
+
+
+@pytest.mark.parametrize(
+    ("rule", "masked", "macs"),
+    [
+        ("... i, o i, o i -> ... o", [1, 2], 2 * (2 * 5 * 7)),  # a gated layer: two products of the data
+        ("... i, o i, p i -> ... o, ... p", [1, 2], 2 * 5 * (7 + 7)),
+        ("... i, o i, o i, p o -> ... p", [1, 2, 2, 3], 2 * (2 * 5 * 7) + 2 * 7 * 7),
+        ("... i, o i -> ... o", [1], 2 * 5 * 7),
+    ],
+)
+def test_a_letter_that_several_operands_contract_is_masked_in_each_but_the_first(
+    rule: str, masked: list[int], macs: int
+) -> None:
+    notation = parse(rule)
+    operands = [axes(*((2, 5), (7, 5), (7, 5), (7, 7))[k]) for k in range(len(notation.operands))]
+    applied = apply(notation, operands, [(2, 7)] * len(notation.results), WHY)
+    assert sorted(contraction.operand for contraction in applied.contractions) == masked
+    assert sum(math.prod(int(length(axis)) for axis in product.axes) for product in applied.products) == macs
+
+
+def test_data_that_stand_behind_their_weights() -> None:
+    operands = [axes(7, 5), axes(7, 5), axes(2, 5)]
+    applied = apply(parse("o i, o i, ... i -> ... o"), operands, [(2, 7)], WHY, data=2)
+    assert [product.operands for product in applied.products] == [(2, 0), (2, 1)]
+    assert [contraction.operand for contraction in applied.contractions] == [1, 2]
 
 
 def test_equal_letters_couple_and_letters_on_the_left_only_are_contracted() -> None:

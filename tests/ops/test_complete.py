@@ -188,8 +188,44 @@ def test_an_op_without_an_answer_is_safe_and_named() -> None:
     small = gc.compress(model, x, sparsity=0.5, bits=8, progress=False)
     assert any("mix" in note and "not counted" in note for note in small.report.notes)
     assert "'w' stays float: mix has no integer form" in small.report.notes
+    (left,) = [note for note in small.report.notes if note.startswith("left whole around")]
+    assert "test_complete.py" in left and 'graphcomp.rule("graphcomp_complete::mix", "... a, b a -> ... b")' in left
+    assert left in str(small.report)
     with pytest.raises(gc.BudgetError, match="graphcomp_complete"):
         gc.compress(model, x, budget=gc.Budget(macs=0.5), progress=False)
+
+
+@torch.library.custom_op("graphcomp_complete::gram", mutates_args=())
+def gram(x: Tensor) -> Tensor:
+    """An op of one operand that multiplies."""
+    return x @ x.mT
+
+
+@gram.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], x.shape[-2])
+
+
+class Grams(nn.Module):
+    """Rows of a layer, weighed by how alike they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.c, self.d = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        """(n, 4) -> (n, 3)."""
+        y = self.a(x)
+        return self.b(torch.ops.graphcomp_complete.gram(y) @ y) + self.d(self.c(x).relu())
+
+
+def test_an_unknown_op_is_not_counted_whatever_its_operands_are() -> None:
+    plan = gc.analyze(Grams(), torch.randn(5, 4))
+    assert [found.op for found in CostModel(plan).uncounted] == ["graphcomp_complete.gram.default"]
+    with pytest.raises(gc.BudgetError, match="gram") as error:
+        gc.compress(Grams(), torch.randn(5, 4), budget=gc.Budget(macs=0.8), progress=False)
+    assert 'graphcomp.op("graphcomp_complete::gram", "' in error.value.fix
 
 
 def test_an_answer_that_is_none_of_its_kind_is_refused() -> None:
@@ -198,6 +234,6 @@ def test_an_answer_that_is_none_of_its_kind_is_refused() -> None:
             op("graphcomp_complete::other", "n c -> n c", **answer)  # type: ignore[arg-type]
     with pytest.raises(gc.RuleError, match="none of"):
         op("graphcomp_complete::other", "n c, o c -> n o", macs="n x")
-    with pytest.raises(gc.RuleError, match="notation"):
+    with pytest.raises(gc.RuleError, match="rule in Python"):
         op("graphcomp_complete::other", macs="n c")
     assert "graphcomp_complete::other" not in registered()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import graphcomp as gc
 from graphcomp.cost import CostModel, macs
 from graphcomp.coupling.axis import Axes
+from graphcomp.ops import registry
 from graphcomp.ops.call import Call
 from graphcomp.ops.facts import Clip, Compute
 from graphcomp.ops.registry import facts_of, forget
@@ -156,15 +157,99 @@ def test_bounds_of_a_clip_by_name() -> None:
 
 
 def test_integers_like_an_op_that_nothing_is_known_of() -> None:
-    gc.op(DENSE, "... i, o i, o -> ... o", integer="like mylib::nothing")
     with pytest.raises(gc.RuleError, match="nothing is known of 'mylib::nothing' on integers"):
-        facts_of(torch.ops.graphcomp_op.dense.default)
+        gc.op(DENSE, "... i, o i, o -> ... o", integer="like mylib::nothing")
 
 
 def test_a_convolution_must_have_the_arguments_of_torchs() -> None:
-    gc.op(DENSE, "... i, o i, o -> ... o", integer="like aten::conv2d")
     with pytest.raises(gc.RuleError, match="no argument bias, dilation, groups, input, padding, stride, weight"):
-        facts_of(torch.ops.graphcomp_op.dense.default)
+        gc.op(DENSE, "... i, o i, o -> ... o", integer="like aten::conv2d")
+
+
+def test_an_answer_before_the_op_is_there_is_checked_when_the_op_is_met() -> None:
+    name = "graphcomp_op_later::cap"
+    gc.op(name, "... -> ...", integer=Clip(0.0, "highest"))
+    library = torch.library.Library("graphcomp_op_later", "DEF")
+    try:
+        library.define("cap(Tensor x, float most) -> Tensor")
+        with pytest.raises(gc.RuleError, match="high of Clip must be an argument of"):
+            facts_of(torch.ops.graphcomp_op_later.cap.default)
+    finally:
+        forget(name)
+        library._destroy()
+
+
+def test_one_registration_says_all() -> None:
+    gc.rule(DENSE, "... i, o i, o -> ... o")
+    again: tuple[dict[str, Any], ...] = ({"integer": "like aten::linear"}, {"macs": ()})
+    for answers in again:
+        with pytest.raises(gc.RuleError, match="has a coupling rule already") as error:
+            gc.op(DENSE, **answers)
+        assert f"forget('{DENSE}')" in error.value.fix
+    exec(error.value.fix.partition(",")[0], {"graphcomp": gc})
+    gc.op(DENSE, "... i, o i, o -> ... o", integer="like aten::linear")
+
+
+@gc.op("graphcomp_op::unused", macs=())
+def no_products(x: Axes) -> Axes:
+    """A rule in Python of an op without multiply-accumulates."""
+    return x
+
+
+def test_a_rule_in_python_may_have_no_products() -> None:
+    assert registry._ENTRIES["graphcomp_op::unused"].facts.sums == "products"
+    with pytest.raises(gc.RuleError, match=r"macs must be \(\) for a rule in Python"):
+        gc.op("graphcomp_op::other", macs="n i o")
+
+
+# ------------------------------------------------------------------------------------------------ masked forms
+class Normed(nn.Module):
+    """The user's own norm between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        """(n, 4) -> (n, 3)."""
+        y = self.a(x)
+        return self.b(torch.ops.graphcomp_op.rms(y) + y)
+
+
+def test_a_masked_form_that_no_mask_reaches_is_refused() -> None:
+    with pytest.raises(gc.RuleError, match="is never called: the rule contracts nothing"):
+        gc.op(RMS, "... c -> ... c", masked=lambda mask, x: x)
+
+
+def test_a_masked_form_must_take_a_mask_and_the_arguments() -> None:
+    with pytest.raises(gc.RuleError, match="must take a mask and the arguments") as error:
+        gc.op(RMS, "... c -> ...", masked=lambda x: x)
+    assert error.value.fix == "def masked(mask, x): …"
+
+
+def test_a_masked_form_that_fails_names_the_op() -> None:
+    @gc.op(RMS, masked=lambda mask, x: 1 / 0)
+    def rule(x: Axes, *, call: Call) -> Axes:
+        call.contract("x", len(x) - 1)
+        return x
+
+    with pytest.raises(gc.RuleError, match=f"the masked form of {RMS} failed") as error:
+        gc.compress(Normed(), torch.randn(5, 4), sparsity=0.5, progress=False)
+    assert error.value.why == "ZeroDivisionError: division by zero"
+
+
+def test_the_taught_op_is_suspected_first_where_a_law_does_not_hold() -> None:
+    gc.op(RMS, "... c -> ... c", macs=())  # wrong on purpose: statistics over c
+    with pytest.raises(gc.VerificationError) as error:
+        gc.compress(Normed(), torch.randn(5, 4), sparsity=0.5, progress=False)
+    assert f"taught of {RMS} (test_op.py:" in error.value.fix and f"forget('{RMS}')" in error.value.fix
+
+
+# ------------------------------------------------------------------------------------------------ names
+def test_a_float_op_is_named_where_something_is_quantized() -> None:
+    gc.op(RMS, "n c -> n c", macs=())
+    small = gc.compress(Normed(), torch.randn(5, 4), sparsity=0, bits=8, progress=False)
+    assert "'rms' stays float: rms has no integer form" in small.report.notes
 
 
 # ------------------------------------------------------------------------------------------------ files

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from graphcomp.coupling.axis import couple
 from graphcomp.coupling.notation import parse
 from graphcomp.errors import RuleError
 from graphcomp.ops.registry import find, forget, rule
@@ -100,6 +101,87 @@ def test_not_an_op() -> None:
         rule("linear", "n c -> n c")
     with pytest.raises(RuleError, match="at least one op"):
         rule()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fix"),
+    [
+        (("graphcomp_test::scale", "n c, c"), "one '->'"),
+        (("graphcomp_test::scale", ""), "one '->'"),
+        (("graphcomp_test::", "n c, c -> n c"), "'lib::op'"),
+        (("graphcomp_test::scale.default", "n c, c -> n c"), "'graphcomp_test::scale', which stands for all overloads"),
+    ],
+)
+def test_what_is_neither_op_nor_rule_is_refused(arguments: tuple[str, ...], fix: str) -> None:
+    with pytest.raises(RuleError, match="is not an op") as error:
+        rule(*arguments)
+    assert fix in error.value.fix
+
+
+def test_an_op_that_graphcomp_knows_is_known_by_name_too() -> None:
+    with pytest.raises(RuleError, match="aten::linear has a coupling rule already") as error:
+        rule("aten::linear", "... i, i o, o -> ... o")
+    assert error.value.why == "graphcomp knows aten.linear.default"
+
+
+def test_an_op_that_was_taught_by_name_is_taught_by_overload_too() -> None:
+    rule("graphcomp_test::scale", "n c, c -> n c")
+    try:
+        with pytest.raises(RuleError, match="has a coupling rule already"):
+            rule(torch.ops.graphcomp_test.scale.default, "n c, c -> n c")
+    finally:
+        forget("graphcomp_test::scale")
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_rule_in_python_returns_the_axes_of_the_result(kind: Any) -> None:
+    def scaled(x: Any, w: Any, *, call: Any) -> Any:
+        couple(x[-1], w[0], call.why)
+        return kind(x)
+
+    rule("graphcomp_test::scale")(scaled)
+    w = Walk(scale, x=torch.randn(3, 4), w=torch.randn(4))
+    forget("graphcomp_test::scale")
+    assert same(w["x"][1], w["w"][0], w.result[1]) and free(*w["x"])
+
+
+def test_a_rule_in_python_returns_a_list_for_several_results() -> None:
+    library = torch.library.Library("graphcomp_test_two", "DEF")
+    library.define("both(Tensor x, Tensor w) -> (Tensor, Tensor)")
+    library.impl("both", lambda x, w: (x.clone(), w.clone()), "CompositeExplicitAutograd")
+    rule("graphcomp_test_two::both")(lambda x, w: [x, list(w)])
+    try:
+        walk = Walk(lambda x, w: torch.ops.graphcomp_test_two.both(x, w), x=torch.randn(3, 4), w=torch.randn(5))
+        assert [len(axes) for axes in walk.results] == [2, 1] and free(*walk.results[0], *walk.results[1])
+    finally:
+        forget("graphcomp_test_two::both")
+        library._destroy()
+
+
+@torch.library.custom_op("graphcomp_test_in::scale_", mutates_args=("x",))
+def scale_(x: Tensor, s: Tensor) -> None:
+    """An op that writes into an operand and returns nothing."""
+    x.mul_(s)
+
+
+def test_an_op_that_returns_nothing_says_what_it_writes() -> None:
+    def scaled(x: Tensor, s: Tensor) -> Tensor:
+        y = x.clone()
+        torch.ops.graphcomp_test_in.scale_(y, s)
+        return y
+
+    tensors = {"x": torch.randn(3, 4), "s": torch.randn(4)}
+    rule("graphcomp_test_in::scale_", "... c, c ->")
+    try:
+        (unknown,) = Walk(scaled, **tensors).coupling.unknown.values()
+        assert unknown.why.startswith("the op writes into x, and the rule '... c, c ->' does not end")
+        forget("graphcomp_test_in::scale_")
+        assert '"... a, a -> ... a"' in next(iter(Walk(scaled, **tensors).coupling.unknown.values())).fix
+        rule("graphcomp_test_in::scale_", "... c, c -> ... c")
+        walk = Walk(scaled, **tensors)
+        assert same(walk["x"][1], walk["s"][0]) and not walk.coupling.unknown
+    finally:
+        forget("graphcomp_test_in::scale_")
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,9 @@ def test_a_layer_that_stays_float_is_named(name: str) -> None:
     small = gc.compress(model.eval(), x, sparsity=0, bits=8, calibration=[x])
     assert [found for found in small.report.notes if "stays float" in found] == [note]
     uncounted = [found for found in small.report.notes if found.startswith("not counted in macs and bops")]
-    assert len(small.report.notes) == 1 + len(uncounted) and bool(uncounted) == (name == "autocast")
+    whole = [note for note in small.report.notes if note.startswith("left whole around wrap_with_autocast")]
+    assert len(whole) == len(uncounted) == (name == "autocast")
+    assert len(small.report.notes) == 1 + len(uncounted) + len(whole)
 
 
 def test_a_trained_model_names_them_too() -> None:
@@ -127,3 +129,23 @@ def test_products_of_activations_are_no_news_where_weights_alone_are_quantized()
     model, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(2, 4, 8)
     small = gc.compress(model, x, sparsity=0, bits=8, activation_bits=None)
     assert small.report.notes == ()
+
+
+class Attends(nn.Module):
+    """Fused attention between linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o = nn.Linear(8, 12), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, t, 8) -> (b, t, 3)."""
+        q, k, v = self.a(x).chunk(3, -1)
+        return self.o(nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+def test_fused_attention_that_was_trained_in_floats_is_named() -> None:
+    ready = gc.prepare(Attends(), torch.randn(2, 5, 8), bits=(4, 8))
+    ready(torch.randn(2, 5, 8))
+    notes = gc.finalize(ready).report.notes
+    assert [note for note in notes if "attention in one op" in note] != []
