@@ -32,10 +32,12 @@ from graphcomp.flows.results import (
     planned_bytes,
     post_training,
 )
+from graphcomp.flows.unmet import unmet
 from graphcomp.flows.whole import into_whole
 from graphcomp.ir.module import copied, tensor_leaves
-from graphcomp.methods.base import Goal, Method, check_goal, folders
+from graphcomp.methods.base import Goal, Method
 from graphcomp.methods.registry import stages_of
+from graphcomp.methods.stages import Following, check_goals, folders, goals_of, least_steps
 from graphcomp.methods.takes import ONE_SHOT, check_taken
 from graphcomp.pruning.allocation import Budget, Scope, allocate_budget
 from graphcomp.pruning.evidence import arguments_like, arguments_of
@@ -50,6 +52,7 @@ from graphcomp.pruning.zeros import NAME as ZEROS
 from graphcomp.pruning.zeros import check_alone, without_zeros
 from graphcomp.quantization.ptq import PostTraining, Rounding
 from graphcomp.quantization.spec import QuantConfig, check_bits, with_bits
+from graphcomp.report.report import Report
 from graphcomp.request import check_options
 from graphcomp.result import CompressedModel
 from graphcomp.system.progress import progress as show_progress
@@ -109,7 +112,7 @@ def compress(
     rounding: Rounding = "nearest",
     reduce_range: bool = False,
     quantization: PostTraining | None = None,
-    method: str | Method | Sequence[Method] | None = None,
+    method: str | Method | Sequence[str | Method] | None = None,
     data: Iterable[Any] | None = None,
     loss: Callable[..., Tensor] | None = None,
     epochs: int | None = None,
@@ -246,15 +249,15 @@ def compress(
         goal = Goal(
             sparsity=by_module_name(part, sparsity, "sparsity") if isinstance(sparsity, Mapping) else sparsity,
             budget=budget,
-            bits=None if start is not None else _limits(bits),
-            activation_bits="same" if start is not None else activation_bits,
-            start=start and _with_names(start, part),
+            bits=_limits(bits),
+            activation_bits=activation_bits,
             saliency=saliency,
             round_to=round_to,
             prune=prune,
             ignore=tuple(ignore),
         )
-        remarks = check_goal(stages, title, goal, given)
+        goals = goals_of(stages, goal, start and _with_names(start, part))
+        remarks = check_goals(stages, title, goals, given)
         _activation_limits(bits if quantization is None else 8, activation_bits)
         if calibration is not None and bits is None and start is None:
             raise PlanError(
@@ -262,8 +265,8 @@ def compress(
                 why="it gives quantizers their first ranges",
                 fix="bits=(4, 8), or no calibration",
             )
-        compares = start is not None and any(stage.compares for stage in stages)
-        _check_held_out(compares, training)
+        compares = [own.start is not None and stage.compares for stage, own in zip(stages, goals, strict=True)]
+        _check_held_out(any(compares), training)
         if data is None or loss is None or training is None:
             raise PlanError(
                 f"method={title!r} trains: it needs data, a loss and a length",
@@ -290,12 +293,13 @@ def compress(
             scope=scope,
             outputs=outputs,
         )
+        lengths = parts(training, data, folders(stages), least_steps(stages, goals, training), title)
         ready = _trained(
             trained_model,
-            list(zip(stages, parts(training, data, folders(stages)), strict=True)),
-            goal,
+            list(zip(stages, goals, lengths, strict=True)),
             source,
-            partial(train, data=data, loss=loss, measured=measured if compares else (), progress=progress, seed=seed),
+            partial(train, data=data, loss=loss, progress=progress, seed=seed),
+            [measured if own else () for own in compares],
             example=example,
             scope=scope,
             progress=progress,
@@ -304,6 +308,8 @@ def compress(
         with show_progress(1, progress) as bar:
             bar.step("cutting, lowering and verifying")
             small = finalize(ready, verify=verify, measure_latency=measure_latency)
+        assert isinstance(small.report, Report)
+        small.report = replace(small.report, notes=(*small.report.notes, *unmet(stages, goals, ready, small.report)))
         if not scope:
             return small
         for trained, own in zip(trained_model.modules(), model.modules(), strict=True):
@@ -613,10 +619,10 @@ def prunable_groups(
 # ------------------------------------------------------------------------------------------------ by training
 def _trained(
     model: nn.Module,
-    stages: Sequence[tuple[Method, Training]],
-    goal: Goal,
+    stages: Sequence[tuple[Method, Goal, Training]],
     source: Callable[..., Prepared],
     trained: Callable[..., None],
+    measured: Sequence[Sequence[Any]],
     *,
     example: tuple[tuple[Any, ...], dict[str, Any]],
     scope: str,
@@ -625,21 +631,22 @@ def _trained(
     """The stages of a method one after the other, which train `model` itself; what one removes stays out in the next.
 
     With a scope, the prepared submodule stands in the model while it is trained.
+
+    Args:
+        measured: batches that each stage is compared on with what it began with; none: it is not compared.
     """
-    kept: dict[str, Tensor] = {}
-    elements: Mapping[str, Tensor] = {}
+    following = Following(source)
     remarks: dict[str, None] = {}
-    for method, training in stages:
+    for (method, goal, training), batches in zip(stages, measured, strict=True):
         with show_progress(1, progress) as bar:
             bar.step("capturing, coupling and calibrating")
-            ready = method.prepare(source, goal)
+            ready = following.prepare(method, goal)
         _check_called(ready.session.plan.captured)
-        ready.keep({group: kept[group.name] for group in ready.session.groups if group.name in kept})
-        ready.keep_elements(elements)
+        remarks |= dict.fromkeys(ready.remarks)
+        title = f"{method.name}: " * (len(stages) > 1)
         with standing_in(model, ready, *example) as whole:
-            trained(ready, training=training, begin=partial(method.begin, ready, goal), whole=whole)
-        kept = {group.name: units for group, units in ready.kept().items()}
-        elements = ready.elements
+            begin = partial(method.begin, ready, goal)
+            trained(ready, training=training, begin=begin, whole=whole, measured=batches, title=title)
         remarks |= dict.fromkeys(ready.remarks)
     ready.remarks = tuple(remarks)
     return ready

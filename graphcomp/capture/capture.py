@@ -89,7 +89,7 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Captured(Program):
     """A model as a graph.
 

@@ -32,6 +32,9 @@ class Analysis:
     groups: tuple[ChannelGroup, ...]
     beside: RunsBeside = field(default_factory=RunsBeside)
 
+    def __repr__(self) -> str:
+        return f"Analysis({type(self.captured.original).__name__}, {len(self.groups)} groups)"
+
     @property
     def coupling(self) -> Coupling:
         """The axes of the captured graph."""

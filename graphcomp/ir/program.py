@@ -54,6 +54,9 @@ class Program:
     stages: Mapping[str, Program] = field(default_factory=dict)
     lowered: Lowered | None = None
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.original).__name__}, {len(self.module.graph.nodes)} nodes)"
+
     def __post_init__(self) -> None:
         assert self.coupling is None or self.coupling.graph is self.graph, "the axes must be of the program's graph"
 

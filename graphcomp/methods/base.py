@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from graphcomp.errors import PlanError
-from graphcomp.methods.takes import ACTIVATIONS, START, check_taken
+from graphcomp.methods.takes import ACTIVATIONS, START
 from graphcomp.pruning.allocation import Budget
 from graphcomp.pruning.saliency import Saliency
 from graphcomp.quantization.ptq import PostTraining
@@ -56,7 +56,10 @@ def of_activations(goal: Goal) -> Collection[str]:
 
 
 class Source(Protocol):
-    """A captured model, of which a method chooses the views that stand on its weights."""
+    """A captured model, of which a method chooses the views that stand on its weights.
+
+    In a list of methods, the model as the methods before have left it.
+    """
 
     def __call__(
         self,
@@ -66,7 +69,7 @@ class Source(Protocol):
         start: PostTraining | None = None,
         config: QuantConfig | None = None,
     ) -> Prepared:
-        """Return the module to train; without arguments in floats.
+        """Return the module to train; without arguments in floats, or with the quantizers of the methods before.
 
         Args:
             bits, activation_bits: of GETA's quantizers, which learn their bits within a range.
@@ -105,6 +108,10 @@ class Method(ABC):
             return START
         return of_activations(goal) if self.quantizes else ()
 
+    def least_steps(self, goal: Goal, training: Training) -> int:
+        """Return the fewest steps that a run takes."""
+        return 1
+
     def prepare(self, source: Source, goal: Goal) -> Prepared:
         """Return the module to train: which views stand on which weights."""
         if not self.quantizes:
@@ -121,44 +128,6 @@ class Method(ABC):
             training: the options of training, with those that were chosen for the model.
             steps: of the whole run.
         """
-
-
-def folders(stages: Sequence[Method]) -> list[str]:
-    """Return the folder of each stage inside the folder of a run."""
-    what = ["prune" if stage.prunes else "quantize" if stage.quantizes else stage.name for stage in stages]
-    return [f"{k + 1}-{own}" for k, own in enumerate(what)]
-
-
-def check_goal(stages: Sequence[Method], name: str, goal: Goal, given: Mapping[str, Any]) -> tuple[str, ...]:
-    """Refuse a goal that the stages of a method do not reach, and options that the stages have no use for.
-
-    Args:
-        given: option -> value, of all in `OPTIONS`.
-
-    Returns:
-        Notes of options that change nothing, and whose result is as asked.
-
-    Raises:
-        PlanError: bits or a sparsity that no stage does, no bits where they are all that is done, a budget for several
-            stages, or an option without a use.
-    """
-    prunes, quantizes = (any(getattr(stage, what) for stage in stages) for what in ("prunes", "quantizes"))
-    if not goal.quantizes and any(stage.quantizes and not stage.prunes for stage in stages):
-        raise PlanError(f"method={name!r} quantizes, and no bits are given", fix="bits=(4, 8)")
-    if goal.quantizes and not quantizes:
-        raise PlanError(f"method={name!r} does not quantize", fix='method="geta", or bits=None')
-    if goal.sparsity and not prunes:
-        raise PlanError(f"method={name!r} does not prune", fix='method="geta", or sparsity=0')
-    if goal.budget is not None and len(stages) > 1:
-        raise PlanError(
-            f"a budget with method={name!r}",
-            why="the run that prunes does not know the bits that the other one gives",
-            fix='method="geta", or sparsity=0.5',
-        )
-    notes = check_taken(name, {option for stage in stages for option in stage.takes(goal)}, given)
-    for stage in stages:
-        stage.check(goal)
-    return notes
 
 
 def refuse(method: Method, given: Mapping[str, bool], why: str) -> None:

@@ -99,11 +99,9 @@ class PqkRun(Run):
         super().__init__(ready, lr_quant=lr_quant)
         self.sparsity, self.every, self.temperature, self.distills = sparsity, every, temperature, distills
         self.logits = logits or _logits
-        if steps < len(STAGES):
-            raise PlanError(f"steps must be {len(STAGES)} at least for PQK, got {steps}", fix="steps=1000")
         self.ends = steps // 3, 2 * steps // 3
         self.settles = self.ends[0]
-        *names, _ = multiplied(ready) or [""]
+        *names, last = multiplied(ready) or [""]
         if not names:
             raise NothingToPrune(
                 "PQK finds no weight to prune",
@@ -111,6 +109,9 @@ class PqkRun(Run):
                 fix="method='qat'",
             )
         self.weights = {name: ready.get_parameter(name) for name in names}
+        if sparsity:
+            whole = f"'{last}' is not pruned: PQK leaves the last weights that are multiplied with whole"
+            ready.remarks = (*ready.remarks, whole)
         self.masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in self.weights.items()}
         self.teacher = _own_tensors(ready, self.weights)
         self.step = 0
@@ -269,6 +270,10 @@ class Pqk(Method):
         """A share of the weights, and fixed bits or none."""
         if goal.bits is not None:
             raise PlanError(f"bits must be one number for PQK, got {goal.bits}", fix=f"bits={goal.bits[0]}")
+
+    def least_steps(self, goal: Goal, training: Training) -> int:
+        """One for each stage."""
+        return len(STAGES)
 
     def begin(self, ready: Prepared, goal: Goal, training: Training, steps: int) -> PqkRun:
         """Begin a run."""

@@ -169,7 +169,7 @@ class Psgd(Method):
             raise PlanError(
                 'method="psgd" needs bits or a sparsity, and not both',
                 why="the target of each weight is the grid of the bits, or zero",
-                fix="bits=4, or sparsity=0.9",
+                fix="bits=4, or sparsity=0.9" if goal.bits is None else "sparsity=None; or Pqk, which does both",
             )
         if goal.bits is not None and goal.bits[0] != goal.bits[1]:
             raise PlanError(f"bits must be one number for PSGD, got {goal.bits}", fix=f"bits={goal.bits[0]}")

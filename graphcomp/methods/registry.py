@@ -28,8 +28,12 @@ METHODS: dict[str, tuple[Method, ...]] = {
 """Each method as its stages, which share the steps of a training equally; "oneshot" trains in none."""
 
 
-def stages_of(method: str | Method | Sequence[Method]) -> tuple[str, tuple[Method, ...]]:
-    """Return the name of a method and its stages.
+TRAINS = tuple(name for name, stages in METHODS.items() if stages)
+"""The methods that train, and can stand in a list."""
+
+
+def stages_of(method: str | Method | Sequence[str | Method]) -> tuple[str, tuple[Method, ...]]:
+    """Return the name of a method and its stages; of a list, the names and the stages of all.
 
     Raises:
         PlanError: there is no such method.
@@ -37,22 +41,34 @@ def stages_of(method: str | Method | Sequence[Method]) -> tuple[str, tuple[Metho
     if isinstance(method, Method):
         return method.name, (method,)
     if not isinstance(method, str):
-        found = tuple(method)
-        return ", ".join(stage.name for stage in found), found
+        found = [stages_of(entry) for entry in method]
+        return ", ".join(name for name, _ in found), tuple(stage for _, stages in found for stage in stages)
     if method not in METHODS:
         raise PlanError(f"method={method!r}", fix=f"method= one of {', '.join(METHODS)}")
     return method, METHODS[method]
 
 
 def check_method(name: str, value: object) -> None:
-    """Refuse what is neither the name of a method, nor a method, nor a list of methods.
+    """Refuse what is neither a method, nor the name of one, nor a list of these.
 
     Raises:
         PlanError: `value` is something else.
     """
-    if isinstance(value, str):
-        check_word(name, value, tuple(METHODS))
+    if isinstance(value, (list, tuple)) and value:
+        for entry in value:
+            _check_entry(name, entry, TRAINS)
         return
-    entries = value if isinstance(value, (list, tuple)) else [value]
-    if not entries or not all(isinstance(entry, Method) for entry in entries):
+    _check_entry(name, value, tuple(METHODS))
+
+
+def _check_entry(name: str, value: object, names: tuple[str, ...]) -> None:
+    if isinstance(value, str):
+        check_word(name, value, names)
+    elif not isinstance(value, Method):
         raise wrong(name, "a name, a graphcomp.Method, or several of these to run in turn", value, 'method="geta"')
+    elif not isinstance(getattr(value, "name", None), str) or not value.name:
+        raise PlanError(
+            f"{name} is a {type(value).__name__} without a name",
+            why="messages and the folder of a run name the method",
+            fix=f'name = "{type(value).__name__.lower()}" in the class',
+        )

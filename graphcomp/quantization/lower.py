@@ -75,6 +75,9 @@ class Lowered:
     weights: Mapping[str, Stored]
     layers: tuple[LoweredLayer, ...] = field(default=())
 
+    def __repr__(self) -> str:
+        return f"Lowered({len(self.weights)} weights and {len(self.activations)} activations in integers)"
+
 
 @dataclass(frozen=True)
 class Lower:

@@ -96,6 +96,9 @@ class Quantized:
     left_float: Mapping[str, str]
     notes: tuple[str, ...] = field(default=())
 
+    def __repr__(self) -> str:
+        return f"Quantized({self.lowered!r}, {len(self.left_float)} layers in floats)"
+
 
 def quantize(program: Program, batches: Sequence[Sequence[Any]], options: PostTraining) -> Quantized:
     """Quantize a captured graph.

@@ -45,6 +45,9 @@ class Raised:
     fake: fx.GraphModule
     lowered: Lowered
 
+    def __repr__(self) -> str:
+        return f"Raised(fake=…, lowered={self.lowered!r})"
+
     @property
     def folded(self) -> NoReturn:
         """Refused.

@@ -190,6 +190,9 @@ class Affine:
     dim: int | None = None
     groups: Tensor | None = None
 
+    def __repr__(self) -> str:
+        return f"Affine({_shown(self.values)} from {self.quant_min} to {self.quant_max}, scale {_shown(self.scale)})"
+
     def dequantize(self) -> Tensor:
         """The floats, in the dtype of `scale`."""
         scale, zero = (spread(t, self.values.dim(), self.dim, self.groups) for t in (self.scale, self.zero_point))
@@ -336,6 +339,9 @@ class Codebook:
     table: Tensor
     dim: int | None = None
 
+    def __repr__(self) -> str:
+        return f"Codebook({_shown(self.values)}, table {_shown(self.table)})"
+
     @property
     def quant_min(self) -> int:
         """The lowest code."""
@@ -413,3 +419,8 @@ class _WrittenCodebook:
             why="rows are looked up as integers with a scale",
             fix='QuantConfig(embeddings=QuantSpec(kind="ternary")), whose levels are multiples of one scale',
         )
+
+
+def _shown(tensor: Tensor) -> str:
+    """Return dtype and shape, in place of the values."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from graphcomp.ir.graph import bind, module_path
-from graphcomp.ops.answers import compute_of, parameter_behind
+from graphcomp.coupling.propagate import Coupling
+from graphcomp.ir.graph import argument_at, bind, module_path
+from graphcomp.ops.answers import parameter_behind
 from graphcomp.quantization.spec import matches
 from graphcomp.training.prepared import Prepared
 
@@ -16,18 +17,30 @@ from graphcomp.training.prepared import Prepared
 def multiplied(ready: Prepared) -> dict[str, nn.Parameter]:
     """Return the parameters that the model multiplies with and that are trained, by name, in the order of the graph.
 
-    Parameters of modules that are to stay float are left out.
+    These are the operands that the rules of the ops multiply: of layers, of einsum, of recurrent layers. Parameters of
+    modules that are to stay float are left out. A parameter of two names is there once.
     """
-    session, plan = ready.session, ready.session.plan
+    session, coupling = ready.session, ready.session.plan.coupling
     found: dict[str, nn.Parameter] = {}
-    for node in plan.coupling.graph.nodes:
-        compute = compute_of(node)
-        if compute is None:
+    for node in coupling.graph.nodes:
+        if any(matches(pattern, module_path(node)) for pattern in session.ignore):
             continue
-        name = parameter_behind(bind(node)[compute.weight], plan.coupling.parameters)
-        if name and not any(matches(pattern, module_path(node)) for pattern in session.ignore):
+        for name in _weights(node, coupling):
             found[name] = ready.get_parameter(name)
-    return {name: parameter for name, parameter in found.items() if parameter.requires_grad}
+    shared = {id(parameter): name for name, parameter in reversed(found.items())}
+    return {n: p for n, p in found.items() if p.requires_grad and shared[id(p)] == n}
+
+
+def _weights(node: fx.Node, coupling: Coupling) -> Iterator[str]:
+    """Yield the parameters whose elements the op multiplies and sums, as the op's rule says."""
+    call = coupling.calls.get(node)
+    if call is None or not call.products:
+        return
+    arguments = bind(node)
+    for key in dict.fromkeys(key for product in call.products for key in product.operands):
+        operand = argument_at(arguments, key)
+        if isinstance(operand, fx.Node) and (name := parameter_behind(operand, coupling.parameters)):
+            yield name
 
 
 @torch.no_grad()

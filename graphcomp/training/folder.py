@@ -36,6 +36,8 @@ LATER = frozenset({LOSS_CODE, METHOD})
 """Entries of `about` that folders of earlier versions lack; a run that lacks one is not told apart by it."""
 FORMER = frozenset({"sparsity", "budget", "saliency", "forgetting", "round_to", "schedule"})
 """Entries of `about` that earlier versions wrote for methods without such an option, too."""
+NOTHING = str(None)
+"""Text of an entry that asks for nothing, as an entry that is not there does."""
 CHECKPOINT = re.compile(r"step-(\d+)\.pt")
 """Copies of other names, such as step-best.pt, are the user's."""
 
@@ -124,7 +126,8 @@ class RunFolder:
         former = FORMER - self.about.keys() if METHOD not in there else frozenset()
         names = [*self.about, *(name for name in there if name not in self.about and name not in former)]
         compared = [name for name in names if name in there or name not in LATER]
-        differing = [name for name in compared if there.get(name) != self.about.get(name)]
+        both = {name: (there.get(name, NOTHING), self.about.get(name, NOTHING)) for name in compared}
+        differing = [name for name, (before, now) in both.items() if before != now]
         if differing and set(differing) <= MAY_CHANGE.keys() and state["step"] < self.steps:
             other = " and ".join(MAY_CHANGE[name] for name in differing)
             logger.warning("%s goes on from step %d, though it began with %s", path.parent, state["step"], other)
@@ -132,7 +135,7 @@ class RunFolder:
         elif differing:
             raise CheckpointError(
                 f"{self.path} holds another run",
-                why="; ".join(f"{n}: {there.get(n)} there, {self.about.get(n)} now" for n in differing),
+                why="; ".join(f"{name}: {both[name][0]} there, {both[name][1]} now" for name in differing),
                 fix="give another folder, or the arguments of that run to go on with it",
             )
         found: dict[str, Any] = state

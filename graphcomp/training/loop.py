@@ -41,10 +41,11 @@ from graphcomp.training.folder import (
     set_random_state,
 )
 from graphcomp.training.identity import about_model, about_training, code_digest, name_of
+from graphcomp.training.no_gradient import without_gradient
 from graphcomp.training.optimizer import MethodOptimizer
 from graphcomp.training.options import Training
 from graphcomp.training.prepared import Prepared
-from graphcomp.training.run import Begin
+from graphcomp.training.run import Begin, check_run, check_tensors
 from graphcomp.training.whole import Whole
 
 SHRINK_FROM = 100
@@ -75,6 +76,7 @@ def train(
     *,
     whole: Whole | None = None,
     measured: Sequence[Any] = (),
+    title: str = "",
     progress: bool = True,
     seed: int = 0,
 ) -> None:
@@ -95,6 +97,7 @@ def train(
         whole: the model that `ready` stands in, trained with it; None: `ready` is the model.
         measured: batches that the loss is measured on before and after, in eval mode. Where training has not lowered
             the loss, all is as before, and a note of the module's session says so. Without batches, nothing is.
+        title: what that note begins with, where the training is one of several.
         progress: show a progress line on a terminal.
         seed: of everything that is drawn: torch, Python and NumPy are seeded inside, and left as they were.
 
@@ -122,7 +125,7 @@ def train(
             loop.close()
         loop.give_back()
         if start is not None:
-            loop.keep_better(start, measured)
+            loop.keep_better(start, measured, title)
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,7 @@ class _Loop:
         chosen = training.for_model(ready)
         assert chosen.optimizer is not None and chosen.lr is not None
         self.run = begin(chosen, self.total)
+        check_run(self.run, ready)
         self.optimizer = MethodOptimizer(self.run, chosen.optimizer, chosen.lr, chosen.options)
         if outside:
             self.optimizer.add_param_group({"params": outside})
@@ -225,7 +229,7 @@ class _Loop:
         state = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
         return _Start(state, float(distributed.mean(total)))
 
-    def keep_better(self, start: _Start, batches: Sequence[Any]) -> None:
+    def keep_better(self, start: _Start, batches: Sequence[Any], title: str) -> None:
         """Go back to `start` where the loss is not lower now, and note both losses."""
         end = self.measure(batches).loss
         worse = not end < start.loss and math.isfinite(start.loss)
@@ -234,7 +238,7 @@ class _Loop:
         of = "held-out data" if self.training.held_out is not None else "the training data"
         losses = f"{start.loss:.4g} before, {end:.4g} after, in eval mode on {len(batches)} batches of {of}"
         outcome = "training has not lowered the loss: the result is that of post-training quantization; " * worse
-        self.ready.remarks = (*self.ready.remarks, f"{outcome}loss {losses}")
+        self.ready.remarks = (*self.ready.remarks, f"{title}{outcome}loss {losses}")
 
     # ------------------------------------------------------------------------------------------ the loop
     def go(self, bar: Progress) -> None:
@@ -291,7 +295,7 @@ class _Loop:
         total = torch.zeros((), device=self.device)
         for given in chunk:
             value = self._loss(given)
-            self.scaler.scale(value / len(chunk)).backward()  # type: ignore[no-untyped-call]
+            self._backward(value / len(chunk))
             total += value.detach().reshape(()) / len(chunk)
         loss = float(distributed.mean(total))
         if not math.isfinite(loss):
@@ -318,6 +322,26 @@ class _Loop:
         self.scheduler.step()
         return True
 
+    def _backward(self, value: Tensor) -> None:
+        """Compute gradients.
+
+        Raises:
+            TrainingError: an op of the model has none.
+        """
+        try:
+            self.scaler.scale(value).backward()  # type: ignore[no-untyped-call]
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if not (op := without_gradient(self.run.ready)):
+                raise
+            raise TrainingError(
+                f"the backward pass fails at step {self.step + 1}: an op has no gradient",
+                at=op,
+                why=first_line(error)[:300],
+                fix="torch.library.register_autograd(op, backward, setup_context=…) gives the op a gradient",
+            ) from error
+
     def _loss(self, given: Any) -> Tensor:
         """The loss of a batch.
 
@@ -339,9 +363,11 @@ class _Loop:
         """Run the module that is trained on a batch; `tensors` stand in for some of the prepared module's.
 
         Raises:
+            PlanError: `tensors` holds a name or a shape that the prepared module has not.
             TrainingError: the module does not run on the batch, and the model does not either.
         """
         module = self.whole.module
+        check_tensors(self.run.ready, tensors or {})
         args, kwargs = copies(self._arguments(batch))
         try:
             if tensors is None:
@@ -463,7 +489,7 @@ class _Loop:
 
     def _line(self) -> str:
         run, found = self.run, self.run.metrics()
-        means = (found["weight_bits"], found["activation_bits"])
+        means = (found.get("weight_bits"), found.get("activation_bits"))
         bits = "/".join("-" if mean is None else f"{mean:.1f}" for mean in means)
         return (
             f"{run.stage(self.step)}, step {self.step} of {self.total}, {run.removed} of {run.total} "

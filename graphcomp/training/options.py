@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -190,28 +191,67 @@ class Training:
         return replace(self, optimizer=base, lr=lr, options={**options, **self.options})
 
 
-def parts(training: Training, data: Iterable[Any], names: Sequence[str]) -> list[Training]:
+def parts(
+    training: Training, data: Iterable[Any], names: Sequence[str], least: Sequence[int] = (), title: str = ""
+) -> list[Training]:
     """Split a training equally among the stages of a method.
 
     Args:
         names: folder of each stage inside the folder of the run.
+        least: the fewest steps of each stage; by default one.
+        title: of the method.
 
     Raises:
-        PlanError: fewer steps than stages, or no length was given.
+        PlanError: fewer steps than the stages need, or no length was given.
     """
-    if len(names) == 1:
+    least = least or [1] * len(names)
+    if len(names) == 1 and least[0] <= 1:
         return [training]
     total = training.steps_over(data)
-    ends = [total * (k + 1) // len(names) for k in range(len(names))]
-    shares = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    if total:  # of no steps the data are at fault, as training says
+        length = (
+            "Schedule({}, …)" if isinstance(training.schedule, Schedule) else "steps={}, in place of another length"
+        )
+        _check_steps(total, least, title, length)
+    if len(names) == 1:
+        return [training]
     found = []
-    for name, steps in zip(names, shares, strict=True):
+    for name, steps in zip(names, _shares(total, len(names)), strict=True):
         folder = None if training.folder is None else Path(training.folder) / name
         if isinstance(training.schedule, Schedule):
             found.append(replace(training, schedule=replace(training.schedule, steps=steps), folder=folder))
         else:
             found.append(replace(training, epochs=None, steps=steps, folder=folder))
     return found
+
+
+def _shares(total: int, count: int) -> list[int]:
+    """Return the steps of each stage."""
+    ends = [total * k // count for k in range(count + 1)]
+    return [end - begin for begin, end in itertools.pairwise(ends)]
+
+
+def _check_steps(total: int, least: Sequence[int], title: str, length: str) -> None:
+    """Refuse fewer steps than the stages need.
+
+    Args:
+        length: what is proposed, with a place for the number of steps.
+
+    Raises:
+        PlanError: a stage gets too few.
+    """
+
+    def enough(steps: int) -> bool:
+        return all(own >= few for own, few in zip(_shares(steps, len(least)), least, strict=True))
+
+    if not enough(total):
+        needed = next(steps for steps in itertools.count(total) if enough(steps))
+        each = " and ".join(map(str, least))
+        raise PlanError(
+            f"{total} step{'s' * (total > 1)} of training are too few for method={title!r}",
+            why=f"it needs {each} at least" + f", in stages of {total} / {len(least)} steps" * (len(least) > 1),
+            fix=length.format(needed),
+        )
 
 
 def _counts(value: Any) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -10,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from graphcomp.arguments import shown, wrong
 from graphcomp.coupling.groups import ChannelGroup, Kept
-from graphcomp.errors import CheckpointError
+from graphcomp.errors import CheckpointError, PlanError
 from graphcomp.pruning.evidence import Loss
 from graphcomp.training.lsq import decaying, hold_steps, lsq_groups, steps_of, with_steps
 from graphcomp.training.optimizer import grouped
@@ -42,6 +45,9 @@ class Choice:
 
     kept: Kept = field(default_factory=dict)
     elements: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Choice(units of {len(self.kept)} groups, masks of {len(self.elements)} parameters)"
 
     def apply(self, ready: Prepared) -> None:
         """Let a prepared module be as chosen: pruned units and pruned elements exactly zero."""
@@ -135,7 +141,8 @@ class Run:
 
     def bits(self) -> Tensor:
         """(l,) bits of each quantizer, in the order of the sites."""
-        return torch.tensor([float(site.high) for site in self.ready.session.sites])
+        own = ((s.high if s.low == s.high else q.bits.detach()) for s, q in self.ready.quantizers())
+        return torch.tensor([float(bits) for bits in own])
 
     def metrics(self) -> dict[str, Any]:
         """Return what a line of metrics shows beside step, loss and learning rate, as plain numbers."""
@@ -192,6 +199,61 @@ class Run:
     def shared(self) -> Iterable[Any]:
         """Return what copies of this run share: descriptions, which are told apart by identity."""
         return self.groups
+
+
+def check_run(run: Any, ready: Prepared) -> None:
+    """Refuse what is no run of a prepared module.
+
+    Raises:
+        PlanError: not a Run, a Run without a name, or one of another module.
+    """
+    if not isinstance(run, Run):
+        raise wrong("what begin returns", "a graphcomp.Run", run, "return MyRun(ready)")
+    kind = type(run).__name__
+    name = getattr(run, "name", None)
+    if not isinstance(name, str) or not name:
+        raise PlanError(
+            f"a {kind} must have a name, got {shown(name)}",
+            why="the state of the optimizer and the folder of the run name the method",
+            fix=f'class {kind}(graphcomp.Run): name = "{kind.lower()}"',
+        )
+    if getattr(run, "ready", None) is not ready:
+        raise PlanError(
+            f"a {kind} must train the module that begin is called with",
+            why="the optimizer, the folder and the result are of that module",
+            fix="super().__init__(ready) in __init__",
+        )
+
+
+def check_tensors(ready: Prepared, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse what cannot stand in for tensors of a prepared module.
+
+    Raises:
+        PlanError: a name is none of its parameters and buffers, or a tensor has another shape.
+    """
+    for name, tensor in tensors.items():
+        own = _tensor_of(ready, name)
+        if own is None:
+            names = dict((*ready.named_parameters(), *ready.named_buffers()))
+            raise PlanError(
+                f"forward(batch, tensors): {shown(name)} is no parameter or buffer of the model",
+                fix=f"{difflib.get_close_matches(str(name), names, 1, 0.0)[0]!r}",
+            )
+        if not isinstance(tensor, Tensor) or tensor.shape != own.shape:
+            raise wrong(
+                f"forward(batch, tensors): what stands in for {name!r}",
+                f"a tensor of shape {tuple(own.shape)}",
+                tuple(tensor.shape) if isinstance(tensor, Tensor) else tensor,
+                f"{{{name!r}: view}} with a view on ready.get_parameter({name!r})",
+            )
+
+
+def _tensor_of(ready: Prepared, name: str) -> Tensor | None:
+    """Return the parameter or buffer of a name; None where there is none."""
+    for find in (ready.get_parameter, ready.get_buffer):
+        with suppress(AttributeError):
+            return find(name)
+    return None
 
 
 Begin = Callable[[Any, int], Run]

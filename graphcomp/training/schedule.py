@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
 
@@ -14,6 +16,9 @@ from graphcomp.training.folder import plain
 
 PERIODS = 5
 """Of a stage, where there are steps for so many."""
+
+FEWEST = 1000
+"""Number of steps below which the fewest of a schedule are looked for."""
 
 
 class Stage(IntEnum):
@@ -205,6 +210,19 @@ class Schedule:
             return most
         share = done / whole if whole else float(step >= projection)
         return torch.minimum(most, high - (high - end) * share)
+
+
+def fewest_steps(schedule: Callable[[int], Schedule]) -> int:
+    """Return the fewest steps of a schedule in which units can go; 1 where no number of steps has a joint stage.
+
+    Args:
+        schedule: number of steps -> the schedule.
+    """
+    for steps in range(1, FEWEST):
+        with suppress(PlanError):  # too few steps for stages of a fixed length
+            if schedule(steps).lengths[2]:
+                return steps
+    return 1
 
 
 def is_whole(value: object) -> bool:

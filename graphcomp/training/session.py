@@ -50,6 +50,9 @@ class Session:
     ignore: tuple[str, ...] = ()
     cut_from: CutFrom | None = None
 
+    def __repr__(self) -> str:
+        return f"Session({self.plan!r}, {len(self.sites)} quantizers)"
+
     @property
     def sites(self) -> tuple[Site, ...]:
         """The quantizers, in the order of the graph."""

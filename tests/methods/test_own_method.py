@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import graphcomp as gc
-from graphcomp.methods.base import folders
 from graphcomp.methods.registry import METHODS
+from graphcomp.methods.stages import folders
 from tests.methods.learning import Stop, batches, compress, loss, net
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
@@ -39,6 +39,9 @@ def test_the_method_of_the_page_trains_saves_and_goes_on(tmp_path):
         compress(method(strength=0.1), folder=tmp_path)
     with pytest.raises(gc.CheckpointError, match="method: shrinkage there, qat now"):
         compress("qat", bits=8, folder=tmp_path)
+    with pytest.raises(gc.CheckpointError, match="method: shrinkage there, qasso now") as caught:
+        compress("hesso", folder=tmp_path)
+    assert "saliency: None there, geta now" in str(caught.value) and "budget" not in str(caught.value)
 
 
 def test_a_method_that_does_not_quantize_refuses_bits():
@@ -63,7 +66,7 @@ def test_single_weights_that_one_stage_prunes_stay_zero_in_the_next():
     assert any("336 of 672 weights" in note for note in small.report.notes)
 
 
-@pytest.mark.parametrize("method", [3, [], ["geta"], gc.Method, {"geta"}])
+@pytest.mark.parametrize("method", [3, [], [3], ["geta", None], gc.Method, {"geta"}])
 def test_what_is_no_method(method):
     with pytest.raises(gc.PlanError, match=r"method must be a name, a graphcomp\.Method"):
         compress(method)

@@ -100,3 +100,16 @@ def test_the_floats_are_refused_with_the_way_to_get_them() -> None:
     with pytest.raises(gc.PlanError, match=r"(?s)float graph.*bits=None"):
         small.quantized.folded  # noqa: B018
     assert gc.compress(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), torch.randn(4, 6)).quantized is None
+
+
+def test_what_holds_graphs_and_tensors_is_shown_in_a_line():
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+    x = torch.randn(4, 64)
+    small = gc.compress(model, x, sparsity=0.5, bits=8, progress=False)
+    ready, plan = gc.prepare(model, x), gc.analyze(model, x)
+    weights = small.quantized.lowered.weights.values()
+    shown = [small.quantized, small.quantized.lowered, *weights, plan, plan.captured, ready.session, gc.Choice()]
+    for each in shown:
+        assert "\n" not in repr(each) and len(repr(each)) < 120, type(each)
+        assert repr(each).startswith(type(each).__name__)
+    assert "int8 (32, 64) from -127 to 127" in repr(next(iter(weights)))

@@ -23,8 +23,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import graphcomp as gc
 from graphcomp.errors import ExportError
-from graphcomp.methods.base import Goal, folders
+from graphcomp.methods.base import Goal
 from graphcomp.methods.registry import METHODS
+from graphcomp.methods.stages import folders
 from graphcomp.training.batches import to_device
 from graphcomp.training.folder import read_metrics
 from graphcomp.training.loop import train

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+import itertools
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
+from graphcomp.errors import BudgetError
 from graphcomp.methods.base import Goal, Method, of_activations
 from graphcomp.methods.geta.run import GetaRun
 from graphcomp.methods.takes import UNITS
 from graphcomp.training.options import Training
 from graphcomp.training.prepared import Prepared
-from graphcomp.training.schedule import Schedule
+from graphcomp.training.schedule import Schedule, fewest_steps
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,33 @@ class Geta(Method):
         """What units go by, a budget on bits, and what activations are quantized by."""
         return {"budget", *(UNITS if self.prunes else ()), *(of_activations(goal) if self.quantizes else ())}
 
+    def least_steps(self, goal: Goal, training: Training) -> int:
+        """As many as let units go, where a schedule of that many steps has a stage for this."""
+        schedule = training.schedule
+        if not self.prunes or goal.sparsity == 0:
+            return 1
+        if isinstance(schedule, Schedule):
+            return fewest_steps(lambda steps: replace(schedule, steps=steps))
+        kinds = itertools.product((False, True), repeat=2)
+        return max(fewest_steps(partial(Schedule.of, transformer=own, quantize=bits)) for own, bits in kinds)
+
     def begin(self, ready: Prepared, goal: Goal, training: Training, steps: int) -> GetaRun:
         """Begin a run with the schedule that was given, or the default one."""
         sparsity = goal.sparsity if self.prunes else 0.0
+        try:
+            return self._run(ready, goal, training, steps, sparsity)
+        except BudgetError as error:
+            if self.prunes:
+                raise
+            raise BudgetError(
+                f"method={self.name!r} does not meet the budget with the fewest bits",
+                why=f"no units go; {error.why}",
+                fix='method="geta", which removes units, too; or a larger budget',
+            ) from error
+
+    def _run(
+        self, ready: Prepared, goal: Goal, training: Training, steps: int, sparsity: float | Mapping[str, float] | None
+    ) -> GetaRun:
         return GetaRun(
             ready,
             schedule_of(ready, training, steps, prune=sparsity != 0),

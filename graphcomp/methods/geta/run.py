@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -27,7 +29,7 @@ from graphcomp.training.lsq import lsq_groups
 from graphcomp.training.optimizer import grouped
 from graphcomp.training.prepared import Prepared
 from graphcomp.training.run import Run
-from graphcomp.training.schedule import Moment, Schedule, Stage
+from graphcomp.training.schedule import Moment, Schedule, Stage, fewest_steps
 from graphcomp.training.session import Session
 
 
@@ -241,8 +243,12 @@ class GetaRun(Run):
         """Raise PlanError and BudgetError now rather than when the joint stage has begun."""
         if self.sparsity != 0:
             if self.schedule.lengths[2] == 0:
+                joint = partial(replace, self.schedule, joint=self.schedule.joint or 0.2)
+                steps = max(self.schedule.steps, fewest_steps(lambda steps: joint(steps=steps)))
                 raise PlanError(
-                    "the schedule has no joint stage", why="that is where units go", fix="Schedule(steps, joint=0.2)"
+                    f"a schedule of {self.schedule.steps} steps has no joint stage",
+                    why="units go in that stage",
+                    fix=f"Schedule({steps}, joint={self.schedule.joint or 0.2})",
                 )
             if isinstance(self.units.saliency, Activation):
                 raise PlanError(
