@@ -135,6 +135,10 @@ CALLS: dict[str, Call] = {
     "prepare": Call(lambda _: gc.prepare, model_and_inputs()),
     "prunable_groups": Call(lambda _: gc.prunable_groups, lambda _: {"analysis": plan()}),
     "slice_groups": Call(lambda _: gc.slice_groups, lambda _: {"plan": plan(), "kept": {plan().groups[0]: [0, 1]}}),
+    "repair": Call(
+        lambda _: gc.repair,
+        lambda _: {"small": gc.slice_groups(plan(), {plan().groups[0]: [0, 1]}), "plan": plan(), "batches": [X]},
+    ),
     "shrink": Call(lambda _: gc.shrink, lambda _: {"ready": ready(8)}),
     "finalize": Call(lambda _: gc.finalize, lambda _: {"ready": ready(8)}),
     "load": Call(lambda _: gc.load, lambda folder: {"folder": saved(folder)}),
