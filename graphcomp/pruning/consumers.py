@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -22,7 +22,7 @@ class Consumer:
 
     Attributes:
         node: the op.
-        name: of the parameter, without ".weight".
+        name: of the parameter, without ".weight"; of a part of one, with the name of the op.
         data, weight: arguments of the op; of an einsum "0" and "1".
         attribute: the get_attr node of the parameter.
         moves: the ops from there to the weight, in the order of the graph.
@@ -139,13 +139,12 @@ class Consumers:
         for consumer in list(self.at.values()):
             of_tensor.setdefault(id(fetch(self.module, consumer.tensor)), []).append(consumer)
         for found in of_tensor.values():
+            if not all(_same_elements(c, found[0]) for c in found):  # parts of one parameter
+                found[:] = [replace(c, name=f"{c.name} ({c.node.name})") for c in found]
+                self.at |= {c.node: c for c in found}
             others = [node for node in self._readers_of(found[0].tensor) if node not in self.at]
             for consumer in found:
-                same = tuple(
-                    c
-                    for c in found
-                    if c.index.shape == consumer.index.shape and bool((c.index == consumer.index).all())
-                )
+                same = tuple(c for c in found if _same_elements(c, consumer))
                 some = [c.node for c in found if c not in same and bool(torch.isin(c.index, consumer.index).any())]
                 kinds = [
                     c.node for c in same if c.node.target is not consumer.node.target or c.weight != consumer.weight
@@ -187,6 +186,10 @@ class Consumers:
             and len(self.readers[name]) == len(attribute.users) == 1
             and name not in self.held
         )
+
+
+def _same_elements(a: Consumer, b: Consumer) -> bool:
+    return a.index.shape == b.index.shape and bool((a.index == b.index).all())
 
 
 def is_evaluated_norm(node: fx.Node) -> bool:

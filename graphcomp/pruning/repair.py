@@ -224,8 +224,8 @@ class _Repair:
                 continue
             self._step(self.exact, twin)
             if self._untouched(node, twin):
-                self.rough.take(node, self.exact, twin)
                 self.same.add(node)
+                self._take_over(node, twin)
                 self.exact.drop(twin)
                 self.rough.drop(node)
                 continue
@@ -249,15 +249,22 @@ class _Repair:
 
     def _untouched(self, node: fx.Node, twin: fx.Node) -> bool:
         """Return whether an op computes what it computed before the cut: the value is taken over then."""
-        if self.in_place or node.op in ("placeholder", "output"):
+        if self.in_place:
             return False
         if node.op == "get_attr":
             name = str(node.target)
             return name not in self.changed and name not in self.cuts
-        if any(n not in self.same for n in node.all_input_nodes):
-            return False
+        if node.op != "call_function" or any(n not in self.same for n in node.all_input_nodes):
+            return node.op == "placeholder"
         found, old = (fx.map_arg((n.args, n.kwargs), lambda operand: operand.name) for n in (node, twin))
-        return node.op == "call_function" and found == old
+        return bool(found == old)
+
+    def _take_over(self, node: fx.Node, twin: fx.Node) -> None:
+        """Give an op of the small graph the value that was computed before the cut."""
+        if node.op == "placeholder":
+            self.rough.step(node)  # each run has inputs of its own
+        else:
+            self.rough.take(node, self.exact, twin)
 
     def _passed_over(self, consumer: Consumer) -> bool:
         """Return whether the layer keeps the sliced weights, as only layers that lose inputs are to be solved."""
@@ -290,6 +297,8 @@ class _Repair:
     def _reach(self, consumer: Consumer, twin: fx.Node) -> str:
         """Solve a layer, or the weight that several share once the last is reached; AGAIN then. Return why not."""
         together = self.consumers.together[consumer]
+        if consumer.name in self.left:  # another layer with the same weight
+            return self.left[consumer.name]
         other = self._differ(operands(consumer.node)[consumer.data], operands(twin)[consumer.data])
         if len(together) == 1 and not other:
             return ""
@@ -426,7 +435,10 @@ class _Repair:
 
     def _start_over(self, consumer: Consumer) -> None:
         """Put the sliced tensors of a layer back."""
-        self._put(consumer.tensor, fetch(self.small, consumer.tensor))
+        sliced, now = (fetch(module, consumer.tensor).detach() for module in (self.small, self.work))
+        index, now = consumer.index.flatten().to(now.device), now.flatten().clone()
+        now[index] = sliced.flatten()[index]  # what else the tensor holds may be solved
+        self._put(consumer.tensor, now.view(sliced.shape))
         if consumer.bias:
             self._put(consumer.bias, fetch(self.small, consumer.bias))
         self._refresh(consumer)

@@ -161,6 +161,27 @@ def test_a_weight_of_two_layers_is_solved_over_both() -> None:
     assert error(model, cut_groups(found.plan, kept, [group], verify=True).graph, batches) < 1e-3
 
 
+class Packed(nn.Module):
+    """Two layers whose weights are parts of one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.weight = nn.Linear(6, WIDTH), nn.Parameter(torch.randn(9, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        return torch.cat([F.linear(x, self.weight[:4]), F.linear(x, self.weight[4:])], -1)
+
+
+def test_parts_of_a_parameter_are_layers_of_their_own() -> None:
+    torch.manual_seed(0)
+    model, batches = Packed().eval(), images(6)
+    doubled(model.first)
+    found, _, small = repaired(model, batches)
+    assert found.layers.keys() == {"weight (linear_1)", "weight (linear_2)"}
+    assert error(model, small, batches) < 1e-3
+
+
 # ------------------------------------------------------------------------------------------------ laws
 def net(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
