@@ -16,7 +16,7 @@ README = Path(__file__).parents[1] / "README.md"
 def test_the_python_blocks_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = README.read_text(encoding="utf-8")
-    quick_start, integers, seven_bits, weights_only, joint, fixed_bits, own_loop, shrunk = re.finditer(
+    quick_start, repaired, integers, seven_bits, weights_only, joint, fixed_bits, own_loop, shrunk = re.finditer(
         r"```python\n(.*?)```", text, re.DOTALL
     )
     names: dict[str, Any] = {}
@@ -29,6 +29,10 @@ def test_the_python_blocks_one_after_the_other(tmp_path: Path, monkeypatch: pyte
     before, after = ([p.numel() for p in names[model].parameters()] for model in ("model", "small"))
     assert sum(after) < sum(before)
     assert names["logits"].shape == (2, 10)
+
+    run(repaired)
+    errors = names["kept"].report.repairs.values()
+    assert errors and all(error.after <= error.before for error in errors)
 
     for block in joint, own_loop, shrunk:
         run(block)
