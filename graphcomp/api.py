@@ -40,7 +40,7 @@ from graphcomp.methods.registry import stages_of
 from graphcomp.methods.stages import Following, check_goals, folders, goals_of, least_steps
 from graphcomp.methods.takes import ONE_SHOT, check_taken
 from graphcomp.pruning.allocation import Budget, Scope, allocate_budget
-from graphcomp.pruning.evidence import arguments_like, arguments_of
+from graphcomp.pruning.evidence import arguments_like
 from graphcomp.pruning.multiples import in_multiples, with_group_sizes
 from graphcomp.pruning.names import by_module_name, module_names, scope_name
 from graphcomp.pruning.prunable import find_prunable
@@ -503,10 +503,10 @@ def _calibration(
     captured = plan.captured
     if batches is None:
         return None
+    if not captured.scope:
+        return flat_batches(plan, batches)
     found, example = [], example_arguments(example_inputs, example_kwargs)
     check_batches(example, batches)
-    if not captured.scope:
-        return [captured.inputs.of(*arguments_of(captured, batch)).flat() for batch in batches]
     for k, batch in enumerate(batches):
         try:
             _, args, kwargs = scoped(model, captured.scope, *arguments_like(model, *example, batch))

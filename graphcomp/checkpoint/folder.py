@@ -34,7 +34,7 @@ from graphcomp.checkpoint.names import MAIN, class_path
 from graphcomp.checkpoint.state import Decoder, replace_tensors, submodule
 from graphcomp.errors import CheckpointError
 from graphcomp.ir import graph_json
-from graphcomp.ir.graph import assign
+from graphcomp.ir.graph import assign, names_by_tensor
 from graphcomp.ir.json_values import damaged, decode, encode
 from graphcomp.ir.module import tensor_names
 from graphcomp.ir.trust import NAMESPACES, Trust
@@ -285,9 +285,7 @@ def _graph_path(module: nn.Module) -> str | None:
 
 def _tensor_facts(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Which names are one tensor, which are parameters, and which of these are not trained."""
-    names: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        names.setdefault(id(tensor), []).append(name)
+    names = names_by_tensor(tensors.items())
     parameters = [n for n, t in tensors.items() if isinstance(t, nn.Parameter)]
     return {
         "aliases": {first: others for first, *others in names.values() if others},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -151,6 +151,27 @@ def attributes(module: fx.GraphModule) -> Iterator[tuple[fx.Node, Tensor]]:
         tensor = fetch(module, str(node.target))
         if isinstance(tensor, Tensor):
             yield node, tensor
+
+
+def attribute_readers(module: fx.GraphModule) -> dict[str, list[fx.Node]]:
+    """For each name that a get_attr node reads, all such nodes that read the same tensor, under any of its names.
+
+    It goes by the tensors as they are now: a name keeps its entry when its tensor is replaced.
+    """
+    by_tensor: dict[int, list[fx.Node]] = {}
+    readers: dict[str, list[fx.Node]] = {}
+    for node, tensor in attributes(module):
+        readers[str(node.target)] = by_tensor.setdefault(id(tensor), [])
+        by_tensor[id(tensor)].append(node)
+    return readers
+
+
+def names_by_tensor(tensors: Iterable[tuple[str, Tensor]]) -> dict[int, list[str]]:
+    """id(tensor) -> all names that the tensor stands under, in their order."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors:
+        names.setdefault(id(tensor), []).append(name)
+    return names
 
 
 def neighbourhood(node: fx.Node, radius: int = 5) -> str:

@@ -21,7 +21,7 @@ from torch.fx.graph import PythonCode
 
 from graphcomp.errors import InputError
 from graphcomp.ir.calling import argument_names, bind_call, is_constant, other_than_default
-from graphcomp.ir.graph import all_tensors, bind, is_op, module_path, set_argument, tensor_values
+from graphcomp.ir.graph import all_tensors, bind, is_op, module_path, names_by_tensor, set_argument, tensor_values
 from graphcomp.ir.module_copy import module_copy
 from graphcomp.ir.rewrite import after, redirect
 from graphcomp.system.threads import LOCK
@@ -362,10 +362,8 @@ def canonical_names(model: nn.Module) -> dict[int, str]:
 
 def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """First name -> all names, for the tensors that have more than one (tied parameters, shared modules)."""
-    by_id: dict[int, list[str]] = {}
-    for name, tensor in tensor_names(model).items():
-        by_id.setdefault(id(tensor), []).append(name)
-    return {names[0]: tuple(names) for names in by_id.values() if len(names) > 1}
+    found = names_by_tensor(tensor_names(model).items()).values()
+    return {names[0]: tuple(names) for names in found if len(names) > 1}
 
 
 def tensor_leaves(values: Iterable[Any]) -> list[torch.Tensor]:

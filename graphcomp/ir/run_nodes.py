@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx
 
+from graphcomp.errors import CalibrationError, first_line
 from graphcomp.ir.graph import fetch, source_line
 from graphcomp.ir.preserve import own_inputs, same_buffers, writes
 
@@ -65,6 +66,16 @@ def failed_at(error: BaseException) -> str:
     """Return name and source line of the node at which a run failed; "" where the error is of something else."""
     notes = getattr(error, "__notes__", ())
     return next((note.removeprefix(_AT) for note in notes if note.startswith(_AT)), "")
+
+
+def refused_batch(k: int, error: BaseException) -> CalibrationError:
+    """Return the error that says that a graph does not run on batch `k`, which `error` stopped."""
+    return CalibrationError(
+        f"the model does not run on batch {k} of the calibration data",
+        at=failed_at(error),
+        why=first_line(error)[:300] or type(error).__name__,
+        fix="give batches in the form of the example inputs",
+    )
 
 
 class Run:

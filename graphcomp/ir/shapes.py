@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ def run_fake(module: fx.GraphModule, mode: FakeTensorMode, inputs: Sequence[Any]
     found: dict[fx.Node, Any] = {}
     with mode, torch.no_grad():
         fakes = [t() if callable(t) and not isinstance(t, Tensor) else t for t in inputs]
-        Run(module, fakes, _OnFakes(mode)).finish(see=found.__setitem__)
+        Run(module, fakes, _StandIns(functools.partial(_faked, mode=mode))).finish(see=found.__setitem__)
     return found
 
 
@@ -69,47 +69,47 @@ def run_meta(module: fx.GraphModule) -> dict[fx.Node, Any] | None:
     return found
 
 
-class _OnMeta:
-    """Computes nodes on tensors of the meta device in place of the tensors of the module, one for each."""
+class _StandIns:
+    """Computes nodes on stand-ins for the tensors of the module, one for each.
 
-    def __init__(self) -> None:
-        self.metas: dict[int, Tensor] = {}
+    Args:
+        make: from a tensor to the stand-in.
+    """
 
-    def __call__(self, module: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if node.op == "call_module":
-            called = module.get_submodule(str(node.target))
-            tensors = {name: self._meta(t) for name, t in (*called.named_parameters(), *called.named_buffers())}
-            return torch.func.functional_call(called, tensors, args, kwargs)
-        here = {name: META if isinstance(given, torch.device) else given for name, given in kwargs.items()}
-        found = compute_node(module, node, args, here)
-        return self._meta(found) if node.op == "get_attr" and isinstance(found, Tensor) else found
-
-    def _meta(self, tensor: Tensor) -> Tensor:
-        if id(tensor) not in self.metas:
-            self.metas[id(tensor)] = _alike(tensor, META)
-        return self.metas[id(tensor)]
-
-
-class _OnFakes:
-    """Computes nodes on fake tensors in place of the tensors of the module, one for each."""
-
-    def __init__(self, mode: FakeTensorMode) -> None:
-        self.mode = mode
-        self.fakes: dict[int, Tensor] = {}
+    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
+        self.make = make
+        self.made: dict[int, Tensor] = {}
 
     def __call__(self, module: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if node.op == "call_module":
             called = module.get_submodule(str(node.target))
-            tensors = {name: self._fake(t) for name, t in (*called.named_parameters(), *called.named_buffers())}
+            tensors = {name: self._of(t) for name, t in (*called.named_parameters(), *called.named_buffers())}
             return torch.func.functional_call(called, tensors, args, kwargs)
         found = compute_node(module, node, args, kwargs)
-        return self._fake(found) if node.op == "get_attr" and isinstance(found, Tensor) else found
+        return self._of(found) if node.op == "get_attr" and isinstance(found, Tensor) else found
 
-    def _fake(self, tensor: Tensor) -> Tensor:
-        if id(tensor) not in self.fakes:
-            plain = tensor.layout is torch.strided and not tensor.is_quantized
-            self.fakes[id(tensor)] = _alike(tensor) if plain else self.mode.from_tensor(tensor, static_shapes=True)
-        return self.fakes[id(tensor)]
+    def _of(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self.made:
+            self.made[id(tensor)] = self.make(tensor)
+        return self.made[id(tensor)]
+
+
+class _OnMeta(_StandIns):
+    """Stand-ins on the meta device, where ops that make tensors make theirs, too."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda tensor: _alike(tensor, META))
+
+    def __call__(self, module: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if node.op != "call_module":
+            kwargs = {name: META if isinstance(given, torch.device) else given for name, given in kwargs.items()}
+        return super().__call__(module, node, args, kwargs)
+
+
+def _faked(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    """A fake tensor in place of `tensor`, made inside `mode`."""
+    plain = tensor.layout is torch.strided and not tensor.is_quantized
+    return _alike(tensor) if plain else mode.from_tensor(tensor, static_shapes=True)
 
 
 def _alike(tensor: Tensor, device: torch.device | None = None) -> Tensor:

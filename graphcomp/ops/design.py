@@ -14,14 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from graphcomp.coupling.notation import einsum_letters
 from graphcomp.ir.graph import bind
 from graphcomp.ops.answers import compute_of
 from graphcomp.ops.facts import Compute
 
 aten = torch.ops.aten
-
-ELLIPSIS = "…"
-"""Prefix of the labels of dims that an ellipsis stands for, numbered from the last."""
 
 
 class Design(Protocol):
@@ -52,7 +50,7 @@ def design_of(node: fx.Node, data: str, weight: str, shapes: Mapping[str, Sequen
     Args:
         node: a compute op, or an einsum of two operands.
         data, weight: arguments that hold the two operands; of an einsum "0" and "1".
-        shapes: of the operands and the "result".
+        shapes: of the two operands, by argument.
     """
     compute = compute_of(node)
     if node.target is aten.einsum.default:
@@ -60,7 +58,7 @@ def design_of(node: fx.Node, data: str, weight: str, shapes: Mapping[str, Sequen
     if compute is None:
         return None
     if compute.convolution:
-        return _convolution(node, compute, shapes[weight]) if weight == compute.weight else None
+        return convolution(node, compute, shapes[weight]) if weight == compute.weight else None
     return _product(node, compute, data, weight, shapes)
 
 
@@ -158,15 +156,10 @@ def _product(
 
 
 def _einsum(equation: str, data: str, shapes: Mapping[str, Sequence[int]]) -> Design | None:
-    left, arrow, right = equation.replace(" ", "").partition("->")
-    texts = left.split(",")
-    if not arrow or len(texts) != 2:
-        return None
-    ranks = [len(shapes[str(k)]) for k in range(2)]
-    hidden = [rank - len(text.replace("...", "")) for rank, text in zip(ranks, texts, strict=True)]
-    labels = [_labels(text, count) for text, count in zip(texts, hidden, strict=True)]
-    x, w = (0, 1) if data == "0" else (1, 0)
-    return _contraction(labels[x], labels[w], _labels(right, max(hidden)), shapes[str(x)], shapes[str(w)])
+    (x, w), y = einsum_letters(equation, [len(shapes[str(k)]) for k in range(2)])
+    if data == "1":
+        x, w = w, x
+    return _contraction([*x], [*w], [*y], shapes[data], shapes["1" if data == "0" else "0"])
 
 
 def _contraction(
@@ -181,12 +174,6 @@ def _contraction(
     if alone or twice or not set(labels) - set(y):
         return None
     return Contraction(tuple(x), labels, tuple(y), sizes, tuple(w_shape))
-
-
-def _labels(text: str, hidden: int) -> list[str]:
-    before, dots, after = text.partition("...")
-    between = [f"{ELLIPSIS}{k}" for k in reversed(range(hidden))] if dots else []
-    return [*before, *between, *after]
 
 
 def _dims(name: str, count: int) -> list[str]:
@@ -230,7 +217,7 @@ class Patches:
 
     def rows(self, x: Tensor, chosen: Tensor) -> Tensor:
         """See `Design`."""
-        patches = self._patches(x)
+        patches = self.patches(x)
         at = torch.unravel_index(chosen, self._lengths(x))
         found = patches.movedim(1, 1 + len(self.kernel))[at]  # (k, c, *kernel)
         if self.transposed:
@@ -266,10 +253,10 @@ class Patches:
         return x if x.dim() == len(self.kernel) + 2 else x[None]
 
     def _lengths(self, x: Tensor) -> torch.Size:
-        patches = self._patches(x)
+        patches = self.patches(x)
         return torch.Size([len(patches), *patches.shape[2 : 2 + len(self.kernel)]])
 
-    def _patches(self, x: Tensor) -> Tensor:
+    def patches(self, x: Tensor) -> Tensor:
         """Return a view (n, c, *positions, *kernel) of the padded input."""
         x = self._batched(x)
         if any(step > 1 for step in self.stuffing):
@@ -283,7 +270,8 @@ class Patches:
         return x
 
 
-def _convolution(node: fx.Node, compute: Compute, shape: Sequence[int]) -> Design:
+def convolution(node: fx.Node, compute: Compute, shape: Sequence[int]) -> Patches:
+    """Return the patches of a convolution, transposed or not, with a weight of `shape`."""
     arguments = bind(node)
     kernel = tuple(shape[2:])
     space = len(kernel)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from graphcomp.ir.graph import bind, fetch
+from graphcomp.ir.graph import attribute_readers, bind, fetch
 from graphcomp.ir.module import keeps_statistics
 from graphcomp.ops.answers import compute_of, move_of
 from graphcomp.ops.registry import facts_of
@@ -45,10 +45,6 @@ class Consumer:
     def tensor(self) -> str:
         """Name of the parameter."""
         return str(self.attribute.target)
-
-    def moved(self, tensor: Tensor) -> Tensor:
-        """Return the weight that the op reads where the parameter is `tensor`."""
-        return _run_moves(tensor, self.moves)
 
 
 def operands(node: fx.Node) -> dict[str, fx.Node]:
@@ -88,12 +84,7 @@ class Consumers:
         self, module: fx.GraphModule, sources: Mapping[fx.Node, frozenset[str]], held: Collection[str] = ()
     ) -> None:
         self.module, self.sources, self.held = module, sources, held
-        of_tensor: dict[int, list[fx.Node]] = {}
-        self.readers: dict[str, list[fx.Node]] = {}  # a tensor under two names has the readers of both
-        for node in module.graph.find_nodes(op="get_attr"):
-            same = of_tensor.setdefault(id(fetch(module, str(node.target))), [])
-            same.append(node)
-            self.readers[str(node.target)] = same
+        self.readers = attribute_readers(module)
         self.at: dict[fx.Node, Consumer] = {}
         self.left: dict[fx.Node, str] = {}
         self.together: dict[Consumer, tuple[Consumer, ...]] = {}

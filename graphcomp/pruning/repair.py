@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,15 +24,15 @@ from torch import Tensor, fx, nn
 from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.axis import kept_indices
 from graphcomp.coupling.groups import Kept
-from graphcomp.errors import CalibrationError, first_line
-from graphcomp.ir.graph import all_tensors, assign, bind, clone, example_size, fetch, tensor_values
+from graphcomp.errors import CalibrationError
+from graphcomp.ir.graph import all_tensors, assign, bind, clone, example_size, fetch, names_by_tensor, tensor_values
 from graphcomp.ir.preserve import writes
-from graphcomp.ir.run_nodes import Lockstep, failed_at
+from graphcomp.ir.run_nodes import Lockstep, refused_batch
 from graphcomp.numerics.regression import choose_ridge, solve
 from graphcomp.ops.design import Patches
 from graphcomp.pruning.consumers import Consumer, Consumers, is_evaluated_norm, operands
 from graphcomp.pruning.least_squares import ROWS, Problem, Sums
-from graphcomp.pruning.slice import by_factor, kept_of_tensors, select
+from graphcomp.pruning.slice import by_factor, kept_of_tensors, scatter, select
 
 aten = torch.ops.aten
 
@@ -69,18 +70,36 @@ class Repaired:
     """A repaired cut.
 
     Attributes:
-        plan: of the model before the cut, with the repaired values in place: its slice is the repaired model.
+        before: the plan of the model before the cut.
+        kept: the units that stay.
+        graph: the sliced graph with the repaired values.
+        changed: names of the tensors with other values.
         layers: layer -> what was done.
         left: layer -> why it keeps the sliced weights.
         reestimated: batch norms behind such layers, whose statistics are those of the calibration data.
         batches: how many of the batches, the first ones, were used: as many as memory is for.
     """
 
-    plan: Analysis
-    layers: Mapping[str, LayerRepair]
-    left: Mapping[str, str]
+    before: Analysis
+    kept: Kept
+    graph: fx.GraphModule
+    changed: tuple[str, ...] = ()
+    layers: Mapping[str, LayerRepair] = field(default_factory=dict)
+    left: Mapping[str, str] = field(default_factory=dict)
     reestimated: tuple[str, ...] = ()
     batches: int = 0
+
+    @cached_property
+    def plan(self) -> Analysis:
+        """The plan of the model before the cut, with the repaired values in place: its slice is `graph`."""
+        cuts = kept_of_tensors(self.before.coupling, self.kept)
+        old = dict(all_tensors(self.before.captured.module))
+        names = names_by_tensor(old.items())
+        found: dict[str, Tensor] = {}
+        for name in self.changed:
+            whole = _like(scatter(old[name], cuts.get(name, {}), fetch(self.graph, name)), old[name])
+            found |= dict.fromkeys(names[id(old[name])], whole)
+        return self.before.bind(found)
 
 
 def value_bytes(node: fx.Node) -> int:
@@ -141,34 +160,17 @@ def repair_cut(
         CalibrationError: no batch, one that the model does not run on, or values that are not finite.
     """
     if not by_factor(kept):
-        return Repaired(plan, {}, {})
+        return Repaired(plan, kept, small)
     if not batches:
         raise CalibrationError("there is no batch to repair on", fix="calibration=[batch, …]")
     used = within_memory(plan.captured.module, batches)
     repair = _Repair(plan, kept, small, used, direct, rows)
     while repair.walk():  # a weight that several layers share is solved once all are seen, and then they run again
         pass
-    new = {name: fetch(repair.work, name) for name in repair.changed}
+    repair.work.recompile()
     return Repaired(
-        plan.bind(_scattered(plan, kept, new)), repair.layers, repair.left, tuple(repair.reestimated), len(used)
+        plan, kept, repair.work, tuple(repair.changed), repair.layers, repair.left, tuple(repair.reestimated), len(used)
     )
-
-
-def _scattered(plan: Analysis, kept: Kept, small: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors of the model before, with the values of the small ones at the indices that stay."""
-    cuts = kept_of_tensors(plan.coupling, kept)
-    old = dict(all_tensors(plan.captured.module))
-    found: dict[str, Tensor] = {}
-    same: dict[int, list[str]] = {}
-    for name, tensor in old.items():
-        same.setdefault(id(tensor), []).append(name)
-    for name, values in small.items():
-        whole = old[name].detach().clone()
-        dims = cuts.get(name, {})
-        index = [dims.get(d, torch.arange(n)).to(whole.device) for d, n in enumerate(whole.shape)]
-        whole[torch.meshgrid(*index, indexing="ij")] = values.detach().to(whole.dtype)
-        found |= dict.fromkeys(same[id(old[name])], _like(whole, old[name]))
-    return found
 
 
 def _like(tensor: Tensor, old: Tensor) -> Tensor:
@@ -199,9 +201,7 @@ class _Repair:
         constant = {n: sources[t] for n in self.work.graph.nodes if (t := self.twins.get(n.name)) in sources}
         self.consumers = Consumers(self.work, constant, plan.captured.outside.reads)
         self.place = {node: k for k, node in enumerate(self.work.graph.nodes)}
-        self.names: dict[int, list[str]] = {}
-        for name, tensor in all_tensors(small):
-            self.names.setdefault(id(tensor), []).append(name)
+        self.names = names_by_tensor(all_tensors(small))
         self.changed: dict[str, None] = {}
         self.layers: dict[str, LayerRepair] = {}
         self.left: dict[str, str] = {}
@@ -223,14 +223,10 @@ class _Repair:
                 self.rough.drop(node)
                 continue
             self._step(self.exact, twin)
+            consumer = self.consumers.at.get(node)
             if self._untouched(node, twin):
                 self.same.add(node)
-                self._take_over(node, twin)
-                self.exact.drop(twin)
-                self.rough.drop(node)
-                continue
-            consumer = self.consumers.at.get(node)
-            if consumer is not None and consumer not in self.solved and not self._passed_over(consumer):
+            elif consumer is not None and consumer not in self.solved and not self._passed_over(consumer):
                 why = self._reach(consumer, twin)
                 if why == AGAIN:
                     return True
@@ -242,7 +238,10 @@ class _Repair:
                 unsolved.add(node)
             elif is_evaluated_norm(node) and node.all_input_nodes[0] in unsolved:
                 self._reestimate(node)
-            self._step(self.rough, node)
+            if node in self.same and node.op != "placeholder":  # each run has inputs of its own
+                self.rough.take(node, self.exact, twin)
+            else:
+                self._step(self.rough, node)
             self.exact.drop(twin)
             self.rough.drop(node)
         return False
@@ -259,13 +258,6 @@ class _Repair:
         found, old = (fx.map_arg((n.args, n.kwargs), lambda operand: operand.name) for n in (node, twin))
         return bool(found == old)
 
-    def _take_over(self, node: fx.Node, twin: fx.Node) -> None:
-        """Give an op of the small graph the value that was computed before the cut."""
-        if node.op == "placeholder":
-            self.rough.step(node)  # each run has inputs of its own
-        else:
-            self.rough.take(node, self.exact, twin)
-
     def _passed_over(self, consumer: Consumer) -> bool:
         """Return whether the layer keeps the sliced weights, as only layers that lose inputs are to be solved."""
         return self.direct and consumer.tensor not in self.cuts
@@ -275,12 +267,7 @@ class _Repair:
             try:
                 run.step(node)
             except Exception as error:  # whatever the ops raise on inputs of another shape
-                raise CalibrationError(
-                    f"the model does not run on batch {k} of the calibration data",
-                    at=failed_at(error),
-                    why=first_line(error)[:300],
-                    fix="give batches in the form of the example inputs",
-                ) from error
+                raise refused_batch(k, error) from error
 
     def _reads_other(self, node: fx.Node, twin: fx.Node) -> bool:
         """Return whether the cut changed what an op reads."""
@@ -317,15 +304,18 @@ class _Repair:
         sums = problem.sums(inputs, rest, wanted, self.rows)
         if not (sums.fit + sums.held).finite:
             raise CalibrationError("the data, or what the model computes of them, are not finite", at=consumer.name)
+        if len(together) == 1:
+            self._solve(consumer, problem, sums)
+            return ""
         first = together[0]
         self.sums[first] = self.sums[first] + sums if first in self.sums else sums
         if consumer is not together[-1]:
             return ""
-        if not self._solve(consumer, problem, self.sums[first]) or len(together) == 1:
-            self.solved |= {*together} if len(together) > 1 else set()
-            return ""
-        self.solved = {c for c in self.solved if self.place[c.node] < self.place[first.node]} | {*together}
-        return AGAIN
+        changed = self._solve(consumer, problem, self.sums[first])
+        if changed:  # layers from the first of these on have read values of the weight as it was
+            self.solved = {c for c in self.solved if self.place[c.node] < self.place[first.node]}
+        self.solved |= {*together}
+        return AGAIN if changed else ""
 
     def _solve(self, consumer: Consumer, problem: Problem, sums: Sums) -> bool:
         """Give a layer the solution; False where it keeps the sliced weights."""
@@ -378,8 +368,10 @@ class _Repair:
 
             M = argmin Σ ||x − M x̃||², shrunk towards the plain selection;  W' = W M for each tap
 
+        The sliced weights stay where the map does not make the output better.
+
         Returns:
-            Why not, where the map makes the output worse, or the layer has groups.
+            Why the layer is left: it has groups, or shares its weight.
         """
         design = problem.design
         assert isinstance(design, Patches)
@@ -398,9 +390,8 @@ class _Repair:
             whole = fetch(self.whole, consumer.tensor).detach().double()
             out = 1 if design.transposed else 0
             cut = self.cuts.get(consumer.tensor, {})
-            filters = select(whole, {d: index for d, index in cut.items() if d == out}).movedim(
-                1 - out, 0
-            )  # (c, o, *k)
+            outputs = {dim: index for dim, index in cut.items() if dim == out}
+            filters = select(whole, outputs).movedim(1 - out, 0)  # (c, o, *k)
             self._add(consumer.tensor, torch.tensordot(change[0, :-1], filters, 1).movedim(0, 1 - out))
             if consumer.bias:
                 self._add(consumer.bias, torch.tensordot(change[0, -1], filters, 1).flatten(1).sum(1) * consumer.sign)

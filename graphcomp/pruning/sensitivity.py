@@ -154,9 +154,8 @@ def marginal(curves: dict[ChannelGroup, Curve], scores: Scores, cost: Callable[[
 def _error(plan: Analysis, kept: Kept, fit: Sequence[Any], held: Sequence[Any], wanted: Sequence[Tensor]) -> float:
     """Return Σ ||y - t||² / Σ ||t||² of a cut whose consumers are repaired."""
     small = SliceGroups(plan.coupling, kept).rewrite(plan.captured.module)
-    repaired = repair_cut(plan, kept, small, fit, direct=True, rows=ROWS).plan
-    small = SliceGroups(repaired.coupling, kept).rewrite(repaired.captured.module)
-    pairs = list(zip(_floats(small, held), wanted, strict=True))
+    repaired = repair_cut(plan, kept, small, fit, direct=True, rows=ROWS).graph
+    pairs = list(zip(_floats(repaired, held), wanted, strict=True))
     error = sum(float((y - t).square().sum()) for y, t in pairs)
     return error / max(sum(float(t.square().sum()) for _, t in pairs), torch.finfo(torch.float64).tiny)
 

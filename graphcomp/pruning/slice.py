@@ -170,6 +170,16 @@ def select(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
     return result.clone(memory_format=torch.contiguous_format) if result is tensor or not dims else result
 
 
+def scatter(tensor: Tensor, dims: Mapping[int, Tensor], part: Tensor) -> Tensor:
+    """A copy of `tensor` that holds `part` at the given indices of the given dims: `select` the other way."""
+    result = tensor.detach().clone()
+    if not dims:
+        return result.copy_(part)
+    indices = [dims.get(dim, torch.arange(size)) for dim, size in enumerate(tensor.shape)]
+    spread = [own.view([-1 if d == dim else 1 for d in range(tensor.dim())]) for dim, own in enumerate(indices)]
+    return result.index_put_(tuple(own.to(tensor.device) for own in spread), part.detach().to(tensor.dtype))
+
+
 @dataclass(frozen=True)
 class SliceGroups(GraphPass):
     """Keep only the `kept` units of each group; groups not named stay whole.

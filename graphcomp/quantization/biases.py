@@ -15,14 +15,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from graphcomp.ir.graph import bind
+from graphcomp.ir.graph import attribute_readers, bind
 from graphcomp.ir.passes import ValuePass
 from graphcomp.ir.run_nodes import Constants
 from graphcomp.ops.answers import compute_of, lookup_of, operands_of
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.quantizers.uniform import StepQuantizer
 from graphcomp.quantization.stored import KERNEL_BITS, SMALLEST_STEP, Affine
-from graphcomp.quantization.tensors import attribute_readers, replace_argument
+from graphcomp.quantization.tensors import replace_argument
 
 BIAS_LIMIT = 2.0**30
 """A bias on the scale of its layer's products stays below this, half of what an int32 accumulator holds."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from graphcomp.coupling.notation import einsum_letters
 from graphcomp.coupling.size import Size, size_of
 from graphcomp.ir.graph import bind, clone, value
 from graphcomp.ir.passes import GraphPass
@@ -22,8 +23,6 @@ aten = torch.ops.aten
 
 RESULT_OF = "result_of"
 """Key of `meta`: name of the op that a node has the value of, where a node of another name has that value now."""
-ELLIPSIS = "…"
-"""Prefix of the labels of dims that an ellipsis stands for, numbered from the last."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +73,11 @@ class _Step:
 
 def _terms(equation: str, tensors: Sequence[fx.Node]) -> _Terms | None:
     """Return the labels of an einsum of two operands or more; None where matrix products cannot say the same."""
-    left, arrow, right = equation.replace(" ", "").partition("->")
     shapes = [value(tensor).shape for tensor in tensors]
-    texts = left.split(",")
-    if len(tensors) < 2 or len(texts) != len(tensors):
+    if len(tensors) < 2 or equation.count(",") != len(tensors) - 1:
         return None
-    hidden = [len(shape) - len(text.replace("...", "")) for text, shape in zip(texts, shapes, strict=True)]
-    operands = tuple(_labels(text, count) for text, count in zip(texts, hidden, strict=True))
-    if arrow:
-        result = _labels(right, max(hidden))
-    else:
-        every = [label for labels in operands for label in labels]
-        once = sorted(label for label in set(every) if every.count(label) == 1 and not label.startswith(ELLIPSIS))
-        result = (*_labels("...", max(hidden)), *once)
+    found, letters = einsum_letters(equation, [len(shape) for shape in shapes])
+    operands, result = tuple(tuple(own) for own in found), tuple(letters)
     sizes: dict[str, Size] = {}
     for labels, shape in zip(operands, shapes, strict=True):
         if len(set(labels)) < len(labels):
@@ -95,13 +86,6 @@ def _terms(equation: str, tensors: Sequence[fx.Node]) -> _Terms | None:
         if any(sizes.setdefault(label, size) != size for label, size in zip(labels, known, strict=True)):
             return None
     return _Terms(operands, result) if sizes.keys() >= set(result) and len(set(result)) == len(result) else None
-
-
-def _labels(text: str, hidden: int) -> tuple[str, ...]:
-    """Return the labels of one operand, an ellipsis as the labels of its `hidden` dims."""
-    before, dots, after = text.partition("...")
-    between = [f"{ELLIPSIS}{k}" for k in reversed(range(hidden))] if dots else []
-    return (*before, *between, *after)
 
 
 def _steps(terms: _Terms) -> list[_Step]:

@@ -14,13 +14,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from graphcomp.ir.graph import bind, clone, fetch, set_argument, value
+from graphcomp.ir.graph import attribute_readers, bind, clone, fetch, set_argument, value
 from graphcomp.ir.passes import GraphPass
 from graphcomp.ir.rewrite import before, redirect, replace_node
 from graphcomp.ir.run_nodes import Constants
 from graphcomp.ops.answers import compute_of, operands_of
 from graphcomp.quantization.placement import constants
-from graphcomp.quantization.tensors import attribute_readers, replace_argument
+from graphcomp.quantization.tensors import replace_argument
 from graphcomp.torch_compat import buffer_table, parameter_table
 
 aten = torch.ops.aten

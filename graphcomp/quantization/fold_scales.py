@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphcomp.errors import PlanError, VerificationError
-from graphcomp.ir.graph import bind, clone, fetch, value
+from graphcomp.ir.graph import attribute_readers, bind, clone, fetch, value
 from graphcomp.ir.passes import GraphPass, Pass, Pipeline, Remember
 from graphcomp.ir.program import P, Program
 from graphcomp.ir.rewrite import before, replace_node
@@ -40,7 +40,7 @@ from graphcomp.quantization.quantizers.make import quantizer_of
 from graphcomp.quantization.redundant import RepeatQuantizers
 from graphcomp.quantization.spec import MAX_BITS, MIN_BITS, TABLES, QuantConfig, QuantSpec
 from graphcomp.quantization.stored import Stored, spread
-from graphcomp.quantization.tensors import attribute_readers, put, replace_argument
+from graphcomp.quantization.tensors import put, replace_argument
 
 TRAINED_IN_FLOATS = "trained in floats"
 """Why a layer has no integers, where training made the model."""

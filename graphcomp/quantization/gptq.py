@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from graphcomp.errors import CalibrationError, PlanError
 from graphcomp.ir.graph import bind, value
 from graphcomp.ops.answers import operands_of
+from graphcomp.ops.design import Patches, convolution
 from graphcomp.quantization.calibrate import calibrate_weight
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.gradients import multiples
@@ -50,10 +49,12 @@ def second_moments(node: fx.Node, batches: Sequence[Tensor]) -> Tensor | None:
         CalibrationError: there is no data, or not all are finite.
     """
     compute = operands_of(node)
-    if not compute.convolution and value(bind(node)[compute.weight]).dim() == 2:
+    shape = value(bind(node)[compute.weight]).shape
+    if not compute.convolution and len(shape) == 2:
         rows: Iterator[Tensor] = (x.flatten(0, -2) if x.dim() > 1 else x[None] for x in batches)
     elif compute.convolution and not compute.transposed and bind(node)["groups"] == 1:
-        rows = (patches for x in batches for patches in _patches(node, x))
+        design = convolution(node, compute, shape)
+        rows = (patches for x in batches for patches in _patches(design, x))
     else:
         return None
     total, count = None, 0
@@ -69,35 +70,14 @@ def second_moments(node: fx.Node, batches: Sequence[Tensor]) -> Tensor | None:
     return total / count
 
 
-def _patches(node: fx.Node, x: Tensor) -> Iterator[Tensor]:
+def _patches(design: Patches, x: Tensor) -> Iterator[Tensor]:
     """(positions, c * kernel) of a convolution's input, some samples at a time."""
-    arguments = bind(node)
-    kernel = list(arguments["weight"].meta["val"].shape[2:])
-    space = len(kernel)
-    stride, dilation = (_per_dim(arguments[name], space) for name in ("stride", "dilation"))
+    space = len(design.kernel)
     x = x if x.dim() == space + 2 else x[None]
-    x = F.pad(x, _padding(arguments["padding"], kernel, dilation))
-    at_once = max(1, ELEMENTS_AT_ONCE // max(1, x[0].numel() * torch.Size(kernel).numel()))
+    at_once = max(1, ELEMENTS_AT_ONCE // max(1, x[0].numel() * torch.Size(design.kernel).numel()))
     for part in torch.split(x, at_once):
-        for dim, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), 2):
-            part = part.unfold(dim, (k - 1) * d + 1, s)[..., ::d]
         # (n, c, *positions, *kernel) -> (n, *positions, c, *kernel)
-        yield part.movedim(1, 1 + space).flatten(space + 1).flatten(0, -2)
-
-
-def _per_dim(found: Any, space: int) -> list[int]:
-    numbers = [found] if isinstance(found, int) else list(found)
-    return numbers * space if len(numbers) == 1 else numbers
-
-
-def _padding(found: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
-    """As F.pad takes it: last dim first, both ends."""
-    if isinstance(found, str):
-        totals = [d * (k - 1) if found == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
-        ends = [(total // 2, total - total // 2) for total in totals]
-    else:
-        ends = [(p, p) for p in _per_dim(found, len(kernel))]
-    return [n for pair in reversed(ends) for n in pair]
+        yield design.patches(part).movedim(1, 1 + space).flatten(space + 1).flatten(0, -2)
 
 
 # ------------------------------------------------------------------------------------------------ rounding

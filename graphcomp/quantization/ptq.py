@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphcomp.arguments import as_names, check_flag, check_instance, check_whole, check_word
-from graphcomp.errors import CalibrationError, first_line
-from graphcomp.ir.graph import attributes, bind, clone, fetch, set_argument, value
+from graphcomp.errors import CalibrationError
+from graphcomp.ir.graph import attribute_readers, attributes, bind, clone, fetch, set_argument, value
 from graphcomp.ir.passes import GraphPass, Pass, Pipeline, Remember, ValuePass, applied
 from graphcomp.ir.program import P, Program
 from graphcomp.ir.rewrite import before
-from graphcomp.ir.run_nodes import Constants, Lockstep, See, failed_at, run_tapped
+from graphcomp.ir.run_nodes import Constants, Lockstep, See, refused_batch, run_tapped
 from graphcomp.ops.answers import compute_of, is_convolution, operands_of
 from graphcomp.quantization.attention import WriteOutAttention
 from graphcomp.quantization.biases import FitBiases
@@ -34,7 +34,7 @@ from graphcomp.quantization.lower import FAKE, Lower, Lowered, LoweredLayer, con
 from graphcomp.quantization.placed import CheckPlaced
 from graphcomp.quantization.placement import channels_of, layer_name, place
 from graphcomp.quantization.spec import QuantConfig
-from graphcomp.quantization.tensors import attribute_readers, put, read_by_others, replace_argument
+from graphcomp.quantization.tensors import put, read_by_others, replace_argument
 
 Rounding = Literal["nearest", "second_order"]
 
@@ -357,12 +357,7 @@ def _run(fake: fx.GraphModule, batch: Sequence[Any], k: int, see: See) -> None:
     except CalibrationError:
         raise
     except Exception as error:  # whatever the ops raise on inputs of another shape
-        raise CalibrationError(
-            f"the model does not run on batch {k} of the calibration data",
-            at=failed_at(error),
-            why=first_line(error)[:300] or type(error).__name__,
-            fix="give batches in the form of the example inputs",
-        ) from error
+        raise refused_batch(k, error) from error
 
 
 def calibrate_weights(fake: fx.GraphModule) -> None:

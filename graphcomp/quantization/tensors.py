@@ -4,22 +4,9 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from graphcomp.ir.graph import attributes, bind, set_argument
+from graphcomp.ir.graph import bind, set_argument
 from graphcomp.ir.rewrite import before
 from graphcomp.torch_compat import buffer_table
-
-
-def attribute_readers(module: fx.GraphModule) -> dict[str, list[fx.Node]]:
-    """For each name that a get_attr node reads, all such nodes that read the same tensor, under any of its names.
-
-    It goes by the tensors as they are now: a name keeps its entry when its tensor is replaced.
-    """
-    by_tensor: dict[int, list[fx.Node]] = {}
-    readers: dict[str, list[fx.Node]] = {}
-    for node, tensor in attributes(module):
-        readers[str(node.target)] = by_tensor.setdefault(id(tensor), [])
-        by_tensor[id(tensor)].append(node)
-    return readers
 
 
 def read_by_others(readers: dict[str, list[fx.Node]], attribute: fx.Node, reader: fx.Node) -> bool:

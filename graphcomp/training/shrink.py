@@ -20,7 +20,7 @@ from graphcomp.errors import PlanError, VerificationError
 from graphcomp.ir.graph import all_tensors, value
 from graphcomp.ir.module import bound_model
 from graphcomp.pruning.mask import PREFIX, gone
-from graphcomp.pruning.slice import SliceGroups, kept_of_tensors, select
+from graphcomp.pruning.slice import SliceGroups, kept_of_tensors, scatter, select
 from graphcomp.system.threads import one_at_a_time
 from graphcomp.torch_compat import pytree
 from graphcomp.training.masked import with_masks
@@ -118,12 +118,7 @@ class CutFrom:
 
     def scatter(self, name: str, whole: Tensor, part: Tensor) -> Tensor:
         """Return a copy of `whole` that holds `part` at the indices that were kept."""
-        result, cut = whole.clone(), self.kept.get(name, {})
-        if not cut:
-            return result.copy_(part)
-        indices = [cut.get(dim, torch.arange(size)) for dim, size in enumerate(whole.shape)]
-        spread = [own.view([-1 if d == dim else 1 for d in range(whole.dim())]) for dim, own in enumerate(indices)]
-        return result.index_put_(tuple(own.to(whole.device) for own in spread), part)
+        return scatter(whole, self.kept.get(name, {}), part)
 
     def state(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return what an optimizer holds of a parameter, without what the parameter loses.

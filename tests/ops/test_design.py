@@ -28,6 +28,7 @@ OPS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...], tuple[
     "matmul over batches of the weight": (torch.matmul, (2, 1, 4, 6), (3, 6, 5)),
     "matmul over batches of the data": (torch.matmul, (2, 3, 4, 6), (1, 6, 5)),
     "einsum": (lambda x, w: torch.einsum("bti,iho->bhto", x, w), (2, 3, 6), (6, 4, 5)),
+    "einsum, its result left out": (lambda x, w: torch.einsum("...i,io", x, w), (2, 3, 6), (6, 5)),
     "einsum over two dims": (lambda x, w: torch.einsum("bhti,hio->bto", x, w), (2, 4, 3, 6), (4, 6, 5)),
     "einsum with batches": (lambda x, w: torch.einsum("...gi,gio->...go", x, w), (2, 3, 4, 6), (4, 6, 5)),
     "einsum, weight first": (lambda x, w: torch.einsum("oi,bi->bo", w, x), (3, 6), (5, 6)),
