@@ -324,18 +324,8 @@ def compress(
         )
     if quantization is not None:
         _check_alone(bits, activation_bits, group_size, rounding, reduce_range)
-    if (
-        calibration is not None
-        and bits is None
-        and quantization is None
-        and repair is None
-        and ranking != "sensitivity"
-    ):
-        raise PlanError(
-            "calibration with repair=None, and no bits are given",
-            why="nothing reads it",
-            fix='repair="least_squares", bits=8, or no calibration',
-        )
+    if calibration is not None and bits is None and quantization is None:
+        _check_read(repair is not None, ranking, zeros)
     sparsity, saliency = 0.5 if sparsity is None else sparsity, saliency or "l2"
     quantization = quantization or post_training(bits, activation_bits, group_size, rounding, ignore, reduce_range)
     quantization = quantization and _with_names(quantization, part)
@@ -435,6 +425,26 @@ def _unused(data: Any, loss: Any, saliency: str | Saliency) -> list[str]:
     if not given or reads_data(saliency):
         return []
     return [f"{' and '.join(given)} not used: the saliency reads weights alone, and nothing was trained"]
+
+
+def _check_read(repairs: bool, ranking: Scope, zeros: bool) -> None:
+    """Refuse calibration data that nothing would read.
+
+    Raises:
+        PlanError: nothing is repaired or probed, and no bits are given.
+    """
+    if zeros:
+        raise PlanError(
+            'calibration with saliency="zeros", and no bits are given',
+            why="nothing reads the data: units go that are zero already, and no output changes",
+            fix="bits=8, or no calibration",
+        )
+    if not repairs and ranking != "sensitivity":
+        raise PlanError(
+            "calibration with repair=None, and no bits are given",
+            why="nothing reads the data",
+            fix='repair="least_squares", bits=8, or no calibration',
+        )
 
 
 def _check_stacked(data: Tensor, example_inputs: Any) -> None:

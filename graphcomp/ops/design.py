@@ -222,13 +222,14 @@ class Patches:
         found = patches.movedim(1, 1 + len(self.kernel))[at]  # (k, c, *kernel)
         if self.transposed:
             found = found.flip(list(range(2, found.dim())))
-        return found.reshape(len(chosen), self.groups, -1).transpose(0, 1)
+        width = found.shape[1:].numel() // self.groups  # none may be chosen
+        return found.reshape(len(chosen), self.groups, width).transpose(0, 1)
 
     def results(self, y: Tensor, chosen: Tensor) -> Tensor:
         """See `Design`."""
         y = self._batched(y).movedim(1, -1)
         at = torch.unravel_index(chosen, y.shape[:-1])
-        return y[at].reshape(len(chosen), self.groups, -1).transpose(0, 1)
+        return y[at].reshape(len(chosen), self.groups, y.shape[-1] // self.groups).transpose(0, 1)
 
     def samples(self, x: Tensor, chosen: Tensor) -> Tensor:
         """See `Design`."""

@@ -302,8 +302,7 @@ class _Repair:
         self._step(self.rough, consumer.node)
         rest = [t.double() - y.double() for t, y in zip(wanted, self.rough.of(consumer.node), strict=True)]
         sums = problem.sums(inputs, rest, wanted, self.rows)
-        if not (sums.fit + sums.held).finite:
-            raise CalibrationError("the data, or what the model computes of them, are not finite", at=consumer.name)
+        _check_finite(sums, consumer)
         if len(together) == 1:
             self._solve(consumer, problem, sums)
             return ""
@@ -342,7 +341,7 @@ class _Repair:
 
     def _add(self, name: str, change: Tensor, index: Tensor | None = None) -> None:
         old = fetch(self.work, name).detach()
-        new = old.double().flatten()
+        new = old.flatten().to(torch.float64, copy=True)  # in float64, too, the tensor of the slice stays
         if index is None:
             new += change.flatten()
         else:
@@ -382,6 +381,7 @@ class _Repair:
         wanted = self._wanted(consumer.node, twin)
         points = Problem.points(inputs[0])
         sums = points.sums(inputs, self._missing(data, inputs), before_cut, self.rows)
+        _check_finite(sums, consumer)
         before = self._error(consumer.node, wanted)
         ridge = choose_ridge(sums.fit, sums.held, intercept=True)
         change = solve(sums.fit + sums.held, ridge, intercept=True)
@@ -481,6 +481,12 @@ class _Repair:
         found = {dim: kept_indices(axis, self.units) for dim, axis in enumerate(axes)}
         dims = {dim: index for dim, index in found.items() if index is not None}
         return select(y, dims) if dims else y
+
+
+def _check_finite(sums: Sums, consumer: Consumer) -> None:
+    """Raise CalibrationError where a row that a layer is solved on is not finite."""
+    if not (sums.fit + sums.held).finite:
+        raise CalibrationError("the data, or what the model computes of them, are not finite", at=consumer.name)
 
 
 AGAIN = "again"

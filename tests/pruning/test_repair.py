@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import graphcomp as gc
 from graphcomp.coupling.analysis import Analysis
-from graphcomp.errors import CalibrationError
+from graphcomp.errors import CalibrationError, PlanError
 from graphcomp.flows.one_shot import cut_groups
 from graphcomp.pruning.repair import Repaired, repair_cut, within_memory
 
@@ -227,13 +227,43 @@ def test_one_batch_and_several_give_the_same() -> None:
         assert torch.allclose(tensor, other.state_dict()[name], rtol=1e-3, atol=1e-4), name
 
 
-def test_the_model_is_left_alone() -> None:
-    model, batches = net(), images(3, 9, 9)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_model_is_left_alone(dtype: torch.dtype) -> None:
+    model, batches = net().to(dtype), [batch.to(dtype) for batch in images(3, 9, 9)]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     given = [batch.clone() for batch in batches]
     gc.compress(model, batches[0][:2], calibration=batches, progress=False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(torch.equal(a, b) for a, b in zip(given, batches, strict=True))
+
+
+def test_a_model_in_training_mode_is_repaired_as_it_will_be_run() -> None:
+    batches = images(3, 9, 9)
+    small = [
+        gc.compress(net().train(mode), batches[0][:2], calibration=batches, progress=False) for mode in (False, True)
+    ]
+    assert small[1].training
+    for a, b in zip(small[0].state_dict().values(), small[1].state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_floats_are_repaired(dtype: torch.dtype) -> None:
+    model, batches = net().to(dtype), [batch.to(dtype) for batch in images(3, 9, 9)]
+    found, small, mended = repaired(model, batches, "0")
+    assert found.layers
+    assert all(layer.after <= layer.before for layer in found.layers.values())
+    assert all(tensor.dtype == dtype for tensor in mended.parameters())
+    assert error(model, mended, batches) < error(model, small, batches)
+
+
+def test_batches_of_one_sample_do() -> None:
+    """No row of a batch may be held out, or all rows."""
+    model, batches = net(), images(3, 9, 9)
+    alone = [sample for batch in batches for sample in batch.split(1)]
+    found, small, mended = repaired(model, alone, "0")
+    assert all(layer.rows for layer in found.layers.values())
+    assert error(model, mended, batches) < error(model, small, batches)
 
 
 def test_what_a_stream_has_lost_is_made_up_for() -> None:
@@ -327,6 +357,13 @@ def test_channels_are_mapped_where_there_are_too_many_taps(monkeypatch: pytest.M
         assert error(model, small, batches) < 0.05 < error(model, sliced, batches)
 
 
+def test_data_that_are_not_finite_are_refused_where_channels_are_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphcomp.pruning.repair.MOST_TAPS", 8)
+    batches = [torch.full((16, 3, 9, 9), 3e38)]  # finite, and what the model computes of them is not
+    with pytest.raises(CalibrationError, match="not finite"):
+        repaired(Chain(*conv(padding=1)).eval().requires_grad_(False), [b * 10 - b * 10 for b in batches])
+
+
 def test_wide_layers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graphcomp.pruning.repair.MOST_FEATURES", 3)
     found, _, _ = repaired(Chain(nn.Linear(6, WIDTH), nn.Linear(WIDTH, 5)).eval(), images(6))
@@ -357,6 +394,12 @@ def test_constant_activations_do_no_harm() -> None:
 def test_bad_calibration_is_refused(calibration: list[Tensor], message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
         gc.compress(net(), torch.randn(2, 3, 9, 9), calibration=calibration, progress=False)
+
+
+def test_calibration_that_nothing_reads_is_refused() -> None:
+    """Units that are zero are cut exactly: there is nothing to repair."""
+    with pytest.raises(PlanError, match="nothing reads"):
+        gc.compress(net(), images(3, 9, 9)[0], saliency="zeros", calibration=images(3, 9, 9), progress=False)
 
 
 def test_batches_beyond_memory_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
