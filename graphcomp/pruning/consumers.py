@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from graphcomp.ir.graph import attribute_readers, bind, fetch
 from graphcomp.ir.module import keeps_statistics
@@ -109,7 +109,7 @@ class Consumers:
         found = operands(node)
         constant = [name for name, operand in found.items() if operand in self.sources]
         if not found or len(found) != 2:
-            weighted = any(n in self.sources for n in node.all_input_nodes) and node not in self.sources
+            weighted = node not in self.sources and any(self._holds_parameters(n) for n in node.all_input_nodes)
             return f"there is no closed form for {node.target}" if weighted else ""
         if len(constant) != 1:
             return ""
@@ -123,6 +123,10 @@ class Consumers:
         shape = fetch(self.module, str(attribute.target)).shape
         index = _run_moves(torch.arange(shape.numel()).reshape(shape), moves)
         return Consumer(node, self.name(node), data, weight, attribute, moves, index, *self._intercept(node))
+
+    def _holds_parameters(self, node: fx.Node) -> bool:
+        """Return whether a value is made of parameters alone; a mask is a constant, and no weight."""
+        return any(isinstance(fetch(self.module, name), nn.Parameter) for name in self.sources.get(node, ()))
 
     def _tie(self) -> None:
         """Find consumers that read the same elements, and leave those whose parameter is read in another way, too."""

@@ -10,28 +10,40 @@ import torch
 from torch import Tensor
 
 from graphcomp.ir.run_nodes import Lockstep
-from graphcomp.numerics.regression import Moments
+from graphcomp.numerics.regression import Evidence, Moments, Rows, joined
 from graphcomp.ops.design import Design, Patches, design_of
 from graphcomp.pruning.consumers import Consumer, operands
 
 ROWS, ROWS_PER_FEATURE = 30_000, 10
 """A layer is solved on at most so many rows, or so many for each feature where that is more."""
+FEWEST_ROWS = 32
+"""Rows below which a layer keeps the sliced weights."""
 CHUNK = 1 << 23
 """Elements of rows that are multiplied at a time: 64 MiB in float64."""
+MOST_FEATURES = 8192
+"""Features of a problem up to which sums are kept, 512 MiB; of more features as many bytes of rows are kept."""
 HELD_OUT = 5
 """One sample of so many is held out to choose the ridge on."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """Moments of the rows that a layer is solved on, of those that the ridge is chosen on, and Σ t²."""
+    """Moments of the rows that a layer is solved on, of those that the ridge is chosen on, and Σ t².
 
-    fit: Moments
-    held: Moments
+    Where a layer has too many features for moments, the rows stand in their place.
+    """
+
+    fit: Evidence
+    held: Evidence
     norm: float
 
     def __add__(self, other: Sums) -> Sums:
-        return Sums(self.fit + other.fit, self.held + other.held, self.norm + other.norm)
+        return Sums(joined(self.fit, other.fit), joined(self.held, other.held), self.norm + other.norm)
+
+    @property
+    def all(self) -> Evidence:
+        """Moments of all rows."""
+        return joined(self.fit, self.held)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +84,10 @@ class Problem:
     def sums(self, inputs: Sequence[Tensor], rest: Sequence[Tensor], wanted: Sequence[Tensor], most: int) -> Sums:
         """Return the sums over a random share of the rows, the same in each run."""
         counts = [self.design.count(x) for x in inputs]
-        share = max(most, ROWS_PER_FEATURE * self.features) / max(*counts, sum(counts), 1)
+        wished = max(most, ROWS_PER_FEATURE * self.features)
+        if self.features > MOST_FEATURES:
+            wished = max(FEWEST_ROWS, MOST_FEATURES**2 // self.features)
+        share = wished / max(*counts, sum(counts), 1)
         generator = torch.Generator().manual_seed(0)
         few = sum(len(x) for x in inputs) < HELD_OUT
         samples = 0
@@ -87,13 +102,14 @@ class Problem:
             parts.append(Sums(fit, other, norm))
         return sum(parts[1:], parts[0])
 
-    def _moments(self, x: Tensor, rest: Tensor, chosen: Tensor) -> Moments:
-        total = None
+    def _moments(self, x: Tensor, rest: Tensor, chosen: Tensor) -> Evidence:
+        total: Evidence | None = None
+        kind = Moments.of if self.features <= MOST_FEATURES else Rows
         for some in torch.split(chosen, max(1, CHUNK // self.features)):
             rows = self.design.rows(x, some).double()
             if self.intercept:
                 rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
-            found = Moments.of(rows, self.design.results(rest, some))
-            total = found if total is None else total + found
+            found = kind(rows, self.design.results(rest, some))
+            total = found if total is None else joined(total, found)
         assert total is not None, "split gives one part at least"
         return total

@@ -31,19 +31,15 @@ from graphcomp.ir.run_nodes import Lockstep, refused_batch
 from graphcomp.numerics.regression import choose_ridge, solve
 from graphcomp.ops.design import Patches
 from graphcomp.pruning.consumers import Consumer, Consumers, is_evaluated_norm, operands
-from graphcomp.pruning.least_squares import ROWS, Problem, Sums
+from graphcomp.pruning.least_squares import FEWEST_ROWS, ROWS, Problem, Sums
 from graphcomp.pruning.slice import by_factor, kept_of_tensors, scatter, select
 
 aten = torch.ops.aten
 
 LIVE = 3 << 30
 """Bytes of values that both runs may hold at a time."""
-FEWEST_ROWS = 32
-"""Rows below which a layer keeps the sliced weights."""
 MOST_TAPS = 3000
 """Features of a convolution above which its channels are mapped, not its patches."""
-MOST_FEATURES = 8192
-"""Features above which the matrix of a layer, 512 MiB in float64, is not built."""
 SMALL_SLOPE = 1e-3
 """A batch norm's factor below this share of the mean one lets nothing through that a layer could make up for."""
 
@@ -294,10 +290,9 @@ class _Repair:
         if isinstance(problem, str):
             return problem
         inputs = self.rough.of(operands(consumer.node)[consumer.data])
-        if problem.features > MOST_TAPS and isinstance(problem.design, Patches) and max(problem.design.kernel) > 1:
-            return self._map_channels(consumer, twin, problem)
-        if problem.features > MOST_FEATURES:
-            return f"it has {problem.features} features, more than {MOST_FEATURES}"
+        if self._maps_channels(consumer, problem):
+            self._map_channels(consumer, twin, problem)
+            return ""
         wanted = self._wanted(consumer.node, twin)
         self._step(self.rough, consumer.node)
         rest = [t.double() - y.double() for t, y in zip(wanted, self.rough.of(consumer.node), strict=True)]
@@ -318,11 +313,11 @@ class _Repair:
 
     def _solve(self, consumer: Consumer, problem: Problem, sums: Sums) -> bool:
         """Give a layer the solution; False where it keeps the sliced weights."""
-        total = sums.fit + sums.held
+        total = sums.all
         ridge = choose_ridge(sums.fit, sums.held, problem.intercept) if total.rows >= FEWEST_ROWS else math.inf
         change = solve(total, ridge, problem.intercept)
         if change is None:
-            ridge, change = math.inf, torch.zeros_like(total.xt)
+            ridge, change = math.inf, total.no_change
         errors = (total.tt, total.tt if math.isinf(ridge) else min(total.error(change), total.tt))
         before, after = (math.sqrt(error / sums.norm) if sums.norm else 0.0 for error in errors)
         self.layers[consumer.name] = LayerRepair(before, after, ridge, total.rows)
@@ -362,20 +357,22 @@ class _Repair:
         for node in (consumer.attribute, *consumer.moves, *biases):
             self.rough.step(node)
 
-    def _map_channels(self, consumer: Consumer, twin: fx.Node, problem: Problem) -> str:
+    def _maps_channels(self, consumer: Consumer, problem: Problem) -> bool:
+        """Return whether a convolution has too many taps to be solved, and neither groups nor a shared weight."""
+        design = problem.design
+        if not isinstance(design, Patches) or max(design.kernel) == 1 or problem.features <= MOST_TAPS:
+            return False
+        return design.groups == 1 and not consumer.moves and len(self.consumers.together[consumer]) == 1
+
+    def _map_channels(self, consumer: Consumer, twin: fx.Node, problem: Problem) -> None:
         """Solve a convolution with too many taps by a map from the channels that it reads to those that it read before.
 
             M = argmin Σ ||x − M x̃||², shrunk towards the plain selection;  W' = W M for each tap
 
         The sliced weights stay where the map does not make the output better.
-
-        Returns:
-            Why the layer is left: it has groups, or shares its weight.
         """
         design = problem.design
         assert isinstance(design, Patches)
-        if design.groups > 1 or consumer.moves or len(self.consumers.together[consumer]) > 1:
-            return f"it has {problem.features} features, more than {MOST_TAPS}"
         data = operands(twin)[consumer.data]
         inputs, before_cut = self.rough.of(operands(consumer.node)[consumer.data]), self.exact.of(data)
         wanted = self._wanted(consumer.node, twin)
@@ -384,7 +381,7 @@ class _Repair:
         _check_finite(sums, consumer)
         before = self._error(consumer.node, wanted)
         ridge = choose_ridge(sums.fit, sums.held, intercept=True)
-        change = solve(sums.fit + sums.held, ridge, intercept=True)
+        change = solve(sums.all, ridge, intercept=True)
         after = before
         if change is not None and not math.isinf(ridge):
             whole = fetch(self.whole, consumer.tensor).detach().double()
@@ -399,8 +396,7 @@ class _Repair:
             after = self._error(consumer.node, wanted)
         if after >= before:
             self._start_over(consumer)
-        self.layers[consumer.name] = LayerRepair(before, min(before, after), ridge, sums.fit.rows + sums.held.rows)
-        return ""
+        self.layers[consumer.name] = LayerRepair(before, min(before, after), ridge, sums.all.rows)
 
     def _missing(self, data: fx.Node, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Return each channel as it was before the cut, less what stands in its place now."""
@@ -485,7 +481,7 @@ class _Repair:
 
 def _check_finite(sums: Sums, consumer: Consumer) -> None:
     """Raise CalibrationError where a row that a layer is solved on is not finite."""
-    if not (sums.fit + sums.held).finite:
+    if not sums.all.finite:
         raise CalibrationError("the data, or what the model computes of them, are not finite", at=consumer.name)
 
 

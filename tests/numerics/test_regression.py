@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from graphcomp.numerics.regression import RIDGES, Moments, choose_ridge, solve
+from graphcomp.numerics.regression import RIDGES, Moments, Rows, choose_ridge, joined, solve
 
 
 def problem(rows: int = 200, noise: float = 0.0, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -85,3 +85,30 @@ def test_rows_that_are_not_finite_are_seen() -> None:
     assert Moments.of(x, t).finite
     x[0, 0, 0] = torch.nan
     assert not Moments.of(x, t).finite
+
+
+@pytest.mark.parametrize("intercept", [False, True])
+@pytest.mark.parametrize("ridge", [1e-6, 1e-2, 10.0, math.inf])
+def test_rows_give_what_their_sums_give(ridge: float, intercept: bool) -> None:
+    x, t, _ = problem(rows=4, noise=1.0)
+    x = torch.cat([x, torch.ones_like(x[..., :1])], 2) if intercept else x
+    sums, rows = Moments.of(x, t), joined(Rows(x[:, :3], t[:, :3]), Rows(x[:, 3:], t[:, 3:]))
+    a, b = solve(sums, ridge, intercept), solve(rows, ridge, intercept)
+    assert a is not None
+    assert b is not None
+    assert torch.allclose(a, b, atol=1e-6)
+    assert math.isclose(sums.error(a), rows.error(b), rel_tol=1e-6, abs_tol=1e-9)
+    assert rows.rows == sums.rows
+    assert math.isclose(rows.tt, sums.tt)
+    assert rows.finite
+
+
+def test_more_features_than_rows_generalise() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 60, 200, generator=generator, dtype=torch.float64) * torch.linspace(3, 0.01, 200)
+    t = x[..., :2] @ torch.randn(1, 2, 3, generator=generator, dtype=torch.float64)
+    fit, held = Rows(x[:, :40], t[:, :40]), Rows(x[:, 40:], t[:, 40:])
+    ridge = choose_ridge(fit, held)
+    found = solve(fit, ridge)
+    assert found is not None
+    assert held.error(found) < 0.5 * held.tt

@@ -309,6 +309,24 @@ def test_layers_without_a_closed_form_are_named() -> None:
     assert any(note.startswith("not repaired") and "gru" in note for note in small.report.notes)
 
 
+def test_a_mask_is_no_weight() -> None:
+    """Attention multiplies values; what is added to the scores is a constant."""
+
+    class Causal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, WIDTH), nn.Linear(WIDTH, 3)
+            self.register_buffer("mask", torch.ones(7, 7, dtype=torch.bool).tril())
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.last(F.scaled_dot_product_attention(y, y, y, attn_mask=self.mask))
+
+    found, _, _ = repaired(Causal().eval(), images(7, 6))
+    assert not found.left
+    assert found.layers.keys() == {"last"}
+
+
 def test_a_batch_norm_behind_a_layer_that_is_left_gets_new_statistics() -> None:
     class Computed(nn.Module):
         def __init__(self) -> None:
@@ -364,10 +382,19 @@ def test_data_that_are_not_finite_are_refused_where_channels_are_mapped(monkeypa
         repaired(Chain(*conv(padding=1)).eval().requires_grad_(False), [b * 10 - b * 10 for b in batches])
 
 
-def test_wide_layers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphcomp.pruning.repair.MOST_FEATURES", 3)
-    found, _, _ = repaired(Chain(nn.Linear(6, WIDTH), nn.Linear(WIDTH, 5)).eval(), images(6))
-    assert found.left == {"rest.0": "it has 5 features, more than 3"}
+def test_wide_layers_are_solved_on_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moments of many features take too much memory; as many rows as memory is for do."""
+    torch.manual_seed(0)
+    model, batches = Chain(nn.Linear(6, WIDTH), nn.Linear(WIDTH, 5)).eval(), images(6)
+    doubled(model.first)
+    by_moments, _, small = repaired(model, batches)
+    monkeypatch.setattr("graphcomp.pruning.least_squares.MOST_FEATURES", 4)
+    monkeypatch.setattr("graphcomp.pruning.least_squares.FEWEST_ROWS", 40)
+    by_rows, _, other = repaired(model, batches)
+    assert by_rows.layers["rest.0"].rows == 42  # 40 in all, and of each batch a whole number
+    assert by_moments.layers["rest.0"].rows == 48
+    assert error(model, other, batches) < 1e-3
+    assert error(small, other, batches) < 1e-3
 
 
 # ------------------------------------------------------------------------------------------------ bad input
