@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Any
 from graphcomp.quantization import ops as _ops  # noqa: F401  (registers the ops of lowered graphs)
 
 if TYPE_CHECKING:
-    from graphcomp.api import analyze, compress, finalize, load, prepare, prunable_groups, repair, shrink, slice_groups
+    from graphcomp.api import (
+        analyze,
+        compress,
+        finalize,
+        load,
+        prepare,
+        prunable_groups,
+        repair,
+        shrink,
+        slice_groups,
+        trim_vocabulary,
+    )
     from graphcomp.coupling.analysis import Analysis
     from graphcomp.coupling.groups import ChannelGroup, Member
     from graphcomp.errors import (
@@ -98,6 +109,7 @@ __all__ = [
     "rule",
     "shrink",
     "slice_groups",
+    "trim_vocabulary",
 ]
 
 _HOMES = {
@@ -112,6 +124,7 @@ _HOMES = {
         "repair",
         "shrink",
         "slice_groups",
+        "trim_vocabulary",
     ),
     "result": ("CompressedModel",),
     "coupling.groups": (

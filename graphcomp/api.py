@@ -33,6 +33,7 @@ from graphcomp.flows.results import (
     post_training,
 )
 from graphcomp.flows.unmet import unmet
+from graphcomp.flows.vocabulary import trimmed
 from graphcomp.flows.whole import into_whole
 from graphcomp.ir.module import copied, tensor_leaves
 from graphcomp.methods.base import Goal, Method
@@ -48,6 +49,7 @@ from graphcomp.pruning.saliency import Saliency, reads_data, score
 from graphcomp.pruning.sensitivity import sensitivities
 from graphcomp.pruning.shares import allocate_parts, parts_of
 from graphcomp.pruning.slice import as_kept, check_groups
+from graphcomp.pruning.vocabulary import Logits
 from graphcomp.pruning.zeros import NAME as ZEROS
 from graphcomp.pruning.zeros import check_alone, without_zeros
 from graphcomp.quantization.ptq import PostTraining, Rounding
@@ -607,6 +609,77 @@ def repair(
         cut = repaired(cut, flat_batches(plan, batches), verify=verify)
         _, held = held_by_class(cut)
         return as_model(cut, held, measure_latency=measure_latency)
+
+
+def trim_vocabulary(
+    model: nn.Module,
+    token_ids: Any,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    embedding: Modules = (),
+    heads: Modules = (),
+    logits: Logits = "wide",
+    unknown: int | None = None,
+    outputs: str | Sequence[str] | None = None,
+    verify: bool = True,
+    measure_latency: bool = False,
+) -> CompressedModel:
+    """Return a copy of `model` without the embedding rows that no text of a task uses; outputs stay as they were.
+
+    An id map (one integer per id) stands in front of the embedding: the copy takes the ids of the old tokenizer. The
+    outputs are bit-equal on all texts of the kept ids; logits of a head that is cut, a product of another shape, are
+    equal up to rounding.
+
+        ids = [tokenizer(text)["input_ids"] for text in texts]
+        small = graphcomp.trim_vocabulary(model, ids, example_inputs)
+
+    Args:
+        model: any model that looks rows up by integer ids of an input; or a CompressedModel in floats. Not modified.
+        token_ids: ids that texts of the task hold: a tensor or an array of ids, or an iterable of ids or of such. Ids
+            for padding, special ids that a transformers config names, and ids that the model puts in itself, are kept
+            besides.
+        example_inputs, example_kwargs: as for `compress`; ids of `token_ids` alone.
+        embedding: the module, or the modules, that hold the table. Default: the one table that ids of the inputs read
+            and that has a row for each of `token_ids`.
+        heads: modules of untied heads, with one row per id, that are cut, too. A head that multiplies with the table
+            itself is always cut.
+        logits: of a head that is cut: "wide": in the old columns, those of ids that are gone -inf, as `generate` and
+            losses on old ids need; "narrow": one column per kept id, in the order of `kept[weight][0]`.
+        unknown: the id that stands for any id without a row. None: such ids are refused when the result is called, by
+            an index error.
+        outputs: names of the outputs that matter.
+        verify: compare with the model, on the example inputs and on other kept ids.
+        measure_latency: time the model before and after (one thread, milliseconds).
+
+    Returns:
+        A CompressedModel whose `.kept` has the kept ids for each tensor that lost rows. It can be compressed further:
+        `compress(small.module, example_inputs)`.
+
+    Raises:
+        CaptureError, InputError: the model cannot be captured, or does not run on the inputs.
+        PlanError: no such table, several and none named, one that other ops read; ids that are not whole, negative or
+            beyond the table; no ids; example inputs of other ids; a model that is quantized already, or could only be
+            recorded.
+        VerificationError: the result does not compute what the model does.
+    """
+    check_options(
+        example_kwargs=example_kwargs, logits=logits, unknown=unknown, outputs=outputs, verify=verify,
+        measure_latency=measure_latency,
+    )  # fmt: skip
+    model = model.module if isinstance(model, CompressedModel) else model
+    analysis = analyze(model, example_inputs, example_kwargs, outputs=outputs)
+    with blaming_inputs(analysis.captured):
+        return trimmed(
+            analysis,
+            token_ids,
+            embedding=module_names(model, embedding, "embedding"),
+            heads=module_names(model, heads, "heads"),
+            logits=logits,
+            unknown=unknown,
+            verify=verify,
+            measure_latency=measure_latency,
+        )
 
 
 def prunable_groups(

@@ -25,6 +25,7 @@ from graphcomp.errors import PlanError
 from graphcomp.methods.registry import check_method
 from graphcomp.pruning.allocation import Budget, Scope, is_share
 from graphcomp.pruning.prunable import check_roles
+from graphcomp.pruning.vocabulary import Logits
 from graphcomp.quantization.ptq import PostTraining, Rounding
 from graphcomp.training.options import Training
 
@@ -136,6 +137,8 @@ CHECKS: dict[str, Check] = {
     "repair": _repair,
     "prune": lambda _, value: check_roles(value),
     "round_to": check_whole,
+    "logits": partial(check_word, words=get_args(Logits)),
+    "unknown": partial(check_whole, least=0),
     "budget": _an(Budget, "budget=graphcomp.Budget(macs=0.5)"),
     "outputs": _outputs,
     "prefer_native": check_flag,
@@ -154,7 +157,7 @@ REQUIRED = frozenset(
     {
         "trust", "analysis", "plan", "model", "group_size", "rounding", "reduce_range", "path", "ranking",
         "round_to", "verify", "measure_latency", "progress", "seed", "learn_exponent", "recompute",
-        "prefer_native",
+        "prefer_native", "logits",
     }
 )  # fmt: skip
 """Options for which None is no value."""

@@ -103,6 +103,11 @@ def model_and_inputs(**options: Any) -> Callable[[Path], dict[str, Any]]:
     return lambda _: {"model": Net().eval(), "example_inputs": X, **options}
 
 
+def reading() -> dict[str, Any]:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2)).eval()
+    return {"model": model, "token_ids": [1, 3, 4], "example_inputs": torch.tensor([[1, 3], [4, 1]])}
+
+
 def op(
     op: Any, text: Any, integer: Any = None, masked: Any = None, macs: Any = None, keeps_zeros: Any = None,
     scales: Any = None, facts: Any = None, coupling: Any = None,
@@ -139,6 +144,7 @@ CALLS: dict[str, Call] = {
         lambda _: gc.repair,
         lambda _: {"small": gc.slice_groups(plan(), {plan().groups[0]: [0, 1]}), "plan": plan(), "batches": [X]},
     ),
+    "trim_vocabulary": Call(lambda _: gc.trim_vocabulary, lambda _: reading()),
     "shrink": Call(lambda _: gc.shrink, lambda _: {"ready": ready(8)}),
     "finalize": Call(lambda _: gc.finalize, lambda _: {"ready": ready(8)}),
     "load": Call(lambda _: gc.load, lambda folder: {"folder": saved(folder)}),

@@ -38,6 +38,7 @@ from graphcomp.ir.graph import assign, names_by_tensor
 from graphcomp.ir.json_values import damaged, decode, encode
 from graphcomp.ir.module import tensor_names
 from graphcomp.ir.trust import NAMESPACES, Trust
+from graphcomp.native.vocabulary import trim_as
 from graphcomp.system.files import abandoned, locked, put, staging, sync_folder
 from graphcomp.system.locks import LOCK_FILE
 from graphcomp.system.threads import one_at_a_time
@@ -568,6 +569,7 @@ def _from_factory(factory: Callable[[], nn.Module], document: Document) -> nn.Mo
         ) from error
     if not isinstance(built, nn.Module):
         raise CheckpointError(f"model_factory must return an nn.Module, got {type(built).__name__}")
+    trim_as(built, document["modules"] or {})
     _check_architecture(built, document)
     return built
 

@@ -7,6 +7,8 @@
     timm           a name of timm's registry
     tree           the importable classes of all modules, put together without their constructors, as pickle does
 
+Embeddings and heads of a trimmed vocabulary (native/vocabulary.py) take the places of torch's in what a recipe builds.
+
 A recipe is written only after it was tried: what it builds must have the same tree of classes and the same names of
 parameters and buffers. Shapes need not agree, since every tensor is stored; nor need the attributes of modules: those
 that differ are stored, too (state.py). A tree holds where every attribute can be stored.
@@ -34,6 +36,7 @@ from graphcomp.errors import CheckpointError
 from graphcomp.ir.json_values import damaged, decode, encode
 from graphcomp.ir.module import tensor_names
 from graphcomp.ir.trust import EVERYTHING, Trust
+from graphcomp.native.vocabulary import TrimmedEmbedding, TrimmedLinear, trim_as
 from graphcomp.torch_compat import MODULE_HOOKS, buffer_table, module_table, non_persistent, parameter_table, pytree
 
 Recipe = dict[str, Any]
@@ -81,8 +84,10 @@ def find_recipe(model: nn.Module, graph_at: str | None = None) -> Found:
 def _tried(recipe: Recipe, model: nn.Module, graph_at: str | None) -> Found:
     """The recipe with the device that fits and what differs from `model`: without memory if that works, else on the
     CPU. No recipe where it builds another model."""
+    tree = _tree(model, graph_at).items()
+    trimmed = {path: type(m).__name__ for path, m in tree if isinstance(m, (TrimmedEmbedding, TrimmedLinear))}
     for device in ("meta", "cpu"):
-        placed = {**recipe, "device": device}
+        placed = {**recipe, "device": device, **({"trimmed": trimmed} if trimmed else {})}
         try:
             built = build(placed)
         except Exception:  # a constructor may object to its arguments, or to the device, in any way
@@ -280,7 +285,12 @@ def build(recipe: Any, trust: Trust = EVERYTHING) -> nn.Module:
     if kind not in BUILDERS or recipe.get("device") not in ("meta", "cpu"):
         raise damaged(f"the recipe is {recipe!r:.100}")
     with torch.random.fork_rng(devices=[]), torch.device(recipe["device"]):
-        return BUILDERS[kind](recipe, trust)
+        built = BUILDERS[kind](recipe, trust)
+        trimmed = recipe.get("trimmed", {})
+        if not isinstance(trimmed, dict):
+            raise damaged(f"the trimmed modules of the recipe are {trimmed!r:.100}")
+        trim_as(built, trimmed)
+        return built
 
 
 def _build_class(recipe: Recipe, trust: Trust) -> nn.Module:

@@ -91,7 +91,7 @@ class Cut:
 def as_model(cut: Cut, found: NativeResult, *, measure_latency: bool) -> CompressedModel:
     """The cut model in floats: of the user's own class where that could be verified, else the graph."""
     plan = cut.plan
-    module, form = _choose(found, cut.graph, plan)
+    module, form = choose_module(found, cut.graph, plan)
     verified: dict[str, float] = {}
     unchecked: dict[str, str] = {}
     if found.module is not None and not math.isnan(found.error):
@@ -102,12 +102,12 @@ def as_model(cut: Cut, found: NativeResult, *, measure_latency: bool) -> Compres
     verified |= {law: error for law, error in others.items() if not math.isnan(error)}
     unchecked |= {_law_of_other(name): why for name, why in found.unchecked.items()}
     unchecked |= plan.beside.unchecked
-    report = _report(cut.proved(verified, unchecked), _native_notes(plan, found))
+    report = _report(cut.proved(verified, unchecked), native_notes(plan, found))
     module.train(plan.model.training)
     return _model(
         cut,
         module,
-        _with_latency(report, plan, module) if measure_latency else report,
+        with_latency(report, plan, module) if measure_latency else report,
         form=form,
         reason="" if form == "native" else found.reason,
         edits=found.edits if form == "native" else (),
@@ -117,7 +117,7 @@ def as_model(cut: Cut, found: NativeResult, *, measure_latency: bool) -> Compres
 def _model(cut: Cut, module: nn.Module, report: Report, **about: Any) -> CompressedModel:
     model = cut.plan.model
     # constants that the forward makes are cut, too, and have no names in the model
-    held = {name for name, _ in _parameters_and_buffers(model)}
+    held = {name for name, _ in parameters_and_buffers(model)}
     kept = (kept_of_model if about["form"] == "native" else kept_of_tensors)(cut.plan.coupling, cut.kept)
     if isinstance(module, fx.GraphModule):
         module.meta[OPEN] = open_lengths(cut.plan.captured)
@@ -134,7 +134,7 @@ def _model(cut: Cut, module: nn.Module, report: Report, **about: Any) -> Compres
     return small
 
 
-def _parameters_and_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def parameters_and_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
 
@@ -314,7 +314,7 @@ def as_integers(cut: Cut, integers: Program, notes: Sequence[str], *, measure_la
     return _model(
         cut,
         module,
-        _with_latency(report, cut.plan, module) if measure_latency else report,
+        with_latency(report, cut.plan, module) if measure_latency else report,
         form="graph",
         reason="integer weights and quantize nodes stand in a graph",
     )
@@ -387,7 +387,7 @@ def _law_of_other(name: str) -> str:
     return f"native == masked, {name}" if name == TRAINING else f"native == masked, on {name}"
 
 
-def _choose(found: NativeResult, small: fx.GraphModule | None, plan: Analysis) -> tuple[nn.Module, Any]:
+def choose_module(found: NativeResult, small: fx.GraphModule | None, plan: Analysis) -> tuple[nn.Module, Any]:
     if found.module is not None:
         return found.module, "native"
     if small is not None:
@@ -402,7 +402,7 @@ def _choose(found: NativeResult, small: fx.GraphModule | None, plan: Analysis) -
 
 
 # ------------------------------------------------------------------------------------------------ results
-def _native_notes(plan: Analysis, found: NativeResult) -> tuple[str, ...]:
+def native_notes(plan: Analysis, found: NativeResult) -> tuple[str, ...]:
     notes = []
     if found.module is None:
         notes = [f"a graph, not the model's own class: {found.reason}", *_replaced_notes(plan.captured)]
@@ -464,7 +464,7 @@ def _uncounted_notes(costs: CostModel) -> list[str]:
     return [f"not counted in macs and bops: {count} x {op}" for op, count in found.items()]
 
 
-def _with_latency(report: Report, plan: Analysis, module: nn.Module) -> Report:
+def with_latency(report: Report, plan: Analysis, module: nn.Module) -> Report:
     captured = plan.captured
     before = latency(plan.model, captured.inputs.args, captured.inputs.kwargs)
     after = latency(module, captured.inputs.args, captured.inputs.kwargs)

@@ -1,0 +1,357 @@
+"""A model on part of its vocabulary: rows cut, verified on kept ids, and put into a result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphcomp.capture.capture import Captured
+from graphcomp.capture.resized import OPEN, open_lengths
+from graphcomp.cost import Bops, CostModel
+from graphcomp.coupling.analysis import Analysis, analyze_rewritten
+from graphcomp.errors import PlanError, VerificationError, first_line
+from graphcomp.flows.results import check_floats, choose_module, native_notes, parameters_and_buffers, shapes
+from graphcomp.flows.results import with_latency as latency_of
+from graphcomp.ir.graph import fetch
+from graphcomp.ir.inputs import copies
+from graphcomp.ir.module import tensor_leaves, tensor_names
+from graphcomp.ir.passes import Pipeline
+from graphcomp.ir.preserve import eval_copy
+from graphcomp.ir.run_nodes import run_tapped
+from graphcomp.native.model import NativeResult
+from graphcomp.native.vocabulary import trimmed_model
+from graphcomp.numerics.compare import relative_error, tolerance_of, why_silent
+from graphcomp.pruning.trim import MaskVocabulary, TrimVocabulary
+from graphcomp.pruning.vocabulary import (
+    Kept,
+    Logits,
+    Table,
+    as_ids,
+    distinct,
+    example_ids,
+    find_tables,
+)
+from graphcomp.report.report import Change, Report, group_dict, layers
+from graphcomp.result import CompressedModel
+from graphcomp.system.threads import one_at_a_time
+from graphcomp.torch_compat import pytree
+
+LAW = "trimmed == original, at the kept ids"
+NATIVE = "native == trimmed"
+EXAMPLE, OTHER = "the example inputs", "other kept ids"
+
+
+@one_at_a_time
+def trimmed(
+    plan: Analysis,
+    token_ids: Any,
+    *,
+    embedding: Sequence[str],
+    heads: Sequence[str],
+    logits: Logits,
+    unknown: int | None,
+    verify: bool,
+    measure_latency: bool,
+) -> CompressedModel:
+    """Return the model of a plan with rows for some ids alone; see `graphcomp.trim_vocabulary`.
+
+    Args:
+        embedding, heads: names of modules.
+    """
+    captured = plan.captured
+    if captured.producer == "record":
+        raise PlanError(
+            f"the vocabulary of {type(plan.model).__name__} cannot be trimmed: the model could only be recorded",
+            why=f"torch.export refused: {captured.reason}",
+            fix="give example inputs that torch.export can follow",
+        )
+    check_floats(captured)
+    given = as_ids(token_ids)
+    tables = find_tables(captured.module, int(given.max()), embedding, heads)
+    kept, notes = _kept(captured, tables, given, unknown)
+    notes += [*_remarks(tables, kept, logits), *_whole_heads(captured, tables)]
+    small = Pipeline("trim the vocabulary", (TrimVocabulary(tables, kept, logits),))(captured)
+    checked = _check_graph(captured, small.module, tables, kept, logits) if verify else _Checked()
+    found = _native(captured, small.module, tables, kept, logits)
+    module, form = choose_module(found, small.module, plan)
+    report = _report(plan, small, tables, kept, checked, found, (*notes, *native_notes(plan, found)))
+    module.train(plan.model.training)
+    if isinstance(module, fx.GraphModule):
+        module.meta[OPEN] = open_lengths(captured)
+    held = {name for name, _ in parameters_and_buffers(plan.model)}
+    return CompressedModel(
+        module,
+        form=form,
+        kept={name: {0: kept.ids} for name in _cut_names(captured, tables) if name in held},
+        report=latency_of(report, plan, module) if measure_latency else report,
+        reason="" if form == "native" else found.reason,
+        edits=found.edits if form == "native" else (),
+        original_shapes=shapes(plan.model),
+        example_args=captured.inputs.args,
+        example_kwargs=captured.inputs.kwargs,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ which ids
+def _kept(captured: Captured, tables: Sequence[Table], given: Tensor, unknown: int | None) -> tuple[Kept, list[str]]:
+    """Return the ids that stay: those given, and those that the model needs besides.
+
+    Raises:
+        PlanError: the example inputs hold other ids; `unknown` is no id; no id would go.
+    """
+    size = tables[0].rows
+    if any(table.rows != size for table in tables):
+        raise PlanError(
+            "the tables must have equally many rows, got " + ", ".join(f"{t.rows} in '{t.module}'" for t in tables),
+            fix=f"embedding={tables[0].module!r}, and the other tables in a second call",
+        )
+    if unknown is not None and not 0 <= unknown < size:
+        raise PlanError(
+            f"unknown must be an id from 0 to {size - 1}, got {unknown}", fix="unknown=tokenizer.unk_token_id"
+        )
+    ids = set(given.tolist())
+    special = {i for i in special_ids(captured.original) if i < size} | set().union(*(t.padding() for t in tables))
+    special |= set() if unknown is None else {unknown}
+    notes = [f"padding and special ids that are kept besides: {len(special - ids)}"] if special - ids else []
+    ids |= special
+    seen = set(example_ids(captured.module, captured.inputs.flat(), tables).tolist()) - ids
+    leaves = zip(captured.module.graph.find_nodes(op="placeholder"), captured.inputs.flat(), strict=True)
+    places = {node for table in tables for node in table.inputs}
+    shown = {i for node, leaf in leaves if node in places for i in distinct(leaf).tolist()}
+    if seen & shown:
+        raise PlanError(
+            f"the example inputs hold the id {min(seen & shown)}, which token_ids does not",
+            why="the result is verified on the example inputs",
+            fix="example inputs of ids that are kept",
+        )
+    if seen:
+        notes.append(f"ids that the model puts in itself, kept besides: {len(seen)}")
+    ids |= seen
+    if len(ids) == size:
+        raise PlanError(f"token_ids holds all {size} ids: there is nothing to trim", fix="the ids of the task's texts")
+    return Kept(torch.tensor(sorted(ids)), size, unknown), notes
+
+
+def special_ids(model: nn.Module) -> set[int]:
+    """Return the special ids that the configs of a transformers model name: for padding, for the start, for the end."""
+    found: set[int] = set()
+    for config in (getattr(model, name, None) for name in ("config", "generation_config")):
+        as_dict = getattr(config, "to_dict", None)
+        fields = as_dict() if callable(as_dict) else {}
+        for name, given in fields.items() if isinstance(fields, Mapping) else ():
+            if name.endswith("_token_id"):
+                numbers = given if isinstance(given, (list, tuple)) else [given]
+                found |= {n for n in numbers if isinstance(n, int) and not isinstance(n, bool) and n >= 0}
+    return found
+
+
+def _remarks(tables: Sequence[Table], kept: Kept, logits: Logits) -> list[str]:
+    names = ", ".join(f"'{table.module}'" for table in tables)
+    notes = [f"{len(kept.ids)} of {kept.size} rows of {names} are kept; the model takes the old ids"]
+    notes.append(
+        "a lookup of any other id is refused (an index out of range)"
+        if kept.unknown is None
+        else f"any other id is read as id {kept.unknown}"
+    )
+    if any(table.heads for table in tables):
+        notes.append(
+            "logits of ids that are gone are -inf"
+            if logits == "wide"
+            else "logits are narrow: column k is of the id kept[weight][0][k] of the result"
+        )
+    return notes
+
+
+def _whole_heads(captured: Captured, tables: Sequence[Table]) -> list[str]:
+    """Name heads of their own that still give logits of all ids."""
+    cut = set(_cut_tensors(tables))
+    names = []
+    for node in captured.module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
+        weight = node.args[1]
+        name = str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else ""
+        if name and name not in cut and fetch(captured.module, name).shape[0] == tables[0].rows:
+            names.append(name.removesuffix(".weight"))
+    return [
+        f"'{name}' has as many outputs as there are ids and keeps all: to feed its choice back, pass heads={name!r}"
+        for name in dict.fromkeys(names)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ verification
+@dataclass
+class _Checked:
+    verified: dict[str, float] = field(default_factory=dict)
+    unchecked: dict[str, str] = field(default_factory=dict)
+
+
+def _check_graph(
+    captured: Captured, small: fx.GraphModule, tables: Sequence[Table], kept: Kept, logits: Logits
+) -> _Checked:
+    """Compare the trimmed graph with the masked one, on ids that are kept.
+
+    Raises:
+        VerificationError: they differ.
+    """
+    checked = _Checked()
+    if any(t.is_meta for t in tensor_names(small).values()):
+        checked.unchecked[LAW] = "the model has no values (meta device)"
+        return checked
+    reference = MaskVocabulary(tuple(tables), kept).rewrite(captured.module)
+    errors: list[float] = []
+    for name, flat in _given(captured, tables, kept).items():
+        try:
+            wanted = _run(reference, flat)
+        except Exception as error:  # whatever ops raise on ids that are not the user's
+            if name == EXAMPLE:
+                raise
+            checked.unchecked[f"{LAW}, on {name}"] = f"the model does not run on them: {first_line(error)[:200]}"
+            continue
+        got = _run(small, flat)
+        if logits == "narrow":
+            wanted = [_narrow(w, g, kept) for w, g in zip(wanted, got, strict=True)]
+        off = _error(wanted, got)
+        if not off <= tolerance_of(wanted):
+            raise _violated(f"on {name}, the outputs are off by {off:.1e} (relative)")
+        if not all(map(why_silent, wanted)):
+            errors.append(off)
+    if errors:
+        checked.verified[LAW] = max(errors)
+    else:
+        checked.unchecked[LAW] = "no output proves anything"
+    return checked
+
+
+def _given(captured: Captured, tables: Sequence[Table], kept: Kept) -> dict[str, list[Any]]:
+    """Return the flat inputs to compare on: the example inputs, and the same with other ids in place of ids."""
+    flat = captured.inputs.flat()
+    places = {node for table in tables for node in table.inputs}
+    generator = torch.Generator().manual_seed(0)
+    other = []
+    for node, leaf in zip(captured.module.graph.find_nodes(op="placeholder"), flat, strict=True):
+        if node in places and isinstance(leaf, Tensor):
+            drawn = kept.ids[torch.randint(len(kept.ids), leaf.shape, generator=generator)]
+            leaf = drawn.to(leaf.dtype).to(leaf.device)
+        other.append(leaf)
+    return {EXAMPLE: flat, OTHER: other}
+
+
+def _run(module: fx.GraphModule, flat: Sequence[Any]) -> list[Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return tensor_leaves(run_tapped(module, list(flat)))
+
+
+def _narrow(wanted: Tensor, got: Tensor, kept: Kept) -> Tensor:
+    """Return the columns of logits that are kept; any other output as it is."""
+    if wanted.shape == got.shape or wanted.shape[-1:] != (kept.size,):
+        return wanted
+    return wanted.index_select(-1, kept.ids.to(wanted.device))
+
+
+def _error(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+    if [(t.shape, t.dtype) for t in wanted] != [(t.shape, t.dtype) for t in got]:
+        return math.inf
+    others = [(a, b) for a, b in zip(wanted, got, strict=True) if not a.is_floating_point()]
+    if any(not torch.equal(a, b) for a, b in others):
+        return math.inf
+    return relative_error(list(wanted), list(got))
+
+
+def _violated(why: str) -> VerificationError:
+    return VerificationError(
+        "the model with a trimmed vocabulary does not compute what the model computes", why=why,
+        fix="please report the model",
+    )  # fmt: skip
+
+
+def _native(
+    captured: Captured, small: fx.GraphModule, tables: Sequence[Table], kept: Kept, logits: Logits
+) -> NativeResult:
+    """Return the model of the user's class, compared with the trimmed graph; no module, and why, where they differ."""
+    names = {name: captured.aliases.get(name, (name,)) for name in tensor_names(captured.original)}
+    found = trimmed_model(captured.original, names, tables, kept, logits)
+    module = found.module
+    if module is None:
+        return found
+    if any(t.is_meta for t in tensor_names(module).values()):
+        return replace(found, silent="the model has no values (meta device)")
+    errors: list[float] = []
+    for name, flat in _given(captured, tables, kept).items():
+        args, kwargs = pytree.tree_unflatten(copies(flat), captured.inputs.spec)
+        try:
+            wanted = _run(small, flat)
+        except Exception:
+            if name == EXAMPLE:
+                raise
+            continue  # the model does not run on them either
+        try:
+            with eval_copy(module, real=True) as copied, torch.no_grad(), torch.random.fork_rng():
+                torch.manual_seed(0)
+                got = tensor_leaves(copied(*args, **kwargs))
+        except Exception as error:  # of the user's code, which met fewer rows than before
+            return NativeResult(None, f"{type(error).__name__}: {first_line(error)[:200]}")
+        off = _error(wanted, got)
+        if not off <= tolerance_of(wanted):
+            return NativeResult(None, "the class, with fewer rows, gives other outputs")
+        errors.append(off)
+    return replace(found, error=max(errors))
+
+
+# ------------------------------------------------------------------------------------------------ report
+def _cut_names(captured: Captured, tables: Sequence[Table]) -> list[str]:
+    """Return the names, in the model, of the tensors that lose rows."""
+    return list(dict.fromkeys(own for name in _cut_tensors(tables) for own in captured.aliases.get(name, (name,))))
+
+
+def _cut_tensors(tables: Sequence[Table]) -> list[str]:
+    """Return the names, in the graph, of the tensors that lose rows."""
+    heads = [name for table in tables for head in table.heads for name in (head.weight, head.bias) if name]
+    return [*(table.name for table in tables), *heads]
+
+
+def _report(
+    plan: Analysis,
+    small: Captured,
+    tables: Sequence[Table],
+    kept: Kept,
+    checked: _Checked,
+    found: NativeResult,
+    notes: Sequence[str],
+) -> Report:
+    captured = plan.captured
+    costs = CostModel(plan)
+    after = CostModel(analyze_rewritten(plan, replace(small, original=small.module)))
+    cut = {id(t): t for t in (fetch(captured.module, name) for name in _cut_tensors(tables))}
+    gone = kept.size - len(kept.ids)
+    parameters = sum(gone * (t.numel() // kept.size) for t in cut.values() if isinstance(t, nn.Parameter))
+    stored = sum(gone * (t.numel() // kept.size) * t.element_size() for t in cut.values())
+    maps = [t for name, t in tensor_names(small.module).items() if name.startswith("vocabulary_")]
+    kept_of = {name: {0: kept.ids} for name in _cut_names(captured, tables)}
+    verified = dict(checked.verified)
+    unchecked = dict(checked.unchecked)
+    if found.module is not None and not math.isnan(found.error):
+        verified[NATIVE] = found.error
+    elif found.module is not None:
+        unchecked[NATIVE] = found.silent
+    bytes_after = costs.bytes() - stored + sum(t.numel() * t.element_size() for t in maps)
+    return Report(
+        params=Change(costs.params(), costs.params() - parameters),
+        macs=Change(costs.macs(), after.macs()),
+        bops=Change(Bops(costs).layers(), Bops(after).layers()),
+        bops_attention=Change(Bops(costs).attention(), Bops(after).attention()),
+        bytes=Change(costs.bytes(), bytes_after),
+        units_removed=gone * len(tables),
+        units_total=kept.size * len(tables),
+        layers=layers(plan, kept_of, costs.weights),
+        groups=tuple(group_dict(group, {}) for group in plan.groups),
+        frozen=plan.frozen,
+        unknown_ops=tuple(u.op for u in plan.unknown_ops),
+        verified=verified,
+        unchecked=unchecked,
+        notes=(*captured.notes, *notes, *captured.path.notes()),
+    )

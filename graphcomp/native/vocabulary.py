@@ -1,0 +1,174 @@
+"""The user's own class on a trimmed vocabulary: embeddings and heads of torch's classes take and give the old ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graphcomp.ir.graph import assign
+from graphcomp.ir.module import copied, tensor_names
+from graphcomp.native.model import Edit, NativeResult
+from graphcomp.pruning.vocabulary import Kept, Logits, Table
+
+
+class TrimmedEmbedding(nn.Embedding):
+    """An embedding with rows for some ids alone, called with the old ids.
+
+    Attributes:
+        rows: (vocabulary,) int32, the row of each id. Ids without a row have the number behind the last row, so that a
+            lookup refuses them.
+        padding_idx: the old id.
+        padding_row: its row.
+    """
+
+    rows: Tensor
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        vocabulary: int,
+        padding_idx: int | None = None,
+        padding_row: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, padding_row, **options)
+        self.vocabulary, self.padding_idx, self.padding_row = vocabulary, padding_idx, padding_row
+        rows = torch.arange(vocabulary, dtype=torch.int32, device=self.weight.device)
+        self.register_buffer("rows", rows.clamp(max=num_embeddings))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(…) integer ids -> (…, embedding_dim).
+
+        Raises:
+            IndexError: an id has no row.
+        """
+        return F.embedding(
+            self.rows[ids], self.weight, self.padding_row, self.max_norm, self.norm_type, self.scale_grad_by_freq,
+            self.sparse,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """As torch's, with the number of ids."""
+        return f"{super().extra_repr()}, vocabulary={self.vocabulary}"
+
+
+class TrimmedLinear(nn.Linear):
+    """A head with logits for some ids alone, which stand in their old columns; the others are -inf.
+
+    Attributes:
+        columns: (vocabulary,) int32, the output of each id; `out_features` for ids that are gone.
+    """
+
+    columns: Tensor
+
+    def __init__(self, in_features: int, out_features: int, vocabulary: int, bias: bool = True, **options: Any) -> None:
+        super().__init__(in_features, out_features, bias, **options)
+        self.vocabulary = vocabulary
+        columns = torch.arange(vocabulary, dtype=torch.int32, device=self.weight.device)
+        self.register_buffer("columns", columns.clamp(max=out_features))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…, in_features) -> (…, vocabulary)."""
+        logits = super().forward(input)
+        gone = torch.full_like(logits[..., :1], -torch.inf)
+        return torch.cat([logits, gone], -1).index_select(-1, self.columns)
+
+    def extra_repr(self) -> str:
+        """As torch's, with the number of ids."""
+        return f"{super().extra_repr()}, vocabulary={self.vocabulary}"
+
+
+TRIMMED: dict[type[nn.Module], tuple[type[nn.Module], str]] = {
+    nn.Embedding: (TrimmedEmbedding, "rows"),
+    nn.Linear: (TrimmedLinear, "columns"),
+}
+"""torch's class -> the class in its place, and the buffer that class has beside the tensors of torch's."""
+
+
+def trim_as(model: nn.Module, classes: Mapping[str, str]) -> None:
+    """Let torch's modules become those of a trimmed vocabulary where `classes`, path -> name, says so, in place.
+
+    What they hold is still to be filled in.
+    """
+    for path, module in list(model.named_modules()):
+        kind, _ = TRIMMED.get(type(module), (None, ""))
+        if kind is not None and classes.get(path) == kind.__name__:
+            become_trimmed(module, 0, torch.empty(0, dtype=torch.int32))
+
+
+def become_trimmed(module: nn.Module, vocabulary: int, buffer: Tensor) -> None:
+    """Let an embedding, or a linear layer, of torch's class become one of a trimmed vocabulary, in place."""
+    kind, name = TRIMMED[type(module)]
+    module.__class__ = kind
+    module.register_buffer(name, buffer)
+    vars(module)["vocabulary"] = vocabulary
+    if kind is TrimmedEmbedding:
+        vars(module)["padding_row"] = None
+
+
+def trimmed_model(
+    model: nn.Module, names: Mapping[str, Sequence[str]], tables: Sequence[Table], kept: Kept, logits: Logits
+) -> NativeResult:
+    """Return a copy of the model with fewer rows, or why there is none; the copy is still to be verified.
+
+    Args:
+        names: name of a tensor -> all names that the model has for it.
+        tables: of the captured graph.
+    """
+    try:
+        small = copied(model, share=True)
+    except Exception as error:  # a class may refuse to be copied in any way
+        return NativeResult(None, f"the model cannot be copied: {type(error).__name__}")
+    held = tensor_names(model)
+    lookups = {name for table in tables for name in names.get(table.name, (table.name,))}
+    heads = {n for table in tables for head in table.heads for n in names.get(head.weight, (head.weight,))}
+    biases = {n for table in tables for head in table.heads if head.bias for n in names.get(head.bias, (head.bias,))}
+    lost = sorted((lookups | heads | biases) - set(held))
+    if lost:
+        return NativeResult(None, f"the model holds no tensor named {lost[0]!r}")
+    new: dict[int, Tensor] = {}
+    for name, tensor in held.items():
+        if id(tensor) not in new:
+            cut = name in lookups | heads | biases
+            data = tensor.detach()
+            data = data.index_select(0, kept.ids.to(tensor.device)) if cut else data.clone()
+            new[id(tensor)] = nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
+        assign(small, name, new[id(tensor)])
+    maps: dict[str, Tensor] = {}
+    edits: list[Edit] = []
+    for path, module in list(small.named_modules()):
+        name, kind = f"{path}.weight".lstrip("."), type(module)
+        if isinstance(module, nn.Embedding) and name in lookups:
+            if kind is not nn.Embedding:
+                return NativeResult(None, f"'{path}' is a {kind.__name__}, whose own forward takes no id map")
+            padding = module.padding_idx
+            become_trimmed(module, kept.size, _on(maps, "rows", kept.rows, module.weight))
+            found: dict[str, Any] = {
+                "num_embeddings": len(kept.ids),
+                "vocabulary": kept.size,
+                "padding_row": None if padding is None else int(kept.columns[padding]),
+            }
+        elif isinstance(module, nn.Linear) and name in heads:
+            found = {"out_features": len(kept.ids)}
+            if logits == "wide":
+                if kind is not nn.Linear:
+                    return NativeResult(None, f"'{path}' is a {kind.__name__}, whose own forward gives narrow logits")
+                same = torch.equal(kept.rows, kept.columns)
+                columns = _on(maps, "rows" if same else "columns", kept.columns, module.weight)
+                become_trimmed(module, kept.size, columns)
+                found["vocabulary"] = kept.size
+        else:
+            continue
+        vars(module).update(found)
+        edits += [(path, attribute, given) for attribute, given in found.items()]
+    return NativeResult(small, edits=tuple(edits))
+
+
+def _on(maps: dict[str, Tensor], name: str, tensor: Tensor, like: Tensor) -> Tensor:
+    """Return one tensor for all modules, on the device of `like`."""
+    return maps.setdefault(name, tensor.to(like.device))
