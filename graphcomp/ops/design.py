@@ -17,7 +17,8 @@ from torch import Tensor, fx
 from graphcomp.coupling.notation import einsum_letters
 from graphcomp.ir.graph import bind
 from graphcomp.ops.answers import compute_of
-from graphcomp.ops.facts import Compute
+from graphcomp.ops.facts import Compute, Routed
+from graphcomp.ops.registry import facts_of
 
 aten = torch.ops.aten
 
@@ -55,11 +56,31 @@ def design_of(node: fx.Node, data: str, weight: str, shapes: Mapping[str, Sequen
     compute = compute_of(node)
     if node.target is aten.einsum.default:
         return _einsum(bind(node)["equation"], data, shapes)
+    if isinstance(facts_of(node.target).integer, Routed):  # the rows of each matrix side by side, see `packed`
+        batches, inputs, outputs = shapes[weight] if len(shapes[weight]) == 3 else (0, 0, 0)
+        rows, matrices = (batches, 2, inputs), (batches, inputs, outputs)
+        return _contraction([*"bri"], [*"bio"], [*"bro"], rows, matrices) if batches else None
     if compute is None:
         return None
     if compute.convolution:
         return convolution(node, compute, shapes[weight]) if weight == compute.weight else None
     return _product(node, compute, data, weight, shapes)
+
+
+def packed(rows: Tensor, ends: Tensor) -> Tensor:
+    """Return rows that are sorted by matrix as those of each matrix, zeros behind the last: (r, n) -> (g, most, n).
+
+    Args:
+        rows: those behind the last end belong to no matrix, and are left out.
+        ends: (g,), where the rows of each matrix end.
+    """
+    ends = ends.to(torch.int64)
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    found = rows.new_zeros(len(ends), max(1, int((ends - starts).max())), rows.shape[1])
+    place = torch.arange(int(ends[-1]), device=rows.device)
+    matrix = torch.searchsorted(ends, place, right=True)
+    found[matrix, place - starts[matrix]] = rows[: len(place)]
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ products

@@ -121,6 +121,14 @@ class Float:
     rows: str = ""
 
 
+@dataclass(frozen=True)
+class Routed(Float):
+    """Multiplies each row of the first operand with one of the matrices of the second, and computes in float.
+
+    Rows are sorted by matrix; the third operand says where the rows of each matrix end.
+    """
+
+
 Integer: TypeAlias = Compute | Move | Rescale | Clip | Fill | Lookup | Fused | Float
 
 

@@ -15,7 +15,7 @@ from graphcomp.coupling.notation import broadcast, einsum_letters, from_end, sum
 from graphcomp.coupling.size import Size, divide
 from graphcomp.ir.graph import bind, value
 from graphcomp.ops.call import Call
-from graphcomp.ops.facts import Compute, Float, Fused, in_float, product
+from graphcomp.ops.facts import Compute, Float, Fused, Routed, in_float, product
 from graphcomp.ops.registry import op
 
 aten = torch.ops.aten
@@ -290,7 +290,9 @@ def _attention_batch(query: Axes, key: Axes, value: Axes, grouped: bool, call: C
 
 # ------------------------------------------------------------------------------------------------ stacked experts
 @op(
-    "transformers::grouped_mm_fallback", aten._grouped_mm.default, facts=product(Float("each row meets another matrix"))
+    "transformers::grouped_mm_fallback",
+    aten._grouped_mm.default,
+    facts=product(Routed("each row meets another matrix")),
 )
 def grouped_mm(call: Call, **arguments: Any) -> Axes:
     """Rows of the first operand, sorted by expert, meet that expert's matrix: (t, i), (e, i, o) -> (t, o).

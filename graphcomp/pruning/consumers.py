@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from graphcomp.ir.graph import attribute_readers, bind, fetch
 from graphcomp.ir.module import keeps_statistics
 from graphcomp.ops.answers import compute_of, move_of
+from graphcomp.ops.facts import Routed
 from graphcomp.ops.registry import facts_of
 
 aten = torch.ops.aten
@@ -51,6 +52,8 @@ def operands(node: fx.Node) -> dict[str, fx.Node]:
     """Return the two operands of a product by argument; of an einsum by number; nothing for another op."""
     if node.op != "call_function":
         return {}
+    if is_routed(node):
+        return dict(list(bind(node).items())[:2])
     compute = compute_of(node)
     if compute is not None:
         arguments = bind(node)
@@ -59,6 +62,17 @@ def operands(node: fx.Node) -> dict[str, fx.Node]:
     if node.target is not aten.einsum.default:
         return {}
     return {str(k): tensor for k, tensor in enumerate(bind(node)["tensors"])}
+
+
+def is_routed(node: fx.Node) -> bool:
+    """Return whether an op multiplies each row with the matrix that the row is sent to."""
+    return isinstance(facts_of(node.target).integer, Routed)
+
+
+def ends_of(node: fx.Node) -> fx.Node | None:
+    """Return where the rows of each matrix end, of an op that is routed; None where a batch of matrices does it."""
+    found = list(bind(node).values())[2]
+    return found if isinstance(found, fx.Node) else None
 
 
 def multiplies(node: fx.Node) -> bool:
@@ -122,7 +136,8 @@ class Consumers:
             return "the rest of the model reads its weight"
         shape = fetch(self.module, str(attribute.target)).shape
         index = _run_moves(torch.arange(shape.numel()).reshape(shape), moves)
-        return Consumer(node, self.name(node), data, weight, attribute, moves, index, *self._intercept(node))
+        name = str(attribute.target).removesuffix(".weight")
+        return Consumer(node, name, data, weight, attribute, moves, index, *self._intercept(node))
 
     def _holds_parameters(self, node: fx.Node) -> bool:
         """Return whether a value is made of parameters alone; a mask is a constant, and no weight."""

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from graphcomp.ir.run_nodes import Lockstep
 from graphcomp.numerics.regression import Evidence, Moments, Rows, joined
-from graphcomp.ops.design import Design, Patches, design_of
-from graphcomp.pruning.consumers import Consumer, operands
+from graphcomp.ops.design import Design, Patches, design_of, packed
+from graphcomp.pruning.consumers import Consumer, ends_of, is_routed, operands
 
 ROWS, ROWS_PER_FEATURE = 30_000, 10
 """A layer is solved on at most so many rows, or so many for each feature where that is more."""
@@ -54,11 +54,13 @@ class Problem:
         design: the layer as products with matrices.
         features: unknowns of each output, the intercept included.
         intercept: whether there is one.
+        ends: of a layer with a matrix for some of the rows: where the rows of each matrix end, by batch.
     """
 
     design: Design
     features: int
     intercept: bool
+    ends: tuple[Tensor, ...] = ()
 
     @classmethod
     def of(cls, consumer: Consumer, values: Lockstep) -> Problem | str:
@@ -71,7 +73,9 @@ class Problem:
         design = design_of(consumer.node, consumer.data, consumer.weight, shapes)
         if design is None:
             return f"{consumer.node.target} with this weight is no product with a matrix"
-        return cls(design, design.matrices(weight).shape[1] + bool(consumer.bias), bool(consumer.bias))
+        ends = ends_of(consumer.node) if is_routed(consumer.node) else None
+        by_batch = () if ends is None else tuple(values.of(ends))
+        return cls(design, design.matrices(weight).shape[1] + bool(consumer.bias), bool(consumer.bias), by_batch)
 
     @classmethod
     def points(cls, x: Tensor) -> Problem:
@@ -83,6 +87,7 @@ class Problem:
 
     def sums(self, inputs: Sequence[Tensor], rest: Sequence[Tensor], wanted: Sequence[Tensor], most: int) -> Sums:
         """Return the sums over a random share of the rows, the same in each run."""
+        inputs, rest, wanted = (self._packed(values) for values in (inputs, rest, wanted))
         counts = [self.design.count(x) for x in inputs]
         wished = max(most, ROWS_PER_FEATURE * self.features)
         if self.features > MOST_FEATURES:
@@ -102,10 +107,17 @@ class Problem:
             parts.append(Sums(fit, other, norm))
         return sum(parts[1:], parts[0])
 
+    def _packed(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return values with the rows of each matrix side by side."""
+        return [packed(x, ends) for x, ends in zip(values, self.ends, strict=True)] if self.ends else values
+
     def _moments(self, x: Tensor, rest: Tensor, chosen: Tensor) -> Evidence:
         total: Evidence | None = None
         kind = Moments.of if self.features <= MOST_FEATURES else Rows
-        for some in torch.split(chosen, max(1, CHUNK // self.features)):
+        at_once, some = 1, chosen[:1]
+        if len(some):
+            at_once = max(1, CHUNK // self.design.rows(x, some).numel())
+        for some in torch.split(chosen, at_once):
             rows = self.design.rows(x, some).double()
             if self.intercept:
                 rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)

@@ -30,7 +30,7 @@ from graphcomp.ir.preserve import writes
 from graphcomp.ir.run_nodes import Lockstep, refused_batch
 from graphcomp.numerics.regression import choose_ridge, solve
 from graphcomp.ops.design import Patches
-from graphcomp.pruning.consumers import Consumer, Consumers, is_evaluated_norm, operands
+from graphcomp.pruning.consumers import Consumer, Consumers, ends_of, is_evaluated_norm, operands
 from graphcomp.pruning.least_squares import FEWEST_ROWS, ROWS, Problem, Sums
 from graphcomp.pruning.slice import by_factor, kept_of_tensors, scatter, select
 
@@ -236,11 +236,31 @@ class _Repair:
                 self._reestimate(node)
             if node in self.same and node.op != "placeholder":  # each run has inputs of its own
                 self.rough.take(node, self.exact, twin)
+            elif node.target in CHOICES and self._alike(node, twin):
+                self._choose(node, twin)
             else:
                 self._step(self.rough, node)
             self.exact.drop(twin)
             self.rough.drop(node)
         return False
+
+    def _alike(self, node: fx.Node, twin: fx.Node) -> bool:
+        """Return whether an op reads as many elements as before the cut."""
+        pairs = zip(self.rough.of(node.all_input_nodes[0]), self.exact.of(twin.all_input_nodes[0]), strict=True)
+        return all(x.shape == y.shape for x, y in pairs)
+
+    def _choose(self, node: fx.Node, twin: fx.Node) -> None:
+        """Give an op that chooses positions the choice of the model before: rows of both runs stay side by side."""
+        arguments = bind(node)
+        dim, keeps = arguments["dim"], arguments.get("keepdim", True)
+        for run, source in zip(self.rough.runs, self.exact.runs, strict=True):
+            chosen = source.values[twin]
+            if isinstance(chosen, Tensor):
+                run.values[node] = chosen
+                continue
+            index = chosen[1] if keeps else chosen[1].unsqueeze(dim)
+            picked = run.values[node.all_input_nodes[0]].gather(dim, index)
+            run.values[node] = (picked if keeps else picked.squeeze(dim), chosen[1])
 
     def _untouched(self, node: fx.Node, twin: fx.Node) -> bool:
         """Return whether an op computes what it computed before the cut: the value is taken over then."""
@@ -289,6 +309,8 @@ class _Repair:
         problem = Problem.of(consumer, self.rough)
         if isinstance(problem, str):
             return problem
+        if problem.ends and any(not torch.equal(a, b) for a, b in zip(problem.ends, self._ends(twin), strict=True)):
+            return "the cut sends rows to other matrices"
         inputs = self.rough.of(operands(consumer.node)[consumer.data])
         if self._maps_channels(consumer, problem):
             self._map_channels(consumer, twin, problem)
@@ -310,6 +332,11 @@ class _Repair:
             self.solved = {c for c in self.solved if self.place[c.node] < self.place[first.node]}
         self.solved |= {*together}
         return AGAIN if changed else ""
+
+    def _ends(self, twin: fx.Node) -> list[Tensor]:
+        """Return where the rows of each matrix end in the model before, by batch."""
+        ends = ends_of(twin)
+        return [] if ends is None else self.exact.of(ends)
 
     def _solve(self, consumer: Consumer, problem: Problem, sums: Sums) -> bool:
         """Give a layer the solution; False where it keeps the sliced weights."""
@@ -477,6 +504,13 @@ class _Repair:
         found = {dim: kept_indices(axis, self.units) for dim, axis in enumerate(axes)}
         dims = {dim: index for dim, index in found.items() if index is not None}
         return select(y, dims) if dims else y
+
+
+CHOICES = frozenset({
+    aten.topk.default, aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argsort.stable,
+    aten.max.dim, aten.min.dim, aten.argmax.default, aten.argmin.default,
+})  # fmt: skip
+"""Ops that return the positions of elements, chosen by size. Small errors turn a choice, and rows change places."""
 
 
 def _check_finite(sums: Sums, consumer: Consumer) -> None:

@@ -146,6 +146,50 @@ def test_units_that_are_there_twice_are_made_up_for(kind: str) -> None:
     assert error(model, small, images(*shape)[:1]) < 1e-3
 
 
+def routed(x: Tensor, w: Tensor) -> Tensor:
+    """The first half of the rows goes to the first matrix, none to the second."""
+    ends = (torch.tensor([1, 1, 2]) * x.shape[0] // 2).to(torch.int32)
+    return F.grouped_mm(x, w.mT, offs=ends)
+
+
+def test_matrices_that_rows_are_sent_to_are_solved_each_on_its_rows() -> None:
+    torch.manual_seed(0)
+    model = Chain(nn.Linear(8, 16), Weight((3, 8, 16), routed)).eval().bfloat16()  # which the kernel takes
+    doubled(model.first)
+    batches = [batch.bfloat16().repeat(3, 1) + torch.randn(48, 8).bfloat16() for batch in images(8)]
+    found, sliced, small = repaired(model, batches)
+    assert not found.left
+    assert found.layers["rest.0"].after < 0.02 < 0.3 < found.layers["rest.0"].before
+    assert error(model, small, batches) < 0.05 < error(model, sliced, batches)
+    weights = [module.get_parameter("rest.0.weight")[1] for module in (small, sliced)]
+    assert torch.equal(*weights)  # no row was sent there
+
+
+class Chosen(nn.Module):
+    """Tokens sorted by a score that a layer behind the cut gives, and a layer for each place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.score, self.last = nn.Linear(6, WIDTH), nn.Linear(WIDTH, 1), nn.Linear(WIDTH, 3)
+        self.place = nn.Parameter(torch.randn(3, WIDTH, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.first(x))
+        _, index = self.score(y).topk(3, 1)
+        picked = y.gather(1, index.expand(-1, -1, y.shape[2]))
+        return torch.bmm(picked.transpose(0, 1), self.place)
+
+
+def test_choices_are_those_of_the_model_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small error of a score turns the order of two tokens; the rows of both models stay side by side."""
+    torch.manual_seed(0)
+    model, batches = Chosen().eval(), images(7, 6)
+    found, _, _ = repaired(model, batches)
+    monkeypatch.setattr("graphcomp.pruning.repair.CHOICES", frozenset())
+    other, _, _ = repaired(model, batches)
+    assert found.layers["place"].after < 0.9 * other.layers["place"].after
+
+
 def test_a_weight_of_two_layers_is_solved_over_both() -> None:
     torch.manual_seed(0)
     model = Twice().eval()
