@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor, fx
 
 from graphcomp.coupling.analysis import Analysis
 from graphcomp.errors import PlanError
@@ -15,6 +16,8 @@ from graphcomp.flows.one_shot import cut_groups
 from graphcomp.flows.results import Cut, check_batches, listed
 from graphcomp.ir.graph import all_tensors
 from graphcomp.ir.module import tensor_names
+from graphcomp.ir.run_nodes import run_tapped
+from graphcomp.numerics.compare import floating_tensors
 from graphcomp.pruning.evidence import arguments_of
 from graphcomp.pruning.repair import Repaired, repair_cut
 from graphcomp.pruning.slice import by_factor, kept_units
@@ -39,8 +42,56 @@ def repaired(cut: Cut, batches: Sequence[Sequence[Any]], *, verify: bool) -> Cut
         return replace(cut, notes=(*cut.notes, f"not repaired: {why}")) if why != NOTHING else cut
     assert cut.graph is not None
     found = repair_cut(cut.plan, cut.kept, cut.graph, batches)
+    judged = judge(cut.plan, (cut.graph, found.graph), batches)
+    if judged is not None and judged.errors[1] > judged.errors[0]:
+        return replace(cut, notes=(*cut.notes, f"not repaired, as it would not help: {judged}"))
+    said = [*notes(found, len(batches)), *([f"by the repair {judged}"] if judged is not None else [])]
     small = cut_groups(found.plan, cut.kept, cut.groups, verify=verify)
-    return small.after(replace(cut, notes=(*cut.notes, *notes(found, len(batches))), repaired=found.layers))
+    return small.after(replace(cut, notes=(*cut.notes, *said), repaired=found.layers))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """How far the outputs are from those before the cut, ||y - t|| / ||t||, of the sliced and the repaired model."""
+
+    errors: tuple[float, float]
+    samples: int
+
+    def __str__(self) -> str:
+        before, after = self.errors
+        return f"the error of the outputs goes from {before:.3g} to {after:.3g} (relative, {self.samples} samples)"
+
+
+@torch.no_grad()
+def judge(plan: Analysis, graphs: tuple[fx.GraphModule, fx.GraphModule], batches: Sequence[Any]) -> Judged | None:
+    """Compare the outputs of two cuts with those before; None where no output is of floats.
+
+    Args:
+        plan: of the model before.
+        graphs: sliced, and repaired.
+        batches: flat inputs; some of the last are used, which a repair short of memory has not seen.
+    """
+    sums, norm, samples = [0.0, 0.0], 0.0, 0
+    for batch in reversed(batches):
+        wanted = floating_tensors(run_tapped(plan.captured.module, batch))
+        if not wanted:
+            return None
+        norm += sum(float(t.double().square().sum()) for t in wanted)
+        for k, graph in enumerate(graphs):
+            found = floating_tensors(run_tapped(graph, batch))
+            pairs = zip(wanted, found, strict=True)
+            sums[k] += sum(float((t.double() - y.double()).square().sum()) for t, y in pairs)
+        samples += next((len(t) for t in batch if isinstance(t, Tensor) and t.dim()), 1)
+        if samples >= JUDGED:
+            break
+    if not math.isfinite(norm) or norm == 0:
+        return None
+    before, after = (math.sqrt(error / norm) for error in sums)
+    return Judged((before, after), samples)
+
+
+JUDGED = 64
+"""Samples that a repair is judged on at most, and the rest of a batch."""
 
 
 def flat_batches(plan: Analysis, batches: Iterable[Any]) -> list[list[Any]]:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from graphcomp.ir.graph import attribute_readers, bind, fetch
 from graphcomp.ir.module import keeps_statistics
 from graphcomp.ops.answers import compute_of, move_of
-from graphcomp.ops.facts import Routed
+from graphcomp.ops.facts import Fused, Routed
 from graphcomp.ops.registry import facts_of
 
 aten = torch.ops.aten
@@ -62,6 +62,13 @@ def operands(node: fx.Node) -> dict[str, fx.Node]:
     if node.target is not aten.einsum.default:
         return {}
     return {str(k): tensor for k, tensor in enumerate(bind(node)["tensors"])}
+
+
+def _multiplied(node: fx.Node) -> list[fx.Node]:
+    """Return what an op multiplies; attention adds a mask."""
+    if not isinstance(facts_of(node.target).integer, Fused):
+        return node.all_input_nodes
+    return [n for n in list(bind(node).values())[:3] if isinstance(n, fx.Node)]
 
 
 def is_routed(node: fx.Node) -> bool:
@@ -123,7 +130,7 @@ class Consumers:
         found = operands(node)
         constant = [name for name, operand in found.items() if operand in self.sources]
         if not found or len(found) != 2:
-            weighted = node not in self.sources and any(self._holds_parameters(n) for n in node.all_input_nodes)
+            weighted = node not in self.sources and any(self._holds_parameters(n) for n in _multiplied(node))
             return f"there is no closed form for {node.target}" if weighted else ""
         if len(constant) != 1:
             return ""

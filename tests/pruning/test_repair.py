@@ -16,6 +16,7 @@ import graphcomp as gc
 from graphcomp.coupling.analysis import Analysis
 from graphcomp.errors import CalibrationError, PlanError
 from graphcomp.flows.one_shot import cut_groups
+from graphcomp.flows.repaired import Judged
 from graphcomp.pruning.repair import Repaired, repair_cut, within_memory
 
 WIDTH = 8
@@ -361,10 +362,12 @@ def test_a_mask_is_no_weight() -> None:
             super().__init__()
             self.first, self.last = nn.Linear(6, WIDTH), nn.Linear(WIDTH, 3)
             self.register_buffer("mask", torch.ones(7, 7, dtype=torch.bool).tril())
+            self.positions = nn.Parameter(torch.randn(7, 7))
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.first(x)
-            return self.last(F.scaled_dot_product_attention(y, y, y, attn_mask=self.mask))
+            y = F.scaled_dot_product_attention(y, y, y, attn_mask=self.mask)
+            return self.last(F.scaled_dot_product_attention(y, y, y, attn_mask=self.positions))
 
     found, _, _ = repaired(Causal().eval(), images(7, 6))
     assert not found.left
@@ -511,6 +514,27 @@ def test_a_cut_is_repaired_afterwards() -> None:
     for name, tensor in later.module.state_dict().items():
         assert torch.equal(tensor, at_once.module.state_dict()[name])
     assert error(model, later, batches) < 0.8 * error(model, plain, batches)
+
+
+def test_the_outputs_are_judged() -> None:
+    model, batches = net(), images(3, 9, 9)
+    small = gc.compress(model, batches[0][:2], calibration=batches, progress=False)
+    plain = gc.compress(model, batches[0][:2], repair=None, progress=False)
+    (note,) = (note for note in small.report.notes if note.startswith("by the repair"))
+    assert note == (
+        f"by the repair the error of the outputs goes from {error(model, plain, batches):.3g} to "
+        f"{error(model, small, batches):.3g} (relative, 48 samples)"
+    )
+
+
+def test_a_repair_that_does_not_help_the_outputs_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphcomp.flows.repaired.judge", lambda *_: Judged((0.1, 0.2), 48))
+    model, batches = net(), images(3, 9, 9)
+    small = gc.compress(model, batches[0][:2], calibration=batches, progress=False)
+    plain = gc.compress(model, batches[0][:2], repair=None, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(small.parameters(), plain.parameters(), strict=True))
+    assert not small.report.repairs
+    assert any(note.startswith("not repaired, as it would not help") for note in small.report.notes)
 
 
 def test_a_model_that_is_no_cut_of_the_plan_is_refused() -> None:
