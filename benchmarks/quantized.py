@@ -109,6 +109,11 @@ def files(case: Case, folder: Path, options: argparse.Namespace) -> Iterator[Fil
         "onnxruntime static": lambda path: static(case, folder / "0.onnx", path),
         "ours int8": lambda path: ours(case, path, sparsity=0.0, bits=8),
         "ours int8, reduced range": lambda path: ours(case, path, sparsity=0.0, bits=8, reduce_range=True),
+        "onnxruntime dynamic": lambda path: dynamic(folder / "0.onnx", path),
+        "ours int8, dynamic": lambda path: ours(case, path, sparsity=0.0, bits=8, activations="dynamic"),
+        "ours int8, dynamic per token": lambda path: ours(
+            case, path, sparsity=0.0, bits=8, activations="dynamic_per_token"
+        ),
         "ours half the units": lambda path: ours(case, path, sparsity=0.5),
         "ours half, int8": lambda path: ours(case, path, sparsity=0.5, bits=8),
         "ours half, int8, reduced range": lambda path: ours(case, path, sparsity=0.5, bits=8, reduce_range=True),
@@ -139,7 +144,7 @@ def files(case: Case, folder: Path, options: argparse.Namespace) -> Iterator[Fil
 
 
 def ours(case: Case, path: Path, **options: Any) -> None:
-    calibration = case.calibration if len(options) > 1 else None
+    calibration = case.calibration if len(options) > 1 and "activations" not in options else None
     options = {"ranking": "local", **case.options, **options}
     small = gc.compress(case.model, case.example, calibration=calibration, progress=False, **options)
     small.export(path)
@@ -174,6 +179,16 @@ def static(case: Case, source: Path, path: Path) -> None:
         str(prepared), str(path), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
     )  # fmt: skip
+
+
+def dynamic(source: Path, path: Path) -> None:
+    """onnxruntime's dynamic quantization with its own preparation: weights int8 per channel."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared = path.with_suffix(".prepared.onnx")
+    quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+    quantize_dynamic(str(prepared), str(path), per_channel=True, weight_type=QuantType.QInt8)
 
 
 def pt2e(case: Case, path: Path) -> None:
@@ -336,6 +351,14 @@ def minilm() -> Case:
     return Case("MiniLM-L6", task.model, example, calibration, test, evaluate, attention=True)
 
 
+def stories() -> Case:
+    """One story of 128 tokens for the time."""
+    task = oneshot.stories()
+    tokens = torch.cat([batch[0] for batch in task.calibration], 1)[:, :128]
+    batches = [batch[:1] for batch in task.calibration]
+    return Case(task.name, task.model, (tokens,), batches[:-1], batches[-1], task.evaluate, attention=True)
+
+
 def _digits(name: str, make: Callable[[], nn.Module], epochs: int, learning_rate: float) -> Case:
     """Trained here, as in the demo; calibrated on 512 of the training images."""
     torch.manual_seed(0)
@@ -359,6 +382,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "efficientnet": lambda: _vision(oneshot.TASKS["efficientnet"]()),
     "mobilenet": lambda: _vision(oneshot.TASKS["mobilenet"]()),
     "minilm": minilm,
+    "stories": stories,
     "resnet18": lambda: _torchvision("resnet18"),
     "resnet50": lambda: _torchvision("resnet50"),
     "resnet20": lambda: _vision(oneshot.TASKS["resnet20"]()),

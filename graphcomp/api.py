@@ -21,6 +21,7 @@ from graphcomp.flows.held import equal_counts, held_by_class
 from graphcomp.flows.one_shot import cut_groups, cut_to_integers
 from graphcomp.flows.repaired import cut_again, flat_batches, repaired
 from graphcomp.flows.results import (
+    Activations,
     as_integers,
     as_model,
     calibrating,
@@ -109,6 +110,7 @@ def compress(
     sparsity: float | Mapping[Any, float] | None = None,
     bits: int | tuple[int, int] | None = None,
     activation_bits: int | tuple[int, int] | Literal["same"] | None = "same",
+    activations: Activations = "static",
     group_size: int = 0,
     calibration: Iterable[Any] | None = None,
     rounding: Rounding = "nearest",
@@ -151,6 +153,10 @@ def compress(
             at least. In training also a range, (4, 8): each layer ends with bits of its own.
         activation_bits: where they differ from `bits`, in training also a range; None: weights only, activations stay
             float.
+        activations: "static": ranges of activations are read off data. "dynamic": ranges are those of the values at
+            hand, at run time, one per tensor: no data are needed, linear layers and products with a matrix run on int8
+            kernels in PyTorch and onnxruntime, and all other layers read floats. What is computed for one sample then
+            depends on the batch; "dynamic_per_token": not, as each row of the last dim has a range of its own.
         group_size: so many input indices of a weight share a step; 0: one step per output channel. Widths that pruning
             leaves are multiples of it, so that all groups are whole.
         calibration: batches in the form of the example inputs (of the whole model, with a scope too), off which the
@@ -158,7 +164,7 @@ def compress(
         rounding: of weights: "nearest", or "second_order" (GPTQ), which needs calibration data.
         reduce_range: weights of 7 bits at most, the first and last layer included, stored as int8: for x86 CPUs without
             VNNI, where onnxruntime's fast kernels add products in 16 bits and saturate.
-        quantization: all options of post-training quantization at once, in place of the six above.
+        quantization: all options of post-training quantization at once, in place of the seven above.
         method: "oneshot": score, cut, done. Or by training: "geta", jointly pruned and quantized; "hesso", pruned only;
             "qat", quantized only; "sequential", pruned first and quantized then, in half of the steps each. Default:
             "geta" where `data`, `loss` and a length of training are given, else "oneshot". "qat" takes all options of
@@ -216,8 +222,8 @@ def compress(
         CheckpointError: the folder is of another run, or cannot be written or read.
     """
     check_options(
-        example_kwargs=example_kwargs, sparsity=sparsity, activation_bits=activation_bits, group_size=group_size,
-        rounding=rounding, reduce_range=reduce_range, quantization=quantization, method=method, data=data, loss=loss,
+        example_kwargs=example_kwargs, sparsity=sparsity, activation_bits=activation_bits, activations=activations,
+        group_size=group_size, rounding=rounding, reduce_range=reduce_range, quantization=quantization, method=method, data=data, loss=loss,
         folder=folder, training=training, saliency=saliency, ranking=ranking, repair=repair, prune=prune,
         round_to=round_to, budget=budget, prefer_native=prefer_native, outputs=outputs, verify=verify,
         measure_latency=measure_latency, progress=progress, seed=seed,
@@ -239,7 +245,8 @@ def compress(
     given = {
         "sparsity by module": isinstance(sparsity, Mapping), "budget": budget, "saliency": saliency,
         "round_to": round_to, "prune": prune, "keep_inputs": keep_inputs, "ranking": ranking,
-        "prefer_native": prefer_native, "activation_bits": activation_bits, "calibration": calibration,
+        "prefer_native": prefer_native, "activation_bits": activation_bits, "activations": activations,
+        "calibration": calibration,
         "group_size": group_size, "rounding": rounding, "reduce_range": reduce_range, "quantization": quantization,
     }  # fmt: skip
     if stages:
@@ -325,11 +332,14 @@ def compress(
             fix="one of the two",
         )
     if quantization is not None:
-        _check_alone(bits, activation_bits, group_size, rounding, reduce_range)
+        _check_alone(bits, activation_bits, group_size, rounding, reduce_range, activations)
     if calibration is not None and bits is None and quantization is None:
         _check_read(repair is not None, ranking, zeros)
     sparsity, saliency = 0.5 if sparsity is None else sparsity, saliency or "l2"
-    quantization = quantization or post_training(bits, activation_bits, group_size, rounding, ignore, reduce_range)
+    quantization = quantization or post_training(
+        bits, activation_bits, group_size, rounding, ignore, reduce_range,
+        activations=activations, calibrated=calibration is not None,
+    )  # fmt: skip
     quantization = quantization and _with_names(quantization, part)
     notes = list(check_taken(title, ONE_SHOT - ({"prefer_native"} if quantization is not None else set()), given))
     with show_progress(4, progress) as bar:
@@ -782,9 +792,11 @@ def _check_one_shot(bits: Any, activation_bits: Any, training: Training | None) 
         )
 
 
-def _check_alone(bits: Any, activation_bits: Any, group_size: int, rounding: str, reduce_range: bool) -> None:
+def _check_alone(
+    bits: Any, activation_bits: Any, group_size: int, rounding: str, reduce_range: bool, activations: str = "static"
+) -> None:
     """Raise PlanError where an option of quantization is given beside `quantization`."""
-    others = _quantizing(None, group_size, rounding, reduce_range)
+    others = _quantizing(None, group_size, rounding, reduce_range) | {"activations": activations != "static"}
     one_by_one = {"bits": bits is not None, "activation_bits": activation_bits != "same", **others}
     if given := [name for name, value in one_by_one.items() if value]:
         raise PlanError(
@@ -824,6 +836,12 @@ def _start(
     """
     if quantization is not None:
         _check_alone(bits, activation_bits, group_size, rounding, reduce_range)
+        if quantization.config.dynamic:
+            raise PlanError(
+                "activations with ranges at run time cannot be trained",
+                why="LSQ learns the ranges of activations",
+                fix='QuantConfig(activations=QuantSpec(8, symmetric=False)), or method="oneshot"',
+            )
         return quantization
     one = [own[0] if isinstance(own, (tuple, list)) and own else own for own in (bits, activation_bits)]
     return post_training(one[0], one[1], group_size, rounding, (), reduce_range, observer="mse")

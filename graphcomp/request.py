@@ -22,6 +22,7 @@ from graphcomp.arguments import (
 )
 from graphcomp.coupling.analysis import Analysis
 from graphcomp.errors import PlanError
+from graphcomp.flows.results import Activations
 from graphcomp.methods.registry import check_method
 from graphcomp.pruning.allocation import Budget, Scope, is_share
 from graphcomp.pruning.prunable import check_roles
@@ -120,6 +121,7 @@ CHECKS: dict[str, Check] = {
     "example_kwargs": _keywords,
     "sparsity": check_sparsity,
     "activation_bits": _an((int, tuple, list, str), "activation_bits=8, (4, 8), 'same' or None"),
+    "activations": partial(check_word, words=get_args(Activations)),
     "group_size": partial(check_whole, least=0),
     "rounding": partial(check_word, words=get_args(Rounding)),
     "reduce_range": check_flag,
@@ -155,7 +157,7 @@ CHECKS: dict[str, Check] = {
 
 REQUIRED = frozenset(
     {
-        "trust", "analysis", "plan", "model", "group_size", "rounding", "reduce_range", "path", "ranking",
+        "trust", "analysis", "plan", "model", "activations", "group_size", "rounding", "reduce_range", "path", "ranking",
         "round_to", "verify", "measure_latency", "progress", "seed", "learn_exponent", "recompute",
         "prefer_native", "logits",
     }

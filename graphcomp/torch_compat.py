@@ -51,6 +51,7 @@ __all__ = [
     "forget_source_with",
     "get_unwrapped",
     "inside_wrapper",
+    "int_mm",
     "is_batchedtensor",
     "is_functorch_wrapped_tensor",
     "is_legacy_batchedtensor",
@@ -117,6 +118,11 @@ with bound("torch._ops.OpOverload", "torch._ops.OpOverloadPacket", "torch._ops.H
 # be a question to the schema.
 with bound("torch._C._should_allow_numbers_as_tensors"):
     takes_numbers_as_tensors = torch._C._should_allow_numbers_as_tensors
+
+# Multiply matrices of int8 to int32, by kernels that use the integer units of a CPU. No public name yet; a public
+# `torch.int_mm`, or `torch.mm` of int8 with an int32 result, would do.
+with bound("torch._int_mm"):
+    int_mm = torch._int_mm
 
 # ------------------------------------------------------------------------------------------------ fake tensors
 # Compute shapes and dtypes without data, as torch.export does. The meta device is public, but forgets the device of a

@@ -37,7 +37,17 @@ from graphcomp.quantization.ptq import (
     planning,
 )
 from graphcomp.quantization.quantizers.base import Quantizer
-from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, Observer, QuantConfig, QuantSpec, check_bits
+from graphcomp.quantization.spec import (
+    ACTIVATIONS,
+    DYNAMIC,
+    DYNAMIC_BITS,
+    PER_TOKEN,
+    WEIGHTS,
+    Observer,
+    QuantConfig,
+    QuantSpec,
+    check_bits,
+)
 from graphcomp.report.report import Change, LayerReport, Report, group_dict, layers
 from graphcomp.result import CompressedModel
 from graphcomp.system.threads import one_at_a_time
@@ -149,6 +159,12 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 SHOWN = 12
 """Layers that a note names before it counts the rest."""
 
+Activations = Literal["static", "dynamic", "dynamic_per_token"]
+"""When ranges of activations are known: read off data beforehand; at run time, one per tensor; one per token."""
+
+AT_RUN_TIME: Mapping[str, QuantSpec] = {"dynamic": DYNAMIC, "dynamic_per_token": PER_TOKEN}
+"""How activations are quantized whose ranges are known at run time."""
+
 REDUCED_BITS = 7
 """Of weights whose products with 8-bit activations, added in pairs, fit into 16 bits: 2 · 63 · 255 < 2^15."""
 
@@ -161,19 +177,23 @@ def post_training(
     ignore: str | Sequence[str],
     reduce_range: bool = False,
     observer: Observer = "minmax",
+    activations: Activations = "static",
+    calibrated: bool = True,
 ) -> PostTraining | None:
     """The options that `compress` was given one by one; None where nothing is to be quantized.
 
-    `observer` is how ranges of weights and activations are read off data.
+    `observer` is how ranges of weights and activations are read off data. `calibrated` says whether calibration data are
+    given: without any, biases beside ranges at run time stay as they are.
 
     Raises:
         PlanError: bits outside 2 to 16, or options of a quantization that was not asked for.
     """
     if not isinstance(bits, int) or isinstance(bits, bool):
         others = activation_bits not in ("same", None) or group_size or rounding != "nearest" or reduce_range
-        if bits is None and others:
+        if bits is None and (others or activations != "static"):
             raise PlanError(
-                "activation_bits, group_size, rounding and reduce_range need bits, got bits=None", fix="bits=8"
+                "activation_bits, activations, group_size, rounding and reduce_range need bits, got bits=None",
+                fix="bits=8",
             )
         if bits is not None:
             check_bits(bits)
@@ -181,18 +201,44 @@ def post_training(
     check_bits(bits)
     if rounding not in ("nearest", "second_order"):
         raise PlanError(f"rounding={rounding!r}", fix='rounding="nearest" or rounding="second_order"')
+    at_run_time = AT_RUN_TIME.get(activations)
+    if at_run_time is not None:
+        _check_at_run_time(bits, activation_bits, activations)
     acts = bits if activation_bits == "same" else activation_bits and check_bits(activation_bits, "activation_bits")
+    of_activations = None if acts is None else replace(ACTIVATIONS, bits=acts, observer=observer)
     least = 8
     if reduce_range:
         bits, least = min(bits, REDUCED_BITS), REDUCED_BITS
     weights = QuantSpec(bits, granularity="group", group_size=group_size) if group_size else replace(WEIGHTS, bits=bits)
     config = QuantConfig(
         weights=replace(weights, observer=observer),
-        activations=None if acts is None else replace(ACTIVATIONS, bits=acts, observer=observer),
+        activations=at_run_time or of_activations,
         embeddings=QuantSpec(max(bits, 8), granularity="channel"),
         first_and_last_bits=least,
     )
-    return PostTraining(config, (ignore,) if isinstance(ignore, str) else tuple(ignore), rounding=rounding)
+    corrects = calibrated or at_run_time is None
+    ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    return PostTraining(config, ignored, rounding=rounding, correct_bias=corrects)
+
+
+def _check_at_run_time(bits: int, activation_bits: Any, activations: str) -> None:
+    """Raise PlanError where no kernel multiplies what is asked for.
+
+    Raises:
+        PlanError: weights of more than 8 bits, or activations of other than 8.
+    """
+    if activation_bits not in ("same", DYNAMIC_BITS) or isinstance(activation_bits, bool):
+        raise PlanError(
+            f"activations={activations!r} with activation_bits={activation_bits!r}",
+            why="what is quantized at run time has 8 bits, as integer kernels have that width alone",
+            fix="no activation_bits" if activation_bits is not None else 'no activations="dynamic", for weights alone',
+        )
+    if bits > DYNAMIC_BITS:
+        raise PlanError(
+            f"activations={activations!r} with bits={bits!r}",
+            why="no integer kernel multiplies what is quantized at run time by weights of more than 8 bits",
+            fix="bits=8",
+        )
 
 
 @one_at_a_time
@@ -291,7 +337,7 @@ def calibrating(
     if batches is not None:
         return batches, ()
     example = [captured.inputs.flat()]
-    if options.config.activations is not None:
+    if options.config.reads_ranges:
         return example, ("calibrated on the example inputs alone, as no calibration= was given",)
     if options.rounding == "second_order":
         return example, ("rounded to second order on the example inputs alone, as no calibration= was given",)

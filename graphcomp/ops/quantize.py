@@ -77,7 +77,7 @@ for _name in ("choose_qparams", "choose_qparams_symmetric"):
     op(f"quantized_decomposed::{_name}", whole, facts=in_float("a range of floats"))
 
 refuse(
-    "graphcomp::unpack", "graphcomp::dequantize_grouped",
+    "graphcomp::unpack", "graphcomp::dequantize_grouped", "graphcomp::quantize_dynamic", "graphcomp::matmul_dynamic",
     why="integers of a compressed model, several in one number",
     fix="compress the float model: compress(model, example_inputs, sparsity=…, bits=…) cuts, then quantizes",
 )  # fmt: skip

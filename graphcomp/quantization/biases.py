@@ -66,7 +66,7 @@ def biased_layers(fake: fx.GraphModule) -> Iterator[BiasedLayer]:
             continue
         weight, data = bind(node)[operands.weight], quantizers.get(bind(node)[operands.data[0]])
         quantizer = quantizers.get(weight)
-        if data is None or data.dim is not None or not isinstance(quantizer, StepQuantizer):
+        if data is None or data.spec.dynamic or data.dim is not None or not isinstance(quantizer, StepQuantizer):
             continue
         if quantizer.multiples and quantizer.spec.granularity != "group":
             levels = data.to_integers(torch.zeros((), dtype=quantizer.scale.dtype))

@@ -8,6 +8,7 @@ dequantized value as integers and their scale, and computes where every operand 
     addition, concat        of integers, each with its own multiplier
     move, max pool, relu    of the integers
     other clips             of the codes behind them
+    products whose operand is quantized at run time: whole sums, exact, and the scales of operand and weight
 
 All else gets floats, as the graph says. The scheme is that of Jacob et al. 2018 (arXiv 1712.05877), section 2.2, with
 the multiplier in float64 where a device has 32 bits and a shift.
@@ -122,6 +123,9 @@ class IntegerInterpreter:
     def _compute(self, module: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if node.target in DEQUANTIZE:
             return DEQUANTIZE[node.target](bound(node.target, args, kwargs))
+        if node.target is ops.matmul_dynamic:
+            self.in_integers.append(node.name)
+            return _products_at_run_time(node, bound(node.target, args, kwargs))
         picks = node.op == "call_function" and not is_op(node)  # an item of several values
         if picks or not any(map(_is_scaled, _leaves((args, kwargs)))):
             return compute_node(module, node, args, kwargs)
@@ -213,6 +217,17 @@ def _products(node: fx.Node, a: dict[str, Any]) -> Scaled:
         sums = sums + _bias(bias, scale).view([-1 if d == channels else 1 for d in range(sums.dim())])
     _check_int32(node, sums)
     return Scaled(((sums.to(torch.int32), scale),))
+
+
+def _products_at_run_time(node: fx.Node, a: dict[str, Any]) -> Tensor:
+    """Return floats, as what is quantized at run time is not quantized behind the layer."""
+    weight = a["weight"].double()
+    rows = a["codes"].double() - a["zero_point"].double()
+    sums = rows @ (weight.mT if a["turned"] else weight)
+    _check_int32(node, sums)
+    found = sums * a["scale"].double() * a["weight_scale"].double()
+    found = found if a["bias"] is None else found + a["bias"].double()
+    return found.to(a["weight_scale"].dtype)
 
 
 def _sums(node: fx.Node, a: dict[str, Any], x: Tensor, weight: Tensor) -> Tensor:
@@ -337,10 +352,10 @@ def check_integers(module: fx.GraphModule, flat_inputs: Sequence[Any]) -> Intege
     Raises:
         VerificationError: an activation differs by more than a step, or a sum does not fit into 32 bits.
     """
-    codes: dict[str, Tensor] = {}
+    codes: dict[str, Any] = {}
 
     def keep(node: fx.Node, found: Any) -> None:
-        if node.target == ops.quantize_per_tensor:
+        if node.target in (ops.quantize_per_tensor, ops.quantize_dynamic):
             codes[node.name] = found
 
     follow, interpreter = _Follow(codes), IntegerInterpreter(module)
@@ -359,7 +374,7 @@ def check_integers(module: fx.GraphModule, flat_inputs: Sequence[Any]) -> Intege
 class _Follow:
     """Compares each code, and goes on with the code of the graph that ran in float."""
 
-    def __init__(self, codes: Mapping[str, Tensor]) -> None:
+    def __init__(self, codes: Mapping[str, Any]) -> None:
         self.codes = codes
         self.steps, self.where = 0, ""
 
@@ -367,7 +382,8 @@ class _Follow:
         if node.name not in self.codes:
             return result
         expected = self.codes[node.name]
-        steps = int((result.int() - expected.int()).abs().max()) if expected.numel() else 0
+        ours, theirs = (found[0] if isinstance(found, tuple) else found for found in (result, expected))
+        steps = int((ours.int() - theirs.int()).abs().max()) if theirs.numel() else 0
         if steps > self.steps:
             self.steps, self.where = steps, node.name
         return expected

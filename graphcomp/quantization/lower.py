@@ -5,7 +5,7 @@ weight      as it is stored (see stored.py): codes -> dequantize, or codes and a
             biases.py)
 embedding   the integer table is looked up, then its rows' scales; the table is never made float
 activation  quantize -> dequantize, unsigned: kernels ask for one integer type in and out, and for 0 as the lowest code
-            behind a clip at 0
+            behind a clip at 0; with a range at run time: quantize, and a product of integers in place of the layer
 bias        int32 buffer on the scale of the products, so that an integer kernel adds it as it is
 clip        gone where the quantizer behind it saturates at the same codes
 """
@@ -23,7 +23,7 @@ from torch import fx
 from graphcomp.errors import PlanError
 from graphcomp.ir.graph import bind, clone, module_path, set_argument, tensor_values, value
 from graphcomp.ir.program import P
-from graphcomp.ir.rewrite import Maker, before, redirect, replace_node
+from graphcomp.ir.rewrite import Maker, become, before, redirect, replace_node
 from graphcomp.ir.run_nodes import Constants
 from graphcomp.ops.answers import clip_of, compute_of, lookup_of, move_of, operands_of
 from graphcomp.quantization import ops
@@ -65,7 +65,8 @@ class Lowered:
 
     Attributes:
         module: the lowered graph.
-        activations: name of a fake-quant node of an activation -> name of the dequantize node in its place.
+        activations: name of a fake-quant node of an activation -> name of the dequantize node in its place; of one with
+            a range at run time, of the quantize node.
         weights: name of a fake-quant node of a weight -> its integers.
         layers: what each layer is stored and fed with.
     """
@@ -84,7 +85,8 @@ class Lower:
     """Put integers in place of fake-quant nodes.
 
     Attributes:
-        pack: codes of four bits and fewer end to end; False: each in a byte.
+        pack: codes of four bits and fewer end to end; False: each in a byte, and layers with ranges at run time read
+            floats, so that ops and names of tensors are those of the float graph.
     """
 
     pack: bool = True
@@ -126,6 +128,10 @@ class _Lowering:
         for node, quantizer in found:
             if node in self.constants:
                 self._weight(node, quantizer)
+        for node, quantizer in found:
+            if quantizer.spec.dynamic:
+                self._at_run_time(node, quantizer)
+        found = [(node, quantizer) for node, quantizer in found if not quantizer.spec.dynamic]
         activations = [(node, quantizer) for node, quantizer in found if node not in self.constants]
         positive = _clipped_at_zero(self.graph, dict(found))
         signed = {quantizer for node, quantizer in activations if node not in positive}
@@ -159,15 +165,8 @@ class _Lowering:
     def _activation(self, node: fx.Node, quantizer: Quantizer, signed: bool) -> None:
         (source,) = node.args
         assert isinstance(source, fx.Node)
-        dtype = value(node).dtype
-        if dtype != torch.float32:
-            raise PlanError(
-                f"activations in {str(dtype).removeprefix('torch.')} cannot be stored as integers",
-                at=str(node.target),
-                why="integer kernels take and give float32",
-                fix="model.float(), and inputs in float32; or activation_bits=None for weights alone",
-            )
-        levels = quantizer.to_integers(torch.zeros((), dtype=dtype))
+        _check_dtype(node)
+        levels = quantizer.to_integers(torch.zeros((), dtype=value(node).dtype))
         assert isinstance(levels, Affine), "activations have evenly spaced levels"
         integers = _unsigned(levels, signed)
         numbers = (float(integers.scale), int(integers.zero_point))
@@ -180,6 +179,34 @@ class _Lowering:
         self.activations[self.fake_name[node]] = result.name
         self.scales[result] = integers
         replace_node(node, result)
+
+    def _at_run_time(self, node: fx.Node, quantizer: Quantizer) -> None:
+        """Write codes, and a product of codes in the place of each layer that reads the value."""
+        (source,) = node.args
+        assert isinstance(source, fx.Node)
+        if not self.pack:
+            replace_node(node, source)
+            return
+        _check_dtype(node)
+        make, per_token = before(node), quantizer.spec.granularity == "token"
+        codes = make(ops.quantize_dynamic, source, per_token)
+        parts = [make(operator.getitem, codes, k) for k in range(3)]
+        self.activations[self.fake_name[node]] = codes.name
+        for user in list(node.users):
+            self._product(user, parts, per_token)
+        self.graph.erase_node(node)
+
+    def _product(self, node: fx.Node, parts: list[fx.Node], per_token: bool) -> None:
+        """rows @ matrix + bias, the rows quantized at run time -> a product of integers of the same name."""
+        operands, arguments = operands_of(node), bind(node)
+        floats, make = arguments[operands.weight], before(node)
+        assert isinstance(floats, fx.Node) and floats.target in (ops.dequantize_per_channel, ops.dequantize_per_tensor)
+        codes, scale = bind(floats)["input"], bind(floats)["scales" if self.integers[floats].dim is not None else "scale"]
+        if isinstance(scale, float):
+            name = f"{self._stem(codes).removesuffix('_codes')}_scale"
+            scale = make.tensor(self.module, name, torch.tensor(scale, dtype=torch.float32))
+        bias = arguments[operands.bias] if operands.bias else None
+        become(node, ops.matmul_dynamic, *parts, codes, scale, bias, operands.out == 0, per_token)
 
     def _transformed(self, source: fx.Node, quantizer: Quantizer, make: Maker) -> fx.Node:
         """What is rounded: the value itself, but for quantizers with an exponent."""
@@ -224,6 +251,18 @@ class _Lowering:
         """The name of the parameter that a constant is made of; the node's where it is made of several."""
         read = [n for n in _ancestors(source) if n.op == "get_attr"]
         return str(read[0].target) if len(read) == 1 else source.name
+
+
+def _check_dtype(node: fx.Node) -> None:
+    """Raise PlanError where activations are in another dtype than float32."""
+    dtype = value(node).dtype
+    if dtype != torch.float32:
+        raise PlanError(
+            f"activations in {str(dtype).removeprefix('torch.')} cannot be stored as integers",
+            at=str(node.target),
+            why="integer kernels take and give float32",
+            fix="model.float(), and inputs in float32; or activation_bits=None for weights alone",
+        )
 
 
 def layers_of(fake: fx.GraphModule) -> tuple[LoweredLayer, ...]:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphcomp.quantization.dynamic import matmul_dynamic, quantize_dynamic
 from graphcomp.torch_compat import DECOMPOSED_HOMES
 
 
@@ -203,7 +204,7 @@ OF_INTEGERS = frozenset(
     {
         quantize_per_tensor, dequantize_per_tensor, dequantize_per_channel,
         torch.ops.graphcomp.unpack.default, torch.ops.graphcomp.dequantize_grouped.default,
-        LOOK_UP,
+        LOOK_UP, quantize_dynamic, matmul_dynamic,
     }
 )  # fmt: skip
 """What tells a lowered graph."""

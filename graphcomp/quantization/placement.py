@@ -33,13 +33,23 @@ from graphcomp.ops.answers import (
     rescales,
 )
 from graphcomp.quantization.sites import PREFIX, Site, names_in
-from graphcomp.quantization.spec import QuantConfig, QuantSpec, matches
+from graphcomp.quantization.spec import DYNAMIC_BITS, QuantConfig, QuantSpec, matches
 from graphcomp.quantization.wishes import Chosen, Wish, Wishes
 
 aten = torch.ops.aten
 
+ROWS = frozenset({aten.linear.default, aten.mm.default, aten.matmul.default, aten.addmm.default})
+"""Products of rows and a matrix."""
+
 FUSED = "attention in one op; QuantConfig(attention=True) writes it out"
 """Why fused attention stays float."""
+
+
+FUSED_AT_RUN_TIME = "attention in one op: products of two activations have no kernel with ranges at run time that pays"
+"""Why fused attention stays float beside layers with ranges at run time."""
+
+NAMED = 8
+"""Layers that a note names before it counts the rest."""
 
 
 @dataclass
@@ -110,11 +120,13 @@ class _Planner:
         self.constants = constants(module.graph)
         self.written = writers(module)
         self.asked_in_vain: dict[fx.Node, dict[fx.Node, None]] = {}
+        self.why_floats: dict[fx.Node, str] = {}  # op that was to read ranges at run time -> why it reads floats
         self.compute = {node: self._chosen(node) for node in module.graph.nodes if compute_of(node)}
         self.ends = self._ends()
         self.floats = self._reading_floats()
         self.readers: dict[fx.Node, dict[fx.Node, None]] = {}
         self.weights: list[_Spot] = []
+        self.at_run_time: dict[tuple[fx.Node, QuantSpec], list[fx.Node]] = {}  # value -> what reads the value
         self.left_float: dict[fx.Node, str] = {}
         self.notes: list[str] = []
         self.raised: list[str] = []  # layers with more bits than asked
@@ -136,6 +148,7 @@ class _Planner:
             spot.users.sort(key=position.__getitem__)
         self._answer_overrides()
         self.notes.extend(self._written_notes())
+        self.notes.extend(self._reading_notes())
         if self.raised:
             least = self.config.first_and_last_bits
             self.notes.append(
@@ -170,7 +183,13 @@ class _Planner:
         path = module_path(node)
         if any(matches(name, path) for name in self.ignore):
             return Chosen(None, None, named=True, ignored=True)
-        return Chosen(*self.config.specs(path), named=self.config.override(path) is not None)
+        chosen = Chosen(*self.config.specs(path), named=self.config.override(path) is not None)
+        if compute_of(node) and chosen.activations is not None and chosen.activations.dynamic:
+            why = why_not_at_run_time(node, chosen.weights, self.constants)
+            if why:
+                self.why_floats[node] = why
+                return replace(chosen, activations=None)
+        return chosen
 
     def _ends(self) -> set[fx.Node]:
         """Return the first and the last op that is quantized."""
@@ -178,8 +197,9 @@ class _Planner:
         return {inside[0], inside[-1]} if inside else set()
 
     def _reading_floats(self) -> set[fx.Node]:
-        """Return the ops that are to read floats, and the moves and clips in front of those ops."""
-        found = {node for node, chosen in self.compute.items() if chosen.activations is None}
+        """Return the ops that are to read floats, or quantize what they read, and moves and clips in front of these."""
+        specs = {node: chosen.activations for node, chosen in self.compute.items()}
+        found = {node for node, spec in specs.items() if spec is None or spec.dynamic}
         for node in reversed(self.graph.nodes):
             users = [user in found for user in node.users]
             if not users or node in self.constants:
@@ -193,7 +213,7 @@ class _Planner:
 
     def _compute(self, node: fx.Node, chosen: Chosen) -> None:
         if not chosen.any:
-            self.left_float[node] = "ignored" if chosen.ignored else "no spec"
+            self.left_float[node] = "ignored" if chosen.ignored else self.why_floats.get(node, "no spec")
             return
         if node in self.constants:
             self.left_float[node] = "depends on no input"
@@ -216,7 +236,9 @@ class _Planner:
         weights, activations = chosen.weights, chosen.activations
         for name in operands.data:
             operand = arguments[name]
-            if operand not in self.constants and activations is not None:
+            if operand not in self.constants and activations is not None and activations.dynamic:
+                self._at_run_time(operand, activations, node)
+            elif operand not in self.constants and activations is not None:
                 self._need(operand, [node])
                 self.wishes.add(operand, Wish(activations, node, chosen.named, reads=True))
             elif operand in self.constants and name != operands.weight and weights is not None:
@@ -231,6 +253,13 @@ class _Planner:
                 self.notes.append(
                     f"{self.label(node)} returns floats, as what reads them was given float inputs by name"
                 )
+
+    def _at_run_time(self, operand: fx.Node, spec: QuantSpec, user: fx.Node) -> None:
+        """Quantize a value for `user` by the range that the value has at run time."""
+        if operand in self.written:
+            self.asked_in_vain.setdefault(operand, {})[user] = None
+        else:
+            self.at_run_time.setdefault((operand, spec), []).append(user)
 
     def _weight(self, operand: fx.Node, user: fx.Node, dim: int, spec: QuantSpec) -> None:
         rank = value(operand).dim()
@@ -274,8 +303,9 @@ class _Planner:
         self._weight(table, node, 0, spec)
 
     def _fused(self, node: fx.Node) -> None:
-        if self._chosen(node).activations is not None:
-            self.left_float[node] = FUSED
+        spec = self._chosen(node).activations
+        if spec is not None:
+            self.left_float[node] = FUSED_AT_RUN_TIME if spec.dynamic else FUSED
 
     def _need(self, value_: fx.Node, users: Iterable[fx.Node]) -> None:
         """Quantize a value for those of `users` that do not read floats.
@@ -394,6 +424,8 @@ class _Planner:
                 yield _Spot(value_, together, spec, shares=self.wishes.shared(value_))
             for own, users in apart.items():
                 yield _Spot(value_, list(dict.fromkeys(users)), own, shares=(value_, own))
+        for (value_, spec), users in self.at_run_time.items():
+            yield _Spot(value_, users, spec, shares=(value_, spec))
 
     def _written_notes(self) -> Iterator[str]:
         """Name what stays float since an op writes into it."""
@@ -404,6 +436,16 @@ class _Planner:
                 named = f"what {self.label(value_)} returns"
             if named:
                 yield f"{named} stays float: {self._why_written(value_)}"
+
+    def _reading_notes(self) -> Iterator[str]:
+        """Name the layers with integer weights that read floats, as no kernel quantizes what they read at run time."""
+        by_reason: dict[str, list[str]] = {}
+        for node, why in self.why_floats.items():
+            if node not in self.left_float:
+                by_reason.setdefault(why, []).append(self.label(node))
+        for why, layers in by_reason.items():
+            more = f" and {len(layers) - NAMED} more" if len(layers) > NAMED else ""
+            yield f"{', '.join(layers[:NAMED])}{more}: weights alone are quantized, as {why}"
 
     def _why_written(self, value_: fx.Node) -> str:
         op = self.written[value_]
@@ -425,6 +467,30 @@ class _Planner:
     def label(self, node: fx.Node) -> str:
         """The name of the layer that an op belongs to, or of the op."""
         return op_label(node, self.constants)
+
+
+def why_not_at_run_time(node: fx.Node, weights: QuantSpec | None, constant: set[fx.Node]) -> str:
+    """Return why a compute op cannot read activations whose range is known at run time alone; "" where it can.
+
+    The op multiplies rows by a constant matrix of int8 with one step per column or in all.
+    """
+    operands, arguments = operands_of(node), bind(node)
+    weight = arguments[operands.weight]
+    if operands.convolution:
+        return "an integer convolution with ranges at run time takes several times as long as one in floats"
+    if weight not in constant:
+        return "a product of two activations with ranges at run time does not pay"
+    if value(weight).dim() != 2 or node.target not in ROWS:
+        return "ranges at run time are for rows times one matrix"
+    if node.target is aten.addmm.default and (arguments["beta"], arguments["alpha"]) != (1, 1):
+        return "it adds another operand by a factor"
+    if weights is None:
+        return "its weight is float, and integers are multiplied with integers"
+    if weights.granularity == "group":
+        return "weights with one step per group have no integer kernel beside ranges at run time"
+    if not weights.symmetric or weights.kind == "geta" or weights.bits > DYNAMIC_BITS:
+        return "ranges at run time need symmetric weights of 8 bits or fewer"
+    return ""
 
 
 def op_label(node: fx.Node, constant: set[fx.Node]) -> str:

@@ -327,7 +327,9 @@ def calibrate_activations(fake: fx.GraphModule, batches: Sequence[Sequence[Any]]
         CalibrationError: no batch, or one that the model does not run on, or values that are not finite.
     """
     constant = constants_with_quantizers(fake)
-    found = {node: q for node, q in quantizer_nodes(fake) if node not in constant}
+    found = {node: q for node, q in quantizer_nodes(fake) if node not in constant and not q.spec.dynamic}
+    if not found:
+        return
     observers = {q: make_observer(q.spec, q.dim, str(node.target)) for node, q in found.items()}
     if not batches:
         raise CalibrationError(

@@ -4,6 +4,7 @@ weight      dequantize -> a float parameter on the grid, and a quantizer that gi
 embedding   the rows' scales join the table, which is looked up behind its quantizer
 activation  quantize -> dequantize becomes a quantizer
 bias        a float parameter
+product     of what is quantized at run time: a quantizer, and a linear layer or a product with a matrix
 
 Clips that lowering removed stay removed: the quantizer behind a clip saturates at the same codes.
 """
@@ -19,15 +20,15 @@ from torch import Tensor, fx, nn
 
 from graphcomp.errors import PlanError
 from graphcomp.ir.graph import bind, clone, value
-from graphcomp.ir.rewrite import after, before
+from graphcomp.ir.rewrite import after, become, before
 from graphcomp.ir.run_nodes import Constants
 from graphcomp.ops.answers import lookup_of
 from graphcomp.quantization import ops
 from graphcomp.quantization.fold import drop_unread
 from graphcomp.quantization.lower import Lowered, layers_of
-from graphcomp.quantization.quantizers.make import quantizer_of
+from graphcomp.quantization.quantizers.make import make_quantizer, quantizer_of
 from graphcomp.quantization.sites import PREFIX, names_in
-from graphcomp.quantization.spec import MIN_BITS
+from graphcomp.quantization.spec import DYNAMIC, MIN_BITS, PER_TOKEN
 from graphcomp.quantization.stored import Affine, Codebook, Stored
 
 aten = torch.ops.aten
@@ -95,6 +96,8 @@ class _Raising:
         for node in nodes:
             if node.target == ops.dequantize_per_tensor and node.args[0].target == ops.quantize_per_tensor:
                 self._activation(node)
+            elif node.target is ops.quantize_dynamic:
+                self._at_run_time(node)
             elif node.target == ops.LOOK_UP:
                 node.replace_all_uses_with(self._on_grid(node.args[0], self._codebook(node), node))
             elif node.target in (ops.dequantize_per_tensor, ops.dequantize_per_channel, GROUPED):
@@ -157,6 +160,35 @@ class _Raising:
         wrapped = self._quantizer(self.names.of(source), integers, source, node)
         self.activations[wrapped.name] = self.old[node].name
         node.replace_all_uses_with(wrapped)
+
+    def _at_run_time(self, node: fx.Node) -> None:
+        """quantize_dynamic -> matmul_dynamic becomes a quantizer and layers on floats."""
+        source, per_token = node.args
+        assert isinstance(source, fx.Node)
+        target = f"{PREFIX}.{self.names.of(source)}"
+        self.module.add_submodule(target, make_quantizer(PER_TOKEN if per_token else DYNAMIC))
+        wrapped = after(source, node).submodule(target, source, val=value(source))
+        self.activations[wrapped.name] = self.old[node].name
+        products = {user for part in node.users for user in part.users}
+        for product in [own for own in self.graph.nodes if own in products]:
+            self._layer(product, wrapped)
+
+    def _layer(self, node: fx.Node, data: fx.Node) -> None:
+        """Write the layer on floats that a product of integers stands for."""
+        bound = bind(node)
+        codes, scale, bias = self.values.of(bound["weight"]), self.values.of(bound["weight_scale"]), bound["bias"]
+        low, high = self._limits(bound["weight"], codes)
+        dim = None if scale.dim() == 0 else 1 - bound["turned"]
+        weight = self._on_grid(
+            bound["weight"], Affine(codes, scale, torch.zeros_like(scale, dtype=torch.int32), low, high, dim), node
+        )
+        if bound["turned"]:
+            become(node, aten.linear.default, data, weight, *([] if bias is None else [bias]))
+        elif bias is not None and value(data).dim() == 2:
+            become(node, aten.addmm.default, bias, data, weight)
+        else:
+            assert bias is None, "rows of other ranks are multiplied without a bias"
+            become(node, aten.matmul.default, data, weight)
 
     def _weight(self, node: fx.Node, integers: Affine) -> None:
         if integers.values.dtype is torch.int32:  # a bias: on the grid of the sums, without a quantizer of its own

@@ -21,7 +21,7 @@ from graphcomp.errors import PlanError
 
 MIN_BITS, MAX_BITS = 2, 16
 
-Granularity = Literal["tensor", "channel", "group"]
+Granularity = Literal["tensor", "channel", "group", "token"]
 Kind = Literal["uniform", "geta", "ternary"]
 Observer = Literal["minmax", "percentile", "mse", "entropy"]
 
@@ -33,6 +33,9 @@ class _Default(int):
 TERNARY_BITS = 2
 """Bits that a code of three levels is stored in, and counts as."""
 
+DYNAMIC_BITS = 8
+"""Bits of activations whose ranges are known at run time alone: integer kernels have one width for these."""
+
 
 @dataclass(frozen=True)
 class QuantSpec:
@@ -41,13 +44,16 @@ class QuantSpec:
     Attributes:
         bits: 2 to 16; 8 by default. Of kind "ternary": 2, which is the default there, and what the codes are stored in.
         symmetric: levels -(2^(bits-1) - 1) … 2^(bits-1) - 1 about 0; else 0 … 2^bits - 1 with a zero point.
-        granularity: one step per tensor, per output channel, or per `group_size` input indices of each channel.
+        granularity: one step per tensor, per output channel, or per `group_size` input indices of each channel; of
+            activations with ranges at run time also "token": one step per row of the last dim.
         group_size: input indices per step, for granularity "group".
         kind: "uniform" (a step, LSQ; with a zero point, LSQ+), "geta" (step and range; symmetric, per tensor), or
             "ternary" for weights: -s, 0 and s (TWN); not symmetric: -n, 0 and p (TTQ), stored as codes and a table.
         observer: how the first range is read off data.
         learn_exponent: kind "geta" learns an exponent, too, so that levels need not be evenly spaced. Integer kernels
             can read weights so quantized, but no activations.
+        dynamic: of activations: the range is that of the values at hand, at run time, and needs no data. 8 bits; per
+            tensor with a zero point, or per token, symmetric.
     """
 
     bits: int = _Default(8)
@@ -57,6 +63,7 @@ class QuantSpec:
     kind: Kind = "uniform"
     observer: Observer = "minmax"
     learn_exponent: bool = False
+    dynamic: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, _Default):
@@ -64,7 +71,7 @@ class QuantSpec:
         check_bits(self.bits)
         for name, words in (("granularity", Granularity), ("kind", Kind), ("observer", Observer)):
             check_word(name, getattr(self, name), get_args(words))
-        for name in ("symmetric", "learn_exponent"):
+        for name in ("symmetric", "learn_exponent", "dynamic"):
             check_flag(name, getattr(self, name))
         check_whole("group_size", self.group_size, 0)
         if (self.granularity == "group") != (self.group_size > 0):
@@ -81,6 +88,8 @@ class QuantSpec:
             )
         if self.kind == "ternary":
             self._check_ternary()
+        if self.dynamic or self.granularity == "token":
+            self._check_dynamic()
         if self.learn_exponent and self.kind != "geta":
             raise PlanError(
                 f"learn_exponent=True with kind={self.kind!r}",
@@ -95,6 +104,18 @@ class QuantSpec:
                 why=f"got bits={self.bits}, granularity={self.granularity!r}, observer={self.observer!r}; thresholds "
                 "and scales follow from the mean magnitude",
                 fix='QuantSpec(kind="ternary", granularity="channel")',
+            )
+
+    def _check_dynamic(self) -> None:
+        """Raise PlanError where no kernel has such ranges at run time."""
+        forms = (("tensor", False), ("token", True))
+        same = (self.bits, self.kind, self.observer) == (DYNAMIC_BITS, "uniform", "minmax")
+        if not self.dynamic or not same or (self.granularity, self.symmetric) not in forms:
+            raise PlanError(
+                "ranges at run time must have 8 bits, per tensor with a zero point or per token and symmetric",
+                why=f"got bits={self.bits}, granularity={self.granularity!r}, symmetric={self.symmetric}, "
+                f"kind={self.kind!r}, observer={self.observer!r}, dynamic={self.dynamic}",
+                fix='QuantSpec(symmetric=False, dynamic=True), or QuantSpec(granularity="token", dynamic=True)',
             )
 
     @property
@@ -131,6 +152,8 @@ def check_bits(bits: Any, name: str = "bits") -> int:
 WEIGHTS = QuantSpec(8, symmetric=True, granularity="channel")
 ACTIVATIONS = QuantSpec(8, symmetric=False)
 TABLES = QuantSpec(8, symmetric=True, granularity="channel")
+DYNAMIC = QuantSpec(8, symmetric=False, dynamic=True)
+PER_TOKEN = QuantSpec(8, granularity="token", dynamic=True)
 
 
 @dataclass(frozen=True)
@@ -164,6 +187,8 @@ class QuantConfig:
         for name in ("weights", "activations", "embeddings"):
             _check_spec(name, getattr(self, name))
         _check_no_ternary("activations", self.activations)
+        for name in ("weights", "embeddings"):
+            _check_static(name, getattr(self, name))
         if self.embeddings is not None and self.embeddings.tabled:
             raise PlanError(
                 "ternary embeddings must be symmetric, got symmetric=False",
@@ -182,6 +207,20 @@ class QuantConfig:
             for spec in specs:
                 _check_spec(f"overrides[{shown(key)}]", spec)
             _check_no_ternary(f"activations of overrides[{shown(key)}]", specs[1])
+            _check_static(f"weights of overrides[{shown(key)}]", specs[0])
+
+    @property
+    def reads_ranges(self) -> bool:
+        """Whether ranges of activations are read off data."""
+        return any(spec is not None and not spec.dynamic for spec in self._of_activations())
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether activations have ranges at run time."""
+        return any(spec is not None and spec.dynamic for spec in self._of_activations())
+
+    def _of_activations(self) -> tuple[QuantSpec | None, ...]:
+        return (self.activations, *(activations for _, activations in self.overrides.values()))
 
     def specs(self, module_path: str) -> tuple[QuantSpec | None, QuantSpec | None]:
         """The specs of weights and activations for an op that the module at `module_path` makes."""
@@ -217,6 +256,16 @@ def _check_no_ternary(name: str, spec: QuantSpec | None) -> None:
             f"{name} cannot be ternary",
             why="thresholds and scales follow from the values of a weight",
             fix='QuantConfig(weights=QuantSpec(kind="ternary")), with activations=None or as by default',
+        )
+
+
+def _check_static(name: str, spec: QuantSpec | None) -> None:
+    """Raise PlanError where a spec of constants has ranges at run time."""
+    if spec is not None and spec.dynamic:
+        raise PlanError(
+            f"{name} cannot have ranges at run time, got dynamic=True",
+            why="the values are constant",
+            fix="QuantConfig(weights=QuantSpec(8), activations=QuantSpec(symmetric=False, dynamic=True))",
         )
 
 

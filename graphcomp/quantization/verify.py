@@ -18,12 +18,15 @@ from graphcomp.ir.graph import bind
 from graphcomp.ir.program import P
 from graphcomp.ir.run_nodes import run_tapped
 from graphcomp.numerics.compare import relative_error
+from graphcomp.quantization.dynamic import quantize_dynamic
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.lower import FAKE, Lowered
 from graphcomp.torch_compat import pytree
 
 LAW = "integers == fake-quant, in steps"
 STEPS_ALLOWED = 1.0
+Codes = tuple[Tensor, Tensor, Tensor]
+"""What is quantized at run time: codes, scale and zero point."""
 _ROUNDING = 1e-3  # of a step: what a product of two float32 may be off
 
 
@@ -76,12 +79,17 @@ def check_lowering(fake: fx.GraphModule, lowered: Lowered, flat_inputs: Sequence
         VerificationError: a weight differs, or an activation by more than a step.
     """
     quantizers, values = dict(quantizer_nodes(fake)), dict[str, Tensor]()
+    sources = {node.all_input_nodes[0]: node for node, own in quantizers.items() if own.spec.dynamic}
+    codes: dict[str, Codes] = {}
 
     def keep(node: fx.Node, found: Any) -> None:
         if node in quantizers:
             values[node.name] = found
+        if node in sources:
+            own = sources[node]
+            codes[own.name] = quantize_dynamic(found, quantizers[own].spec.granularity == "token")
 
-    follow = _Follow(lowered, values)
+    follow = _Follow(lowered, values, codes)
     expected = run_tapped(fake, flat_inputs, see=keep)
     actual = run_tapped(lowered.module, flat_inputs, instead=follow)
     weights, worst = 0.0, ""
@@ -104,25 +112,33 @@ def check_lowering(fake: fx.GraphModule, lowered: Lowered, flat_inputs: Sequence
 
 
 class _Follow:
-    """Compares each dequantized activation of a lowered graph, and goes on with the other graph's."""
+    """Compares each dequantized activation of a lowered graph, and goes on with the other graph's.
 
-    def __init__(self, lowered: Lowered, expected: dict[str, Tensor]) -> None:
+    Of activations with ranges at run time, the codes are followed: `codes` are those of what the other graph quantized.
+    """
+
+    def __init__(self, lowered: Lowered, expected: dict[str, Tensor], codes: dict[str, Codes]) -> None:
         self.fake_of = {name: fake for fake, name in lowered.activations.items()}
-        self.expected = expected
+        self.expected, self.codes = expected, codes
         self.steps, self.where = 0.0, ""
 
     def __call__(self, node: fx.Node, result: Any) -> Any:
         if node.name not in self.fake_of:
             return result
-        expected = self.expected[self.fake_of[node.name]]
-        scale = bind(node)["scale"]
+        fake = self.fake_of[node.name]
+        expected, following = self.expected[fake], self.codes.get(fake)
+        if following is None:
+            scale, following = bind(node)["scale"], expected
+        else:
+            found, own, zero = result
+            result, scale = (found.float() - zero) * own, following[1].double()
         # float32 holds the code 40000 to within 0.004, so that one code apart may look like a little more
         lost = 4 * torch.finfo(torch.float32).eps * expected.double().abs()
-        beyond = ((result.double() - expected.double()).abs() - lost).clamp(min=0)
-        steps = float(beyond.max()) / scale if expected.numel() else 0.0
+        beyond = ((result.double() - expected.double()).abs() - lost).clamp(min=0) / scale
+        steps = float(beyond.max()) if expected.numel() else 0.0
         if not steps <= self.steps:
             self.steps, self.where = steps, node.name
-        return expected
+        return following
 
 
 def _output_error(expected: Any, actual: Any) -> float:

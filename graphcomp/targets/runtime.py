@@ -19,6 +19,7 @@ from graphcomp.cost import Latency
 from graphcomp.errors import ExportError, first_line
 from graphcomp.ir.module import tensor_leaves
 from graphcomp.numerics.compare import floating_tensors, tolerance_of
+from graphcomp.quantization.dynamic import HIGHEST, quantize_dynamic
 from graphcomp.quantization.ops import dequantize_per_tensor, quantize_per_tensor
 from graphcomp.targets.onnxruntime.export import need
 from graphcomp.targets.pt2 import in_eval_mode
@@ -246,6 +247,7 @@ def output_steps(module: nn.Module, computed: list[Tensor]) -> list[float]:
     if not isinstance(module, fx.GraphModule):
         return [_rounding(output) for output in computed]
     codes = [_levels(node) for node in module.graph.find_nodes(op="call_function", target=quantize_per_tensor)]
+    codes += [HIGHEST for _ in module.graph.find_nodes(op="call_function", target=quantize_dynamic)]
     results = [r for r in pytree.tree_leaves(module.graph.output_node().args[0]) if _is_tensor(r)]
     found = []
     for k, output in enumerate(computed):

@@ -10,6 +10,7 @@ from torch import nn
 from graphcomp.quantization.quantizers.affine import AffineQuantizer
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.codebook import CodebookQuantizer
+from graphcomp.quantization.quantizers.dynamic import DynamicQuantizer
 from graphcomp.quantization.quantizers.geta import GetaQuantizer
 from graphcomp.quantization.quantizers.symmetric import SymmetricQuantizer
 from graphcomp.quantization.quantizers.ternary import TernaryQuantizer
@@ -28,6 +29,8 @@ def make_quantizer(spec: QuantSpec, *, shape: Sequence[int] | None = None, dim: 
     Raises:
         PlanError: the spec's granularity does not fit `shape` and `dim`.
     """
+    if spec.dynamic:
+        return DynamicQuantizer(spec)
     if spec.kind == "geta":
         return GetaQuantizer(spec)
     if spec.kind == "ternary":

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from graphcomp.quantization import ops
+from graphcomp.quantization.dynamic import MIDDLE, SMALLEST
 
 DOMAIN = "graphcomp"
 UNPACK, GROUPED, WIDE, LOOK_UP = "Unpack", "DequantizeGrouped", "DequantizeDouble", "LookUp"
@@ -133,7 +134,29 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
     def look_up(values, table, axis: int = -1):  # type: ignore[no-untyped-def]
         return look_up_op(values, table, axis=-1 if axis is None else axis)  # -1: one table for all
 
+    def quantize_dynamic(x, per_token: bool):  # type: ignore[no-untyped-def]
+        if not per_token:
+            return op.DynamicQuantizeLinear(x)
+        steps, middle = constant(MIDDLE - 1, DataType.FLOAT), constant(MIDDLE, DataType.FLOAT)
+        last = op.Constant(value_ints=[-1])
+        scale = op.Div(op.ReduceMax(op.Abs(x), last, keepdims=1), steps)
+        empty = op.Equal(scale, constant(0, DataType.FLOAT))
+        scale = op.Where(empty, constant(1, DataType.FLOAT), op.Max(scale, constant(SMALLEST, DataType.FLOAT)))
+        codes = op.Cast(op.Add(op.Round(op.Div(x, scale)), middle), to=DataType.UINT8)
+        return codes, scale, constant(MIDDLE, DataType.UINT8)
+
+    def matmul_dynamic(codes, scale, zero_point, weight, weight_scale, bias, turned: bool, per_token: bool):  # type: ignore[no-untyped-def]
+        matrix = op.Transpose(weight, perm=[1, 0]) if turned else weight
+        sums = op.Cast(op.MatMulInteger(codes, matrix, zero_point), to=DataType.FLOAT)
+        if per_token:
+            found = op.Mul(op.Mul(sums, scale), weight_scale)
+        else:  # in the form that onnxruntime makes one kernel of
+            found = op.Mul(sums, op.Mul(scale, weight_scale))
+        return found if bias is None else op.Add(found, bias)
+
     return {
+        ops.quantize_dynamic: quantize_dynamic,
+        ops.matmul_dynamic: matmul_dynamic,
         ops.quantize_per_tensor: quantize_per_tensor,
         ops.dequantize_per_tensor: dequantize_per_tensor,
         ops.dequantize_per_channel: dequantize_per_channel,
