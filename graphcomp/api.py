@@ -223,9 +223,9 @@ def compress(
     """
     check_options(
         example_kwargs=example_kwargs, sparsity=sparsity, activation_bits=activation_bits, activations=activations,
-        group_size=group_size, rounding=rounding, reduce_range=reduce_range, quantization=quantization, method=method, data=data, loss=loss,
-        folder=folder, training=training, saliency=saliency, ranking=ranking, repair=repair, prune=prune,
-        round_to=round_to, budget=budget, prefer_native=prefer_native, outputs=outputs, verify=verify,
+        group_size=group_size, rounding=rounding, reduce_range=reduce_range, quantization=quantization, method=method,
+        data=data, loss=loss, folder=folder, training=training, saliency=saliency, ranking=ranking, repair=repair,
+        prune=prune, round_to=round_to, budget=budget, prefer_native=prefer_native, outputs=outputs, verify=verify,
         measure_latency=measure_latency, progress=progress, seed=seed,
     )  # fmt: skip
     scope = _scope(model, scope)

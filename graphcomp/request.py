@@ -157,7 +157,8 @@ CHECKS: dict[str, Check] = {
 
 REQUIRED = frozenset(
     {
-        "trust", "analysis", "plan", "model", "activations", "group_size", "rounding", "reduce_range", "path", "ranking",
+        "trust", "analysis", "plan", "model", "activations", "group_size", "rounding", "reduce_range", "path",
+        "ranking",
         "round_to", "verify", "measure_latency", "progress", "seed", "learn_exponent", "recompute",
         "prefer_native", "logits",
     }

@@ -53,6 +53,7 @@ from graphcomp.torch_compat import (
     forget_source_with,
     get_unwrapped,
     inside_wrapper,
+    int_mm,
     is_batchedtensor,
     is_functorch_wrapped_tensor,
     is_legacy_batchedtensor,
@@ -238,6 +239,15 @@ def test_add_takes_numbers_as_tensors_and_relu_does_not():
 
 
 # ------------------------------------------------------------------------------------------------ fake tensors
+def test_int_mm_multiplies_codes_of_eight_bits_to_exact_sums():
+    rows = torch.randint(-128, 128, (3, 300), dtype=torch.int8)
+    for matrix in (torch.randint(-128, 128, (300, 5), dtype=torch.int8), torch.ones(5, 300, dtype=torch.int8).t()):
+        found = int_mm(rows, matrix)
+        assert found.dtype is torch.int32
+        assert torch.equal(found.to(torch.int64), rows.to(torch.int64) @ matrix.to(torch.int64))
+    assert int_mm(rows[:1], matrix).shape == (1, 5)
+
+
 def test_fake_tensors_know_shapes_dtypes_and_devices_without_data():
     mode = FakeTensorMode()
     weight = mode.from_tensor(torch.ones(3, 4))

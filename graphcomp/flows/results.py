@@ -182,8 +182,8 @@ def post_training(
 ) -> PostTraining | None:
     """The options that `compress` was given one by one; None where nothing is to be quantized.
 
-    `observer` is how ranges of weights and activations are read off data. `calibrated` says whether calibration data are
-    given: without any, biases beside ranges at run time stay as they are.
+    `observer` is how ranges of weights and activations are read off data. Biases beside ranges at run time stay as they
+    are where no calibration data are given (`calibrated`).
 
     Raises:
         PlanError: bits outside 2 to 16, or options of a quantization that was not asked for.

@@ -145,5 +145,5 @@ matmul_dynamic = _define(
     _matmul,
     _product_shapes,
 )
-"""Codes (…, i), scale and zero point as of `quantize_dynamic`; weight (i, o) int8, or (o, i) where turned; its scale () or
-(o,); bias (o,) or None -> (…, o) in the dtype of the weight's scale."""
+"""Codes (…, i), scale and zero point as of `quantize_dynamic`; weight (i, o) int8, or (o, i) where turned; scale of the
+weight () or (o,); bias (o,) or None -> (…, o) in the dtype of the weight's scale."""

@@ -29,7 +29,7 @@ from graphcomp.ir.graph import bound, is_op
 from graphcomp.ir.run_nodes import Instead, compute_node, run_tapped
 from graphcomp.numerics.compare import relative_error
 from graphcomp.ops.answers import clip_of, compute_of, move_of, operands_of
-from graphcomp.quantization import ops
+from graphcomp.quantization import dynamic, ops
 from graphcomp.quantization.lower import INT32_MAX
 from graphcomp.quantization.placement import (
     padded_with,
@@ -123,7 +123,7 @@ class IntegerInterpreter:
     def _compute(self, module: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if node.target in DEQUANTIZE:
             return DEQUANTIZE[node.target](bound(node.target, args, kwargs))
-        if node.target is ops.matmul_dynamic:
+        if node.target is dynamic.matmul_dynamic:
             self.in_integers.append(node.name)
             return _products_at_run_time(node, bound(node.target, args, kwargs))
         picks = node.op == "call_function" and not is_op(node)  # an item of several values
@@ -225,7 +225,7 @@ def _products_at_run_time(node: fx.Node, a: dict[str, Any]) -> Tensor:
     rows = a["codes"].double() - a["zero_point"].double()
     sums = rows @ (weight.mT if a["turned"] else weight)
     _check_int32(node, sums)
-    found = sums * a["scale"].double() * a["weight_scale"].double()
+    found: Tensor = sums * a["scale"].double() * a["weight_scale"].double()
     found = found if a["bias"] is None else found + a["bias"].double()
     return found.to(a["weight_scale"].dtype)
 
@@ -355,7 +355,7 @@ def check_integers(module: fx.GraphModule, flat_inputs: Sequence[Any]) -> Intege
     codes: dict[str, Any] = {}
 
     def keep(node: fx.Node, found: Any) -> None:
-        if node.target in (ops.quantize_per_tensor, ops.quantize_dynamic):
+        if node.target in (ops.quantize_per_tensor, dynamic.quantize_dynamic):
             codes[node.name] = found
 
     follow, interpreter = _Follow(codes), IntegerInterpreter(module)

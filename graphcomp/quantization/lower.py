@@ -26,7 +26,7 @@ from graphcomp.ir.program import P
 from graphcomp.ir.rewrite import Maker, become, before, redirect, replace_node
 from graphcomp.ir.run_nodes import Constants
 from graphcomp.ops.answers import clip_of, compute_of, lookup_of, move_of, operands_of
-from graphcomp.quantization import ops
+from graphcomp.quantization import dynamic, ops
 from graphcomp.quantization.biases import biased_layers
 from graphcomp.quantization.fold import drop_unread
 from graphcomp.quantization.insert import quantizer_nodes
@@ -189,7 +189,7 @@ class _Lowering:
             return
         _check_dtype(node)
         make, per_token = before(node), quantizer.spec.granularity == "token"
-        codes = make(ops.quantize_dynamic, source, per_token)
+        codes = make(dynamic.quantize_dynamic, source, per_token)
         parts = [make(operator.getitem, codes, k) for k in range(3)]
         self.activations[self.fake_name[node]] = codes.name
         for user in list(node.users):
@@ -201,12 +201,15 @@ class _Lowering:
         operands, arguments = operands_of(node), bind(node)
         floats, make = arguments[operands.weight], before(node)
         assert isinstance(floats, fx.Node) and floats.target in (ops.dequantize_per_channel, ops.dequantize_per_tensor)
-        codes, scale = bind(floats)["input"], bind(floats)["scales" if self.integers[floats].dim is not None else "scale"]
+        codes, scale = (
+            bind(floats)["input"],
+            bind(floats)["scales" if self.integers[floats].dim is not None else "scale"],
+        )
         if isinstance(scale, float):
             name = f"{self._stem(codes).removesuffix('_codes')}_scale"
             scale = make.tensor(self.module, name, torch.tensor(scale, dtype=torch.float32))
         bias = arguments[operands.bias] if operands.bias else None
-        become(node, ops.matmul_dynamic, *parts, codes, scale, bias, operands.out == 0, per_token)
+        become(node, dynamic.matmul_dynamic, *parts, codes, scale, bias, operands.out == 0, per_token)
 
     def _transformed(self, source: fx.Node, quantizer: Quantizer, make: Maker) -> fx.Node:
         """What is rounded: the value itself, but for quantizers with an exponent."""

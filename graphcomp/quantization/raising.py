@@ -20,10 +20,10 @@ from torch import Tensor, fx, nn
 
 from graphcomp.errors import PlanError
 from graphcomp.ir.graph import bind, clone, value
-from graphcomp.ir.rewrite import after, become, before
+from graphcomp.ir.rewrite import after, before
 from graphcomp.ir.run_nodes import Constants
 from graphcomp.ops.answers import lookup_of
-from graphcomp.quantization import ops
+from graphcomp.quantization import dynamic, ops
 from graphcomp.quantization.fold import drop_unread
 from graphcomp.quantization.lower import Lowered, layers_of
 from graphcomp.quantization.quantizers.make import make_quantizer, quantizer_of
@@ -96,7 +96,7 @@ class _Raising:
         for node in nodes:
             if node.target == ops.dequantize_per_tensor and node.args[0].target == ops.quantize_per_tensor:
                 self._activation(node)
-            elif node.target is ops.quantize_dynamic:
+            elif node.target is dynamic.quantize_dynamic:
                 self._at_run_time(node)
             elif node.target == ops.LOOK_UP:
                 node.replace_all_uses_with(self._on_grid(node.args[0], self._codebook(node), node))
@@ -182,13 +182,14 @@ class _Raising:
         weight = self._on_grid(
             bound["weight"], Affine(codes, scale, torch.zeros_like(scale, dtype=torch.int32), low, high, dim), node
         )
+        arguments: tuple[Any, ...] = (data, weight)
         if bound["turned"]:
-            become(node, aten.linear.default, data, weight, *([] if bias is None else [bias]))
-        elif bias is not None and value(data).dim() == 2:
-            become(node, aten.addmm.default, bias, data, weight)
+            node.target, arguments = aten.linear.default, (*arguments, *([] if bias is None else [bias]))
+        elif bias is None:
+            node.target = aten.matmul.default
         else:
-            assert bias is None, "rows of other ranks are multiplied without a bias"
-            become(node, aten.matmul.default, data, weight)
+            node.target, arguments = aten.addmm.default, (bias, *arguments)
+        node.args, node.kwargs = arguments, {}
 
     def _weight(self, node: fx.Node, integers: Affine) -> None:
         if integers.values.dtype is torch.int32:  # a bias: on the grid of the sums, without a quantizer of its own

@@ -126,12 +126,12 @@ class _Follow:
         if node.name not in self.fake_of:
             return result
         fake = self.fake_of[node.name]
-        expected, following = self.expected[fake], self.codes.get(fake)
-        if following is None:
-            scale, following = bind(node)["scale"], expected
-        else:
+        expected, following = self.expected[fake], self.codes.get(fake, self.expected[fake])
+        if isinstance(following, tuple):
             found, own, zero = result
             result, scale = (found.float() - zero) * own, following[1].double()
+        else:
+            scale = bind(node)["scale"]
         # float32 holds the code 40000 to within 0.004, so that one code apart may look like a little more
         lost = 4 * torch.finfo(torch.float32).eps * expected.double().abs()
         beyond = ((result.double() - expected.double()).abs() - lost).clamp(min=0) / scale

@@ -26,6 +26,7 @@ GIVEN: dict[str, Any] = {
     "ranking": {"ranking": "local"},
     "prefer_native": {"prefer_native": False},
     "activation_bits": {"activation_bits": 6},
+    "activations": {"activations": "dynamic"},
     "calibration": {"calibration": [3 * X]},
     "group_size": {"group_size": 4},
     "rounding": {"rounding": "second_order", "calibration": [X]},
@@ -86,11 +87,11 @@ def test_the_tables_hold_every_option_of_compress():
 
 
 REFUSED = {
-    "geta": {"ranking", "group_size", "rounding", "reduce_range", "quantization"},
+    "geta": {"ranking", "activations", "group_size", "rounding", "reduce_range", "quantization"},
     "hesso": OPTIONS.keys() - UNITS - {"prefer_native"},
-    "qat": {*UNITS, "ranking"},
+    "qat": {*UNITS, "ranking", "activations"},
     "psgd": OPTIONS.keys() - {"prefer_native"},
-    "pqk": {*UNITS, "ranking"},
+    "pqk": {*UNITS, "ranking", "activations"},
     "ternary": OPTIONS.keys() - {"prefer_native"},
     "own": OPTIONS.keys() - {"prefer_native"},
     "oneshot": set(),

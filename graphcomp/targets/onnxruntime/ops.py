@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from graphcomp.quantization import ops
+from graphcomp.quantization import dynamic, ops
 from graphcomp.quantization.dynamic import MIDDLE, SMALLEST
 
 DOMAIN = "graphcomp"
@@ -148,15 +148,13 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
     def matmul_dynamic(codes, scale, zero_point, weight, weight_scale, bias, turned: bool, per_token: bool):  # type: ignore[no-untyped-def]
         matrix = op.Transpose(weight, perm=[1, 0]) if turned else weight
         sums = op.Cast(op.MatMulInteger(codes, matrix, zero_point), to=DataType.FLOAT)
-        if per_token:
-            found = op.Mul(op.Mul(sums, scale), weight_scale)
-        else:  # in the form that onnxruntime makes one kernel of
-            found = op.Mul(sums, op.Mul(scale, weight_scale))
-        return found if bias is None else op.Add(found, bias)
+        # one range per tensor in the form that onnxruntime makes one kernel of
+        first = [op.Mul(sums, scale), weight_scale] if per_token else [sums, op.Mul(scale, weight_scale)]
+        return op.Mul(*first) if bias is None else op.Add(op.Mul(*first), bias)
 
     return {
-        ops.quantize_dynamic: quantize_dynamic,
-        ops.matmul_dynamic: matmul_dynamic,
+        dynamic.quantize_dynamic: quantize_dynamic,
+        dynamic.matmul_dynamic: matmul_dynamic,
         ops.quantize_per_tensor: quantize_per_tensor,
         ops.dequantize_per_tensor: dequantize_per_tensor,
         ops.dequantize_per_channel: dequantize_per_channel,

@@ -69,6 +69,8 @@ def finish(model: ir.Model) -> None:
     model.opset_imports.pop(DOMAIN, None)
     for node in _nodes(model, "DequantizeLinear"):
         _widen_for_integer_kernels(model.graph, node)
+    for node in _nodes(model, "MatMulInteger"):
+        _widen_for_products(model.graph, node)
     write_out_unfusable(model)
     _share_weights(model.graph)
     fold_pads(model)
@@ -422,6 +424,10 @@ def _transpose_weight(graph: ir.Graph, node: ir.Node) -> None:
     """
     value = node.inputs[0]
     source = value.producer() if value is not None else None
+    if value is not None and value.const_value is not None and _of_products(node) and len(value.uses()) == 1:
+        turned = _turned(graph, value, list(node.attributes["perm"].as_ints()))
+        node.outputs[0].replace_all_uses_with(turned)
+        return
     if source is None or source.op_type != "DequantizeLinear":
         return
     codes, scales = source.inputs[:2]
@@ -443,6 +449,26 @@ def _transpose_weight(graph: ir.Graph, node: ir.Node) -> None:
     attributes["axis"] = order.index(int(attributes.get("axis", 1)) % len(order)) if len(order) > 0 else 0
     result = tape.op("DequantizeLinear", inputs, attributes)
     _insert(node, tape, result, source.outputs[0].dtype, fresh.shape)
+
+
+def _of_products(node: ir.Node) -> bool:
+    """Whether products of integers alone read what a node returns."""
+    users = [user.op_type for user, _ in node.outputs[0].uses()]
+    return bool(users) and set(users) == {"MatMulInteger"}
+
+
+def _widen_for_products(graph: ir.Graph, node: ir.Node) -> None:
+    """Put a Cast to INT8 between four-bit codes and the product of integers that reads the codes."""
+    import onnx_ir as ir
+
+    codes = node.inputs[1]
+    if codes is None or codes.dtype != ir.DataType.INT4:
+        return
+    tape = _tape()
+    widened = tape.op("Cast", [codes], {"to": ir.DataType.INT8})
+    widened.dtype, widened.shape = ir.DataType.INT8, codes.shape
+    graph.insert_before(node, tape.nodes)
+    node.replace_input_with(1, widened)
 
 
 def _turned(graph: ir.Graph, value: ir.Value, order: Sequence[int]) -> ir.Value:
