@@ -18,6 +18,7 @@ from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import CalibrationError, CaptureError, InputError, NothingToPrune, PlanError
 from graphcomp.flows.finalize import as_trained
 from graphcomp.flows.held import equal_counts, held_by_class
+from graphcomp.flows.mixed import check_bit_budget, choose_layer_bits
 from graphcomp.flows.one_shot import cut_groups, cut_to_integers
 from graphcomp.flows.repaired import cut_again, flat_batches, repaired
 from graphcomp.flows.results import (
@@ -150,7 +151,9 @@ def compress(
             modules make which the name or pattern matches, the last match counting; other modules keep their width.
             Default: 0.5, where the method prunes.
         bits: of weights and activations, 2 to 16; None: no quantization. One-shot, the first and the last layer get 8
-            at least. In training also a range, (4, 8): each layer ends with bits of its own.
+            at least. Or a range, (4, 8): each layer ends with bits of its own. In training they are learned. One-shot
+            they are chosen within `budget`, on bytes or bit operations, by the error that each layer's rounding makes
+            in the outputs; units go by `sparsity` then, by default none.
         activation_bits: where they differ from `bits`, in training also a range; None: weights only, activations stay
             float.
         activations: "static": ranges of activations are read off data. "dynamic": ranges are those of the values at
@@ -324,7 +327,11 @@ def compress(
         for trained, own in zip(trained_model.modules(), model.modules(), strict=True):
             trained.training = own.training
         return into_whole(trained_model, small, ready.session.plan.captured, example)
-    _check_one_shot(bits, activation_bits, training)
+    _check_one_shot(activation_bits, training)
+    limits = _range(bits) if isinstance(bits, (tuple, list)) else None
+    if limits is not None:
+        check_bit_budget(limits, budget)
+    bit_budget, budget = (None, budget) if limits is None else (budget, None)
     if sparsity is not None and budget is not None:
         raise PlanError(
             f"sparsity={sparsity!r} beside a budget",
@@ -333,9 +340,11 @@ def compress(
         )
     if quantization is not None:
         _check_alone(bits, activation_bits, group_size, rounding, reduce_range, activations)
+    bits = bits if limits is None else limits[1]
     if calibration is not None and bits is None and quantization is None:
         _check_read(repair is not None, ranking, zeros)
-    sparsity, saliency = 0.5 if sparsity is None else sparsity, saliency or "l2"
+    sparsity = (0.5 if limits is None else 0.0) if sparsity is None else sparsity
+    saliency = saliency or "l2"
     quantization = quantization or post_training(
         bits, activation_bits, group_size, rounding, ignore, reduce_range,
         activations=activations, calibrated=calibration is not None,
@@ -401,6 +410,13 @@ def compress(
                 before = before and repaired(before, rows or [], verify=False)
                 batches, said = calibrating(analysis.captured, quantization, None if calibration is None else rows)
                 plan = analysis if before is None else before.plan
+                if limits is not None and bit_budget is not None:
+                    bar.step("choosing bits")
+                    floats = before or cut_groups(plan, kept, groups, verify=False)
+                    quantization, chosen = choose_layer_bits(
+                        floats, quantization, limits, bit_budget, batches, activations=activation_bits == "same"
+                    )
+                    notes.append(chosen)
                 cut, integers = cut_to_integers(plan, kept, groups, quantization, batches, verify=verify)
                 cut = cut if before is None else cut.after(before)
                 said = (*said, *integers.notes_since(cut.program))
@@ -777,13 +793,14 @@ def _training(training: Training | None, **short: Any) -> Training | None:
 
 
 # ------------------------------------------------------------------------------------------------ checks of arguments
-def _check_one_shot(bits: Any, activation_bits: Any, training: Training | None) -> None:
-    for name, asked in (("bits", bits), ("activation_bits", activation_bits)):
-        if isinstance(asked, (tuple, list)):
-            raise PlanError(
-                f"{name}={asked!r}: bits between two bounds are learned in training",
-                fix=f"{name}={asked[-1] if asked else 8}, or data=loader, loss=lambda output, batch: …, epochs=10",
-            )
+def _check_one_shot(activation_bits: Any, training: Training | None) -> None:
+    if isinstance(activation_bits, (tuple, list)):
+        raise PlanError(
+            f"activation_bits={activation_bits!r}: bits between two bounds are learned in training",
+            why='in one shot, with bits=(4, 8), activations have the bits of the layer ("same"), or one number of bits',
+            fix=f"activation_bits={activation_bits[-1] if activation_bits else 8}, or data=loader, "
+            "loss=lambda output, batch: …, epochs=10",
+        )
     if training is not None:
         raise PlanError(
             'method="oneshot" does not train, and a training is asked for',

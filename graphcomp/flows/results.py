@@ -312,6 +312,13 @@ def planned_bytes(plan: Analysis, options: PostTraining, bits: Mapping[str | fx.
     Args:
         bits: what `planned_bits` gave.
     """
+    stored = stored_bytes(plan, options)
+    by_op = {node.name: own for node, own in bits.items() if isinstance(node, fx.Node)}
+    return lambda counts: stored(counts, by_op)
+
+
+def stored_bytes(plan: Analysis, options: PostTraining) -> StoredBytes:
+    """Bytes of what quantizing will store, by the number of units that stay, and the bits of each op."""
     config, group_size = options.config, 0
     if config.weights is not None and config.weights.granularity == "group":
         # which inputs make a group is settled when the others are gone: the graph is planned with a step per row
@@ -319,9 +326,7 @@ def planned_bytes(plan: Analysis, options: PostTraining, bits: Mapping[str | fx.
         rows = replace(config.weights, granularity="channel", group_size=0)
         options = replace(options, config=replace(config, weights=rows))
     lowered = applied(plan.captured, *planning(options)).module
-    stored = StoredBytes(plan, lowered, group_size)
-    by_op = {node.name: own for node, own in bits.items() if isinstance(node, fx.Node)}
-    return lambda counts: stored(counts, by_op)
+    return StoredBytes(plan, lowered, group_size)
 
 
 def _bits_by_node(costs: CostModel, layers: Sequence[LoweredLayer]) -> dict[str | fx.Node, Bits]:

@@ -508,6 +508,23 @@ def _put_back(ranking: Ranking, count: int, left: list[int], meter: Meter) -> No
             full[group] = True
 
 
+def originals(costs: CostModel) -> dict[str, int]:
+    """Return each cost of the float network."""
+    return {
+        "params": costs.params(),
+        "macs": costs.macs(),
+        "bops": Bops(costs).layers(),
+        "bytes": costs.bytes(),
+    }
+
+
+def limits_of(costs: CostModel, budget: Budget) -> dict[str, float]:
+    """Return each limit of a budget in the units of the cost."""
+    whole = originals(costs)
+    given = budget.limits().items()
+    return {n: value * whole[n] if isinstance(value, float) and value <= 1 else value for n, value in given}
+
+
 class Meter:
     """Whether a choice is within the budget, and by how much it is not."""
 
@@ -527,16 +544,8 @@ class Meter:
             "bops": Bops(costs, bits).layers,
             "bytes": stored or (lambda counts: costs.bytes(counts, _weight_bits(costs, bits or {}))),
         }
-        self.original = {
-            "params": costs.params(),
-            "macs": costs.macs(),
-            "bops": Bops(costs).layers(),
-            "bytes": costs.bytes(),
-        }
-        self.limits = {name: self._absolute(name, value) for name, value in budget.limits().items()}
-
-    def _absolute(self, name: str, value: float | int) -> float:
-        return value * self.original[name] if isinstance(value, float) and value <= 1 else value
+        self.original = originals(costs)
+        self.limits = limits_of(costs, budget)
 
     def holds(self, left: Sequence[int]) -> bool:
         """Whether all limits hold when `left` units of each group stay."""

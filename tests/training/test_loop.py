@@ -558,7 +558,7 @@ def test_half_of_the_steps_each_in_stages_of_their_own_length():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": (4, 8)}, "learned in training"),
+        ({"bits": (4, 8)}, "needs a budget"),
         ({"epochs": 3}, "does not train"),
         ({"method": "geta", "bits": 8}, "needs data, a loss and a length"),
         ({"method": "geta", "data": [1], "loss": loss}, "needs data, a loss and a length"),
