@@ -414,7 +414,12 @@ def compress(
                     bar.step("choosing bits")
                     floats = before or cut_groups(plan, kept, groups, verify=False)
                     quantization, chosen = choose_layer_bits(
-                        floats, quantization, limits, bit_budget, batches, activations=activation_bits == "same"
+                        floats,
+                        quantization,
+                        limits,
+                        bit_budget,
+                        batches,
+                        activations=activation_bits == "same" and activations == "static",
                     )
                     notes.append(chosen)
                 cut, integers = cut_to_integers(plan, kept, groups, quantization, batches, verify=verify)

@@ -185,6 +185,18 @@ def test_a_budget_is_met_with_a_smaller_error_than_equal_bits(limit: str, activa
     assert len({layer.weight_bits for layer in mixed.report.layers if layer.weight_bits}) > 1
 
 
+@pytest.mark.parametrize("activations", ["dynamic", "dynamic_per_token"])
+def test_ranges_at_run_time_keep_their_bits(activations: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+    budget = gc.Budget(bytes=0.17)
+    small = gc.compress(
+        model, torch.randn(16, 32), bits=(3, 8), activations=activations, budget=budget, progress=False
+    )  # fmt: skip
+    assert small.report.bytes.ratio <= 0.17
+    assert {layer.activation_bits for layer in small.report.layers} == {8}
+
+
 def test_units_go_by_sparsity_and_bits_by_the_budget() -> None:
     model = net()
     small = gc.compress(
