@@ -142,7 +142,7 @@ class CostModel:
                 weights.update(layers.read(node))
             try:
                 count = sum((self._size(product.axes) for product in call.products), start=Polynomial())
-            except _UnknownLength:
+            except UnknownLength:
                 uncounted.append(Uncounted(str(node.target), source_line(node), "its lengths depend on data"))
                 continue
             operations.append(Operation(node, layers.of(node, kind), kind, count))
@@ -204,10 +204,11 @@ class Lengths:
 
     def size(self, axes: Iterable[Axis]) -> Polynomial:
         """Number of elements of a value with these axes."""
-        result = Polynomial.constant(1)
-        for axis in axes:
-            result *= self._length(normal(axis))
-        return result
+        return math.prod(self.lengths(axes), start=Polynomial.constant(1))
+
+    def lengths(self, axes: Iterable[Axis]) -> list[Polynomial]:
+        """Number of indices of each axis."""
+        return [self._length(normal(axis)) for axis in axes]
 
     def _length(self, axis: Axis) -> Polynomial:
         if isinstance(axis, Factor):
@@ -226,12 +227,12 @@ class Lengths:
             return size
         value = size.subs(self._symbols)
         if value.free_symbols:
-            raise _UnknownLength
+            raise UnknownLength
         return int(value)
 
 
-class _UnknownLength(Exception):
-    """A length depends on the data."""
+class UnknownLength(Exception):
+    """A length depends on the data. The package alone raises and catches the exception."""
 
 
 class _Layers:

@@ -9,8 +9,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from graphcomp.coupling.groups import ChannelGroup, Kept, steps
+from graphcomp.coupling.axis import Concat, normal
+from graphcomp.coupling.groups import ChannelGroup, Kept, Member, steps
 from graphcomp.pruning.evidence import Scores
+
+FAST = ((128, 16), (64, 8), (8, 4))
+"""Size of a group from which on its widths are multiples, and of how many, where time is what counts."""
 
 
 def step_of(group: ChannelGroup, round_to: int) -> int:
@@ -41,6 +45,29 @@ def _with_group_sizes(group: ChannelGroup, sizes: Mapping[str, int]) -> ChannelG
         if own > multiple:
             multiple, why = own, f"group_size={size} of {member.name}"
     return group if multiple == group.multiple else replace(group, multiple=multiple, multiple_why=why)
+
+
+def with_fast_widths(groups: Sequence[ChannelGroup]) -> tuple[ChannelGroup, ...]:
+    """Return the groups, those whose units are single indices of a dim with a `multiple` that vector kernels like.
+
+    Widths between take kernels that are slower than those of the next multiple, or of the whole group.
+    """
+    return tuple(_with_fast_widths(group) for group in groups)
+
+
+def _with_fast_widths(group: ChannelGroup) -> ChannelGroup:
+    step = next((step for least, step in FAST if group.size >= least), 1)
+    each = [member.shape[member.dim] // group.size for member in group.members if _divides(member, group)]
+    step = max((step // math.gcd(step, own) for own in each), default=step)
+    multiple = math.lcm(group.multiple, step)
+    if multiple == group.multiple or multiple >= group.size:
+        return group
+    return replace(group, multiple=multiple, multiple_why=group.multiple_why or "kernels work on so many at once")
+
+
+def _divides(member: Member, group: ChannelGroup) -> bool:
+    """Whether each index of the member's dim is of one unit, and each unit has equally many."""
+    return not isinstance(normal(member.axis), Concat) and member.shape[member.dim] % group.size == 0
 
 
 def in_multiples(

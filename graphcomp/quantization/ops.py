@@ -200,6 +200,9 @@ def _(values: Tensor, table: Tensor, axis: int | None = None) -> Tensor:
 
 LOOK_UP = torch.ops.graphcomp.look_up.default
 
+DEQUANTIZE = frozenset({dequantize_per_tensor, dequantize_per_channel, torch.ops.graphcomp.dequantize_grouped.default})
+"""Ops from codes to floats."""
+
 OF_INTEGERS = frozenset(
     {
         quantize_per_tensor, dequantize_per_tensor, dequantize_per_channel,

@@ -1,0 +1,271 @@
+"""A table of measured times of layers by their widths: saved, loaded, and read as the time of a whole network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from graphcomp.arguments import check_mapping, check_path, check_whole, check_word
+from graphcomp.cost.fit_times import fit_times
+from graphcomp.cost.model import WHOLE, Counts
+from graphcomp.cost.work import Work
+from graphcomp.coupling.axis import Factor
+from graphcomp.errors import CheckpointError, PlanError
+from graphcomp.system.files import replacing
+
+Runtime: TypeAlias = Literal["onnxruntime", "eager"]
+"""What a network runs in: an ONNX file in onnxruntime on the CPU, or a module in PyTorch."""
+
+RUNTIMES: tuple[Runtime, ...] = ("onnxruntime", "eager")
+FORMAT = 1
+"""Of the file."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measurement of a piece.
+
+    Attributes:
+        widths: how many units stay of each group that the piece depends on.
+        ms: milliseconds, the least of many runs.
+    """
+
+    widths: tuple[int, ...]
+    ms: float
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """What was measured of pieces that are equal but for their weights.
+
+    Attributes:
+        name: of the layer that was timed.
+        samples: in the order of their measurement.
+    """
+
+    name: str
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Measured milliseconds of each layer at several widths, on one machine, in one runtime.
+
+    The table of a model is made by `graphcomp.time_layers`, and is read by `Budget(latency_ms=…, table=…)` and
+    `Budget(speedup=…, table=…)`. A table without layers says how to measure: budgets measure what is missing.
+
+    Attributes:
+        runtime: "onnxruntime": the ONNX file that `export` writes, on the CPU. "eager": the module in PyTorch.
+        threads: of each op.
+        machine: the processor, its cores, and the versions of the runtime; "" in a table without layers.
+        layers: of each kind of layer, and of each whole network, what was measured; the keys are hashes of the layer
+            with its shapes and precision.
+
+    Raises:
+        PlanError: another runtime, or no thread.
+    """
+
+    runtime: Runtime = "onnxruntime"
+    threads: int = 1
+    machine: str = ""
+    layers: Mapping[str, LayerTimes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_word("runtime", self.runtime, RUNTIMES)
+        check_whole("threads", self.threads)
+        check_mapping("layers", self.layers, "layers={}")
+
+    def __repr__(self) -> str:
+        samples = sum(len(layer.samples) for layer in self.layers.values())
+        return f"LatencyTable({self.runtime!r}, threads={self.threads}, {len(self.layers)} layers, {samples} times)"
+
+    def with_times(self, machine: str, found: Mapping[str, LayerTimes]) -> LatencyTable:
+        """Return the table with more layers, measured on `machine`."""
+        return replace(self, machine=machine, layers={**self.layers, **found})
+
+    def save(self, path: str | Path) -> None:
+        """Write the table as a JSON file, whole or not at all.
+
+        Raises:
+            ExportError: the path cannot be written.
+        """
+        check_path("path", path)
+        with replacing(Path(path)) as fresh:
+            fresh.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False))
+
+    @classmethod
+    def load(cls, path: str | Path) -> LatencyTable:
+        """Return the table that `save` wrote.
+
+        Raises:
+            CheckpointError: there is no such file, or the file holds no table of this version.
+        """
+        check_path("path", path)
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"no table of latencies in {path}", why=f"{type(error).__name__}: {error}") from error
+        try:
+            return _from_data(data)
+        except (KeyError, TypeError, ValueError, PlanError) as error:
+            raise CheckpointError(
+                f"no table of latencies in {path}",
+                why=f"{type(error).__name__}: {error}",
+                fix="graphcomp.time_layers(model, inputs).save(path)",
+            ) from error
+
+
+def _from_data(data: Any) -> LatencyTable:
+    if data["format"] != FORMAT:
+        raise ValueError(f"its format is {data['format']!r}, and this version reads {FORMAT}")
+    layers = {
+        str(key): LayerTimes(str(own["name"]), tuple(_sample(one) for one in own["samples"]))
+        for key, own in data["layers"].items()
+    }
+    return LatencyTable(data["runtime"], data["threads"], str(data["machine"]), layers)
+
+
+def _sample(data: Mapping[str, Any]) -> Sample:
+    ms = float(data["ms"])
+    if not 0 < ms < float("inf"):
+        raise ValueError(f"{ms} is no time")
+    return Sample(tuple(int(n) for n in data["widths"]), ms)
+
+
+def this_machine(runtime: Runtime) -> str:
+    """Return the processor, its cores and the versions that times on this machine depend on."""
+    versions = [f"torch {torch.__version__}"]
+    if runtime == "onnxruntime":
+        import onnxruntime
+
+        versions = [f"onnxruntime {onnxruntime.__version__}"]
+    capability = torch.backends.cpu.get_cpu_capability()
+    return ", ".join([_processor(), capability, f"{os.cpu_count()} cores", *versions])
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+# ------------------------------------------------------------------------------------------------ reading
+@dataclass(frozen=True, eq=False)
+class Timed:
+    """One piece of a network, and the key that its kind has in a table.
+
+    Attributes:
+        name: of the node that multiplies.
+        key: hash of ops, shapes and precision.
+        work: what the piece computes, by the units that stay.
+    """
+
+    name: str
+    key: str
+    work: Work
+
+
+def key_of(*texts: str) -> str:
+    """Return a hash of texts."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:32]
+
+
+class Predicted:
+    """Milliseconds of one forward of a network, by the units that stay.
+
+    A whole network is not the sum of its layers: fewer layouts are changed between layers than around each one, and
+    caches hold other things. So the sum is scaled and shifted to meet the whole networks that were timed.
+
+    Args:
+        pieces: of the network.
+        table: holds their times, and those of whole networks under `whole`.
+        whole: key of the whole network. The widths of the samples are of `factors`.
+        factors: the factors of the groups that may be cut.
+        original: key of the network before it was cut and quantized.
+
+    Attributes:
+        original_ms: of the network before it was cut and quantized, measured.
+        dense_ms: of the network before a cut, quantized where the others are.
+        spread: the largest relative error of the prediction on whole networks that were timed.
+        worst: name of the piece whose fit is farthest off, and by which share.
+    """
+
+    def __init__(self, pieces: Sequence[Timed], table: LatencyTable, whole: str, factors: Sequence[Factor], original: str) -> None:
+        self.pieces, self.table = tuple(pieces), table
+        self._known: dict[tuple[str, tuple[int, ...]], float] = {}
+        self._fits: dict[str, tuple[float, ...]] = {}
+        off: dict[str, float] = {}
+        for piece in pieces:
+            if piece.key not in self._fits:
+                samples = table.layers[piece.key].samples
+                features = [piece.work.features(sample.widths) for sample in samples]
+                times = [sample.ms for sample in samples]
+                self._fits[piece.key] = fit_times(features, times)
+                pairs = zip(features, times, strict=True)
+                off[piece.name] = max(abs(float(np.dot(f, self._fits[piece.key])) / t - 1) for f, t in pairs)
+        self.worst = max(off.items(), key=lambda item: item[1], default=("", 0.0))
+        self._touching: dict[Factor, list[Timed]] = {}
+        for piece in pieces:
+            for factor in piece.work.factors:
+                self._touching.setdefault(factor, []).append(piece)
+        samples = table.layers[whole].samples
+        counts = [dict(zip(factors, sample.widths, strict=True)) for sample in samples]
+        times = [sample.ms for sample in samples]
+        self._scale, self._offset = affine([self.of_layers(c) for c in counts], times)
+        self.spread = max(abs(self(c) / t - 1) for c, t in zip(counts, times, strict=True))
+        self.dense_ms = self(WHOLE)
+        self.original_ms = table.layers[original].samples[0].ms
+
+    def __call__(self, counts: Counts) -> float:
+        """Return milliseconds when `counts` units stay."""
+        return self._scale * self.of_layers(counts) + self._offset
+
+    def of_layers(self, counts: Counts) -> float:
+        """Return the sum over the layers, each timed alone."""
+        return sum(self._piece(piece, counts) for piece in self.pieces)
+
+    def touching(self, factor: Factor, counts: Counts) -> float:
+        """Return milliseconds of the layers whose time depends on a factor."""
+        return self._scale * sum(self._piece(piece, counts) for piece in self._touching.get(factor, ()))
+
+    def by_layer(self, counts: Counts) -> dict[str, float]:
+        """Return milliseconds of each layer, timed alone."""
+        return {piece.name: self._piece(piece, counts) for piece in self.pieces}
+
+    def _piece(self, piece: Timed, counts: Counts) -> float:
+        at = piece.key, piece.work.local(counts)
+        if at not in self._known:
+            features = piece.work.features(at[1])
+            self._known[at] = sum(a * b for a, b in zip(self._fits[piece.key], features, strict=True))
+        return self._known[at]
+
+
+def affine(sums: Sequence[float], times: Sequence[float]) -> tuple[float, float]:
+    """Return scale > 0 and offset with scale · sum + offset = time, least squares of relative errors.
+
+    Args:
+        sums: of the layers of whole networks, the dense one first.
+        times: milliseconds of the whole networks.
+
+    The line passes through the dense network; with one network, or where the line would fall, the offset is 0.
+    """
+    s, t = np.asarray(sums, dtype=np.float64), np.asarray(times, dtype=np.float64)
+    ds, dt = (s - s[0]) / t, (t - t[0]) / t
+    moved = float(ds @ ds)
+    scale = float(ds @ dt) / moved if moved else 0.0
+    if scale <= 0:
+        return float(t[0] / s[0]), 0.0
+    return scale, float(t[0] - scale * s[0])
+
