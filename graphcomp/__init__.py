@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from graphcomp.api import (
         analyze,
         compress,
+        family,
         finalize,
         load,
         prepare,
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
         repair,
         shrink,
         slice_groups,
+        time_layers,
         trim_vocabulary,
     )
+    from graphcomp.cost.latency_table import LatencyTable
     from graphcomp.coupling.analysis import Analysis
     from graphcomp.coupling.groups import ChannelGroup, Member
     from graphcomp.errors import (
@@ -78,6 +81,7 @@ __all__ = [
     "Goal",
     "GraphcompError",
     "InputError",
+    "LatencyTable",
     "Member",
     "Method",
     "NotBuiltError",
@@ -99,6 +103,7 @@ __all__ = [
     "VerificationError",
     "analyze",
     "compress",
+    "family",
     "finalize",
     "load",
     "op",
@@ -109,6 +114,7 @@ __all__ = [
     "rule",
     "shrink",
     "slice_groups",
+    "time_layers",
     "trim_vocabulary",
 ]
 
@@ -117,6 +123,7 @@ _HOMES = {
     "api": (
         "analyze",
         "compress",
+        "family",
         "finalize",
         "load",
         "prepare",
@@ -125,7 +132,9 @@ _HOMES = {
         "shrink",
         "slice_groups",
         "trim_vocabulary",
+        "time_layers",
     ),
+    "cost.latency_table": ("LatencyTable",),
     "result": ("CompressedModel",),
     "coupling.groups": (
         "ChannelGroup",

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from graphcomp.arguments import check_instance, wrong
 from graphcomp.capture.capture import Captured, blaming_inputs, capture, example_arguments, scoped
+from graphcomp.cost.latency_table import LatencyTable
 from graphcomp.coupling.analysis import Analysis, analyze_captured
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import CalibrationError, CaptureError, InputError, NothingToPrune, PlanError
+from graphcomp.flows.family import MemberBudget, Once, shared_by
 from graphcomp.flows.finalize import as_trained
 from graphcomp.flows.held import equal_counts, held_by_class
 from graphcomp.flows.mixed import check_bit_budget, choose_layer_bits
@@ -34,6 +36,8 @@ from graphcomp.flows.results import (
     planned_bytes,
     post_training,
 )
+from graphcomp.flows.timed import DESIGNS, time_plan
+from graphcomp.flows.timed_budget import timed_budget
 from graphcomp.flows.unmet import unmet
 from graphcomp.flows.vocabulary import trimmed
 from graphcomp.flows.whole import into_whole
@@ -44,7 +48,7 @@ from graphcomp.methods.stages import Following, check_goals, folders, goals_of, 
 from graphcomp.methods.takes import ONE_SHOT, check_taken
 from graphcomp.pruning.allocation import Budget, Scope, allocate_budget
 from graphcomp.pruning.evidence import arguments_like
-from graphcomp.pruning.multiples import in_multiples, with_group_sizes
+from graphcomp.pruning.multiples import in_multiples, with_fast_widths, with_group_sizes
 from graphcomp.pruning.names import by_module_name, module_names, scope_name
 from graphcomp.pruning.prunable import find_prunable
 from graphcomp.pruning.saliency import Saliency, reads_data, score
@@ -200,8 +204,9 @@ def compress(
             statistics over.
         round_to: the number of units kept in each group is a multiple of it. The sparsity is then met to the nearest
             number of units that is possible, and the report says so.
-        budget: a target on parameters, MACs, bit operations or bytes instead of `sparsity`. Bit operations count the
-            bits that the layers are quantized to. In training, see `QASSO`.
+        budget: a target on parameters, MACs, bit operations, bytes or latency instead of `sparsity`. Bit operations
+            count the bits that the layers are quantized to. Of latency, the layers are timed on this machine at several
+            widths (see `time_layers`), and the result is timed beside the original. In training, see `QASSO`.
         prefer_native: where the model's class can hold some lengths only as long as they are equal (the parts of one
             `chunk`, two lengths in one attribute), keep equally many units of these groups, at the same sparsity. Which
             units stay is chosen group by group; the report names the groups. False: every group by its scores alone.
@@ -353,19 +358,23 @@ def compress(
     notes = list(check_taken(title, ONE_SHOT - ({"prefer_native"} if quantization is not None else set()), given))
     with show_progress(4, progress) as bar:
         bar.step("capturing and coupling")
-        analysis = analyze(model, example_inputs, example_kwargs, scope=scope, outputs=outputs)
+        once, timed = shared_by(budget), None
+        analyzed = partial(analyze, model, example_inputs, example_kwargs, scope=scope, outputs=outputs)
+        analysis = once("analysis", analyzed)
         if quantization is not None:
             quantization = replace(quantization, ignore=(*quantization.ignore, *_read_outside(analysis)))
         layer_bits = None if quantization is None else planned_bits(analysis, quantization)
         if quantization is not None:
             sizes = group_sizes(analysis, quantization)
             analysis = replace(analysis, groups=with_group_sizes(analysis.groups, sizes))
+        if budget is not None and budget.timed:
+            analysis = once("plan", partial(replace, analysis, groups=with_fast_widths(analysis.groups)))
         groups: tuple[ChannelGroup, ...] = ()
         kept: Kept = {}
         shown = calibration
         if calibration is None and data is not None and (repair is not None or ranking == "sensitivity"):
-            shown, data = first_batches(data, seed)
-        rows = _calibration(model, analysis, example_inputs, example_kwargs, shown)
+            shown, data = once("batches", partial(first_batches, data, seed))
+        rows = once("rows", partial(_calibration, model, analysis, example_inputs, example_kwargs, shown))
         mends = repair is not None and rows is not None and not zeros
         if sparsity or budget is not None or quantization is None:
             prunable = find_prunable(analysis, ignore, keep_inputs, prune)
@@ -375,10 +384,13 @@ def compress(
             _check_weights(analysis.model, saliency)
             bar.step(f"scoring {sum(group.size for group in groups)} units")
             notes += _unused(None if shown is not None else data, loss, saliency)
-            scores = {} if zeros else score(saliency, analysis, groups, data=data, loss=loss, seed=seed)
+            scored = partial(score, saliency, analysis, groups, data=data, loss=loss, seed=seed)
+            scores = {} if zeros else once("scores", scored)
             bar.step("choosing")
             if ranking == "sensitivity":
-                scores = sensitivities(analysis, groups, scores, _needed(rows), budget, layer_bits)
+                saved = None if budget is not None and budget.timed else budget
+                probed = partial(sensitivities, analysis, groups, scores, _needed(rows), saved, layer_bits)
+                scores = once("sensitivities", probed)
             if zeros:
                 kept, found_notes = without_zeros(analysis, groups, round_to)
                 notes += found_notes
@@ -389,9 +401,17 @@ def compress(
                 stored = None
                 if budget.bytes is not None and quantization is not None and layer_bits is not None:
                     stored = planned_bytes(analysis, quantization, layer_bits)
-                kept = allocate_budget(
-                    analysis, groups, scores, budget, scope=ranking, round_to=round_to, bits=layer_bits, stored=stored
-                )
+                if budget.timed:
+                    timed = timed_budget(
+                        analysis, groups, budget, once, quantization=quantization, bits=layer_bits, stored=stored,
+                        round_to=round_to, step=bar.step,
+                    )  # fmt: skip
+                    kept = timed.choose(scores, ranking)
+                else:
+                    kept = allocate_budget(
+                        analysis, groups, scores, budget, scope=ranking, round_to=round_to, bits=layer_bits,
+                        stored=stored,
+                    )  # fmt: skip
             kept, rounded = in_multiples(kept, scores, round_to, at_most=budget is not None)
             notes += rounded
         with blaming_inputs(analysis.captured):
@@ -399,7 +419,8 @@ def compress(
                 bar.step("cutting and verifying")
                 cut, choose = cut_groups(analysis, kept, groups, verify=verify), None
                 if prefer_native and kept and not zeros:
-                    choose = equal_counts(analysis, kept, scores, budget, ranking, round_to)
+                    meter = None if timed is None else timed.meter
+                    choose = equal_counts(analysis, kept, scores, budget, ranking, round_to, meter)
                 cut, held = held_by_class(cut, choose)
                 if mends:
                     cut, held = held_by_class(repaired(cut, rows or [], verify=verify))
@@ -426,6 +447,9 @@ def compress(
                 cut = cut if before is None else cut.after(before)
                 said = (*said, *integers.notes_since(cut.program))
                 small = as_integers(cut.noted(*notes), integers, said, measure_latency=measure_latency)
+            if timed is not None:
+                bar.step("timing the original and the result")
+                small.report = timed.measured(small, cut.kept)
     if not scope:
         return small
     example = example_arguments(example_inputs, example_kwargs)
@@ -711,6 +735,116 @@ def trim_vocabulary(
             verify=verify,
             measure_latency=measure_latency,
         )
+
+
+def time_layers(
+    model: nn.Module,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    table: LatencyTable | None = None,
+    bits: int | None = None,
+    activation_bits: int | Literal["same"] | None = "same",
+    activations: Activations = "static",
+    quantization: PostTraining | None = None,
+    ignore: Modules = (),
+    keep_inputs: Modules = (),
+    prune: Sequence[str] | None = None,
+    round_to: int = 1,
+    scope: str | nn.Module = "",
+    outputs: str | Sequence[str] | None = None,
+    progress: bool = True,
+) -> LatencyTable:
+    """Return a table of the times of each layer at ten widths, on this machine, for budgets on latency.
+
+    Layers that are equal are timed once, each with what a runtime fuses behind it, and a few narrower networks as a
+    whole. Files are written for onnxruntime, which takes most of the time: a minute or more.
+
+    Args:
+        model: not modified.
+        example_inputs, example_kwargs: as for `compress`; times are of this batch.
+        table: how to measure, and what is known already. Default: `LatencyTable()`, onnxruntime with one thread.
+        bits, activation_bits, activations, quantization, ignore, keep_inputs, prune, round_to, scope, outputs: as for
+            `compress`: the options that the table will be used with. Only widths that may be cut are varied.
+        progress: show a progress line on the terminal (silent elsewhere).
+
+    Returns:
+        Another table, with all that `table` holds.
+
+    Raises:
+        PlanError: no graph of the model runs; the table is of another machine and lacks layers.
+        NothingToPrune: every axis is frozen.
+        ExportError: the `onnx` extra is not installed; an op has no ONNX form.
+    """
+    check_options(
+        example_kwargs=example_kwargs, activation_bits=activation_bits, activations=activations,
+        quantization=quantization, prune=prune, round_to=round_to, outputs=outputs, progress=progress, table=table,
+    )  # fmt: skip
+    scope = _scope(model, scope)
+    part = _submodule(model, scope)
+    ignore = module_names(part, ignore, "ignore")
+    if isinstance(bits, (tuple, list)):
+        raise PlanError(
+            f"bits={bits!r}: layers are timed with one number of bits", fix=f"bits={bits[-1] if bits else 8}"
+        )
+    if quantization is not None:
+        _check_alone(bits, activation_bits, 0, "nearest", False, activations)
+    quantization = quantization or post_training(bits, activation_bits, 0, "nearest", ignore, activations=activations)
+    quantization = quantization and _with_names(quantization, part)
+    with show_progress(DESIGNS + 3, progress) as bar:
+        bar.step("capturing and coupling")
+        analysis = analyze(model, example_inputs, example_kwargs, scope=scope, outputs=outputs)
+        if quantization is not None:
+            quantization = replace(quantization, ignore=(*quantization.ignore, *_read_outside(analysis)))
+            planned_bits(analysis, quantization)
+            sizes = group_sizes(analysis, quantization)
+            analysis = replace(analysis, groups=with_group_sizes(analysis.groups, sizes))
+        analysis = replace(analysis, groups=with_fast_widths(analysis.groups))
+        groups = find_prunable(analysis, ignore, keep_inputs, prune).groups
+        with blaming_inputs(analysis.captured):
+            found, _ = time_plan(
+                analysis, groups, table or LatencyTable(), quantization=quantization, round_to=round_to, step=bar.step
+            )
+    return found
+
+
+def family(
+    model: nn.Module,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    speedups: Sequence[float],
+    table: LatencyTable | None = None,
+    **options: Any,
+) -> list[CompressedModel]:
+    """Return one smaller model for each speedup, each as `compress(…, budget=Budget(speedup=…))` returns it.
+
+    The model is captured, scored, probed and timed once, and each cut is repaired on the same calibration data.
+
+    Args:
+        model: not modified.
+        example_inputs, example_kwargs: as for `compress`.
+        speedups: how many times as fast as the original, at least; one or more, each above 0.
+        table: measured times of the layers; see `Budget`.
+        options: of `compress` in one shot: calibration, bits, saliency, ranking, repair, … `sparsity` and `budget` are
+            none.
+
+    Returns:
+        In the order of `speedups`. Each stands alone: no two share tensors.
+
+    Raises:
+        PlanError: no speedup, options that are none of a family, or see `compress`.
+        BudgetError: a speedup that no choice of units has.
+    """
+    check_options(table=table, speedups=speedups)
+    for name in ("sparsity", "budget", "method", "training", "epochs", "steps", "lr", "folder"):
+        if options.get(name) is not None:
+            raise PlanError(
+                f"{name} beside speedups", why="a family is cut in one shot, by its speedups", fix="compress"
+            )
+    shared = Once()
+    budgets = [MemberBudget(speedup=speedup, table=table, shared=shared) for speedup in speedups]
+    return [compress(model, example_inputs, example_kwargs, budget=budget, **options) for budget in budgets]
 
 
 def prunable_groups(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, get_args
 
@@ -17,9 +17,11 @@ from graphcomp.arguments import (
     check_path,
     check_whole,
     check_word,
+    is_number,
     shown,
     wrong,
 )
+from graphcomp.cost.latency_table import LatencyTable
 from graphcomp.coupling.analysis import Analysis
 from graphcomp.errors import PlanError
 from graphcomp.flows.results import Activations
@@ -110,6 +112,15 @@ def _saliency(name: str, value: Any) -> None:
         check_callable(name, value, 'saliency="l2"')
 
 
+def _speedups(name: str, value: Any) -> None:
+    fix = f"{name}=[1.5, 2, 3]"
+    if isinstance(value, (str, bytes, Tensor, Mapping)) or not isinstance(value, Sequence) or not value:
+        raise wrong(name, "a list of numbers", value, fix)
+    for each in value:
+        if not is_number(each) or each <= 0:
+            raise wrong(f"each of {name}", "a number above 0", each, fix)
+
+
 def _an(kind: type | tuple[type, ...], fix: str) -> Check:
     return partial(check_instance, kinds=kind, fix=fix)
 
@@ -142,6 +153,8 @@ CHECKS: dict[str, Check] = {
     "logits": partial(check_word, words=get_args(Logits)),
     "unknown": partial(check_whole, least=0),
     "budget": _an(Budget, "budget=graphcomp.Budget(macs=0.5)"),
+    "table": _an(LatencyTable, 'table=graphcomp.LatencyTable.load("table.json")'),
+    "speedups": _speedups,
     "outputs": _outputs,
     "prefer_native": check_flag,
     "trust": _texts,
@@ -160,7 +173,7 @@ REQUIRED = frozenset(
         "trust", "analysis", "plan", "model", "activations", "group_size", "rounding", "reduce_range", "path",
         "ranking",
         "round_to", "verify", "measure_latency", "progress", "seed", "learn_exponent", "recompute",
-        "prefer_native", "logits",
+        "prefer_native", "logits", "speedups",
     }
 )  # fmt: skip
 """Options for which None is no value."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import graphcomp as gc
 from graphcomp.ops.registry import forget
 from graphcomp.pruning import allocation, saliency
+from tests.flows.fake_timer import MACHINE, FakeTimer
 
 X = torch.linspace(-1, 1, 32).reshape(4, 8)
 
@@ -138,6 +139,9 @@ CALLS: dict[str, Call] = {
     "compress, quantizing": Call(lambda _: gc.compress, model_and_inputs(**QUANTIZING), FOR_QUANTIZING),
     "compress, training": Call(lambda _: gc.compress, model_and_inputs(method="hesso", **TRAINING), FOR_TRAINING),
     "prepare": Call(lambda _: gc.prepare, model_and_inputs()),
+    "family": Call(lambda _: gc.family, model_and_inputs(speedups=[1.5], progress=False)),
+    "time_layers": Call(lambda _: gc.time_layers, model_and_inputs(progress=False)),
+    "LatencyTable": Call(lambda _: gc.LatencyTable, lambda _: {}),
     "prunable_groups": Call(lambda _: gc.prunable_groups, lambda _: {"analysis": plan()}),
     "slice_groups": Call(lambda _: gc.slice_groups, lambda _: {"plan": plan(), "kept": {plan().groups[0]: [0, 1]}}),
     "repair": Call(
@@ -231,6 +235,9 @@ def test_wrong_arguments_end_in_a_result_or_an_error_of_graphcomps(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for module in ("timed", "timed_budget"):
+        monkeypatch.setattr(f"graphcomp.flows.{module}.timer_of", lambda runtime, threads: FakeTimer(threads))
+        monkeypatch.setattr(f"graphcomp.flows.{module}.this_machine", lambda runtime: MACHINE)
     torch.manual_seed(0)
     raw = []
     for argument, label, run in calls(name, tmp_path):

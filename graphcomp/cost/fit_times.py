@@ -1,7 +1,7 @@
 """Times of a piece as a function of its widths: a non-negative combination of what the piece computes and moves.
 
-No coefficient is negative, and few are used: a choice of widths then lives off what kernels do, and not off the noise of
-single measurements, as with a table that is read entry by entry.
+No coefficient is negative, and few are used: a choice of widths then lives off what kernels do, and not off the noise
+of single measurements, as with a table that is read entry by entry.
 """
 
 from __future__ import annotations

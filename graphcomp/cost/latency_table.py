@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -145,9 +146,10 @@ def this_machine(runtime: Runtime) -> str:
     """Return the processor, its cores and the versions that times on this machine depend on."""
     versions = [f"torch {torch.__version__}"]
     if runtime == "onnxruntime":
-        import onnxruntime
-
-        versions = [f"onnxruntime {onnxruntime.__version__}"]
+        try:
+            versions = [f"onnxruntime {importlib.metadata.version('onnxruntime')}"]
+        except importlib.metadata.PackageNotFoundError:
+            versions = ["no onnxruntime"]
     capability = torch.backends.cpu.get_cpu_capability()
     return ", ".join([_processor(), capability, f"{os.cpu_count()} cores", *versions])
 
@@ -186,7 +188,7 @@ class Predicted:
     """Milliseconds of one forward of a network, by the units that stay.
 
     A whole network is not the sum of its layers: fewer layouts are changed between layers than around each one, and
-    caches hold other things. So the sum is scaled and shifted to meet the whole networks that were timed.
+    caches hold other things. So the sum is read off a line through the whole networks that were timed.
 
     Args:
         pieces: of the network.
@@ -198,11 +200,13 @@ class Predicted:
     Attributes:
         original_ms: of the network before it was cut and quantized, measured.
         dense_ms: of the network before a cut, quantized where the others are.
-        spread: the largest relative error of the prediction on whole networks that were timed.
+        spread: the largest relative error on a network that was timed, where the line leaves the network out.
         worst: name of the piece whose fit is farthest off, and by which share.
     """
 
-    def __init__(self, pieces: Sequence[Timed], table: LatencyTable, whole: str, factors: Sequence[Factor], original: str) -> None:
+    def __init__(
+        self, pieces: Sequence[Timed], table: LatencyTable, whole: str, factors: Sequence[Factor], original: str
+    ) -> None:
         self.pieces, self.table = tuple(pieces), table
         self._known: dict[tuple[str, tuple[int, ...]], float] = {}
         self._fits: dict[str, tuple[float, ...]] = {}
@@ -221,24 +225,24 @@ class Predicted:
             for factor in piece.work.factors:
                 self._touching.setdefault(factor, []).append(piece)
         samples = table.layers[whole].samples
-        counts = [dict(zip(factors, sample.widths, strict=True)) for sample in samples]
+        sums = [self.of_layers(dict(zip(factors, sample.widths, strict=True))) for sample in samples]
         times = [sample.ms for sample in samples]
-        self._scale, self._offset = affine([self.of_layers(c) for c in counts], times)
-        self.spread = max(abs(self(c) / t - 1) for c, t in zip(counts, times, strict=True))
+        self._line = line(sums, times)
+        self.spread = _left_out(sums, times)
         self.dense_ms = self(WHOLE)
         self.original_ms = table.layers[original].samples[0].ms
 
     def __call__(self, counts: Counts) -> float:
         """Return milliseconds when `counts` units stay."""
-        return self._scale * self.of_layers(counts) + self._offset
+        return along(self._line, self.of_layers(counts))
 
     def of_layers(self, counts: Counts) -> float:
         """Return the sum over the layers, each timed alone."""
         return sum(self._piece(piece, counts) for piece in self.pieces)
 
     def touching(self, factor: Factor, counts: Counts) -> float:
-        """Return milliseconds of the layers whose time depends on a factor."""
-        return self._scale * sum(self._piece(piece, counts) for piece in self._touching.get(factor, ()))
+        """Return the sum over the layers whose time depends on a factor, each timed alone."""
+        return sum(self._piece(piece, counts) for piece in self._touching.get(factor, ()))
 
     def by_layer(self, counts: Counts) -> dict[str, float]:
         """Return milliseconds of each layer, timed alone."""
@@ -252,20 +256,39 @@ class Predicted:
         return self._known[at]
 
 
-def affine(sums: Sequence[float], times: Sequence[float]) -> tuple[float, float]:
-    """Return scale > 0 and offset with scale · sum + offset = time, least squares of relative errors.
+Line: TypeAlias = tuple[tuple[float, float], ...]
+"""Points (sum over layers, milliseconds of the network), ascending in both."""
+
+
+def line(sums: Sequence[float], times: Sequence[float]) -> Line:
+    """Return the points of a line that rises: a network that was slower than a larger one was disturbed.
 
     Args:
-        sums: of the layers of whole networks, the dense one first.
-        times: milliseconds of the whole networks.
-
-    The line passes through the dense network; with one network, or where the line would fall, the offset is 0.
+        sums: of the layers of whole networks.
+        times: milliseconds of the networks.
     """
-    s, t = np.asarray(sums, dtype=np.float64), np.asarray(times, dtype=np.float64)
-    ds, dt = (s - s[0]) / t, (t - t[0]) / t
-    moved = float(ds @ ds)
-    scale = float(ds @ dt) / moved if moved else 0.0
-    if scale <= 0:
-        return float(t[0] / s[0]), 0.0
-    return scale, float(t[0] - scale * s[0])
+    points: list[tuple[float, float]] = []
+    for s, t in sorted(zip(sums, times, strict=True), reverse=True):
+        if points and s == points[-1][0]:
+            points[-1] = s, min(t, points[-1][1])
+        else:
+            points.append((s, min(t, points[-1][1]) if points else t))
+    return tuple(reversed(points))
 
+
+def along(points: Line, at: float) -> float:
+    """Return the line's milliseconds: between two points straight, beyond the ends in proportion to the nearest."""
+    first, last = points[0], points[-1]
+    if at <= first[0] or at >= last[0]:
+        s, t = first if at <= first[0] else last
+        return t * at / s
+    return float(np.interp(at, [s for s, _ in points], [t for _, t in points]))
+
+
+def _left_out(sums: Sequence[float], times: Sequence[float]) -> float:
+    """Return the largest relative error at a network that is left out; of two networks or fewer nothing is known: 0."""
+    found = [0.0]
+    for k in range(1, len(sums) - 1):
+        others = line([*sums[:k], *sums[k + 1 :]], [*times[:k], *times[k + 1 :]])
+        found.append(abs(along(others, sums[k]) / times[k] - 1))
+    return max(found)

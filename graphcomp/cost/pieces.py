@@ -6,14 +6,12 @@ what a later piece computes, each node belongs to one piece, and the times of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
-from graphcomp.ir.graph import fetch
 from graphcomp.ir.run_nodes import run_tapped
 from graphcomp.torch_compat import FakeTensorMode, pytree
 
@@ -116,6 +114,26 @@ def _users(node: fx.Node, own: Mapping[fx.Node, int]) -> set[fx.Node]:
     if node in own or node.op == "output" or not node.users:
         return {node}
     return {user for reader in node.users for user in _users(reader, own)}
+
+
+def touched(pieces: Sequence[Piece], values: Values) -> int:
+    """Return the bytes that the pieces read of weights and write. Constants of the first piece are tables that are
+    looked up, of which a run reads some rows."""
+    weights = {n for piece in pieces if piece.name != HEAD for node in piece.nodes for n in constants(node)}
+    written = {node for piece in pieces for node in piece.outputs}
+    tensors = [t for node in weights | written for t in pytree.tree_leaves(values[node]) if isinstance(t, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def constants(node: fx.Node) -> set[fx.Node]:
+    """Return the tensors that a node reads, itself or behind what is computed of constants."""
+    found: set[fx.Node] = set()
+    for read in node.all_input_nodes:
+        if read.op == "get_attr":
+            found.add(read)
+        elif read.all_input_nodes and all(source.op == "get_attr" for source in read.all_input_nodes):
+            found.update(read.all_input_nodes)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ side by side

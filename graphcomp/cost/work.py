@@ -32,10 +32,10 @@ class Work:
         computed: lengths of what each node of the piece computes.
     """
 
-    products: tuple[Volume, ...]
-    read: tuple[Volume, ...]
-    written: tuple[Volume, ...]
-    computed: tuple[Volume, ...]
+    products: tuple[Volume, ...] = ()
+    read: tuple[Volume, ...] = ()
+    written: tuple[Volume, ...] = ()
+    computed: tuple[Volume, ...] = ()
 
     @cached_property
     def factors(self) -> tuple[Factor, ...]:
@@ -67,7 +67,9 @@ class Work:
         """The polynomials, with numbers in place of the factors: equal for pieces whose times are the same function."""
         place = {factor: k for k, factor in enumerate(self.factors)}
         sizes = [factor.size for factor in self.factors]
-        parts = [[[_text(length, place) for length in v] for v in vs] for vs in (self.products, self.read, self.written)]
+        parts = [
+            [[_text(length, place) for length in v] for v in vs] for vs in (self.products, self.read, self.written)
+        ]
         return f"{sizes} {parts}"
 
 

@@ -42,11 +42,21 @@ def held_by_class(cut: Cut, choose: Choose | None = None) -> tuple[Cut, NativeRe
 
 
 def equal_counts(
-    plan: Analysis, kept: Kept, scores: Scores, budget: Budget | None, ranking: Scope, round_to: int
+    plan: Analysis,
+    kept: Kept,
+    scores: Scores,
+    budget: Budget | None,
+    ranking: Scope,
+    round_to: int,
+    meter: Meter | None = None,
 ) -> Choose:
-    """Return a function from ties to a choice like `kept`, with equal counts within each tie."""
+    """Return a function from ties to a choice like `kept`, with equal counts within each tie.
+
+    Args:
+        meter: of the budget, of the groups of `kept` in their order; made here where it is not given.
+    """
     groups = list(kept)
-    meter = None if budget is None else Meter(CostModel(plan), budget, groups)
+    meter = meter or (None if budget is None else Meter(CostModel(plan), budget, groups))
 
     def holds(left: Left) -> bool:
         assert meter is not None

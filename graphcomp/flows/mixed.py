@@ -35,7 +35,8 @@ def check_bit_budget(bits: tuple[int, int], budget: Budget | None) -> None:
             why="more bits are never worse, and nothing says what they may cost",
             fix=f"budget=Budget(bytes=0.15), bits={bits[1]}; or data=loader, loss=…, epochs=10, which learns them",
         )
-    if others := [name for name in budget.limits() if name not in BIT_LIMITS]:
+    asked = [*budget.limits(), *(["speedup"] if budget.speedup is not None else [])]
+    if others := [name for name in asked if name not in BIT_LIMITS]:
         raise PlanError(
             f"a budget on {others[0]} beside bits={bits!r} in one shot",
             why="bits are chosen within the budget, and they do not change this cost",

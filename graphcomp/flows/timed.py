@@ -16,8 +16,8 @@ from torch import fx
 from graphcomp.cost import CostModel
 from graphcomp.cost.latency_table import LatencyTable, LayerTimes, Predicted, Sample, Timed, key_of, this_machine
 from graphcomp.cost.model import Lengths, UnknownLength, counts_of
-from graphcomp.cost.pieces import Piece, computed_values, pieces_of, text_of
-from graphcomp.cost.work import work_of
+from graphcomp.cost.pieces import Piece, computed_values, pieces_of, text_of, touched
+from graphcomp.cost.work import Work, work_of
 from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import PlanError
@@ -31,7 +31,7 @@ from graphcomp.targets.timing import Call, Timer, timer_of
 
 DESIGNS = 10
 """Networks that are taken apart, the dense one among them: so many widths of each layer are timed."""
-WHOLE = (0, 2, 4, 6, 9)
+WHOLE = (0, 3, 6, 9)
 """Positions of those that are timed whole, too."""
 NARROWEST = 0.25
 """Mean share of the units that the narrowest network has."""
@@ -94,24 +94,24 @@ def time_plan(
         calls: list[Call] = []
         asked: list[tuple[str, tuple[int, ...]]] = []  # key and widths of each call
         work = {piece.name: piece.work for piece in timed}
+        between = touched(parts.pieces, parts.values)
         for k, kept in enumerate(networks):
             step(f"cutting network {k + 1} of {len(networks)} to time its layers")
             counts = counts_of(kept)
             module = shrink(kept) if kept else dense
             parts = _parts(module, inputs, layers)
             chosen = [piece for piece in parts.pieces if piece.name in missing]
-            calls += timer.pieces(module, parts.values, chosen)
+            calls += timer.pieces(module, parts.values, chosen, between)
             asked += [(missing[piece.name], work[piece.name].local(counts)) for piece in chosen]
             if k in WHOLE:
                 calls.append(timer.whole(module, plan.captured.inputs))
-                asked.append((whole, tuple(counts.get(f, f.size) for f in factors)))
+                asked.append((whole, tuple(counts.get(group.factor, group.size) for group in groups)))
         if original != whole:
             calls.append(timer.whole(plan.captured.module, plan.captured.inputs))
             asked.append((original, ()))
         step(f"timing {len(calls)} layers and networks")
-        networks_at = [k for k, (key, _) in enumerate(asked) if key in (whole, original)]
         samples: dict[str, list[Sample]] = {}
-        for (key, widths), ms in zip(asked, timer.times(calls, networks_at), strict=True):
+        for (key, widths), ms in zip(asked, timer.times(calls), strict=True):
             samples.setdefault(key, []).append(Sample(widths, ms))
         names = {key: layers.get(n, n) for n, key in missing.items()}
         names |= {original: "the network before", whole: "the whole network"}
@@ -164,8 +164,9 @@ def _timed(plan: Analysis, groups: Sequence[ChannelGroup], dense: _Parts) -> lis
     of_floats = {piece.name: piece for piece in pieces_of(module, values, anchors)}
     found = []
     for piece in dense.pieces:
+        of_float = of_floats.get(piece.name)  # none where the piece moves codes alone
         try:
-            own = work_of(of_floats[piece.name], plan.coupling, lengths)
+            own = Work() if of_float is None else work_of(of_float, plan.coupling, lengths)
         except UnknownLength:
             raise PlanError(
                 f"{piece.name} cannot be timed by its widths", why="a length depends on data", fix="Budget(macs=0.5)"
@@ -186,11 +187,11 @@ def _check(plan: Analysis, table: LatencyTable, quantization: PostTraining | Non
         raise PlanError(f"{name} cannot be timed: it has no values (meta device)", fix="give it weights first")
     if any(p.device.type != "cpu" for p in plan.model.parameters()):
         raise PlanError(f"{name} is not on the CPU", why="latencies are timed on the CPU", fix="model.cpu()")
-    if table.runtime == "eager" and quantization is not None:
+    if table.runtime == "eager" and quantization is not None and not quantization.config.dynamic:
         raise PlanError(
             'runtime="eager" with bits',
             why="PyTorch runs the quantized graph in floats: its time says nothing of integers",
-            fix='graphcomp.LatencyTable(runtime="onnxruntime")',
+            fix='graphcomp.LatencyTable(runtime="onnxruntime"), or activations="dynamic"',
         )
 
 
@@ -201,4 +202,3 @@ def _shrink(plan: Analysis, groups: Sequence[ChannelGroup], quantization: PostTr
     options = replace(quantization, rounding="nearest")  # the values of weights take no time
     batch = [plan.captured.inputs.flat()]
     return lambda kept: cut_to_integers(plan, kept, groups, options, batch, verify=False)[1].module
-

@@ -10,15 +10,16 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from graphcomp.arguments import check_mapping, check_number, check_whole, check_word, is_number, shown
+from graphcomp.arguments import check_instance, check_mapping, check_number, check_whole, check_word, is_number, shown
 from graphcomp.cost import BitsOf, Bops, CostModel, Counts
+from graphcomp.cost.latency_table import LatencyTable
 from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import BudgetError, NotBuiltError, NothingToPrune, PlanError
@@ -417,9 +418,18 @@ class Budget:
     is that of the float network, 32 x 32 bits. Bytes are what the report counts of the result: with bits, packed codes,
     steps, zero points and integer biases too.
 
+    Latency is of one forward on the example inputs on this machine's CPU, the least of many runs. The units that stay
+    are then those with which the outputs lose the least within the time (`graphcomp.pruning.knapsack`), and their
+    numbers are multiples of what kernels work on at once.
+
+    Attributes:
+        latency_ms: milliseconds, never a fraction.
+        speedup: how many times as fast as the original, not quantized, at least.
+        table: measured times of the layers, and the runtime and its threads; layers that the table lacks are measured.
+            Default: `LatencyTable()`, onnxruntime with one thread.
+
     Raises:
-        PlanError: no limit, or one that is not positive.
-        NotBuiltError: latency_ms, which is not built yet.
+        PlanError: no limit, or one that is not positive; a table without a limit on latency.
     """
 
     params: float | int | None = None
@@ -427,22 +437,40 @@ class Budget:
     bops: float | int | None = None
     bytes: float | int | None = None
     latency_ms: float | int | None = None
+    speedup: float | int | None = None
+    table: LatencyTable | None = None
 
     def __post_init__(self) -> None:
-        if self.latency_ms is not None:
-            raise NotBuiltError(
-                "Budget(latency_ms=…) is not built yet", fix="Budget(params=…), macs=…, bops=… or bytes=…"
-            )
-        if not self.limits():
+        if self.table is not None:
+            check_instance("table", self.table, LatencyTable, 'table=graphcomp.LatencyTable.load("table.json")')
+        asked = self.limits() | ({} if self.speedup is None else {"speedup": self.speedup})
+        if not asked:
             raise PlanError("a budget without a limit", fix="Budget(macs=0.5)")
-        for name, value in self.limits().items():
+        for name, value in asked.items():
             if not is_number(value) or value <= 0:
                 raise PlanError(f"Budget({name}={shown(value)}) is not a positive number", fix=f"Budget({name}=0.5)")
+        if self.table is not None and not self.timed:
+            raise PlanError("a table of latencies, and no limit on latency", fix="Budget(speedup=2, table=table)")
+
+    @property
+    def timed(self) -> bool:
+        """Whether there is a limit on latency."""
+        return self.latency_ms is not None or self.speedup is not None
 
     def limits(self) -> dict[str, float | int]:
-        """The limits that are given, by name."""
-        named = {"params": self.params, "macs": self.macs, "bops": self.bops, "bytes": self.bytes}
+        """The limits that are given, by name, but for `speedup`, which is none until the original is timed."""
+        named = {
+            "params": self.params, "macs": self.macs, "bops": self.bops, "bytes": self.bytes,
+            "latency_ms": self.latency_ms,
+        }  # fmt: skip
         return {name: value for name, value in named.items() if value is not None}
+
+    def in_ms(self, original_ms: float) -> Budget:
+        """Return the budget with `latency_ms` in place of `speedup`, of an original that takes so long."""
+        if self.speedup is None:
+            return self
+        limit = original_ms / self.speedup
+        return replace(self, latency_ms=limit if self.latency_ms is None else min(limit, self.latency_ms), speedup=None)
 
 
 def allocate_budget(
@@ -519,10 +547,10 @@ def originals(costs: CostModel) -> dict[str, int]:
 
 
 def limits_of(costs: CostModel, budget: Budget) -> dict[str, float]:
-    """Return each limit of a budget in the units of the cost."""
+    """Return each limit of a budget in the units of the cost. Milliseconds are never a share."""
     whole = originals(costs)
-    given = budget.limits().items()
-    return {n: value * whole[n] if isinstance(value, float) and value <= 1 else value for n, value in given}
+    shares = {n for n, value in budget.limits().items() if n in whole and isinstance(value, float) and value <= 1}
+    return {n: value * whole[n] if n in shares else value for n, value in budget.limits().items()}
 
 
 class Meter:
@@ -535,16 +563,24 @@ class Meter:
         groups: Sequence[ChannelGroup],
         bits: BitsOf | None = None,
         stored: Callable[[Counts], int] | None = None,
+        latency: Callable[[Counts], float] | None = None,
     ) -> None:
         _check_counted(costs, budget)
+        if budget.timed and latency is None:
+            raise NotBuiltError(
+                "Budget(latency_ms=…) and Budget(speedup=…) are built for compress in one shot alone",
+                fix="Budget(macs=0.5); or compress(…, budget=…) without training",
+            )
         self.groups = groups
-        self.measures: dict[str, Callable[[Counts], int]] = {
+        self.measures: dict[str, Callable[[Counts], float]] = {
             "params": costs.params,
             "macs": costs.macs,
             "bops": Bops(costs, bits).layers,
             "bytes": stored or (lambda counts: costs.bytes(counts, _weight_bits(costs, bits or {}))),
         }
-        self.original = originals(costs)
+        self.original: dict[str, float] = {**originals(costs)}
+        if latency is not None:
+            self.measures["latency_ms"], self.original["latency_ms"] = latency, latency({})
         self.limits = limits_of(costs, budget)
 
     def holds(self, left: Sequence[int]) -> bool:

@@ -1,15 +1,17 @@
 """Take times: of pieces of a graph, each alone, and of whole networks, in onnxruntime or in PyTorch.
 
-The least of many runs is what code takes on a machine that does nothing else: work of others only adds. Calls take
-turns, so that all of them see the same load.
+With one thread the time is that of the processor, in which no other work counts; with more, that of the clock. The
+least of many runs is taken, and calls take turns, so that all see the same load. In front of each run of a piece as
+many bytes are read as the rest of the network would read and write: weights are then as far away as in a network.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,15 +27,33 @@ from graphcomp.targets.onnxruntime.export import export_onnx, need
 from graphcomp.targets.pt2 import in_eval_mode
 from graphcomp.targets.runtime import open_session
 
-ROUNDS = 30
+ROUNDS = 8
 """Turns of each call."""
-SECONDS, SECONDS_WHOLE = 0.1, 1.5
-"""Seconds that a piece, and a whole network, is run in all, about: the longer a run, the likelier it is disturbed."""
-LEAST_RUNS, MOST_RUNS = 5, 100
-"""Runs of a call in one turn: the first finds the caches cold."""
+SECONDS, SECONDS_WHOLE = 0.2, 1.0
+"""Seconds that a piece, and a whole network, is run in all, about."""
+LEAST_RUNS, MOST_RUNS = 3, 100
+"""Runs of a call in one turn."""
+FAR = 2**26
+"""Bytes that are read between two runs, at most: more than the caches of one core hold."""
 
-Call = Callable[[], object]
 Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What is timed.
+
+    Attributes:
+        run: runs a piece or a network once.
+        between: bytes to read between two runs.
+        near: what the code in front has just made: is read again after these bytes.
+        whole: of a network: is run for longer, as a longer run is likelier to be disturbed.
+    """
+
+    run: Callable[[], object]
+    between: int = 0
+    near: tuple[Tensor, ...] = ()
+    whole: bool = False
 
 
 class Timer(Protocol):
@@ -45,24 +65,21 @@ class Timer(Protocol):
 
     machine: str
 
-    def pieces(self, module: fx.GraphModule, values: Values, pieces: Sequence[Piece]) -> list[Call]:
+    def pieces(self, module: fx.GraphModule, values: Values, pieces: Sequence[Piece], between: int) -> list[Call]:
         """Return a call of each piece.
 
         Args:
             module: the graph.
             values: what its nodes computed in one run.
             pieces: of the graph.
+            between: bytes that a run of the graph reads and writes.
         """
 
     def whole(self, module: nn.Module, inputs: Inputs) -> Call:
         """Return a call of a module in eval mode."""
 
-    def times(self, calls: Sequence[Call], whole: Collection[int] = ()) -> list[float]:
-        """Return milliseconds of each call, the least of many runs; the calls take turns.
-
-        Args:
-            whole: positions of whole networks.
-        """
+    def times(self, calls: Sequence[Call]) -> list[float]:
+        """Return milliseconds of each call, the least of many runs; the calls take turns."""
 
 
 def timer_of(runtime: Runtime, threads: int) -> Timer:
@@ -70,35 +87,40 @@ def timer_of(runtime: Runtime, threads: int) -> Timer:
     return OnnxTimer(threads) if runtime == "onnxruntime" else EagerTimer(threads)
 
 
-def best_times(
-    calls: Sequence[Call], seconds: Sequence[float], rounds: int = ROUNDS, clock: Clock = time.perf_counter
-) -> list[float]:
+def best_times(calls: Sequence[Call], clock: Clock, rounds: int = ROUNDS) -> list[float]:
     """Return milliseconds of each call, the least of many runs; the calls take turns.
 
     Args:
-        seconds: that each call runs in all, about.
-        rounds: turns, at least 1.
         clock: in seconds.
+        rounds: turns, at least 1.
     """
+    buffer = torch.zeros(max((min(call.between, FAR) // 4 for call in calls), default=0))
     best, runs = [], []
-    for call, own in zip(calls, seconds, strict=True):
-        call()
-        best.append(_seconds(call, clock))
-        runs.append(max(LEAST_RUNS, min(MOST_RUNS, int(own / rounds / max(best[-1], 1e-9)))))
+    for call in calls:
+        call.run()  # the first run sets things up
+        start = clock()
+        best.append(_seconds(call, buffer, clock))
+        seconds = (SECONDS_WHOLE if call.whole else SECONDS) / rounds
+        runs.append(max(LEAST_RUNS, min(MOST_RUNS, int(seconds / max(clock() - start, 1e-9)))))
     for _ in range(rounds):
         for k, call in enumerate(calls):
-            best[k] = min(best[k], *(_seconds(call, clock) for _ in range(runs[k])))
+            best[k] = min(best[k], *(_seconds(call, buffer, clock) for _ in range(runs[k])))
     return [1e3 * least for least in best]
 
 
-def _long(calls: Sequence[Call], whole: Collection[int]) -> list[float]:
-    return [SECONDS_WHOLE if k in whole else SECONDS for k in range(len(calls))]
-
-
-def _seconds(call: Call, clock: Clock) -> float:
+def _seconds(call: Call, buffer: Tensor, clock: Clock) -> float:
+    if call.between:
+        buffer[: min(call.between, FAR) // 4].sum()
+        for tensor in call.near:
+            tensor.sum()
     start = clock()
-    call()
+    call.run()
     return clock() - start
+
+
+def clock_of(threads: int) -> Clock:
+    """Return the clock of the processor for one thread, else that of the wall: several threads run at once."""
+    return time.thread_time if threads == 1 else time.perf_counter
 
 
 class OnnxTimer:
@@ -119,23 +141,25 @@ class OnnxTimer:
         )
         self.threads, self.machine = threads, this_machine("onnxruntime")
 
-    def pieces(self, module: fx.GraphModule, values: Values, pieces: Sequence[Piece]) -> list[Call]:
+    def pieces(self, module: fx.GraphModule, values: Values, pieces: Sequence[Piece], between: int) -> list[Call]:
         """See `Timer`."""
+        if not pieces:
+            return []
         with tempfile.TemporaryDirectory() as folder:
-            return self._pieces(side_by_side(module, values, pieces), Path(folder)) if pieces else []
+            return self._pieces(side_by_side(module, values, pieces), Path(folder), between)
 
     def whole(self, module: nn.Module, inputs: Inputs) -> Call:
         """See `Timer`."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "whole.onnx"
             export_onnx(module, inputs.args, inputs.kwargs, path)
-            return self._bound(path, tensor_leaves((inputs.args, dict(inputs.kwargs))))
+            return Call(self._bound(path, tensor_leaves((inputs.args, dict(inputs.kwargs)))), whole=True)
 
-    def times(self, calls: Sequence[Call], whole: Collection[int] = ()) -> list[float]:
+    def times(self, calls: Sequence[Call]) -> list[float]:
         """See `Timer`."""
-        return best_times(calls, _long(calls, whole))
+        return best_times(calls, clock_of(self.threads))
 
-    def _pieces(self, found: SideBySide, folder: Path) -> list[Call]:
+    def _pieces(self, found: SideBySide, folder: Path, between: int) -> list[Call]:
         """Write all pieces in one file, and take the file apart: to write a file takes seconds."""
         import onnx
         from onnx.utils import Extractor
@@ -153,10 +177,11 @@ class OnnxTimer:
             own = [place for place in reads if inputs[place] in taken]
             part = extractor.extract_model([inputs[place] for place in own], [outputs[place] for place in returns])
             onnx.save(part, folder / f"{k}.onnx")
-            calls.append(self._bound(folder / f"{k}.onnx", [found.inputs[place] for place in own]))
+            near = tuple(found.inputs[place] for place in own)
+            calls.append(Call(self._bound(folder / f"{k}.onnx", near), between, near))
         return calls
 
-    def _bound(self, path: Path, tensors: Sequence[Tensor]) -> Call:
+    def _bound(self, path: Path, tensors: Sequence[Tensor]) -> Callable[[], object]:
         """Return a call of a file whose inputs and outputs stay where they are: to hand them over takes time, too."""
         session = open_session(path, threads=self.threads)
         binding = session.io_binding()
@@ -181,22 +206,22 @@ class EagerTimer:
     def __init__(self, threads: int) -> None:
         self.threads, self.machine = threads, this_machine("eager")
 
-    def pieces(self, module: fx.GraphModule, values: Values, pieces: Sequence[Piece]) -> list[Call]:
+    def pieces(self, module: fx.GraphModule, values: Values, pieces: Sequence[Piece], between: int) -> list[Call]:
         """See `Timer`."""
         alone = [side_by_side(module, values, [piece]) for piece in pieces]
-        return [_call(own.module, own.inputs) for own in alone]
+        return [Call(_run(own.module, own.inputs), between, own.inputs) for own in alone]
 
     def whole(self, module: nn.Module, inputs: Inputs) -> Call:
         """See `Timer`. The module must be in eval mode, which the caller sees to: a copy would be another module."""
-        return _call(in_eval_mode(module), inputs.args, inputs.kwargs)
+        return Call(_run(in_eval_mode(module), inputs.args, inputs.kwargs), whole=True)
 
-    def times(self, calls: Sequence[Call], whole: Collection[int] = ()) -> list[float]:
+    def times(self, calls: Sequence[Call]) -> list[float]:
         """See `Timer`."""
         with _pinned(self.threads):
-            return best_times(calls, _long(calls, whole))
+            return best_times(calls, clock_of(self.threads))
 
 
-def _call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Call:
+def _run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Callable[[], object]:
     given, named = tuple(args), dict(kwargs or {})
     return lambda: module(*given, **named)
 
@@ -210,4 +235,3 @@ def _pinned(threads: int) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(before)
-

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from graphcomp.capture.capture import capture
 from graphcomp.cost import Bits, Bops, CostModel, counts_of
+from graphcomp.cost.latency_table import LatencyTable
 from graphcomp.coupling.analysis import Analysis, analyze_captured
 from graphcomp.coupling.axis import Factor
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import BudgetError, NotBuiltError, NothingToPrune, PlanError
-from graphcomp.pruning.allocation import Budget, allocate, allocate_budget, iterative, units_to_remove
+from graphcomp.pruning.allocation import Budget, Meter, allocate, allocate_budget, iterative, units_to_remove
 from graphcomp.pruning.saliency import score
 
 
@@ -381,5 +382,21 @@ def test_bad_budgets() -> None:
     for value in (0, -1, 0.0, float("nan"), True):
         with pytest.raises(PlanError, match="positive"):
             Budget(params=value)
-    with pytest.raises(NotBuiltError, match="latency_ms"):
-        Budget(latency_ms=0.5)
+    for name in ("latency_ms", "speedup"):
+        with pytest.raises(PlanError, match=f"{name}=-1"):
+            Budget(**{name: -1})
+    with pytest.raises(PlanError, match="no limit on latency"):
+        Budget(params=0.5, table=LatencyTable())
+    with pytest.raises(PlanError, match="table must be"):
+        Budget(speedup=2, table="table.json")  # type: ignore[arg-type]
+
+
+def test_a_speedup_is_a_limit_once_the_original_is_timed(network: Analysis) -> None:
+    assert Budget(speedup=2).limits() == {} and Budget(speedup=2).timed and not Budget(params=0.5).timed
+    assert Budget(speedup=2).in_ms(10).limits() == {"latency_ms": 5}
+    assert Budget(speedup=2, latency_ms=3, params=0.5).in_ms(10).limits() == {"params": 0.5, "latency_ms": 3}
+    assert Budget(latency_ms=0.5).in_ms(10) == Budget(latency_ms=0.5)
+    with pytest.raises(NotBuiltError, match="one shot alone"):
+        Meter(CostModel(network), Budget(speedup=2), network.groups)
+    meter = Meter(CostModel(network), Budget(latency_ms=0.5), network.groups, latency=lambda counts: 10.0)
+    assert meter.limits == {"latency_ms": 0.5} and not meter.holds([1] * len(network.groups))  # never a share

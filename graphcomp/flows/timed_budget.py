@@ -1,0 +1,137 @@
+"""A budget on latency: the prediction that says what is within, the choice of widths, and the result measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from graphcomp.cost import BitsOf, CostModel, Counts
+from graphcomp.cost.latency_table import LatencyTable, Predicted, this_machine
+from graphcomp.cost.model import counts_of
+from graphcomp.coupling.analysis import Analysis
+from graphcomp.coupling.groups import ChannelGroup, Kept
+from graphcomp.flows.family import Once
+from graphcomp.flows.timed import Step, time_plan
+from graphcomp.pruning.allocation import Budget, Meter, Scope, normalized
+from graphcomp.pruning.evidence import Scores
+from graphcomp.pruning.knapsack import choose_widths, items_of, same_shares, unreachable
+from graphcomp.quantization.ptq import PostTraining
+from graphcomp.report.report import Change, Report
+from graphcomp.result import CompressedModel
+from graphcomp.system.threads import one_at_a_time
+from graphcomp.targets.timing import Timer, timer_of
+
+OFF = 0.1
+"""Relative error of a prediction from which on a note names the error."""
+
+
+@dataclass(frozen=True, eq=False)
+class TimedBudget:
+    """A budget on latency, and what is needed to meet the budget.
+
+    Attributes:
+        plan: of the whole model.
+        budget: with `latency_ms`, and without `speedup`.
+        predicted: milliseconds by the units that stay.
+        meter: says whether a choice is within the budget.
+        groups: that may be cut.
+        round_to: units that stay are multiples.
+    """
+
+    plan: Analysis
+    budget: Budget
+    predicted: Predicted
+    meter: Meter
+    groups: Sequence[ChannelGroup]
+    round_to: int
+
+    def choose(self, scores: Scores, ranking: Scope) -> Kept:
+        """Return the units that stay.
+
+        Args:
+            scores: (size,) per group; with "sensitivity" what the outputs lose with each unit.
+            ranking: "local": the same share of each group, as near as the widths allow.
+
+        Raises:
+            BudgetError: no choice is within the budget.
+        """
+        items = items_of(self.groups, normalized(scores, "none" if ranking == "sensitivity" else "mean"), self.round_to)
+        if ranking != "local":
+            return choose_widths(items, self.predicted, self.meter.holds)
+        kept = same_shares(items, self.meter.holds)
+        if kept is None:
+            raise unreachable(self.predicted, {item.group.factor: item.widths[-1] for item in items})
+        return kept
+
+    @one_at_a_time
+    def measured(self, small: CompressedModel, kept: Kept, timer: Timer | None = None) -> Report:
+        """Return the report with the latency of the original and of the result, measured side by side.
+
+        Args:
+            small: the result.
+            kept: the units that stay.
+            timer: takes the time; by default that of the table's runtime on this machine.
+        """
+        table, inputs = self.predicted.table, self.plan.captured.inputs
+        expected = self.predicted(counts_of(kept))
+        assert isinstance(small.report, Report)
+        if timer is None and table.machine != this_machine(table.runtime):
+            note = f"{expected:.3f} ms are predicted on {table.machine}, and this is another machine: not measured"
+            return replace(small.report, notes=(*small.report.notes, note))
+        timer = timer or timer_of(table.runtime, table.threads)
+        original = self.plan.captured.module if table.runtime == "onnxruntime" else self.plan.model
+        before, after = timer.times([timer.whole(m, inputs) for m in (original, small.module)])
+        notes = _notes(self.budget, table, expected, before, after)
+        return replace(small.report, latency_ms=Change(before, after), notes=(*small.report.notes, *notes))
+
+
+def _notes(budget: Budget, table: LatencyTable, expected: float, before: float, after: float) -> list[str]:
+    """Say what was predicted and measured, and how; and where the two differ, or the budget is not met."""
+    threads = f"{table.threads} thread{'s' if table.threads > 1 else ''}"
+    how = "onnxruntime" if table.runtime == "onnxruntime" else "PyTorch"
+    said = [
+        f"latency in {how}, {threads}: {before:.3f} ms before, {expected:.3f} ms predicted, {after:.3f} ms measured "
+        f"({before / after:.2f} times as fast; the least of many runs, on {table.machine})"
+    ]
+    if abs(expected / after - 1) > OFF:
+        said.append(f"the prediction of the latency is off by {expected / after - 1:+.0%}")
+    limit = budget.latency_ms
+    if limit is not None and after > limit:
+        said.append(f"the budget of {limit:.3f} ms is met by the prediction, and not by what was measured")
+    return said
+
+
+def timed_budget(
+    plan: Analysis,
+    groups: Sequence[ChannelGroup],
+    budget: Budget,
+    once: Once,
+    *,
+    quantization: PostTraining | None = None,
+    bits: BitsOf | None = None,
+    stored: Callable[[Counts], int] | None = None,
+    round_to: int = 1,
+    step: Step = lambda text: None,
+) -> TimedBudget:
+    """Time what the budget's table lacks, and return the budget in milliseconds.
+
+    Args:
+        plan: of the whole model.
+        groups: that may be cut.
+        budget: with a limit on latency.
+        once: what others of a family have made.
+        quantization: what is left is lowered to; None: floats.
+        bits, stored: as for `allocate_budget`.
+        round_to: units that stay are multiples.
+        step: is told what begins.
+
+    Raises:
+        PlanError, ExportError: see `time_plan`.
+    """
+    table = budget.table or LatencyTable()
+    predict = partial(time_plan, plan, groups, table, quantization=quantization, round_to=round_to, step=step)
+    _, predicted = once("latency", predict)
+    budget = budget.in_ms(predicted.original_ms)
+    meter = Meter(CostModel(plan), budget, groups, bits, stored, predicted)
+    return TimedBudget(plan, budget, predicted, meter, groups, round_to)
