@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +87,15 @@ class Problem:
 
     def sums(self, inputs: Sequence[Tensor], rest: Sequence[Tensor], wanted: Sequence[Tensor], most: int) -> Sums:
         """Return the sums over a random share of the rows, the same in each run."""
-        inputs, rest, wanted = (self._packed(values) for values in (inputs, rest, wanted))
+        inputs, rest, wanted = (self.side_by_side(values) for values in (inputs, rest, wanted))
+        parts: list[Sums] = []
+        for x, r, t, (fit, held) in zip(inputs, rest, wanted, self.chosen(inputs, most), strict=True):
+            norm = float(self.design.results(t, torch.cat([fit, held])).double().square().sum())
+            parts.append(Sums(self.moments(x, r, fit), self.moments(x, r, held), norm))
+        return sum(parts[1:], parts[0])
+
+    def chosen(self, inputs: Sequence[Tensor], most: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield, of each input, the rows that the layer is solved on and those that the ridge is chosen on."""
         counts = [self.design.count(x) for x in inputs]
         wished = max(most, ROWS_PER_FEATURE * self.features)
         if self.features > MOST_FEATURES:
@@ -96,22 +104,19 @@ class Problem:
         generator = torch.Generator().manual_seed(0)
         few = sum(len(x) for x in inputs) < HELD_OUT
         samples = 0
-        parts: list[Sums] = []
-        for x, r, t, count in zip(inputs, rest, wanted, counts, strict=True):
+        for x, count in zip(inputs, counts, strict=True):
             chosen = torch.randperm(count, generator=generator)[: math.ceil(count * min(share, 1.0))].sort().values
             sample = chosen if few else self.design.samples(x, chosen) + samples
             held = sample % HELD_OUT == HELD_OUT - 1
             samples += len(x)
-            fit, other = (self._moments(x, r, chosen[own]) for own in (~held, held))
-            norm = float(self.design.results(t, chosen).double().square().sum())
-            parts.append(Sums(fit, other, norm))
-        return sum(parts[1:], parts[0])
+            yield chosen[~held], chosen[held]
 
-    def _packed(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
+    def side_by_side(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return values with the rows of each matrix side by side."""
         return [packed(x, ends) for x, ends in zip(values, self.ends, strict=True)] if self.ends else values
 
-    def _moments(self, x: Tensor, rest: Tensor, chosen: Tensor) -> Evidence:
+    def moments(self, x: Tensor, rest: Tensor | None, chosen: Tensor) -> Evidence:
+        """Return the moments of chosen rows, of which `rest` holds the targets; without `rest` there are none."""
         total: Evidence | None = None
         kind = Moments.of if self.features <= MOST_FEATURES else Rows
         at_once, some = 1, chosen[:1]
@@ -121,7 +126,7 @@ class Problem:
             rows = self.design.rows(x, some).double()
             if self.intercept:
                 rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
-            found = kind(rows, self.design.results(rest, some))
+            found = kind(rows, rows[..., :0] if rest is None else self.design.results(rest, some))
             total = found if total is None else joined(total, found)
         assert total is not None, "split gives one part at least"
         return total

@@ -38,6 +38,7 @@ from graphcomp.ir.graph import bind
 from graphcomp.ops.registry import facts_of
 from graphcomp.pruning.acting import with_acting
 from graphcomp.pruning.evidence import Evidence, Loss, Meeting, Place, Scores, axis_at, units_at
+from graphcomp.pruning.repairable import Repairable
 from graphcomp.pruning.slice import check_groups
 from graphcomp.system.threads import one_at_a_time
 
@@ -489,6 +490,7 @@ SALIENCIES: dict[str, Saliency] = {
     "bn_scale": NormScale(),
     "geometric_median": GeometricMedian(),
     "activation": Activation(),
+    "repairable": Repairable(),
     "random": Random(),
 }
 """Name -> saliency, as in compress(saliency="l2")."""
