@@ -1,10 +1,10 @@
 """Real weights: quality right after a one-shot cut, as it is and repaired, and after a short fine-tuning.
 
-    python -m benchmarks.oneshot                                   # five models, 10 to 50 % of the units
+    python -m benchmarks.oneshot                                   # six models, 10 to 50 % of the units
     python -m benchmarks.oneshot --finetune                        # and ResNet-20 after five short epochs
     python -m benchmarks.oneshot --models resnet20,stories --saliencies l2,random
-    python -m benchmarks.oneshot --models resnet20 --saliencies activation --sensitivity
-    python -m benchmarks.oneshot --models mobilenet --saliencies activation --sensitivity --macs 0.8,0.7
+    python -m benchmarks.oneshot --models resnet20,resnet56 --saliencies repairable --sensitivity
+    python -m benchmarks.oneshot --models mobilenet,efficientnet --saliencies repairable --sensitivity --macs 0.8,0.7
 
 Data and weights come from the shared folder beside the checkout. Calibration data (gradients, activations, batch norm
 statistics, repair) are never test data: CIFAR-10's training images, every fifth of the 500 ImageNet images (the other
@@ -134,7 +134,7 @@ def curves(
     for saliency, scope in [(s, scope) for s in saliencies for scope in ("global", "sensitivity")[: 1 + sensitivity]]:
         name = saliency if scope == "global" else f"{saliency}, by sensitivity"
         scores = score(saliency, analysis, groups, data=task.calibration, loss=task.loss)
-        cuts = [cut(analysis, scores, target, scope, task.calibration) for target in targets]
+        cuts = [cut(analysis, scores, saliency, target, scope, task.calibration) for target in targets]
         with timed() as clock:
             mended = [repair(small, analysis, task.calibration).eval() for small in cuts]
         print(f"{name}: repaired in {clock.seconds / len(cuts):.0f} s each", flush=True)
@@ -153,14 +153,19 @@ def curves(
 
 
 def cut(
-    analysis: Analysis, scores: Scores, target: float | Budget, scope: Scope, calibration: Sequence[Batch]
+    analysis: Analysis,
+    scores: Scores,
+    saliency: str,
+    target: float | Budget,
+    scope: Scope,
+    calibration: Sequence[Batch],
 ) -> CompressedModel:
     """Remove a share of all units, or units down to a budget, the least important first; the laws are checked."""
     groups = tuple(scores)
     budget = target if isinstance(target, Budget) else None
     if scope == "sensitivity":
         with timed() as clock:
-            scores = by_sensitivity(analysis, scores, budget, calibration)
+            scores = by_sensitivity(analysis, scores, saliency, budget, calibration)
         print(f"sensitivity: {clock.seconds:.0f} s", flush=True)
     if isinstance(target, Budget):
         kept = allocate_budget(analysis, groups, scores, target, scope=scope)
@@ -169,19 +174,28 @@ def cut(
     return slice_groups(analysis, kept, up_for_pruning=groups).eval()
 
 
-def by_sensitivity(analysis: Analysis, scores: Scores, budget: Budget | None, calibration: Sequence[Batch]) -> Scores:
-    """Return scores that compare between groups; each group is probed once for all targets."""
-    key = id(analysis), tuple(float(values.sum()) for values in scores.values())
-    if key not in PROBED:
-        halves = [half for batch in calibration for half in zip(*(t.chunk(2) for t in batch), strict=True)]
-        batches = list(calibration) if len(calibration) > 3 else halves
-        PROBED[key] = probe(analysis, tuple(scores), scores, flat_batches(analysis, batches))
+def by_sensitivity(
+    analysis: Analysis, scores: Scores, saliency: str, budget: Budget | None, calibration: Sequence[Batch]
+) -> Scores:
+    """Return scores that compare between groups; each group is probed once for all targets.
+
+    "repairable" stands for no saliency: units are ordered by the Gram matrices of the probes.
+    """
+    if (analysis, saliency) not in PROBED:
+        order = None if saliency == "repairable" else scores
+        PROBED[analysis, saliency] = probe(analysis, tuple(scores), order, _flat(analysis, calibration))
     meter = None if budget is None else Meter(CostModel(analysis), budget, tuple(scores))
-    return marginal(PROBED[key], scores, (lambda _: 1.0) if meter is None else meter.saved_by_a_unit)
+    return marginal(PROBED[analysis, saliency], (lambda _: 1.0) if meter is None else meter.saved_by_a_unit)
 
 
-PROBED: dict[Any, dict[ChannelGroup, Curve]] = {}
-"""Model and scores -> what was found of each group."""
+def _flat(analysis: Analysis, calibration: Sequence[Batch]) -> list[list[Any]]:
+    """Return flat inputs, of which every second batch can judge."""
+    halves = [half for batch in calibration for half in zip(*(t.chunk(2) for t in batch), strict=True)]
+    return flat_batches(analysis, list(calibration) if len(calibration) > 1 else halves)
+
+
+PROBED: dict[tuple[Analysis, str], dict[ChannelGroup, Curve]] = {}
+"""Plan and saliency -> what was found of each group."""
 
 
 def _sizes(saliency: str, cuts: Sequence[CompressedModel]) -> list[list[str]]:
@@ -270,12 +284,12 @@ def cifar(split: str, limit: int | None) -> tuple[Tensor, Tensor]:
     return realdata().prep(realdata().ResNetCifar, images[:limit]), labels[:limit]
 
 
-def resnet20() -> Task:
-    model = realdata().load("cifar10_resnet20")
+def resnet(depth: int) -> Task:
+    model = realdata().load(f"cifar10_resnet{depth}")
     images, labels = cifar("train_a", FINETUNE_IMAGES)
     calibration = _batches(images[:CIFAR_CALIBRATION], labels[:CIFAR_CALIBRATION])
     evaluate = top1("CIFAR-10 top-1 %", *cifar("test", CIFAR_CURVE))
-    return Task("ResNet-20", model, (images[:2],), calibration, cross_entropy, evaluate, has_batch_norm=True)
+    return Task(f"ResNet-{depth}", model, (images[:2],), calibration, cross_entropy, evaluate, has_batch_norm=True)
 
 
 def imagenet(name: str, weights: str) -> Task:
@@ -336,7 +350,8 @@ def stories() -> Task:
 
 
 TASKS: dict[str, Callable[[], Task]] = {
-    "resnet20": resnet20,
+    "resnet20": lambda: resnet(20),
+    "resnet56": lambda: resnet(56),
     "efficientnet": lambda: imagenet("EfficientNet-Lite0", "imagenet_efficientnet_lite0"),
     "mobilenet": lambda: imagenet("MobileNetV2", "imagenet_mobilenet_v2"),
     "minilm": minilm,
@@ -347,14 +362,14 @@ TASKS: dict[str, Callable[[], Task]] = {
 # ------------------------------------------------------------------------------------------------ fine-tuning
 def finetune_resnet20(saliency: str) -> None:
     """ResNet-20 after five short epochs on part of CIFAR-10's training images, on all 10 000 test images."""
-    task = resnet20()
+    task = resnet(20)
     evaluate = top1("top-1 %", *cifar("test", None))
     analysis = analyze(task.model, task.example)
     groups = prunable_groups(analysis)
     scores = score(saliency, analysis, groups, data=task.calibration, loss=task.loss)
     rows = []
     for sparsity in (0.0, *SPARSITIES):
-        small = cut(analysis, scores, sparsity, "global", task.calibration)
+        small = cut(analysis, scores, saliency, sparsity, "global", task.calibration)
         before = evaluate(small)[0]
         with timed() as clock:
             finetune(small, *cifar("train_a", FINETUNE_IMAGES))

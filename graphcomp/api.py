@@ -17,6 +17,7 @@ from graphcomp.cost.latency_table import LatencyTable
 from graphcomp.coupling.analysis import Analysis, analyze_captured
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import CalibrationError, CaptureError, InputError, NothingToPrune, PlanError
+from graphcomp.flows.choosing import by_sensitivity, check_rounds
 from graphcomp.flows.family import MemberBudget, Once, shared_by
 from graphcomp.flows.finalize import as_trained
 from graphcomp.flows.held import equal_counts, held_by_class
@@ -52,7 +53,6 @@ from graphcomp.pruning.multiples import in_multiples, with_fast_widths, with_gro
 from graphcomp.pruning.names import by_module_name, module_names, scope_name
 from graphcomp.pruning.prunable import find_prunable
 from graphcomp.pruning.saliency import Saliency, reads_data, score
-from graphcomp.pruning.sensitivity import sensitivities
 from graphcomp.pruning.shares import allocate_parts, parts_of
 from graphcomp.pruning.slice import as_kept, check_groups
 from graphcomp.pruning.vocabulary import Logits
@@ -131,6 +131,7 @@ def compress(
     training: Training | None = None,
     saliency: str | Saliency | None = None,
     ranking: Scope = "global",
+    rounds: int = 1,
     repair: Literal["least_squares"] | None = "least_squares",
     ignore: Modules = (),
     keep_inputs: Modules = (),
@@ -191,6 +192,9 @@ def compress(
         ranking: "global" ranks all units together, by scores relative to those of their group; "local" removes the same
             share of every group; "sensitivity" measures for each group how far the outputs move where a share of its
             units goes and the layers behind are repaired: it takes a while, keeps most, and needs calibration or data.
+            Without a saliency, units of a group go in the order of "repairable".
+        rounds: with ranking="sensitivity", the goal is reached in so many rounds: after each, what is left is repaired
+            and measured again.
         repair: "least_squares": in one shot, with calibration or data, each layer that reads what the cut changed gets
             the weights that best restore its output, without labels (see `graphcomp.repair`). None: the
             weights that stay are as they were.
@@ -232,7 +236,8 @@ def compress(
     check_options(
         example_kwargs=example_kwargs, sparsity=sparsity, activation_bits=activation_bits, activations=activations,
         group_size=group_size, rounding=rounding, reduce_range=reduce_range, quantization=quantization, method=method,
-        data=data, loss=loss, folder=folder, training=training, saliency=saliency, ranking=ranking, repair=repair,
+        data=data, loss=loss, folder=folder, training=training, saliency=saliency, ranking=ranking, rounds=rounds,
+        repair=repair,
         prune=prune, round_to=round_to, budget=budget, prefer_native=prefer_native, outputs=outputs, verify=verify,
         measure_latency=measure_latency, progress=progress, seed=seed,
     )  # fmt: skip
@@ -249,10 +254,14 @@ def compress(
     title, stages = stages_of(method)
     zeros = saliency == ZEROS
     if zeros:
-        check_alone({"sparsity": sparsity is not None, "budget": budget is not None, "method": bool(stages)})
+        check_alone({
+            "sparsity": sparsity is not None, "budget": budget is not None, "method": bool(stages),
+            "ranking": ranking != "global", "rounds": rounds > 1,
+        })  # fmt: skip
     given = {
         "sparsity by module": isinstance(sparsity, Mapping), "budget": budget, "saliency": saliency,
         "round_to": round_to, "prune": prune, "keep_inputs": keep_inputs, "ranking": ranking,
+        "rounds": rounds,
         "prefer_native": prefer_native, "activation_bits": activation_bits, "activations": activations,
         "calibration": calibration,
         "group_size": group_size, "rounding": rounding, "reduce_range": reduce_range, "quantization": quantization,
@@ -348,6 +357,8 @@ def compress(
     bits = bits if limits is None else limits[1]
     if calibration is not None and bits is None and quantization is None:
         _check_read(repair is not None, ranking, zeros)
+    check_rounds(rounds, ranking, budget)
+    repairable = saliency is None and ranking == "sensitivity"
     sparsity = (0.5 if limits is None else 0.0) if sparsity is None else sparsity
     saliency = saliency or "l2"
     quantization = quantization or post_training(
@@ -385,17 +396,23 @@ def compress(
             bar.step(f"scoring {sum(group.size for group in groups)} units")
             notes += _unused(None if shown is not None else data, loss, saliency)
             scored = partial(score, saliency, analysis, groups, data=data, loss=loss, seed=seed)
-            scores = {} if zeros else once("scores", scored)
+            scores = {} if zeros or repairable else once("scores", scored)
             bar.step("choosing")
+            already: Kept | None = None
             if ranking == "sensitivity":
-                saved = None if budget is not None and budget.timed else budget
-                probed = partial(sensitivities, analysis, groups, scores, _needed(rows), saved, layer_bits)
-                scores = once("sensitivities", probed)
+                probed = partial(
+                    by_sensitivity, analysis, parts_to_cut, None if repairable else scores, _needed(rows),
+                    budget=None if budget is not None and budget.timed else budget, bits=layer_bits, rounds=rounds,
+                )  # fmt: skip
+                scores, already, found_notes = probed() if rounds > 1 else once("sensitivities", probed)
+                notes += found_notes
             if zeros:
                 kept, found_notes = without_zeros(analysis, groups, round_to)
                 notes += found_notes
             elif budget is None:
-                kept, found_notes = allocate_parts(parts_to_cut, scores, scope=ranking, round_to=round_to)
+                kept, found_notes = allocate_parts(
+                    parts_to_cut, scores, scope=ranking, round_to=round_to, already=already
+                )
                 notes += found_notes
             else:
                 stored = None
@@ -409,8 +426,8 @@ def compress(
                     kept = timed.choose(scores, ranking)
                 else:
                     kept = allocate_budget(
-                        analysis, groups, scores, budget, scope=ranking, round_to=round_to, bits=layer_bits,
-                        stored=stored,
+                        analysis, groups, scores, budget, scope=ranking, round_to=round_to, already=already,
+                        bits=layer_bits, stored=stored,
                     )  # fmt: skip
             kept, rounded = in_multiples(kept, scores, round_to, at_most=budget is not None)
             notes += rounded

@@ -147,6 +147,7 @@ CHECKS: dict[str, Check] = {
     "training": _an(Training, "training=graphcomp.Training(steps=1000, …)"),
     "saliency": _saliency,
     "ranking": partial(check_word, words=get_args(Scope)),
+    "rounds": check_whole,
     "repair": _repair,
     "prune": lambda _, value: check_roles(value),
     "round_to": check_whole,
@@ -171,7 +172,7 @@ CHECKS: dict[str, Check] = {
 REQUIRED = frozenset(
     {
         "trust", "analysis", "plan", "model", "activations", "group_size", "rounding", "reduce_range", "path",
-        "ranking",
+        "ranking", "rounds",
         "round_to", "verify", "measure_latency", "progress", "seed", "learn_exponent", "recompute",
         "prefer_native", "logits", "speedups",
     }

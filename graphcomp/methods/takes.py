@@ -41,6 +41,7 @@ OPTIONS: Mapping[str, Option] = {
     "prune": Option((None,), "no units go", _UNITS),
     "keep_inputs": Option(((), []), "no units go, and all modules keep their inputs", _UNITS),
     "ranking": Option(("global",), "training ranks all units together", 'method="oneshot", or without'),
+    "rounds": Option((1,), "training cuts step by step itself", 'method="oneshot", or without'),
     "prefer_native": Option((True,), "equal counts are for one shot in floats: scores choose in each group", "", True),
     "activation_bits": Option(("same", None), "activations stay float", "activation_bits=None"),
     "activations": Option(("static",), "training knows no ranges at run time", 'method="oneshot", or without'),
@@ -59,7 +60,7 @@ ACTIVATIONS = frozenset({"activation_bits", "calibration"})
 START = ACTIVATIONS | {"group_size", "rounding", "reduce_range", "quantization"}
 """Options of methods that begin with post-training quantization."""
 
-ONE_SHOT = UNITS | START | {"activations", "ranking", "prefer_native"}
+ONE_SHOT = UNITS | START | {"activations", "ranking", "rounds", "prefer_native"}
 """Options of one shot."""
 
 

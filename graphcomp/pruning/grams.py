@@ -11,7 +11,7 @@ Source: Frantar and Alistarh, ZipLM, 2023 (optimal brain surgeon over structures
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,14 +111,14 @@ def _without(moments: Moments, weight: Tensor, stay: Tensor, away: Tensor) -> Mo
 
 @torch.no_grad()
 def grams(
-    plan: Analysis, readers: Readers, batches: Sequence[Sequence[Any]], rows: int
+    plan: Analysis, readers: Readers, batches: Mapping[int, Sequence[Any]], rows: int
 ) -> Iterator[tuple[ChannelGroup, tuple[Gram, ...] | str]]:
     """Yield each group with the Grams of its readers, as soon as the last one is reached; or why there are none.
 
     Args:
         plan: of the whole model.
         readers: of groups of `plan`.
-        batches: flat inputs.
+        batches: flat inputs, by the number that an error names.
         rows: of each layer at most, or ten for each feature where that is more.
 
     Raises:
@@ -128,9 +128,9 @@ def grams(
     waiting = {group: {reader.consumer.node for reader in own} for group, own in readers.of.items()}
     reads = {reader.consumer for own in readers.of.values() for reader in own}
     found: dict[Consumer, tuple[Problem, Moments, Moments, Tensor] | str] = {}
-    values = Lockstep(module, batches)
+    values = Lockstep(module, list(batches.values()))
     for node in module.graph.nodes:
-        for k, run in enumerate(values.runs):
+        for k, run in zip(batches, values.runs, strict=True):
             try:
                 run.step(node)
             except Exception as error:  # whatever the ops raise on inputs of another shape
@@ -159,7 +159,7 @@ def _read(consumer: Consumer, values: Lockstep, rows: int) -> Read:
     if problem.features > MOST_FEATURES:
         return f"'{consumer.name}' has {problem.features} features, more than {MOST_FEATURES}"
     found = operands(consumer.node)
-    inputs, weight = values.of(found[consumer.data]), values.of(found[consumer.weight])[0]
+    inputs, weight = problem.side_by_side(values.of(found[consumer.data])), values.of(found[consumer.weight])[0]
     parts = list(zip(inputs, problem.chosen(inputs, rows), strict=True))
     fit, held = (_sum([problem.moments(x, None, chosen[k]) for x, chosen in parts]) for k in range(2))
     if not (fit + held).finite:

@@ -18,8 +18,8 @@ from graphcomp.pruning.evidence import Scores
 from graphcomp.pruning.repair import repair_cut
 from graphcomp.pruning.slice import SliceGroups, kept_of_tensors
 
-Rank = Callable[[Analysis, Sequence[ChannelGroup]], Scores]
-"""From a plan and groups of the plan to scores that compare between groups."""
+Rank = Callable[[Analysis, Sequence[ChannelGroup], Scores | None], Scores]
+"""From a plan, groups of the plan and the order within each to scores that compare between groups."""
 Choose = Callable[[Scores, Kept, float], Kept]
 """From scores, units that earlier rounds left, and the share of the goal to reach, to the units that stay."""
 
@@ -30,6 +30,7 @@ GONE = -1.0
 def in_rounds(
     plan: Analysis,
     groups: Sequence[ChannelGroup],
+    scores: Scores | None,
     rank: Rank,
     choose: Choose,
     batches: Sequence[Sequence[Any]],
@@ -40,6 +41,7 @@ def in_rounds(
     Args:
         plan: of the whole model, exported.
         groups: of `plan`.
+        scores: the order within each group, (size,); None: as `rank` says.
         rank: scores the groups of a plan of the repaired model.
         choose: chooses a share of the goal, from 0 to 1.
         batches: flat inputs to repair on.
@@ -49,15 +51,20 @@ def in_rounds(
         For each group (size,) scores, -1 where the unit is gone, and (k,) units that are left.
     """
     kept: Kept = {}
-    scores = rank(plan, groups)
+    found = rank(plan, groups, scores)
     for k in range(1, rounds):
-        kept = choose(scores, kept, k / rounds)
-        scores = _scores_after(plan, groups, kept, rank, batches)
-    return scores, kept
+        kept = choose(found, kept, k / rounds)
+        found = _rank_after(plan, groups, scores, kept, rank, batches)
+    return found, kept
 
 
-def _scores_after(
-    plan: Analysis, groups: Sequence[ChannelGroup], kept: Kept, rank: Rank, batches: Sequence[Sequence[Any]]
+def _rank_after(
+    plan: Analysis,
+    groups: Sequence[ChannelGroup],
+    scores: Scores | None,
+    kept: Kept,
+    rank: Rank,
+    batches: Sequence[Sequence[Any]],
 ) -> Scores:
     """Return the scores of what a cut leaves, on the repaired model."""
     small = SliceGroups(plan.coupling, kept).rewrite(plan.captured.module)
@@ -66,15 +73,15 @@ def _scores_after(
     cuts = kept_of_tensors(plan.coupling, kept)
     found = {group: _same_units(group, after.groups, cuts) for group in groups}
     matched = {group: own for group, own in found.items() if own is not None}
-    scores = rank(after, [own for own, _ in matched.values()])
+    order = None if scores is None else {own: scores[group][old] for group, (own, old) in matched.items()}
+    ranked = rank(after, [own for own, _ in matched.values()], order)
     result: dict[ChannelGroup, Tensor] = {}
     for group in groups:
-        units = kept.get(group, torch.arange(group.size))
         values = torch.full((group.size,), GONE, dtype=torch.float64)
-        values[units] = torch.finfo(values.dtype).max  # of a group that can lose no more
+        values[kept.get(group, torch.arange(group.size))] = torch.finfo(values.dtype).max  # can lose no more
         if group in matched:
             own, old = matched[group]
-            values[old] = scores[own].double()
+            values[old] = ranked[own].double()
         result[group] = values
     return result
 

@@ -55,9 +55,11 @@ def parts_of(model: nn.Module, groups: Sequence[ChannelGroup], sparsity: float |
 
 
 def allocate_parts(
-    parts: Sequence[Part], scores: Scores, *, scope: Scope, round_to: int
+    parts: Sequence[Part], scores: Scores, *, scope: Scope, round_to: int, already: Kept | None = None
 ) -> tuple[dict[ChannelGroup, Any], list[str]]:
     """Remove each part's share, or the nearest that `round_to` allows; return the units that stay, and notes.
+
+    What an earlier choice removed (`already`) stays removed, and counts.
 
     Raises:
         BudgetError: no choice of units comes near a share.
@@ -66,7 +68,13 @@ def allocate_parts(
     notes = []
     for part in parts:
         found: Kept = allocate(
-            part.groups, scores, sparsity=part.sparsity, scope=scope, round_to=round_to, nearest=True
+            part.groups,
+            scores,
+            sparsity=part.sparsity,
+            scope=scope,
+            round_to=round_to,
+            already=already,
+            nearest=True,
         )
         kept |= found
         notes.append(rounding_note(part.groups, found, part.sparsity, round_to, part.name))

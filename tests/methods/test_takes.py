@@ -24,6 +24,7 @@ GIVEN: dict[str, Any] = {
     "prune": {"prune": ["hidden"]},
     "keep_inputs": {"keep_inputs": ["second"]},
     "ranking": {"ranking": "local"},
+    "rounds": {"rounds": 2, "ranking": "sensitivity", "calibration": [X]},
     "prefer_native": {"prefer_native": False},
     "activation_bits": {"activation_bits": 6},
     "activations": {"activations": "dynamic"},
@@ -87,11 +88,11 @@ def test_the_tables_hold_every_option_of_compress():
 
 
 REFUSED = {
-    "geta": {"ranking", "activations", "group_size", "rounding", "reduce_range", "quantization"},
+    "geta": {"ranking", "rounds", "activations", "group_size", "rounding", "reduce_range", "quantization"},
     "hesso": OPTIONS.keys() - UNITS - {"prefer_native"},
-    "qat": {*UNITS, "ranking", "activations"},
+    "qat": {*UNITS, "ranking", "rounds", "activations"},
     "psgd": OPTIONS.keys() - {"prefer_native"},
-    "pqk": {*UNITS, "ranking", "activations"},
+    "pqk": {*UNITS, "ranking", "rounds", "activations"},
     "ternary": OPTIONS.keys() - {"prefer_native"},
     "own": OPTIONS.keys() - {"prefer_native"},
     "oneshot": set(),
