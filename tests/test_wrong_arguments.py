@@ -178,6 +178,7 @@ CALLS: dict[str, Call] = {
     "NormScale": Call(lambda _: saliency.NormScale, lambda _: {}),
     "GeometricMedian": Call(lambda _: saliency.GeometricMedian, lambda _: {}),
     "Activation": Call(lambda _: saliency.Activation, lambda _: {}),
+    "Repairable": Call(lambda _: saliency.Repairable, lambda _: {}),
 }
 
 
@@ -202,7 +203,7 @@ def calls(name: str, folder: Path) -> Iterator[tuple[str, str, Callable[[], Any]
 
 def use(found: Any) -> None:
     """Use what was made, so that a wrong field shows: a saliency scores, options quantize and train."""
-    if type(found).__module__ == saliency.__name__ and callable(found):
+    if type(found).__module__ in (saliency.__name__, saliency.Repairable.__module__) and callable(found):
         saliency.score(found, plan(), plan().groups, data=[X], loss=loss)
     elif isinstance(found, gc.PostTraining):
         gc.compress(Net().eval(), X, sparsity=0.0, quantization=found, calibration=[X], progress=False)

@@ -14,7 +14,7 @@ from graphcomp.pruning.allocation import Budget, Meter, allocate_budget
 from graphcomp.pruning.evidence import Scores
 from graphcomp.pruning.repair import within_memory
 from graphcomp.pruning.rounds import in_rounds
-from graphcomp.pruning.sensitivity import notes, sensitivities
+from graphcomp.pruning.sensitivity import sensitivities
 from graphcomp.pruning.shares import Part, allocate_parts
 from graphcomp.system.threads import one_at_a_time
 
@@ -47,9 +47,12 @@ def by_sensitivity(
         BudgetError: the smallest network there is costs more.
     """
     groups = tuple(group for part in parts for group in part.groups)
+    said: dict[str, None] = {}
 
     def rank(own: Analysis, some: Sequence[ChannelGroup], order: Scores | None) -> Scores:
-        return sensitivities(own, some, order, batches, budget, bits, plan.captured.module)
+        ranked, remarks = sensitivities(own, some, order, batches, budget, bits, plan.captured.module)
+        said.update(dict.fromkeys(remarks))
+        return ranked
 
     def choose(found: Scores, already: Kept, share: float) -> Kept:
         if budget is not None:
@@ -60,7 +63,7 @@ def by_sensitivity(
 
     used = within_memory(plan.captured.module, batches)
     found, already = in_rounds(plan, groups, scores, rank, choose, used, rounds)
-    return found, already, notes(batches)
+    return found, already, list(said)
 
 
 def _part_of(

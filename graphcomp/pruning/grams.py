@@ -213,6 +213,7 @@ def errors_left(grams: Sequence[Gram], size: int, *, ridge: float = RIDGE, steps
     Args:
         grams: of all readers of a group, each unit with equally many features (see `uneven`).
         size: units of the group.
+        ridge: λ > 0, tenfold until H can be factored.
         steps: downdates at most.
 
     Returns:
@@ -256,7 +257,11 @@ class _Surgeon:
         order = gram.units.sort(stable=True, dim=1)
         none = int((gram.units[0] < 0).sum())
         features = order.indices[:, none:].reshape(len(gram.units), size, -1)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram.damped(ridge)))
+        factor, failed = torch.linalg.cholesky_ex(gram.damped(ridge))
+        while bool(failed.any()):  # more features than rows, and a small ridge
+            ridge *= 10
+            factor, failed = torch.linalg.cholesky_ex(gram.damped(ridge))
+        inverse = torch.cholesky_inverse(factor)
         return cls(gram.weight.clone(), inverse, features, max(gram.norm, torch.finfo(torch.float64).tiny))
 
     def errors(self, units: Tensor) -> Tensor:

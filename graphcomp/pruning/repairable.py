@@ -16,6 +16,9 @@ from graphcomp.pruning.least_squares import ROWS
 from graphcomp.pruning.readers import find_readers
 from graphcomp.pruning.repair import within_memory
 
+SMALLEST_RIDGE = 1e-14
+"""λ below which H is as good as singular in float64."""
+
 
 @dataclass(frozen=True)
 class Repairable:
@@ -30,7 +33,7 @@ class Repairable:
     Source: Frantar and Alistarh, ZipLM, 2023, eq. 2 and algorithm 1; summed over readers, each relative to its output.
 
     Attributes:
-        ridge: λ in H = Σ x xᵀ + λ · mean diag · I.
+        ridge: λ in H = Σ x xᵀ + λ · mean diag · I; tenfold until H can be factored.
         rows: of each layer at most, or ten for each feature where that is more.
         steps: downdates of a group at most; a group of more units loses several at a time.
         fallback: scores the groups whose readers have no closed form. None: they are an error.
@@ -42,7 +45,7 @@ class Repairable:
     fallback: Callable[[Evidence], Scores] | None = None
 
     def __post_init__(self) -> None:
-        check_number("ridge", self.ridge, fix=f"ridge={RIDGE}")
+        check_number("ridge", self.ridge, SMALLEST_RIDGE, fix=f"ridge={RIDGE}")
         check_whole("rows", self.rows)
         check_whole("steps", self.steps)
         if self.fallback is not None:

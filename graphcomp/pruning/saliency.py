@@ -88,7 +88,7 @@ def score(
     scores = scorer(evidence)
     check_mapping("what a saliency returns", scores, "{group: scores for group in evidence.groups}, each (size,)")
     found = {g: score_of(g, scores.get(own, scores.get(g)), saliency) for g, own in acting.items()}
-    if not isinstance(scorer, (Magnitude, Cosine, Geta, NormScale, GeometricMedian, Activation, Taylor)):
+    if not isinstance(scorer, (Magnitude, Cosine, Geta, NormScale, GeometricMedian, Activation, Taylor, Repairable)):
         return found
     return {group: _dead_first(values, dead_units(acting[group], evidence)) for group, values in found.items()}
 

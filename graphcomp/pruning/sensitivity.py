@@ -45,6 +45,8 @@ ROWS = 8_000
 """Rows that a consumer is solved on in a probe."""
 POWER = 3
 """Growth of the error beyond the last share."""
+SHOWN = 8
+"""Names that a note shows."""
 SMALL = 1e-6
 """Share of all that a group's readers can lose below which a piece of the curve says nothing of the outputs."""
 
@@ -195,8 +197,8 @@ def sensitivities(
     budget: Budget | None = None,
     bits: BitsOf | None = None,
     wanted: fx.GraphModule | None = None,
-) -> Scores:
-    """Return scores that compare between groups; the arguments are those of `probe`, and:
+) -> tuple[Scores, list[str]]:
+    """Return scores that compare between groups, and notes; the arguments are those of `probe`, and:
 
     Args:
         budget: what units are to save; None: all units count alike.
@@ -212,10 +214,15 @@ def sensitivities(
             fix='ranking="global"',
         )
     curves = probe(plan, groups, scores, batches, wanted)
+    said = notes(batches)
+    others = [group.name for group, curve in curves.items() if scores is None and curve.steps is None]
+    if others:
+        some = ", ".join(others[:SHOWN]) + (" and more" if len(others) > SHOWN else "")
+        said.append(f"sensitivity: units go by the norms of their weights, as no closed form reads them, in {some}")
     if budget is None:
-        return marginal(curves)
+        return marginal(curves), said
     meter = Meter(CostModel(plan), budget, groups, bits)
-    return marginal(curves, meter.saved_by_a_unit)
+    return marginal(curves, meter.saved_by_a_unit), said
 
 
 def marginal(curves: Mapping[ChannelGroup, Curve], cost: Callable[[ChannelGroup], float] = lambda _: 1.0) -> Scores:

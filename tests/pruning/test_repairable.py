@@ -194,3 +194,11 @@ def test_groups_without_a_closed_form_take_the_fallback() -> None:
         score("repairable", plan, plan.groups, data=[x])
     found = score(Repairable(fallback=Magnitude()), plan, plan.groups, data=[x])
     assert torch.equal(found[plan.groups[0]], score("l2", plan, plan.groups)[plan.groups[0]])
+
+
+def test_fewer_rows_than_features_and_a_small_ridge() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 4)))
+    data = [torch.randn(8, 6, dtype=torch.float64)]
+    plan = gc.analyze(model, data[0])
+    scores = scored(plan, plan.groups[0], data)
+    assert bool(scores.isfinite().all()) and len(scores.unique()) == 32

@@ -186,6 +186,8 @@ def test_units_that_no_layer_sums_are_probed_as_a_whole() -> None:
     assert curve.steps is None
     assert torch.equal(curve.order, score("l2", plan, [group])[group].argsort(stable=True))
     assert curve.errors[1] == pytest.approx(the_slow_way(plan, group, curve.order, curve.removed[1], data))
+    (*_, note) = sensitivities(plan, [group], None, data)[1]
+    assert "by the norms of their weights" in note and group.name in note
 
 
 def test_without_scores_units_go_in_the_order_of_what_is_repairable() -> None:
@@ -234,7 +236,7 @@ def test_later_rounds_score_the_repaired_model() -> None:
 
     def rank(own: Any, groups: Any, order: Any) -> Any:
         seen.append(tuple(group.size for group in groups))
-        return sensitivities(own, groups, order, data, wanted=plan.captured.module)
+        return sensitivities(own, groups, order, data, wanted=plan.captured.module)[0]
 
     def choose(scores: Any, kept: Any, share: float) -> Any:
         return allocate(plan.groups, scores, sparsity=0.5 * share, scope="sensitivity", already=kept, nearest=True)
@@ -256,7 +258,7 @@ def test_rounds_follow_the_order_that_is_given() -> None:
 
     def rank(own: Any, groups: Any, scores: Any) -> Any:
         found.append([scores[group] for group in groups])
-        return sensitivities(own, groups, scores, data, wanted=plan.captured.module)
+        return sensitivities(own, groups, scores, data, wanted=plan.captured.module)[0]
 
     def choose(scores: Any, kept: Any, share: float) -> Any:
         return allocate(plan.groups, scores, sparsity=0.5 * share, scope="sensitivity", already=kept, nearest=True)
