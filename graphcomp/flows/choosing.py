@@ -72,7 +72,8 @@ def _part_of(
     """Return the budget that takes a share of what `budget` takes."""
     meter = Meter(CostModel(plan), budget, groups, bits)
     costs = {name: (meter.original[name], limit) for name, limit in meter.limits.items()}
-    return Budget(**{name: max(2, round(cost - (cost - limit) * share)) for name, (cost, limit) in costs.items()})
+    limits: dict[str, Any] = {n: max(2, round(cost - (cost - limit) * share)) for n, (cost, limit) in costs.items()}
+    return Budget(**limits)
 
 
 def check_rounds(rounds: int, ranking: str, budget: Budget | None) -> None:

@@ -157,7 +157,7 @@ def test_the_error_says_how_fast_the_network_can_become(timers: list[FakeTimer])
 
 
 def test_a_family_is_captured_scored_and_timed_once(timers: list[FakeTimer], monkeypatch: pytest.MonkeyPatch) -> None:
-    made = {"capture": 0, "score": 0, "sensitivities": 0}
+    made = {"capture": 0, "score": 0, "by_sensitivity": 0}
 
     def counting(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -169,8 +169,9 @@ def test_a_family_is_captured_scored_and_timed_once(timers: list[FakeTimer], mon
     for name in made:
         monkeypatch.setattr(f"graphcomp.api.{name}", counting(name, getattr(gc.api, name)))
     data = [torch.randn(16, 8) for _ in range(3)]
-    found = gc.family(Net().eval(), X, speedups=[1.5, 2, 3], calibration=data, ranking="sensitivity", progress=False)
-    assert made == {"capture": 1, "score": 1, "sensitivities": 1}
+    options: dict[str, Any] = {"calibration": data, "ranking": "sensitivity", "saliency": "l2"}
+    found = gc.family(Net().eval(), X, speedups=[1.5, 2, 3], progress=False, **options)
+    assert made == {"capture": 1, "score": 1, "by_sensitivity": 1}
     assert [timer.timed.count("linear_1") for timer in timers] == [DESIGNS, 0, 0, 0]
     times = []
     for small, speedup in zip(found, (1.5, 2, 3), strict=True):
@@ -179,7 +180,7 @@ def test_a_family_is_captured_scored_and_timed_once(timers: list[FakeTimer], mon
         assert small.report.repairs
         times.append(small.report.latency_ms.after)
     assert times == sorted(times, reverse=True)
-    alone = compressed(gc.Budget(speedup=2), calibration=data, ranking="sensitivity")
+    alone = compressed(gc.Budget(speedup=2), **options)
     assert widths(alone) == widths(found[1])
     assert not {p.data_ptr() for p in found[0].parameters()} & {p.data_ptr() for p in found[1].parameters()}
 

@@ -290,6 +290,8 @@ def test_a_ranking_of_zeros_is_refused() -> None:
 def test_rounds_of_another_ranking_are_refused() -> None:
     with pytest.raises(PlanError, match="rounds=2 with ranking='global'"):
         gc.compress(branches(), batches()[0], sparsity=0.3, rounds=2, progress=False)
+    with pytest.raises(PlanError, match="rounds=2 with a budget of time"):
+        gc.compress(branches(), batches()[0], budget=gc.Budget(speedup=2), ranking="sensitivity", rounds=2)
 
 
 def test_a_batch_that_does_not_fit_is_named() -> None:
