@@ -423,7 +423,7 @@ def compress(
                         analysis, groups, budget, once, quantization=quantization, bits=layer_bits, stored=stored,
                         round_to=round_to, step=bar.step,
                     )  # fmt: skip
-                    kept = timed.choose(scores, ranking)
+                    timed, kept = timed.choose(scores, ranking)
                 else:
                     kept = allocate_budget(
                         analysis, groups, scores, budget, scope=ranking, round_to=round_to, already=already,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.metadata
 import json
@@ -227,14 +228,20 @@ class Predicted:
         samples = table.layers[whole].samples
         sums = [self.of_layers(dict(zip(factors, sample.widths, strict=True))) for sample in samples]
         times = [sample.ms for sample in samples]
-        self._line = line(sums, times)
+        self._line, self._share = line(sums, times), 1.0
         self.spread = _left_out(sums, times)
         self.dense_ms = self(WHOLE)
         self.original_ms = table.layers[original].samples[0].ms
 
     def __call__(self, counts: Counts) -> float:
         """Return milliseconds when `counts` units stay."""
-        return along(self._line, self.of_layers(counts))
+        return self._share * along(self._line, self.of_layers(counts))
+
+    def corrected(self, counts: Counts, ms: float) -> Predicted:
+        """Return a prediction that is right for a network that was timed whole, and in proportion for others."""
+        other = copy.copy(self)
+        other._share = self._share * ms / self(counts)
+        return other
 
     def of_layers(self, counts: Counts) -> float:
         """Return the sum over the layers, each timed alone."""

@@ -119,6 +119,21 @@ def time_plan(
     return table, Predicted(timed, table, whole, factors, original)
 
 
+@one_at_a_time
+def time_network(
+    plan: Analysis,
+    groups: Sequence[ChannelGroup],
+    kept: Kept,
+    table: LatencyTable,
+    quantization: PostTraining | None = None,
+    timer: Timer | None = None,
+) -> float:
+    """Return milliseconds of the whole network in which the `kept` units stay; arguments as of `time_plan`."""
+    timer = timer or timer_of(table.runtime, table.threads)
+    module = _shrink(plan, groups, quantization)(kept)
+    return timer.times([timer.whole(module, plan.captured.inputs)])[0]
+
+
 def designs(groups: Sequence[ChannelGroup], round_to: int = 1, count: int = DESIGNS) -> list[dict[ChannelGroup, Any]]:
     """Return which units stay in each of the networks that are timed: the dense one first, then narrower and narrower.
 

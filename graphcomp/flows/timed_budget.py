@@ -11,17 +11,22 @@ from graphcomp.cost.latency_table import LatencyTable, Predicted, this_machine
 from graphcomp.cost.model import counts_of
 from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.groups import ChannelGroup, Kept
+from graphcomp.errors import BudgetError
 from graphcomp.flows.family import Once
-from graphcomp.flows.timed import Step, time_plan
+from graphcomp.flows.timed import Step, time_network, time_plan
 from graphcomp.pruning.allocation import Budget, Meter, Scope, normalized
 from graphcomp.pruning.evidence import Scores
-from graphcomp.pruning.knapsack import choose_widths, items_of, same_shares, unreachable
+from graphcomp.pruning.knapsack import Item, choose_widths, items_of, same_shares, unreachable
 from graphcomp.quantization.ptq import PostTraining
 from graphcomp.report.report import Change, Report
 from graphcomp.result import CompressedModel
 from graphcomp.system.threads import one_at_a_time
 from graphcomp.targets.timing import Timer, timer_of
 
+CORRECTIONS = 2
+"""Times that a choice is timed and made again, at most."""
+CLOSE = 0.03
+"""Relative error of a prediction with which a choice stays."""
 OFF = 0.1
 """Relative error of a prediction from which on a note names the error."""
 
@@ -37,6 +42,8 @@ class TimedBudget:
         meter: says whether a choice is within the budget.
         groups: that may be cut.
         round_to: units that stay are multiples.
+        quantization: what is left is lowered to; None: floats.
+        corrections: choices that were timed, and after which the prediction was corrected.
     """
 
     plan: Analysis
@@ -45,9 +52,14 @@ class TimedBudget:
     meter: Meter
     groups: Sequence[ChannelGroup]
     round_to: int
+    quantization: PostTraining | None = None
+    corrections: int = 0
 
-    def choose(self, scores: Scores, ranking: Scope) -> Kept:
-        """Return the units that stay.
+    def choose(self, scores: Scores, ranking: Scope) -> tuple[TimedBudget, Kept]:
+        """Return the units that stay, and the budget with a prediction that is right for networks like this one.
+
+        What is chosen is timed, and chosen again where the prediction was off: a choice finds the widths at which the
+        prediction errs to its advantage.
 
         Args:
             scores: (size,) per group; with "sensitivity" what the outputs lose with each unit.
@@ -56,7 +68,34 @@ class TimedBudget:
         Raises:
             BudgetError: no choice is within the budget.
         """
-        items = items_of(self.groups, normalized(scores, "none" if ranking == "sensitivity" else "mean"), self.round_to)
+        comparable = normalized(scores, "none" if ranking == "sensitivity" else "mean")
+        items = items_of(self.groups, comparable, self.round_to)
+        timed, kept = self, self._choose(items, ranking)
+        if not self._here:
+            return timed, kept
+        for _ in range(CORRECTIONS):
+            counts = counts_of(kept)
+            ms = time_network(self.plan, self.groups, kept, self.predicted.table, self.quantization)
+            if abs(timed.predicted(counts) / ms - 1) <= CLOSE:
+                break
+            timed = timed._with(timed.predicted.corrected(counts, ms))
+            try:
+                kept = timed._choose(items, ranking)
+            except BudgetError:  # by the first prediction there was a choice: the notes say what was measured
+                break
+        return timed, kept
+
+    @property
+    def _here(self) -> bool:
+        """Whether the table is of this machine."""
+        return self.predicted.table.machine == this_machine(self.predicted.table.runtime)
+
+    def _with(self, predicted: Predicted) -> TimedBudget:
+        return replace(
+            self, predicted=predicted, meter=self.meter.with_latency(predicted), corrections=self.corrections + 1
+        )
+
+    def _choose(self, items: Sequence[Item], ranking: Scope) -> Kept:
         if ranking != "local":
             return choose_widths(items, self.predicted, self.meter.holds)
         kept = same_shares(items, self.meter.holds)
@@ -76,23 +115,26 @@ class TimedBudget:
         table, inputs = self.predicted.table, self.plan.captured.inputs
         expected = self.predicted(counts_of(kept))
         assert isinstance(small.report, Report)
-        if timer is None and table.machine != this_machine(table.runtime):
+        if timer is None and not self._here:
             note = f"{expected:.3f} ms are predicted on {table.machine}, and this is another machine: not measured"
             return replace(small.report, notes=(*small.report.notes, note))
         timer = timer or timer_of(table.runtime, table.threads)
         original = self.plan.captured.module if table.runtime == "onnxruntime" else self.plan.model
         before, after = timer.times([timer.whole(m, inputs) for m in (original, small.module)])
-        notes = _notes(self.budget, table, expected, before, after)
+        notes = _notes(self.budget, table, expected, before, after, self.corrections)
         return replace(small.report, latency_ms=Change(before, after), notes=(*small.report.notes, *notes))
 
 
-def _notes(budget: Budget, table: LatencyTable, expected: float, before: float, after: float) -> list[str]:
+def _notes(
+    budget: Budget, table: LatencyTable, expected: float, before: float, after: float, corrections: int
+) -> list[str]:
     """Say what was predicted and measured, and how; and where the two differ, or the budget is not met."""
     threads = f"{table.threads} thread{'s' if table.threads > 1 else ''}"
     how = "onnxruntime" if table.runtime == "onnxruntime" else "PyTorch"
+    by = f" (corrected by {corrections} timed choice{'s' if corrections > 1 else ''})" if corrections else ""
     said = [
-        f"latency in {how}, {threads}: {before:.3f} ms before, {expected:.3f} ms predicted, {after:.3f} ms measured "
-        f"({before / after:.2f} times as fast; the least of many runs, on {table.machine})"
+        f"latency in {how}, {threads}: {before:.3f} ms before, {expected:.3f} ms predicted{by}, {after:.3f} ms "
+        f"measured ({before / after:.2f} times as fast; the least of many runs, on {table.machine})"
     ]
     if abs(expected / after - 1) > OFF:
         said.append(f"the prediction of the latency is off by {expected / after - 1:+.0%}")
@@ -134,4 +176,4 @@ def timed_budget(
     _, predicted = once("latency", predict)
     budget = budget.in_ms(predicted.original_ms)
     meter = Meter(CostModel(plan), budget, groups, bits, stored, predicted)
-    return TimedBudget(plan, budget, predicted, meter, groups, round_to)
+    return TimedBudget(plan, budget, predicted, meter, groups, round_to, quantization)

@@ -7,10 +7,11 @@ one group come in order: every prefix of the ranking is a legal choice, and a lo
 
 from __future__ import annotations
 
+import copy
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -452,6 +453,13 @@ class Budget:
         if self.table is not None and not self.timed:
             raise PlanError("a table of latencies, and no limit on latency", fix="Budget(speedup=2, table=table)")
 
+    def __repr__(self) -> str:
+        """As of earlier versions where nothing newer is given: folders of training hold the text."""
+        newer = {"speedup": self.speedup, "table": self.table}
+        named = {f.name: getattr(self, f.name) for f in fields(Budget) if f.name not in newer}
+        named |= {name: value for name, value in newer.items() if value is not None}
+        return f"Budget({', '.join(f'{name}={value!r}' for name, value in named.items())})"
+
     @property
     def timed(self) -> bool:
         """Whether there is a limit on latency."""
@@ -582,6 +590,12 @@ class Meter:
         if latency is not None:
             self.measures["latency_ms"], self.original["latency_ms"] = latency, latency({})
         self.limits = limits_of(costs, budget)
+
+    def with_latency(self, latency: Callable[[Counts], float]) -> Meter:
+        """Return a meter of the same limits that asks another prediction."""
+        other = copy.copy(self)
+        other.measures = {**self.measures, "latency_ms": latency}
+        return other
 
     def holds(self, left: Sequence[int]) -> bool:
         """Whether all limits hold when `left` units of each group stay."""

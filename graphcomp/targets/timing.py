@@ -31,9 +31,9 @@ ROUNDS = 8
 """Turns of each call."""
 SECONDS, SECONDS_WHOLE = 0.2, 1.0
 """Seconds that a piece, and a whole network, is run in all, about."""
-LEAST_RUNS, MOST_RUNS = 3, 100
+LEAST_RUNS, MOST_RUNS = 8, 100
 """Runs of a call in one turn."""
-FAR = 2**26
+FAR = 2**24
 """Bytes that are read between two runs, at most: more than the caches of one core hold."""
 
 Clock = Callable[[], float]

@@ -13,6 +13,11 @@ from graphcomp.cost.model import Lengths
 from graphcomp.cost.pieces import HEAD, Piece, computed_values, pieces_of, side_by_side, text_of, touched
 from graphcomp.cost.work import work_of
 from graphcomp.coupling.analysis import Analysis
+from graphcomp.flows.one_shot import cut_to_integers
+from graphcomp.flows.results import post_training
+from graphcomp.quantization.ops import DEQUANTIZE
+from graphcomp.testing import tiny_models
+from tests.marks import in_ci
 
 
 class Net(nn.Module):
@@ -113,3 +118,51 @@ def test_work_is_counted_by_the_units_that_stay(plan: Analysis) -> None:
     assert here["read"] == here["read partial"] == 2 * 36 * 6 + 9 * 6 * 16 + 16 + 4 * 16
     assert here["written"] == 2 * 36 * 16 and here["computed"] == 3 * 2 * 36 * 16
     assert all(a <= b for a, b in zip(features(6, 12).values(), here.values(), strict=True))
+
+
+@pytest.mark.parametrize("name", tiny_models())
+@pytest.mark.parametrize("lower", [False, *in_ci(True)])
+def test_pieces_of_all_kinds_of_models(name: str, lower: bool) -> None:
+    model, inputs = tiny_models()[name]
+    plan = analyze(model, inputs)
+    flat, module = plan.captured.inputs.flat(), plan.captured.module
+    if lower:
+        options = post_training(8, "same", 0, "nearest", ())
+        assert options is not None
+        module = cut_to_integers(plan, {}, plan.groups, options, [flat], verify=False)[1].module
+    anchors = [op.node.name for op in CostModel(plan).operations]
+    values = computed_values(module, flat)
+    found = pieces_of(module, values, anchors, DEQUANTIZE)
+    both = side_by_side(module, values, found)
+    results = both.module(*both.inputs)
+    assert {piece.name for piece in found} >= set(anchors)
+    for piece, returns in zip(found, both.returns, strict=True):
+        for node, k in zip(piece.outputs, returns, strict=True):
+            assert torch.equal(results[k], values[node])
+        if lower:  # codes go from piece to piece, as they go from kernel to kernel
+            assert not any(node.target in DEQUANTIZE for node in piece.outputs)
+
+
+def test_a_recurrent_model_and_lists_of_tensors() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.lstm, self.down = nn.Linear(4, 12), nn.LSTM(6, 5, batch_first=True), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.up(x).chunk(2, -1)
+            result: Tensor = self.down(self.lstm(torch.relu(a) * b)[0])
+            return result
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 4)
+    plan = analyze(Mixed().eval(), x)
+    module = plan.captured.module
+    values = computed_values(module, [x])
+    found = pieces_of(module, values, [op.node.name for op in CostModel(plan).operations])
+    both = side_by_side(module, values, found)
+    results = both.module(*both.inputs)
+    pairs = [
+        (n, k) for p, returns in zip(found, both.returns, strict=True) for n, k in zip(p.outputs, returns, strict=True)
+    ]
+    assert len(found) == 3 and all(torch.equal(results[k], values[node]) for node, k in pairs)

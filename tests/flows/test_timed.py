@@ -100,7 +100,10 @@ def test_a_table_is_reused(timers: list[FakeTimer], tmp_path: Path) -> None:
     assert loaded == table
     before = len(timers)
     small = compressed(gc.Budget(speedup=2, table=loaded))
-    assert [timer.timed for timer in timers[before:]] == [["whole", "whole"]]  # the result beside the original, alone
+    assert [timer.timed for timer in timers[before:]] == [
+        ["whole"],
+        ["whole", "whole"],
+    ]  # the choice; result and original
     assert widths(small) == widths(compressed(gc.Budget(speedup=2)))
 
 
@@ -128,6 +131,14 @@ def test_the_budget_is_met_and_named(timers: list[FakeTimer], ranking: Any) -> N
     assert all(width % 4 == 0 for width in widths(small)[:3])
 
 
+def test_a_submodule_is_timed_alone(timers: list[FakeTimer]) -> None:
+    whole = nn.Sequential(nn.Linear(8, 8), Net()).eval()
+    small = gc.compress(whole, X, scope="1", budget=gc.Budget(speedup=2), progress=False)
+    assert isinstance(small.report, gc.Report) and small.report.latency_ms is not None
+    assert small.report.latency_ms.before == pytest.approx(DENSE_MS) and small.report.latency_ms.ratio <= 0.5
+    assert small(X).shape == (4, 4)
+
+
 def test_all_limits_hold_together(timers: list[FakeTimer]) -> None:
     loose = compressed(gc.Budget(speedup=1.2)).report
     both = compressed(gc.Budget(speedup=1.2, params=0.3)).report
@@ -141,10 +152,30 @@ def test_a_result_that_is_slower_than_predicted_is_named(
 ) -> None:
     table = gc.time_layers(Net().eval(), X, progress=False)
     monkeypatch.setattr("tests.flows.fake_timer.WHOLE", 2 * WHOLE)
+    monkeypatch.setattr("graphcomp.flows.timed_budget.CORRECTIONS", 0)
     report = compressed(gc.Budget(speedup=2, table=table)).report
     assert isinstance(report, gc.Report)
     assert "the prediction of the latency is off by -50%" in report.notes
     assert any("is met by the prediction, and not by what was measured" in note for note in report.notes)
+
+
+def test_a_choice_is_timed_and_made_again_where_the_prediction_was_off(
+    timers: list[FakeTimer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = gc.time_layers(Net().eval(), X, progress=False)
+    first = compressed(gc.Budget(latency_ms=DENSE_MS / 2, table=table))
+    monkeypatch.setattr("tests.flows.fake_timer.WHOLE", 1.5 * WHOLE)
+    again = compressed(gc.Budget(latency_ms=DENSE_MS / 2, table=table))
+    assert sum(widths(again)[:3]) < sum(widths(first)[:3])
+    report = again.report
+    assert isinstance(report, gc.Report) and report.latency_ms is not None
+    assert report.latency_ms.after <= DENSE_MS / 2
+    assert any("ms predicted (corrected by 1 timed choice)" in note for note in report.notes)
+    assert not any("off by" in note or "not by what was measured" in note for note in report.notes)
+    # no choice is fast enough by what was measured: the first one stays, and the notes say so
+    monkeypatch.setattr("tests.flows.fake_timer.WHOLE", 20 * WHOLE)
+    late = compressed(gc.Budget(latency_ms=DENSE_MS / 2, table=table)).report
+    assert isinstance(late, gc.Report) and any("not by what was measured" in note for note in late.notes)
 
 
 def test_the_error_says_how_fast_the_network_can_become(timers: list[FakeTimer]) -> None:
@@ -172,7 +203,7 @@ def test_a_family_is_captured_scored_and_timed_once(timers: list[FakeTimer], mon
     options: dict[str, Any] = {"calibration": data, "ranking": "sensitivity", "saliency": "l2"}
     found = gc.family(Net().eval(), X, speedups=[1.5, 2, 3], progress=False, **options)
     assert made == {"capture": 1, "score": 1, "by_sensitivity": 1}
-    assert [timer.timed.count("linear_1") for timer in timers] == [DESIGNS, 0, 0, 0]
+    assert [timer.timed.count("linear_1") for timer in timers] == [DESIGNS, *[0] * 6]
     times = []
     for small, speedup in zip(found, (1.5, 2, 3), strict=True):
         assert isinstance(small.report, gc.Report) and small.report.latency_ms is not None

@@ -391,6 +391,11 @@ def test_bad_budgets() -> None:
         Budget(speedup=2, table="table.json")  # type: ignore[arg-type]
 
 
+def test_a_budget_is_written_as_before_where_nothing_newer_is_given() -> None:
+    assert repr(Budget(macs=0.5)) == "Budget(params=None, macs=0.5, bops=None, bytes=None, latency_ms=None)"
+    assert repr(Budget(speedup=2)).endswith("latency_ms=None, speedup=2)")
+
+
 def test_a_speedup_is_a_limit_once_the_original_is_timed(network: Analysis) -> None:
     assert Budget(speedup=2).limits() == {} and Budget(speedup=2).timed and not Budget(params=0.5).timed
     assert Budget(speedup=2).in_ms(10).limits() == {"latency_ms": 5}
