@@ -16,9 +16,19 @@ README = Path(__file__).parents[1] / "README.md"
 def test_the_python_blocks_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = README.read_text(encoding="utf-8")
-    quick_start, repaired, integers, seven_bits, weights_only, joint, fixed_bits, own_loop, shrunk = re.finditer(
-        r"```python\n(.*?)```", text, re.DOTALL
-    )
+    (
+        quick_start,
+        repaired,
+        integers,
+        seven_bits,
+        weights_only,
+        at_run_time,
+        mixed,
+        joint,
+        fixed_bits,
+        own_loop,
+        shrunk,
+    ) = re.finditer(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict[str, Any] = {}
 
     def run(block: re.Match[str]) -> None:
@@ -44,6 +54,10 @@ def test_the_python_blocks_one_after_the_other(tmp_path: Path, monkeypatch: pyte
 
     pytest.importorskip("onnxruntime", reason="the other blocks export ONNX")
     run(integers)
+    run(mixed)
+    report = names["mixed"].report
+    assert report.bytes.ratio <= 0.15
+    assert len({layer.weight_bits for layer in report.layers}) > 1
     found = names["integers"].export_report
     assert found.kernels.share == 1 and found.agreement.within_a_step
     run(seven_bits)
@@ -54,3 +68,5 @@ def test_the_python_blocks_one_after_the_other(tmp_path: Path, monkeypatch: pyte
     run(weights_only)
     found = names["words"].export_report
     assert found.kernels.integer == {"MatMulNBits": 3} and found.agreement.within_a_step
+    run(at_run_time)
+    assert names["quick"].export_report.agreement.within_a_step
