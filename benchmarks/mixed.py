@@ -3,8 +3,8 @@
     python -m benchmarks.mixed                                  # ResNet-20: about ten minutes on a quiet core
     python -m benchmarks.mixed --models mobilenet --bits 4
 
-Models, calibration data and tests are those of `benchmarks.oneshot`; no label is used, and nothing is trained. Equal bits
-leave the first and the last layer 8 bits; what that costs is the budget of the choice.
+Models, calibration data and tests are those of `benchmarks.oneshot`; no label is used, and nothing is trained. Equal
+bits leave the first and the last layer 8 bits; what that costs is the budget of the choice.
 """
 
 from __future__ import annotations
