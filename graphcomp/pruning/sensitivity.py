@@ -39,7 +39,7 @@ logger = logging.getLogger("graphcomp")
 
 SHARES = (0.125, 0.25, 0.5, 0.75)
 """Shares of a group that are cut to see what the group is worth."""
-SAMPLES = 128
+SAMPLES = 256
 """Samples that the probes are repaired on at most, and as many that they are judged on."""
 ROWS = 8_000
 """Rows that a consumer is solved on in a probe."""

@@ -275,9 +275,9 @@ def test_notes_say_which_batches_judged() -> None:
     assert any("repaired on 2 and judged on 2 others of 4 batches" in note for note in small.report.notes)
     small = gc.compress(branches(), data[0], calibration=data[:1], **options)
     assert any("the only batch repaired the probes and judged them" in note for note in small.report.notes)
-    many = [torch.randn(100, 6) for _ in range(8)]
+    many = [torch.randn(200, 6) for _ in range(8)]
     small = gc.compress(branches(), data[0], calibration=many, **options)
-    assert any("on 2 and judged on 2 others of 8 batches, 128 samples of each kind" in n for n in small.report.notes)
+    assert any("on 2 and judged on 2 others of 8 batches, 256 samples of each kind" in n for n in small.report.notes)
 
 
 def test_a_ranking_of_zeros_is_refused() -> None:
