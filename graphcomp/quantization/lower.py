@@ -42,6 +42,10 @@ aten = torch.ops.aten
 
 INT32_MAX = 2**31 - 1
 
+CLIPS = "graphcomp_clips"
+"""In the meta of a lowered module: scale and zero point of an activation -> the ends of the clip that is gone in front
+of the quantization, where the clip was no ReLU. A layer that is left in float needs the clip."""
+
 FAKE = "fake-quant"
 """The stage before the graph is lowered, with which the integers are compared."""
 
@@ -121,6 +125,7 @@ class _Lowering:
         self.activations: dict[str, str] = {}
         self.weights: dict[str, Stored] = {}
         self.scales: dict[fx.Node, Affine] = {}  # dequantized activation -> scale and zero point
+        self.clips: dict[tuple[float, int], tuple[float | None, float | None]] = {}
         self.shifts = {layer.weight: layer.shift for layer in biased_layers(self.module)}
 
     def run(self) -> Lowered:
@@ -143,6 +148,7 @@ class _Lowering:
         self.graph.eliminate_dead_code()
         drop_unread(self.module)
         self.module.recompile()
+        self.module.meta[CLIPS] = self.clips
         return Lowered(self.module, self.activations, self.weights, self.layers)
 
     # ------------------------------------------------------------------------------------------ weights
@@ -172,6 +178,8 @@ class _Lowering:
         numbers = (float(integers.scale), int(integers.zero_point))
         arguments = (*numbers, integers.quant_min, integers.quant_max, integers.values.dtype)
         if clip_of(source) and all(user is node for user in source.users) and _saturates(source, integers):
+            if _bounds(source) != (0, None):
+                self.clips[numbers] = _bounds(source)
             source = source.all_input_nodes[0]
         make = before(node)
         codes = make(ops.quantize_per_tensor, self._transformed(source, quantizer, make), *arguments)

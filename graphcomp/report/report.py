@@ -79,7 +79,8 @@ class Report:
             weights and with those that least squares gave; t is what the layer has to give so that the layers behind
             it get what they got before the cut.
         kernels: of the last ONNX file that was exported, what onnxruntime runs (`KernelProof.to_dict()`): integer and
-            float kernels, and each layer that stays float, with the reason; None: not exported.
+            float kernels, and each layer that stays float, with the reason; with "speed", how fast the file is beside
+            its float form; None: not exported.
     """
 
     params: Change
@@ -204,7 +205,8 @@ def _kernels_text(kernels: Mapping[str, Any] | None) -> list[str]:
         return []
     counts = ", ".join(f"{count} {name}" for kind in ("integer", "float") for name, count in kernels[kind].items())
     left = [f"{layer} stays float: {why}" for kind in ("stayed_float", "unquantized") for layer, why in kernels[kind]]
-    return [f"{kernels['share']:.0%} of convolutions and products on integers ({counts or 'none'})", *left]
+    speed = [kernels["speed"]["line"]] if "speed" in kernels else []
+    return [f"{kernels['share']:.0%} of convolutions and products on integers ({counts or 'none'})", *speed, *left]
 
 
 def _numbers(data: Mapping[str, float | None]) -> dict[str, float]:

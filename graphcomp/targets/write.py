@@ -15,10 +15,14 @@ from graphcomp.capture.resized import OPEN, fixed_lengths, input_name, outputs, 
 from graphcomp.errors import ExportError, first_line
 from graphcomp.ir.inputs import copies
 from graphcomp.ir.module import names_quoted, tensor_leaves
+from graphcomp.quantization.lower import CLIPS
+from graphcomp.quantization.raising import integer_graph
 from graphcomp.system.files import replacing
 from graphcomp.targets.lengths import CAPTURED, Lengths, Names, doubled
 from graphcomp.targets.onnxruntime.export import export_onnx
+from graphcomp.targets.onnxruntime.floats import Clips
 from graphcomp.targets.onnxruntime.kernels import KernelProof, prove
+from graphcomp.targets.onnxruntime.speed import Guarded, Speed, counted, guard, measured
 from graphcomp.targets.outputs import file_names
 from graphcomp.targets.pt2 import export_program, graph_of, quiet
 from graphcomp.targets.runtime import Agreement, agreement, compare, open_session
@@ -62,6 +66,8 @@ class ExportReport:
         notes: for which inputs alone the file holds (lengths that are fixed in it, branches that were not seen), and
             what could not be checked.
         open_lengths: names of lengths, other than the batch, that may be others than those of the example inputs.
+        speed: beside the float form of an ONNX file with layers on integers; None where it was not measured.
+        left_in_float: kinds of layers that a guard left in float, as integers do not pay there.
     """
 
     path: str
@@ -72,15 +78,25 @@ class ExportReport:
     kernels: KernelProof | None
     notes: tuple[str, ...] = ()
     open_lengths: tuple[str, ...] = ()
+    speed: Speed | None = None
+    left_in_float: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return {**asdict(self), "kernels": self.kernels and self.kernels.to_dict()}
+        own = {"kernels": self.kernels and self.kernels.to_dict(), "speed": self.speed and self.speed.to_dict()}
+        return {**asdict(self), **own}
 
 
 @names_quoted()
 def write_file(
-    module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Names | None = None
+    module: nn.Module,
+    path: Path,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    dynamic: Names | None = None,
+    *,
+    measure: bool = True,
+    guarded: bool = False,
 ) -> ExportReport:
     """Write `module` to a .onnx or .pt2 file and run the file on the example inputs; nothing is left if either fails.
 
@@ -90,6 +106,8 @@ def write_file(
     Args:
         dynamic: input -> dim -> name of its length, for lengths that must be open. By default those are open that the
             graph does not depend on.
+        measure: time an ONNX file beside its float form.
+        guarded: leave in float what is slower on integers.
 
     Raises:
         CaptureError: the module cannot be captured.
@@ -103,13 +121,22 @@ def write_file(
         )
     if FORMATS[path.suffix] == "onnx":
         _check_dtypes(module, tensor_leaves((args, dict(kwargs))))
-    proof = as_run = None
+    proof = as_run = speed = None
     open_: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
     with replacing(path) as fresh:
         if FORMATS[path.suffix] == "onnx":
             found, notes, open_ = _write_onnx(module, fresh, args, kwargs, dynamic or {})
+            chosen, more = _guard(fresh, args, kwargs, _clips(module)) if guarded else (None, ())
+            if chosen is not None and chosen.left:
+                left, found = chosen.left, compare(fresh, module, args, kwargs)
             as_run = compare(fresh, module, args, kwargs, exact=False)
             proof = prove(fresh, {name for name, parameter in module.named_parameters() if parameter.dim() >= 2})
+            if chosen is not None:
+                speed = Speed(*counted(proof), chosen.ms, chosen.float_ms)
+            elif measure and not guarded:
+                speed, more = _measure(fresh, proof, args, kwargs, _clips(module))
+            notes = (*notes, *more)
         else:
             graph = graph_of(module, args, kwargs, dynamic)
             notes = graph.notes
@@ -125,7 +152,42 @@ def write_file(
     if as_run is not None and as_run.steps > SATURATED * max(found.steps, 1.0):
         weight_only = proof is not None and "MatMulNBits" in proof.integer
         log.warning(WEIGHT_ONLY if weight_only else SATURATES, path.name, as_run.steps)
-    return ExportReport(str(path), FORMATS[path.suffix], size, found, as_run, proof, notes, open_)
+    if speed is not None:
+        log.info("%s: %s", path.name, speed)
+    return ExportReport(str(path), FORMATS[path.suffix], size, found, as_run, proof, notes, open_, speed, left)
+
+
+# ------------------------------------------------------------------------------------------------ speed
+def _measure(
+    path: Path, proof: KernelProof, args: tuple[Any, ...], kwargs: Mapping[str, Any], clips: Clips | None
+) -> tuple[Speed | None, tuple[str, ...]]:
+    """Time a file beside its float form; a note says why where that cannot be done."""
+    try:
+        return measured(path, proof, args, kwargs, clips), ()
+    except ExportError as error:
+        return None, (f"was not timed beside its float form: {error.why or error.what}",)
+
+
+def _clips(module: nn.Module) -> Clips | None:
+    """Return the clips that lowering left out, of the graph in a module; None where nothing knows them."""
+    graph = integer_graph(module)
+    found: Clips | None = None if graph is None else graph.meta.get(CLIPS)
+    return found
+
+
+def _guard(
+    path: Path, args: tuple[Any, ...], kwargs: Mapping[str, Any], clips: Clips | None
+) -> tuple[Guarded | None, tuple[str, ...]]:
+    """Put the fastest form of a file in its place; notes say what is left in float, or why nothing was tried."""
+    try:
+        found = guard(path, args, kwargs, clips)
+    except ExportError as error:
+        return None, (f"was not guarded: {error.why or error.what}",)
+    if found is None:
+        return None, ("was not guarded: no layer of it reads integers",)
+    if found.note:
+        log.warning("%s %s", path.name, found.note)
+    return found, (found.note,) if found.note else ()
 
 
 # ------------------------------------------------------------------------------------------------ open lengths

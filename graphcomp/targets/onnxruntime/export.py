@@ -126,7 +126,7 @@ def _translate(
     graph = WRITABLE(found).module
     program = export_program(graph, args, kwargs, lengths=lengths)
     try:
-        with _silent():
+        with silent():
             written = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -199,7 +199,7 @@ def _cause(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """The exporter prints its progress and logs what it tries; the result or the exception says it all."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]

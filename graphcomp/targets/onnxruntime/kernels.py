@@ -162,7 +162,7 @@ def quantized_layer(node: ir.Node) -> str | None:
     multiplies two quantized activations. None for another node, or where nothing is quantized."""
     if not _is_layer(node):
         return None
-    weight = _integers(node.inputs[1]) or _integers(node.inputs[0])
+    weight = integers_behind(node.inputs[1]) or integers_behind(node.inputs[0])
     if weight is not None:
         return weight
     sources = [_through_moves(value) for value in node.inputs[:2]]
@@ -193,7 +193,7 @@ def _why_float(node: ir.Node) -> str:
     return "a product of two activations, not both quantized; for attention see QuantConfig(attention=True)"
 
 
-def _integers(value: ir.Value | None) -> str | None:
+def integers_behind(value: ir.Value | None) -> str | None:
     """The integer constant behind a dequantization, blocked or written out for unequal groups, or behind a table."""
     for _ in range(LONGEST):
         producer = value.producer() if value is not None else None
@@ -225,7 +225,7 @@ def _reason(node: ir.Node) -> str:
     source, producer = _through_moves(node.inputs[0]), _through_moves(node.inputs[1])
     if producer is not None and producer.op_type == "Gather":
         return "weights from a table of values have no integer kernel"
-    if _integers(node.inputs[1]) is None and _integers(node.inputs[0]) is not None:
+    if integers_behind(node.inputs[1]) is None and integers_behind(node.inputs[0]) is not None:
         return "a constant on the left with a step per row has no integer kernel"
     if node.op_type == "ConvTranspose":
         return "onnxruntime has no integer kernel for ConvTranspose"

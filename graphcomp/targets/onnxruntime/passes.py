@@ -351,10 +351,10 @@ def _in_table(node: ir.Node) -> None:
     keep_sums_apart(result)
     for user, place in list(readers(result)):
         if user.op_type in ("Conv", "ConvTranspose") and place == 1 and dequantized(user.inputs[0]):
-            _bias_apart(user)
+            bias_apart(user)
 
 
-def _bias_apart(node: ir.Node) -> None:
+def bias_apart(node: ir.Node) -> None:
     """Let the bias of a convolution, zeros without one, be added by Sum.
 
     onnxruntime quantizes the float weight of a convolution between quantized values on its own, with one step in all.

@@ -2,7 +2,8 @@
 
 onnxruntime makes an integer product of every MatMul between two DequantizeLinear, and fails to run the product where a
 stack of matrices has a step per channel, where the constant on the left has a step per row, and where the weight has a
-step per block. Written as Cast, Sub and Mul the weight becomes float when the file is loaded.
+step per block. Between float activations, the weight of a convolution would be dequantized at each run, and the kernel
+could not lay the weight out beforehand. Written as Cast, Sub and Mul the weight becomes float when the file is loaded.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ MOVES = ("Reshape", "Transpose", "Flatten", "Unsqueeze", "Squeeze", "Expand")
 
 
 def write_out_unfusable(model: ir.Model) -> None:
-    """Write out every per-channel dequantization of a constant that an integer product cannot read."""
+    """Write out every dequantization of a constant that no integer kernel can read."""
     for node in [n for n in model.graph.all_nodes() if n.op_type == "DequantizeLinear" and n.domain == ""]:
-        if _per_channel(node) and any(_cannot_fuse(user, place) for user, place in readers(node.outputs[0])):
+        users = list(readers(node.outputs[0]))
+        products = _per_channel(node) and any(_cannot_fuse(user, place) for user, place in users)
+        if products or any(_reads_floats(user, place) for user, place in users):
             _write_out(model.graph, node)
 
 
@@ -58,6 +61,11 @@ def _per_channel(node: ir.Node) -> bool:
     """Whether it has one step per index of a dim; blocks have a step each, and rank 2 and more."""
     scale = node.inputs[1]
     return scale is not None and scale.const_value is not None and len(scale.const_value.shape) == 1
+
+
+def _reads_floats(user: ir.Node, place: int) -> bool:
+    """Whether it is a convolution of float activations with the constant."""
+    return user.op_type in ("Conv", "ConvTranspose") and place == 1 and not dequantized(user.inputs[0])
 
 
 def _cannot_fuse(user: ir.Node, place: int) -> bool:

@@ -1,0 +1,316 @@
+"""Float forms of integer files, the line that says how fast a file is, and what a guard leaves in float.
+
+Times are made up: each kind of layers takes as long as a test says, on integers and in float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+pytest.importorskip("onnxruntime")
+
+import onnx
+
+import graphcomp as gc
+from graphcomp.errors import ExportError
+from graphcomp.quantization.lower import CLIPS
+from graphcomp.targets import write
+from graphcomp.targets.onnxruntime import speed
+from graphcomp.targets.onnxruntime.floats import (
+    DEPTHWISE,
+    POINTWISE,
+    PRODUCT,
+    SPATIAL,
+    WEIGHTS,
+    integer_layers,
+    write_floats,
+)
+from graphcomp.targets.onnxruntime.kernels import prove
+from graphcomp.targets.onnxruntime.speed import Speed, side_by_side
+from graphcomp.targets.runtime import run
+
+
+class Convnet(nn.Module):
+    """(n, 3, 8, 8) -> (n, 5): convolutions of each kind, clips of each kind, a sum and a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.deep = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.point, self.head = nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = x + F.hardtanh(self.deep(x), 0.0, 0.5)
+        return self.head(F.relu6(self.point(x)).mean((2, 3)))
+
+
+X = 4 * torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+KINDS = {SPATIAL, DEPTHWISE, POINTWISE, PRODUCT}
+
+
+def convnet() -> nn.Module:
+    torch.manual_seed(0)
+    return Convnet().eval()
+
+
+def compressed(model: nn.Module | None = None, x: Tensor = X, **options: Any) -> gc.CompressedModel:
+    return gc.compress(model or convnet(), x, progress=False, **{"sparsity": 0.0, "bits": 8, **options})
+
+
+@pytest.fixture(scope="module")
+def small() -> gc.CompressedModel:
+    return compressed()
+
+
+@pytest.fixture(scope="module")
+def file(small: gc.CompressedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("speed") / "m.onnx"
+    small.export(path, measure=False)
+    return path
+
+
+def off(path: Path, model: nn.Module, x: Tensor = X) -> float:
+    with torch.no_grad():
+        wanted = model(x)
+    return float((run(path, (x,))[0] - wanted).norm() / wanted.norm())
+
+
+# ------------------------------------------------------------------------------------------------ float forms
+def test_the_float_form_computes_what_the_model_computes_with_its_weights(
+    small: gc.CompressedModel, file: Path, tmp_path: Path
+) -> None:
+    """Clips that quantization did the work of are there, far beyond the range that was calibrated, too."""
+    clips = small.module.meta[CLIPS]
+    assert {(0.0, 6.0), (0.0, 0.5)} == set(clips.values())
+    write_floats(file, tmp_path / "f.onnx", clips=clips)
+    proof = prove(tmp_path / "f.onnx")
+    assert not proof.integer and sum(proof.float_.values()) == 4
+    assert off(tmp_path / "f.onnx", convnet()) < 0.02
+    assert off(tmp_path / "f.onnx", convnet(), 10 * X) < 0.02 < 0.1 < off(file, convnet(), 10 * X)
+
+
+def test_where_clips_are_not_known_the_ends_of_the_ranges_stand_for_them(file: Path, tmp_path: Path) -> None:
+    write_floats(file, tmp_path / "f.onnx")
+    assert off(tmp_path / "f.onnx", convnet()) < 0.02
+    saturated = run(file, (10 * X,))[0]
+    assert torch.allclose(run(tmp_path / "f.onnx", (10 * X,))[0], saturated, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_one_kind_of_layers_is_left_in_float(small: gc.CompressedModel, file: Path, tmp_path: Path, kind: str) -> None:
+    layers = integer_layers(file)
+    assert set(layers.values()) == KINDS
+    write_floats(
+        file, tmp_path / "f.onnx", [name for name, own in layers.items() if own == kind], small.module.meta[CLIPS]
+    )
+    proof = prove(tmp_path / "f.onnx")
+    assert sum(proof.float_.values()) == 1
+    assert sum(proof.integer[name] for name in ("QLinearConv", "QGemm") if name in proof.integer) == 3
+    assert off(tmp_path / "f.onnx", convnet()) < 0.02
+
+
+@pytest.mark.parametrize("activations", ["dynamic", "dynamic_per_token"])
+def test_products_with_ranges_at_run_time_become_products_of_floats(tmp_path: Path, activations: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)).eval()
+    x = torch.randn(3, 5, 8)
+    compressed(model, x, activations=activations).export(tmp_path / "m.onnx", measure=False)
+    assert list(integer_layers(tmp_path / "m.onnx").values()) == [PRODUCT, PRODUCT]
+    write_floats(tmp_path / "m.onnx", tmp_path / "f.onnx")
+    kinds = {node.op_type for node in onnx.load(tmp_path / "f.onnx").graph.node}
+    assert not kinds & {"DynamicQuantizeLinear", "MatMulInteger", "Round", "ReduceMax"}
+    assert off(tmp_path / "f.onnx", model, x) < 0.01
+    names = list(integer_layers(tmp_path / "m.onnx"))
+    write_floats(tmp_path / "m.onnx", tmp_path / "half.onnx", names[:1])
+    assert len(integer_layers(tmp_path / "half.onnx")) == 1 and off(tmp_path / "half.onnx", model, x) < 0.02
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_in_groups_become_floats(tmp_path: Path, bits: int) -> None:
+    model, x = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32)).eval(), torch.randn(3, 64)
+    small = compressed(model, x, bits=bits, activation_bits=None, group_size=16)
+    small.export(tmp_path / "m.onnx", measure=False)
+    assert set(integer_layers(tmp_path / "m.onnx").values()) == {WEIGHTS}
+    write_floats(tmp_path / "m.onnx", tmp_path / "f.onnx")
+    assert not prove(tmp_path / "f.onnx").integer and not integer_layers(tmp_path / "f.onnx")
+    assert torch.allclose(run(tmp_path / "f.onnx", (x,))[0], small(x), atol=1e-4)
+
+
+def test_two_layers_may_read_one_weight_and_one_of_them_in_float(tmp_path: Path) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(torch.tanh(self.layer(x)))
+
+    model, x = Twice().eval(), torch.randn(3, 8)
+    compressed(model, x).export(tmp_path / "m.onnx", measure=False)
+    names = list(integer_layers(tmp_path / "m.onnx"))
+    write_floats(tmp_path / "m.onnx", tmp_path / "f.onnx", names[1:])
+    assert list(integer_layers(tmp_path / "f.onnx")) == names[:1] and off(tmp_path / "f.onnx", model, x) < 0.02
+
+
+# ------------------------------------------------------------------------------------------------ made-up times
+@dataclass
+class Clock:
+    """Times of files by the layers that they hold, in place of measured ones.
+
+    Attributes:
+        integer: kind -> milliseconds of each layer of the kind on integers; others take 1.
+        floats: milliseconds of each layer in float.
+        layers: how many there are.
+    """
+
+    integer: Mapping[str, float]
+    floats: float = 1.5
+    layers: int = 4
+    asked: list[int] = field(default_factory=list)
+
+    def __call__(self, files: Sequence[Path], args: Any, kwargs: Any = None, *, threads: int = 1) -> list[float]:
+        self.asked.append(len(files))
+        found = []
+        for path in files:
+            kinds = list(integer_layers(path).values())
+            found.append(sum(self.integer.get(k, 1.0) for k in kinds) + self.floats * (self.layers - len(kinds)))
+        return found
+
+
+def clocked(monkeypatch: pytest.MonkeyPatch, integer: Mapping[str, float], **more: Any) -> Clock:
+    clock = Clock(integer, **more)
+    monkeypatch.setattr(speed, "side_by_side", clock)
+    return clock
+
+
+def test_the_line_says_layers_and_speed() -> None:
+    found = Speed(53, 54, 10.0, 15.2)
+    assert str(found) == "53 of 54 layers on integers, 1.52 x the float file (1 thread)"
+    assert found.to_dict()["line"] == str(found) and found.to_dict()["ratio"] == pytest.approx(1.52)
+    assert str(Speed(1, 2, 4.0, 2.0, threads=2)).endswith("0.50 x the float file (2 threads)")
+
+
+def test_an_export_is_timed_beside_its_float_form(
+    small: gc.CompressedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocked(monkeypatch, {})
+    small.export(tmp_path / "m.onnx")
+    line = "4 of 4 layers on integers, 1.50 x the float file (1 thread)"
+    assert str(small.export_report.speed) == line and line in str(small.report)
+    assert small.export_report.to_dict()["speed"]["line"] == line
+    assert type(small.report).from_dict(small.report.to_dict()).kernels == small.report.kernels
+    small.export(tmp_path / "m.onnx", measure=False)
+    assert small.export_report.speed is None and "the float file" not in str(small.report)
+
+
+def test_what_is_in_float_altogether_is_not_timed(tmp_path: Path) -> None:
+    model = compressed(bits=None)
+    model.export(tmp_path / "m.onnx", guard=True)
+    assert model.export_report.speed is None
+    assert "was not guarded: no layer of it reads integers" in model.export_report.notes
+
+
+def test_a_float_form_that_cannot_be_made_is_noted(
+    small: gc.CompressedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise ExportError("no form", why="of this kind")
+
+    monkeypatch.setattr(speed, "write_floats", fails)
+    for guarded, note in ((False, "was not timed beside its float form"), (True, "was not guarded")):
+        small.export(tmp_path / "m.onnx", guard=guarded)
+        assert f"{note}: of this kind" in small.export_report.notes and small.export_report.speed is None
+        assert (tmp_path / "m.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("integer", "left", "layers"),
+    [
+        ({}, (), 4),
+        ({DEPTHWISE: 3.0}, (DEPTHWISE,), 3),
+        ({DEPTHWISE: 3.0, PRODUCT: 2.0}, (DEPTHWISE, PRODUCT), 2),
+        ({DEPTHWISE: 1.51}, (), 4),  # within noise
+        ({DEPTHWISE: 9.0, PRODUCT: 9.0, SPATIAL: 9.0, POINTWISE: 9.0}, tuple(KINDS), 0),
+    ],
+)
+def test_a_guard_leaves_in_float_what_does_not_pay(
+    integer: Mapping[str, float], left: tuple[str, ...], layers: int,
+    small: gc.CompressedModel, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    clock = clocked(monkeypatch, integer)
+    small.export(tmp_path / "m.onnx", guard=True)
+    report = small.export_report
+    assert set(report.left_in_float) == set(left) and len(integer_layers(tmp_path / "m.onnx")) == layers
+    assert report.speed.integer == layers and report.speed.ratio >= 1
+    assert clock.asked[0] == 2 + len(KINDS) and len(clock.asked) == 2  # what was chosen is measured again
+    notes = [note for note in report.notes if "left in float" in note]
+    assert bool(notes) is bool(left) and all(kind in notes[0] or layers == 0 for kind in left)
+    assert not left or any(f"m.onnx {notes[0]}" == note for note in small.report.notes)
+    assert off(tmp_path / "m.onnx", convnet()) < 0.02
+    if not left:
+        assert (tmp_path / "m.onnx").read_bytes() == file.read_bytes()
+
+
+def test_words_of_a_guard(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.onnx").write_bytes(file.read_bytes())
+    clocked(monkeypatch, {DEPTHWISE: 3.0})
+    assert speed.guard(tmp_path / "m.onnx", (X,), {}).note == (
+        "has depthwise and grouped convolutions left in float: with all on integers it took 1.33 x as long (1 thread)"
+    )
+    clocked(monkeypatch, {}, floats=0.5)
+    assert speed.guard(tmp_path / "m.onnx", (X,), {}).note == (
+        "is left in float: on integers it took 1.75 x as long (1 thread)"
+    )
+
+
+def test_a_choice_that_the_second_measurement_does_not_bear_out_is_dropped(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "m.onnx").write_bytes(file.read_bytes())
+    clocks = [Clock({DEPTHWISE: 3.0}), Clock({})]
+    monkeypatch.setattr(speed, "side_by_side", lambda *args, **kwargs: clocks.pop(0)(*args, **kwargs))
+    found = speed.guard(tmp_path / "m.onnx", (X,), {})
+    assert found.left == () and (tmp_path / "m.onnx").read_bytes() == file.read_bytes()
+
+
+def test_a_model_that_was_loaded_is_guarded_with_the_ends_of_its_ranges(
+    small: gc.CompressedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocked(monkeypatch, {}, floats=0.5)
+    small.save(tmp_path / "folder")
+    back = gc.load(tmp_path / "folder")
+    assert write._clips(back.module) is None
+    back.export(tmp_path / "m.onnx", X, guard=True)
+    assert set(back.export_report.left_in_float) == KINDS and off(tmp_path / "m.onnx", convnet()) < 0.02
+
+
+def test_a_guard_is_for_onnx(small: gc.CompressedModel, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"guard=True with \.pt2"):
+        small.export(tmp_path / "m.pt2", guard=True)
+    for option in ("measure", "guard"):
+        with pytest.raises(gc.PlanError, match=option):
+            small.export(tmp_path / "m.onnx", **{option: "yes"})
+
+
+# ------------------------------------------------------------------------------------------------ real times
+def test_files_take_turns_and_medians_are_times(file: Path, tmp_path: Path) -> None:
+    write_floats(file, tmp_path / "f.onnx")
+    found = side_by_side([file, tmp_path / "f.onnx"], (X,))
+    assert len(found) == 2 and all(0 < ms < 1e3 for ms in found)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("guard", [False, True])
+def test_a_real_measurement(small: gc.CompressedModel, tmp_path: Path, guard: bool) -> None:
+    small.export(tmp_path / "m.onnx", guard=guard)
+    report = small.export_report
+    assert report.speed.layers == 4 and report.speed.ms > 0 and report.speed.float_ms > 0
+    assert off(tmp_path / "m.onnx", convnet()) < 0.02
