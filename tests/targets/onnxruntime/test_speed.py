@@ -84,6 +84,8 @@ def off(path: Path, model: nn.Module, x: Tensor = X) -> float:
 
 
 # ------------------------------------------------------------------------------------------------ float forms
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_float_form_computes_what_the_model_computes_with_its_weights(
     small: gc.CompressedModel, file: Path, tmp_path: Path
 ) -> None:
@@ -97,6 +99,8 @@ def test_the_float_form_computes_what_the_model_computes_with_its_weights(
     assert off(tmp_path / "f.onnx", convnet(), 10 * X) < 0.02 < 0.1 < off(file, convnet(), 10 * X)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_where_clips_are_not_known_the_ends_of_the_ranges_stand_for_them(file: Path, tmp_path: Path) -> None:
     write_floats(file, tmp_path / "f.onnx")
     assert off(tmp_path / "f.onnx", convnet()) < 0.02
@@ -105,6 +109,8 @@ def test_where_clips_are_not_known_the_ends_of_the_ranges_stand_for_them(file: P
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.slow
+@pytest.mark.ci
 def test_one_kind_of_layers_is_left_in_float(small: gc.CompressedModel, file: Path, tmp_path: Path, kind: str) -> None:
     layers = integer_layers(file)
     assert set(layers.values()) == KINDS
@@ -118,6 +124,8 @@ def test_one_kind_of_layers_is_left_in_float(small: gc.CompressedModel, file: Pa
 
 
 @pytest.mark.parametrize("activations", ["dynamic", "dynamic_per_token"])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_products_with_ranges_at_run_time_become_products_of_floats(tmp_path: Path, activations: str) -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)).eval()
     x = torch.randn(3, 5, 8)
@@ -133,6 +141,8 @@ def test_products_with_ranges_at_run_time_become_products_of_floats(tmp_path: Pa
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_weights_in_groups_become_floats(tmp_path: Path, bits: int) -> None:
     model, x = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32)).eval(), torch.randn(3, 64)
     small = compressed(model, x, bits=bits, activation_bits=None, group_size=16)
@@ -143,6 +153,8 @@ def test_weights_in_groups_become_floats(tmp_path: Path, bits: int) -> None:
     assert torch.allclose(run(tmp_path / "f.onnx", (x,))[0], small(x), atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_two_layers_may_read_one_weight_and_one_of_them_in_float(tmp_path: Path) -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -197,6 +209,8 @@ def test_the_line_says_layers_and_speed() -> None:
     assert str(Speed(1, 2, 4.0, 2.0, threads=2)).endswith("0.50 x the float file (2 threads)")
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_an_export_is_timed_beside_its_float_form(
     small: gc.CompressedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +224,8 @@ def test_an_export_is_timed_beside_its_float_form(
     assert small.export_report.speed is None and "the float file" not in str(small.report)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_what_is_in_float_altogether_is_not_timed(tmp_path: Path) -> None:
     model = compressed(bits=None)
     model.export(tmp_path / "m.onnx", guard=True)
@@ -217,6 +233,8 @@ def test_what_is_in_float_altogether_is_not_timed(tmp_path: Path) -> None:
     assert "was not guarded: no layer of it reads integers" in model.export_report.notes
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_float_form_that_cannot_be_made_is_noted(
     small: gc.CompressedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +258,8 @@ def test_a_float_form_that_cannot_be_made_is_noted(
         ({DEPTHWISE: 9.0, PRODUCT: 9.0, SPATIAL: 9.0, POINTWISE: 9.0}, tuple(KINDS), 0),
     ],
 )
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_guard_leaves_in_float_what_does_not_pay(
     integer: Mapping[str, float], left: tuple[str, ...], layers: int,
     small: gc.CompressedModel, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -258,6 +278,8 @@ def test_a_guard_leaves_in_float_what_does_not_pay(
         assert (tmp_path / "m.onnx").read_bytes() == file.read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_words_of_a_guard(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "m.onnx").write_bytes(file.read_bytes())
     clocked(monkeypatch, {DEPTHWISE: 3.0})
@@ -270,6 +292,8 @@ def test_words_of_a_guard(file: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     )
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_choice_that_the_second_measurement_does_not_bear_out_is_dropped(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,6 +304,8 @@ def test_a_choice_that_the_second_measurement_does_not_bear_out_is_dropped(
     assert found.left == () and (tmp_path / "m.onnx").read_bytes() == file.read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_model_that_was_loaded_is_guarded_with_the_ends_of_its_ranges(
     small: gc.CompressedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,6 +317,8 @@ def test_a_model_that_was_loaded_is_guarded_with_the_ends_of_its_ranges(
     assert set(back.export_report.left_in_float) == KINDS and off(tmp_path / "m.onnx", convnet()) < 0.02
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_guard_is_for_onnx(small: gc.CompressedModel, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"guard=True with \.pt2"):
         small.export(tmp_path / "m.pt2", guard=True)
@@ -300,15 +328,17 @@ def test_a_guard_is_for_onnx(small: gc.CompressedModel, tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ real times
+@pytest.mark.slow
+@pytest.mark.ci
 def test_files_take_turns_and_medians_are_times(file: Path, tmp_path: Path) -> None:
     write_floats(file, tmp_path / "f.onnx")
     found = side_by_side([file, tmp_path / "f.onnx"], (X,))
     assert len(found) == 2 and all(0 < ms < 1e3 for ms in found)
 
 
+@pytest.mark.parametrize("guard", [False, True])
 @pytest.mark.slow
 @pytest.mark.ci
-@pytest.mark.parametrize("guard", [False, True])
 def test_a_real_measurement(small: gc.CompressedModel, tmp_path: Path, guard: bool) -> None:
     small.export(tmp_path / "m.onnx", guard=guard)
     report = small.export_report
