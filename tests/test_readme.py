@@ -20,6 +20,7 @@ def test_the_python_blocks_one_after_the_other(tmp_path: Path, monkeypatch: pyte
         quick_start,
         repaired,
         integers,
+        guarded,
         seven_bits,
         weights_only,
         at_run_time,
@@ -60,6 +61,9 @@ def test_the_python_blocks_one_after_the_other(tmp_path: Path, monkeypatch: pyte
     assert len({layer.weight_bits for layer in report.layers}) > 1
     found = names["integers"].export_report
     assert found.kernels.share == 1 and found.agreement.within_a_step
+    run(guarded)
+    found = names["integers"].export_report
+    assert found.speed.layers == 3 and (tmp_path / "guarded.onnx").exists()
     run(seven_bits)
     layers = [layer.weight_bits for layer in names["integers"].report.layers]
     assert layers == [7, 7, 7]
