@@ -17,7 +17,7 @@ from graphcomp.flows.results import Cut, check_batches, listed
 from graphcomp.ir.graph import all_tensors
 from graphcomp.ir.module import tensor_names
 from graphcomp.ir.run_nodes import run_tapped
-from graphcomp.numerics.compare import floating_tensors
+from graphcomp.numerics.compare import floating_tensors, squared_error
 from graphcomp.pruning.evidence import arguments_of
 from graphcomp.pruning.repair import Repaired, repair_cut
 from graphcomp.pruning.slice import by_factor, kept_units
@@ -76,11 +76,10 @@ def judge(plan: Analysis, graphs: tuple[fx.GraphModule, fx.GraphModule], batches
         wanted = floating_tensors(run_tapped(plan.captured.module, batch))
         if not wanted:
             return None
-        norm += sum(float(t.double().square().sum()) for t in wanted)
         for k, graph in enumerate(graphs):
-            found = floating_tensors(run_tapped(graph, batch))
-            pairs = zip(wanted, found, strict=True)
-            sums[k] += sum(float((t.double() - y.double()).square().sum()) for t, y in pairs)
+            error, energy = squared_error(wanted, floating_tensors(run_tapped(graph, batch)))
+            sums[k] += error
+        norm += energy
         samples += next((len(t) for t in batch if isinstance(t, Tensor) and t.dim()), 1)
         if samples >= JUDGED:
             break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,20 @@ def relative_error(expected: Any, actual: Any) -> float:
 def floating_tensors(output: Any) -> list[Tensor]:
     """The floating tensors of a nested output, in a fixed order."""
     return [t.detach() for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def squared_error(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> tuple[float, float]:
+    """Return Σ (a - b)² and Σ a² in float64, over the elements of a that are finite: masked logits are -inf in both.
+
+    The error is infinite where b is not finite and a is.
+    """
+    error = norm = 0.0
+    for a, b in zip(expected, actual, strict=True):
+        finite = a.isfinite()
+        x, y = a[finite].double(), b[finite].double()
+        error += float((x - y).square().sum().nan_to_num(math.inf, math.inf))
+        norm += float(x.square().sum())
+    return error, norm
 
 
 def why_silent(output: Tensor) -> str:

@@ -26,6 +26,7 @@ from graphcomp.errors import CalibrationError, PlanError
 from graphcomp.ir.module import tensor_leaves
 from graphcomp.ir.preserve import writes
 from graphcomp.ir.run_nodes import refused_batch, run_tapped
+from graphcomp.numerics.compare import squared_error
 from graphcomp.pruning.allocation import Budget, Meter
 from graphcomp.pruning.evidence import Scores
 from graphcomp.pruning.grams import errors_left, grams, uneven
@@ -257,12 +258,11 @@ class _Judge:
 
     @cached_property
     def norm(self) -> float:
-        return max(sum(float(t.square().sum()) for own in self.wanted for t in own), torch.finfo(torch.float64).tiny)
+        return max(sum(squared_error(own, own)[1] for own in self.wanted), torch.finfo(torch.float64).tiny)
 
     def error(self, batch: int, found: Sequence[Tensor]) -> float:
         """Return the share of one batch in Σ ||y - t||² / Σ ||t||²."""
-        pairs = zip(found, self.wanted[batch], strict=True)
-        return sum(float((y - t).square().sum()) for y, t in pairs) / self.norm
+        return squared_error(self.wanted[batch], found)[0] / self.norm
 
 
 def _counts(group: ChannelGroup) -> list[int]:

@@ -26,7 +26,7 @@ from graphcomp.ir.graph import bind, module_path
 from graphcomp.ir.passes import applied
 from graphcomp.ir.program import Program
 from graphcomp.ir.run_nodes import run_tapped
-from graphcomp.numerics.compare import floating_tensors
+from graphcomp.numerics.compare import floating_tensors, squared_error
 from graphcomp.ops.answers import compute_of, lookup_of
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.lower import LoweredLayer, layers_of
@@ -201,9 +201,8 @@ def _error(
     try:
         error = norm = 0.0
         for batch, outputs in zip(batches, wanted, strict=True):
-            for t, y in zip(outputs, _floats(fake, batch), strict=True):
-                error += float((t.double() - y.double()).square().sum())
-                norm += float(t.double().square().sum())
+            found, energy = squared_error(outputs, _floats(fake, batch))
+            error, norm = error + found, norm + energy
     finally:
         for quantizer in own:
             quantizer.enabled = False
