@@ -18,6 +18,7 @@ from graphcomp.coupling.analysis import Analysis, analyze_captured
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import CalibrationError, CaptureError, InputError, NothingToPrune, PlanError
 from graphcomp.flows.choosing import by_sensitivity, check_rounds
+from graphcomp.flows.depth import blocks_of, chosen_blocks, without_blocks
 from graphcomp.flows.family import MemberBudget, Once, shared_by
 from graphcomp.flows.finalize import as_trained
 from graphcomp.flows.held import equal_counts, held_by_class
@@ -46,8 +47,9 @@ from graphcomp.ir.module import copied, tensor_leaves
 from graphcomp.methods.base import Goal, Method
 from graphcomp.methods.registry import stages_of
 from graphcomp.methods.stages import Following, check_goals, folders, goals_of, least_steps
-from graphcomp.methods.takes import ONE_SHOT, check_taken
+from graphcomp.methods.takes import ONE_SHOT, asked, check_taken
 from graphcomp.pruning.allocation import Budget, Scope, allocate_budget
+from graphcomp.pruning.blocks import DEPTH, LAYER, Block, check_blocks_alone, checked_blocks
 from graphcomp.pruning.evidence import arguments_like
 from graphcomp.pruning.multiples import in_multiples, with_fast_widths, with_group_sizes
 from graphcomp.pruning.names import by_module_name, module_names, scope_name
@@ -205,7 +207,11 @@ def compress(
             but for "head_dim" (queries and values would get heads of different sizes, which hardly any class of
             model can hold), "group" (the groups of group norms and grouped convolutions, and the query heads of each
             key head: what they divide is cut already) and "width" in groups that layer, RMS or group norms take
-            statistics over.
+            statistics over. Or ("block",) alone, in one shot and in floats: whole residual blocks go, chosen by the
+            error that the outputs are left with once the layer in front of the block makes up for it; `sparsity` is
+            the share of the blocks (see `find_blocks`), a budget is met with as few as possible, and calibration or
+            data are needed. ("layer",): the blocks that one item of a list of modules makes go together, which the
+            model's class can hold.
         round_to: the number of units kept in each group is a multiple of it. The sparsity is then met to the nearest
             number of units that is possible, and the report says so.
         budget: a target on parameters, MACs, bit operations, bytes or latency instead of `sparsity`. Bit operations
@@ -342,6 +348,23 @@ def compress(
             trained.training = own.training
         return into_whole(trained_model, small, ready.session.plan.captured, example)
     _check_one_shot(activation_bits, training)
+    if prune is not None and set(prune) & set(DEPTH):
+        check_blocks_alone(prune, sparsity, budget, [*asked(given), *(["bits"] if bits is not None else [])])
+        analysis = analyze(model, example_inputs, example_kwargs, scope=scope, outputs=outputs)
+        shown = first_batches(data, seed)[0] if calibration is None and data is not None else calibration
+        shown_rows = _calibration(model, analysis, example_inputs, example_kwargs, shown)
+        seen = _needed(shown_rows, f"prune={tuple(prune)!r}")
+        with blaming_inputs(analysis.captured), show_progress(2, progress) as bar:
+            bar.step("choosing blocks")
+            share = sparsity if isinstance(sparsity, (int, float)) else 0.5
+            gone, said = chosen_blocks(
+                analysis, seen, share, budget, ignore, whole=LAYER in prune, repair=repair is not None
+            )
+            bar.step("cutting, repairing and verifying")
+            options: dict[str, Any] = {"notes": said, "verify": verify, "measure_latency": measure_latency}
+            small = without_blocks(analysis, gone, seen, repair=repair is not None, **options)
+        example = example_arguments(example_inputs, example_kwargs)
+        return into_whole(model, small, analysis.captured, example) if scope else small
     limits = _range(bits) if isinstance(bits, (tuple, list)) else None
     if limits is not None:
         check_bit_budget(limits, budget)
@@ -478,17 +501,17 @@ def _read_outside(analysis: Analysis) -> tuple[str, ...]:
     return tuple({name.rpartition(".")[0]: None for name in analysis.captured.outside.reads if "." in name})
 
 
-def _needed(rows: list[list[Any]] | None) -> list[list[Any]]:
-    """Return the batches that groups are probed on.
+def _needed(rows: list[list[Any]] | None, what: str = 'ranking="sensitivity"') -> list[list[Any]]:
+    """Return the batches that groups, or blocks, are probed on.
 
     Raises:
         PlanError: there is none.
     """
     if rows is None:
         raise PlanError(
-            'ranking="sensitivity" needs calibration or data, got neither',
+            f"{what} needs calibration or data, got neither",
             why="the outputs are compared on batches",
-            fix='calibration=[batch, …]; or ranking="global"',
+            fix=f"calibration=[batch, …], or without {what}",
         )
     return rows
 
@@ -681,6 +704,61 @@ def repair(
         cut = repaired(cut, flat_batches(plan, batches), verify=verify)
         _, held = held_by_class(cut)
         return as_model(cut, held, measure_latency=measure_latency)
+
+
+def find_blocks(plan: Analysis) -> tuple[Block, ...]:
+    """Find the residual blocks of a model: what `drop_blocks` and `compress(…, prune=("block",))` can leave out.
+
+    A block is found in the graph, by no name: a sum h + f(h), with the ops that stand behind the sum and in front of h
+    alike (post-norm, ReLU after the sum). `Block.name` is the path of the module that holds the block's parameters.
+
+    Args:
+        plan: what `analyze` returned.
+
+    Returns:
+        The blocks, in order of execution.
+
+    Raises:
+        PlanError: the model could only be recorded.
+    """
+    check_options(plan=plan)
+    return blocks_of(plan)
+
+
+def drop_blocks(
+    plan: Analysis,
+    blocks: Sequence[Block],
+    *,
+    calibration: Iterable[Any] | None = None,
+    verify: bool = True,
+    measure_latency: bool = False,
+) -> CompressedModel:
+    """Leave residual blocks out: what read the stream behind a block reads the stream in front.
+
+    With calibration, the last layer in front of blocks gets the weights that best make up for these, in closed form:
+    one linear map, folded into the layer (ReplaceMe, Shopkhoev et al., 2025). The report names the layers, and the
+    blocks for which there is none.
+
+    Args:
+        plan: what `analyze` returned.
+        blocks: some of `find_blocks(plan)`.
+        calibration: batches in the form of the inputs that the plan was made with; labels may follow.
+        verify: compare the graph without the blocks with one in which they add nothing, before the repair.
+        measure_latency: time the model before and after.
+
+    Returns:
+        A model of the user's own class, where the blocks make up whole children of a list of modules; else a graph.
+
+    Raises:
+        PlanError: a block is of another plan.
+        CalibrationError: the data do not fit, or are not finite.
+        VerificationError: the law does not hold on the result.
+    """
+    check_options(plan=plan, verify=verify, measure_latency=measure_latency)
+    chosen = checked_blocks(blocks_of(plan), blocks)
+    with blaming_inputs(plan.captured):
+        rows = [] if calibration is None else flat_batches(plan, calibration)
+        return without_blocks(plan, chosen, rows, verify=verify, measure_latency=measure_latency)
 
 
 def trim_vocabulary(

@@ -104,6 +104,22 @@ def model_and_inputs(**options: Any) -> Callable[[Path], dict[str, Any]]:
     return lambda _: {"model": Net().eval(), "example_inputs": X, **options}
 
 
+class Residual(Net):
+    """8 -> 8 -> 4, with a residual block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + torch.tanh(self.inner(torch.relu(x))))
+
+
+@cache
+def residual() -> gc.Analysis:
+    return gc.analyze(Residual().eval(), X)
+
+
 def reading() -> dict[str, Any]:
     model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2)).eval()
     return {"model": model, "token_ids": [1, 3, 4], "example_inputs": torch.tensor([[1, 3], [4, 1]])}
@@ -149,6 +165,16 @@ CALLS: dict[str, Call] = {
         lambda _: {"small": gc.slice_groups(plan(), {plan().groups[0]: [0, 1]}), "plan": plan(), "batches": [X]},
     ),
     "trim_vocabulary": Call(lambda _: gc.trim_vocabulary, lambda _: reading()),
+    "find_blocks": Call(lambda _: gc.find_blocks, lambda _: {"plan": residual()}),
+    "drop_blocks": Call(
+        lambda _: gc.drop_blocks,
+        lambda _: {"plan": residual(), "blocks": gc.find_blocks(residual()), "calibration": [X] * 2},
+    ),
+    "compress, blocks": Call(
+        lambda _: gc.compress,
+        model_and_inputs(prune=("block",), calibration=[X] * 2, progress=False),
+        ("sparsity", "budget", "prune", "ignore", "calibration", "repair", "scope"),
+    ),
     "shrink": Call(lambda _: gc.shrink, lambda _: {"ready": ready(8)}),
     "finalize": Call(lambda _: gc.finalize, lambda _: {"ready": ready(8)}),
     "load": Call(lambda _: gc.load, lambda folder: {"folder": saved(folder)}),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,18 +13,14 @@ from graphcomp.capture.capture import Captured
 from graphcomp.capture.resized import OPEN, open_lengths
 from graphcomp.cost import Bops, CostModel
 from graphcomp.coupling.analysis import Analysis, analyze_rewritten
-from graphcomp.errors import PlanError, VerificationError, first_line
+from graphcomp.errors import PlanError
+from graphcomp.flows.checked import EXAMPLE, Checked, check_class, check_graph
 from graphcomp.flows.results import check_floats, choose_module, native_notes, parameters_and_buffers, shapes
 from graphcomp.flows.results import with_latency as latency_of
 from graphcomp.ir.graph import fetch
-from graphcomp.ir.inputs import copies
-from graphcomp.ir.module import tensor_leaves, tensor_names
+from graphcomp.ir.module import tensor_names
 from graphcomp.ir.passes import Pipeline
-from graphcomp.ir.preserve import eval_copy
-from graphcomp.ir.run_nodes import run_tapped
-from graphcomp.native.model import NativeResult
 from graphcomp.native.vocabulary import trimmed_model
-from graphcomp.numerics.compare import relative_error, tolerance_of, why_silent
 from graphcomp.pruning.trim import MaskVocabulary, TrimVocabulary
 from graphcomp.pruning.vocabulary import (
     Kept,
@@ -39,11 +34,10 @@ from graphcomp.pruning.vocabulary import (
 from graphcomp.report.report import Change, Report, group_dict, layers
 from graphcomp.result import CompressedModel
 from graphcomp.system.threads import one_at_a_time
-from graphcomp.torch_compat import pytree
 
 LAW = "trimmed == original, at the kept ids"
 NATIVE = "native == trimmed"
-EXAMPLE, OTHER = "the example inputs", "other kept ids"
+OTHER = "other kept ids"
 
 
 @one_at_a_time
@@ -76,10 +70,18 @@ def trimmed(
     kept, notes = _kept(captured, tables, given, unknown)
     notes += [*_remarks(tables, kept, logits), *_whole_heads(captured, tables)]
     small = Pipeline("trim the vocabulary", (TrimVocabulary(tables, kept, logits),))(captured)
-    checked = _check_graph(captured, small.module, tables, kept, logits) if verify else _Checked()
-    found = _native(captured, small.module, tables, kept, logits)
+    given_ids = _given(captured, tables, kept)
+    checked = Checked()
+    if verify:
+        reference = MaskVocabulary(tuple(tables), kept).rewrite(captured.module)
+        adjust = _narrow(kept)
+        checked = check_graph(LAW, reference, small.module, given_ids, "the model with a trimmed vocabulary", adjust)
+    names = {name: captured.aliases.get(name, (name,)) for name in tensor_names(captured.original)}
+    found = trimmed_model(captured.original, names, tables, kept, logits)
+    found = check_class(found, small.module, given_ids, captured)
+    checked = checked.with_class(NATIVE, found)
     module, form = choose_module(found, small.module, plan)
-    report = _report(plan, small, tables, kept, checked, found, (*notes, *native_notes(plan, found)))
+    report = _report(plan, small, tables, kept, checked, (*notes, *native_notes(plan, found)))
     module.train(plan.model.training)
     if isinstance(module, fx.GraphModule):
         module.meta[OPEN] = open_lengths(captured)
@@ -183,49 +185,6 @@ def _whole_heads(captured: Captured, tables: Sequence[Table]) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------ verification
-@dataclass
-class _Checked:
-    verified: dict[str, float] = field(default_factory=dict)
-    unchecked: dict[str, str] = field(default_factory=dict)
-
-
-def _check_graph(
-    captured: Captured, small: fx.GraphModule, tables: Sequence[Table], kept: Kept, logits: Logits
-) -> _Checked:
-    """Compare the trimmed graph with the masked one, on ids that are kept.
-
-    Raises:
-        VerificationError: they differ.
-    """
-    checked = _Checked()
-    if any(t.is_meta for t in tensor_names(small).values()):
-        checked.unchecked[LAW] = "the model has no values (meta device)"
-        return checked
-    reference = MaskVocabulary(tuple(tables), kept).rewrite(captured.module)
-    errors: list[float] = []
-    for name, flat in _given(captured, tables, kept).items():
-        try:
-            wanted = _run(reference, flat)
-        except Exception as error:  # whatever ops raise on ids that are not the user's
-            if name == EXAMPLE:
-                raise
-            checked.unchecked[f"{LAW}, on {name}"] = f"the model does not run on them: {first_line(error)[:200]}"
-            continue
-        got = _run(small, flat)
-        if logits == "narrow":
-            wanted = [_narrow(w, g, kept) for w, g in zip(wanted, got, strict=True)]
-        off = _error(wanted, got)
-        if not off <= tolerance_of(wanted):
-            raise _violated(f"on {name}, the outputs are off by {off:.1e} (relative)")
-        if not all(map(why_silent, wanted)):
-            errors.append(off)
-    if errors:
-        checked.verified[LAW] = max(errors)
-    else:
-        checked.unchecked[LAW] = "no output proves anything"
-    return checked
-
-
 def _given(captured: Captured, tables: Sequence[Table], kept: Kept) -> dict[str, list[Any]]:
     """Return the flat inputs to compare on: the example inputs, and the same with other ids in place of ids."""
     flat = captured.inputs.flat()
@@ -240,66 +199,15 @@ def _given(captured: Captured, tables: Sequence[Table], kept: Kept) -> dict[str,
     return {EXAMPLE: flat, OTHER: other}
 
 
-def _run(module: fx.GraphModule, flat: Sequence[Any]) -> list[Tensor]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return tensor_leaves(run_tapped(module, list(flat)))
+def _narrow(kept: Kept) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a function from an output of the whole vocabulary, and of the narrow one, to what the latter must be."""
 
+    def adjust(wanted: Tensor, got: Tensor) -> Tensor:
+        if wanted.shape == got.shape or wanted.shape[-1:] != (kept.size,):
+            return wanted
+        return wanted.index_select(-1, kept.ids.to(wanted.device))
 
-def _narrow(wanted: Tensor, got: Tensor, kept: Kept) -> Tensor:
-    """Return the columns of logits that are kept; any other output as it is."""
-    if wanted.shape == got.shape or wanted.shape[-1:] != (kept.size,):
-        return wanted
-    return wanted.index_select(-1, kept.ids.to(wanted.device))
-
-
-def _error(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float:
-    if [(t.shape, t.dtype) for t in wanted] != [(t.shape, t.dtype) for t in got]:
-        return math.inf
-    others = [(a, b) for a, b in zip(wanted, got, strict=True) if not a.is_floating_point()]
-    if any(not torch.equal(a, b) for a, b in others):
-        return math.inf
-    return relative_error(list(wanted), list(got))
-
-
-def _violated(why: str) -> VerificationError:
-    return VerificationError(
-        "the model with a trimmed vocabulary does not compute what the model computes", why=why,
-        fix="please report the model",
-    )  # fmt: skip
-
-
-def _native(
-    captured: Captured, small: fx.GraphModule, tables: Sequence[Table], kept: Kept, logits: Logits
-) -> NativeResult:
-    """Return the model of the user's class, compared with the trimmed graph; no module, and why, where they differ."""
-    names = {name: captured.aliases.get(name, (name,)) for name in tensor_names(captured.original)}
-    found = trimmed_model(captured.original, names, tables, kept, logits)
-    module = found.module
-    if module is None:
-        return found
-    if any(t.is_meta for t in tensor_names(module).values()):
-        return replace(found, silent="the model has no values (meta device)")
-    errors: list[float] = []
-    for name, flat in _given(captured, tables, kept).items():
-        args, kwargs = pytree.tree_unflatten(copies(flat), captured.inputs.spec)
-        try:
-            wanted = _run(small, flat)
-        except Exception:
-            if name == EXAMPLE:
-                raise
-            continue  # the model does not run on them either
-        try:
-            with eval_copy(module, real=True) as copied, torch.no_grad(), torch.random.fork_rng():
-                torch.manual_seed(0)
-                got = tensor_leaves(copied(*args, **kwargs))
-        except Exception as error:  # of the user's code, which met fewer rows than before
-            return NativeResult(None, f"{type(error).__name__}: {first_line(error)[:200]}")
-        off = _error(wanted, got)
-        if not off <= tolerance_of(wanted):
-            return NativeResult(None, "the class, with fewer rows, gives other outputs")
-        errors.append(off)
-    return replace(found, error=max(errors))
+    return adjust
 
 
 # ------------------------------------------------------------------------------------------------ report
@@ -319,8 +227,7 @@ def _report(
     small: Captured,
     tables: Sequence[Table],
     kept: Kept,
-    checked: _Checked,
-    found: NativeResult,
+    checked: Checked,
     notes: Sequence[str],
 ) -> Report:
     captured = plan.captured
@@ -332,12 +239,6 @@ def _report(
     stored = sum(gone * (t.numel() // kept.size) * t.element_size() for t in cut.values())
     maps = [t for name, t in tensor_names(small.module).items() if name.startswith("vocabulary_")]
     kept_of = {name: {0: kept.ids} for name in _cut_names(captured, tables)}
-    verified = dict(checked.verified)
-    unchecked = dict(checked.unchecked)
-    if found.module is not None and not math.isnan(found.error):
-        verified[NATIVE] = found.error
-    elif found.module is not None:
-        unchecked[NATIVE] = found.silent
     bytes_after = costs.bytes() - stored + sum(t.numel() * t.element_size() for t in maps)
     return Report(
         params=Change(costs.params(), costs.params() - parameters),
@@ -351,7 +252,7 @@ def _report(
         groups=tuple(group_dict(group, {}) for group in plan.groups),
         frozen=plan.frozen,
         unknown_ops=tuple(u.op for u in plan.unknown_ops),
-        verified=verified,
-        unchecked=unchecked,
+        verified=checked.verified,
+        unchecked=checked.unchecked,
         notes=(*captured.notes, *notes, *captured.path.notes()),
     )

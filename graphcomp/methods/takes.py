@@ -90,5 +90,10 @@ def check_taken(title: str, taken: Collection[str], given: Mapping[str, Any]) ->
     )
 
 
+def asked(given: Mapping[str, Any]) -> list[str]:
+    """Return the options among `given` whose values ask for something."""
+    return [name for name, value in given.items() if not _is_unset(value, OPTIONS[name].unset)]
+
+
 def _is_unset(value: Any, unset: tuple[Any, ...]) -> bool:
     return any(value is own or (type(value) is type(own) and value == own) for own in unset)

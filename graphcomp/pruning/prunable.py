@@ -13,6 +13,7 @@ from graphcomp.coupling.axis import Axes, Factor, all_leaves, leaves, length
 from graphcomp.coupling.groups import ROLES, ChannelGroup
 from graphcomp.coupling.text import why_nothing
 from graphcomp.errors import NothingToPrune, PlanError
+from graphcomp.pruning.blocks import DEPTH
 from graphcomp.pruning.names import module_names
 from graphcomp.quantization.spec import matches
 
@@ -45,6 +46,12 @@ def find_prunable(
         NothingToPrune: no group is left.
     """
     check_roles(prune)
+    if prune is not None and set(prune) & set(DEPTH):
+        raise PlanError(
+            f"prune={tuple(prune)!r} is for compress in one shot",
+            why="training and groups of channels know no whole blocks",
+            fix='compress(…, prune=("block",), calibration=batches) first',
+        )
     ignored = module_names(analysis.model, ignore, "ignore")
     held = module_names(analysis.model, keep_inputs, "keep_inputs")
     by_role = [group for group in analysis.groups if _is_pruned(group, prune)]
@@ -70,8 +77,8 @@ def check_roles(prune: Any) -> None:
     if isinstance(prune, str) or not isinstance(prune, Iterable):
         raise wrong("prune", "a series of roles", prune, 'prune=("channel", "head", "hidden")')
     for role in prune:
-        if role not in ROLES:
-            near = difflib.get_close_matches(str(role), ROLES, n=1)
+        if role not in (*ROLES, *DEPTH):
+            near = difflib.get_close_matches(str(role), (*ROLES, *DEPTH), n=1)
             raise PlanError(f"prune holds {role!r}, which is no role", fix=f"one of {', '.join(near or ROLES)}")
 
 
