@@ -16,7 +16,6 @@ import argparse
 import tempfile
 import warnings
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +45,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabulary", action="store_true", help="MiniLM on part of its vocabulary")
-    parser.add_argument("--depth", choices=[*oneshot.TASKS, "resnet56"], help="leave residual blocks out")
+    parser.add_argument("--depth", choices=list(oneshot.TASKS), help="leave residual blocks out")
     parser.add_argument("--blocks", default="2,4", metavar="A,B", help="how many, default: %(default)s")
     parser.add_argument("--whole", action="store_true", help="layers of a list of modules, of all their blocks")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: %(default)s")
@@ -79,15 +78,9 @@ def vocabulary() -> None:
     section("MiniLM on the words of its tasks", table(["", "whole", "trimmed"], rows))
 
 
-def resnet56() -> oneshot.Task:
-    """ResNet-56 on CIFAR-10, as ResNet-20 in benchmarks.oneshot."""
-    task = oneshot.resnet20()
-    return replace(task, name="ResNet-56", model=oneshot.realdata().load("cifar10_resnet56"))
-
-
 def depth(name: str, counts: list[int], whole: bool) -> None:
     """Choose blocks one by one, with the repair; compare prefixes of the choice as cut and repaired."""
-    task = resnet56() if name == "resnet56" else oneshot.TASKS[name]()
+    task = oneshot.TASKS[name]()
     plan = analyze(task.model, task.example)
     blocks = find_blocks(plan)
     batches = flat_batches(plan, task.calibration)

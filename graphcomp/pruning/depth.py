@@ -30,6 +30,7 @@ from graphcomp.ir.graph import all_tensors, assign, bind, fetch, names_by_tensor
 from graphcomp.ir.module import tensor_leaves
 from graphcomp.ir.preserve import own_inputs, same_buffers
 from graphcomp.ir.run_nodes import Run, refused_batch, run_tapped
+from graphcomp.numerics.compare import squared_error
 from graphcomp.numerics.regression import choose_ridge, solve
 from graphcomp.ops.design import design_of
 from graphcomp.pruning.blocks import ADDITIONS, Block, DropBlocks, is_identity, order_of
@@ -405,9 +406,8 @@ def choose_blocks(
 
 def _error(module: fx.GraphModule, held: Sequence[Sequence[Any]], wanted: Sequence[Tensor]) -> float:
     """Return Σ ||y − t||² / Σ ||t||² of the outputs."""
-    pairs = list(zip(_floats(module, held), wanted, strict=True))
-    error = sum(float((y - t).square().sum()) for y, t in pairs)
-    return error / max(sum(float(t.square().sum()) for _, t in pairs), torch.finfo(torch.float64).tiny)
+    error, norm = squared_error(wanted, _floats(module, held))
+    return error / max(norm, torch.finfo(torch.float64).tiny)
 
 
 def _floats(module: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> list[Tensor]:
