@@ -194,7 +194,8 @@ def without_blocks(
         masked = MaskBlocks(tuple(chosen)).rewrite(captured.module)
         checked = check_graph(LAW, masked, dropped, given, "the model without blocks")
     used = within_memory(captured.module, rows) if rows and repair else []
-    mended = Depth(plan, every, used).without(chosen)
+    depth = Depth(plan, every, used, gone=order_of(every, chosen))
+    mended = depth.without(chosen)
     assert len(order_of(every, chosen)) == len(chosen), "blocks must be of the plan"
     small = mended.graph
     stays = {node.name for node in small.graph.nodes}
@@ -205,7 +206,7 @@ def without_blocks(
     )
     checked = checked.with_class(NATIVE, found)
     module, form = choose_module(found, small, plan)
-    said = (*notes, *_repair_notes(mended, len(used), len(rows) if repair else 0), *native_notes(plan, found))
+    said = (*notes, *_repair_notes(mended, len(depth.batches), len(rows) if repair else 0), *native_notes(plan, found))
     report = _report(plan, small, chosen, len(every), checked, mended, said)
     module.train(plan.model.training)
     if isinstance(module, fx.GraphModule):

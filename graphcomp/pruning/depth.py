@@ -36,7 +36,7 @@ from graphcomp.ops.design import design_of
 from graphcomp.pruning.blocks import ADDITIONS, Block, DropBlocks, is_identity, order_of
 from graphcomp.pruning.consumers import Consumer, Consumers, is_evaluated_norm, operands
 from graphcomp.pruning.least_squares import FEWEST_ROWS, ROWS, Problem
-from graphcomp.pruning.repair import LayerRepair
+from graphcomp.pruning.repair import LIVE, LayerRepair, value_bytes
 
 logger = logging.getLogger("graphcomp")
 
@@ -86,17 +86,26 @@ class Depth:
         plan: of the whole model, exported.
         blocks: of the plan's graph.
         batches: flat inputs to repair on, in the order of the placeholders.
+            As many of the first ones are used as memory is for.
         rows: that each layer is solved on at most, or ten for each feature where that is more.
+        gone: blocks that may be left out; None: any.
     """
 
     def __init__(
-        self, plan: Analysis, blocks: Sequence[Block], batches: Sequence[Sequence[Any]], rows: int = ROWS
+        self,
+        plan: Analysis,
+        blocks: Sequence[Block],
+        batches: Sequence[Sequence[Any]],
+        rows: int = ROWS,
+        gone: Sequence[Block] | None = None,
     ) -> None:
-        self.plan, self.blocks, self.batches, self.rows = plan, blocks, batches, rows
+        self.plan, self.blocks, self.rows = plan, blocks, rows
         self.module = plan.captured.module
         self.consumers = Consumers(self.module, plan.coupling.sources, plan.captured.outside.reads)
-        wanted = {node for block in blocks for node in (block.total, block.end)}
-        self.exact = _values(self.module, batches, wanted) if batches else {}
+        ends = blocks if gone is None else [row[-1] for row in in_a_row(gone)]
+        wanted = {node for block in ends for node in (block.total, block.end)}
+        self.batches = _within(self.module, wanted, batches)
+        self.exact = _values(self.module, self.batches, wanted) if batches else {}
 
     @torch.no_grad()
     def without(self, chosen: Collection[Block]) -> Dropped:
@@ -342,6 +351,21 @@ def _values(
                     waiting.discard(node)
                 run.drop(node)
     return found
+
+
+def _within(
+    module: fx.GraphModule, nodes: Collection[fx.Node], batches: Sequence[Sequence[Any]], most: int = LIVE
+) -> Sequence[Sequence[Any]]:
+    """Return the first batches, one at least, of which the values of all nodes take `most` bytes together."""
+    held = sum(value_bytes(node) for node in nodes)
+    example = max(sum(value_bytes(node) for node in module.graph.find_nodes(op="placeholder")), 1)
+    used, count = 0.0, 0
+    for batch in batches:
+        used += held * sum(t.numel() * t.element_size() for t in batch if isinstance(t, Tensor)) / example
+        if count and used > most:
+            break
+        count += 1
+    return batches[:count]
 
 
 # ------------------------------------------------------------------------------------------------ choosing

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import graphcomp as gc
 from graphcomp.errors import BudgetError, NothingToPrune, PlanError
 from graphcomp.pruning.blocks import DropBlocks, MaskBlocks
+from graphcomp.pruning.depth import _within
 from graphcomp.testing import tiny_models
 from tests.marks import in_ci
 from tests.targets.models import import_transformers
@@ -261,6 +262,25 @@ def test_a_budget_is_met_with_as_few_blocks_as_possible() -> None:
         assert getattr(small.report, name).ratio <= 0.8 and small.report.units_removed <= 4
     with pytest.raises(BudgetError, match="no choice of blocks"):
         gc.compress(model, X, prune=("block",), budget=gc.Budget(params=0.01), calibration=batches(), progress=False)
+
+
+def test_blocks_are_chosen_beside_masked_logits() -> None:
+    model, inputs = tiny_models()["decoder"]
+    trimmed = gc.trim_vocabulary(model, inputs[0], inputs)
+    assert not trimmed(*inputs).isfinite().all()
+    small = gc.compress(
+        trimmed.module, inputs, prune=("block",), sparsity=0.5, calibration=[inputs[0]] * 2, progress=False
+    )
+    assert isinstance(small.report, gc.Report) and small.report.units_removed == 1
+    assert torch.equal(small(*inputs).isfinite(), trimmed(*inputs).isfinite())
+
+
+def test_few_batches_do_where_memory_is_small() -> None:
+    plan = gc.analyze(Deep().eval(), X)
+    blocks = gc.find_blocks(plan)
+    nodes = {blocks[0].total, blocks[0].end}
+    found = _within(plan.captured.module, nodes, [[X]] * 5, most=3 * 10 * 12 * 4)
+    assert len(found) == 3 and len(_within(plan.captured.module, nodes, [[X]] * 5, most=1)) == 1
 
 
 def test_ignored_modules_keep_their_blocks() -> None:
