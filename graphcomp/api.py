@@ -171,7 +171,8 @@ def compress(
             leaves are multiples of it, so that all groups are whole.
         calibration: batches in the form of the example inputs (of the whole model, with a scope too), off which the
             ranges of activations are read. Without it they are read off the example inputs, and the report says so.
-        rounding: of weights: "nearest", or "second_order" (GPTQ), which needs calibration data.
+        rounding: of weights: "nearest", or "second_order" (GPTQ), which needs calibration data: some hundred samples
+            are better than nearest at four bits and fewer.
         reduce_range: weights of 7 bits at most, the first and last layer included, stored as int8: for x86 CPUs without
             VNNI, where onnxruntime's fast kernels add products in 16 bits and saturate.
         quantization: all options of post-training quantization at once, in place of the seven above.
@@ -198,8 +199,9 @@ def compress(
         rounds: with ranking="sensitivity", the goal is reached in so many rounds: after each, what is left is repaired
             and measured again.
         repair: "least_squares": in one shot, with calibration or data, each layer that reads what the cut changed gets
-            the weights that best restore its output, without labels (see `graphcomp.repair`). None: the
-            weights that stay are as they were.
+            the weights that best restore its output, without labels (see `graphcomp.repair`). With bits and
+            calibration, each quantized layer, too, before its weights are rounded, and steps are searched: see
+            `report.quantization_repairs`. None: the weights that stay are as they were.
         ignore: modules that keep their output width and stay float: names, "re:" patterns, or the modules themselves.
             What they read may get narrower.
         keep_inputs: modules, named likewise, that keep their input width and their output width.
@@ -483,7 +485,15 @@ def compress(
                         activations=activation_bits == "same" and activations == "static",
                     )
                     notes.append(chosen)
-                cut, integers = cut_to_integers(plan, kept, groups, quantization, batches, verify=verify)
+                cut, integers = cut_to_integers(
+                    plan,
+                    kept,
+                    groups,
+                    quantization,
+                    batches,
+                    verify=verify,
+                    repair=repair is not None and calibration is not None,
+                )
                 cut = cut if before is None else cut.after(before)
                 said = (*said, *integers.notes_since(cut.program))
                 small = as_integers(cut.noted(*notes), integers, said, measure_latency=measure_latency)

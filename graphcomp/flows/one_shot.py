@@ -46,11 +46,13 @@ def cut_to_integers(
     batches: Sequence[Sequence[Any]],
     *,
     verify: bool,
+    repair: bool = False,
 ) -> tuple[Cut, Program]:
     """Slice the captured graph, quantize what is left, and lower.
 
     Args:
         batches: flat inputs to calibrate on; at least one.
+        repair: move weights towards the float output before they are rounded.
 
     Returns:
         The cut in floats, and the program of integers.
@@ -63,7 +65,7 @@ def cut_to_integers(
     integers = Pipeline("one shot, with bits", (
         *cutting(plan, kept, verify=verify),
         Remember(SLICED),
-        *quantizing(options, batches),
+        *quantizing(options, batches, repair=repair),
         *([CheckLowering(batches[0])] if verify and batches else []),  # without any, calibration refuses
     ))(plan.captured)  # fmt: skip
     sliced = integers.stages[SLICED]

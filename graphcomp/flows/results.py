@@ -169,6 +169,11 @@ REDUCED_BITS = 7
 """Of weights whose products with 8-bit activations, added in pairs, fit into 16 bits: 2 · 63 · 255 < 2^15."""
 
 
+FULL_RANGE_BITS = 8
+"""Bits from which on the levels of activations reach the largest value, unless asked otherwise; with fewer, a clip is
+chosen by the error of what reads the activations."""
+
+
 def post_training(
     bits: int | tuple[int, int] | None,
     activation_bits: int | tuple[int, int] | Literal["same"] | None,
@@ -182,8 +187,9 @@ def post_training(
 ) -> PostTraining | None:
     """The options that `compress` was given one by one; None where nothing is to be quantized.
 
-    `observer` is how ranges of weights and activations are read off data. Biases beside ranges at run time stay as they
-    are where no calibration data are given (`calibrated`).
+    `observer` is how ranges of weights and activations are read off data; of activations of few bits see
+    `FULL_RANGE_BITS`. Biases beside ranges at run time stay as they are where no calibration data are given
+    (`calibrated`).
 
     Raises:
         PlanError: bits outside 2 to 16, or options of a quantization that was not asked for.
@@ -205,7 +211,8 @@ def post_training(
     if at_run_time is not None:
         _check_at_run_time(bits, activation_bits, activations)
     acts = bits if activation_bits == "same" else activation_bits and check_bits(activation_bits, "activation_bits")
-    of_activations = None if acts is None else replace(ACTIVATIONS, bits=acts, observer=observer)
+    clip: Observer = "output" if observer == "minmax" and acts is not None and acts < FULL_RANGE_BITS else observer
+    of_activations = None if acts is None else replace(ACTIVATIONS, bits=acts, observer=clip)
     least = 8
     if reduce_range:
         bits, least = min(bits, REDUCED_BITS), REDUCED_BITS
@@ -405,6 +412,7 @@ def _quantized_report(cut: Cut, notes: Sequence[str], integers: Program) -> Repo
         layers=tuple(_with_bits(layer, by_name) for layer in report.layers),
         sizes=_sizes(lowered),
         quantization_errors=integers.errors,
+        quantization_repairs={name: Change(*pair) for name, pair in integers.repairs.items()},
     )
 
 

@@ -35,6 +35,7 @@ class Program:
         notes: what the program differs in from the model, and what was asked and not done, each with its reason.
         left_float: layer -> why the layer is not quantized.
         errors: layer -> relative error of its output, ||fake - float|| / ||float||.
+        repairs: layer -> relative error of its output before and after the repair of what rounding does to it.
         verified: law -> largest error that was found when the law was checked.
         unchecked: law, or part of one -> why it could not be checked.
         stages: name -> the program as it was then, for later stages that compare with it.
@@ -49,6 +50,7 @@ class Program:
     notes: tuple[str, ...] = ()
     left_float: Mapping[str, str] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
+    repairs: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     verified: Mapping[str, float] = field(default_factory=dict)
     unchecked: Mapping[str, str] = field(default_factory=dict)
     stages: Mapping[str, Program] = field(default_factory=dict)

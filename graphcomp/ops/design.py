@@ -26,6 +26,13 @@ aten = torch.ops.aten
 class Design(Protocol):
     """A compute op as `g` products of matrices: rows (g, r, n) with a weight (g, n, o)."""
 
+    @property
+    def products(self) -> int:
+        """How many matrices there are, g."""
+
+    def batched(self, x: Tensor) -> Tensor:
+        """Return `x` with a batch in dim 0: one image is a batch of one."""
+
     def count(self, x: Tensor) -> int:
         """Return the number of rows r that `x` makes."""
 
@@ -116,6 +123,15 @@ class Contraction:
     @property
     def out(self) -> tuple[str, ...]:
         return tuple(label for label in self.w if label not in self.x)
+
+    @property
+    def products(self) -> int:
+        """See `Design`."""
+        return torch.Size(self.sizes[label] for label in self.batch).numel()
+
+    def batched(self, x: Tensor) -> Tensor:
+        """See `Design`."""
+        return x
 
     def count(self, x: Tensor) -> int:
         """See `Design`."""
@@ -232,6 +248,11 @@ class Patches:
     def kernel(self) -> tuple[int, ...]:
         return self.shape[2:]
 
+    @property
+    def products(self) -> int:
+        """See `Design`."""
+        return self.groups
+
     def count(self, x: Tensor) -> int:
         """See `Design`."""
         return self._lengths(x).numel()
@@ -248,7 +269,7 @@ class Patches:
 
     def results(self, y: Tensor, chosen: Tensor) -> Tensor:
         """See `Design`."""
-        y = self._batched(y).movedim(1, -1)
+        y = self.batched(y).movedim(1, -1)
         at = torch.unravel_index(chosen, y.shape[:-1])
         return y[at].reshape(len(chosen), self.groups, y.shape[-1] // self.groups).transpose(0, 1)
 
@@ -271,16 +292,19 @@ class Patches:
             return per_group.transpose(1, 2).reshape(self.shape)
         return matrices.mT.reshape(self.shape)
 
-    def _batched(self, x: Tensor) -> Tensor:
+    def batched(self, x: Tensor) -> Tensor:
+        """See `Design`."""
         return x if x.dim() == len(self.kernel) + 2 else x[None]
 
     def _lengths(self, x: Tensor) -> torch.Size:
-        patches = self.patches(x)
-        return torch.Size([len(patches), *patches.shape[2 : 2 + len(self.kernel)]])
+        x = self.batched(x)
+        per_dim = zip(x.shape[2:], self.stuffing, self.padding, self.kernel, self.dilation, self.stride, strict=True)
+        reach = [((n - 1) * f + 1 + sum(ends) - (k - 1) * d - 1) // s + 1 for n, f, ends, k, d, s in per_dim]
+        return torch.Size([len(x), *reach])
 
     def patches(self, x: Tensor) -> Tensor:
         """Return a view (n, c, *positions, *kernel) of the padded input."""
-        x = self._batched(x)
+        x = self.batched(x)
         if any(step > 1 for step in self.stuffing):
             space = [(length - 1) * step + 1 for length, step in zip(x.shape[2:], self.stuffing, strict=True)]
             wide = x.new_zeros(*x.shape[:2], *space)

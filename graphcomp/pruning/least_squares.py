@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from graphcomp.ir.run_nodes import Lockstep
 from graphcomp.numerics.regression import Evidence, Moments, Rows, joined
@@ -67,15 +67,22 @@ class Problem:
         """Return the problem of a layer, or why there is none."""
         found = operands(consumer.node)
         x, weight = values.of(found[consumer.data])[0], values.of(found[consumer.weight])[0]
-        if not x.is_floating_point() or not weight.is_floating_point():
-            return f"it computes in {weight.dtype}"
-        shapes = {consumer.data: x.shape, consumer.weight: weight.shape}
-        design = design_of(consumer.node, consumer.data, consumer.weight, shapes)
-        if design is None:
-            return f"{consumer.node.target} with this weight is no product with a matrix"
+        problem = cls.between(consumer.node, (consumer.data, x), (consumer.weight, weight), bool(consumer.bias))
         ends = ends_of(consumer.node) if is_routed(consumer.node) else None
-        by_batch = () if ends is None else tuple(values.of(ends))
-        return cls(design, design.matrices(weight).shape[1] + bool(consumer.bias), bool(consumer.bias), by_batch)
+        return problem if isinstance(problem, str) or ends is None else replace(problem, ends=tuple(values.of(ends)))
+
+    @classmethod
+    def between(
+        cls, node: fx.Node, data: tuple[str, Tensor], weight: tuple[str, Tensor], intercept: bool
+    ) -> Problem | str:
+        """Return the problem of an op with these arguments, name and value of each, or why there is none."""
+        (data_name, x), (weight_name, w) = data, weight
+        if not x.is_floating_point() or not w.is_floating_point():
+            return f"it computes in {w.dtype}"
+        design = design_of(node, data_name, weight_name, {data_name: x.shape, weight_name: w.shape})
+        if design is None:
+            return f"{node.target} with this weight is no product with a matrix"
+        return cls(design, design.matrices(w).shape[1] + intercept, intercept)
 
     @classmethod
     def points(cls, x: Tensor) -> Problem:
@@ -85,17 +92,35 @@ class Problem:
             Patches((1, x.shape[1], *ones), 1, ones, ones, ((0, 0),) * len(ones), ones, False), x.shape[1] + 1, True
         )
 
-    def sums(self, inputs: Sequence[Tensor], rest: Sequence[Tensor], wanted: Sequence[Tensor], most: int) -> Sums:
-        """Return the sums over a random share of the rows, the same in each run."""
+    def sums(
+        self,
+        inputs: Sequence[Tensor],
+        rest: Sequence[Tensor],
+        wanted: Sequence[Tensor],
+        most: int,
+        weights: Sequence[Tensor] | None = None,
+    ) -> Sums:
+        """Return the sums over a random share of the rows, the same in each run.
+
+        Args:
+            inputs, rest, wanted: what the layer reads, what its result lacks, and what it is to give, per batch.
+            most: rows, or ten for each feature where that is more.
+            weights: per batch, what the squared error of each element of the result counts, shaped like `wanted`;
+                only for layers whose products have one output each. None: 1.
+        """
         inputs, rest, wanted = (self.side_by_side(values) for values in (inputs, rest, wanted))
+        counted = [None] * len(inputs) if weights is None else weights
         parts: list[Sums] = []
-        for x, r, t, (fit, held) in zip(inputs, rest, wanted, self.chosen(inputs, most), strict=True):
-            norm = float(self.design.results(t, torch.cat([fit, held])).double().square().sum())
-            parts.append(Sums(self.moments(x, r, fit), self.moments(x, r, held), norm))
+        for x, r, t, w, (fit, held) in zip(inputs, rest, wanted, counted, self.chosen(inputs, most), strict=True):
+            both = torch.cat([fit, held])
+            squares = self.design.results(t, both).double().square()
+            norm = float((squares if w is None else squares * self.design.results(w, both)).sum())
+            parts.append(Sums(self.moments(x, r, fit, w), self.moments(x, r, held, w), norm))
         return sum(parts[1:], parts[0])
 
     def chosen(self, inputs: Sequence[Tensor], most: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield, of each input, the rows that the layer is solved on and those that the ridge is chosen on."""
+        inputs = [self.design.batched(x) for x in inputs]
         counts = [self.design.count(x) for x in inputs]
         wished = max(most, ROWS_PER_FEATURE * self.features)
         if self.features > MOST_FEATURES:
@@ -115,7 +140,7 @@ class Problem:
         """Return values with the rows of each matrix side by side."""
         return [packed(x, ends) for x, ends in zip(values, self.ends, strict=True)] if self.ends else values
 
-    def moments(self, x: Tensor, rest: Tensor | None, chosen: Tensor) -> Evidence:
+    def moments(self, x: Tensor, rest: Tensor | None, chosen: Tensor, weights: Tensor | None = None) -> Evidence:
         """Return the moments of chosen rows, of which `rest` holds the targets; without `rest` there are none."""
         total: Evidence | None = None
         kind = Moments.of if self.features <= MOST_FEATURES else Rows
@@ -126,7 +151,12 @@ class Problem:
             rows = self.design.rows(x, some).double()
             if self.intercept:
                 rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
-            found = kind(rows, rows[..., :0] if rest is None else self.design.results(rest, some))
+            lacking = rows[..., :0] if rest is None else self.design.results(rest, some).double()
+            if weights is not None:
+                roots = self.design.results(weights, some).double().sqrt()
+                assert roots.shape[2] == 1, "a row has one weight"
+                rows, lacking = rows * roots, lacking * roots
+            found = kind(rows, lacking)
             total = found if total is None else joined(total, found)
         assert total is not None, "split gives one part at least"
         return total

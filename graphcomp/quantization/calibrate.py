@@ -98,7 +98,7 @@ def _ranges(rows: Tensor, spec: QuantSpec) -> Range:
     """The range (r,) of each row of (r, n) values, which are finite."""
     found = []
     for part in torch.split(rows, ROWS_AT_ONCE):
-        if spec.observer == "mse":  # from the values themselves: closer than a histogram, and cheaper
+        if spec.observer in ("mse", "output"):  # from the values themselves: closer than a histogram, and cheaper
             found.append(_least_squares(spec, _extent(part), _Values(part, spec)))
             continue
         observer = OBSERVERS[spec.observer](spec, 0)
@@ -271,11 +271,30 @@ class EntropyObserver(HistogramObserver):
         return _clip(extent, histogram.width * bins)
 
 
+class OutputObserver(HistogramObserver):
+    """Several ranges, for whoever sees what ops make of the tensor to choose from; alone, that of the MSE observer."""
+
+    def _read(self, histogram: _Histogram, extent: Range) -> Range:
+        return _least_squares(self.spec, extent, _Bins(histogram, self.spec))
+
+    def candidates(self) -> list[Range]:
+        """Return what each of the other observers makes of the batches, see `range`."""
+        found = []
+        for kind in (MinMaxObserver, PercentileObserver, MseObserver, EntropyObserver):
+            other = kind(self.spec, self.dim, self.name)
+            other.extent = self.extent
+            if isinstance(other, HistogramObserver):
+                other._histogram = self._histogram
+            found.append(other.range())
+        return found
+
+
 OBSERVERS: dict[Observer, type[RangeObserver]] = {
     "minmax": MinMaxObserver,
     "percentile": PercentileObserver,
     "mse": MseObserver,
     "entropy": EntropyObserver,
+    "output": OutputObserver,
 }
 
 

@@ -11,38 +11,38 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from graphcomp.arguments import as_names, check_flag, check_instance, check_whole, check_word
 from graphcomp.errors import CalibrationError
-from graphcomp.ir.graph import attribute_readers, attributes, bind, clone, fetch, set_argument, value
+from graphcomp.ir.graph import attributes, bind, clone, set_argument, value
 from graphcomp.ir.passes import GraphPass, Pass, Pipeline, Remember, ValuePass, applied
 from graphcomp.ir.program import P, Program
 from graphcomp.ir.rewrite import before
-from graphcomp.ir.run_nodes import Constants, Lockstep, See, refused_batch, run_tapped
-from graphcomp.ops.answers import compute_of, is_convolution, operands_of
+from graphcomp.ir.run_nodes import Constants, See, refused_batch, run_tapped
+from graphcomp.ops.answers import is_convolution
+from graphcomp.pruning.repair import within_memory
 from graphcomp.quantization.attention import WriteOutAttention
 from graphcomp.quantization.biases import FitBiases
-from graphcomp.quantization.calibrate import calibrate_weight, make_observer
+from graphcomp.quantization.calibrate import OutputObserver, calibrate_weight, make_observer
 from graphcomp.quantization.einsum import WriteOutEinsum
 from graphcomp.quantization.equalize import equalize
 from graphcomp.quantization.floats import float_layers
 from graphcomp.quantization.fold import FoldBatchNorm
-from graphcomp.quantization.gptq import round_second_order, second_moments
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
 from graphcomp.quantization.lower import FAKE, Lower, Lowered, LoweredLayer, constants_with_quantizers, layers_of
 from graphcomp.quantization.placed import CheckPlaced
 from graphcomp.quantization.placement import channels_of, layer_name, place
+from graphcomp.quantization.ranges import choose_ranges
+from graphcomp.quantization.setting import Setting
 from graphcomp.quantization.spec import QuantConfig
-from graphcomp.quantization.tensors import put, read_by_others, replace_argument
+
+aten = torch.ops.aten
 
 Rounding = Literal["nearest", "second_order"]
 
 FLOATS = "floats"
 """The stage before quantizers are placed, with which the layers are compared."""
-
-FEWEST_SAMPLES = 16
-"""Of each channel, to tell a mean error from chance."""
 
 
 @dataclass(frozen=True)
@@ -116,21 +116,24 @@ def quantize(program: Program, batches: Sequence[Sequence[Any]], options: PostTr
     return quantized_of(last, program)
 
 
-def quantizing(options: PostTraining, batches: Sequence[Sequence[Any]]) -> tuple[Pass, ...]:
-    """Return the passes from a float graph in eval mode to integers; see `quantize`."""
+def quantizing(options: PostTraining, batches: Sequence[Sequence[Any]], *, repair: bool = False) -> tuple[Pass, ...]:
+    """Return the passes from a float graph in eval mode to integers; see `quantize`.
+
+    `repair` moves the weights of each layer to those that best restore its output from quantized inputs.
+    """
     weights = options.config.weights
     per_tensor = weights is not None and weights.granularity == "tensor"
     return (
         CheckTensors(),  # before batch norms hand theirs on to weights
         *written_out(options.config),
         *([Equalize()] if options.equalize or (options.equalize is None and per_tensor) else []),
-        *([AddBiases()] if options.correct_bias else []),
+        *([AddBiases()] if options.correct_bias or repair else []),
         Remember(FLOATS),
         PlaceQuantizers(options.config, options.ignore),
         CalibrateWeights(),
         CalibrateActivations(batches),
         CheckPlaced(FLOATS, batches),
-        SetLayers(options, batches[: options.walk_batches]),
+        SetLayers(options, batches[: options.walk_batches], repair),
         FitBiases(),
         NameFloatLayers(),
         Remember(FAKE),
@@ -183,12 +186,16 @@ class SetLayers:
 
     options: PostTraining
     batches: Sequence[Sequence[Any]]
+    repair: bool = False
     name: ClassVar[str] = "set layers"
 
     def __call__(self, program: P, /) -> P:
-        """Return the program with the errors of its layers."""
+        """Return the program with the errors of its layers, and what was repaired."""
         floats = program.stages[FLOATS].module
-        return replace(program, errors=Setting(floats, program.module, self.options).walk(self.batches))
+        setting = Setting(floats, program.module, self.options, repair=self.repair)
+        errors = setting.walk(within_memory(floats, self.batches))
+        repairs = {name: (layer.before, layer.after) for name, layer in setting.repairs.items()}
+        return replace(program, errors=errors, repairs=repairs, notes=(*program.notes, *setting.notes()))
 
 
 @dataclass(frozen=True)
@@ -351,6 +358,9 @@ def calibrate_activations(fake: fx.GraphModule, batches: Sequence[Sequence[Any]]
             quantizer.enabled = True
     for quantizer, observer in observers.items():
         quantizer.set_range(*observer.range())
+    choices = {q: seen.candidates() for q, seen in observers.items() if isinstance(seen, OutputObserver)}
+    if choices:
+        choose_ranges(fake, choices, batches)
 
 
 def _run(fake: fx.GraphModule, batch: Sequence[Any], k: int, see: See) -> None:
@@ -404,114 +414,3 @@ def layer_errors(folded: fx.GraphModule, fake: fx.GraphModule, batches: Sequence
         layer -> relative error of its output, ||fake - float|| / ||float||.
     """
     return Setting(folded, fake, PostTraining(correct_bias=False)).walk(batches)
-
-
-class Setting:
-    """Rounds weights and corrects biases, layer after layer, and measures what is left."""
-
-    def __init__(self, folded: fx.GraphModule, fake: fx.GraphModule, options: PostTraining) -> None:
-        self.folded, self.fake, self.options = folded, fake, options
-        self.constant = constants_with_quantizers(fake)
-        self.quantizers = dict(quantizer_nodes(fake))
-        self.readers = attribute_readers(fake)
-        self.errors: dict[str, float] = {}
-
-    def walk(self, batches: Sequence[Sequence[Any]]) -> dict[str, float]:
-        """Relative error of each compute op's output, by the op's layer."""
-        exact, rough = Lockstep(self.folded, batches), Lockstep(self.fake, batches)
-        float_nodes = iter(self.folded.graph.nodes)
-        for node in self.fake.graph.nodes:
-            if node in self.quantizers:
-                rough.step(node)
-                rough.drop(node)
-                continue
-            twin = next(float_nodes)
-            exact.step(twin)
-            if self._quantized(node):
-                if self.options.rounding == "second_order":
-                    self._round(node, rough)
-                rough.step(node)
-                if self.options.correct_bias:
-                    self._correct(node, exact.of(twin), rough)
-                self.errors[self._name(node)] = _relative(exact.of(twin), rough.of(node))
-            else:
-                rough.step(node)
-            exact.drop(twin)
-            rough.drop(node)
-        self.fake.recompile()
-        return self.errors
-
-    def _quantized(self, node: fx.Node) -> bool:
-        return compute_of(node) is not None and any(n in self.quantizers for n in node.all_input_nodes)
-
-    def _name(self, node: fx.Node) -> str:
-        operands = operands_of(node)
-        name = layer_name(bind(node)[operands.weight] if operands.weight else None, self.constant) or node.name
-        return name if name not in self.errors else f"{name} ({node.name})"
-
-    def _correct(self, node: fx.Node, exact: list[Tensor], rough: Lockstep) -> None:
-        """Add the mean error of each output channel to the bias; `rough` gets what the corrected layer gives."""
-        operands, arguments = operands_of(node), bind(node)
-        bias = arguments.get(operands.bias) if operands.bias else None
-        if not isinstance(bias, fx.Node) or bias.op != "get_attr":
-            return
-        channels = channels_of(node)
-        mean = significant_mean(exact, rough.of(node), channels)
-        old = fetch(self.fake, str(bias.target))
-        self._give(node, operands.bias, (old.double() + mean).to(old.dtype))
-        shape = [-1 if d == channels else 1 for d in range(exact[0].dim())]
-        for r in rough.of(node):
-            r += mean.view(shape).to(r.dtype)
-
-    def _round(self, node: fx.Node, rough: Lockstep) -> None:
-        """Give the layer's weight the values on its grid that its operands make least of."""
-        operands, arguments = operands_of(node), bind(node)
-        wrapped = arguments[operands.weight]
-        quantizer = self.quantizers.get(wrapped)
-        if quantizer is None or wrapped not in self.constant or len(wrapped.users) > 1:
-            return
-        (source,) = wrapped.all_input_nodes
-        if source.op != "get_attr":
-            return
-        moments = second_moments(node, rough.of(arguments[operands.data[0]]))
-        if moments is None:
-            return
-        weight = fetch(self.fake, str(source.target))
-        rounded = round_second_order(weight, moments, quantizer, dim=operands.out % weight.dim())
-        if read_by_others(self.readers, source, wrapped):
-            name = f"graphcomp_{wrapped.name}_weight"
-            own = before(wrapped).tensor(self.fake, name, nn.Parameter(rounded))
-            wrapped.replace_input_with(source, own)
-        else:
-            put(self.fake, str(source.target), nn.Parameter(rounded))
-        rough.put(wrapped, quantizer(rounded))
-
-    def _give(self, node: fx.Node, argument: str, tensor: Tensor) -> None:
-        name = f"graphcomp_{node.name}_{argument}"
-        replace_argument(self.fake, node, argument, nn.Parameter(tensor), name, self.readers)
-
-
-def significant_mean(exact: Sequence[Tensor], rough: Sequence[Tensor], channels: int) -> Tensor:
-    """(c,) float64: the mean of exact - rough over all dims but `channels`, 0 within twice its standard error.
-
-    What few samples say of the mean is mostly chance, and correcting for chance makes the model worse.
-    """
-    dims = [d for d in range(exact[0].dim()) if d != channels]
-    count = sum(e.numel() for e in exact) // max(exact[0].shape[channels], 1)
-    total = torch.zeros(exact[0].shape[channels], dtype=torch.float64, device=exact[0].device)
-    squares = torch.zeros_like(total)
-    if count < FEWEST_SAMPLES:
-        return total
-    for e, r in zip(exact, rough, strict=True):
-        difference = e - r
-        total += difference.sum(dims, dtype=torch.float64)
-        squares += difference.square_().sum(dims, dtype=torch.float64)
-    mean = total / count
-    variance = (squares / count - mean.square()).clamp(min=0)
-    return torch.where(mean.abs() > 2 * (variance / count).sqrt(), mean, 0.0)
-
-
-def _relative(exact: list[Tensor], rough: list[Tensor]) -> float:
-    error = sum(float((e - r).square_().sum(dtype=torch.float64)) for e, r in zip(exact, rough, strict=True))
-    norm = sum(float(e.square().sum(dtype=torch.float64)) for e in exact)
-    return float((error / norm) ** 0.5) if norm > 0 else 0.0

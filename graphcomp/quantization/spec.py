@@ -23,7 +23,7 @@ MIN_BITS, MAX_BITS = 2, 16
 
 Granularity = Literal["tensor", "channel", "group", "token"]
 Kind = Literal["uniform", "geta", "ternary"]
-Observer = Literal["minmax", "percentile", "mse", "entropy"]
+Observer = Literal["minmax", "percentile", "mse", "entropy", "output"]
 
 
 class _Default(int):
@@ -49,7 +49,8 @@ class QuantSpec:
         group_size: input indices per step, for granularity "group".
         kind: "uniform" (a step, LSQ; with a zero point, LSQ+), "geta" (step and range; symmetric, per tensor), or
             "ternary" for weights: -s, 0 and s (TWN); not symmetric: -n, 0 and p (TTQ), stored as codes and a table.
-        observer: how the first range is read off data.
+        observer: how the first range is read off data. "output": of the ranges that the others give, the one with the
+            least error in the results of the ops that read the tensor; alone, and for weights, as "mse".
         learn_exponent: kind "geta" learns an exponent, too, so that levels need not be evenly spaced. Integer kernels
             can read weights so quantized, but no activations.
         dynamic: of activations: the range is that of the values at hand, at run time, and needs no data. 8 bits; per

@@ -33,11 +33,10 @@ from graphcomp.quantization.ptq import (
     CalibrateActivations,
     CalibrateWeights,
     PostTraining,
-    Setting,
     calibrate_activations,
-    significant_mean,
 )
 from graphcomp.quantization.redundant import without_repeats
+from graphcomp.quantization.setting import Setting, significant_mean
 from graphcomp.quantization.sites import Site
 from graphcomp.quantization.spec import QuantConfig
 from graphcomp.quantization.tensors import read_by_others
@@ -273,8 +272,8 @@ class _TrainableSetting(Setting):
         assign(self.fake, str(source.target), new)
         rough.put(source, new)
 
-    def _round(self, node: fx.Node, rough: Lockstep) -> None:
+    def _round(self, node: fx.Node, name: str, wanted: list[Tensor], rough: Lockstep) -> bool:
         wrapped = bind(node)[operands_of(node).weight]
         sources = wrapped.all_input_nodes
-        if len(sources) == 1 and not read_by_others(self.readers, sources[0], wrapped):
-            super()._round(node, rough)
+        alone = len(sources) == 1 and not read_by_others(self.readers, sources[0], wrapped)
+        return alone and super()._round(node, name, wanted, rough)

@@ -75,6 +75,8 @@ class Report:
             anything, inputs that the model refuses.
         sizes: storage convention (see `graphcomp.cost.conventions`) -> bytes of the integer weights; empty without any.
         quantization_errors: layer -> relative error that quantization makes in its output.
+        quantization_repairs: layer -> the same on the rows that the layer was set on, of quantized inputs, with the
+            weights rounded as they are and with those that least squares gave, rounded.
         repairs: layer -> relative error of its output on the calibration rows, ||y - t|| / ||t||, with the sliced
             weights and with those that least squares gave; t is what the layer has to give so that the layers behind
             it get what they got before the cut.
@@ -99,6 +101,7 @@ class Report:
     latency_ms: Change | None = None
     sizes: Mapping[str, float] = field(default_factory=dict)
     quantization_errors: Mapping[str, float] = field(default_factory=dict)
+    quantization_repairs: Mapping[str, Change] = field(default_factory=dict)
     repairs: Mapping[str, Change] = field(default_factory=dict)
     kernels: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = field(default=())
@@ -119,6 +122,7 @@ class Report:
             "latency_ms": self.latency_ms.to_dict() if self.latency_ms else None,
             "sizes": dict(self.sizes),
             "quantization_errors": dict(self.quantization_errors),
+            "quantization_repairs": {name: change.to_dict() for name, change in self.quantization_repairs.items()},
             "repairs": {name: change.to_dict() for name, change in self.repairs.items()},
             "kernels": dict(self.kernels) if self.kernels is not None else None,
             "sparsity": self.sparsity,
@@ -152,7 +156,8 @@ class Report:
             unknown_ops=tuple(data["unknown_ops"]),
             unchecked=dict(data.get("unchecked", {})),
             latency_ms=None if data["latency_ms"] is None else Change.from_dict(data["latency_ms"]),
-            repairs={name: Change.from_dict(change) for name, change in data.get("repairs", {}).items()},
+            quantization_repairs=_changes(data.get("quantization_repairs", {})),
+            repairs=_changes(data.get("repairs", {})),
             kernels=data["kernels"],
             notes=tuple(data["notes"]),
         )
@@ -172,15 +177,18 @@ class Report:
         if self.quantization_errors:
             worst, error = max(self.quantization_errors.items(), key=lambda item: item[1])
             rows.append(_row("quantization", f"largest relative error {error:.1e}, of {worst}"))
-        if self.repairs:
-            before, after = (median(getattr(c, end) for c in self.repairs.values()) for end in ("before", "after"))
-            rows.append(
-                _row("repair", f"median relative error of {len(self.repairs)} layers {before:.3f} -> {after:.3f}")
-            )
+        for name, repairs in (("rounding repair", self.quantization_repairs), ("repair", self.repairs)):
+            if repairs:
+                before, after = (median(getattr(c, end) for c in repairs.values()) for end in ("before", "after"))
+                rows.append(_row(name, f"median relative error of {len(repairs)} layers {before:.3f} -> {after:.3f}"))
         rows += [_row("kernels", text) for text in _kernels_text(self.kernels)]
         rows += [_row("verified", f"{law}: largest relative error {error:.1e}") for law, error in self.verified.items()]
         rows += [_row("not checked", f"{law}: {why}") for law, why in self.unchecked.items()]
         return "\n".join([*rows, *(_row("note", note) for note in self.notes)])
+
+
+def _changes(data: Mapping[str, Any]) -> dict[str, Change]:
+    return {name: Change.from_dict(change) for name, change in data.items()}
 
 
 def _row(name: str, text: str) -> str:

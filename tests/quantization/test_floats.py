@@ -109,7 +109,8 @@ def test_a_layer_that_stays_float_is_named(name: str) -> None:
     uncounted = [found for found in small.report.notes if found.startswith("not counted in macs and bops")]
     whole = [note for note in small.report.notes if note.startswith("left whole around wrap_with_autocast")]
     assert len(whole) == len(uncounted) == (name == "autocast")
-    assert len(small.report.notes) == 1 + len(uncounted) + len(whole)
+    rounded = [note for note in small.report.notes if note.startswith("rounded to nearest")]
+    assert len(small.report.notes) == 1 + len(uncounted) + len(whole) + len(rounded)
 
 
 def test_a_trained_model_names_them_too() -> None:

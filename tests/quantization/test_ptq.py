@@ -12,8 +12,9 @@ import graphcomp as gc
 from graphcomp.capture.capture import capture
 from graphcomp.numerics.compare import relative_error
 from graphcomp.quantization.insert import quantizer_nodes
-from graphcomp.quantization.ptq import PostTraining, Quantized, quantize, significant_mean
+from graphcomp.quantization.ptq import PostTraining, Quantized, quantize
 from graphcomp.quantization.quantizers.base import Quantizer
+from graphcomp.quantization.setting import significant_mean
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, QuantSpec, with_bits
 from graphcomp.quantization.verify import check_lowering
 from tests.marks import in_ci

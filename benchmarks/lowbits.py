@@ -1,0 +1,115 @@
+"""Few bits without training: accuracy by rounding and repair, on calibration data without labels.
+
+    python -m benchmarks.lowbits                                    # every case: hours on two cores
+    python -m benchmarks.lowbits --models resnet20
+    python -m benchmarks.lowbits --models mobilenet --cases "W4 A8" --ways "second order, repaired"
+
+Models, calibration and test data are those of `benchmarks.oneshot`. One step per output channel, every layer; "ends 8"
+gives the first and the last layer 8 bits, as `compress` does by default. Quality is that of the integers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import graphcomp as gc
+from benchmarks import common, oneshot
+from benchmarks.common import append_json, section, table, timed
+
+
+@dataclass(frozen=True)
+class Case:
+    """Bits of weights and activations (None: floats), of the ends at least, and the share of units cut."""
+
+    weights: int
+    activations: int | None
+    ends: int
+    cut: float = 0.0
+
+    def __str__(self) -> str:
+        acts = "" if self.activations is None else f" A{self.activations}"
+        ends = f", ends {self.ends}" if self.ends > self.weights else ""
+        return f"W{self.weights}{acts}{ends}" + (f", {self.cut:.0%} of the units cut" if self.cut else "")
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "nearest": {"rounding": "nearest", "repair": None},
+    "nearest, repaired": {"rounding": "nearest", "repair": "least_squares"},
+    "second order": {"rounding": "second_order", "repair": None},
+    "second order, repaired": {"rounding": "second_order", "repair": "least_squares"},
+}
+
+CASES: dict[str, tuple[Case, ...]] = {
+    "resnet20": (Case(4, None, 4), Case(3, None, 3), Case(4, 4, 4), Case(4, 8, 4, cut=0.3)),
+    "mobilenet": (Case(4, 8, 8), Case(4, 4, 8)),
+    "efficientnet": (Case(4, 8, 8), Case(4, 4, 8)),
+}
+
+
+def main() -> None:
+    options = _options()
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    print(common.header(), flush=True)
+    for name in options.models.split(","):
+        task = oneshot.TASKS[name]()
+        (dense,) = task.evaluate(task.model)
+        rows = list(_rows(task, CASES[name], options))
+        section(f"{task.name}, {dense.metric} (n = {dense.n}), float {dense}", table(["case", *_ways(options)], rows))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(CASES), metavar="A,B", help="default: %(default)s")
+    parser.add_argument("--cases", default="", metavar="A;B", help="those that begin so; default: all")
+    parser.add_argument("--ways", default=";".join(WAYS), metavar="A;B", help="default: %(default)s")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write one line of JSON per measurement")
+    return parser.parse_args()
+
+
+def _ways(options: argparse.Namespace) -> list[str]:
+    return [way.strip() for way in options.ways.split(";")]
+
+
+def _rows(task: oneshot.Task, cases: tuple[Case, ...], options: argparse.Namespace) -> Iterator[list[str]]:
+    wanted = tuple(start.strip() for start in options.cases.split(";"))
+    for case in cases:
+        if not str(case).startswith(wanted):
+            continue
+        row = [str(case)]
+        for way in _ways(options):
+            with timed() as clock:
+                small = quantized(task, case, **WAYS[way])
+            (score,) = task.evaluate(small)
+            print(f"{task.name}, {case}, {way}: {score} in {clock.seconds:.0f} s", flush=True)
+            append_json(options.json, {"model": task.name, "case": str(case), "way": way, **vars(score)})
+            row.append(str(score))
+        yield row
+
+
+def quantized(task: oneshot.Task, case: Case, *, rounding: Any, repair: Any) -> Callable[..., Any]:
+    """Return the model in integers."""
+    activations = None
+    if case.activations is not None:
+        observer: Any = "output" if case.activations < 8 else "minmax"
+        activations = gc.QuantSpec(case.activations, symmetric=False, observer=observer)
+    weights = gc.QuantSpec(case.weights, granularity="channel", observer="mse" if case.weights < 8 else "minmax")
+    config = gc.QuantConfig(weights, activations, first_and_last_bits=case.ends)
+    cut: dict[str, Any] = {"saliency": "activation", "ranking": "sensitivity"} if case.cut else {}
+    return gc.compress(
+        task.model, task.example, sparsity=case.cut, quantization=gc.PostTraining(config, rounding=rounding),
+        calibration=[batch[:1] for batch in task.calibration], data=task.calibration if cut else None,
+        loss=task.loss if cut else None, repair=repair, progress=False, **cut,
+    ).eval()  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
