@@ -136,13 +136,13 @@ class Consumers:
             return ""
         (weight,) = constant
         (data,) = (name for name in found if name != weight)
-        if (chain := _chain(found[weight])) is None:
+        if (chain := moved_parameter(found[weight])) is None:
             return "its weight is computed of a parameter"
         attribute, moves = chain
         if str(attribute.target) in self.held:
             return "the rest of the model reads its weight"
         shape = fetch(self.module, str(attribute.target)).shape
-        index = _run_moves(torch.arange(shape.numel()).reshape(shape), moves)
+        index = run_moves(torch.arange(shape.numel()).reshape(shape), moves)
         name = str(attribute.target).removesuffix(".weight")
         return Consumer(node, name, data, weight, attribute, moves, index, *self._intercept(node))
 
@@ -219,7 +219,7 @@ def _is_move(node: fx.Node) -> bool:
     return move is not None and not move.pools and not move.pads
 
 
-def _chain(weight: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
+def moved_parameter(weight: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
     """Return the parameter behind a weight and the ops between; None where these do more than move elements."""
     moves: list[fx.Node] = []
     while weight.op != "get_attr":
@@ -230,7 +230,8 @@ def _chain(weight: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
     return weight, tuple(moves)
 
 
-def _run_moves(tensor: Tensor, moves: Sequence[fx.Node]) -> Tensor:
+def run_moves(tensor: Tensor, moves: Sequence[fx.Node]) -> Tensor:
+    """Return what ops that move elements make of a tensor."""
     for node in moves:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _, moved=tensor: moved)  # type: ignore[misc]
         tensor = node.target(*args, **kwargs)  # type: ignore[operator]

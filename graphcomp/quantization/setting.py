@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,8 @@ from graphcomp.errors import CalibrationError
 from graphcomp.ir.graph import attribute_readers, bind, fetch, value
 from graphcomp.ir.rewrite import before
 from graphcomp.ir.run_nodes import Lockstep
-from graphcomp.ops.answers import clip_of, compute_of, operands_of
+from graphcomp.ops.answers import clip_of, compute_of, is_convolution, operands_of
+from graphcomp.pruning.consumers import moved_parameter, run_moves
 from graphcomp.pruning.least_squares import MOST_FEATURES, ROWS, Problem
 from graphcomp.pruning.repair import MOST_TAPS, LayerRepair
 from graphcomp.quantization.insert import quantizer_nodes
@@ -38,6 +40,35 @@ CLIPPED = 0.05
 
 FEWEST_SAMPLES = 16
 """Of each channel, to tell a mean error from chance."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """A parameter that a quantizer reads, behind ops that move its elements.
+
+    Attributes:
+        source: its node.
+        moves: the ops, in the order of the graph.
+        parameter: its value.
+    """
+
+    source: fx.Node
+    moves: tuple[fx.Node, ...]
+    parameter: Tensor
+
+    @property
+    def index(self) -> Tensor:
+        """Which element of the parameter, flat, each element of the weight is."""
+        shape = self.parameter.shape
+        return run_moves(torch.arange(shape.numel()).reshape(shape), self.moves).flatten()
+
+    def with_elements(self, weight: Tensor) -> Tensor:
+        """Return the parameter that the ops make `weight` of."""
+        if not self.moves:
+            return weight
+        found = self.parameter.flatten().clone()
+        found[self.index.to(found.device)] = weight.flatten()
+        return found.view(self.parameter.shape)
 
 
 class Setting:
@@ -169,12 +200,12 @@ class Setting:
         too."""
         operands, arguments = operands_of(node), bind(node)
         wrapped = arguments[operands.weight]
-        source = self._own_source(wrapped)
-        if isinstance(source, str):
-            if source:
-                self.left[name] = source
+        held = self._held(wrapped)
+        if isinstance(held, str):
+            if held:
+                self.left[name] = held
             return False
-        weight, quantizer = fetch(self.fake, str(source.target)).detach(), self.quantizers[wrapped]
+        weight, quantizer = run_moves(held.parameter, held.moves), self.quantizers[wrapped]
         data = next(argument for argument in operands.data if argument != operands.weight)
         inputs = rough.of(arguments[data])
         intercept = (self.repair or self.options.correct_bias) and self._has_intercept(node)
@@ -185,7 +216,7 @@ class Setting:
             return False
         rough.put(wrapped, weight)
         rough.step(node)
-        rest = [t - y for t, y in zip(wanted, rough.of(node), strict=True)]
+        rest = [_wide(t) - _wide(y) for t, y in zip(wanted, rough.of(node), strict=True)]
         rows = max(ROWS // problem.design.products, ROWS_OF_MANY)
         try:
             sums = problem.sums(inputs, rest, wanted, rows, self._counted(node, problem, wanted, rest))
@@ -195,7 +226,7 @@ class Setting:
             )  # fmt: skip
         except CalibrationError as error:
             raise CalibrationError(str(error.what), at=name, why=error.why, fix=error.fix) from error
-        self._put(source, wrapped, nn.Parameter(found.weight, weight.requires_grad))
+        self._put(held, wrapped, found.weight)
         rough.put(wrapped, quantizer(found.weight))
         if found.repair is not None:
             self.repairs[name] = found.repair
@@ -215,7 +246,7 @@ class Setting:
         Only where each output has a matrix of its own, as in a depthwise convolution.
         """
         clip = clip_of(next(iter(node.users))) if len(node.users) == 1 else None
-        if clip is None or problem.design.products != value(node).shape[channels_of(node)]:
+        if clip is None or not is_convolution(node) or problem.design.products != value(node).shape[channels_of(node)]:
             return None
         low, high = clip.bounds(bind(next(iter(node.users))))
         dims = [d for d in range(rest[0].dim()) if d != channels_of(node)]
@@ -230,31 +261,43 @@ class Setting:
             found.append(chance.clamp_(min=CLIPPED))
         return found
 
-    def _own_source(self, wrapped: Any) -> fx.Node | str:
-        """Return the attribute whose quantized value a layer alone reads, or why there is none; "" without a weight."""
+    def _held(self, wrapped: Any) -> _Held | str:
+        """Return the parameter whose quantized value a layer alone reads, or why there is none; "" without a weight."""
         if wrapped not in self.quantizers or wrapped not in self.constant:
             return ""
-        (source,) = wrapped.all_input_nodes
         if len(wrapped.users) > 1:
             return "several layers read the weight"
-        return source if source.op == "get_attr" else "the weight is computed"
+        chain = moved_parameter(wrapped.all_input_nodes[0])
+        if chain is None:
+            return "the weight is computed"
+        held = _Held(*chain, fetch(self.fake, str(chain[0].target)).detach())
+        if not held.moves:
+            return held
+        if read_by_others(self.readers, held.source, held.moves[0]) or any(len(n.users) > 1 for n in held.moves):
+            return "several ops read the parameter"
+        return held if int(held.index.bincount().max()) == 1 else "the weight repeats elements"
 
     def _too_large(self, problem: Problem) -> str:
         """Return why no matrix is built for a layer, or ""."""
         most = MOST_FEATURES if self.options.rounding == "second_order" else MOST_TAPS
         return f"more than {most} inputs make one output" if problem.features > most else ""
 
-    def _put(self, source: fx.Node, wrapped: fx.Node, weight: nn.Parameter) -> None:
+    def _put(self, held: _Held, wrapped: fx.Node, weight: Tensor) -> None:
         """Let a quantizer read another weight, in the place of the old one where nothing else reads that."""
-        if read_by_others(self.readers, source, wrapped):
-            own = before(wrapped).tensor(self.fake, f"graphcomp_{wrapped.name}_weight", weight)
-            wrapped.replace_input_with(source, own)
+        new = nn.Parameter(held.with_elements(weight), fetch(self.fake, str(held.source.target)).requires_grad)
+        if not held.moves and read_by_others(self.readers, held.source, wrapped):
+            own = before(wrapped).tensor(self.fake, f"graphcomp_{wrapped.name}_weight", new)
+            wrapped.replace_input_with(held.source, own)
         else:
-            put(self.fake, str(source.target), weight)
+            put(self.fake, str(held.source.target), new)
 
     def _give(self, node: fx.Node, argument: str, tensor: Tensor) -> None:
         name = f"graphcomp_{node.name}_{argument}"
         replace_argument(self.fake, node, argument, nn.Parameter(tensor), name, self.readers)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def significant_mean(exact: Sequence[Tensor], rough: Sequence[Tensor], channels: int) -> Tensor:

@@ -96,6 +96,25 @@ def test_a_layer_called_twice_keeps_its_steps() -> None:
     assert error(model, small, x) < error(model, plain, x)
 
 
+def test_a_weight_that_an_einsum_reads_is_moved_too() -> None:
+    class Einsum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.out = nn.Parameter(torch.randn(6, 4, 5)), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(torch.relu(torch.einsum("bhi,iho->bo", x, self.w)))
+
+    torch.manual_seed(0)
+    model, x = Einsum().eval(), torch.randn(256, 4, 6)
+    small, plain = (
+        quantized(model, [x], bits=3, repair=repair, rounding="second_order") for repair in ("least_squares", None)
+    )
+    assert len(small.report.quantization_repairs) == 2
+    assert not [note for note in small.report.notes if note.startswith("rounded to nearest")]
+    assert error(model, small, x) <= error(model, plain, x) * 1.05
+
+
 def test_sixteen_bits_change_nothing_but_by_rounding() -> None:
     model, batches = trained()
     small = quantized(model, batches, bits=16, activation_bits=16, rounding="second_order")

@@ -142,3 +142,28 @@ def test_the_rounded_layer_is_far_better_than_rounding_alone() -> None:
     assert found.shift is not None and found.repair is not None
     nearest = (without - wanted).norm() / wanted.norm()
     assert found.repair.after < 0.75 * float(nearest)
+
+
+def test_rows_count_as_their_weights_say() -> None:
+    """Of a depthwise layer: weight 1 is no weight, and rows of weight 0 are not there."""
+    torch.manual_seed(0)
+    exact = smooth((8, 6, 10, 10))
+    rough = exact + 0.4 * exact.roll(2, -1)
+    layer, problem, sums, quantizer, wanted = problem_of("depthwise", rough, exact)
+    rest = wanted - layer(rough)
+    ones = problem.sums([rough], [rest], [wanted], 10**6, [torch.ones_like(wanted)])
+    torch.testing.assert_close(ones.all.xx, sums.all.xx)  # type: ignore[union-attr]
+    assert ones.norm == pytest.approx(sums.norm)
+    some = torch.ones_like(wanted)
+    some[:, :, 5:] = 0
+    half = problem.sums([rough], [rest], [wanted], 10**6, [some])
+    upper = rough[:, :, :6]  # all that the upper five rows of the result are made of
+    padded = problem.sums([upper], [rest[:, :, :6]], [wanted[:, :, :6]], 10**6, [some[:, :, :6]])
+    torch.testing.assert_close(half.all.xx, padded.all.xx)  # type: ignore[union-attr]
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    found = round_layer(problem, half, weight, quantizer, regress=True, second_order=True)
+    assert found.repair is not None and found.shift is not None
+    given = F.conv2d(rough, found.weight, layer.bias + found.shift, padding=1, groups=6)  # type: ignore[operator]
+    error = ((given - wanted) * some).norm() / (wanted * some).norm()
+    assert float(error.detach()) == pytest.approx(found.repair.after, rel=1e-6)
