@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks import common, oneshot
 from benchmarks.common import section, table, timed
@@ -51,6 +52,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, help="quantize, too")
     parser.add_argument("--saliency", default="activation", help="default: %(default)s")
     parser.add_argument("--ranking", default="global", choices=("global", "local", "sensitivity"))
+    parser.add_argument("--times-alone", action="store_true", help="neither repair nor evaluate")
     parser.add_argument("--tables", type=Path, metavar="FOLDER", help="keep tables of times there, and read them")
     return parser.parse_args()
 
@@ -66,15 +68,14 @@ def _rows(name: str, speedups: list[float], options: argparse.Namespace) -> list
     print(f"\n{task.name}: {known}, {clock.seconds:.0f} s", flush=True)
     if kept:
         known.save(kept)
-    asked: dict[str, Any] = {
-        "table": known, "bits": options.bits, "saliency": options.saliency, "ranking": options.ranking,
-        "calibration": [batch[: len(example)] for batch in task.calibration], "data": task.calibration,
-        "loss": task.loss,
-    }  # fmt: skip
+    asked: dict[str, Any] = {"table": known, "bits": options.bits, "ranking": options.ranking}
+    if not options.times_alone:
+        asked |= {"saliency": options.saliency, "data": task.calibration, "loss": task.loss}
+        asked["calibration"] = [batch[: len(example)] for batch in task.calibration]
     with timed() as clock:
         found = family(task.model, example, speedups=speedups, **asked)
     print(f"{task.name}: {len(found)} models in {clock.seconds:.0f} s", flush=True)
-    dense = ", ".join(f"{score.value:.1f}" for score in task.evaluate(task.model))
+    dense = "" if options.times_alone else _quality(task, task.model)
     rows = []
     for speedup, small in zip(speedups, found, strict=True):
         report = small.report
@@ -82,13 +83,18 @@ def _rows(name: str, speedups: list[float], options: argparse.Namespace) -> list
         before, after = report.latency_ms.before, report.latency_ms.after
         said = next(note for note in report.notes if note.startswith("latency in "))
         expected = float(said.split(" ms predicted")[0].split()[-1])
-        quality = ", ".join(f"{score.value:.1f}" for score in task.evaluate(small.eval()))
+        print(said, flush=True)
+        quality = "" if options.times_alone else f"{dense} -> {_quality(task, small.eval())}"
         rows.append([
             task.name, f"{speedup:g}", f"{before:.3f}", f"{expected:.3f}", f"{after:.3f}",
-            f"{expected / after - 1:+.1%}", f"{before / after:.2f}", f"{dense} -> {quality}",
+            f"{expected / after - 1:+.1%}", f"{before / after:.2f}", quality,
         ])  # fmt: skip
         print("\t".join(rows[-1]), flush=True)
     return rows
+
+
+def _quality(task: oneshot.Task, model: nn.Module) -> str:
+    return ", ".join(f"{score.value:.1f}" for score in task.evaluate(model))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ class TimedBudget:
         meter: says whether a choice is within the budget.
         groups: that may be cut.
         round_to: units that stay are multiples.
+        once: what others of a family have made: a file of the original is written once.
         quantization: what is left is lowered to; None: floats.
         corrections: choices that were timed, and after which the prediction was corrected.
     """
@@ -52,14 +53,16 @@ class TimedBudget:
     meter: Meter
     groups: Sequence[ChannelGroup]
     round_to: int
+    once: Once
     quantization: PostTraining | None = None
     corrections: int = 0
 
     def choose(self, scores: Scores, ranking: Scope) -> tuple[TimedBudget, Kept]:
-        """Return the units that stay, and the budget with a prediction that is right for networks like this one.
+        """Return the units that stay, and the budget with the prediction by which they were chosen.
 
         What is chosen is timed, and chosen again where the prediction was off: a choice finds the widths at which the
-        prediction errs to its advantage.
+        prediction errs to its advantage. Of the choices that were timed, the one that loses the least within the time
+        stays; where none is within, the fastest.
 
         Args:
             scores: (size,) per group; with "sensitivity" what the outputs lose with each unit.
@@ -73,17 +76,26 @@ class TimedBudget:
         timed, kept = self, self._choose(items, ranking)
         if not self._here:
             return timed, kept
+        limit, tried = self.meter.limits["latency_ms"], [_Tried(self, kept, self._time(kept), _lost(items, kept))]
         for _ in range(CORRECTIONS):
-            counts = counts_of(kept)
-            ms = time_network(self.plan, self.groups, kept, self.predicted.table, self.quantization)
-            if abs(timed.predicted(counts) / ms - 1) <= CLOSE:
+            last = tried[-1]
+            counts = counts_of(last.kept)
+            if last.ms <= limit and abs(last.timed.predicted(counts) / last.ms - 1) <= CLOSE:
                 break
-            timed = timed._with(timed.predicted.corrected(counts, ms))
+            timed = last.timed._with(last.timed.predicted.corrected(counts, last.ms))
             try:
                 kept = timed._choose(items, ranking)
             except BudgetError:  # by the first prediction there was a choice: the notes say what was measured
                 break
-        return timed, kept
+            if any(counts_of(kept) == counts_of(other.kept) for other in tried):
+                break
+            tried.append(_Tried(timed, kept, self._time(kept), _lost(items, kept)))
+        within = [other for other in tried if other.ms <= limit]
+        best = min(within, key=lambda t: t.lost) if within else min(tried, key=lambda t: t.ms)
+        return best.timed, best.kept
+
+    def _time(self, kept: Kept) -> float:
+        return time_network(self.plan, self.groups, kept, self.predicted.table, self.quantization)
 
     @property
     def _here(self) -> bool:
@@ -120,9 +132,31 @@ class TimedBudget:
             return replace(small.report, notes=(*small.report.notes, note))
         timer = timer or timer_of(table.runtime, table.threads)
         original = self.plan.captured.module if table.runtime == "onnxruntime" else self.plan.model
-        before, after = timer.times([timer.whole(m, inputs) for m in (original, small.module)])
+        first = self.once("original", partial(timer.whole, original, inputs))
+        before, after = timer.times([first, timer.whole(small.module, inputs)])
         notes = _notes(self.budget, table, expected, before, after, self.corrections)
         return replace(small.report, latency_ms=Change(before, after), notes=(*small.report.notes, *notes))
+
+
+@dataclass(frozen=True, eq=False)
+class _Tried:
+    """A choice that was timed.
+
+    Attributes:
+        timed: the budget with the prediction by which the choice was made.
+        kept: the units that stay.
+        ms: milliseconds of the whole network.
+        lost: what the outputs lose.
+    """
+
+    timed: TimedBudget
+    kept: Kept
+    ms: float
+    lost: float
+
+
+def _lost(items: Sequence[Item], kept: Kept) -> float:
+    return sum(item.errors[item.widths.index(len(kept[item.group]))] for item in items)
 
 
 def _notes(
@@ -176,4 +210,4 @@ def timed_budget(
     _, predicted = once("latency", predict)
     budget = budget.in_ms(predicted.original_ms)
     meter = Meter(CostModel(plan), budget, groups, bits, stored, predicted)
-    return TimedBudget(plan, budget, predicted, meter, groups, round_to, quantization)
+    return TimedBudget(plan, budget, predicted, meter, groups, round_to, once, quantization)

@@ -255,3 +255,21 @@ def test_a_real_run(case: str) -> None:
     small = gc.compress(net, x, budget=gc.Budget(speedup=1.01, table=table), bits=bits, progress=False)
     assert isinstance(small.report, gc.Report) and small.report.latency_ms is not None
     assert small(x).shape == (2, 5)
+
+
+def test_of_the_choices_that_were_timed_the_best_within_the_time_stays(
+    timers: list[FakeTimer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, limit = gc.time_layers(Net().eval(), X, progress=False), DENSE_MS / 2
+    budget = gc.Budget(latency_ms=limit, table=table)
+    first = widths(compressed(budget))
+
+    def chosen(*shares: float) -> list[int]:
+        times = iter([*shares, 9.0, 9.0, 9.0])
+        monkeypatch.setattr("graphcomp.flows.timed_budget.time_network", lambda *_: limit * next(times))
+        return widths(compressed(budget))
+
+    assert chosen(0.99) == first  # close enough: one choice
+    assert chosen(0.8, 1.3, 0.5) == first  # the second was too slow, the third is narrower than need be
+    assert sum(chosen(1.3, 0.9)[:3]) < sum(first[:3])
+    assert chosen(1.2, 1.5, 1.3) == first  # none is fast enough: the fastest
