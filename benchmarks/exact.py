@@ -27,7 +27,7 @@ from graphcomp.api import analyze, drop_blocks, find_blocks, trim_vocabulary
 from graphcomp.flows.repaired import flat_batches
 from graphcomp.native.depth import whole_layers
 from graphcomp.pruning.blocks import Block
-from graphcomp.pruning.depth import choose_blocks
+from graphcomp.pruning.choose_blocks import choose_blocks
 from graphcomp.report.report import Report
 
 

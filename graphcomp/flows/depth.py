@@ -18,7 +18,8 @@ from graphcomp.ir.graph import fetch
 from graphcomp.native.depth import shortened_model, whole_layers
 from graphcomp.pruning.allocation import Budget, limits_of, originals
 from graphcomp.pruning.blocks import Block, DropBlocks, MaskBlocks, find_blocks, order_of
-from graphcomp.pruning.depth import Depth, Dropped, choose_blocks
+from graphcomp.pruning.choose_blocks import choose_blocks
+from graphcomp.pruning.depth import Depth, Dropped
 from graphcomp.pruning.repair import within_memory
 from graphcomp.quantization.spec import matches
 from graphcomp.report.report import Change, Report, group_dict, layers

@@ -7,17 +7,14 @@ layer before block i takes over what a linear map can: with h + W x the stream i
 
 Where a layer norm stands between the sum and the stream, s is the sum behind block j in units of the standard deviation
 of the sum in front, and the norm gets the scale and the shift that best map what is normalized to the stream behind.
-Blocks are chosen one by one: the block whose absence, repaired, moves the model's outputs least on other samples.
-
 Source: ReplaceMe (Shopkhoev et al., 2025): one linear map in place of blocks, folded into the projection before. Here
 the map reads the layer's inputs, not its outputs, so that the map has more to work with.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,12 +22,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphcomp.coupling.analysis import Analysis
-from graphcomp.errors import CalibrationError, PlanError
+from graphcomp.errors import CalibrationError
 from graphcomp.ir.graph import all_tensors, assign, bind, fetch, names_by_tensor
-from graphcomp.ir.module import tensor_leaves
 from graphcomp.ir.preserve import own_inputs, same_buffers
-from graphcomp.ir.run_nodes import Run, refused_batch, run_tapped
-from graphcomp.numerics.compare import squared_error
+from graphcomp.ir.run_nodes import Run, refused_batch
 from graphcomp.numerics.regression import choose_ridge, solve
 from graphcomp.ops.design import design_of
 from graphcomp.pruning.blocks import ADDITIONS, Block, DropBlocks, is_identity, order_of
@@ -38,14 +33,7 @@ from graphcomp.pruning.consumers import Consumer, Consumers, is_evaluated_norm, 
 from graphcomp.pruning.least_squares import FEWEST_ROWS, ROWS, Problem
 from graphcomp.pruning.repair import LIVE, LayerRepair, value_bytes
 
-logger = logging.getLogger("graphcomp")
-
 aten = torch.ops.aten
-
-SAMPLES = 128
-"""Samples that blocks are chosen on at most: as many to repair on, and as many to judge on."""
-CHOICE_ROWS = 8_000
-"""Rows that a layer is solved on while blocks are chosen."""
 
 Values = dict[str, list[Tensor]]
 """Name of a node -> what the node computed, per batch."""
@@ -85,8 +73,8 @@ class Depth:
     Args:
         plan: of the whole model, exported.
         blocks: of the plan's graph.
-        batches: flat inputs to repair on, in the order of the placeholders.
-            As many of the first ones are used as memory is for.
+        batches: flat inputs to repair on, in the order of the placeholders; those at the end are left out where memory
+            is short.
         rows: that each layer is solved on at most, or ten for each feature where that is more.
         gone: blocks that may be left out; None: any.
     """
@@ -114,11 +102,14 @@ class Depth:
         small = DropBlocks(ordered).rewrite(self.module)
         if not self.batches:
             return Dropped(small)
+        names = {node.name for node in small.graph.nodes}
         layers: dict[str, LayerRepair] = {}
         left: dict[str, str] = {}
         changed: dict[str, None] = {}
         for row in in_a_row(ordered):
             place = self._place(row)
+            if not isinstance(place, str) and place.total.name not in names:
+                place = "it lies within another block that is gone"
             if isinstance(place, str):
                 left[row[0].name] = place
                 continue
@@ -366,86 +357,3 @@ def _within(
             break
         count += 1
     return batches[:count]
-
-
-# ------------------------------------------------------------------------------------------------ choosing
-@torch.no_grad()
-def choose_blocks(
-    plan: Analysis,
-    blocks: Sequence[Block],
-    batches: Sequence[Sequence[Any]],
-    *,
-    enough: Callable[[Collection[Block]], bool],
-    saved: Callable[[Collection[Block]], float] = lambda _: 1.0,
-    repair: bool = True,
-    together: Sequence[Sequence[Block]] | None = None,
-) -> dict[Block, float]:
-    """Choose blocks to leave out one by one: each time the block that adds least to the error for what it saves.
-
-    Args:
-        plan: of the whole model, exported.
-        blocks: of the plan's graph.
-        batches: flat inputs. Every second one judges; a single one does both.
-        enough: whether the blocks chosen are as many as asked.
-        saved: what blocks save, of what is to be saved.
-        together: blocks to choose from, those in one entry go together; None: each block alone.
-        repair: judge blocks by what is left of the error after the repair.
-
-    Returns:
-        Block -> relative squared error of the outputs once the block is gone, too, in the order of choice.
-
-    Raises:
-        CalibrationError: no batch, or one that the model does not run on.
-        PlanError: the model returns no floats.
-    """
-    if not batches:
-        raise CalibrationError("there is no batch to choose blocks on", fix="calibration=[batch, …]")
-    fit, held = some(batches[::2]), some(batches[1::2] or batches)
-    wanted = _floats(plan.captured.module, held)
-    if not wanted:
-        raise PlanError(
-            "no output is of floats, so nothing says how much a block matters", fix="drop_blocks(plan, blocks)"
-        )
-    depth = Depth(plan, blocks, fit if repair else [], CHOICE_ROWS)
-    chosen: dict[Block, float] = {}
-    error = 0.0
-    units = [(block,) for block in blocks] if together is None else [tuple(unit) for unit in together]
-    while not enough(chosen):
-        errors = {
-            unit: _error(depth.without({*chosen, *unit}).graph, held, wanted)
-            for unit in units
-            if unit[0] not in chosen and saved(unit) > 0
-        }
-        if not errors:
-            break
-        best = min(errors, key=lambda unit: (errors[unit] - error) / saved(unit))
-        if errors[best] < error:  # what is better gone costs nothing, whatever it saves
-            best = min(errors, key=errors.__getitem__)
-        error = errors[best]
-        chosen |= dict.fromkeys(best, error)
-        names = ", ".join(block.name for block in best)
-        logger.debug("without %s the outputs are off by %.2e (relative, squared)", names, error)
-    return chosen
-
-
-def _error(module: fx.GraphModule, held: Sequence[Sequence[Any]], wanted: Sequence[Tensor]) -> float:
-    """Return Σ ||y − t||² / Σ ||t||² of the outputs."""
-    error, norm = squared_error(wanted, _floats(module, held))
-    return error / max(norm, torch.finfo(torch.float64).tiny)
-
-
-def _floats(module: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> list[Tensor]:
-    outputs = [tensor_leaves(run_tapped(module, batch)) for batch in batches]
-    return [t.double() for found in outputs for t in found if t.is_floating_point()]
-
-
-def some(batches: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
-    """Return the first batches, of SAMPLES samples at most, one at least."""
-    found: list[Sequence[Any]] = []
-    count = 0
-    for batch in batches:
-        found.append(batch)
-        count += next((len(t) for t in batch if isinstance(t, Tensor) and t.dim()), 1)
-        if count >= SAMPLES:
-            break
-    return found

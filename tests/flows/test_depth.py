@@ -283,6 +283,36 @@ def test_few_batches_do_where_memory_is_small() -> None:
     assert len(found) == 3 and len(_within(plan.captured.module, nodes, [[X]] * 5, most=1)) == 1
 
 
+class Nested(nn.Module):
+    """A block within a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.up, self.down, self.head = (nn.Linear(8, 8) for _ in range(4))
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        h = self.up(x)
+        found: Tensor = self.head(x + self.down(torch.relu(h + self.inner(torch.tanh(h)))))
+        return found
+
+
+def test_a_block_within_a_block_goes_alone_or_with_the_other() -> None:
+    model = Nested().eval()
+    plan = gc.analyze(model, X)
+    inner, outer = gc.find_blocks(plan)
+    assert inner.total in outer.ops and inner.parameters == ("inner.weight", "inner.bias")
+    both = gc.drop_blocks(plan, [inner, outer], calibration=batches())
+    assert torch.equal(both(X), gc.drop_blocks(plan, [outer], calibration=batches())(X))
+    assert isinstance(both.report, gc.Report)
+    assert any("within another block" in note for note in both.report.notes)
+    torch.testing.assert_close(gc.drop_blocks(plan, [outer])(X), model.head(torch.tanh(model.stem(X))))
+    chosen = gc.compress(model, X, prune=("block",), sparsity=0.99, calibration=batches(), progress=False)
+    assert isinstance(chosen.report, gc.Report) and chosen.report.units_removed <= 2
+
+
 def test_ignored_modules_keep_their_blocks() -> None:
     model = Deep().eval()
     options: dict[str, Any] = {"prune": ("block",), "calibration": batches(), "progress": False}
