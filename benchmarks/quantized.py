@@ -308,7 +308,7 @@ def distance(wanted: Tensor, given: Tensor) -> float:
 
 
 # ------------------------------------------------------------------------------------------------ cases
-def _vision(task: oneshot.Task) -> Case:
+def vision(task: oneshot.Task) -> Case:
     images = [batch[:1] for batch in task.calibration[:CALIBRATION_BATCHES]]
     return Case(task.name, task.model, (task.example[0][:1],), images, (task.calibration[-1][0][:8],), task.evaluate)
 
@@ -379,13 +379,13 @@ def _digits(name: str, make: Callable[[], nn.Module], epochs: int, learning_rate
 CASES: dict[str, Callable[[], Case]] = {
     "digits-cnn": lambda: _digits("digits, residual CNN", digits.ResidualCNN, 10, 3e-3),
     "digits-transformer": lambda: _digits("digits, transformer", digits.DigitTransformer, 45, 4e-3),
-    "efficientnet": lambda: _vision(oneshot.TASKS["efficientnet"]()),
-    "mobilenet": lambda: _vision(oneshot.TASKS["mobilenet"]()),
+    "efficientnet": lambda: vision(oneshot.TASKS["efficientnet"]()),
+    "mobilenet": lambda: vision(oneshot.TASKS["mobilenet"]()),
     "minilm": minilm,
     "stories": stories,
     "resnet18": lambda: _torchvision("resnet18"),
     "resnet50": lambda: _torchvision("resnet50"),
-    "resnet20": lambda: _vision(oneshot.TASKS["resnet20"]()),
+    "resnet20": lambda: vision(oneshot.TASKS["resnet20"]()),
 }
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from graphcomp.errors import ExportError
 from graphcomp.targets.onnxruntime.floats import Clips, integer_layers, write_floats
 from graphcomp.targets.onnxruntime.kernels import INTEGER_LAYERS, KernelProof
 from graphcomp.targets.runtime import Args, feeds_of, open_session
@@ -26,6 +27,9 @@ FEWEST, MOST = 3, 30
 PAYS = 1.02
 """A kind of layers is left in float where the file is faster by this factor: less is noise."""
 
+
+LARGEST = 2**30
+"""Bytes of the largest file that is timed, weights beside it included: float forms take several times as much."""
 
 Form: TypeAlias = tuple[str, ...] | None
 """Kinds of layers that are left in float; None: all, and nothing is quantized."""
@@ -125,6 +129,7 @@ def measured(
     """
     if not integer_layers(path):
         return None
+    _check_size(path)
     with tempfile.TemporaryDirectory() as folder:
         floats = Path(folder) / path.name
         write_floats(path, floats, clips=clips or {})
@@ -147,6 +152,7 @@ def guard(path: Path, args: Args, kwargs: Mapping[str, Any], clips: Clips | None
     kinds = integer_layers(path)
     if not kinds:
         return None
+    _check_size(path)
     every = tuple(dict.fromkeys(kinds.values()))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -173,6 +179,17 @@ def guard(path: Path, args: Args, kwargs: Mapping[str, Any], clips: Clips | None
         return Guarded(every, note, again[None], again[None])
     note = f"has {' and '.join(best)} left in float: with all on integers it took {slower:.2f} x as long (1 thread)"
     return Guarded(best, note, again[best], again[None])
+
+
+def _check_size(path: Path) -> None:
+    """Raise ExportError where the float form of a file would take more memory than may be there."""
+    size = sum(own.stat().st_size for own in (path, path.with_name(f"{path.name}.data")) if own.exists())
+    if size > LARGEST:
+        raise ExportError(
+            f"{path.name} is too large to be timed beside its float form",
+            why=f"the file has {size / 2**30:.1f} GiB, and its float form takes several times as much memory",
+            fix="graphcomp.targets.runtime.latency(path, feeds)",
+        )
 
 
 def _form(path: Path, folder: Path, kinds: Mapping[str, str], left: Iterable[str] | None, clips: Clips | None) -> Path:

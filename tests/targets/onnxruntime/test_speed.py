@@ -241,6 +241,10 @@ def test_a_float_form_that_cannot_be_made_is_noted(
     def fails(*args: Any, **kwargs: Any) -> None:
         raise ExportError("no form", why="of this kind")
 
+    monkeypatch.setattr(speed, "LARGEST", 100)
+    small.export(tmp_path / "m.onnx")
+    assert any("was not timed" in note and "GiB" in note for note in small.export_report.notes)
+    monkeypatch.setattr(speed, "LARGEST", 2**30)
     monkeypatch.setattr(speed, "write_floats", fails)
     for guarded, note in ((False, "was not timed beside its float form"), (True, "was not guarded")):
         small.export(tmp_path / "m.onnx", guard=guarded)
