@@ -246,7 +246,12 @@ class Setting:
         Only where each output has a matrix of its own, as in a depthwise convolution.
         """
         clip = clip_of(next(iter(node.users))) if len(node.users) == 1 else None
-        if clip is None or not is_convolution(node) or problem.design.products != value(node).shape[channels_of(node)]:
+        if (
+            not self.repair
+            or clip is None
+            or not is_convolution(node)
+            or problem.design.products != value(node).shape[channels_of(node)]
+        ):
             return None
         low, high = clip.bounds(bind(next(iter(node.users))))
         dims = [d for d in range(rest[0].dim()) if d != channels_of(node)]

@@ -261,6 +261,9 @@ class _TrainableSetting(Setting):
         gain = 1.0 if arguments["weight"] is None else values.of(arguments["weight"]).double()
         self._add(pair.norm, "bias", shift * gain * variance.rsqrt(), rough)
 
+    def _has_intercept(self, node: fx.Node) -> bool:
+        return node in self.pairs or super()._has_intercept(node)  # a norm behind takes what a bias would
+
     def _add(self, norm: fx.Node, argument: str, more: Tensor, rough: Lockstep) -> None:
         """Add to a tensor of a norm, where the norm has one that nothing else reads."""
         source = bind(norm)[argument]

@@ -84,7 +84,7 @@ def test_the_start_is_what_post_training_quantization_gives(case):
     """To the last code of each weight. What rounding of floats moves across the middle of two codes is little."""
     name, kind = START[case]
     after = gc.compress(
-        model_of(name), batch(name), sparsity=0, quantization=KINDS[kind], progress=False,
+        model_of(name), batch(name), sparsity=0, quantization=KINDS[kind], progress=False, repair=None,
         calibration=[batch(name, k) for k in range(2)],
     )  # fmt: skip
     start = gc.finalize(lsq(name, kind))
