@@ -172,7 +172,7 @@ def side_by_side(module: fx.GraphModule, values: Values, pieces: Sequence[Piece]
             copy.node(node)
         copy.end(piece.outputs)
     for made in reversed(copy.places):  # inputs stand in front of all
-        graph._first_of.append(made)
+        next(iter(graph.nodes)).prepend(made)
     graph.output(list(copy.outputs))
     order = {node: k for k, node in enumerate(copy.places)}
     found = fx.GraphModule(module, graph)
