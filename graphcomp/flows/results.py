@@ -170,8 +170,8 @@ REDUCED_BITS = 7
 
 
 FULL_RANGE_BITS = 8
-"""Bits from which on the levels of activations reach the largest value, unless asked otherwise; with fewer, a clip is
-chosen by the error of what reads the activations."""
+"""Bits from which on the levels of activations reach the largest value, unless asked otherwise; with fewer, the range
+has the least squared error."""
 
 
 def post_training(
@@ -211,7 +211,7 @@ def post_training(
     if at_run_time is not None:
         _check_at_run_time(bits, activation_bits, activations)
     acts = bits if activation_bits == "same" else activation_bits and check_bits(activation_bits, "activation_bits")
-    clip: Observer = "output" if observer == "minmax" and acts is not None and acts < FULL_RANGE_BITS else observer
+    clip: Observer = "mse" if observer == "minmax" and acts is not None and acts < FULL_RANGE_BITS else observer
     of_activations = None if acts is None else replace(ACTIVATIONS, bits=acts, observer=clip)
     least = 8
     if reduce_range:
