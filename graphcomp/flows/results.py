@@ -210,7 +210,8 @@ def post_training(
     at_run_time = AT_RUN_TIME.get(activations)
     if at_run_time is not None:
         _check_at_run_time(bits, activation_bits, activations)
-    acts = bits if activation_bits == "same" else activation_bits and check_bits(activation_bits, "activation_bits")
+    asked = None if activation_bits is None or activation_bits == "same" else activation_bits
+    acts = check_bits(asked, "activation_bits") if asked is not None else bits if activation_bits == "same" else None
     clip: Observer = "mse" if observer == "minmax" and acts is not None and acts < FULL_RANGE_BITS else observer
     of_activations = None if acts is None else replace(ACTIVATIONS, bits=acts, observer=clip)
     least = 8

@@ -291,7 +291,7 @@ class Setting:
         """Let a quantizer read another weight, in the place of the old one where nothing else reads that."""
         new = nn.Parameter(held.with_elements(weight), fetch(self.fake, str(held.source.target)).requires_grad)
         if not held.moves and read_by_others(self.readers, held.source, wrapped):
-            own = before(wrapped).tensor(self.fake, f"graphcomp_{wrapped.name}_weight", new)
+            own = before(wrapped).tensor(self.fake, f"{held.source.target}_rounded", new)
             wrapped.replace_input_with(held.source, own)
         else:
             put(self.fake, str(held.source.target), new)

@@ -308,7 +308,9 @@ def test_products_with_parameters_of_any_rank(tmp_path: Path, name: str, options
     small.export(tmp_path / "m.onnx")
     found = small.export_report
     assert found is not None and found.agreement.error < 1e-4 and found.kernels is not None
-    assert {layer for layer, _ in found.kernels.stayed_float} <= {"p_codes", "p_codes_int4", "first.weight_codes"}
+    assert {layer for layer, _ in found.kernels.stayed_float} <= {
+        "p_codes", "p_codes_int4", "p_rounded_codes", "p_rounded_codes_int4", "first.weight_codes",
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ embeddings
