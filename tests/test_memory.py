@@ -88,6 +88,8 @@ def test_held_bytes_count_a_storage_once() -> None:
     assert held_bytes({"a": [tensor, tensor[2:]], "b": nn.Parameter(tensor)}) == 40
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_capture_leaves_no_shape_environment_and_no_source_behind() -> None:
     """torch keeps such an environment, with all its symbols, in caches and in a cycle that no collector sees."""
     environments, sources = [], []

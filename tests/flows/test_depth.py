@@ -253,6 +253,8 @@ def test_whole_layers_go_together_and_keep_the_class() -> None:
         gc.compress(Linear().eval(), X, prune=("layer",), calibration=batches(), progress=False)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_budget_is_met_with_as_few_blocks_as_possible() -> None:
     model = Deep().eval()
     for budget in (gc.Budget(params=0.8), gc.Budget(macs=0.8), gc.Budget(bytes=0.8), gc.Budget(bops=0.8)):

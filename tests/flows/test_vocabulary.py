@@ -198,6 +198,8 @@ def test_a_recipe_alone_builds_the_trimmed_model_again(tmp_path: Path) -> None:
     assert type(loaded.module) is nn.Sequential and torch.equal(loaded(IDS), small(IDS))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_trimmed_model_is_compressed_further_and_a_compressed_one_is_trimmed() -> None:
     model, inputs = tiny_models()["decoder"]
     kept = inputs[0].unique()

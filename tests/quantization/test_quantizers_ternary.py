@@ -256,6 +256,8 @@ SOME = [
 
 
 @pytest.mark.parametrize("case", [*SOME, *in_ci(*(case for case in CASES if case not in SOME))])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_every_form_of_a_model_computes_the_same(case: tuple[str, str, bool], tmp_path: Path) -> None:
     """Integers, the fake-quant graph that is raised from the integers, the folder, and the file for onnxruntime."""
     pytest.importorskip("onnxruntime")
@@ -293,6 +295,8 @@ def test_codes_are_stored_in_two_bits() -> None:
         assert buffers["0.weight_codes"].dtype is torch.uint8 and buffers["0.weight_codes"].numel() == 64 * 128 // 4
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_onnx_holds_codes_of_two_bits(tmp_path: Path) -> None:
     ir = pytest.importorskip("onnx_ir")
     small, _, _ = compressed(residual, TWO_CHANNEL)

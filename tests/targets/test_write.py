@@ -21,6 +21,8 @@ from tests.targets.models import Mlp, Residual
 
 
 @pytest.mark.parametrize("name", ["m.onnx", "m.pt2"])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_pruned_model_of_its_own_class(tmp_path: Path, name: str) -> None:
     small = gc.compress(Residual().eval(), torch.randn(1, 3, 8, 8), sparsity=0.5)
     assert small.form == "native" and small.export_report is None
@@ -113,6 +115,8 @@ def test_bfloat16_is_refused(tmp_path: Path) -> None:
     small.export(tmp_path / "m.pt2")
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_nothing_is_left_of_a_file_that_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = gc.compress(Mlp().eval(), torch.randn(2, 6), sparsity=0.5)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
 import torch.nn.functional as F
 from torch import nn
 
@@ -47,6 +48,8 @@ def test_what_a_loss_counts_or_holds_does_not_count() -> None:
     assert code_digest(around(weighted, 0)) == code_digest(around(weighted, 7))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_place_in_the_file_and_the_process_do_not_count() -> None:
     loss = "loss = lambda o, b: o.sum() * 2"
     code = "from graphcomp.training.identity import code_digest\n{}" + loss + "\nprint(code_digest(loss))"

@@ -161,6 +161,8 @@ def test_an_input_that_is_returned_keeps_its_name(tmp_path: Path) -> None:
     assert torch.equal(double, 2 * x) and torch.equal(same, x)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_attention(tmp_path: Path) -> None:
     x, path = torch.randn(2, 5, 16), tmp_path / "m.onnx"
     module = lower(Attention().eval(), x, Quantization(8, 8))
@@ -210,6 +212,8 @@ def test_two_bits_are_stored_in_two_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_two_bits_in_blocks(tmp_path: Path, symmetric: bool) -> None:
     """Zero points of two bits, too; a table that is looked up stays bytes."""
     spec = QuantSpec(2, symmetric, "group", 16)

@@ -43,6 +43,8 @@ def masked(rows: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("bits", [None, *in_ci(8)])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_no_kernel_of_sum_and_norm(tmp_path: Path, bits: int | None) -> None:
     path, best = tmp_path / "m.onnx", tmp_path / "best.onnx"
     model, inputs = Block().eval(), masked(2)
