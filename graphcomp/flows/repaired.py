@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from graphcomp.coupling.analysis import Analysis
 from graphcomp.errors import PlanError
 from graphcomp.flows.one_shot import cut_groups
 from graphcomp.flows.results import Cut, check_batches, listed
 from graphcomp.ir.graph import all_tensors
+from graphcomp.ir.inputs import first_samples, sample_count
 from graphcomp.ir.module import tensor_names
 from graphcomp.ir.run_nodes import run_tapped
 from graphcomp.numerics.compare import floating_tensors, squared_error
@@ -71,8 +72,9 @@ def judge(plan: Analysis, graphs: tuple[fx.GraphModule, fx.GraphModule], batches
         graphs: sliced, and repaired.
         batches: flat inputs; some of the last are used, which a repair short of memory has not seen.
     """
-    sums, norm, samples = [0.0, 0.0], 0.0, 0
-    for batch in reversed(batches):
+    sums, norm = [0.0, 0.0], 0.0
+    used = first_samples(batches[::-1], JUDGED)
+    for batch in used:
         wanted = floating_tensors(run_tapped(plan.captured.module, batch))
         if not wanted:
             return None
@@ -80,13 +82,10 @@ def judge(plan: Analysis, graphs: tuple[fx.GraphModule, fx.GraphModule], batches
             error, energy = squared_error(wanted, floating_tensors(run_tapped(graph, batch)))
             sums[k] += error
         norm += energy
-        samples += next((len(t) for t in batch if isinstance(t, Tensor) and t.dim()), 1)
-        if samples >= JUDGED:
-            break
     if not math.isfinite(norm) or norm == 0:
         return None
     before, after = (math.sqrt(error / norm) for error in sums)
-    return Judged((before, after), samples)
+    return Judged((before, after), sum(map(sample_count, used)))
 
 
 JUDGED = 64

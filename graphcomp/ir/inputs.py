@@ -97,3 +97,20 @@ def _copy(leaf: Any) -> Any:
         return copy.deepcopy(leaf)
     except Exception:  # a class may refuse to be copied in any way: a lock, an open file, a computed tensor
         return leaf
+
+
+def sample_count(batch: Sequence[Any]) -> int:
+    """Return the number of samples in flat inputs: the length of the first tensor with dims; 1 without any."""
+    return next((len(t) for t in batch if isinstance(t, Tensor) and t.dim()), 1)
+
+
+def first_samples(batches: Sequence[Sequence[Any]], most: int) -> list[Sequence[Any]]:
+    """Return the first batches of flat inputs, the last of which reaches `most` samples; all where none does."""
+    found: list[Sequence[Any]] = []
+    count = 0
+    for batch in batches:
+        found.append(batch)
+        count += sample_count(batch)
+        if count >= most:
+            break
+    return found

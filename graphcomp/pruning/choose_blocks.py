@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from graphcomp.coupling.analysis import Analysis
 from graphcomp.errors import CalibrationError, PlanError
+from graphcomp.ir.inputs import first_samples
 from graphcomp.ir.module import tensor_leaves
 from graphcomp.ir.run_nodes import run_tapped
 from graphcomp.numerics.compare import squared_error
@@ -59,7 +60,7 @@ def choose_blocks(
     """
     if not batches:
         raise CalibrationError("there is no batch to choose blocks on", fix="calibration=[batch, …]")
-    fit, held = some(batches[::2]), some(batches[1::2] or batches)
+    fit, held = (first_samples(found, SAMPLES) for found in (batches[::2], batches[1::2] or batches))
     wanted = _floats(plan.captured.module, held)
     if not wanted:
         raise PlanError(
@@ -101,15 +102,3 @@ def _error(module: fx.GraphModule, held: Sequence[Sequence[Any]], wanted: Sequen
 def _floats(module: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> list[Tensor]:
     outputs = [tensor_leaves(run_tapped(module, batch)) for batch in batches]
     return [t.double() for found in outputs for t in found if t.is_floating_point()]
-
-
-def some(batches: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
-    """Return the first batches, of SAMPLES samples at most, one at least."""
-    found: list[Sequence[Any]] = []
-    count = 0
-    for batch in batches:
-        found.append(batch)
-        count += next((len(t) for t in batch if isinstance(t, Tensor) and t.dim()), 1)
-        if count >= SAMPLES:
-            break
-    return found

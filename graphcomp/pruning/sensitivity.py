@@ -23,6 +23,7 @@ from graphcomp.cost import BitsOf, CostModel
 from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import CalibrationError, PlanError
+from graphcomp.ir.inputs import first_samples
 from graphcomp.ir.module import tensor_leaves
 from graphcomp.ir.preserve import writes
 from graphcomp.ir.run_nodes import refused_batch, run_tapped
@@ -299,11 +300,5 @@ def _split(batches: Sequence[Sequence[Any]]) -> tuple[Batches, Batches]:
 
 def _some(batches: Sequence[Sequence[Any]], first: int) -> Batches:
     """Return every second batch from the `first` on, up to SAMPLES samples, one batch at least."""
-    found: Batches = {}
-    count = 0
-    for k in range(first, len(batches), 2):
-        found[k] = batches[k]
-        count += next((len(t) for t in batches[k] if isinstance(t, Tensor) and t.dim()), 1)
-        if count >= SAMPLES:
-            break
-    return found
+    chosen = first_samples(batches[first::2], SAMPLES)
+    return {first + 2 * k: batch for k, batch in enumerate(chosen)}

@@ -23,6 +23,7 @@ from torch import Tensor, fx
 
 from graphcomp.errors import BudgetError, PlanError
 from graphcomp.ir.graph import bind, module_path
+from graphcomp.ir.inputs import first_samples
 from graphcomp.ir.passes import applied
 from graphcomp.ir.program import Program
 from graphcomp.ir.run_nodes import run_tapped
@@ -156,7 +157,7 @@ def bit_errors(
         CalibrationError: no batch, one that the model does not run on, or values that are not finite.
     """
     low, high = limits
-    used = _some(batches)
+    used = first_samples(batches, SAMPLES)
     found: dict[Unit, dict[int, float]] = {}
     for bits in dict.fromkeys((low, high)):
         config = at_bits(options.config, bits, activations)
@@ -225,18 +226,6 @@ def _between(errors: Mapping[int, float], low: int, high: int) -> dict[int, floa
     last = min(max(errors[high], tiny), first)
     slope = math.log(last / first) / max(high - low, 1)
     return {bits: first * math.exp(slope * (bits - low)) for bits in range(low, high + 1)}
-
-
-def _some(batches: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
-    """Return the first batches, with `SAMPLES` samples or all."""
-    found: list[Sequence[Any]] = []
-    count = 0
-    for batch in batches:
-        if count >= SAMPLES:
-            break
-        found.append(batch)
-        count += next((len(t) for t in batch if isinstance(t, Tensor) and t.dim()), 1)
-    return found
 
 
 # ------------------------------------------------------------------------------------------------ the choice
