@@ -99,7 +99,7 @@ def quantized(task: oneshot.Task, case: Case, *, rounding: Any, repair: Any) -> 
     """Return the model in integers."""
     activations = None
     if case.activations is not None:
-        observer: Any = "output" if case.activations < 8 else "minmax"
+        observer: Any = "mse" if case.activations < 8 else "minmax"
         activations = gc.QuantSpec(case.activations, symmetric=False, observer=observer)
     weights = gc.QuantSpec(case.weights, granularity="channel", observer="mse" if case.weights < 8 else "minmax")
     config = gc.QuantConfig(weights, activations, first_and_last_bits=case.ends)

@@ -65,11 +65,12 @@ def _of_bits(goal: Goal, ready: Prepared) -> Iterator[str]:
         if session.quantized is session.plan:  # else a note says why no layer is
             yield f"bits={_asked(goal)} are not what the result has: no layer is quantized"
         return
-    at_the_ends = session.config.first_and_last_bits if session.config else None
+    config = session.config
+    elsewhere = (config.first_and_last_bits, config.residual_bits) if config else ()
     other = {
         f"{site.layer} ({bits})": None
         for site, quantizer in ready.quantizers()
-        if not _within(goal, site, bits := round(float(quantizer.bits.detach()))) and bits != at_the_ends
+        if not _within(goal, site, bits := round(float(quantizer.bits.detach()))) and bits not in elsewhere
     }
     if other:
         more = f" and {len(other) - NAMED} more" if len(other) > NAMED else ""

@@ -19,7 +19,10 @@ from graphcomp.quantization.sites import Site
 
 @dataclass(frozen=True)
 class InsertQuantizers(GraphPass):
-    """Put the quantizers of sites behind the values, for the users that the sites name."""
+    """Put the quantizers of sites behind the values, for the users that the sites name.
+
+    Users that two sites of one value name read the value through both quantizers, in the order of the sites.
+    """
 
     sites: Sequence[Site]
     name: ClassVar[str] = "insert quantizers"
@@ -31,11 +34,14 @@ class InsertQuantizers(GraphPass):
         position = {name: k for k, name in enumerate(nodes)}
         for site in self.sites:
             quantized.add_submodule(site.name, _quantizer(site, nodes[next(iter(site.at))]))
+        read: dict[tuple[str, str], fx.Node] = {}  # value and user -> what the user reads of the value
         spots = [(at, users, site.name) for site in self.sites for at, users in site.at.items()]
         for at, users, name in sorted(spots, key=lambda spot: position[spot[0]]):
-            node = nodes[at]
+            readers = [nodes[user] for user in users]
+            node = read.get((at, users[0]), nodes[at])
             wrapped = after(node).submodule(name, node, val=value(node))
-            redirect([nodes[user] for user in users], node, wrapped)
+            redirect(readers, node, wrapped)
+            read.update({(at, user): wrapped for user in users})
         quantized.recompile()
         return quantized
 

@@ -6,7 +6,8 @@
     Clip      a clip is part of the quantizer behind it
     others    compute in float
 
-A quantizer belongs to a value and to those of its users that read it on integers: the others go on reading floats.
+A quantizer belongs to a value and to those of its users that read it on integers: the others go on reading floats. A
+product that reads fewer bits than a value has for its other readers has a second quantizer behind the first.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ class _Planner:
         self.left_float: dict[fx.Node, str] = {}
         self.notes: list[str] = []
         self.raised: list[str] = []  # layers with more bits than asked
-        self.wishes = Wishes()
+        self.wishes = Wishes(config.residual_bits)
 
     def plan(self) -> Placement:
         for node, chosen in self.compute.items():
@@ -406,22 +407,31 @@ class _Planner:
 
     # ------------------------------------------------------------------------------------------ what comes of it
     def _activations(self) -> Iterator[_Spot]:
-        """Yield the spots of activations: one per value, and one per reader that was given another spec by name."""
+        """Yield the spots of activations: one per value, one per reader that was given another spec by name, and one
+        behind the first for products that read fewer bits than the value has for others."""
         others = {
             value_: [user for user in readers if user not in self.compute and self._source(user) is not value_]
             for value_, readers in self.readers.items()
         }
         self.wishes.settle(others)
         for value_, readers in self.readers.items():
-            spec = self.wishes.spec(value_)
+            spec, asked, shares = self.wishes.spec(value_), self.wishes.asked(value_), self.wishes.shared(value_)
             apart: dict[QuantSpec, list[fx.Node]] = {}
+            products: dict[fx.Node, None] = {}
             for wish in self.wishes.of(value_):
-                if wish.named and wish.reads and wish.spec != spec and wish.node in readers:
+                if not wish.reads or wish.node not in readers:
+                    continue
+                if wish.named and wish.spec != asked:
                     apart.setdefault(wish.spec, []).append(wish.node)
+                else:
+                    products[wish.node] = None
             away = {user for users in apart.values() for user in users}
             together = [user for user in readers if user not in away]
             if together:
-                yield _Spot(value_, together, spec, shares=self.wishes.shared(value_))
+                yield _Spot(value_, together, spec, shares=shares)
+            behind = [user for user in products if user not in away]
+            if asked != spec and behind:
+                yield _Spot(value_, behind, asked, shares=(shares, asked))
             for own, users in apart.items():
                 yield _Spot(value_, list(dict.fromkeys(users)), own, shares=(value_, own))
         for (value_, spec), users in self.at_run_time.items():

@@ -67,11 +67,12 @@ class RepeatQuantizers(GraphPass):
         quantizers = {node: str(node.target) for node, _ in quantizer_nodes(repeated) if node not in constant}
         for node in list(repeated.graph.nodes):
             source = moved_from(node)
-            users = [user for user in node.users if user not in quantizers and user.op != "output"]
-            if source not in quantizers or not users or node in written:
+            own = quantizers.get(source) if source is not None else None
+            users = [user for user in node.users if quantizers.get(user) != own and user.op != "output"]
+            if source is None or own is None or not users or node in written:
                 continue
-            again = after(node).submodule(quantizers[source], node, val=value(node))
-            quantizers[again] = quantizers[source]
+            again = after(node).submodule(own, node, val=value(node))
+            quantizers[again] = own
             redirect(users, node, again)
         repeated.recompile()
         return repeated

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 from graphcomp.arguments import (
     as_names,
@@ -179,6 +179,7 @@ class QuantConfig:
     activations: QuantSpec | None = ACTIVATIONS
     embeddings: QuantSpec | None = TABLES
     first_and_last_bits: int = 8
+    residual_bits: int = 8
     overrides: Mapping[str, tuple[QuantSpec | None, QuantSpec | None]] = field(default_factory=dict)
     share_concat: bool = False
     share_add: bool = False
@@ -197,6 +198,7 @@ class QuantConfig:
                 fix='QuantConfig(embeddings=QuantSpec(kind="ternary"))',
             )
         check_bits(self.first_and_last_bits, "first_and_last_bits")
+        check_bits(self.residual_bits, "residual_bits")
         for name in ("share_concat", "share_add", "attention"):
             check_flag(name, getattr(self, name))
         fix = 'overrides={"layer1": (QuantSpec(4), None)}'
@@ -270,6 +272,12 @@ def _check_static(name: str, spec: QuantSpec | None) -> None:
         )
 
 
+@overload
+def with_bits(spec: QuantSpec, bits: int) -> QuantSpec: ...
+@overload
+def with_bits(spec: None, bits: int) -> None: ...
+@overload
+def with_bits(spec: QuantSpec | None, bits: int) -> QuantSpec | None: ...
 def with_bits(spec: QuantSpec | None, bits: int) -> QuantSpec | None:
     """The same spec with other bits; a ternary one with more than two becomes uniform."""
     if spec is None:

@@ -2,6 +2,11 @@
 
 A wish is the spec that one op asks for one value. Values that share a quantizer (a clip, a pooling, a reshape in a row)
 share their wishes. A named reader among readers that were not named gets a quantizer of its own.
+
+What products read has the bits that were asked for. What other ops read (a residual stream: sums, pools, the result of
+a linear bottleneck) has `residual_bits` at least, as a stream is rounded again at every sum: few bits belong to the
+operands of products, once each. A product that reads a stream of more bits than asked for reads the stream through a
+second quantizer, behind the stream's.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from graphcomp.quantization.spec import QuantSpec, with_bits
+from graphcomp.quantization.spec import MIN_BITS, QuantSpec, with_bits
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,14 @@ class Wish:
 
 
 class Wishes:
-    """The wishes for all values of a graph, and classes of values that share one quantizer."""
+    """The wishes for all values of a graph, and classes of values that share one quantizer.
 
-    def __init__(self) -> None:
+    Args:
+        residual_bits: the fewest bits of values that other ops than products read.
+    """
+
+    def __init__(self, residual_bits: int = MIN_BITS) -> None:
+        self.residual_bits = residual_bits
         self._parent: dict[fx.Node, fx.Node] = {}
         self._wishes: dict[fx.Node, list[Wish]] = {}
         self._derived: dict[fx.Node, list[fx.Node]] = {}
@@ -65,7 +75,7 @@ class Wishes:
         self._wishes.setdefault(value, []).append(wish)
 
     def derive(self, value: fx.Node, operands: Iterable[fx.Node]) -> None:
-        """Let a value that is computed on integers have as many bits as its operands, unless a named reader asks."""
+        """Let a value that is computed on integers have as many bits as its operands, unless a product asks."""
         self._derived.setdefault(value, []).extend(operands)
 
     def union(self, a: fx.Node, b: fx.Node) -> None:
@@ -95,11 +105,20 @@ class Wishes:
             if readers:
                 self._others.add(self.shared(value))
 
-    def spec(self, value: fx.Node) -> QuantSpec:
-        """Return the spec of the quantizer that `value` shares."""
+    def asked(self, value: fx.Node) -> QuantSpec:
+        """Return the spec that products, not named, read `value` with."""
         found = self._resolve(self.shared(value))
         assert found is not None, f"nothing asks for {value}"
         return found
+
+    def spec(self, value: fx.Node) -> QuantSpec:
+        """Return the spec of the quantizer that `value` shares: of `residual_bits` at least where other ops read."""
+        asked, key = self.asked(value), self.shared(value)
+        for_products = key not in self._others and any(wish.reads for wish in self._of_class(key))
+        return asked if for_products else at_least(asked, self.residual_bits)
+
+    def _of_class(self, key: fx.Node) -> list[Wish]:
+        return [wish for value in self._classes[key] for wish in self.of(value)]
 
     def _resolve(self, key: fx.Node) -> QuantSpec | None:
         if key not in self._specs:
@@ -108,9 +127,10 @@ class Wishes:
         return self._specs[key]
 
     def _choose(self, key: fx.Node) -> QuantSpec | None:
-        wishes = [wish for value in self._classes[key] for wish in self.of(value)]
+        wishes = self._of_class(key)
         named = [wish.spec for wish in wishes if wish.named and wish.reads]
-        operands = [n for value in self._classes[key] for n in self._derived.get(value, ())]
+        products = any(wish.reads for wish in wishes)
+        operands = [] if products else [n for value in self._classes[key] for n in self._derived.get(value, ())]
         derived = [spec for n in operands if (spec := self._resolve(self.shared(n))) is not None]
         rest = [wish.spec for wish in wishes if not (wish.named and wish.reads)] + derived
         shared_with_others = key in self._others or any(wish.reads and not wish.named for wish in wishes)
@@ -119,5 +139,10 @@ class Wishes:
         return max(rest, key=lambda spec: spec.bits, default=None)
 
 
+def at_least(spec: QuantSpec, bits: int) -> QuantSpec:
+    """Return the same spec with `bits` at least."""
+    return spec if spec.bits >= bits else with_bits(spec, bits)
+
+
 def _at_least(spec: QuantSpec | None, bits: int) -> QuantSpec | None:
-    return spec if spec is None or spec.bits >= bits else with_bits(spec, bits)
+    return None if spec is None else at_least(spec, bits)

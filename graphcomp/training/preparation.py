@@ -13,7 +13,7 @@ from graphcomp.ir.program import P, Program
 from graphcomp.pruning.mask import computed_with
 from graphcomp.quantization.floats import nothing_quantized
 from graphcomp.quantization.ptq import PostTraining
-from graphcomp.quantization.spec import QuantConfig, QuantSpec
+from graphcomp.quantization.spec import MIN_BITS, QuantConfig, QuantSpec
 from graphcomp.quantization.trainable import on_weights_as_they_are, quantizing_to_train
 from graphcomp.system.threads import one_at_a_time
 from graphcomp.training.masked import with_masks
@@ -89,6 +89,7 @@ def training_config(bits: int, activation_bits: int | None, learn_exponent: bool
         weights=QuantSpec(bits, kind="geta", learn_exponent=learn_exponent),
         activations=None if activation_bits is None else QuantSpec(activation_bits, kind="geta"),
         first_and_last_bits=bits,
+        residual_bits=MIN_BITS,  # bits are learned, each within its range
     )
 
 
