@@ -939,7 +939,7 @@ def family(
 
     Raises:
         PlanError: no speedup, options that are none of a family, or see `compress`.
-        BudgetError: a speedup that no choice of units has.
+        BudgetError: a speedup that no choice of units has: the largest is made first.
     """
     check_options(table=table, speedups=speedups)
     for name in ("sparsity", "budget", "method", "training", "epochs", "steps", "lr", "folder"):
@@ -948,8 +948,12 @@ def family(
                 f"{name} beside speedups", why="a family is cut in one shot, by its speedups", fix="compress"
             )
     shared = Once()
-    budgets = [MemberBudget(speedup=speedup, table=table, shared=shared) for speedup in speedups]
-    return [compress(model, example_inputs, example_kwargs, budget=budget, **options) for budget in budgets]
+    made: dict[float, list[CompressedModel]] = {}
+    for speedup in sorted(speedups, reverse=True):  # one out of reach is refused before the others are made
+        budget = MemberBudget(speedup=speedup, table=table, shared=shared)
+        small = compress(model, example_inputs, example_kwargs, budget=budget, **options)
+        made.setdefault(speedup, []).append(small)
+    return [made[speedup].pop() for speedup in speedups]
 
 
 def prunable_groups(

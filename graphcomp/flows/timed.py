@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from graphcomp.cost import CostModel
 from graphcomp.cost.latency_table import LatencyTable, LayerTimes, Predicted, Sample, Timed, key_of, this_machine
@@ -22,6 +22,7 @@ from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import PlanError
 from graphcomp.flows.one_shot import cut_to_integers
+from graphcomp.native.model import native
 from graphcomp.pruning.knapsack import widths_of
 from graphcomp.pruning.slice import SliceGroups
 from graphcomp.quantization import ops
@@ -104,7 +105,7 @@ def time_plan(
             calls += timer.pieces(module, parts.values, chosen, between)
             asked += [(missing[piece.name], work[piece.name].local(counts)) for piece in chosen]
             if k in WHOLE:
-                calls.append(timer.whole(module, plan.captured.inputs))
+                calls.append(timer.whole(_as_run(plan, kept, module, table, quantization), plan.captured.inputs))
                 asked.append((whole, tuple(counts.get(group.factor, group.size) for group in groups)))
         if original != whole:
             calls.append(timer.whole(plan.captured.module, plan.captured.inputs))
@@ -131,7 +132,22 @@ def time_network(
     """Return milliseconds of the whole network in which the `kept` units stay; arguments as of `time_plan`."""
     timer = timer or timer_of(table.runtime, table.threads)
     module = _shrink(plan, groups, quantization)(kept)
-    return timer.times([timer.whole(module, plan.captured.inputs)])[0]
+    running = _as_run(plan, kept, module, table, quantization)
+    return timer.times([timer.whole(running, plan.captured.inputs)])[0]
+
+
+def _as_run(
+    plan: Analysis, kept: Kept, module: fx.GraphModule, table: LatencyTable, quantization: PostTraining | None
+) -> nn.Module:
+    """Return what users will run of a graph that was cut: in PyTorch the model of their class, where it holds the cut.
+
+    The calls of modules take a good part of the time of small ops.
+    """
+    if table.runtime != "eager" or quantization is not None:
+        return module
+    if not kept:
+        return plan.model
+    return native(plan, kept, module, explain=False).module or module
 
 
 def designs(groups: Sequence[ChannelGroup], round_to: int = 1, count: int = DESIGNS) -> list[dict[ChannelGroup, Any]]:

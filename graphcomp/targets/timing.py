@@ -22,6 +22,7 @@ from graphcomp.cost.latency_table import Runtime, this_machine
 from graphcomp.cost.pieces import Piece, SideBySide, Values, side_by_side
 from graphcomp.ir.inputs import Inputs
 from graphcomp.ir.module import tensor_leaves
+from graphcomp.ir.preserve import eval_copy
 from graphcomp.targets.lengths import Lengths
 from graphcomp.targets.onnxruntime.export import export_onnx, need
 from graphcomp.targets.pt2 import in_eval_mode
@@ -212,8 +213,10 @@ class EagerTimer:
         return [Call(_run(own.module, own.inputs), between, own.inputs) for own in alone]
 
     def whole(self, module: nn.Module, inputs: Inputs) -> Call:
-        """See `Timer`. The module must be in eval mode, which the caller sees to: a copy would be another module."""
-        return Call(_run(in_eval_mode(module), inputs.args, inputs.kwargs), whole=True)
+        """See `Timer`. A copy is timed: a run in training mode would change the statistics of batch norms."""
+        args, kwargs = inputs.copies()
+        with eval_copy(in_eval_mode(module), real=True) as running:
+            return Call(_run(running, args, kwargs), whole=True)
 
     def times(self, calls: Sequence[Call]) -> list[float]:
         """See `Timer`."""

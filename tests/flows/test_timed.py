@@ -257,6 +257,42 @@ def test_a_real_run(case: str) -> None:
     assert small(x).shape == (2, 5)
 
 
+def test_in_pytorch_networks_are_timed_as_users_run_them(
+    timers: list[FakeTimer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[type] = []
+    whole = FakeTimer.whole
+    monkeypatch.setattr(
+        FakeTimer, "whole", lambda self, module, inputs: seen.append(type(module)) or whole(self, module, inputs)
+    )  # type: ignore[func-returns-value]
+    compressed(gc.Budget(speedup=2, table=LatencyTable(runtime="eager")))
+    assert set(seen) == {Net}  # calls of modules take time, too
+    seen.clear()
+    compressed(gc.Budget(speedup=2, table=LatencyTable(runtime="onnxruntime")))
+    assert len(set(seen)) == 2  # files are written of graphs, and of the result
+
+
+def test_a_model_in_training_mode_is_timed_in_eval_mode() -> None:
+    net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4)).train()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    table = LatencyTable(runtime="eager")
+    small = gc.compress(net, X, budget=gc.Budget(latency_ms=1e4, table=table), progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert net.training and small.training
+    assert small.module.state_dict()["1.num_batches_tracked"] == before["1.num_batches_tracked"]
+
+
+def test_a_speedup_out_of_reach_is_refused_before_others_are_made(
+    timers: list[FakeTimer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[float] = []
+    monkeypatch.setattr("graphcomp.api.as_model", lambda *args, **kwargs: made.append(1.0))
+    with pytest.raises(BudgetError):
+        gc.family(Net().eval(), X, speedups=[1.5, 1e6, 2], progress=False)
+    assert not made
+    monkeypatch.undo()
+
+
 def test_of_the_choices_that_were_timed_the_best_within_the_time_stays(
     timers: list[FakeTimer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
