@@ -39,7 +39,7 @@ from graphcomp.capture.record import INSTALLED, STDLIB, Recording, record
 from graphcomp.errors import CaptureError, InputError
 from graphcomp.ir.calling import calling_convention, parameters_of
 from graphcomp.ir.graph import fetch, module_path, source_line
-from graphcomp.ir.inputs import Inputs, copies
+from graphcomp.ir.inputs import Inputs, apart, copies
 from graphcomp.ir.module import (
     GUARDS,
     MOMENTUM,
@@ -163,6 +163,7 @@ def capture(
         whole, given = model, (args, kwargs)
         model, args, kwargs = scoped(whole, scope, args, kwargs)
         outside = _read_outside(whole, scope, *given)
+    args, kwargs = apart((args, kwargs))
     _check_names(model, kwargs)
     with functions_followed(keep=training) as functions:
         traced = _traced(model, args, kwargs, dynamic, more)

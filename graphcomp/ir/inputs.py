@@ -67,6 +67,20 @@ def copies(values: T) -> T:
     return result
 
 
+def apart(values: T) -> T:
+    """Return `values` with a tensor of its own in each place: two places captured as one input stay one."""
+    seen: set[int] = set()
+
+    def own(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or id(leaf) not in seen:
+            seen.add(id(leaf))
+            return leaf
+        return _copy(leaf)
+
+    result: T = pytree.tree_map(own, values)
+    return result
+
+
 def updates(before: Any, after: Any) -> dict[str, Tensor]:
     """Return what a run made of its inputs: "input <name>" -> tensor, of those with other values than in `before`."""
     old = _named(before)

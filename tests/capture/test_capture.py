@@ -82,6 +82,40 @@ def convnet() -> nn.Sequential:
 
 
 # ---------------------------------------------------------------------------------------------- the graph
+class Difference(nn.Module):
+    """(n, 8), (n, 8) -> (n, 4): the difference of two branches, each of its own input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        result: Tensor = self.c(torch.relu(self.a(x)) - torch.relu(self.b(y)))
+        return result
+
+
+@pytest.mark.parametrize("kind", ["positional", "keyword", "submodule"])
+def test_one_tensor_given_twice_is_two_inputs(kind: str) -> None:
+    net, x, y = Difference().eval(), torch.randn(3, 8), torch.randn(3, 8)
+    if kind == "submodule":
+
+        class Outer(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = net
+
+            def forward(self, x: Tensor) -> Any:
+                return self.inner(x, x)
+
+        captured = capture(Outer().eval(), (x,), scope="inner")
+    elif kind == "keyword":
+        captured = capture(net, (x,), {"y": x})
+    else:
+        captured = capture(net, (x, x))
+    given = ((x,), {"y": y}) if kind == "keyword" else ((x, y), {})
+    assert torch.allclose(captured.module(*given[0], **given[1]), net(x, y))
+
+
 def test_captured_module_computes_the_model_on_any_batch() -> None:
     model = convnet().eval()
     captured = capture(model, torch.randn(1, 3, 8, 8))
