@@ -6,12 +6,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import fx
-
 from graphcomp.cost import CostModel, counts_of
 from graphcomp.cost.bops import Bits, Bops
 from graphcomp.errors import BudgetError, PlanError
-from graphcomp.flows.results import Cut, planned_bits, stored_bytes
+from graphcomp.flows.results import Cut, bits_by_node, planned_by_name, stored_bytes
 from graphcomp.pruning.allocation import Budget, limits_of
 from graphcomp.quantization.mixed import Costs, Unit, bit_errors, choose_bits, options_of
 from graphcomp.quantization.ptq import PostTraining
@@ -98,27 +96,26 @@ class _Meter:
         self.counts = counts_of(cut.kept)
         self.costs = CostModel(cut.plan)
         self.limits = limits_of(self.costs, budget)
-        self.bits = planned_bits(cut.plan, options)
+        self.bits = planned_by_name(cut.plan, options)
         self.stored = stored_bytes(cut.plan, options)
 
     def cost(self, chosen: Mapping[Unit, int]) -> Costs:
         """Return what a choice costs, of each limit."""
-        by_op = {name: bits for unit, bits in chosen.items() for name in unit.nodes}
-        bits: dict[str | fx.Node, Bits] = {}
-        for node, own in self.bits.items():
-            asked = by_op.get(node.name) if isinstance(node, fx.Node) else None
-            if asked is not None:
-                own = Bits(asked, asked if self.activations and own.activation < 32 else own.activation)
-            bits[node] = own
-        return tuple(self._of(bits).values())
+        asked = {name: bits for unit, bits in chosen.items() for name in unit.nodes}
+        both = {
+            name: Bits(asked[name], asked[name] if self.activations and own.activation < 32 else own.activation)
+            for name, own in self.bits.items()
+            if name in asked
+        }
+        return tuple(self._of({**self.bits, **both}).values())
 
     def planned(self, options: PostTraining) -> dict[str, float]:
         """Return what the options come to, by limit."""
-        return self._of(planned_bits(self.plan, options))
+        return self._of(planned_by_name(self.plan, options))
 
-    def _of(self, bits: Mapping[str | fx.Node, Bits]) -> dict[str, float]:
+    def _of(self, bits: Mapping[str, Bits]) -> dict[str, float]:
         measures = {
-            "bops": lambda: Bops(self.costs, bits).layers(self.counts),
-            "bytes": lambda: self.stored(self.counts, {n.name: b for n, b in bits.items() if isinstance(n, fx.Node)}),
+            "bops": lambda: Bops(self.costs, bits_by_node(self.costs, bits)).layers(self.counts),
+            "bytes": lambda: self.stored(self.counts, bits),
         }
         return {name: float(measures[name]()) for name in self.limits}

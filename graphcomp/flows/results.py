@@ -256,6 +256,15 @@ def planned_bits(plan: Analysis, options: PostTraining) -> dict[str | fx.Node, B
     Raises:
         PlanError: the model could only be recorded.
     """
+    return bits_by_node(CostModel(plan), planned_by_name(plan, options))
+
+
+def planned_by_name(plan: Analysis, options: PostTraining) -> dict[str, Bits]:
+    """The bits that each op, and each lookup in a table, will have, by its name in the analysed graph.
+
+    Raises:
+        PlanError: the model could only be recorded.
+    """
     captured = plan.captured
     check_floats(captured)
     check_second_call(captured)
@@ -265,7 +274,17 @@ def planned_bits(plan: Analysis, options: PostTraining) -> dict[str | fx.Node, B
             why=f"torch.export refused: {captured.reason}",
             fix='scope="path.to.submodule" compresses a part that can be exported',
         )
-    return _bits_by_node(CostModel(plan), planned_layers(captured, options))
+    return bits_by_name(planned_layers(captured, options))
+
+
+def bits_by_name(layers: Sequence[LoweredLayer]) -> dict[str, Bits]:
+    """The bits of each layer, by the name of its op; cutting and quantizing keep these names."""
+    return {layer.node: Bits(layer.weight_bits, layer.activation_bits) for layer in layers}
+
+
+def bits_by_node(costs: CostModel, by_name: Mapping[str, Bits]) -> dict[str | fx.Node, Bits]:
+    """The bits of each op that multiplies, by its node."""
+    return {op.node: by_name[op.node.name] for op in costs.operations if op.node.name in by_name}
 
 
 def check_second_call(captured: Captured) -> None:
@@ -333,14 +352,9 @@ def stored_bytes(plan: Analysis, options: PostTraining) -> StoredBytes:
         group_size = config.weights.group_size
         rows = replace(config.weights, granularity="channel", group_size=0)
         options = replace(options, config=replace(config, weights=rows))
-    lowered = applied(plan.captured, *planning(options)).module
-    return StoredBytes(plan, lowered, group_size)
-
-
-def _bits_by_node(costs: CostModel, layers: Sequence[LoweredLayer]) -> dict[str | fx.Node, Bits]:
-    """The bits of each op of the analysed graph that is quantized; cutting and quantizing keep their names."""
-    found = {layer.node: Bits(layer.weight_bits, layer.activation_bits) for layer in layers}
-    return {op.node: found[op.node.name] for op in costs.operations if op.node.name in found}
+    lowered = applied(plan.captured, *planning(options))
+    assert lowered.lowered is not None
+    return StoredBytes(plan, lowered.module, lowered.lowered.layers, group_size)
 
 
 def calibrating(
@@ -486,7 +500,7 @@ def _report(cut: Cut, notes: Sequence[str], quantized: Sequence[LoweredLayer] = 
     plan, kept, groups = cut.plan, cut.kept, cut.groups
     counts = {factor: len(units) for factor, units in by_factor(kept).items()}
     costs = CostModel(plan)
-    before, after = Bops(costs), Bops(costs, _bits_by_node(costs, quantized))
+    before, after = Bops(costs), Bops(costs, bits_by_node(costs, bits_by_name(quantized)))
     return Report(
         params=Change(costs.params(), costs.params(counts)),
         macs=Change(costs.macs(), costs.macs(counts)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import fx
 
@@ -13,7 +13,9 @@ from graphcomp.coupling.propagate import Coupling, propagate
 from graphcomp.ir.graph import bind
 from graphcomp.ops.answers import compute_of
 from graphcomp.quantization.einsum import RESULT_OF
+from graphcomp.quantization.lower import LoweredLayer
 from graphcomp.quantization.ops import PACKED_BITS, dequantize_per_channel
+from graphcomp.quantization.stored import LOOKUP_OF
 
 STEP_BYTES, ZERO_BYTES, GROUP_BYTES = 4, 4, 8
 """Of a float32 step, an int32 zero point, and the int64 number of a group."""
@@ -29,10 +31,14 @@ class StoredBytes:
     Args:
         plan: the analysis of the float graph.
         lowered: the integer graph made of it, its codes not packed, with one step per tensor or channel.
+        layers: bits of each op and of each lookup, where a call gives none.
         group_size: so many inputs of a matrix are to share a step, where it has one per row; 0: that stays.
     """
 
-    def __init__(self, plan: Analysis, lowered: fx.GraphModule, group_size: int = 0) -> None:
+    def __init__(
+        self, plan: Analysis, lowered: fx.GraphModule, layers: Sequence[LoweredLayer], group_size: int = 0
+    ) -> None:
+        self.planned = {layer.node: Bits(layer.weight_bits, layer.activation_bits) for layer in layers}
         self.group_size = group_size
         coupling = propagate(lowered, plan.captured.output_names)
         twins = _twins(plan.coupling, coupling)
@@ -59,8 +65,9 @@ class StoredBytes:
                 self._rest += numel * Polynomial.constant(tensor.element_size())
 
     def __call__(self, counts: Counts, bits: Mapping[str, Bits]) -> int:
-        """Bytes when `counts` units stay, and the weight of each op, by its name, has `bits`."""
-        packed = sum(-(-numel(counts) * stored_bits(bits[op].weight) // 8) for op, numel in self._codes)
+        """Bytes when `counts` units stay, and the weight of each op, by its name, has `bits`; others as planned."""
+        known = {**self.planned, **bits}
+        packed = sum(-(-numel(counts) * stored_bits(known[op].weight) // 8) for op, numel in self._codes)
         grouped = sum(self._of_groups(rows(counts), columns(counts)) for rows, columns in self._grouped)
         return self._rest(counts) + packed + grouped
 
@@ -78,10 +85,12 @@ def stored_bits(bits: float) -> int:
 
 
 def _codes(lowered: fx.GraphModule) -> dict[str, tuple[str, bool]]:
-    """The tensor that holds the codes of a weight -> the first op that multiplies with it, and whether each index of
-    dim 0 has a step of its own."""
+    """The tensor that holds the codes of a weight -> the first op that multiplies with it or looks its rows up, and
+    whether it is a matrix that is multiplied with, each row with a step of its own."""
     found: dict[str, tuple[str, bool]] = {}
     for node in lowered.graph.nodes:
+        if LOOKUP_OF in node.meta:
+            found.setdefault(str(node.args[0].target), (node.meta[LOOKUP_OF], False))
         compute = compute_of(node)
         weight = None if compute is None else bind(node)[compute.weight]
         if isinstance(weight, fx.Node) and weight.op == "call_function" and weight.args:

@@ -27,6 +27,9 @@ aten = torch.ops.aten
 SMALLEST_STEP = torch.finfo(torch.float32).tiny
 """The floor of every step: the smallest normal float32, so that dividing by it loses no precision."""
 
+LOOKUP_OF = "lookup_of"
+"""Key in `meta` of a lookup in codes: the name of the lookup in floats whose place it takes."""
+
 KERNEL_BITS = 7
 """Bits of a code that was shifted (see `biases`)."""
 
@@ -312,6 +315,7 @@ class _WrittenAffine:
         arguments = bind(user)
         rest = tuple(arguments[a.name] for a in schema_of(user.target).arguments[1:])
         row = make(user.target, self.codes, *rest)
+        row.meta[LOOKUP_OF] = user.name
         row = make(aten.to.dtype, row, stored.scale.dtype)
         if bool((stored.zero_point != 0).any()):
             row = make(aten.sub.Tensor, row, self._row(self.zero, rest, make))

@@ -46,3 +46,31 @@ def test_the_budget_holds_for_the_report(options: dict[str, int | None]) -> None
 
 def test_bits_as_they_are_stored() -> None:
     assert [stored_bits(bits) for bits in (2, 3, 4, 5, 8, 9, 16)] == [2, 3, 4, 8, 8, 16, 16]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tables_count_with_the_bits_they_get(tied: bool) -> None:
+    plan_of, ids = Tables(tied).eval(), torch.randint(0, 50, (4, 6))
+    report = gc.compress(plan_of, ids, bits=(4, 8), budget=gc.Budget(bytes=0.19), progress=False).report
+    assert report.bytes.ratio <= 0.19  # with a table of 8 bits there would be more
+    assert next(layer.weight_bits for layer in report.layers if layer.name == "table") < 8
+    quantization = post_training(8, 8, 0, "nearest", ())
+    assert quantization is not None
+    plan = gc.analyze(plan_of, ids)
+    stored = planned_bytes(plan, quantization, planned_bits(plan, quantization))
+    assert stored({}) == gc.compress(plan_of, ids, bits=8, sparsity=0, progress=False).report.bytes.after
+
+
+class Tables(torch.nn.Module):
+    """(n, t) ids -> (n, t, 50): almost all parameters are in the table."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.mix, self.head = torch.nn.Embedding(50, 64), torch.nn.Linear(64, 64), torch.nn.Linear(64, 50)
+        if tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.head(torch.relu(self.mix(self.table(ids))))
+        return found

@@ -43,7 +43,9 @@ class Target:
         self.costs = CostModel(self.plan)
         self.stored = None
         if budget.bytes is not None and session.bits is not None:
-            self.stored = StoredBytes(self.plan, applied(session.quantized.captured, *planning()).module)
+            program = applied(session.quantized.captured, *planning())
+            assert program.lowered is not None
+            self.stored = StoredBytes(self.plan, program.module, program.lowered.layers)
         self.low = [round(bits) for bits in low.tolist()]
         at = {site.name: k for k, site in enumerate(sites)}
         in_graph = {op.node.name: op.node for op in self.costs.operations}
