@@ -51,7 +51,9 @@ def test_bits_as_they_are_stored() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_tables_count_with_the_bits_they_get(tied: bool) -> None:
     plan_of, ids = Tables(tied).eval(), torch.randint(0, 50, (4, 6))
-    report = gc.compress(plan_of, ids, bits=(4, 8), budget=gc.Budget(bytes=0.22 if tied else 0.19), progress=False).report
+    report = gc.compress(
+        plan_of, ids, bits=(4, 8), budget=gc.Budget(bytes=0.22 if tied else 0.19), progress=False
+    ).report
     assert report.bytes.ratio <= 0.22  # with a table of 8 bits there would be more
     assert next(layer.weight_bits for layer in report.layers if layer.name == "table") < 8
     quantization = post_training(8, 8, 0, "nearest", ())
