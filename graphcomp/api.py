@@ -819,8 +819,8 @@ def trim_vocabulary(
     Raises:
         CaptureError, InputError: the model cannot be captured, or does not run on the inputs.
         PlanError: no such table, several and none named, one that other ops read; ids that are not whole, negative or
-            beyond the table; no ids; example inputs of other ids; a model that is quantized already, or could only be
-            recorded.
+            beyond the table; no ids; example inputs of other ids; an output that is computed of the logits of all ids
+            together, such as a loss or probabilities; a model that is quantized already, or could only be recorded.
         VerificationError: the result does not compute what the model does.
     """
     check_options(

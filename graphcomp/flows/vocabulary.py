@@ -17,9 +17,10 @@ from graphcomp.errors import PlanError
 from graphcomp.flows.checked import EXAMPLE, Checked, check_class, check_graph
 from graphcomp.flows.results import check_floats, choose_module, native_notes, parameters_and_buffers, shapes
 from graphcomp.flows.results import with_latency as latency_of
-from graphcomp.ir.graph import fetch
-from graphcomp.ir.module import tensor_names
+from graphcomp.ir.graph import fetch, op_name, source_line
+from graphcomp.ir.module import tensor_leaves, tensor_names
 from graphcomp.ir.passes import Pipeline
+from graphcomp.ir.run_nodes import run_tapped
 from graphcomp.native.vocabulary import trimmed_model
 from graphcomp.pruning.trim import MaskVocabulary, TrimVocabulary
 from graphcomp.pruning.vocabulary import (
@@ -35,6 +36,8 @@ from graphcomp.report.report import Change, Report, group_dict, layers
 from graphcomp.result import CompressedModel
 from graphcomp.system.threads import one_at_a_time
 
+LARGE = 1e4
+"""A logit that decides each choice, each sum and each mean of logits."""
 LAW = "trimmed == original, at the kept ids"
 NATIVE = "native == trimmed"
 OTHER = "other kept ids"
@@ -71,6 +74,8 @@ def trimmed(
     notes += [*_remarks(tables, kept, logits), *_whole_heads(captured, tables)]
     small = Pipeline("trim the vocabulary", (TrimVocabulary(tables, kept, logits),))(captured)
     given_ids = _given(captured, tables, kept)
+    if logits == "wide" and any(table.heads for table in tables):
+        notes.append(_of_the_gone(captured, tables, kept, given_ids))
     checked = Checked()
     if verify:
         reference = MaskVocabulary(tuple(tables), kept).rewrite(captured.module)
@@ -160,12 +165,8 @@ def _remarks(tables: Sequence[Table], kept: Kept, logits: Logits) -> list[str]:
         if kept.unknown is None
         else f"any other id is read as id {kept.unknown}"
     )
-    if any(table.heads for table in tables):
-        notes.append(
-            "logits of ids that are gone are -inf"
-            if logits == "wide"
-            else "logits are narrow: column k is of the id kept[weight][0][k] of the result"
-        )
+    if any(table.heads for table in tables) and logits == "narrow":
+        notes.append("logits are narrow: column k is of the id kept[weight][0][k] of the result")
     return notes
 
 
@@ -182,6 +183,84 @@ def _whole_heads(captured: Captured, tables: Sequence[Table]) -> list[str]:
         f"'{name}' has as many outputs as there are ids and keeps all: to feed its choice back, pass heads={name!r}"
         for name in dict.fromkeys(names)
     ]
+
+
+# ------------------------------------------------------------------------------------------------ readers of logits
+def _of_the_gone(captured: Captured, tables: Sequence[Table], kept: Kept, given: Mapping[str, Sequence[Any]]) -> str:
+    """Return a note that says what the outputs hold for ids that are gone.
+
+    The logits of these ids are filled with -inf, and with a large number: in what is computed of the logits the two may
+    differ in the columns of these ids alone.
+
+    Raises:
+        PlanError: an op reads the logits of all ids together, as a softmax or a loss does, on its way to an output.
+    """
+    if any(t.is_meta for t in tensor_names(captured.module).values()):
+        return "logits of ids that are gone are -inf; what reads them was not checked: the model has no values"
+    found: list[Tensor] = []
+    for flat in given.values():
+        runs = [
+            _values(MaskVocabulary(tuple(tables), kept, fill), captured.module, flat) for fill in (-torch.inf, LARGE)
+        ]
+        for node in captured.module.graph.nodes:
+            pairs = list(zip(*(run.get(node.name, []) for run in runs), strict=True))
+            if any(_gone_columns(a, b, kept) is None for a, b in pairs) and _is_returned(node):
+                raise PlanError(
+                    f"the vocabulary cannot be trimmed: {op_name(node)} reads the logits of all ids together",
+                    at=source_line(node),
+                    why="the logits of ids that are gone are -inf, and its result would change",
+                    fix="outputs= the names of other outputs, such as the logits; or keep the vocabulary",
+                )
+        (returned,) = captured.module.graph.find_nodes(op="output")
+        for node in returned.all_input_nodes:
+            for a, b in zip(*(run.get(node.name, []) for run in runs), strict=True):
+                columns = _gone_columns(a, b, kept)
+                found += [] if columns is None or not columns.numel() else [columns.flatten()]
+    values = torch.cat(found) if found else torch.full((1,), -torch.inf)
+    if bool((values == -torch.inf).all()):
+        return "logits of ids that are gone are -inf"
+    return (
+        f"outputs of ids that are gone are {float(values.min()):g} to {float(values.max()):g}: what the ops behind the "
+        "head make of -inf"
+    )
+
+
+def _values(rewrite: MaskVocabulary, module: fx.GraphModule, flat: Sequence[Any]) -> dict[str, list[Tensor]]:
+    """Return the tensors that each node gives, by its name, of a run with filled logits."""
+    found: dict[str, list[Tensor]] = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        run_tapped(
+            rewrite.rewrite(module), list(flat), see=lambda node, value: found.update({node.name: tensor_leaves(value)})
+        )
+    return found
+
+
+def _gone_columns(a: Tensor, b: Tensor, kept: Kept) -> Tensor | None:
+    """Return the columns of `a` where two values differ; empty where the values are equal, None where others differ."""
+    other = (
+        torch.ones_like(a, dtype=torch.bool) if a.shape != b.shape else ~torch.isclose(a, b, 0.0, 0.0, equal_nan=True)
+    )
+    if not bool(other.any()):
+        return a.new_empty(0)
+    gone = torch.nonzero(kept.columns == len(kept.ids)).flatten().to(a.device)
+    for dim, size in enumerate(a.shape):
+        if size == kept.size and not bool(other.index_select(dim, kept.ids.to(a.device)).any()):
+            return a.index_select(dim, gone)
+    return None
+
+
+def _is_returned(node: fx.Node) -> bool:
+    """Return whether an output is computed of the node."""
+    seen: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        one = waiting.pop()
+        if one.op == "output":
+            return True
+        waiting += [user for user in one.users if user not in seen]
+        seen.update(one.users)
+    return False
 
 
 # ------------------------------------------------------------------------------------------------ verification

@@ -155,15 +155,17 @@ def _is_pointwise(node: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class MaskVocabulary(GraphPass):
-    """Fill the logits of ids that are gone with -inf: what a graph with wide logits is compared with.
+    """Fill the logits of ids that are gone: with -inf, what a graph with wide logits is compared with.
 
     Attributes:
         tables: of the graph.
         kept: the ids that stay.
+        fill: the value of these logits.
     """
 
     tables: tuple[Table, ...]
     kept: Kept
+    fill: float = -torch.inf
     name: ClassVar[str] = "mask the vocabulary"
 
     def rewrite(self, module: fx.GraphModule, /) -> fx.GraphModule:
@@ -175,7 +177,7 @@ class MaskVocabulary(GraphPass):
             make = after(head)
             device = fetch(module, self.tables[0].name).device
             mask = make.tensor(masked, "vocabulary_gone", gone.to(device))
-            redirect(users, head, make(aten.masked_fill.Scalar, head, mask, -torch.inf))
+            redirect(users, head, make(aten.masked_fill.Scalar, head, mask, self.fill))
         masked.graph.lint()
         masked.recompile()
         return masked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -334,3 +335,44 @@ def test_a_table_that_encoder_and_decoder_share_is_cut_once(form: str) -> None:
     before, after = model(**other, use_cache=False), small(**other, use_cache=False)
     kept = small.kept["shared.weight"][0]
     torch.testing.assert_close(after.logits[..., kept], before.logits[..., kept])
+
+
+class Reads(nn.Module):
+    """A tied head, and what reads its logits."""
+
+    def __init__(self, read: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.read = nn.Embedding(30, 8), read
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.read(F.linear(self.table(ids), self.table.weight), ids)
+
+
+TOGETHER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "softmax": lambda z, ids: z.softmax(-1),
+    "cross_entropy_loss": lambda z, ids: F.cross_entropy(z[:, :-1].flatten(0, 1), ids[:, 1:].flatten()),
+    "argmax": lambda z, ids: z.argmax(-1),
+    "mean": lambda z, ids: z.mean(-1),
+}
+
+
+@pytest.mark.parametrize("op", TOGETHER)
+def test_an_output_of_all_logits_together_is_refused(op: str) -> None:
+    keep, ids = torch.arange(0, 30, 3), torch.tensor([[0, 3, 6], [9, 27, 3]])
+    with pytest.raises(PlanError, match=f"aten::{op}.* reads the logits of all ids together"):
+        gc.trim_vocabulary(Reads(TOGETHER[op]).eval(), keep, ids)
+    both = Reads(lambda z, ids: {"logits": z, "other": TOGETHER[op](z, ids)}).eval()
+    small = gc.trim_vocabulary(both, keep, ids, outputs="logits")
+    assert torch.allclose(
+        small(ids)[..., keep] if isinstance(small(ids), Tensor) else small(ids)["logits"][..., keep],
+        both(ids)["logits"][..., keep],
+    )
+
+
+def test_what_ops_make_of_the_logits_that_are_gone_is_named() -> None:
+    keep, ids = torch.arange(0, 30, 3), torch.tensor([[0, 3, 6], [9, 27, 3]])
+    model = Reads(lambda z, ids: (5 * torch.tanh(z / 5))[:, -1:]).eval()
+    small = gc.trim_vocabulary(model, keep, ids)
+    assert torch.allclose(small(ids)[..., keep], model(ids)[..., keep])
+    assert any("outputs of ids that are gone are -5 to -5" in note for note in small.report.notes)
