@@ -24,7 +24,7 @@ from graphcomp.flows.finalize import as_trained
 from graphcomp.flows.held import equal_counts, held_by_class
 from graphcomp.flows.mixed import check_bit_budget, choose_layer_bits
 from graphcomp.flows.one_shot import cut_groups, cut_to_integers
-from graphcomp.flows.repaired import cut_again, flat_batches, repaired
+from graphcomp.flows.repaired import checked_samples, cut_again, flat_batches, repaired
 from graphcomp.flows.results import (
     Activations,
     as_integers,
@@ -56,7 +56,7 @@ from graphcomp.pruning.names import by_module_name, module_names, scope_name
 from graphcomp.pruning.prunable import find_prunable
 from graphcomp.pruning.saliency import Saliency, reads_data, score
 from graphcomp.pruning.shares import allocate_parts, parts_of
-from graphcomp.pruning.slice import as_kept, check_groups
+from graphcomp.pruning.slice import as_kept, by_factor, check_groups
 from graphcomp.pruning.vocabulary import Logits
 from graphcomp.pruning.zeros import NAME as ZEROS
 from graphcomp.pruning.zeros import check_alone, without_zeros
@@ -469,7 +469,7 @@ def compress(
                 small = as_model(cut.noted(*notes), held, measure_latency=measure_latency)
             else:
                 bar.step("cutting, calibrating, lowering and verifying")
-                before = cut_groups(analysis, kept, groups, verify=verify) if mends and kept else None
+                before = cut_groups(analysis, kept, groups, verify=verify) if mends and by_factor(kept) else None
                 before = before and repaired(before, rows or [], verify=False)
                 batches, said = calibrating(analysis.captured, quantization, None if calibration is None else rows)
                 plan = analysis if before is None else before.plan
@@ -635,7 +635,7 @@ def _calibration(
                 fix="give batches in the form of the example inputs",
             ) from error
         found.append(captured.inputs.of(args, kwargs).flat())
-    return found
+    return checked_samples(found)
 
 
 def slice_groups(

@@ -315,7 +315,7 @@ def test_a_sparsity_beside_a_budget():
         ([X, torch.randn(3, 7)], "does not run on batch 1"),
         ([torch.full((2, 8), float("nan"))], "not finite"),
         ([torch.full((2, 8), float("inf"))], "not finite"),
-        ([torch.randn(0, 8)], "empty"),
+        ([torch.randn(0, 8)], "holds no sample"),
         (X, "each of its rows would be taken for a batch"),
         ({"x": X}, "not a series of batches"),
         (3, "not a series of batches"),

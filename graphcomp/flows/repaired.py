@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from graphcomp.coupling.analysis import Analysis
-from graphcomp.errors import PlanError
+from graphcomp.errors import CalibrationError, PlanError
 from graphcomp.flows.one_shot import cut_groups
 from graphcomp.flows.results import Cut, check_batches, listed
 from graphcomp.ir.graph import all_tensors
@@ -40,7 +40,7 @@ def repaired(cut: Cut, batches: Sequence[Sequence[Any]], *, verify: bool) -> Cut
         VerificationError: the sliced model does not compute what the masked one does.
     """
     if why := _unfit(cut):
-        return replace(cut, notes=(*cut.notes, f"not repaired: {why}")) if why != NOTHING else cut
+        return replace(cut, notes=(*cut.notes, f"not repaired: {why}"))
     assert cut.graph is not None
     found = repair_cut(cut.plan, cut.kept, cut.graph, batches)
     judged = judge(cut.plan, (cut.graph, found.graph), batches)
@@ -96,12 +96,27 @@ def flat_batches(plan: Analysis, batches: Iterable[Any]) -> list[list[Any]]:
     """Return the flat inputs of each batch.
 
     Raises:
-        CalibrationError: `batches` is no series of batches.
+        CalibrationError: `batches` is no series of batches, or one of them holds no sample.
         InputError: a batch does not have the form of the example inputs.
     """
     captured = plan.captured
     check_batches((captured.inputs.args, captured.inputs.kwargs), batches)
-    return [captured.inputs.of(*arguments_of(captured, batch)).flat() for batch in batches]
+    return checked_samples(captured.inputs.of(*arguments_of(captured, batch)).flat() for batch in batches)
+
+
+def checked_samples(batches: Iterable[list[Any]]) -> list[list[Any]]:
+    """Return flat batches.
+
+    Raises:
+        CalibrationError: one holds no sample.
+    """
+    found = list(batches)
+    for k, batch in enumerate(found):
+        if not sample_count(batch):
+            raise CalibrationError(
+                f"batch {k} of the calibration data holds no sample", fix="leave batches of length 0 out"
+            )
+    return found
 
 
 def cut_again(plan: Analysis, small: CompressedModel) -> Cut:
@@ -130,13 +145,10 @@ def cut_again(plan: Analysis, small: CompressedModel) -> Cut:
     return cut
 
 
-NOTHING = "nothing was cut"
-
-
 def _unfit(cut: Cut) -> str:
     """Return why a cut cannot be repaired."""
     if not by_factor(cut.kept):
-        return NOTHING
+        return "nothing was cut"
     if cut.graph is None:
         return "the model could only be recorded"
     if any(p.is_meta for p in cut.graph.parameters()):

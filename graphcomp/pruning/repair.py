@@ -329,9 +329,14 @@ class _Repair:
             return ""
         changed = self._solve(consumer, problem, self.sums[first])
         if changed:  # layers from the first of these on have read values of the weight as it was
-            self.solved = {c for c in self.solved if self.place[c.node] < self.place[first.node]}
+            self.solved = {c for c in self.solved if self.place[c.node] < self.place[first.node] or self._shared(c)}
         self.solved |= {*together}
         return AGAIN if changed else ""
+
+    def _shared(self, consumer: Consumer) -> bool:
+        """Return whether several layers share the weight, which is solved once: two such weights that take turns would
+        undo each other for ever."""
+        return len(self.consumers.together[consumer]) > 1
 
     def _ends(self, twin: fx.Node) -> list[Tensor]:
         """Return where the rows of each matrix end in the model before, by batch."""

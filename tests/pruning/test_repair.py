@@ -65,6 +65,19 @@ class Twice(nn.Module):
         return self.shared(torch.tanh(self.a(x))) + torch.tanh(self.shared(torch.sin(self.b(x))))
 
 
+class Turns(nn.Module):
+    """Two layers with hidden units of their own that run in turns, as in ALBERT: each weight is shared by its runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.ModuleList([nn.Linear(6, WIDTH), nn.Linear(WIDTH, 6)]) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for up, down in (self.first, self.second) * 3:
+            x = x + down(torch.tanh(up(x)))
+        return x
+
+
 def images(*shape: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(16, *shape, generator=generator) for _ in range(3)]
@@ -189,6 +202,15 @@ def test_choices_are_those_of_the_model_before(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("graphcomp.pruning.repair.CHOICES", frozenset())
     other, _, _ = repaired(model, batches)
     assert found.layers["place"].after < 0.9 * other.layers["place"].after
+
+
+def test_weights_that_are_shared_in_turns_are_solved_once_each() -> None:
+    torch.manual_seed(0)
+    batches = [torch.randn(64, 6) for _ in range(3)]
+    small = gc.compress(
+        Turns().eval(), batches[0][:2], prune=("hidden", "channel"), calibration=batches, progress=False
+    )
+    assert {"first.1", "second.1"} <= small.report.repairs.keys()
 
 
 def test_a_weight_of_two_layers_is_solved_over_both() -> None:
@@ -463,11 +485,18 @@ def test_constant_activations_do_no_harm() -> None:
         ([], "no batch"),
         ([torch.full((16, 3, 9, 9), torch.nan)], "not finite"),
         ([torch.randn(16, 4, 9, 9)], "does not run on batch 0"),
+        ([torch.randn(8, 3, 9, 9), torch.zeros(0, 3, 9, 9)], "batch 1 of the calibration data holds no sample"),
     ],
 )
-def test_bad_calibration_is_refused(calibration: list[Tensor], message: str) -> None:
+@pytest.mark.parametrize("ranking", ["global", "sensitivity"])
+def test_bad_calibration_is_refused(calibration: list[Tensor], message: str, ranking: Any) -> None:
     with pytest.raises(CalibrationError, match=message):
-        gc.compress(net(), torch.randn(2, 3, 9, 9), calibration=calibration, progress=False)
+        gc.compress(net(), torch.randn(2, 3, 9, 9), calibration=calibration, ranking=ranking, progress=False)
+
+
+def test_a_cut_of_nothing_says_that_nothing_was_repaired() -> None:
+    small = gc.compress(net(), images(3, 9, 9)[0], sparsity=0, calibration=images(3, 9, 9), progress=False)
+    assert "not repaired: nothing was cut" in small.report.notes
 
 
 def test_calibration_that_nothing_reads_is_refused() -> None:
