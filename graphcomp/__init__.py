@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from graphcomp.ops.registry import op, rule
     from graphcomp.pruning.allocation import Budget
     from graphcomp.quantization.ptq import PostTraining
+    from graphcomp.quantization.reconstruction import Reconstruction
     from graphcomp.quantization.spec import QuantConfig, QuantSpec
     from graphcomp.report.plot import plot
     from graphcomp.report.report import Report
@@ -94,6 +95,7 @@ __all__ = [
     "Prepared",
     "QuantConfig",
     "QuantSpec",
+    "Reconstruction",
     "Report",
     "RuleError",
     "Run",
@@ -182,6 +184,7 @@ _HOMES = {
     "report.plot": ("plot",),
     "pruning.allocation": ("Budget",),
     "quantization.ptq": ("PostTraining",),
+    "quantization.reconstruction": ("Reconstruction",),
     "quantization.spec": (
         "QuantConfig",
         "QuantSpec",

@@ -172,7 +172,9 @@ def compress(
         calibration: batches in the form of the example inputs (of the whole model, with a scope too), off which the
             ranges of activations are read. Without it they are read off the example inputs, and the report says so.
         rounding: of weights: "nearest", or "second_order" (GPTQ), which needs calibration data: some hundred samples
-            are better than nearest at four bits and fewer.
+            are better than nearest at four bits and fewer. Or "reconstruct", or `Reconstruction(steps=, seconds=)`:
+            from second-order rounding on, rounding, biases and steps are learned block by block, which takes minutes;
+            a block stays as it was where that does not help on samples held out, see `report.reconstructions`.
         reduce_range: weights of 7 bits at most, the first and last layer included, stored as int8: for x86 CPUs without
             VNNI, where onnxruntime's fast kernels add products in 16 bits and saturate.
         quantization: all options of post-training quantization at once, in place of the seven above.
@@ -493,6 +495,7 @@ def compress(
                     batches,
                     verify=verify,
                     repair=repair is not None and calibration is not None,
+                    shown=progress,
                 )
                 cut = cut if before is None else cut.after(before)
                 said = (*said, *integers.notes_since(cut.program))
@@ -1058,7 +1061,12 @@ def _check_one_shot(activation_bits: Any, training: Training | None) -> None:
 
 
 def _check_alone(
-    bits: Any, activation_bits: Any, group_size: int, rounding: str, reduce_range: bool, activations: str = "static"
+    bits: Any,
+    activation_bits: Any,
+    group_size: int,
+    rounding: Rounding,
+    reduce_range: bool,
+    activations: str = "static",
 ) -> None:
     """Raise PlanError where an option of quantization is given beside `quantization`."""
     others = _quantizing(None, group_size, rounding, reduce_range) | {"activations": activations != "static"}
@@ -1071,7 +1079,7 @@ def _check_alone(
         )
 
 
-def _quantizing(quantization: Any, group_size: int, rounding: str, reduce_range: bool) -> dict[str, bool]:
+def _quantizing(quantization: Any, group_size: int, rounding: Rounding, reduce_range: bool) -> dict[str, bool]:
     """Return which options of quantization are given, but for those of bits."""
     return {
         "quantization": quantization is not None, "group_size": bool(group_size), "rounding": rounding != "nearest",

@@ -29,7 +29,7 @@ from graphcomp.methods.registry import check_method
 from graphcomp.pruning.allocation import Budget, Scope, is_share
 from graphcomp.pruning.prunable import check_roles
 from graphcomp.pruning.vocabulary import Logits
-from graphcomp.quantization.ptq import PostTraining, Rounding
+from graphcomp.quantization.ptq import PostTraining, check_rounding
 from graphcomp.training.options import Training
 
 Check = Callable[[str, Any], None]
@@ -134,7 +134,7 @@ CHECKS: dict[str, Check] = {
     "activation_bits": _an((int, tuple, list, str), "activation_bits=8, (4, 8), 'same' or None"),
     "activations": partial(check_word, words=get_args(Activations)),
     "group_size": partial(check_whole, least=0),
-    "rounding": partial(check_word, words=get_args(Rounding)),
+    "rounding": check_rounding,
     "reduce_range": check_flag,
     "quantization": _an(PostTraining, "quantization=graphcomp.PostTraining(graphcomp.QuantConfig(…))"),
     "layer_bits": partial(check_mapping, fix='layer_bits={"layer1": (8, 8)}'),

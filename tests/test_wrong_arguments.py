@@ -188,6 +188,7 @@ CALLS: dict[str, Call] = {
     "freeze_norms": Call(lambda _: ready().freeze_norms, lambda _: {}),
     "Budget": Call(lambda _: gc.Budget, lambda _: {"params": 0.5}),
     "PostTraining": Call(lambda _: gc.PostTraining, lambda _: {}),
+    "Reconstruction": Call(lambda _: gc.Reconstruction, lambda _: {}),
     "QuantConfig": Call(lambda _: gc.QuantConfig, lambda _: {}),
     "QuantSpec": Call(lambda _: gc.QuantSpec, lambda _: {}),
     "Schedule": Call(lambda _: gc.Schedule, lambda _: {"steps": 100}),
@@ -231,6 +232,8 @@ def use(found: Any) -> None:
     """Use what was made, so that a wrong field shows: a saliency scores, options quantize and train."""
     if type(found).__module__ in (saliency.__name__, saliency.Repairable.__module__) and callable(found):
         saliency.score(found, plan(), plan().groups, data=[X], loss=loss)
+    elif isinstance(found, gc.Reconstruction):
+        use(gc.PostTraining(rounding=found))
     elif isinstance(found, gc.PostTraining):
         gc.compress(Net().eval(), X, sparsity=0.0, quantization=found, calibration=[X], progress=False)
     elif isinstance(found, gc.QuantConfig):

@@ -47,12 +47,14 @@ def cut_to_integers(
     *,
     verify: bool,
     repair: bool = False,
+    shown: bool = False,
 ) -> tuple[Cut, Program]:
     """Slice the captured graph, quantize what is left, and lower.
 
     Args:
         batches: flat inputs to calibrate on; at least one.
         repair: move weights towards the float output before they are rounded.
+        shown: show a progress line while rounding is learned.
 
     Returns:
         The cut in floats, and the program of integers.
@@ -65,7 +67,7 @@ def cut_to_integers(
     integers = Pipeline("one shot, with bits", (
         *cutting(plan, kept, verify=verify),
         Remember(SLICED),
-        *quantizing(options, batches, repair=repair),
+        *quantizing(options, batches, repair=repair, shown=shown),
         *([CheckLowering(batches[0])] if verify and batches else []),  # without any, calibration refuses
     ))(plan.captured)  # fmt: skip
     sliced = integers.stages[SLICED]

@@ -32,6 +32,7 @@ from graphcomp.quantization.lower import Lowered, LoweredLayer
 from graphcomp.quantization.ptq import (
     PostTraining,
     Rounding,
+    check_rounding,
     planned_group_sizes,
     planned_layers,
     planning,
@@ -205,8 +206,7 @@ def post_training(
             check_bits(bits)
         return None
     check_bits(bits)
-    if rounding not in ("nearest", "second_order"):
-        raise PlanError(f"rounding={rounding!r}", fix='rounding="nearest" or rounding="second_order"')
+    check_rounding("rounding", rounding)
     at_run_time = AT_RUN_TIME.get(activations)
     if at_run_time is not None:
         _check_at_run_time(bits, activation_bits, activations)
@@ -366,7 +366,7 @@ def calibrating(
     example = [captured.inputs.flat()]
     if options.config.reads_ranges:
         return example, ("calibrated on the example inputs alone, as no calibration= was given",)
-    if options.rounding == "second_order":
+    if options.second_order:
         return example, ("rounded to second order on the example inputs alone, as no calibration= was given",)
     return example, ()
 
@@ -428,6 +428,7 @@ def _quantized_report(cut: Cut, notes: Sequence[str], integers: Program) -> Repo
         sizes=_sizes(lowered),
         quantization_errors=integers.errors,
         quantization_repairs={name: Change(*pair) for name, pair in integers.repairs.items()},
+        reconstructions={name: Change(*pair) for name, pair in integers.reconstructions.items()},
     )
 
 

@@ -36,6 +36,7 @@ class Program:
         left_float: layer -> why the layer is not quantized.
         errors: layer -> relative error of its output, ||fake - float|| / ||float||.
         repairs: layer -> relative error of its output before and after the repair of what rounding does to it.
+        reconstructions: block -> relative error of its output before and after its rounding was learned.
         verified: law -> largest error that was found when the law was checked.
         unchecked: law, or part of one -> why it could not be checked.
         stages: name -> the program as it was then, for later stages that compare with it.
@@ -51,6 +52,7 @@ class Program:
     left_float: Mapping[str, str] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
     repairs: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    reconstructions: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     verified: Mapping[str, float] = field(default_factory=dict)
     unchecked: Mapping[str, str] = field(default_factory=dict)
     stages: Mapping[str, Program] = field(default_factory=dict)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import fx, nn
@@ -34,12 +34,17 @@ from graphcomp.quantization.lower import FAKE, Lower, Lowered, LoweredLayer, con
 from graphcomp.quantization.placed import CheckPlaced
 from graphcomp.quantization.placement import channels_of, layer_name, place
 from graphcomp.quantization.ranges import choose_ranges
+from graphcomp.quantization.reconstruct import reconstruct
+from graphcomp.quantization.reconstruction import Reconstructed, Reconstruction
 from graphcomp.quantization.setting import Setting
 from graphcomp.quantization.spec import QuantConfig
 
 aten = torch.ops.aten
 
-Rounding = Literal["nearest", "second_order"]
+Rounding = Literal["nearest", "second_order", "reconstruct"] | Reconstruction
+"""How weights are rounded; "reconstruct" is `Reconstruction()`."""
+WORDS = ("nearest", "second_order", "reconstruct")
+"""The names among these."""
 
 FLOATS = "floats"
 """The stage before quantizers are placed, with which the layers are compared."""
@@ -55,7 +60,8 @@ class PostTraining:
         equalize: scale channels between layers so that all use their range (Nagel et al. 2019); None: where weights
             have one step per tensor, which is where it matters.
         correct_bias: add the mean error of each output channel to the bias (Nagel et al. 2019, section 4.2).
-        rounding: "nearest", or "second_order": each weight's error is made up for by those after it (GPTQ).
+        rounding: "nearest", or "second_order": each weight's error is made up for by those after it (GPTQ), or
+            "reconstruct", or a `Reconstruction`: from there on rounding is learned block by block.
         walk_batches: ranges are read off all calibration batches; rounding and correction see at most so many.
     """
 
@@ -66,14 +72,34 @@ class PostTraining:
     rounding: Rounding = "nearest"
     walk_batches: int = 8
 
+    @property
+    def second_order(self) -> bool:
+        """Whether weights are rounded on the second moments of what layers read."""
+        return self.rounding != "nearest"
+
+    @property
+    def reconstruction(self) -> Reconstruction | None:
+        """How rounding is learned block by block; None: not at all."""
+        return Reconstruction() if self.rounding == "reconstruct" else _learned(self.rounding)
+
     def __post_init__(self) -> None:
         check_instance("config", self.config, QuantConfig, "config=graphcomp.QuantConfig(…)")
         object.__setattr__(self, "ignore", as_names("ignore", self.ignore, 'ignore=("head",)'))
-        check_word("rounding", self.rounding, get_args(Rounding))
+        check_rounding("rounding", self.rounding)
         check_flag("correct_bias", self.correct_bias)
         if self.equalize is not None:
             check_flag("equalize", self.equalize, "equalize=True, False, or None to choose by the weights")
         check_whole("walk_batches", self.walk_batches, fix="walk_batches=8")
+
+
+def _learned(rounding: Rounding) -> Reconstruction | None:
+    return rounding if isinstance(rounding, Reconstruction) else None
+
+
+def check_rounding(name: str, value: object) -> None:
+    """Raise PlanError where `value` is no way to round weights."""
+    if not isinstance(value, Reconstruction):
+        check_word(name, value, WORDS)
 
 
 @dataclass(frozen=True)
@@ -116,10 +142,13 @@ def quantize(program: Program, batches: Sequence[Sequence[Any]], options: PostTr
     return quantized_of(last, program)
 
 
-def quantizing(options: PostTraining, batches: Sequence[Sequence[Any]], *, repair: bool = False) -> tuple[Pass, ...]:
+def quantizing(
+    options: PostTraining, batches: Sequence[Sequence[Any]], *, repair: bool = False, shown: bool = False
+) -> tuple[Pass, ...]:
     """Return the passes from a float graph in eval mode to integers; see `quantize`.
 
-    `repair` moves the weights of each layer to those that best restore its output from quantized inputs.
+    `repair` moves the weights of each layer to those that best restore its output from quantized inputs; `shown` shows
+    a progress line while rounding is learned.
     """
     weights = options.config.weights
     per_tensor = weights is not None and weights.granularity == "tensor"
@@ -133,7 +162,7 @@ def quantizing(options: PostTraining, batches: Sequence[Sequence[Any]], *, repai
         CalibrateWeights(),
         CalibrateActivations(batches),
         CheckPlaced(FLOATS, batches),
-        SetLayers(options, batches[: options.walk_batches], repair),
+        SetLayers(options, batches, repair, shown),
         FitBiases(),
         NameFloatLayers(),
         Remember(FAKE),
@@ -182,20 +211,31 @@ class PlaceQuantizers:
 
 @dataclass(frozen=True)
 class SetLayers:
-    """Round weights and correct biases, layer after layer, and measure the error that is left."""
+    """Round weights and correct biases, layer after layer, and measure the error that is left.
+
+    Attributes:
+        batches: of which the first `walk_batches` are read; all where rounding is learned after that.
+        repair, shown: see `quantizing`.
+    """
 
     options: PostTraining
     batches: Sequence[Sequence[Any]]
     repair: bool = False
+    shown: bool = False
     name: ClassVar[str] = "set layers"
 
     def __call__(self, program: P, /) -> P:
         """Return the program with the errors of its layers, and what was repaired."""
         floats = program.stages[FLOATS].module
         setting = Setting(floats, program.module, self.options, repair=self.repair)
-        errors = setting.walk(within_memory(floats, self.batches))
+        walked = within_memory(floats, self.batches[: self.options.walk_batches])
+        errors = setting.walk(walked)
         repairs = {name: (layer.before, layer.after) for name, layer in setting.repairs.items()}
-        return replace(program, errors=errors, repairs=repairs, notes=(*program.notes, *setting.notes()))
+        found = learn_rounding(setting, self.batches, self.options, shown=self.shown)
+        if found.blocks:
+            errors = dict(layer_errors(floats, program.module, walked))
+        notes = (*program.notes, *setting.notes(), *found.notes())
+        return replace(program, errors=errors, repairs=repairs, reconstructions=found.blocks, notes=notes)
 
 
 @dataclass(frozen=True)
@@ -403,6 +443,14 @@ def _check_tensors(module: fx.GraphModule) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ setting
+def learn_rounding(
+    setting: Setting, batches: Sequence[Sequence[Any]], options: PostTraining, *, shown: bool = False
+) -> Reconstructed:
+    """Learn the rounding of layers that were set, where `options` ask for that; see `reconstruct`."""
+    asked = options.reconstruction
+    return Reconstructed() if asked is None or not batches else reconstruct(setting, batches, asked, shown=shown)
+
+
 def layer_errors(folded: fx.GraphModule, fake: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> Mapping[str, float]:
     """How far each layer of a fake-quant graph is from its float twin.
 

@@ -43,7 +43,7 @@ FEWEST_SAMPLES = 16
 
 
 @dataclass(frozen=True, eq=False)
-class _Held:
+class Held:
     """A parameter that a quantizer reads, behind ops that move its elements.
 
     Attributes:
@@ -62,6 +62,11 @@ class _Held:
         shape = self.parameter.shape
         return run_moves(torch.arange(shape.numel()).reshape(shape), self.moves).flatten()
 
+    @property
+    def weight(self) -> Tensor:
+        """The parameter as the quantizer reads it."""
+        return run_moves(self.parameter, self.moves)
+
     def with_elements(self, weight: Tensor) -> Tensor:
         """Return the parameter that the ops make `weight` of."""
         if not self.moves:
@@ -78,6 +83,7 @@ class Setting:
         errors: layer -> relative error of its output.
         repairs: layer -> what the regression did.
         left: layer -> why its weight is rounded to nearest, and not moved.
+        floats: quantizer node of a weight -> what was rounded, in the form that the layer reads.
     """
 
     def __init__(
@@ -92,6 +98,7 @@ class Setting:
         self.errors: dict[str, float] = {}
         self.repairs: dict[str, LayerRepair] = {}
         self.left: dict[str, str] = {}
+        self.floats: dict[fx.Node, Tensor] = {}
 
     def walk(self, batches: Sequence[Sequence[Any]]) -> dict[str, float]:
         """Relative error of each compute op's output, by the op's layer."""
@@ -129,7 +136,7 @@ class Setting:
     @property
     def _sets(self) -> bool:
         """Whether weights are set by what the layer reads."""
-        return self.repair or self.options.rounding == "second_order"
+        return self.repair or self.options.second_order
 
     def _quantized(self, node: fx.Node) -> bool:
         return compute_of(node) is not None and any(n in self.quantizers for n in node.all_input_nodes)
@@ -200,12 +207,12 @@ class Setting:
         too."""
         operands, arguments = operands_of(node), bind(node)
         wrapped = arguments[operands.weight]
-        held = self._held(wrapped)
+        held = self.held(wrapped)
         if isinstance(held, str):
             if held:
                 self.left[name] = held
             return False
-        weight, quantizer = run_moves(held.parameter, held.moves), self.quantizers[wrapped]
+        weight, quantizer = held.weight, self.quantizers[wrapped]
         data = next(argument for argument in operands.data if argument != operands.weight)
         inputs = rough.of(arguments[data])
         intercept = (self.repair or self.options.correct_bias) and self._has_intercept(node)
@@ -222,11 +229,12 @@ class Setting:
             sums = problem.sums(inputs, rest, wanted, rows, self._counted(node, problem, wanted, rest))
             found = round_layer(
                 problem, sums, weight, quantizer, regress=self.repair,
-                second_order=self.options.rounding == "second_order", fixed=self.shared[quantizer] > 1,
+                second_order=self.options.second_order, fixed=self.shared[quantizer] > 1,
             )  # fmt: skip
         except CalibrationError as error:
             raise CalibrationError(str(error.what), at=name, why=error.why, fix=error.fix) from error
-        self._put(held, wrapped, found.weight)
+        self.put(held, wrapped, found.weight)
+        self.floats[wrapped] = found.floats
         rough.put(wrapped, quantizer(found.weight))
         if found.repair is not None:
             self.repairs[name] = found.repair
@@ -266,7 +274,7 @@ class Setting:
             found.append(chance.clamp_(min=CLIPPED))
         return found
 
-    def _held(self, wrapped: Any) -> _Held | str:
+    def held(self, wrapped: Any) -> Held | str:
         """Return the parameter whose quantized value a layer alone reads, or why there is none; "" without a weight."""
         if wrapped not in self.quantizers or wrapped not in self.constant:
             return ""
@@ -275,7 +283,7 @@ class Setting:
         chain = moved_parameter(wrapped.all_input_nodes[0])
         if chain is None:
             return "the weight is computed"
-        held = _Held(*chain, fetch(self.fake, str(chain[0].target)).detach())
+        held = Held(*chain, fetch(self.fake, str(chain[0].target)).detach())
         if not held.moves:
             return held
         if read_by_others(self.readers, held.source, held.moves[0]) or any(len(n.users) > 1 for n in held.moves):
@@ -284,10 +292,10 @@ class Setting:
 
     def _too_large(self, problem: Problem) -> str:
         """Return why no matrix is built for a layer, or ""."""
-        most = MOST_FEATURES if self.options.rounding == "second_order" else MOST_TAPS
+        most = MOST_FEATURES if self.options.second_order else MOST_TAPS
         return f"more than {most} inputs make one output" if problem.features > most else ""
 
-    def _put(self, held: _Held, wrapped: fx.Node, weight: Tensor) -> None:
+    def put(self, held: Held, wrapped: fx.Node, weight: Tensor) -> None:
         """Let a quantizer read another weight, in the place of the old one where nothing else reads that."""
         new = nn.Parameter(held.with_elements(weight), fetch(self.fake, str(held.source.target)).requires_grad)
         if not held.moves and read_by_others(self.readers, held.source, wrapped):

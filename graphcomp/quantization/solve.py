@@ -31,11 +31,13 @@ class RoundedLayer:
 
     Attributes:
         weight: the levels, in the form that the layer reads.
+        floats: what was rounded.
         shift: (o,) float64, to be added to the intercept; None where nothing is to be added by the regression.
         repair: what the regression did; None where there was none.
     """
 
     weight: Tensor
+    floats: Tensor
     shift: Tensor | None = None
     repair: LayerRepair | None = None
 
@@ -109,25 +111,26 @@ def round_layer(
     design = problem.design
     old = design.matrices(weight.double())
 
-    def rounded(start: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
-        """Return levels near `start`, (g, n, o) float64, their difference to the old weight, and their error."""
+    def rounded(start: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Return `start`, (g, n, o) float64, as a weight, levels near it, their difference to the old weight, and
+        their error."""
         hessian = damped(moments.xx / total.rows, damping)
         wanted = design.weight(start).to(weight.dtype)
         found = search_steps(quantizer, wanted, design, hessian, second_order=second_order, fixed=fixed)
         change = design.matrices(found.double()) - old
-        return found, change, moments.error(change)
+        return wanted, found, change, moments.error(change)
 
-    plain, change, before = rounded(old, DAMPING)
+    floats, plain, change, before = rounded(old, DAMPING)
     if not regress or total.rows < FEWEST_ROWS:
-        return RoundedLayer(plain)
+        return RoundedLayer(plain, floats)
     ridge, best, after = choose_ridge(sums.fit, sums.held, problem.intercept), plain, before
     steps = {name: parameter.detach().clone() for name, parameter in quantizer.named_parameters()}
     solution = None if math.isinf(ridge) else solve(total, ridge, problem.intercept)
     if solution is not None:
         moved = solution[:, :-1] if problem.intercept else solution
-        other, other_change, error = rounded(old + moved, ridge)
+        wanted, other, other_change, error = rounded(old + moved, ridge)
         if error < before:
-            best, change, after = other, other_change, error
+            floats, best, change, after = wanted, other, other_change, error
         else:  # what rounding does is larger than what the regression gains
             ridge = math.inf
             for name, parameter in quantizer.named_parameters():
@@ -136,4 +139,4 @@ def round_layer(
     if problem.intercept:
         shift = (moments.t - torch.einsum("gno,gn->go", change, moments.x)).flatten()
     before, after = (math.sqrt(error / sums.norm) if sums.norm else 0.0 for error in (before, after))
-    return RoundedLayer(best, shift, LayerRepair(before, after, ridge, total.rows))
+    return RoundedLayer(best, floats, shift, LayerRepair(before, after, ridge, total.rows))

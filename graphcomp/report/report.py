@@ -77,6 +77,8 @@ class Report:
         quantization_errors: layer -> relative error that quantization makes in its output.
         quantization_repairs: layer -> the same on the rows that the layer was set on, of quantized inputs, with the
             weights rounded as they are and with those that least squares gave, rounded.
+        reconstructions: block whose rounding was learned -> relative error of its output on calibration samples that
+            were held out, with the rounding it began with and with the learned one.
         repairs: layer -> relative error of its output on the calibration rows, ||y - t|| / ||t||, with the sliced
             weights and with those that least squares gave; t is what the layer has to give so that the layers behind
             it get what they got before the cut.
@@ -102,6 +104,7 @@ class Report:
     sizes: Mapping[str, float] = field(default_factory=dict)
     quantization_errors: Mapping[str, float] = field(default_factory=dict)
     quantization_repairs: Mapping[str, Change] = field(default_factory=dict)
+    reconstructions: Mapping[str, Change] = field(default_factory=dict)
     repairs: Mapping[str, Change] = field(default_factory=dict)
     kernels: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = field(default=())
@@ -123,6 +126,7 @@ class Report:
             "sizes": dict(self.sizes),
             "quantization_errors": dict(self.quantization_errors),
             "quantization_repairs": {name: change.to_dict() for name, change in self.quantization_repairs.items()},
+            "reconstructions": {name: change.to_dict() for name, change in self.reconstructions.items()},
             "repairs": {name: change.to_dict() for name, change in self.repairs.items()},
             "kernels": dict(self.kernels) if self.kernels is not None else None,
             "sparsity": self.sparsity,
@@ -157,6 +161,7 @@ class Report:
             unchecked=dict(data.get("unchecked", {})),
             latency_ms=None if data["latency_ms"] is None else Change.from_dict(data["latency_ms"]),
             quantization_repairs=_changes(data.get("quantization_repairs", {})),
+            reconstructions=_changes(data.get("reconstructions", {})),
             repairs=_changes(data.get("repairs", {})),
             kernels=data["kernels"],
             notes=tuple(data["notes"]),
@@ -177,10 +182,12 @@ class Report:
         if self.quantization_errors:
             worst, error = max(self.quantization_errors.items(), key=lambda item: item[1])
             rows.append(_row("quantization", f"largest relative error {error:.1e}, of {worst}"))
-        for name, repairs in (("rounding repair", self.quantization_repairs), ("repair", self.repairs)):
-            if repairs:
-                before, after = (median(getattr(c, end) for c in repairs.values()) for end in ("before", "after"))
-                rows.append(_row(name, f"median relative error of {len(repairs)} layers {before:.3f} -> {after:.3f}"))
+        repaired = (("rounding repair", self.quantization_repairs, "layers"), ("repair", self.repairs, "layers"),
+                    ("reconstruction", self.reconstructions, "blocks"))  # fmt: skip
+        for name, changes, of in repaired:
+            if changes:
+                before, after = (median(getattr(c, end) for c in changes.values()) for end in ("before", "after"))
+                rows.append(_row(name, f"median relative error of {len(changes)} {of} {before:.3f} -> {after:.3f}"))
         rows += [_row("kernels", text) for text in _kernels_text(self.kernels)]
         rows += [_row("verified", f"{law}: largest relative error {error:.1e}") for law, error in self.verified.items()]
         rows += [_row("not checked", f"{law}: {why}") for law, why in self.unchecked.items()]
