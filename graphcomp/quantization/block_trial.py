@@ -184,7 +184,7 @@ class BlockTrial:
             if node.op == "get_attr" and isinstance(found, Tensor):
                 found = found.detach()
             elif drops is not None and node in self.setting.quantizers and node not in self.setting.constant:
-                found = _mixed(args[0], found, drops)
+                found = _mixed(values[node.all_input_nodes[0]], found, drops)
             values[node] = found
         found = fx.map_arg(self.results, values.__getitem__)
         return [t for t in pytree.tree_leaves(found) if isinstance(t, Tensor) and t.is_floating_point()]

@@ -238,7 +238,8 @@ def test_segments_hold_each_node_once_and_end_in_front_of_products(monkeypatch: 
     found = segments_of(setting.fake)
     nodes = [node for segment in found for node in segment.nodes]
     assert nodes == [node for node in setting.fake.graph.nodes if node.op != "output"]
-    assert [len(segment.weights) for segment in found] == [1, 1, 2, 1]  # no weight in front of the first sum; the second block; head
+    # nothing is carried around the first products, as the input hangs on no weight; the second block; the head
+    assert [len(segment.weights) for segment in found] == [1, 1, 2, 1]
     assert [segment.entry for segment in found[1:]] == [segment.exit for segment in found[:-1]]
     monkeypatch.setattr(segments, "MOST_LAYERS", 1)
     single = segments_of(setting.fake)
