@@ -6,22 +6,28 @@
 
 Models, calibration and test data are those of `benchmarks.oneshot`. One step per output channel, every layer; "ends 8"
 gives the first and the last layer 8 bits, as `compress` does by default. Quality is that of the integers.
+
+Peers, which have 8 bits alone, stand beside ours in the case "W8 A8": onnxruntime's static quantization and torch's
+PT2E (torchao's quantizer for x86), each as a file run by onnxruntime with exact sums, on the same calibration images.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import graphcomp as gc
 from benchmarks import common, oneshot
-from benchmarks.common import append_json, section, table, timed
+from benchmarks import quantized as files
+from benchmarks.common import append_json, brief, section, table, timed
 
 
 @dataclass(frozen=True)
@@ -45,11 +51,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "second order": {"rounding": "second_order", "repair": None},
     "second order, repaired": {"rounding": "second_order", "repair": "least_squares"},
 }
+PEERS = ("onnxruntime static", "PT2E")
+
+EIGHT = Case(8, 8, 8)
 
 CASES: dict[str, tuple[Case, ...]] = {
-    "resnet20": (Case(4, None, 4), Case(3, None, 3), Case(4, 4, 4), Case(4, 8, 4, cut=0.3)),
-    "mobilenet": (Case(4, 8, 8), Case(4, 4, 8)),
-    "efficientnet": (Case(4, 8, 8), Case(4, 4, 8)),
+    "resnet20": (EIGHT, Case(4, None, 4), Case(3, None, 3), Case(4, 4, 4), Case(4, 8, 4, cut=0.3)),
+    "mobilenet": (EIGHT, Case(4, 8, 8), Case(4, 4, 8)),
+    "efficientnet": (EIGHT, Case(4, 8, 8), Case(4, 4, 8)),
 }
 
 
@@ -70,7 +79,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(CASES), metavar="A,B", help="default: %(default)s")
     parser.add_argument("--cases", default="", metavar="A;B", help="those that begin so; default: all")
-    parser.add_argument("--ways", default=";".join(WAYS), metavar="A;B", help="default: %(default)s")
+    parser.add_argument("--ways", default=";".join((*WAYS, *PEERS)), metavar="A;B", help="default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one line of JSON per measurement")
     return parser.parse_args()
 
@@ -86,8 +95,18 @@ def _rows(task: oneshot.Task, cases: tuple[Case, ...], options: argparse.Namespa
             continue
         row = [str(case)]
         for way in _ways(options):
-            with timed() as clock:
-                small = quantized(task, case, **WAYS[way])
+            if way in PEERS and case != EIGHT:
+                row.append("–")
+                continue
+            try:
+                with timed() as clock:
+                    small = peer(task, way) if way in PEERS else quantized(task, case, **WAYS[way])
+            except Exception as error:
+                if way not in PEERS:
+                    raise
+                row.append(f"fails: {brief(error)}")
+                print(f"{task.name}, {case}, {way}: {row[-1]}", flush=True)
+                continue
             (score,) = task.evaluate(small)
             print(f"{task.name}, {case}, {way}: {score} in {clock.seconds:.0f} s", flush=True)
             append_json(options.json, {"model": task.name, "case": str(case), "way": way, **vars(score)})
@@ -109,6 +128,19 @@ def quantized(task: oneshot.Task, case: Case, *, rounding: Any, repair: Any) -> 
         calibration=[batch[:1] for batch in task.calibration], data=task.calibration if cut else None,
         loss=task.loss if cut else None, repair=repair, progress=False, **cut,
     ).eval()  # fmt: skip
+
+
+def peer(task: oneshot.Task, way: str) -> nn.Module:
+    """Return the file of another library, run by onnxruntime."""
+    case = replace(files.vision(task), calibration=[batch[:1] for batch in task.calibration])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "peer.onnx"
+        if way == "PT2E":
+            files.pt2e(case, path)
+        else:
+            files.plain(case, Path(folder) / "float.onnx")
+            files.static(case, Path(folder) / "float.onnx", path)
+        return files.Runtime(path, exact=True)
 
 
 if __name__ == "__main__":
