@@ -24,7 +24,7 @@ from graphcomp.flows.finalize import as_trained
 from graphcomp.flows.held import equal_counts, held_by_class
 from graphcomp.flows.mixed import check_bit_budget, choose_layer_bits
 from graphcomp.flows.one_shot import cut_groups, cut_to_integers
-from graphcomp.flows.repaired import checked_samples, cut_again, flat_batches, repaired
+from graphcomp.flows.repaired import as_batches, checked_samples, cut_again, flat_batches, repaired
 from graphcomp.flows.results import (
     Activations,
     as_integers,
@@ -171,6 +171,7 @@ def compress(
             leaves are multiples of it, so that all groups are whole.
         calibration: batches in the form of the example inputs (of the whole model, with a scope too), off which the
             ranges of activations are read. Without it they are read off the example inputs, and the report says so.
+            Saliencies that read activations take these batches where there is no `data`.
         rounding: of weights: "nearest", or "second_order" (GPTQ), which needs calibration data: some hundred samples
             are better than nearest at four bits and fewer. Or "reconstruct", or `Reconstruction(steps=, seconds=)`:
             from second-order rounding on, rounding, biases and steps are learned block by block, which takes minutes;
@@ -383,7 +384,7 @@ def compress(
         _check_alone(bits, activation_bits, group_size, rounding, reduce_range, activations)
     bits = bits if limits is None else limits[1]
     if calibration is not None and bits is None and quantization is None:
-        _check_read(repair is not None, ranking, zeros)
+        _check_read(repair is not None or (data is None and reads_data(saliency)), ranking, zeros)
     check_rounds(rounds, ranking, budget)
     repairable = saliency is None and ranking == "sensitivity"
     sparsity = (0.5 if limits is None else 0.0) if sparsity is None else sparsity
@@ -422,7 +423,8 @@ def compress(
             _check_weights(analysis.model, saliency)
             bar.step(f"scoring {sum(group.size for group in groups)} units")
             notes += _unused(None if shown is not None else data, loss, saliency)
-            scored = partial(score, saliency, analysis, groups, data=data, loss=loss, seed=seed)
+            read = data if data is not None or not reads_data(saliency) else as_batches(analysis, rows)
+            scored = partial(score, saliency, analysis, groups, data=read, loss=loss, seed=seed)
             scores = {} if zeros or repairable else once("scores", scored)
             bar.step("choosing")
             already: Kept | None = None
@@ -943,6 +945,7 @@ def family(
     Raises:
         PlanError: no speedup, options that are none of a family, or see `compress`.
         BudgetError: a speedup that no choice of units has: the largest is made first.
+        TypeError: an option that `compress` does not have.
     """
     check_options(table=table, speedups=speedups)
     for name in ("sparsity", "budget", "method", "training", "epochs", "steps", "lr", "folder"):

@@ -163,6 +163,7 @@ class CompressedModel(nn.Module):
 
         Raises:
             CaptureError: the model cannot be captured.
+            InputError: the model does not run on the example inputs.
             ExportError: another suffix; no example inputs; an op the format lacks; the path cannot be written.
             CheckpointError: the folder holds something else, or cannot be written.
         """
@@ -174,6 +175,13 @@ class CompressedModel(nn.Module):
         check_flag("measure", measure)
         check_flag("guard", guard)
         path = Path(path)
+        if not path.suffix and guard:
+            raise ExportError(
+                "guard=True with a folder",
+                at=str(path),
+                why="layers are timed in onnxruntime",
+                fix=f"small.export({path.name + '.onnx'!r}, guard=True), or no guard",
+            )
         if not path.suffix:
             self.save(path)
             return

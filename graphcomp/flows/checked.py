@@ -14,7 +14,7 @@ from graphcomp.capture.capture import Captured
 from graphcomp.capture.second_inputs import variants
 from graphcomp.errors import VerificationError, first_line
 from graphcomp.ir.inputs import copies
-from graphcomp.ir.module import tensor_leaves, tensor_names
+from graphcomp.ir.module import leaf_names, tensor_leaves, tensor_names
 from graphcomp.ir.preserve import eval_copy
 from graphcomp.ir.run_nodes import run_tapped
 from graphcomp.native.model import NativeResult
@@ -121,7 +121,7 @@ def check_class(found: NativeResult, small: fx.GraphModule, given: Given, captur
         try:
             with eval_copy(found.module, real=True) as copied, torch.no_grad(), torch.random.fork_rng():
                 torch.manual_seed(0)
-                got = tensor_leaves(copied(*args, **kwargs))
+                got = _that_matter(copied(*args, **kwargs), captured)
         except Exception as error:  # of the user's code, which met another model than before
             return NativeResult(None, f"{type(error).__name__}: {first_line(error)[:200]}")
         off = _error(wanted, got)
@@ -129,6 +129,15 @@ def check_class(found: NativeResult, small: fx.GraphModule, given: Given, captur
             return NativeResult(None, "the class, cut likewise, gives other outputs")
         errors.append(off)
     return replace(found, error=max(errors))
+
+
+def _that_matter(outputs: Any, captured: Captured) -> list[Tensor]:
+    """Return the outputs of a class that the graph returns, too, in its order: the user may have dropped others."""
+    leaves, spec = pytree.tree_flatten(outputs)
+    named = {name: leaf for name, leaf in zip(leaf_names(spec), leaves, strict=True) if isinstance(leaf, Tensor)}
+    if not named.keys() >= set(captured.output_names):
+        return list(named.values())
+    return [named[name] for name in captured.output_names]
 
 
 def run_graph(module: fx.GraphModule, flat: Sequence[Any]) -> list[Tensor]:

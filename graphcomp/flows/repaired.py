@@ -24,6 +24,7 @@ from graphcomp.pruning.repair import Repaired, repair_cut
 from graphcomp.pruning.slice import by_factor, kept_units
 from graphcomp.result import CompressedModel
 from graphcomp.system.threads import one_at_a_time
+from graphcomp.torch_compat import pytree
 
 
 @one_at_a_time
@@ -102,6 +103,17 @@ def flat_batches(plan: Analysis, batches: Iterable[Any]) -> list[list[Any]]:
     captured = plan.captured
     check_batches((captured.inputs.args, captured.inputs.kwargs), batches)
     return checked_samples(captured.inputs.of(*arguments_of(captured, batch)).flat() for batch in batches)
+
+
+def as_batches(plan: Analysis, rows: Sequence[Sequence[Any]] | None) -> list[Any] | None:
+    """Return flat inputs as a saliency takes them: positional arguments, or keywords; None of a call of both."""
+    found = []
+    for flat in rows or ():
+        args, kwargs = pytree.tree_unflatten(list(flat), plan.captured.inputs.spec)
+        if args and kwargs:
+            return None
+        found.append(kwargs or args)
+    return found or None
 
 
 def checked_samples(batches: Iterable[list[Any]]) -> list[list[Any]]:

@@ -74,7 +74,8 @@ class TimedBudget:
         comparable = normalized(scores, "none" if ranking == "sensitivity" else "mean")
         items = items_of(self.groups, comparable, self.round_to)
         timed, kept = self, self._choose(items, ranking)
-        if not self._here:
+        whole = all(len(units) == group.size for group, units in kept.items())
+        if not self._here or (whole and self.quantization is None):  # the original is within the budget as it is
             return timed, kept
         limit, tried = self.meter.limits["latency_ms"], [_Tried(self, kept, self._time(kept), _lost(items, kept))]
         for _ in range(CORRECTIONS):

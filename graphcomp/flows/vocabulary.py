@@ -17,11 +17,11 @@ from graphcomp.errors import PlanError
 from graphcomp.flows.checked import EXAMPLE, Checked, check_class, check_graph
 from graphcomp.flows.results import check_floats, choose_module, native_notes, parameters_and_buffers, shapes
 from graphcomp.flows.results import with_latency as latency_of
-from graphcomp.ir.graph import fetch, op_name, source_line
+from graphcomp.ir.graph import fetch, op_name, source_line, tensor_values
 from graphcomp.ir.module import tensor_leaves, tensor_names
 from graphcomp.ir.passes import Pipeline
 from graphcomp.ir.run_nodes import run_tapped
-from graphcomp.native.vocabulary import trimmed_model
+from graphcomp.native.vocabulary import TrimmedEmbedding, TrimmedLinear, trimmed_model
 from graphcomp.pruning.trim import MaskVocabulary, TrimVocabulary
 from graphcomp.pruning.vocabulary import (
     Kept,
@@ -35,6 +35,7 @@ from graphcomp.pruning.vocabulary import (
 from graphcomp.report.report import Change, Report, group_dict, layers
 from graphcomp.result import CompressedModel
 from graphcomp.system.threads import one_at_a_time
+from graphcomp.torch_compat import pytree
 
 LARGE = 1e4
 """A logit that decides each choice, each sum and each mean of logits."""
@@ -68,6 +69,7 @@ def trimmed(
             fix="give example inputs that torch.export can follow",
         )
     check_floats(captured)
+    _check_whole(plan)
     given = as_ids(token_ids)
     tables = find_tables(captured.module, int(given.max()), embedding, heads)
     kept, notes = _kept(captured, tables, given, unknown)
@@ -102,6 +104,21 @@ def trimmed(
         example_args=captured.inputs.args,
         example_kwargs=captured.inputs.kwargs,
     )
+
+
+def _check_whole(plan: Analysis) -> None:
+    """Refuse a model on part of its vocabulary.
+
+    Raises:
+        PlanError: an id map stands in front of a table.
+    """
+    parts = any(isinstance(module, (TrimmedEmbedding, TrimmedLinear)) for module in plan.model.modules())
+    if parts or any(name.startswith("vocabulary_") for name in tensor_names(plan.model)):
+        raise PlanError(
+            f"the vocabulary of {type(plan.model).__name__} is trimmed already",
+            why="an id map stands in front of its table",
+            fix="trim_vocabulary of the model with all rows, with the ids that are to stay in the end",
+        )
 
 
 # ------------------------------------------------------------------------------------------------ which ids
@@ -197,25 +214,28 @@ def _of_the_gone(captured: Captured, tables: Sequence[Table], kept: Kept, given:
     """
     if any(t.is_meta for t in tensor_names(captured.module).values()):
         return "logits of ids that are gone are -inf; what reads them was not checked: the model has no values"
+    of_heads = _behind([head.node for table in tables for head in table.heads])
+    behind = [node for node in captured.module.graph.nodes if node in of_heads]
+    leaves = pytree.tree_leaves(captured.module.graph.output_node().args)
+    returned = [node for node in leaves if isinstance(node, fx.Node) and tensor_values(node)]
     found: list[Tensor] = []
     for flat in given.values():
-        runs = [
-            _values(MaskVocabulary(tuple(tables), kept, fill), captured.module, flat) for fill in (-torch.inf, LARGE)
-        ]
-        for node in captured.module.graph.nodes:
-            pairs = list(zip(*(run.get(node.name, []) for run in runs), strict=True))
-            if any(_gone_columns(a, b, kept) is None for a, b in pairs) and _is_returned(node):
-                raise PlanError(
-                    f"the vocabulary cannot be trimmed: {op_name(node)} reads the logits of all ids together",
-                    at=source_line(node),
-                    why="the logits of ids that are gone are -inf, and its result would change",
-                    fix="outputs= the names of other outputs, such as the logits; or keep the vocabulary",
-                )
-        (returned,) = captured.module.graph.find_nodes(op="output")
-        for node in returned.all_input_nodes:
-            for a, b in zip(*(run.get(node.name, []) for run in runs), strict=True):
-                columns = _gone_columns(a, b, kept)
-                found += [] if columns is None or not columns.numel() else [columns.flatten()]
+        masked = (MaskVocabulary(tuple(tables), kept, fill).rewrite(captured.module) for fill in (-torch.inf, LARGE))
+        a, b = (_values(module, flat, {node.name for node in behind}) for module in masked)
+        columns = {n: [_gone_columns(*pair, kept) for pair in zip(a[n.name], b[n.name], strict=True)] for n in behind}
+        spoilt = [node for node, own in columns.items() if any(one is None for one in own)]
+        read = next((node for node in spoilt if _behind([node]) & set(returned)), None)
+        if read is not None:
+            names = zip(returned, captured.output_names, strict=True)
+            others = [name for node, name in names if node not in spoilt]
+            raise PlanError(
+                f"the vocabulary cannot be trimmed: {op_name(read)} reads the logits of all ids together",
+                at=source_line(read),
+                why="the logits of ids that are gone are -inf, and its result would be another",
+                fix=f"outputs={others!r}, which are as before" if others else "keep the vocabulary",
+            )
+        for node in returned:
+            found += [one.flatten() for one in columns.get(node, []) if one is not None]
     values = torch.cat(found) if found else torch.full((1,), -torch.inf)
     if bool((values == -torch.inf).all()):
         return "logits of ids that are gone are -inf"
@@ -225,14 +245,28 @@ def _of_the_gone(captured: Captured, tables: Sequence[Table], kept: Kept, given:
     )
 
 
-def _values(rewrite: MaskVocabulary, module: fx.GraphModule, flat: Sequence[Any]) -> dict[str, list[Tensor]]:
-    """Return the tensors that each node gives, by its name, of a run with filled logits."""
+def _behind(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """Return the nodes, and what is computed of them."""
+    found = set(nodes)
+    waiting = list(nodes)
+    while waiting:
+        new = [user for user in waiting.pop().users if user not in found and user.op != "output"]
+        found.update(new)
+        waiting += new
+    return found
+
+
+def _values(module: fx.GraphModule, flat: Sequence[Any], names: set[str]) -> dict[str, list[Tensor]]:
+    """Return the tensors that some nodes give in a run, by the names of the nodes."""
     found: dict[str, list[Tensor]] = {}
+
+    def see(node: fx.Node, result: Any) -> None:
+        if node.name in names:
+            found[node.name] = tensor_leaves(result)
+
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        run_tapped(
-            rewrite.rewrite(module), list(flat), see=lambda node, value: found.update({node.name: tensor_leaves(value)})
-        )
+        run_tapped(module, list(flat), see=see)
     return found
 
 
@@ -248,19 +282,6 @@ def _gone_columns(a: Tensor, b: Tensor, kept: Kept) -> Tensor | None:
         if size == kept.size and not bool(other.index_select(dim, kept.ids.to(a.device)).any()):
             return a.index_select(dim, gone)
     return None
-
-
-def _is_returned(node: fx.Node) -> bool:
-    """Return whether an output is computed of the node."""
-    seen: set[fx.Node] = set()
-    waiting = [node]
-    while waiting:
-        one = waiting.pop()
-        if one.op == "output":
-            return True
-        waiting += [user for user in one.users if user not in seen]
-        seen.update(one.users)
-    return False
 
 
 # ------------------------------------------------------------------------------------------------ verification

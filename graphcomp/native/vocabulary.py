@@ -48,8 +48,8 @@ class TrimmedEmbedding(nn.Embedding):
             IndexError: an id has no row.
         """
         return F.embedding(
-            self.rows[ids], self.weight, self.padding_row, self.max_norm, self.norm_type, self.scale_grad_by_freq,
-            self.sparse,
+            self.rows[ids.long()], self.weight, self.padding_row, self.max_norm, self.norm_type,
+            self.scale_grad_by_freq, self.sparse,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -79,7 +79,9 @@ def check_roles(prune: Any) -> None:
     for role in prune:
         if role not in (*ROLES, *DEPTH):
             near = difflib.get_close_matches(str(role), (*ROLES, *DEPTH), n=1)
-            raise PlanError(f"prune holds {role!r}, which is no role", fix=f"one of {', '.join(near or ROLES)}")
+            raise PlanError(
+                f"prune holds {role!r}, which is no role", fix=f"one of {', '.join(near or (*ROLES, *DEPTH))}"
+            )
 
 
 def _is_pruned(group: ChannelGroup, prune: Sequence[str] | None) -> bool:

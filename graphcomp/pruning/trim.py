@@ -67,7 +67,9 @@ class TrimVocabulary(GraphPass):
     def _map_ids(self, module: fx.GraphModule, lookup: fx.Node, maps: dict[str, fx.Node]) -> None:
         arguments = bind(lookup)
         rows = self._read(module, "vocabulary_rows", self.kept.rows, maps)
-        mapped = before(lookup)(aten.index.Tensor, rows, [arguments["indices"]])
+        make, ids = before(lookup), arguments["indices"]
+        ids = ids if value(ids).dtype == torch.int64 else make(aten.to.dtype, ids, torch.int64)  # ONNX indexes by these
+        mapped = make(aten.index.Tensor, rows, [ids])
         set_argument(lookup, "indices", mapped)
         padding = arguments["padding_idx"]
         if padding != -1:

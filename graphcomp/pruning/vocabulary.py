@@ -271,24 +271,39 @@ def _with_heads(graph: fx.GraphModule, table: Table, others: Sequence[Head]) -> 
     return Table(table.name, table.rows, table.lookups, table.inputs, tuple(heads))
 
 
-def _products(node: fx.Node, operand: fx.Node, name: str) -> list[Head]:
+def _products(node: fx.Node, operand: fx.Node, name: str, turned: bool = False) -> list[Head]:
     """Return the heads that `node` is, or leads to, which reads the table as `operand`.
+
+    Args:
+        turned: whether the rows of the table are the columns of `operand`.
 
     Raises:
         PlanError: something else reads the table.
     """
-    if node.target in PRODUCTS and table_of(node) is operand:
+    by_rows = turned != (node.target is aten.linear.default)
+    if node.target in PRODUCTS and table_of(node) is operand and by_rows:
         bias = bind(node).get("bias")
         if bias is None or bias.op == "get_attr":
             return [Head(node, name, "" if bias is None else str(bias.target))]
     if node.target in TURNS and all(t.dim() == 2 for t in tensor_values(node)):
-        return [head for user in node.users for head in _products(user, node, name)]
+        turned = turned != _turns(node)
+        return [head for user in node.users for head in _products(user, node, name, turned)]
     raise PlanError(
         f"the rows of '{name}' cannot be cut: {op_name(node)} reads them, too",
         at=source_line(node),
         why="a table is looked up by ids, or multiplied with by a head",
         fix="keep the vocabulary, or write the model's head as torch.nn.functional.linear(x, table)",
     )
+
+
+def _turns(node: fx.Node) -> bool:
+    """Return whether one of TURNS makes columns of the rows of a matrix."""
+    arguments = bind(node)
+    if node.target is aten.transpose.int:
+        return bool((arguments["dim0"] - arguments["dim1"]) % 2)
+    if node.target is aten.permute.default:
+        return bool(arguments["dims"][0] % 2)
+    return node.target is not aten.detach.default
 
 
 def table_of(head: fx.Node) -> fx.Node:

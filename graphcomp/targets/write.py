@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphcomp.capture.resized import OPEN, fixed_lengths, input_name, outputs, with_twice
-from graphcomp.errors import ExportError, first_line
+from graphcomp.errors import ExportError, InputError, first_line
 from graphcomp.ir.inputs import copies
 from graphcomp.ir.module import names_quoted, tensor_leaves
+from graphcomp.ir.preserve import eval_copy
+from graphcomp.ir.run_nodes import failed_at
 from graphcomp.quantization.lower import CLIPS
 from graphcomp.quantization.raising import integer_graph
 from graphcomp.system.files import replacing
@@ -111,6 +113,7 @@ def write_file(
 
     Raises:
         CaptureError: the module cannot be captured.
+        InputError: the module does not run on the inputs.
         ExportError: there are no example inputs; the module cannot be written, or the file does not run.
     """
     if not tensor_leaves((args, dict(kwargs))):
@@ -119,6 +122,7 @@ def write_file(
             why="a model that was loaded from a checkpoint folder comes without them",
             fix=f"small.export({path.name!r}, example_inputs=torch.randn(1, 3, 224, 224))",
         )
+    _check_runs(module, args, kwargs)
     if FORMATS[path.suffix] == "onnx":
         _check_dtypes(module, tensor_leaves((args, dict(kwargs))))
     proof = as_run = speed = None
@@ -155,6 +159,21 @@ def write_file(
     if speed is not None:
         log.info("%s: %s", path.name, speed)
     return ExportReport(str(path), FORMATS[path.suffix], size, found, as_run, proof, notes, open_, speed, left)
+
+
+def _check_runs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raise InputError where the model does not run on the inputs that its file is to be made with."""
+    try:
+        with eval_copy(module, real=True) as copied, torch.no_grad():
+            given, named = copies((args, dict(kwargs)))
+            copied(*given, **named)
+    except Exception as error:  # of the user's code, or of an op
+        raise InputError(
+            f"{type(module).__name__} does not run on the example inputs",
+            at=failed_at(error),
+            why=f"{type(error).__name__}: {first_line(error)[:300]}",
+            fix="inputs in the form of those that the model was compressed with",
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------ speed

@@ -257,6 +257,14 @@ def test_a_real_run(case: str) -> None:
     assert small(x).shape == (2, 5)
 
 
+def test_a_budget_that_the_original_meets_cuts_nothing(
+    timers: list[FakeTimer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a second timing of the original says."""
+    monkeypatch.setattr("graphcomp.flows.timed_budget.time_network", lambda *_: 2 * DENSE_MS)
+    assert widths(compressed(gc.Budget(speedup=1))) == [32, 32, 32, 4]
+
+
 def test_in_pytorch_networks_are_timed_as_users_run_them(
     timers: list[FakeTimer], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -329,7 +329,10 @@ def test_a_table_that_encoder_and_decoder_share_is_cut_once(form: str) -> None:
     torch.manual_seed(0)
     model = transformers.T5ForConditionalGeneration(config).eval()
     ids = torch.arange(4, 20).reshape(2, 8)
-    small = gc.trim_vocabulary(model, ids, {"input_ids": ids, "labels": ids.clone()}, {"use_cache": False})
+    given = {"input_ids": ids, "labels": ids.clone()}
+    with pytest.raises(PlanError, match=r"outputs=\['logits', 'encoder_last_hidden_state'\]"):
+        gc.trim_vocabulary(model, ids, given, {"use_cache": False})  # the loss is one over all ids
+    small = gc.trim_vocabulary(model, ids, given, {"use_cache": False}, outputs="logits")
     assert small.form == "native", small.reason
     other = {"input_ids": ids.flip(0), "labels": ids.flip(1)}
     before, after = model(**other, use_cache=False), small(**other, use_cache=False)
@@ -376,3 +379,41 @@ def test_what_ops_make_of_the_logits_that_are_gone_is_named() -> None:
     small = gc.trim_vocabulary(model, keep, ids)
     assert torch.allclose(small(ids)[..., keep], model(ids)[..., keep])
     assert any("outputs of ids that are gone are -5 to -5" in note for note in small.report.notes)
+
+
+def test_a_product_that_sums_over_the_rows_is_no_head() -> None:
+    """exp(logits) @ table: the expected row, for which all rows are needed."""
+    model = Reads(lambda z, ids: z).eval()
+    model.read = lambda z, ids: torch.exp(z) @ model.table.weight
+    with pytest.raises(PlanError, match=r"the rows of 'table\.weight' cannot be cut: aten::(matmul|mm) reads them"):
+        gc.trim_vocabulary(model, torch.arange(0, 30, 3), torch.tensor([[0, 3, 6], [9, 27, 3]]))
+    small = gc.trim_vocabulary(Turned(), torch.arange(0, 30, 3), torch.tensor([[0, 3, 6], [9, 27, 3]]))
+    assert any("logits of ids that are gone are -inf" in note for note in small.report.notes)
+
+
+class Turned(nn.Module):
+    """A head written as a product with the turned table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(30, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table(ids) @ self.table.weight.permute(1, 0)
+
+
+def test_a_vocabulary_is_trimmed_once() -> None:
+    for model in (Reader().eval(), Turned().eval()):
+        inputs = (IDS, torch.zeros_like(IDS)) if isinstance(model, Reader) else IDS
+        small = gc.trim_vocabulary(model, KEPT, inputs, embedding="word" if isinstance(model, Reader) else ())
+        with pytest.raises(PlanError, match="trimmed already"):
+            gc.trim_vocabulary(small, KEPT[:6], inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_ids_of_32_bits_are_mapped_in_a_file(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    small = gc.trim_vocabulary(nn.Sequential(nn.Embedding(20, 6), nn.Linear(6, 3)).eval(), KEPT, IDS.int())
+    small.export(tmp_path / "small.onnx", measure=False)
+    assert small.export_report is not None and small.export_report.agreement.within_a_step

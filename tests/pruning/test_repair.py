@@ -499,6 +499,18 @@ def test_a_cut_of_nothing_says_that_nothing_was_repaired() -> None:
     assert "not repaired: nothing was cut" in small.report.notes
 
 
+@pytest.mark.parametrize("saliency", ["activation", "repairable"])
+@pytest.mark.parametrize("ranking", ["global", "sensitivity"])
+def test_a_saliency_reads_the_calibration_data(saliency: str, ranking: Any) -> None:
+    options: dict[str, Any] = {"saliency": saliency, "ranking": ranking, "calibration": images(3, 9, 9)}
+    options["progress"] = False
+    small = gc.compress(net(), images(3, 9, 9)[0], **options)
+    given = gc.compress(net(), images(3, 9, 9)[0], data=[(batch,) for batch in images(3, 9, 9)], **options)
+    assert all(torch.equal(a, b) for a, b in zip(small.module.parameters(), given.module.parameters(), strict=True))
+    alone = gc.compress(net(), images(3, 9, 9)[0], **{**options, "repair": None})
+    assert alone.report.units_removed
+
+
 def test_calibration_that_nothing_reads_is_refused() -> None:
     """Units that are zero are cut exactly: there is nothing to repair."""
     with pytest.raises(PlanError, match="nothing reads"):
