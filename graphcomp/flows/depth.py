@@ -196,7 +196,7 @@ def without_blocks(
         checked = check_graph(LAW, masked, dropped, given, "the model without blocks")
     used = within_memory(captured.module, rows) if rows and repair else []
     depth = Depth(plan, every, used, gone=order_of(every, chosen))
-    mended = depth.without(chosen)
+    mended = depth.walked(chosen)
     assert len(order_of(every, chosen)) == len(chosen), "blocks must be of the plan"
     small = mended.graph
     stays = {node.name for node in small.graph.nodes}
@@ -234,6 +234,12 @@ def _repair_notes(mended: Dropped, used: int, given: int) -> list[str]:
         said.append(
             f"layers that make up for blocks by a least-squares map: {listed([repr(n) for n in mended.layers])}"
         )
+    if mended.behind:
+        said.append(f"layers behind blocks that were repaired by least squares: {len(mended.behind)}")
+        said += [f"rows of calibration data count alike, as {mended.alike}"] if mended.alike else []
+    if mended.reestimated:
+        names = listed([repr(n) for n in mended.reestimated])
+        said.append(f"batch norms behind these have the statistics of the calibration data: {names}")
     if used < given:
         said.append(f"the repair used the first {used} of {given} batches, which memory is for")
     by_reason: dict[str, list[str]] = {}
@@ -269,7 +275,7 @@ def _report(
         groups=tuple(group_dict(group, {}) for group in plan.groups),
         frozen=plan.frozen,
         unknown_ops=tuple(u.op for u in plan.unknown_ops),
-        repairs={name: Change(layer.before, layer.after) for name, layer in mended.layers.items()},
+        repairs={name: Change(layer.before, layer.after) for name, layer in {**mended.layers, **mended.behind}.items()},
         verified=checked.verified,
         unchecked=checked.unchecked,
         notes=(*captured.notes, *notes, *captured.path.notes()),

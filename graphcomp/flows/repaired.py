@@ -176,6 +176,8 @@ def notes(found: Repaired, batches: int) -> list[str]:
         rows = min(layer.rows for layer in solved), max(layer.rows for layer in solved)
         of = f"{rows[0]}" if rows[0] == rows[1] else f"{rows[0]} to {rows[1]}"
         said.append(f"{len(solved)} layers were repaired by least squares on {of} rows of calibration data")
+    if solved and found.alike:
+        said.append(f"rows of calibration data count alike, as {found.alike}")
     if found.batches < batches:
         said.append(f"the repair used the first {found.batches} of {batches} batches, which memory is for")
     same = [name for name, layer in found.layers.items() if math.isinf(layer.ridge)]

@@ -25,13 +25,14 @@ from graphcomp.coupling.analysis import Analysis
 from graphcomp.errors import CalibrationError
 from graphcomp.ir.graph import all_tensors, assign, bind, fetch, names_by_tensor
 from graphcomp.ir.preserve import own_inputs, same_buffers
-from graphcomp.ir.run_nodes import Run, refused_batch
+from graphcomp.ir.run_nodes import Run, refused_batch, run_tapped
+from graphcomp.numerics.compare import floating_tensors, squared_error
 from graphcomp.numerics.regression import choose_ridge, solve
 from graphcomp.ops.design import design_of
 from graphcomp.pruning.blocks import ADDITIONS, Block, DropBlocks, is_identity, order_of
 from graphcomp.pruning.consumers import Consumer, Consumers, is_evaluated_norm, operands
 from graphcomp.pruning.least_squares import FEWEST_ROWS, ROWS, Problem
-from graphcomp.pruning.repair import LIVE, LayerRepair, value_bytes
+from graphcomp.pruning.repair import LIVE, LayerRepair, repair_behind, value_bytes
 
 aten = torch.ops.aten
 
@@ -46,14 +47,20 @@ class Dropped:
     Attributes:
         graph: shares the tensors that stay as they were with the graph before.
         changed: names of the tensors with other values.
-        layers: layer -> what the repair did to it.
-        left: block, or first of several in a row -> why no layer takes its part over.
+        layers: layer in front of blocks -> what the map for them did to it.
+        left: block, or first of several in a row -> why no layer takes its part over; layer behind -> why it stays.
+        behind: layer behind blocks -> what the repair did to it.
+        reestimated: batch norms behind layers that stay, with the statistics of the calibration data.
+        alike: why all rows counted alike behind the blocks; "" where rows count what they do for the outputs.
     """
 
     graph: fx.GraphModule
     changed: tuple[str, ...] = ()
     layers: Mapping[str, LayerRepair] = field(default_factory=dict)
     left: Mapping[str, str] = field(default_factory=dict)
+    behind: Mapping[str, LayerRepair] = field(default_factory=dict)
+    reestimated: tuple[str, ...] = ()
+    alike: str = ""
 
 
 def in_a_row(chosen: Sequence[Block]) -> list[list[Block]]:
@@ -96,8 +103,32 @@ class Depth:
         self.exact = _values(self.module, self.batches, wanted) if batches else {}
 
     @torch.no_grad()
+    def walked(self, chosen: Collection[Block]) -> Dropped:
+        """Return the graph without the chosen blocks, and the layers behind them repaired, too.
+
+        After the maps in front of the blocks, each later layer is solved towards what it gave in the model before; in
+        that order what is left of an error is made up for once more. The maps alone stay where that does not bring the
+        outputs of the batches nearer.
+        """
+        folded = self.without(chosen)
+        if not self.batches or not chosen:
+            return folded
+        found = repair_behind(self.plan, folded.graph, folded.changed, self.batches, self.rows)
+        errors = [0.0, 0.0]
+        for batch in self.batches:
+            wanted = floating_tensors(run_tapped(self.module, batch))
+            for k, graph in enumerate((folded.graph, found.graph)):
+                errors[k] += squared_error(wanted, floating_tensors(run_tapped(graph, batch)))[0]
+        if not errors[1] < errors[0]:
+            return folded
+        behind = {name: layer for name, layer in found.layers.items() if not math.isinf(layer.ridge)}
+        changed = dict.fromkeys((*folded.changed, *found.changed))
+        left = {**folded.left, **found.left}
+        return Dropped(found.graph, tuple(changed), folded.layers, left, behind, found.reestimated, found.alike)
+
+    @torch.no_grad()
     def without(self, chosen: Collection[Block]) -> Dropped:
-        """Return the graph without the chosen blocks; with batches, repaired."""
+        """Return the graph without the chosen blocks; with batches, layers in front of them hold a map for them."""
         ordered = order_of(self.blocks, chosen)
         small = DropBlocks(ordered).rewrite(self.module)
         if not self.batches:

@@ -3,7 +3,8 @@
     H = Σ x xᵀ + λ · mean diag · I,   err_u = tr(W_u (H⁻¹_uu)⁻¹ W_uᵀ)
     W ← W − W_u (H⁻¹_uu)⁻¹ H⁻¹_u·,   H⁻¹ ← H⁻¹ − H⁻¹_·u (H⁻¹_uu)⁻¹ H⁻¹_u·
 
-x are rows of the uncut model: one pass over the data serves each choice of units.
+x are rows of the uncut model, weighted by what they count for its outputs (`influence.py`): one pass over the data
+serves each choice of units.
 
 Source: Frantar and Alistarh, ZipLM, 2023 (optimal brain surgeon over structures).
 """
@@ -24,6 +25,7 @@ from graphcomp.errors import CalibrationError
 from graphcomp.ir.run_nodes import Lockstep, refused_batch
 from graphcomp.numerics.regression import Moments, Rows, choose_ridge, solve
 from graphcomp.pruning.consumers import Consumer, operands
+from graphcomp.pruning.influence import influences
 from graphcomp.pruning.least_squares import FEWEST_ROWS, Problem
 from graphcomp.pruning.readers import Reader, Readers, removed_features
 
@@ -111,7 +113,7 @@ def _without(moments: Moments, weight: Tensor, stay: Tensor, away: Tensor) -> Mo
 
 @torch.no_grad()
 def grams(
-    plan: Analysis, readers: Readers, batches: Mapping[int, Sequence[Any]], rows: int
+    plan: Analysis, readers: Readers, batches: Mapping[int, Sequence[Any]], rows: int, *, alike: bool = False
 ) -> Iterator[tuple[ChannelGroup, tuple[Gram, ...] | str]]:
     """Yield each group with the Grams of its readers, as soon as the last one is reached; or why there are none.
 
@@ -120,6 +122,7 @@ def grams(
         readers: of groups of `plan`.
         batches: flat inputs, by the number that an error names.
         rows: of each layer at most, or ten for each feature where that is more.
+        alike: rows that the outputs depend on count alike; False: by how much the outputs depend on them.
 
     Raises:
         CalibrationError: the model does not run on a batch, or values that are not finite.
@@ -127,7 +130,10 @@ def grams(
     module, consumers = plan.captured.module, readers.consumers
     waiting = {group: {reader.consumer.node for reader in own} for group, own in readers.of.items()}
     reads = {reader.consumer for own in readers.of.values() for reader in own}
-    found: dict[Consumer, tuple[Problem, Moments, Moments, Tensor] | str] = {}
+    found: dict[Consumer, Read] = {}
+    nodes = {consumer.node: consumer for own in reads for consumer in consumers.together[own]}
+    counted = influences(module, nodes, list(batches.values()))
+    counted = counted.present() if alike else counted
     values = Lockstep(module, list(batches.values()))
     for node in module.graph.nodes:
         for k, run in zip(batches, values.runs, strict=True):
@@ -138,7 +144,7 @@ def grams(
         consumer = consumers.at.get(node)
         if consumer in reads and consumer is not None:
             first = consumers.together[consumer][0]
-            found[first] = _added(found.get(first), _read(consumer, values, rows))
+            found[first] = _added(found.get(first), _read(consumer, values, rows, counted.rows.get(node)))
             for group in [group for group, nodes in waiting.items() if node in nodes]:
                 waiting[group].remove(node)
                 if not waiting[group]:
@@ -152,7 +158,8 @@ def grams(
 Read = tuple[Problem, Moments, Moments, Tensor] | str
 
 
-def _read(consumer: Consumer, values: Lockstep, rows: int) -> Read:
+def _read(consumer: Consumer, values: Lockstep, rows: int, counts: Sequence[Tensor] | None) -> Read:
+    """Return the moments of what a layer reads, rows counted by `counts` of each batch."""
     problem = Problem.of(consumer, values)
     if isinstance(problem, str):
         return problem
@@ -160,8 +167,9 @@ def _read(consumer: Consumer, values: Lockstep, rows: int) -> Read:
         return f"'{consumer.name}' has {problem.features} features, more than {MOST_FEATURES}"
     found = operands(consumer.node)
     inputs, weight = problem.side_by_side(values.of(found[consumer.data])), values.of(found[consumer.weight])[0]
-    parts = list(zip(inputs, problem.chosen(inputs, rows), strict=True))
-    fit, held = (_sum([problem.moments(x, None, chosen[k]) for x, chosen in parts]) for k in range(2))
+    none: list[Tensor | None] = [None] * len(inputs)
+    parts = list(zip(inputs, counts or none, problem.chosen(inputs, rows, counts), strict=True))
+    fit, held = (_sum([problem.moments(x, None, chosen[k], counts=own) for x, own, chosen in parts]) for k in range(2))
     if not (fit + held).finite:
         raise CalibrationError("the data, or what the model computes of them, are not finite", at=consumer.name)
     matrices = problem.design.matrices(weight.detach()).double()

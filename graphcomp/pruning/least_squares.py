@@ -99,6 +99,7 @@ class Problem:
         wanted: Sequence[Tensor],
         most: int,
         weights: Sequence[Tensor] | None = None,
+        counts: Sequence[Tensor] | None = None,
     ) -> Sums:
         """Return the sums over a random share of the rows, the same in each run.
 
@@ -107,30 +108,48 @@ class Problem:
             most: rows, or ten for each feature where that is more.
             weights: per batch, what the squared error of each element of the result counts, shaped like `wanted`;
                 only for layers whose products have one output each. None: 1.
+            counts: per batch, what each row counts, (r,); rows that count nothing are left out. None: 1.
         """
         inputs, rest, wanted = (self.side_by_side(values) for values in (inputs, rest, wanted))
-        counted = [None] * len(inputs) if weights is None else weights
+        if counts is not None and self.features > MOST_FEATURES:  # the dual problem has one weight for all rows
+            counts = [(own > 0).float() for own in counts]
+        none = [None] * len(inputs)
         parts: list[Sums] = []
-        for x, r, t, w, (fit, held) in zip(inputs, rest, wanted, counted, self.chosen(inputs, most), strict=True):
+        for x, r, t, w, c, (fit, held) in zip(
+            inputs, rest, wanted, weights or none, counts or none, self.chosen(inputs, most, counts), strict=True
+        ):
             both = torch.cat([fit, held])
             squares = self.design.results(t, both).double().square()
-            norm = float((squares if w is None else squares * self.design.results(w, both)).sum())
-            parts.append(Sums(self.moments(x, r, fit, w), self.moments(x, r, held, w), norm))
+            if w is not None:
+                squares = squares * self.design.results(w, both)
+            if c is not None:
+                squares = squares * c[both, None]
+            norm = float(squares.sum())
+            parts.append(Sums(self.moments(x, r, fit, w, c), self.moments(x, r, held, w, c), norm))
         return sum(parts[1:], parts[0])
 
-    def chosen(self, inputs: Sequence[Tensor], most: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield, of each input, the rows that the layer is solved on and those that the ridge is chosen on."""
+    def chosen(
+        self, inputs: Sequence[Tensor], most: int, counts: Sequence[Tensor] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield, of each input, the rows that the layer is solved on and those that the ridge is chosen on.
+
+        The arguments are those of `sums`.
+        """
         inputs = [self.design.batched(x) for x in inputs]
-        counts = [self.design.count(x) for x in inputs]
+        numbers = [torch.arange(self.design.count(x), device=x.device) for x in inputs]
+        if counts is not None:
+            numbers = [rows[own > 0] for rows, own in zip(numbers, counts, strict=True)]
+        total = [len(rows) for rows in numbers]
         wished = max(most, ROWS_PER_FEATURE * self.features)
         if self.features > MOST_FEATURES:
             wished = max(FEWEST_ROWS, MOST_FEATURES**2 // self.features)
-        share = wished / max(*counts, sum(counts), 1)
+        share = wished / max(*total, sum(total), 1)
         generator = torch.Generator().manual_seed(0)
         few = sum(len(x) for x in inputs) < HELD_OUT
         samples = 0
-        for x, count in zip(inputs, counts, strict=True):
-            chosen = torch.randperm(count, generator=generator)[: math.ceil(count * min(share, 1.0))].sort().values
+        for x, rows in zip(inputs, numbers, strict=True):
+            some = torch.randperm(len(rows), generator=generator)[: math.ceil(len(rows) * min(share, 1.0))]
+            chosen = rows[some.sort().values.to(rows.device)]
             sample = chosen if few else self.design.samples(x, chosen) + samples
             held = sample % HELD_OUT == HELD_OUT - 1
             samples += len(x)
@@ -140,8 +159,18 @@ class Problem:
         """Return values with the rows of each matrix side by side."""
         return [packed(x, ends) for x, ends in zip(values, self.ends, strict=True)] if self.ends else values
 
-    def moments(self, x: Tensor, rest: Tensor | None, chosen: Tensor, weights: Tensor | None = None) -> Evidence:
-        """Return the moments of chosen rows, of which `rest` holds the targets; without `rest` there are none."""
+    def moments(
+        self,
+        x: Tensor,
+        rest: Tensor | None,
+        chosen: Tensor,
+        weights: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> Evidence:
+        """Return the moments of chosen rows, of which `rest` holds the targets; without `rest` there are none.
+
+        `weights` and `counts` are those of one batch, see `sums`.
+        """
         total: Evidence | None = None
         kind = Moments.of if self.features <= MOST_FEATURES else Rows
         at_once, some = 1, chosen[:1]
@@ -155,6 +184,9 @@ class Problem:
             if weights is not None:
                 roots = self.design.results(weights, some).double().sqrt()
                 assert roots.shape[2] == 1, "a row has one weight"
+                rows, lacking = rows * roots, lacking * roots
+            if counts is not None:
+                roots = counts[some, None].double().sqrt()
                 rows, lacking = rows * roots, lacking * roots
             found = kind(rows, lacking)
             total = found if total is None else joined(total, found)

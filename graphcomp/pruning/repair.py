@@ -3,8 +3,9 @@
     T = T0 + (Σ x̃ x̃ᵀ + λ · mean diag · I)⁻¹ (Σ x̃ tᵀ − Σ x̃ x̃ᵀ T0)
 
 x̃ is what the layer reads in the small model, t the output that the layer had in the model before, T0 the slice of the
-old weights. Layers are solved in order of execution, in lock step over both graphs: a layer is solved the moment it is
-reached, and runs with its new weights. Where its result is added to a stream, t makes up for what the stream has lost.
+old weights. Rows count by their influence on the model's outputs (`influence.py`). Layers are solved in order of
+execution, in lock step over both graphs: a layer is solved the moment it is reached, and runs with its new weights.
+Where its result is added to a stream, t makes up for what the stream has lost.
 
 Sources: optimal brain surgeon's layer-wise form and its sequential use after structural cuts, as in GRAIL, CORP, Olica
 and SlimLLM (2025), each for one architecture.
@@ -13,7 +14,7 @@ and SlimLLM (2025), each for one architecture.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -31,6 +32,7 @@ from graphcomp.ir.run_nodes import Lockstep, refused_batch
 from graphcomp.numerics.regression import choose_ridge, solve
 from graphcomp.ops.design import Patches
 from graphcomp.pruning.consumers import Consumer, Consumers, ends_of, is_evaluated_norm, operands
+from graphcomp.pruning.influence import Influences, influences
 from graphcomp.pruning.least_squares import FEWEST_ROWS, ROWS, Problem, Sums
 from graphcomp.pruning.slice import by_factor, kept_of_tensors, scatter, select
 
@@ -49,7 +51,8 @@ class LayerRepair:
     """What the repair of one layer did, on the calibration rows.
 
     Attributes:
-        before: relative error of the layer's output with the sliced weights, ||y - t|| / ||t||.
+        before: relative error of the layer's output with the sliced weights, ||y - t|| / ||t||, rows weighted by what
+            they count for the model's outputs (see `influence`).
         after: that with the repaired weights; never larger.
         ridge: λ, chosen on held-out rows; infinite where the sliced weights stay.
         rows: rows that the layer was solved on.
@@ -74,6 +77,7 @@ class Repaired:
         left: layer -> why it keeps the sliced weights.
         reestimated: batch norms behind such layers, whose statistics are those of the calibration data.
         batches: how many of the batches, the first ones, were used: as many as memory is for.
+        alike: why all rows counted alike; "" where rows count what they do for the outputs.
     """
 
     before: Analysis
@@ -84,6 +88,7 @@ class Repaired:
     left: Mapping[str, str] = field(default_factory=dict)
     reestimated: tuple[str, ...] = ()
     batches: int = 0
+    alike: str = ""
 
     @cached_property
     def plan(self) -> Analysis:
@@ -141,6 +146,7 @@ def repair_cut(
     *,
     direct: bool = False,
     rows: int = ROWS,
+    influence: Influences | None = None,
 ) -> Repaired:
     """Repair a cut on unlabelled calibration data.
 
@@ -151,6 +157,7 @@ def repair_cut(
         batches: flat inputs, in the order of the placeholders.
         direct: solve only layers whose own weights lose inputs or outputs.
         rows: each layer is solved on at most so many rows, or ten for each feature where that is more.
+        influence: what rows count, of the same batches; None: they are differentiated for.
 
     Raises:
         CalibrationError: no batch, one that the model does not run on, or values that are not finite.
@@ -160,13 +167,39 @@ def repair_cut(
     if not batches:
         raise CalibrationError("there is no batch to repair on", fix="calibration=[batch, …]")
     used = within_memory(plan.captured.module, batches)
-    repair = _Repair(plan, kept, small, used, direct, rows)
+    repair = _Repair(plan, kept, small, used, direct, rows, influence=influence)
     while repair.walk():  # a weight that several layers share is solved once all are seen, and then they run again
         pass
-    repair.work.recompile()
-    return Repaired(
-        plan, kept, repair.work, tuple(repair.changed), repair.layers, repair.left, tuple(repair.reestimated), len(used)
-    )
+    return repair.result(kept)
+
+
+@torch.no_grad()
+def repair_behind(
+    plan: Analysis, small: fx.GraphModule, given: Collection[str], batches: Sequence[Sequence[Any]], rows: int = ROWS
+) -> Repaired:
+    """Repair the layers of a graph that read other values than in the model before: no unit is cut.
+
+    Args:
+        plan: of the model before.
+        small: its graph without some nodes, and with other values of some tensors; not changed.
+        given: names of these tensors, which stay as they are in `small`.
+        batches: flat inputs, as many as memory is for.
+        rows: each layer is solved on at most so many rows, or ten for each feature where that is more.
+
+    Raises:
+        CalibrationError: a batch that the model does not run on, or values that are not finite.
+    """
+    repair = _Repair(plan, {}, small, batches, rows=rows, given=given)
+    while repair.walk():
+        pass
+    return repair.result({})
+
+
+def layer_influences(plan: Analysis, batches: Sequence[Sequence[Any]]) -> Influences:
+    """Return how much the results of all layers of a plan's graph count for its outputs."""
+    captured = plan.captured
+    consumers = Consumers(captured.module, plan.coupling.sources, captured.outside.reads)
+    return influences(captured.module, consumers.at, batches)
 
 
 def _like(tensor: Tensor, old: Tensor) -> Tensor:
@@ -185,8 +218,11 @@ class _Repair:
         batches: Sequence[Sequence[Any]],
         direct: bool = False,
         rows: int = ROWS,
+        given: Collection[str] = (),
+        influence: Influences | None = None,
     ) -> None:
         self.plan, self.batches, self.small, self.direct, self.rows = plan, batches, small, direct, rows
+        self.given = frozenset(given)
         self.cuts = kept_of_tensors(plan.coupling, kept)
         self.in_place = writes(small)
         self.units = by_factor(kept)
@@ -196,6 +232,7 @@ class _Repair:
         sources = plan.coupling.sources
         constant = {n: sources[t] for n in self.work.graph.nodes if (t := self.twins.get(n.name)) in sources}
         self.consumers = Consumers(self.work, constant, plan.captured.outside.reads)
+        self.influence = layer_influences(plan, batches) if influence is None else influence
         self.place = {node: k for k, node in enumerate(self.work.graph.nodes)}
         self.names = names_by_tensor(all_tensors(small))
         self.changed: dict[str, None] = {}
@@ -205,6 +242,14 @@ class _Repair:
         self.solved: set[Consumer] = set()
         self.sums: dict[Consumer, Sums] = {}
 
+    def result(self, kept: Kept) -> Repaired:
+        """Return what was done."""
+        self.work.recompile()
+        return Repaired(
+            self.plan, kept, self.work, tuple(self.changed), self.layers, self.left, tuple(self.reestimated),
+            len(self.batches), self.influence.why,
+        )  # fmt: skip
+
     # -------------------------------------------------------------------------------------------- walking
     def walk(self) -> bool:
         """Solve layers in order of execution; True where a shared weight was solved: the graph runs again with it."""
@@ -212,13 +257,18 @@ class _Repair:
         self.same: set[fx.Node] = set()
         self.exact, self.rough = Lockstep(self.whole, self.batches), Lockstep(self.work, self.batches)
         unsolved: set[fx.Node] = set()
+        before = iter(self.whole.graph.nodes)
         for node in self.work.graph.nodes:
             twin = self.twins.get(node.name)
             if twin is None:  # a length that slicing computes
                 self.rough.step(node)
                 self.rough.drop(node)
                 continue
-            self._step(self.exact, twin)
+            for old in before:  # those in front of the twin are of a block that is left out
+                self._step(self.exact, old)
+                if old is twin:
+                    break
+                self.exact.drop(old)
             consumer = self.consumers.at.get(node)
             if self._untouched(node, twin):
                 self.same.add(node)
@@ -268,15 +318,15 @@ class _Repair:
             return False
         if node.op == "get_attr":
             name = str(node.target)
-            return name not in self.changed and name not in self.cuts
+            return name not in self.changed and name not in self.cuts and name not in self.given
         if node.op != "call_function" or any(n not in self.same for n in node.all_input_nodes):
             return node.op == "placeholder"
         found, old = (fx.map_arg((n.args, n.kwargs), lambda operand: operand.name) for n in (node, twin))
         return bool(found == old)
 
     def _passed_over(self, consumer: Consumer) -> bool:
-        """Return whether the layer keeps the sliced weights, as only layers that lose inputs are to be solved."""
-        return self.direct and consumer.tensor not in self.cuts
+        """Return whether the layer keeps its weights: they are given, or only layers that lose inputs are solved."""
+        return consumer.tensor in self.given or (self.direct and consumer.tensor not in self.cuts)
 
     def _step(self, values: Lockstep, node: fx.Node) -> None:
         for k, run in enumerate(values.runs):
@@ -291,7 +341,7 @@ class _Repair:
         return any(n not in self.consumers.sources and self._differ(n, t) for n, t in pairs)
 
     def _differ(self, node: fx.Node, twin: fx.Node) -> bool:
-        if node in self.same:
+        if node in self.same and self.twins.get(node.name) is twin:
             return False
         found = zip(self.rough.of(node), self.exact.of(twin), strict=True)
         return any(not isinstance(x, Tensor) or x.shape != y.shape or not torch.equal(x, y) for x, y in found)
@@ -318,7 +368,7 @@ class _Repair:
         wanted = self._wanted(consumer.node, twin)
         self._step(self.rough, consumer.node)
         rest = [t.double() - y.double() for t, y in zip(wanted, self.rough.of(consumer.node), strict=True)]
-        sums = problem.sums(inputs, rest, wanted, self.rows)
+        sums = problem.sums(inputs, rest, wanted, self.rows, counts=self._rows_count(consumer, problem, inputs))
         _check_finite(sums, consumer)
         if len(together) == 1:
             self._solve(consumer, problem, sums)
@@ -337,6 +387,11 @@ class _Repair:
         """Return whether several layers share the weight, which is solved once: two such weights that take turns would
         undo each other for ever."""
         return len(self.consumers.together[consumer]) > 1
+
+    def _rows_count(self, consumer: Consumer, problem: Problem, inputs: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        """Return what each row of a layer counts for the model's outputs, per batch; None: all alike."""
+        rows = self.influence.rows.get(self.twins[consumer.node.name])
+        return rows if rows and [len(own) for own in rows] == [problem.design.count(x) for x in inputs] else None
 
     def _ends(self, twin: fx.Node) -> list[Tensor]:
         """Return where the rows of each matrix end in the model before, by batch."""
@@ -485,13 +540,12 @@ class _Repair:
         """
         wanted = [self._kept(twin, y) for y in self.exact.of(twin)]
         found = _added_to(node, self.work)
-        other = None if found is None else found[0]
-        old = None if other is None else self.twins.get(other.name)
-        if found is None or other is None or old is None:
+        if found is None:
             return wanted
-        if not self.rough.has(other) or not self.exact.has(old):
+        total, other, slope = found
+        old = self._other(total, other)
+        if old is None or not self.rough.has(other) or not self.exact.has(old):
             return wanted  # computed later: then that layer makes up for this one
-        slope = found[1]
         result = []
         for t, now, before in zip(wanted, self.rough.of(other), self.exact.of(old), strict=True):
             lost = self._kept(old, before).double() - now.double()
@@ -502,6 +556,14 @@ class _Repair:
                 lost = lost / safe.view(1, -1, *[1] * (lost.dim() - 2))
             result.append((t.double() + lost).to(t.dtype))
         return result
+
+    def _other(self, total: fx.Node, other: fx.Node) -> fx.Node | None:
+        """Return what stood in the place of an operand of a sum in the model before; None where nothing did."""
+        twin = self.twins.get(total.name)
+        if twin is None or len(twin.all_input_nodes) != len(total.all_input_nodes):
+            return None
+        found: fx.Node = twin.all_input_nodes[total.all_input_nodes.index(other)]
+        return found
 
     def _kept(self, twin: fx.Node, y: Tensor) -> Tensor:
         """Return the part of a value of the model before that the small model computes."""
@@ -528,8 +590,8 @@ AGAIN = "again"
 """What reaching a layer gives where the graph must run again."""
 
 
-def _added_to(node: fx.Node, module: fx.GraphModule) -> tuple[fx.Node, Tensor | None] | None:
-    """Return the other operand of the sum that a layer's result goes into, and the factor per channel on the way.
+def _added_to(node: fx.Node, module: fx.GraphModule) -> tuple[fx.Node, fx.Node, Tensor | None] | None:
+    """Return the sum that a layer's result goes into, its other operand, and the factor per channel on the way.
 
     None where the result goes elsewhere, too, or through other ops than batch norms.
     """
@@ -538,7 +600,7 @@ def _added_to(node: fx.Node, module: fx.GraphModule) -> tuple[fx.Node, Tensor | 
         (user,) = node.users
         if user.target in (aten.add.Tensor, aten.add_.Tensor):
             others = [n for n in user.all_input_nodes if n is not node]
-            return (others[0], slope) if len(others) == 1 and bind(user)["alpha"] == 1 else None
+            return (user, others[0], slope) if len(others) == 1 and bind(user)["alpha"] == 1 else None
         if is_evaluated_norm(user):
             arguments = bind(user)
             var = fetch(module, str(arguments["running_var"].target)).double()

@@ -76,7 +76,8 @@ class Repairable:
         readers = find_readers(plan, evidence.groups)
         left: dict[ChannelGroup, str] = dict(readers.left)
         found: dict[ChannelGroup, Tensor] = {}
-        for group, own in grams(plan, readers, dict(enumerate(within_memory(captured.module, batches))), self.rows):
+        used = dict(enumerate(within_memory(captured.module, batches)))
+        for group, own in grams(plan, readers, used, self.rows, alike=True):
             why = own if isinstance(own, str) else uneven(own, group.size)
             if isinstance(own, str) or why:
                 left[group] = why

@@ -31,9 +31,10 @@ from graphcomp.numerics.compare import squared_error
 from graphcomp.pruning.allocation import Budget, Meter
 from graphcomp.pruning.evidence import Scores
 from graphcomp.pruning.grams import errors_left, grams, uneven
+from graphcomp.pruning.influence import Influences
 from graphcomp.pruning.probing import Trial, Trials
 from graphcomp.pruning.readers import find_readers
-from graphcomp.pruning.repair import repair_cut
+from graphcomp.pruning.repair import layer_influences, repair_cut
 from graphcomp.pruning.saliency import score
 from graphcomp.pruning.slice import SliceGroups
 
@@ -177,13 +178,16 @@ def probe(
     others = [group for group in groups if group not in found]
     by_norm = score("l2", plan, others) if others and scores is None else scores or {}
     curves: dict[ChannelGroup, Curve] = {}
+    influence: Influences | None = None
     for group in groups:
         own_scores = found.get(group, by_norm.get(group))
         assert own_scores is not None
         order = own_scores.argsort(stable=True)
         for count in _counts(group):
             if (group, count) not in errors:
-                errors[group, count] = _whole(plan, {group: order[count:].sort().values}, fit, held, judge)
+                influence = influence or layer_influences(plan, list(fit.values()))
+                kept = {group: order[count:].sort().values}
+                errors[group, count] = _whole(plan, kept, fit, held, judge, influence)
         points = (0, *_counts(group))
         steps = found[group][order] if scores is None and group in found else None
         curves[group] = Curve(order, points, tuple(errors[(group, n) if n else None] for n in points), steps)
@@ -271,10 +275,11 @@ def _counts(group: ChannelGroup) -> list[int]:
     return sorted({round(group.size * share) for share in SHARES} - {0, group.size})
 
 
-def _whole(plan: Analysis, kept: Kept, fit: Batches, held: Batches, judge: _Judge) -> float:
+def _whole(plan: Analysis, kept: Kept, fit: Batches, held: Batches, judge: _Judge, influence: Influences) -> float:
     """Return the error of a cut whose consumers are repaired, from end to end."""
     small = SliceGroups(plan.coupling, kept).rewrite(plan.captured.module)
-    repaired = repair_cut(plan, kept, small, list(fit.values()), direct=True, rows=ROWS).graph
+    batches = list(fit.values())
+    repaired = repair_cut(plan, kept, small, batches, direct=True, rows=ROWS, influence=influence).graph
     return sum(judge.error(k, _outputs(repaired, batch, number)) for k, (number, batch) in enumerate(held.items()))
 
 

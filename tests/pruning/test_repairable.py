@@ -68,7 +68,7 @@ def test_a_linear_layer_with_an_intercept() -> None:
 
 def test_a_channel_of_a_convolution_is_all_of_its_taps() -> None:
     model = seeded(
-        lambda: nn.Sequential(nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3, bias=False), nn.ReLU(), nn.Flatten())
+        lambda: nn.Sequential(nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3, bias=False), nn.Tanh(), nn.Flatten())
     )
     data = [torch.randn(6, 2, 9, 9, dtype=torch.float64) for _ in range(3)]
     plan = gc.analyze(model, data[0])
