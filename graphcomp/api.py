@@ -691,8 +691,9 @@ def repair(
     """Return a cut model with weights that restore, layer by layer, what the layers gave before the cut.
 
     Each layer that reads what the cut changed is solved by least squares in closed form, in order of execution, on
-    unlabelled data: no gradients, seconds of CPU. The solution shrinks towards the weights as they were cut, by a ridge
-    that is chosen per layer on rows that are held out, so that little data does no harm.
+    unlabelled data: no training, seconds of CPU. Rows count by how much the model's outputs depend on them, so that
+    padding behind a mask leaves no trace. The solution shrinks towards the weights as they were cut, by a ridge that is
+    chosen per layer on rows that are held out, so that little data does no harm.
 
     Args:
         small: of a cut of `plan` in floats, its weights as they were cut: `compress(…, repair=None)`, `slice_groups`.

@@ -66,7 +66,7 @@ def influences(
     for batch in batches:
         try:
             gradients = _rows_of_gradients(module, consumers, batch, chances)
-        except RuntimeError as error:  # an op without a derivative; NotImplementedError is one, too
+        except Exception as error:  # an op without a derivative, or a batch that the run which follows refuses
             return Influences(why=f"the outputs have no gradient: {first_line(error)}")
         if not gradients:
             return Influences(why="no output has a gradient")

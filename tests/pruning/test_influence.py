@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import graphcomp as gc
 from graphcomp.coupling.analysis import Analysis
+from graphcomp.errors import CalibrationError
 from graphcomp.flows.repaired import flat_batches
 from graphcomp.ir.graph import all_tensors
 from graphcomp.pruning.influence import Influences
@@ -115,3 +116,14 @@ def test_a_row_that_counts_twice_is_a_row_that_stands_there_twice() -> None:
     for name in ("xx", "xt"):
         assert torch.allclose(getattr(found, name), getattr(again, name))
     assert found.tt == pytest.approx(again.tt)
+
+
+def test_a_batch_that_does_not_fit_is_named_by_the_run_that_follows() -> None:
+    model = Pooled().eval()
+    data = batches(4)
+    plan = gc.analyze(model, data[0])
+    (group,) = [group for group in gc.prunable_groups(plan) if group.size == WIDTH]
+    kept = {group: torch.arange(WIDTH // 2)}
+    small = SliceGroups(plan.coupling, kept).rewrite(plan.captured.module)
+    with pytest.raises(CalibrationError, match="batch 1"):
+        repair_cut(plan, kept, small, [list(data[0]), [data[1][0][..., :5], data[1][1]]])

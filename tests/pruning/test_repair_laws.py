@@ -20,9 +20,10 @@ from graphcomp.ir.graph import all_tensors, fetch
 from graphcomp.ir.run_nodes import run_tapped
 from graphcomp.numerics.compare import relative_error
 from graphcomp.pruning import repair as repair_module
-from graphcomp.pruning.consumers import Consumer, Consumers
+from graphcomp.pruning.consumers import Consumer, Consumers, operands
+from graphcomp.pruning.least_squares import Problem
 from graphcomp.pruning.mask import InsertMasks, set_masks
-from graphcomp.pruning.repair import Repaired, repair_cut
+from graphcomp.pruning.repair import Repaired, layer_influences, repair_cut
 from graphcomp.pruning.slice import SliceGroups, by_factor, select
 from graphcomp.testing import random_kept, random_model
 
@@ -63,6 +64,7 @@ def targets(plan: Analysis, kept: Kept, node: str, old: dict[str, list[Any]]) ->
 def check_residuals(plan: Analysis, kept: Kept, small: fx.GraphModule, found: Repaired, batches: Any) -> int:
     """Compare the error of each layer with that of its sliced weights on the same inputs; return how many there are."""
     old, new = values(plan.captured.module, batches), values(found.graph, batches)
+    counted = {node.name: rows for node, rows in layer_influences(plan, batches).rows.items()}
     checked = 0
     for consumer in Consumers(found.graph, sources(plan, found.graph)).at.values():
         layer = found.layers.get(consumer.name)
@@ -70,7 +72,8 @@ def check_residuals(plan: Analysis, kept: Kept, small: fx.GraphModule, found: Re
         if layer is None or math.isinf(layer.ridge) or added is not None:
             continue  # a layer that is added to a stream has another target
         wanted = targets(plan, kept, consumer.node.name, old)
-        before, after = (residual(consumer, module, small, new, wanted) for module in (small, found.graph))
+        rows = counted.get(consumer.node.name)
+        before, after = (residual(consumer, module, small, new, wanted, rows) for module in (small, found.graph))
         assert after <= before * (1 + ROUNDING), (consumer.name, before, after)
         assert layer.after == pytest.approx(after, rel=1e-6, abs=1e-7)
         assert layer.before == pytest.approx(before, rel=1e-6, abs=1e-7)
@@ -90,10 +93,12 @@ def residual(
     small: fx.GraphModule,
     given: dict[str, list[Any]],
     wanted: Sequence[Tensor],
+    rows: Sequence[Tensor] | None,
 ) -> float:
     """Relative error of one layer with the weights of `module`, on inputs that are given.
 
     Args:
+        rows: what each row counts, per batch; None: all alike.
         small: the sliced graph, from whose running mean an intercept behind the layer is counted.
     """
     node = next(n for n in module.graph.nodes if n.name == consumer.node.name)
@@ -108,9 +113,21 @@ def residual(
         if consumer.sign < 0:  # the intercept stands in the running mean of the batch norm behind
             shape = (1, -1, *[1] * (y.dim() - 2))
             y = y - (fetch(module, consumer.bias) - fetch(small, consumer.bias)).view(shape)
-        error += float((t - y).detach().square().sum())
-        norm += float(t.square().sum())
+        own = None if rows is None else rows[k]
+        error += squares(t - y, consumer, node, known, own)
+        norm += squares(t, consumer, node, known, own)
     return math.sqrt(error / norm) if norm else 0.0
+
+
+def squares(y: Tensor, consumer: Consumer, node: fx.Node, known: dict[str, Any], rows: Tensor | None) -> float:
+    """Return the sum of squares of a layer's result, each row by what the row counts."""
+    if rows is None:
+        return float(y.detach().square().sum())
+    data, weight = (operands(node)[argument].name for argument in (consumer.data, consumer.weight))
+    problem = Problem.between(node, (consumer.data, known[data]), (consumer.weight, known[weight]), False)
+    assert isinstance(problem, Problem)
+    every = problem.design.results(y.detach().square(), torch.arange(len(rows)))
+    return float((every * rows[None, :, None]).sum())
 
 
 def computed(node: fx.Node, known: dict[str, Any]) -> Any:
