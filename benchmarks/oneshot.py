@@ -5,6 +5,7 @@
     python -m benchmarks.oneshot --models resnet20,stories --saliencies l2,random
     python -m benchmarks.oneshot --models resnet20,resnet56 --saliencies repairable --sensitivity
     python -m benchmarks.oneshot --models mobilenet,efficientnet --saliencies repairable --sensitivity --macs 0.8,0.7
+    python -m benchmarks.oneshot --models minilm --saliencies repairable --sensitivity --samples 512
 
 Data and weights come from the shared folder beside the checkout. Calibration data (gradients, activations, batch norm
 statistics, repair) are never test data: CIFAR-10's training images, every fifth of the 500 ImageNet images (the other
@@ -47,7 +48,7 @@ BATCH = 50
 BN_BATCH, MOMENTUM = 256, 0.1  # images at once to re-estimate from; the momentum of the models' batch norms
 CIFAR_CURVE, CIFAR_CALIBRATION = 2000, 512
 FINETUNE_IMAGES, FINETUNE_EPOCHS, FINETUNE_BATCH, LEARNING_RATE = 10_000, 5, 128, 0.01
-STORIES, CALIBRATION_STORIES = 200, 32
+STORIES, CALIBRATION_STORIES, CALIBRATION_SENTENCES = 200, 32, 256
 
 Batch = tuple[Tensor, ...]  # the model's inputs, then labels
 
@@ -87,6 +88,7 @@ def main() -> None:
     print(common.header(), flush=True)
     if options.json:
         options.json.unlink(missing_ok=True)
+    SAMPLES.update({"calibration": options.samples} if options.samples else {})
     for name in options.models.split(","):
         task = TASKS[name]()
         budgets = [Budget(macs=float(share)) for share in options.macs.split(",") if share]
@@ -111,6 +113,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--saliencies", default=",".join(SALIENCIES), metavar="A,B", help="default: %(default)s")
     parser.add_argument("--sensitivity", action="store_true", help="choose by the outputs' sensitivity, too")
     parser.add_argument("--macs", default="", metavar="A,B", help="shares of MACs to leave, in place of units removed")
+    parser.add_argument("--samples", type=int, metavar="N", help="sentences (MiniLM) or stories to calibrate on")
     parser.add_argument("--finetune", action="store_true", help="fine-tune ResNet-20 after the cut (first saliency)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one line of JSON per measurement")
@@ -269,6 +272,15 @@ def realdata() -> Any:
     return common.shared_module("data", "realdata.py")
 
 
+def calibrating(usual: int) -> int:
+    """Return how many sentences or stories calibrate: as many as were asked for, or as usual."""
+    return SAMPLES.get("calibration", usual)
+
+
+SAMPLES: dict[str, int] = {}
+"""What --samples asked for."""
+
+
 def cross_entropy(output: Tensor, batch: Batch) -> Tensor:
     return F.cross_entropy(output.flatten(0, -2), batch[-1].flatten())
 
@@ -309,7 +321,7 @@ def minilm() -> Task:
     path = common.shared("data", "text_minilm.npz")
     arrays = np.load(path)
     sentences = data.ragged(arrays, "calib")
-    calibration = [_padded(sentences[k : k + 32]) for k in range(0, 256, 32)]
+    calibration = [_padded(sentences[k : k + 32]) for k in range(0, calibrating(CALIBRATION_SENTENCES), 32)]
     n_sst2, n_stsb = len(arrays["sst2_dev_label"]), len(arrays["stsb_dev_score"])
 
     def evaluate(model: nn.Module) -> list[Score]:
@@ -338,7 +350,7 @@ def stories() -> Task:
     data = realdata()
     found = data.ragged(np.load(common.shared("data", "tinystories_600.npz")), "ids")
     tokens = [torch.from_numpy(story.astype(np.int64)) for story in found]
-    calibration = [(t[None, :-1], t[None, 1:]) for t in tokens[STORIES : STORIES + CALIBRATION_STORIES]]
+    calibration = [(t[None, :-1], t[None, 1:]) for t in tokens[STORIES : STORIES + calibrating(CALIBRATION_STORIES)]]
     model = data.load("stories260k")
 
     @torch.no_grad()
