@@ -50,6 +50,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "nearest, repaired": {"rounding": "nearest", "repair": "least_squares"},
     "second order": {"rounding": "second_order", "repair": None},
     "second order, repaired": {"rounding": "second_order", "repair": "least_squares"},
+    "reconstructed": {"rounding": "reconstruct", "repair": "least_squares"},
 }
 PEERS = ("onnxruntime static", "PT2E")
 

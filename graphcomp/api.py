@@ -204,7 +204,8 @@ def compress(
         repair: "least_squares": in one shot, with calibration or data, each layer that reads what the cut changed gets
             the weights that best restore its output, without labels (see `graphcomp.repair`). With bits and
             calibration, each quantized layer, too, before its weights are rounded, and steps are searched: see
-            `report.quantization_repairs`. None: the weights that stay are as they were.
+            `report.quantization_repairs`; method="qat" begins with these weights. None: the weights that stay are as
+            they were.
         ignore: modules that keep their output width and stay float: names, "re:" patterns, or the modules themselves.
             What they read may get narrower.
         keep_inputs: modules, named likewise, that keep their input width and their output width.
@@ -321,6 +322,7 @@ def compress(
         source = partial(
             _prepared,
             trained_model,
+            repair=repair is not None and any(compares),
             example_inputs=example_inputs,
             example_kwargs=example_kwargs,
             calibration=calibration,
@@ -1311,6 +1313,7 @@ def _prepared(
     activation_bits: int | tuple[int, int] | Literal["same"] | None = "same",
     layer_bits: Mapping[str, Any] | None = None,
     start: PostTraining | None = None,
+    repair: bool = False,
     config: QuantConfig | None = None,
     learn_exponent: bool = False,
     calibration: Iterable[Any] | None = None,
@@ -1324,6 +1327,7 @@ def _prepared(
 
     Args:
         start: what LSQ begins with.
+        repair: move weights towards the float output of their layers before they are rounded at the start.
         config: quantizers at fixed bits on the weights as they are.
     """
     limits, of_activations = _limits(bits), _activation_limits(bits, activation_bits)
@@ -1353,7 +1357,7 @@ def _prepared(
         batches = [captured.inputs.flat()]
     quantizing: Quantizing | None = None
     if start is not None:
-        quantizing = FromPostTraining(start)
+        quantizing = FromPostTraining(start, repair)
     elif limits is not None:
         config = training_config(limits[1], of_activations and of_activations[1], learn_exponent)
         own_bits = {name: _layer_bits(own) for name, own in (layer_bits or {}).items()}

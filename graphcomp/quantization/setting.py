@@ -24,7 +24,8 @@ from graphcomp.pruning.repair import MOST_TAPS, LayerRepair
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers
 from graphcomp.quantization.placement import channels_of, layer_name
-from graphcomp.quantization.solve import round_layer
+from graphcomp.quantization.quantizers.base import Quantizer
+from graphcomp.quantization.solve import RoundedLayer, round_layer
 from graphcomp.quantization.tensors import put, read_by_others, replace_argument
 
 if TYPE_CHECKING:
@@ -233,17 +234,25 @@ class Setting:
             )  # fmt: skip
         except CalibrationError as error:
             raise CalibrationError(str(error.what), at=name, why=error.why, fix=error.fix) from error
-        self.put(held, wrapped, found.weight)
+        self.put(held, wrapped, self._kept(quantizer, found))
         self.floats[wrapped] = found.floats
         rough.put(wrapped, quantizer(found.weight))
         if found.repair is not None:
             self.repairs[name] = found.repair
         if found.shift is None:
             return False
-        self._add_to_bias(node, found.shift)
-        bias = bind(node)[operands.bias]
-        rough.put(bias, fetch(self.fake, str(bias.target)))
+        self._shift(node, found.shift, rough)
         return True
+
+    def _kept(self, quantizer: Quantizer, found: RoundedLayer) -> Tensor:
+        """Return what the parameter of a weight holds once the weight is rounded."""
+        return found.weight
+
+    def _shift(self, node: fx.Node, shift: Tensor, rough: Lockstep) -> None:
+        """Add (c,) float64 to the intercept of a layer that has one; later nodes read the sum."""
+        self._add_to_bias(node, shift)
+        bias = bind(node)[operands_of(node).bias]
+        rough.put(bias, fetch(self.fake, str(bias.target)))
 
     def _counted(
         self, node: fx.Node, problem: Problem, wanted: list[Tensor], rest: list[Tensor]

@@ -7,8 +7,10 @@ Weights with one step per tensor are scaled by the norm's factor in front of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any, ClassVar
 
 import torch
@@ -21,9 +23,10 @@ from graphcomp.ir.passes import GraphPass, Pass, Remember, ValuePass
 from graphcomp.ir.program import P
 from graphcomp.ir.run_nodes import Constants, Lockstep
 from graphcomp.ops.answers import lookup_of, operands_of
+from graphcomp.pruning.repair import within_memory
 from graphcomp.quantization.attention import WriteOutAttention
 from graphcomp.quantization.einsum import WriteOutEinsum
-from graphcomp.quantization.fold import FoldForTraining, chains, folded_nodes
+from graphcomp.quantization.fold import FoldForTraining, Pair, chains, folded_nodes
 from graphcomp.quantization.insert import InsertQuantizers
 from graphcomp.quantization.placed import CheckPlaced
 from graphcomp.quantization.placement import place
@@ -34,12 +37,19 @@ from graphcomp.quantization.ptq import (
     CalibrateWeights,
     PostTraining,
     calibrate_activations,
+    learn_rounding,
 )
+from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.redundant import without_repeats
 from graphcomp.quantization.setting import Setting, significant_mean
 from graphcomp.quantization.sites import Site
+from graphcomp.quantization.solve import RoundedLayer
 from graphcomp.quantization.spec import QuantConfig
+from graphcomp.quantization.stored import Affine, spread
 from graphcomp.quantization.tensors import read_by_others
+
+CELL = 0.49
+"""Share of a step by which a parameter differs from its level at most."""
 
 NOT_EQUALIZED = "channels were not equalised between layers, as batch norms stay in the graph that is trained"
 
@@ -66,7 +76,7 @@ def on_weights_as_they_are(
 
 
 def quantizing_to_train(
-    module: fx.GraphModule, options: PostTraining, batches: Sequence[Sequence[Any]]
+    module: fx.GraphModule, options: PostTraining, batches: Sequence[Sequence[Any]], *, repair: bool = False
 ) -> tuple[Pass, ...]:
     """Return the passes from a float graph to quantizers, calibrated, rounded and corrected as after training.
 
@@ -76,6 +86,7 @@ def quantizing_to_train(
         module: the graph that the passes begin with, in eval mode.
         options: how. Channels are not equalised between layers.
         batches: flat inputs, in the order of the placeholders; at least one.
+        repair: move weights towards the float output of their layers before they are rounded.
     """
     per_tensor = options.config.weights is not None and options.config.weights.granularity == "tensor"
     unequal = options.equalize or (options.equalize is None and per_tensor)
@@ -91,7 +102,7 @@ def quantizing_to_train(
         CalibrateInTraining(batches) if fresh else CalibrateActivations(batches),
         LeaveOutRepeats(),
         CheckPlaced(FLOATS, batches),
-        *([] if fresh else [SetTrainableLayers(options, batches[: options.walk_batches])]),
+        *([] if fresh else [SetTrainableLayers(options, batches, repair)]),
         *([AddNote(NOT_EQUALIZED)] if unequal else []),
     )
 
@@ -164,18 +175,21 @@ class CalibrateInTraining(ValuePass):
 
 @dataclass(frozen=True)
 class SetTrainableLayers:
-    """Round weights and correct biases, layer after layer; see `_TrainableSetting`."""
+    """Round weights and correct biases, layer after layer; see `_TrainableSetting` and `SetLayers`."""
 
     options: PostTraining
     batches: Sequence[Sequence[Any]]
+    repair: bool = False
     name: ClassVar[str] = "set layers"
 
     def __call__(self, program: P, /) -> P:
-        """Return the program, set."""
+        """Return the program, set; notes say what was repaired and learned."""
         floats = program.stages[FLOATS].module
-        _TrainableSetting(floats, program.module, self.options).walk(self.batches)
+        setting = _TrainableSetting(floats, program.module, self.options, repair=self.repair)
+        setting.walk(within_memory(floats, self.batches[: self.options.walk_batches]))
+        learned = learn_rounding(setting, self.batches, self.options)
         _keep_frozen(floats, program.module)
-        return program
+        return replace(program, notes=(*program.notes, *setting.start_notes(), *setting.notes(), *learned.notes()))
 
 
 @dataclass(frozen=True)
@@ -234,10 +248,16 @@ def _keep_frozen(floats: fx.GraphModule, fake: fx.GraphModule) -> None:
 
 
 class _TrainableSetting(Setting):
-    """Rounds and corrects in place: each tensor stays where the model has it; a tensor with several readers is left."""
+    """Rounds and corrects in place: each tensor stays where the model has it; a tensor with several readers is left.
 
-    def __init__(self, floats: fx.GraphModule, fake: fx.GraphModule, options: PostTraining) -> None:
-        super().__init__(floats, fake, options)
+    Parameters hold weights as they were before rounding, as far as these are rounded to the same levels: training goes
+    on from there.
+    """
+
+    def __init__(
+        self, floats: fx.GraphModule, fake: fx.GraphModule, options: PostTraining, *, repair: bool = False
+    ) -> None:
+        super().__init__(floats, fake, options, repair=repair)
         self.pairs = {pair.compute: pair for pair in chains(fake.graph)}
 
     def _correct(self, node: fx.Node, exact: list[Any], rough: Lockstep) -> None:
@@ -248,7 +268,28 @@ class _TrainableSetting(Setting):
             if isinstance(bias, fx.Node) and not read_by_others(self.readers, bias, node):
                 super()._correct(node, exact, rough)
             return
-        shift = significant_mean(exact, rough.of(node), 1)
+        self._shift_norm(pair, significant_mean(exact, rough.of(node), 1), rough)
+
+    def start_notes(self) -> list[str]:
+        """Say what the repair did to the layers that training begins with."""
+        solved = [layer for layer in self.repairs.values() if not math.isinf(layer.ridge)]
+        if not solved:
+            return []
+        before, after = (median(getattr(layer, end) for layer in solved) for end in ("before", "after"))
+        return [
+            f"training began with {len(solved)} layers repaired by least squares: median relative error "
+            f"{before:.3f} -> {after:.3f}"
+        ]
+
+    def _shift(self, node: fx.Node, shift: Tensor, rough: Lockstep) -> None:
+        pair = self.pairs.get(node)
+        if pair is None:
+            super()._shift(node, shift, rough)
+        else:
+            self._shift_norm(pair, shift, rough)
+
+    def _shift_norm(self, pair: Pair, shift: Tensor, rough: Lockstep) -> None:
+        """Let a norm take what would be added to the bias of the layer in front."""
         values = Constants(self.fake)
         for between in pair.between:  # as `FoldForTraining` scales back what the norm reads
             if between.target is torch.ops.aten.div.Tensor:
@@ -262,12 +303,31 @@ class _TrainableSetting(Setting):
         self._add(pair.norm, "bias", shift * gain * variance.rsqrt(), rough)
 
     def _has_intercept(self, node: fx.Node) -> bool:
-        return node in self.pairs or super()._has_intercept(node)  # a norm behind takes what a bias would
+        if node in self.pairs:  # a norm behind takes what a bias would
+            norm = self.pairs[node].norm
+            return self._own(norm, bind(norm)["running_mean" if trains(norm) else "bias"])
+        operands = operands_of(node)
+        return super()._has_intercept(node) and self._own(node, bind(node).get(operands.bias))
+
+    def _own(self, reader: fx.Node, source: Any) -> bool:
+        """Return whether an op has a tensor that nothing else reads."""
+        return (
+            isinstance(source, fx.Node) and source.op == "get_attr" and not read_by_others(self.readers, source, reader)
+        )
+
+    def _kept(self, quantizer: Quantizer, found: RoundedLayer) -> Tensor:
+        """Return the weight before rounding, where it is rounded to the level that was chosen; else near that level."""
+        stored = quantizer.to_integers(found.weight)
+        if not isinstance(stored, Affine) or quantizer.exponent != 1.0:
+            return found.weight
+        half = CELL * spread(stored.scale, found.weight.dim(), stored.dim, stored.groups)
+        near = found.weight + (found.floats - found.weight).clamp(-half, half)
+        return torch.where(quantizer(near) == found.weight, near, found.weight)
 
     def _add(self, norm: fx.Node, argument: str, more: Tensor, rough: Lockstep) -> None:
         """Add to a tensor of a norm, where the norm has one that nothing else reads."""
         source = bind(norm)[argument]
-        if not isinstance(source, fx.Node) or source.op != "get_attr" or read_by_others(self.readers, source, norm):
+        if not self._own(norm, source):
             return
         old = fetch(self.fake, str(source.target))
         new = (old.detach().double() + more).to(old.dtype)

@@ -51,9 +51,10 @@ class AsTheyAre:
 
 @dataclass(frozen=True)
 class FromPostTraining:
-    """Quantizers at fixed bits, that start from post-training quantization."""
+    """Quantizers at fixed bits, that start from post-training quantization, `repair` see `quantizing_to_train`."""
 
     start: PostTraining
+    repair: bool = False
     bits: ClassVar[None] = None
 
     @property
@@ -69,7 +70,7 @@ class FromPostTraining:
     def passes(self, program: Program, ignore: Sequence[str], batches: Batches) -> tuple[Pass, ...]:
         """Return the passes from floats to quantizers."""
         options = replace(self.start, ignore=tuple(ignore))
-        return (*quantizing_to_train(program.module, options, batches), ChooseBits())
+        return (*quantizing_to_train(program.module, options, batches, repair=self.repair), ChooseBits())
 
 
 Quantizing = AsTheyAre | FromPostTraining
