@@ -7,8 +7,8 @@ layer before block i takes over what a linear map can: with h + W x the stream i
 
 Where a layer norm stands between the sum and the stream, s is the sum behind block j in units of the standard deviation
 of the sum in front, and the norm gets the scale and the shift that best map what is normalized to the stream behind.
-Then the layers behind are solved in order of execution, each towards what it gave in the model before, as after a cut of
-units (`repair.py`): a sum behind blocks makes up for what the map has left over.
+Then the layers behind are solved in order of execution, each towards what it gave in the model before, as after a cut
+of units (`repair.py`): a sum behind blocks makes up for what the map has left over.
 Source: ReplaceMe (Shopkhoev et al., 2025): one linear map in place of blocks, folded into the projection before. Here
 the map reads the layer's inputs, not its outputs, so that the map has more to work with.
 """
