@@ -78,6 +78,20 @@ def refused_batch(k: int, error: BaseException) -> CalibrationError:
     )
 
 
+def run_batch(module: fx.GraphModule, batch: Sequence[Any], k: int, see: See) -> None:
+    """Run a graph on batch `k` of the calibration data, and let `see` see the values.
+
+    Raises:
+        CalibrationError: the graph does not run on the batch, or `see` refuses a value.
+    """
+    try:
+        run_tapped(module, batch, see=see)
+    except CalibrationError:
+        raise
+    except Exception as error:  # whatever the ops raise on inputs of another shape
+        raise refused_batch(k, error) from error
+
+
 class Run:
     """One run of a graph, node by node in the order of the graph. A value is dropped after the last use.
 

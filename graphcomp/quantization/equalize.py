@@ -54,7 +54,7 @@ def equalize(module: fx.GraphModule) -> tuple[fx.GraphModule, list[str]]:
 
 
 # ------------------------------------------------------------------------------------------------ layers and links
-class _Layer:
+class Layer:
     """A convolution or linear layer, and by what its outputs are divided and its inputs multiplied.
 
     Attributes:
@@ -104,7 +104,7 @@ def _put(module: fx.GraphModule, name: str, tensor: Tensor) -> None:
 class _End:
     """Where a link meets a layer; `repeat` inputs in a row belong to one channel (after a flatten)."""
 
-    layer: _Layer
+    layer: Layer
     repeat: int = 1
 
 
@@ -198,7 +198,7 @@ class _Plan:
         own = [arguments[name] for name in (compute.weight, compute.bias) if arguments[name]]
         if any(n.op != "get_attr" or self.readers[id(fetch(self.module, str(n.target)))] != 1 for n in own):
             return None  # computed, or tied to another layer's
-        layer = _Layer(self.module, node)
+        layer = Layer(self.module, node)
         (data,) = (arguments[name] for name in compute.data)
         place = self._place(data)
         rank = value(data).dim()

@@ -19,7 +19,7 @@ from graphcomp.ir.graph import attributes, bind, clone, set_argument, value
 from graphcomp.ir.passes import GraphPass, Pass, Pipeline, Remember, ValuePass, applied
 from graphcomp.ir.program import P, Program
 from graphcomp.ir.rewrite import before
-from graphcomp.ir.run_nodes import Constants, See, refused_batch, run_tapped
+from graphcomp.ir.run_nodes import Constants, run_batch
 from graphcomp.ops.answers import is_convolution
 from graphcomp.pruning.repair import within_memory
 from graphcomp.quantization.attention import WriteOutAttention
@@ -27,6 +27,7 @@ from graphcomp.quantization.biases import FitBiases
 from graphcomp.quantization.calibrate import OutputObserver, calibrate_weight, make_observer
 from graphcomp.quantization.einsum import WriteOutEinsum
 from graphcomp.quantization.equalize import equalize
+from graphcomp.quantization.even import EvenActivations, asks_for_even
 from graphcomp.quantization.floats import float_layers
 from graphcomp.quantization.fold import FoldBatchNorm
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
@@ -59,6 +60,8 @@ class PostTraining:
         ignore: module names or "re:" patterns that stay float.
         equalize: scale channels between layers so that all use their range (Nagel et al. 2019); None: where weights
             have one step per tensor, which is where it matters.
+        even_activations: scale the channels of what a layer reads to one range, where one layer makes the value and one
+            reads it (see `graphcomp.quantization.even`); None: where activations have fewer than 8 bits.
         correct_bias: add the mean error of each output channel to the bias (Nagel et al. 2019, section 4.2).
         rounding: "nearest", or "second_order": each weight's error is made up for by those after it (GPTQ), or
             "reconstruct", or a `Reconstruction`: from there on rounding is learned block by block.
@@ -68,6 +71,7 @@ class PostTraining:
     config: QuantConfig = field(default_factory=QuantConfig)
     ignore: tuple[str, ...] = ()
     equalize: bool | None = None
+    even_activations: bool | None = None
     correct_bias: bool = True
     rounding: Rounding = "nearest"
     walk_batches: int = 8
@@ -89,6 +93,8 @@ class PostTraining:
         check_flag("correct_bias", self.correct_bias)
         if self.equalize is not None:
             check_flag("equalize", self.equalize, "equalize=True, False, or None to choose by the weights")
+        if self.even_activations is not None:
+            check_flag("even_activations", self.even_activations, "even_activations=True, False, or None by the bits")
         check_whole("walk_batches", self.walk_batches, fix="walk_batches=8")
 
 
@@ -152,11 +158,13 @@ def quantizing(
     """
     weights = options.config.weights
     per_tensor = weights is not None and weights.granularity == "tensor"
+    even = asks_for_even(options.config) if options.even_activations is None else options.even_activations
     return (
         CheckTensors(),  # before batch norms hand theirs on to weights
         *written_out(options.config),
         *([Equalize()] if options.equalize or (options.equalize is None and per_tensor) else []),
         *([AddBiases()] if options.correct_bias or repair else []),
+        *([EvenActivations(options.config, options.ignore, batches)] if even else []),
         Remember(FLOATS),
         PlaceQuantizers(options.config, options.ignore),
         CalibrateWeights(),
@@ -392,7 +400,7 @@ def calibrate_activations(fake: fx.GraphModule, batches: Sequence[Sequence[Any]]
         quantizer.enabled = False
     try:
         for k, batch in enumerate(batches):
-            _run(fake, batch, k, observe)
+            run_batch(fake, batch, k, observe)
     finally:
         for quantizer in everything:
             quantizer.enabled = True
@@ -401,15 +409,6 @@ def calibrate_activations(fake: fx.GraphModule, batches: Sequence[Sequence[Any]]
     choices = {q: seen.candidates() for q, seen in observers.items() if isinstance(seen, OutputObserver)}
     if choices:
         choose_ranges(fake, choices, batches)
-
-
-def _run(fake: fx.GraphModule, batch: Sequence[Any], k: int, see: See) -> None:
-    try:
-        run_tapped(fake, batch, see=see)
-    except CalibrationError:
-        raise
-    except Exception as error:  # whatever the ops raise on inputs of another shape
-        raise refused_batch(k, error) from error
 
 
 def calibrate_weights(fake: fx.GraphModule) -> None:
