@@ -59,16 +59,16 @@ class EvenActivations:
     name: ClassVar[str] = "even out channels of activations"
 
     def __call__(self, program: P, /) -> P:
-        """Return the program with a note, where there was something to even out."""
+        """Return the program, with a note where a value is clipped at a fixed number: the function may differ there."""
         found, count, clipped = even_activations(program.module, self.config, self.ignore, self.batches)
         if not count:
             return program
-        note = f"channels of what {count} layers read were scaled to one range, the layers in front the other way round"
-        if clipped:
-            note += (
-                f"; behind a clip at a fixed number ({clipped} of these), values above the largest in calibration clip"
-            )
-        return program.rewritten(found, [note])
+        values = f"{clipped} value{'s'[: clipped > 1]}"
+        note = (
+            f"channels of {values} between two layers were scaled to one range in front of a clip at a fixed number: "
+            "values above the largest in calibration clip"
+        )
+        return program.rewritten(found, [note] if clipped else [])
 
 
 @dataclass(frozen=True, eq=False)

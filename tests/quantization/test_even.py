@@ -99,13 +99,13 @@ def test_a_dense_layer_gains_on_balance() -> None:
 
 
 def test_activations_of_few_bits_ask_for_even_channels() -> None:
-    model = Chain(functional.relu, 6)
+    model = Chain(functional.relu6, 6)
 
     def notes(bits: int, even: bool | None = None) -> bool:
         quantization = gc.PostTraining(config(4, bits, first_and_last_bits=4), even_activations=even)
         small = gc.compress(model, X, sparsity=0, quantization=quantization, calibration=[X], progress=False)
         assert small.report.verified["integers == fake-quant, in steps"] <= 1
-        return any(note.startswith("channels of what 1 layer") for note in small.report.notes)
+        return any(note.startswith("channels of 1 value between") for note in small.report.notes)
 
     assert notes(4) and not notes(4, even=False) and not notes(8)
 
