@@ -462,6 +462,8 @@ def compress(
                     )  # fmt: skip
             kept, rounded = in_multiples(kept, scores, round_to, at_most=budget is not None)
             notes += rounded
+        if repair is not None and rows is None and not zeros and by_factor(kept):
+            notes.append("not repaired: no calibration= was given")
         with blaming_inputs(analysis.captured):
             if quantization is None:
                 bar.step("cutting and verifying")

@@ -52,7 +52,7 @@ def test_the_report_names_the_groups_that_were_taken_out() -> None:
     notes = compress(Chain(), ignore=["a"], keep_inputs="re:^d$").report.notes
     assert "left whole by ignore=: a/hidden (16)" in notes
     assert "left whole by keep_inputs=: c/hidden (16)" in notes
-    (note,) = compress(Chain(), ignore="d").report.notes
+    note, *_ = compress(Chain(), ignore="d").report.notes
     assert "ignore='d' leaves no group whole" in note
 
 

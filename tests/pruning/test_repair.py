@@ -497,6 +497,10 @@ def test_bad_calibration_is_refused(calibration: list[Tensor], message: str, ran
 def test_a_cut_of_nothing_says_that_nothing_was_repaired() -> None:
     small = gc.compress(net(), images(3, 9, 9)[0], sparsity=0, calibration=images(3, 9, 9), progress=False)
     assert "not repaired: nothing was cut" in small.report.notes
+    without = gc.compress(net(), images(3, 9, 9)[0], sparsity=0.3, progress=False)
+    assert "not repaired: no calibration= was given" in without.report.notes
+    asked = gc.compress(net(), images(3, 9, 9)[0], sparsity=0.3, repair=None, progress=False)
+    assert not any("repaired" in note for note in asked.report.notes)
 
 
 @pytest.mark.parametrize("saliency", ["activation", "repairable"])
