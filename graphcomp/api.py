@@ -697,7 +697,8 @@ def repair(
     Each layer that reads what the cut changed is solved by least squares in closed form, in order of execution, on
     unlabelled data: no training, seconds of CPU. Rows count by how much the model's outputs depend on them, so that
     padding behind a mask leaves no trace. The solution shrinks towards the weights as they were cut, by a ridge that is
-    chosen per layer on rows that are held out, so that little data does no harm.
+    chosen per layer on rows that are held out; a layer with fewer than 32 rows stays as it was cut. The error that the
+    report names is one on calibration samples: on new data less is gained, and of few dozen samples perhaps nothing.
 
     Args:
         small: of a cut of `plan` in floats, its weights as they were cut: `compress(…, repair=None)`, `slice_groups`.

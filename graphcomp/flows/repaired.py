@@ -61,7 +61,8 @@ class Judged:
 
     def __str__(self) -> str:
         before, after = self.errors
-        return f"the error of the outputs goes from {before:.3g} to {after:.3g} (relative, {self.samples} samples)"
+        of = f"relative, {self.samples} calibration samples"
+        return f"the error of the outputs goes from {before:.3g} to {after:.3g} ({of})"
 
 
 @torch.no_grad()

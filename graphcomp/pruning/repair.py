@@ -401,7 +401,8 @@ class _Repair:
     def _solve(self, consumer: Consumer, problem: Problem, sums: Sums) -> bool:
         """Give a layer the solution; False where it keeps the sliced weights."""
         total = sums.all
-        ridge = choose_ridge(sums.fit, sums.held, problem.intercept) if total.rows >= FEWEST_ROWS else math.inf
+        fewest = FEWEST_ROWS * len(self.consumers.together[consumer])  # of one sample each use of a weight has rows
+        ridge = choose_ridge(sums.fit, sums.held, problem.intercept) if total.rows >= fewest else math.inf
         change = solve(total, ridge, problem.intercept)
         if change is None:
             ridge, change = math.inf, total.no_change

@@ -204,6 +204,17 @@ def test_choices_are_those_of_the_model_before(monkeypatch: pytest.MonkeyPatch) 
     assert found.layers["place"].after < 0.9 * other.layers["place"].after
 
 
+def test_each_use_of_a_shared_weight_needs_rows() -> None:
+    """The rows of two uses are of the same samples: twenty of these are too few for either."""
+    torch.manual_seed(0)
+    few, enough = [torch.randn(20, 6)], [torch.randn(40, 6)]
+    repairs = [
+        gc.compress(Twice().eval(), b[0][:2], calibration=b, progress=False).report.repairs for b in (few, enough)
+    ]
+    assert repairs[0]["shared"].after == repairs[0]["shared"].before
+    assert repairs[1]["shared"].after < repairs[1]["shared"].before
+
+
 def test_weights_that_are_shared_in_turns_are_solved_once_each() -> None:
     torch.manual_seed(0)
     batches = [torch.randn(64, 6) for _ in range(3)]
