@@ -13,6 +13,7 @@ from graphcomp.cost import Bops, CostModel
 from graphcomp.coupling.analysis import Analysis, analyze_rewritten
 from graphcomp.errors import BudgetError, NothingToPrune, PlanError
 from graphcomp.flows.checked import Checked, check_class, check_graph, given_to
+from graphcomp.flows.repaired import judge
 from graphcomp.flows.results import choose_module, listed, native_notes, shapes, with_latency
 from graphcomp.ir.graph import fetch
 from graphcomp.native.depth import shortened_model, whole_layers
@@ -198,6 +199,12 @@ def without_blocks(
     depth = Depth(plan, every, used, gone=order_of(every, chosen))
     mended = depth.walked(chosen)
     assert len(order_of(every, chosen)) == len(chosen), "blocks must be of the plan"
+    judged = judge(plan, (dropped, mended.graph), depth.batches) if used else None
+    helped = []
+    if judged is not None and judged.errors[1] > judged.errors[0]:
+        mended, helped = Dropped(dropped), [f"not repaired, as it would not help: {judged}"]
+    elif judged is not None:
+        helped = [f"by the repair {judged}"]
     small = mended.graph
     stays = {node.name for node in small.graph.nodes}
     gone = frozenset(node for node in captured.graph.nodes if node.name not in stays)
@@ -207,7 +214,8 @@ def without_blocks(
     )
     checked = checked.with_class(NATIVE, found)
     module, form = choose_module(found, small, plan)
-    said = (*notes, *_repair_notes(mended, len(depth.batches), len(rows) if repair else 0), *native_notes(plan, found))
+    repairs = _repair_notes(mended, len(depth.batches), len(rows) if repair else 0)
+    said = (*notes, *repairs, *helped, *native_notes(plan, found))
     report = _report(plan, small, chosen, len(every), checked, mended, said)
     module.train(plan.model.training)
     if isinstance(module, fx.GraphModule):

@@ -142,7 +142,7 @@ class Depth:
         for row in in_a_row(ordered):
             place = self._place(row)
             if not isinstance(place, str) and place.total.name not in names:
-                place = "it lies within another block that is gone"
+                place = "the layer in front, which would take its map, is of another block that is gone"
             if isinstance(place, str):
                 left[row[0].name] = place
                 continue

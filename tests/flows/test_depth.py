@@ -12,7 +12,9 @@ from torch import Tensor, fx, nn
 
 import graphcomp as gc
 from graphcomp.errors import BudgetError, NothingToPrune, PlanError
+from graphcomp.flows.repaired import Judged
 from graphcomp.ir.graph import assign, clone, fetch
+from graphcomp.numerics.compare import relative_error
 from graphcomp.pruning import depth as depth_module
 from graphcomp.pruning.blocks import DropBlocks, MaskBlocks
 from graphcomp.pruning.depth import Depth, _within
@@ -474,3 +476,21 @@ def test_transformers_lose_whole_layers(kind: str, tmp_path: Path) -> None:
     loaded = gc.load(tmp_path)
     assert type(loaded.module) is type(model)
     assert torch.equal(loaded(input_ids=ids, **(kwargs or {}))[0], small(input_ids=ids, **(kwargs or {}))[0])
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_the_outputs_judge_the_repair(helps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, data = gc.analyze(Deep().eval(), X), batches()
+    chosen = gc.find_blocks(plan)[1:3]
+    if not helps:
+        monkeypatch.setattr("graphcomp.flows.depth.judge", lambda *_: Judged((0.1, 0.2), 64))
+    small, plain = gc.drop_blocks(plan, chosen, calibration=data), gc.drop_blocks(plan, chosen)
+    same = all(torch.equal(a, b) for a, b in zip(small.module.parameters(), plain.module.parameters(), strict=True))
+    assert same != helps and bool(small.report.repairs) == helps
+    said = (
+        "by the repair the error of the outputs goes from" if helps else "not repaired, as it would not help: the error"
+    )
+    assert any(note.startswith(said) for note in small.report.notes)
+    if helps:
+        before, after = (relative_error(plan.model(data[0]), model(data[0])) for model in (plain, small))
+        assert after < before
