@@ -142,7 +142,8 @@ class Depth:
         for row in in_a_row(ordered):
             place = self._place(row)
             if not isinstance(place, str) and place.total.name not in names:
-                place = "the layer in front, which would take its map, is of another block that is gone"
+                within = any(row[0].total in other.ops for other in ordered)
+                place = WITHIN if within else "the layer in front, which would take its map, is gone, too"
             if isinstance(place, str):
                 left[row[0].name] = place
                 continue
@@ -209,6 +210,7 @@ class Depth:
         return consumer, slope
 
 
+WITHIN = "it lies within another block that is gone"
 NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 """Norms over the last dims, whose input may be scaled row by row."""
 
