@@ -3,6 +3,7 @@
     python -m benchmarks.lowbits                                    # every case: hours on two cores
     python -m benchmarks.lowbits --models resnet20
     python -m benchmarks.lowbits --models mobilenet --cases "W4 A8" --ways "second order, repaired"
+    python -m benchmarks.lowbits --models mobilenet --cases "W4 A4" --ways reconstructed --seconds 600
 
 Models, calibration and test data are those of `benchmarks.oneshot`. One step per output channel, every layer; "ends 8"
 gives the first and the last layer 8 bits, as `compress` does by default. Quality is that of the integers.
@@ -81,6 +82,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--models", default=",".join(CASES), metavar="A,B", help="default: %(default)s")
     parser.add_argument("--cases", default="", metavar="A;B", help="those that begin so; default: all")
     parser.add_argument("--ways", default=";".join((*WAYS, *PEERS)), metavar="A;B", help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, metavar="N", help="for reconstruction; default: no limit")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one line of JSON per measurement")
     return parser.parse_args()
 
@@ -101,7 +103,7 @@ def _rows(task: oneshot.Task, cases: tuple[Case, ...], options: argparse.Namespa
                 continue
             try:
                 with timed() as clock:
-                    small = peer(task, way) if way in PEERS else quantized(task, case, **WAYS[way])
+                    small = peer(task, way) if way in PEERS else quantized(task, case, options.seconds, **WAYS[way])
             except Exception as error:
                 if way not in PEERS:
                     raise
@@ -115,8 +117,11 @@ def _rows(task: oneshot.Task, cases: tuple[Case, ...], options: argparse.Namespa
         yield row
 
 
-def quantized(task: oneshot.Task, case: Case, *, rounding: Any, repair: Any) -> Callable[..., Any]:
-    """Return the model in integers."""
+def quantized(
+    task: oneshot.Task, case: Case, seconds: float | None, *, rounding: Any, repair: Any
+) -> Callable[..., Any]:
+    """Return the model in integers, its rounding learned in `seconds` where rounding is learned."""
+    rounding = gc.Reconstruction(seconds=seconds) if rounding == "reconstruct" else rounding
     activations = None
     if case.activations is not None:
         observer: Any = "mse" if case.activations < 8 else "minmax"

@@ -5,9 +5,10 @@
     python -m benchmarks.qat --models resnet20 --bits 4/8,2/2
 
 Both digits models are trained in floats first. ResNet-20 has real weights, from the shared folder beside the checkout.
-"After training" is `compress(bits=…)` on calibration data, with ranges from the least to the largest value; "least
-squares" is the same with ranges of least squared error, which `method="qat"` starts from. Of each bit width one run per
-seed is shown, of the same length; "least gain" is that of the worst run over the better of the two before training.
+"After training" is `compress(bits=…, repair=None)` on calibration data, with ranges from the least to the largest
+value; "least squares" is the same with ranges of least squared error; "repaired" is that with second-order rounding
+and the repair, which `method="qat"` starts from here. Of each bit width one run per seed is shown, of the same
+length; "least gain" is that of the worst run over the best of the three before training.
 Test data are never trained on, and do not choose what is returned.
 """
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     print(common.header(), flush=True)
-    columns = ["weights/activations", "after training", "least squares", "qat, by seed", "least gain", "s per run"]
+    columns = [
+        "weights/activations", "after training", "least squares", "repaired", "qat, by seed", "least gain", "s per run"
+    ]  # fmt: skip
     for name in options.models.split(","):
         case = CASES[name]()
         rows = [_row(case, bits, min(options.seeds, case.seeds), options.json) for bits in options.bits.split(",")]
@@ -79,27 +82,30 @@ def _options() -> argparse.Namespace:
 
 
 def _row(case: Case, pair: str, seeds: int, file: Path | None) -> list[str]:
-    """Accuracies of both kinds of post-training quantization, and of training with each seed."""
+    """Accuracies of three kinds of post-training quantization, and of training with each seed."""
     weights, activations = (int(bits) for bits in pair.split("/"))
     torch.manual_seed(0)
     calibration = [images for _, (images, _) in zip(range(CALIBRATION_BATCHES), case.data, strict=False)]
     quantized = partial(gc.compress, case.model, case.test[0][:2], progress=False)
-    after = quantized(sparsity=0, bits=weights, activation_bits=activations, calibration=calibration)
-    start = quantized(sparsity=0, quantization=_least_squares(weights, activations), calibration=calibration)
-    found = [_accuracy(case, small) for small in (after, start)]
+    once = partial(quantized, sparsity=0, calibration=calibration)
+    least = _least_squares(weights, activations)
+    after = once(bits=weights, activation_bits=activations, repair=None)
+    squares = once(quantization=least, repair=None)
+    start = once(quantization=replace(least, rounding="second_order"))
+    found = [_accuracy(case, small) for small in (after, squares, start)]
     with timed() as clock:
         trained = [
             quantized(
                 method="qat", bits=weights, activation_bits=activations, data=case.data, loss=_loss,
-                epochs=case.epochs, lr=case.lr, seed=seed,
+                epochs=case.epochs, lr=case.lr, seed=seed, rounding="second_order", calibration=calibration,
             )
             for seed in range(seeds)
         ]  # fmt: skip
     runs, seconds = [_accuracy(case, small) for small in trained], clock.seconds / seeds
-    append_json(file, {"model": case.name, "bits": pair, "after": found[0], "start": found[1], "qat": runs})
+    append_json(file, {"model": case.name, "bits": pair, "before": found, "qat": runs})
     by_seed = ", ".join(f"{accuracy:.1f}" for accuracy in runs)
     return [
-        pair, f"{found[0]:.1f}", f"{found[1]:.1f}", by_seed, f"{min(runs) - max(found):+.1f}", f"{seconds:.0f}"
+        pair, *(f"{accuracy:.1f}" for accuracy in found), by_seed, f"{min(runs) - max(found):+.1f}", f"{seconds:.0f}"
     ]  # fmt: skip
 
 
