@@ -51,6 +51,8 @@ from graphcomp.quantization.tensors import read_by_others
 CELL = 0.49
 """Share of a step by which a parameter differs from its level at most."""
 
+NOT_EVENED = "channels of activations were not scaled to one range, as training keeps the layers that make them"
+
 NOT_EQUALIZED = "channels were not equalised between layers, as batch norms stay in the graph that is trained"
 
 
@@ -104,6 +106,7 @@ def quantizing_to_train(
         CheckPlaced(FLOATS, batches),
         *([] if fresh else [SetTrainableLayers(options, batches, repair)]),
         *([AddNote(NOT_EQUALIZED)] if unequal else []),
+        *([AddNote(NOT_EVENED)] if options.even_activations else []),
     )
 
 

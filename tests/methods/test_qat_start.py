@@ -52,7 +52,8 @@ def loss_of(model: nn.Module) -> float:
 @pytest.mark.parametrize("rounding", ["nearest", "second_order"])
 def test_training_begins_where_the_repaired_rounding_is(rounding: Any) -> None:
     model, inputs, _ = task()
-    quantization = gc.PostTraining(weights_of(3, 4).config, rounding=rounding)
+    # training keeps the channels of activations as they are
+    quantization = gc.PostTraining(weights_of(3, 4).config, rounding=rounding, even_activations=False)
     options: dict[str, Any] = {"quantization": quantization, "bits": None, "activation_bits": "same"}
     after = gc.compress(model, inputs[0][:2], sparsity=0, calibration=inputs, progress=False, **options)
     start, plain = (trained(1, 1e-12, repair=repair, **options) for repair in ("least_squares", None))
@@ -70,6 +71,12 @@ def test_training_never_ends_below_its_start(steps: int, lr: float) -> None:
     (note,) = (note for note in end.report.notes if "before" in note and "after" in note)
     if lr == 1.0:
         assert "the result is that of post-training quantization" in note
+
+
+def test_channels_of_activations_that_stay_uneven_are_named() -> None:
+    quantization = gc.PostTraining(weights_of(3, 4).config, even_activations=True)
+    small = trained(1, 1e-12, quantization=quantization, bits=None, activation_bits="same")
+    assert any("channels of activations were not scaled" in note for note in small.report.notes)
 
 
 def test_parameters_hold_the_weight_before_rounding_and_are_rounded_to_the_levels_that_were_chosen() -> None:
