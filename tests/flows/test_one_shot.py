@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import graphcomp as gc
 import graphcomp.pruning.slice
@@ -133,3 +133,26 @@ def test_with_bits_the_pipeline_goes_on_where_it_ends_in_floats() -> None:
     assert list(integers.verified) == [SLICING, LOWERING] and list(cut.program.verified) == [SLICING]
     assert integers.lowered is not None and integers.lowered.module is integers.module
     assert plan.captured.lowered is None and not plan.captured.stages
+
+
+class Chaos(nn.Module):
+    """Each of seven sines makes what a sum was rounded by 37 times larger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(8, 3001), nn.Linear(3001, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, 8) -> (n, 8)."""
+        x = self.down(torch.tanh(self.up(x)))
+        for _ in range(7):
+            x = torch.sin(37 * x)
+        return x
+
+
+def test_roundings_that_a_network_makes_large_are_no_wrong_cut() -> None:
+    small = gc.compress(Chaos().eval(), torch.randn(4, 8), sparsity=0.4, progress=False)
+    assert isinstance(small.report, gc.Report)
+    assert small.report.verified["masked == sliced"] < 1e-3
+    assert any("in float64, since in the model's own precision rounding shows" in note for note in small.report.notes)
