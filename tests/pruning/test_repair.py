@@ -579,7 +579,7 @@ def test_the_outputs_are_judged() -> None:
     (note,) = (note for note in small.report.notes if note.startswith("by the repair"))
     assert note == (
         f"by the repair the error of the outputs goes from {error(model, plain, batches):.3g} to "
-        f"{error(model, small, batches):.3g} (relative, 48 samples)"
+        f"{error(model, small, batches):.3g} (relative, 48 calibration samples)"
     )
 
 
