@@ -334,6 +334,8 @@ def test_stacked_batches_are_batches():
     assert torch.equal(*outputs[:2]) and not torch.equal(*outputs[1:])
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_what_is_quantized_is_not_quantized_again():
     small, ready = gc.compress(MLP(), X, sparsity=0, bits=8), gc.prepare(MLP(), X, bits=8)
     for model, why in ((small, "weights are integers"), (small.module, "weights are integers"), (ready, "quantizers")):

@@ -326,6 +326,8 @@ def test_a_budget_is_met_with_as_few_blocks_as_possible() -> None:
         gc.compress(model, X, prune=("block",), budget=gc.Budget(params=0.01), calibration=batches(), progress=False)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_blocks_are_chosen_beside_masked_logits() -> None:
     model, inputs = tiny_models()["decoder"]
     trimmed = gc.trim_vocabulary(model, inputs[0], inputs)
@@ -414,6 +416,8 @@ def test_blocks_of_another_plan_are_refused() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the user's class
+@pytest.mark.slow
+@pytest.mark.ci
 def test_whole_children_of_a_list_leave_the_class(tmp_path: Path) -> None:
     model = Deep().eval()
     plan = gc.analyze(model, X)

@@ -231,6 +231,8 @@ def test_what_cannot_be_timed_is_refused(timers: list[FakeTimer]) -> None:
             gc.family(Net(), X, speedups=[2], **{name: value})
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_bits_are_part_of_what_is_timed(timers: list[FakeTimer]) -> None:
     floats = gc.time_layers(Net().eval(), X, progress=False)
     integers = gc.time_layers(Net().eval(), X, progress=False, bits=8, table=floats)
@@ -301,6 +303,8 @@ def test_a_speedup_out_of_reach_is_refused_before_others_are_made(
     monkeypatch.undo()
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_of_the_choices_that_were_timed_the_best_within_the_time_stays(
     timers: list[FakeTimer], monkeypatch: pytest.MonkeyPatch
 ) -> None:

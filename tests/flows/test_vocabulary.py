@@ -173,6 +173,8 @@ def test_the_padding_row_is_kept_and_stays_without_a_gradient() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ what is kept with it
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_folder_and_files_hold_the_trimmed_model(tmp_path: Path) -> None:
     for k, model in enumerate((Speaker(tied=True).eval(), Functional().eval())):
         small = gc.trim_vocabulary(model, KEPT, IDS)

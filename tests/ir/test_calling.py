@@ -66,6 +66,8 @@ def test_a_result_is_called_as_the_model_after_it_was_copied_and_stored(again: A
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_prepared_module_is_called_as_the_model_compiled_or_not() -> None:
     ready = gc.prepare(Model(), {"x": X, "mask": MASK, "flag": False})
     assert torch.equal(ready(X, MASK), ready(x=X, mask=MASK, flag=False))

@@ -20,6 +20,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", ["psgd, rounded", *in_ci("psgd, pruned", "ternary")])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_run_in_bfloat16_goes_on_bit_for_bit(tmp_path, case):
     method, options = CASES[case]
     options = {**options, "training": {"autocast": torch.bfloat16}}

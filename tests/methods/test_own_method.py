@@ -25,6 +25,8 @@ def of_the_page() -> dict[str, Any]:
     return names
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_method_of_the_page_trains_saves_and_goes_on(tmp_path):
     method = of_the_page()["Shrinkage"]
     whole = compress(method(strength=0.05))

@@ -184,6 +184,8 @@ def test_the_result_is_the_student():
 
 
 @pytest.mark.parametrize("calls", [5, 13, 20])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_run_that_was_cut_short_ends_as_it_would_have(tmp_path, calls):
     """In each stage; a batch of the last one takes two losses."""
     whole = compress("pqk", bits=4, sparsity=0.75, training={"autocast": torch.bfloat16})

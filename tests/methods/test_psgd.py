@@ -232,6 +232,8 @@ def test_the_smallest_weights_are_pruned_to_the_element():
     assert any("605 of 672 weights in 3 tensors" in note for note in small.report.notes)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_run_that_was_cut_short_ends_as_it_would_have(tmp_path):
     whole = compress("psgd", bits=4)
     with pytest.raises(Stop):

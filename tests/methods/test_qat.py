@@ -366,6 +366,8 @@ PRUNED = [(name, "per channel") for name in MODELS] + [("dense", "ternary"), ("e
 
 
 @pytest.mark.parametrize("case", [PRUNED[0], *in_ci(*PRUNED[1:])])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_units_are_pruned_and_the_module_is_shrunk(case):
     """Law 2 and Law 3 with steps per channel that leave with their channel."""
     name, kind = case
@@ -386,6 +388,8 @@ def test_units_are_pruned_and_the_module_is_shrunk(case):
 
 
 # ------------------------------------------------------------------------------------------------ runs and results
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_run_goes_on_bit_for_bit(tmp_path):
     training = gc.Training(steps=STEPS, folder=tmp_path, save_every=1, log_every=1)
     with pytest.raises(Stopped):

@@ -64,6 +64,8 @@ def test_training_begins_where_the_repaired_rounding_is(rounding: Any) -> None:
 
 
 @pytest.mark.parametrize(("steps", "lr"), [(3, 1e-4), (3, 1.0), pytest.param(40, 0.02, marks=LONG)])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_training_never_ends_below_its_start(steps: int, lr: float) -> None:
     start = loss_of(trained(1, 1e-12, rounding="second_order"))
     end = trained(steps, lr, rounding="second_order")

@@ -95,6 +95,8 @@ def test_units_are_pruned_from_a_ternary_model_and_scales_with_them():
     assert small.report.units_removed == 8
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_run_that_was_cut_short_ends_as_it_would_have(tmp_path):
     whole = compress("ternary", bits=2)
     with pytest.raises(Stop):

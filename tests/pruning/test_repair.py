@@ -516,6 +516,8 @@ def test_a_cut_of_nothing_says_that_nothing_was_repaired() -> None:
 
 @pytest.mark.parametrize("saliency", ["activation", "repairable"])
 @pytest.mark.parametrize("ranking", ["global", "sensitivity"])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_saliency_reads_the_calibration_data(saliency: str, ranking: Any) -> None:
     options: dict[str, Any] = {"saliency": saliency, "ranking": ranking, "calibration": images(3, 9, 9)}
     options["progress"] = False

@@ -217,6 +217,8 @@ def test_a_graph_with_outputs_of_its_own_starts_above_zero() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ rounds
+@pytest.mark.slow
+@pytest.mark.ci
 def test_rounds_meet_the_goal_and_cut_what_is_left() -> None:
     data = images()
     flat = [x for (x,) in data]

@@ -86,6 +86,8 @@ def test_a_dynamic_number_of_filters_has_no_bias_to_correct():
     assert relative_error(model(x[:3]), found.fake(x[:3])) < 0.05
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_rounding_and_correction_see_so_many_batches():
     model, x = residual()
     errors = {n: run(model, x[:4], walk_batches=n)[0].errors for n in (1, 2, 8)}

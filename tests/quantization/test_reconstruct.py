@@ -111,6 +111,8 @@ def test_without_steps_or_time_the_start_stays_bit_for_bit(options: Reconstructi
         assert set(found.left.values()) == {"there is no time for 20 steps"}
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_blocks_get_nearer_to_the_float_ones_on_samples_held_out() -> None:
     setting, batches = residual(bits=4, activations=4)
     held_out = [piece for k, piece in enumerate(pieces_of(setting.folded, batches)) if k % JUDGES == JUDGES - 1]
@@ -122,6 +124,8 @@ def test_blocks_get_nearer_to_the_float_ones_on_samples_held_out() -> None:
     assert found.outputs is not None and found.outputs[1] < 0.97 * before
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_what_does_not_help_is_taken_back_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     setting, batches = residual()
     before = state(setting.fake)
@@ -247,6 +251,8 @@ def test_segments_hold_each_node_once_and_end_in_front_of_products(monkeypatch: 
     assert [len(segment.weights) for segment in single if segment.weights] == [1] * 5
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_single_layers_of_a_long_block_are_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "MOST_LAYERS", 0)
     setting, batches = residual()

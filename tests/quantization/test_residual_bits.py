@@ -178,6 +178,8 @@ def test_integers_are_the_fake_quant_graph(options: dict[str, Any], rounding: An
     assert layers["stem"] == layers["fc"] == (8, 8)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_stream_costs_no_bit_operations_and_saves_error() -> None:
     few, more = (compressed(net(), config(residual_bits=bits)) for bits in (2, 8))
     assert few.report.bops.after == more.report.bops.after
@@ -186,6 +188,8 @@ def test_the_stream_costs_no_bit_operations_and_saves_error() -> None:
     assert errors[1] < errors[0]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_file_computes_what_the_model_computes(tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     small = compressed(net(), config())

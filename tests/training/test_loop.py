@@ -950,6 +950,8 @@ def test_a_folder_of_another_run_is_refused(tmp_path, options, message):
     assert "another folder" in error.value.fix
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_other_weights_go_on_with_a_run_that_was_cut_short_and_not_with_one_that_has_ended(tmp_path, caplog):
     other = nn.Sequential(*convnet()[:-1], nn.Linear(8, 3))
     with pytest.raises(Stopped):

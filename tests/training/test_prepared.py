@@ -146,6 +146,8 @@ def test_activation_bits_are_checked(wrong):
         gc.prepare(model_of("mlp"), batch("mlp"), bits=None, activation_bits=8)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_layer_given_a_pair_of_ranges_reads_bits_of_its_own():
     ready = ready_of("residual", bits=(4, 4), activation_bits=8, layer_bits=(("head", ((2, 2), (6, 6))),))
     found = gc.finalize(ready).report.layers

@@ -189,6 +189,8 @@ def test_the_optimizer_goes_on_with_it(how):
             torch.testing.assert_close(tensor, wanted[name], rtol=1e-8, atol=1e-11, msg=name)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_its_state_goes_on_in_another_process():
     """As one would come to it again: prepared anew, and nothing but states."""
     _, optimizer = settled(torch.optim.SGD, momentum=0.9)

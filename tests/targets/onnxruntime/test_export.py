@@ -114,6 +114,8 @@ def test_one_scale_per_tensor(tmp_path: Path) -> None:
     assert compare(path, module, (torch.randn(3, 3, 8, 8),)).within_a_step
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_float_model_without_capture(tmp_path: Path) -> None:
     model, path = Residual(), tmp_path / "m.onnx"
     model(torch.randn(4, 3, 8, 8))  # statistics of its own
@@ -427,6 +429,8 @@ def test_an_op_without_an_onnx_form(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_large_weights_go_to_a_second_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_module, "EXTERNAL_ABOVE", 100)
     x, path = torch.randn(2, 12), tmp_path / "m.onnx"

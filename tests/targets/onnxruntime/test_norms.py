@@ -69,6 +69,8 @@ def test_queries_that_see_nothing(tmp_path: Path) -> None:
     assert "IsNaN" not in [node.op_type for node in ir.load(path).graph.all_nodes()]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_sum_that_is_quantized_stays_an_add(tmp_path: Path) -> None:
     class Two(Block):
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
