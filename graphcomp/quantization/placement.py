@@ -131,6 +131,7 @@ class _Planner:
         self.left_float: dict[fx.Node, str] = {}
         self.notes: list[str] = []
         self.raised: list[str] = []  # layers with more bits than asked
+        self.streams: dict[tuple[int, int], int] = {}  # bits and bits that were asked for -> how many values
         self.wishes = Wishes(config.residual_bits)
 
     def plan(self) -> Placement:
@@ -156,6 +157,11 @@ class _Planner:
                 f"{', '.join(self.raised)}: {least} bits, as the first and the last quantized layer get at least that "
                 "many: QuantConfig(first_and_last_bits=…)"
             )
+        self.notes.extend(
+            f"{count} value{'s' * (count > 1)} that sums and other ops than products read: {bits} bits in place of "
+            f"{asked}: QuantConfig(residual_bits=…)"
+            for (bits, asked), count in self.streams.items()
+        )
         return Placement(tuple(self._sites(spots)), self.left_float, tuple(self.notes))
 
     def _sites(self, spots: Sequence[_Spot]) -> Iterator[Site]:
@@ -416,6 +422,8 @@ class _Planner:
         self.wishes.settle(others)
         for value_, readers in self.readers.items():
             spec, asked, shares = self.wishes.spec(value_), self.wishes.asked(value_), self.wishes.shared(value_)
+            if spec.bits > asked.bits:
+                self.streams[spec.bits, asked.bits] = self.streams.get((spec.bits, asked.bits), 0) + 1
             apart: dict[QuantSpec, list[fx.Node]] = {}
             products: dict[fx.Node, None] = {}
             for wish in self.wishes.of(value_):

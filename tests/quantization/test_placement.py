@@ -147,7 +147,7 @@ def test_first_and_last_layer_have_eight_bits():
     assert bits["conv2d"] == bits["linear"] == 8
     assert {bits[f"conv2d_{k}"] for k in range(1, 5)} == {4}
     assert [note for note in placement.notes if "8 bits, as the first and the last quantized layer" in note]
-    assert not placed(*residual(), replace(config, first_and_last_bits=4)).notes
+    assert not placed(*residual(), replace(config, first_and_last_bits=4, residual_bits=4)).notes
 
 
 def test_ignored_layers_stay_float():
