@@ -458,6 +458,8 @@ def test_scope_that_is_no_submodule():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_integers_of_a_model_in_another_dtype(dtype):
     """Its activations cannot be stored as integers, and it says how they can; its weights can."""
     model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).to(dtype), torch.randn(3, 6).to(dtype)

@@ -66,6 +66,8 @@ def test_a_result_holds_little_more_than_its_module(name: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"bits": 8}])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_result_lets_go_of_the_model(options: dict[str, Any]) -> None:
     model = net()
     gone = weakref.ref(model)

@@ -46,6 +46,8 @@ WAYS = ["batch norm", "instance norm", "layer norm", "written out"]
 
 
 @pytest.mark.parametrize("how", WAYS)
+@pytest.mark.slow
+@pytest.mark.ci
 def test_units_of_standardized_weights_are_cut(how: str) -> None:
     model = net(how)
     plan = gc.analyze(model, X)

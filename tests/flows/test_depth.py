@@ -239,6 +239,8 @@ def off(graph: Any, plan: Any, data: list[list[Tensor]]) -> float:
 
 
 @pytest.mark.parametrize("name", ["pre-norm", "post-norm", "relu"])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_layers_behind_blocks_are_repaired_and_the_error_on_the_calibration_rows_never_grows(name: str) -> None:
     model, inputs = models()[name]
     generator = torch.Generator().manual_seed(3)

@@ -54,6 +54,8 @@ def error(model: nn.Module, small: nn.Module, x: Tensor) -> float:
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "second_order"])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_repair_of_rounding_is_reported_and_helps(rounding: Any) -> None:
     model, batches = trained()
     before = copy.deepcopy(model.state_dict())

@@ -86,5 +86,7 @@ def test_other_bits_than_asked_for_are_noted():
         ("qat", {"bits": 4, "activation_bits": 6}),
     ],
 )
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_goal_that_is_met_is_not_noted(method, options):
     assert not any("not what the result has" in note for note in compress(method, **options).report.notes)

@@ -174,6 +174,8 @@ def test_graphs_of_pruning(name: str) -> None:
 
 @pytest.mark.parametrize("how", POST_TRAINING)
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow
+@pytest.mark.ci
 def test_graphs_of_post_training_quantization(name: str, how: str) -> None:
     kind, inputs = MODELS[name]
     torch.manual_seed(0)

@@ -156,6 +156,8 @@ FIXES: list[tuple[Any, dict[str, Any], str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("method", "options", "fix", "fixed"), FIXES)
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_proposed_fix_works(method, options, fix, fixed):
     method = [own(), own()] if method == ["own", "own"] else method
     with pytest.raises(gc.PlanError) as caught:

@@ -29,6 +29,8 @@ def prepared(method: Ternary) -> Any:
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 @pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_trained_lowered_saved_and_exported_exactly(tmp_path, granularity, symmetric):
     small = compress(Ternary(granularity, symmetric), bits=2, training={"steps": 8}).eval()
     assert [layer.weight_bits for layer in small.report.layers] == [8, 2, 8]

@@ -89,6 +89,8 @@ class Blocks(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [Thirds, ByShape, Recorded, OneSize, Blocks])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_equal_counts_keep_the_class(kind: type[nn.Module]) -> None:
     model = _uneven(kind())
     x = torch.rand(2, 3, 6, 6) if kind is Blocks else torch.rand(3, 8)

@@ -68,6 +68,8 @@ def test_it_computes_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
+@pytest.mark.ci
 def test_it_computes_the_same_with_hidden_queries_in_mind(name: str) -> None:
     model, inputs = CASES[name]
     torch.testing.assert_close(

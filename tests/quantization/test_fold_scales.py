@@ -187,6 +187,8 @@ def check_finished(fake: fx.GraphModule, inputs: Sequence[Any], tolerance: float
 # ------------------------------------------------------------------------------------------------ the law
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("case", SPLIT, ids=str)
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_finished_graph_is_the_trained_graph(case: tuple[str, str], config: str) -> None:
     name, form = case
     check_finished(*trained(name, CONFIGS[config], form=form), tolerance=1e-5)
@@ -194,6 +196,8 @@ def test_the_finished_graph_is_the_trained_graph(case: tuple[str, str], config: 
 
 @pytest.mark.parametrize("t", [0.7, 1.0, 1.3])
 @pytest.mark.parametrize("case", SPLIT, ids=str)
+@pytest.mark.slow
+@pytest.mark.ci
 def test_exponents_and_bits_from_2_to_16(case: tuple[str, str], t: float) -> None:
     name, form = case
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):

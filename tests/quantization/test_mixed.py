@@ -171,6 +171,8 @@ def error(model: nn.Module, small: nn.Module) -> float:
 
 
 @pytest.mark.parametrize(("limit", "activation_bits"), [("bytes", None), ("bops", "same"), ("bops", 8)])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_budget_is_met_with_a_smaller_error_than_equal_bits(limit: str, activation_bits: int | str | None) -> None:
     model = net()
     options = {"sparsity": 0.0, "activation_bits": activation_bits, "calibration": images(), "progress": False}

@@ -38,6 +38,8 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("build", [residual, encoder])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_raised_and_lowered_again_the_integers_are_the_same(build: Callable[..., Any], name: str) -> None:
     captured = capture(*build())
     flat = captured.inputs.flat()

@@ -101,6 +101,8 @@ def residual(bits: int = 4, activations: int | None = 4) -> tuple[Setting, list[
 
 # ------------------------------------------------------------------------------------------------ laws
 @pytest.mark.parametrize("options", [Reconstruction(steps=0), Reconstruction(seconds=0), Reconstruction(seconds=1e-9)])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_without_steps_or_time_the_start_stays_bit_for_bit(options: Reconstruction) -> None:
     setting, batches = residual()
     before = state(setting.fake)

@@ -130,6 +130,8 @@ def test_nothing_is_left_of_a_file_that_does_not_run(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize(("exact", "default", "said"), [(3.0, 3.0, "3 quantization steps"), (0.1, 9.0, "saturate")])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_file_that_is_off_is_logged(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -733,6 +733,8 @@ def stopping(step):
 
 
 @pytest.mark.parametrize("step", [1, 3, 7, 8, 11, 14, 18, 29])  # every stage, its ends, and the end of a pass
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_run_that_was_cut_short_ends_as_it_would_have(tmp_path, whole, step):
     with pytest.raises(Stopped):
         run(loss=stopping(step), folder=tmp_path)
@@ -942,6 +944,8 @@ def test_a_process_that_was_killed(tmp_path, whole):
         ({"loss": lambda output, batch: output.mean()}, "why:  loss: loss there, <lambda> now"),
     ],
 )
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_folder_of_another_run_is_refused(tmp_path, options, message):
     with pytest.raises(Stopped):
         run(loss=stopping(2), folder=tmp_path)

@@ -58,6 +58,8 @@ def test_it_is_the_same_training():
 
 
 @pytest.mark.parametrize("step", [COOLDOWN + 6, *in_ci(COOLDOWN, COOLDOWN + 1)])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_run_that_was_cut_short_ends_as_it_would_have(tmp_path, step):
     whole = run()
     with pytest.raises(Stopped):

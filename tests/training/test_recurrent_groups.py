@@ -21,6 +21,8 @@ class Recurrent(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [nn.GRU, nn.RNN, nn.LSTM])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_recurrent_group_is_in_the_quantized_graph(kind: type[nn.RNNBase]) -> None:
     model, x = Recurrent(kind), torch.randn(4, 5, 6)
     ready = gc.prepare(model, x, bits=4, quantizer="lsq")

@@ -230,6 +230,8 @@ def test_it_shrinks_once_units_and_bits_are_settled():
     ("base", "options"),
     [(torch.optim.Adafactor, {}), (torch.optim.Adam, {"amsgrad": True}), (torch.optim.Rprop, {})],
 )
+@pytest.mark.slow
+@pytest.mark.ci
 def test_what_an_optimizer_holds_is_cut(base, options):
     """Adafactor's rows and columns among it."""
     ready = ready_of("mlp", bits=(4, 8))

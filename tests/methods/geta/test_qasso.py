@@ -54,6 +54,8 @@ nearest bit."""
     "name", ["residual", "vit", "dense", *slow("encoder", "decoder", "upsample", "unequal", "mlp")]
 )
 @pytest.mark.parametrize("forgetting", ["descent", *slow("uniform")])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_bits_are_in_the_range_after_every_step_from_projection_on(name, forgetting):
     ready = ready_of(name, bits=(2, 8))
     optimizer = qasso(ready, sparsity=0.4, forgetting=forgetting, lr_quant=0.01)

@@ -18,6 +18,8 @@ def trained(name="residual", bits=(4, 8), schedule=SCHEDULE, **options):
 
 
 @pytest.mark.parametrize(("cost", "share"), [("params", 0.5), ("macs", 0.4), ("bops", 0.006), ("bytes", 0.15)])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_budget_holds_for_the_result(cost, share):
     optimizer, report = trained(budget=gc.Budget(**{cost: share}))
     assert getattr(report, cost).ratio <= share
