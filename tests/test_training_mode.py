@@ -144,6 +144,8 @@ def test_a_weight_that_a_hook_computes_hides_no_frozen_norm() -> None:
 
 
 @pytest.mark.parametrize("name", ["frozen by its parent", "dropout behind a condition", "dropout of attention weights"])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_what_follows_the_mode_is_cut(name: str) -> None:
     """Law 2 with dropouts that were put into the graph and norms that stay in eval mode."""
     torch.manual_seed(0)

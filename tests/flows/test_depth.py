@@ -212,6 +212,8 @@ def test_the_layer_in_front_makes_up_for_what_is_linear() -> None:
 
 
 @pytest.mark.parametrize("name", ["pre-norm", "post-norm", "relu"])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_repair_brings_the_outputs_nearer(name: str) -> None:
     model, inputs = models()[name]
     generator = torch.Generator().manual_seed(3)
@@ -302,6 +304,8 @@ def test_compress_leaves_out_the_block_that_matters_least() -> None:
     assert small.report.units_removed == 1 and small.report.units_total == 8
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_whole_layers_go_together_and_keep_the_class() -> None:
     model = Deep().eval()
     small = gc.compress(model, X, prune=("layer",), sparsity=0.25, calibration=batches(), progress=False)

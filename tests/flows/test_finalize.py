@@ -21,6 +21,8 @@ def trained(name: str, sparsity: float = 0.4, **options: object) -> gc.Prepared:
 
 
 @pytest.mark.parametrize("name", ["residual", "decoder", *slow("vit", "encoder", "upsample", "dense")])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_trained_sliced_and_folded_compute_the_same(name):
     ready = trained(name, bits=(4, 8))
     small = gc.finalize(ready)

@@ -58,6 +58,8 @@ class Halves(gc.Method):
         ({"bits": (4, 8)}, "bits=(4, 8) are not what the result has: no layer is quantized"),
     ],
 )
+@pytest.mark.slow
+@pytest.mark.ci
 def test_each_part_that_is_not_met_is_noted(options, note):
     notes = compress(Halves(), **options).report.notes
     assert len(notes) == 1 and notes[0].startswith(note)

@@ -377,6 +377,8 @@ class Gated(nn.Module):
         return self.last(self.gru(torch.tanh(self.first(x)))[0])
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_layers_without_a_closed_form_are_named() -> None:
     torch.manual_seed(0)
     model, batches = Gated().eval(), images(7, 6)

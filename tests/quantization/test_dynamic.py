@@ -153,6 +153,8 @@ def test_ops_know_the_shapes_of_their_results(per_token: bool) -> None:
 # ------------------------------------------------------------------------------------------------ the law
 @pytest.mark.parametrize("word", WORDS)
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_integers_compute_what_the_fake_quant_graph_computes(word: str, sparsity: float) -> None:
     small = compress(word, sparsity=sparsity)
     assert small.report.verified["integers == fake-quant, in steps"] == 0.0
@@ -235,6 +237,8 @@ def test_weights_that_no_kernel_multiplies_leave_the_layer_on_floats(weights: Qu
 
 
 @pytest.mark.parametrize("bits", [3, 4, 5, 8])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_weights_of_few_bits_are_multiplied_as_bytes(bits: int) -> None:
     config = QuantConfig(QuantSpec(bits, granularity="channel"), DYNAMIC, first_and_last_bits=2)
     small = gc.compress(block(), X, sparsity=0.0, quantization=gc.PostTraining(config), progress=False)

@@ -102,6 +102,8 @@ CASES: dict[str, tuple[nn.Module, Any, str]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_layer_that_stays_float_is_named(name: str) -> None:
     model, x, note = CASES[name]
     small = gc.compress(model.eval(), x, sparsity=0, bits=8, calibration=[x])

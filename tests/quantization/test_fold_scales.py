@@ -326,6 +326,8 @@ def test_a_dtype_too_narrow_for_the_codes_is_refused():
 # ------------------------------------------------------------------------------------------------ integers
 @pytest.mark.parametrize("bits", [(8,), range(2, 17)], ids=str)
 @pytest.mark.parametrize("name", ["cnn", "vit", "bert", *slow("residual", "encoder")])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_lowered_and_in_integers(name: str, bits: Sequence[int]) -> None:
     fake, inputs = trained(name, GETA, bits=bits, t=1.3)
     result = from_training(program(fake, inputs), [inputs])

@@ -38,6 +38,8 @@ def test_bytes_are_those_of_the_report(name: str, options: dict[str, int | None]
 
 
 @pytest.mark.parametrize("options", [{"bits": 8}, {"bits": 4, "activation_bits": None}])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_budget_holds_for_the_report(options: dict[str, int | None]) -> None:
     model, inputs = model_of("residual").eval(), batch("residual")
     report = gc.compress(model, inputs, budget=gc.Budget(bytes=0.15), progress=False, **options).report

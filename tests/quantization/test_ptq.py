@@ -223,6 +223,8 @@ def test_compress_cuts_and_quantizes():
 
 @pytest.mark.parametrize("kind", ["uniform", "geta"])
 @pytest.mark.parametrize("make", [residual, *in_ci(encoder)])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_budget_of_bit_operations_counts_the_bits(make: Any, kind: Any) -> None:
     model, x = make()
     weights = QuantSpec(6, kind=kind)
@@ -292,6 +294,8 @@ def test_scope():
 
 
 @pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_saved_and_loaded(tmp_path: Any, bits: int) -> None:
     model, x = encoder()
     small = gc.compress(model, x, bits=bits)

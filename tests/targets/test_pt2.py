@@ -34,6 +34,8 @@ class Named(nn.Module):
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_file_reloads_and_takes_other_batches(tmp_path: Path, batch: int, quantized: bool) -> None:
     model, x = Residual().eval(), torch.randn(batch, 3, 8, 8)
     module = lower(model, x, Quantization(4, 8)) if quantized else model

@@ -334,6 +334,8 @@ def test_a_submodule_is_not_called_on_its_own():
 
 
 @pytest.mark.parametrize("bits", [(4, 8), 8])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_bits_that_quantize_nothing_are_named_with_the_reason(bits: Any) -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:

@@ -49,6 +49,8 @@ class Own(gc.Method):
         (Begun, "a Begun must train the module that begin is called with"),
     ],
 )
+@pytest.mark.slow
+@pytest.mark.ci
 def test_what_is_no_run_of_the_module(begin, message, folder, tmp_path):
     with pytest.raises(gc.PlanError, match=message) as caught:
         compress(Own(begin), folder=tmp_path if folder else None)

@@ -152,6 +152,8 @@ def test_outputs_are_named_by_what_the_model_returns(tmp_path: Path, result: Any
     assert ([v.name for v in graph.inputs], [v.name for v in graph.outputs]) == (["x"], names)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_an_input_that_is_returned_keeps_its_name(tmp_path: Path) -> None:
     class Both(nn.Module):
         def forward(self, x: Tensor) -> Any:
