@@ -13,8 +13,8 @@ from torch import Tensor, fx
 from graphcomp.capture.capture import Captured
 from graphcomp.capture.second_inputs import variants
 from graphcomp.errors import VerificationError, first_line
-from graphcomp.ir.inputs import copies
-from graphcomp.ir.module import leaf_names, tensor_leaves, tensor_names
+from graphcomp.ir.inputs import copies, named_tensors
+from graphcomp.ir.module import tensor_leaves, tensor_names
 from graphcomp.ir.preserve import eval_copy
 from graphcomp.ir.run_nodes import run_tapped
 from graphcomp.native.model import NativeResult
@@ -133,8 +133,7 @@ def check_class(found: NativeResult, small: fx.GraphModule, given: Given, captur
 
 def _that_matter(outputs: Any, captured: Captured) -> list[Tensor]:
     """Return the outputs of a class that the graph returns, too, in its order: the user may have dropped others."""
-    leaves, spec = pytree.tree_flatten(outputs)
-    named = {name: leaf for name, leaf in zip(leaf_names(spec), leaves, strict=True) if isinstance(leaf, Tensor)}
+    named = named_tensors(outputs)
     if not named.keys() >= set(captured.output_names):
         return list(named.values())
     return [named[name] for name in captured.output_names]

@@ -17,8 +17,7 @@ from graphcomp.flows.results import Cut, check_batches, listed
 from graphcomp.ir.graph import all_tensors
 from graphcomp.ir.inputs import first_samples, sample_count
 from graphcomp.ir.module import tensor_names
-from graphcomp.ir.run_nodes import run_tapped
-from graphcomp.numerics.compare import floating_tensors, squared_error
+from graphcomp.ir.run_nodes import output_errors
 from graphcomp.pruning.evidence import arguments_of
 from graphcomp.pruning.repair import Repaired, repair_cut
 from graphcomp.pruning.slice import by_factor, kept_units
@@ -74,16 +73,8 @@ def judge(plan: Analysis, graphs: tuple[fx.GraphModule, fx.GraphModule], batches
         graphs: sliced, and repaired.
         batches: flat inputs; some of the last are used, which a repair short of memory has not seen.
     """
-    sums, norm = [0.0, 0.0], 0.0
     used = first_samples(batches[::-1], JUDGED)
-    for batch in used:
-        wanted = floating_tensors(run_tapped(plan.captured.module, batch))
-        if not wanted:
-            return None
-        for k, graph in enumerate(graphs):
-            error, energy = squared_error(wanted, floating_tensors(run_tapped(graph, batch)))
-            sums[k] += error
-        norm += energy
+    sums, norm = output_errors(plan.captured.module, graphs, used)
     if not math.isfinite(norm) or norm == 0:
         return None
     before, after = (math.sqrt(error / norm) for error in sums)

@@ -83,11 +83,12 @@ def apart(values: T) -> T:
 
 def updates(before: Any, after: Any) -> dict[str, Tensor]:
     """Return what a run made of its inputs: "input <name>" -> tensor, of those with other values than in `before`."""
-    old = _named(before)
-    return {f"input {name}": new for name, new in _named(after).items() if not _same(new, old.get(name))}
+    old = named_tensors(before)
+    return {f"input {name}": new for name, new in named_tensors(after).items() if not _same(new, old.get(name))}
 
 
-def _named(values: Any) -> dict[str, Tensor]:
+def named_tensors(values: Any) -> dict[str, Tensor]:
+    """Return the tensors of nested values by their names; see `leaf_names`."""
     leaves, spec = pytree.tree_flatten(values)
     return {name: leaf for name, leaf in zip(leaf_names(spec), leaves, strict=True) if isinstance(leaf, Tensor)}
 

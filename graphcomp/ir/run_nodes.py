@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from graphcomp.errors import CalibrationError, first_line
 from graphcomp.ir.graph import fetch, source_line
 from graphcomp.ir.preserve import own_inputs, same_buffers, writes
+from graphcomp.numerics.compare import floating_tensors, squared_error
 
 Compute: TypeAlias = Callable[[fx.GraphModule, fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 """From a node and the values of its arguments to the value of the node. An output node has the value it returns."""
@@ -60,6 +61,26 @@ def run_tapped(
     """
     with same_buffers(module), torch.set_grad_enabled(gradients):
         return Run(module, own_inputs(module, inputs), compute).finish(see, instead)
+
+
+def output_errors(
+    reference: fx.GraphModule, graphs: Sequence[fx.GraphModule], batches: Iterable[Sequence[Any]]
+) -> tuple[list[float], float]:
+    """Return Σ ||y - t||² of each graph's floating outputs, and Σ ||t||²; see `squared_error`.
+
+    Args:
+        reference: gives t.
+        graphs: each gives as many outputs of these shapes.
+        batches: flat inputs.
+    """
+    errors, norm = [0.0] * len(graphs), 0.0
+    for batch in batches:
+        wanted, energy = floating_tensors(run_tapped(reference, batch)), 0.0
+        for k, graph in enumerate(graphs):
+            error, energy = squared_error(wanted, floating_tensors(run_tapped(graph, batch)))
+            errors[k] += error
+        norm += energy
+    return errors, norm
 
 
 def failed_at(error: BaseException) -> str:

@@ -27,8 +27,7 @@ from graphcomp.coupling.analysis import Analysis
 from graphcomp.errors import CalibrationError
 from graphcomp.ir.graph import all_tensors, assign, bind, fetch, names_by_tensor
 from graphcomp.ir.preserve import own_inputs, same_buffers
-from graphcomp.ir.run_nodes import Run, refused_batch, run_tapped
-from graphcomp.numerics.compare import floating_tensors, squared_error
+from graphcomp.ir.run_nodes import Run, output_errors, refused_batch
 from graphcomp.numerics.regression import choose_ridge, solve
 from graphcomp.ops.design import design_of
 from graphcomp.pruning.blocks import ADDITIONS, Block, DropBlocks, is_identity, order_of
@@ -116,11 +115,7 @@ class Depth:
         if not self.batches or not chosen:
             return folded
         found = repair_behind(self.plan, folded.graph, folded.changed, self.batches, self.rows)
-        errors = [0.0, 0.0]
-        for batch in self.batches:
-            wanted = floating_tensors(run_tapped(self.module, batch))
-            for k, graph in enumerate((folded.graph, found.graph)):
-                errors[k] += squared_error(wanted, floating_tensors(run_tapped(graph, batch)))[0]
+        errors, _ = output_errors(self.module, (folded.graph, found.graph), self.batches)
         if not errors[1] < errors[0]:
             return folded
         behind = {name: layer for name, layer in found.layers.items() if not math.isinf(layer.ridge)}

@@ -24,8 +24,8 @@ from graphcomp.errors import first_line
 from graphcomp.ir.graph import fetch
 from graphcomp.ir.inputs import sample_count
 from graphcomp.ir.preserve import writes
-from graphcomp.ir.run_nodes import Lockstep, run_tapped
-from graphcomp.numerics.compare import floating_tensors, squared_error
+from graphcomp.ir.run_nodes import Lockstep, output_errors, run_tapped
+from graphcomp.numerics.compare import floating_tensors
 from graphcomp.pruning.repair import LIVE, value_bytes
 from graphcomp.quantization.block_trial import BlockTrial, Data
 from graphcomp.quantization.pieces import pieces_of
@@ -149,13 +149,7 @@ class _Walk:
 
     def _outputs_error(self) -> float:
         """Return ||y - t|| / ||t|| of the model's outputs on the pieces that judge; 0 without outputs of floats."""
-        error = norm = 0.0
-        for k in self.judges:
-            outputs = (
-                floating_tensors(run_tapped(graph, self.pieces[k])) for graph in (self.setting.folded, self.fake)
-            )
-            one, energy = squared_error(*outputs)
-            error, norm = error + one, norm + energy
+        (error,), norm = output_errors(self.setting.folded, [self.fake], [self.pieces[k] for k in self.judges])
         return math.sqrt(error / norm) if norm > 0 else 0.0
 
     # -------------------------------------------------------------------------------------------- blocks
