@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from graphcomp.hf.registry import install as _install
 from graphcomp.quantization import ops as _ops  # noqa: F401  (registers the ops of lowered graphs)
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0.dev0"
 
+_install()
 __path__.append(f"{__path__[0]}/_moved")  # pickles of earlier versions name modules of the root that are gone
 
 __all__ = [

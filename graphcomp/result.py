@@ -18,6 +18,7 @@ from graphcomp.capture.path import Path as SeenPath
 from graphcomp.errors import CheckpointError, ExportError
 from graphcomp.ir.module import WATCHED, tensor_leaves
 from graphcomp.report.report import Report
+from graphcomp.system import listeners
 
 if TYPE_CHECKING:
     from graphcomp.quantization.raising import Raised
@@ -71,6 +72,8 @@ class CompressedModel(nn.Module):
         self._seen: set[Any] = set()
         self.called: tuple[str, ...] = ()
         self.train(module.training)
+        for told in listeners.RESULTS:
+            told(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original model's. A call that takes another path than the example inputs is warned of, once."""

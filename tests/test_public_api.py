@@ -29,6 +29,7 @@ RANKS = [
     {"flows"},
     {"request"},
     {"_moved", "api", "testing"},
+    {"hf"},
     {"__init__"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

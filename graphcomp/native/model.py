@@ -259,16 +259,23 @@ DESCRIBED: tuple[tuple[type[nn.Module], Callable[[Any], dict[str, Any]]], ...] =
 """Class -> what its attributes say of its tensors. `groups` and the like are no description: the forward uses them."""
 
 
+def description(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes of a layer of torch's classes that say what shapes its tensors have; {} of other modules."""
+    describe = next((function for kind, function in DESCRIBED if isinstance(module, kind)), None)
+    return {} if describe is None else describe(module)
+
+
 def _described(before: nn.Module, after: nn.Module) -> dict[str, Any]:
     """Descriptive attributes that no longer fit the tensors of `after`.
 
     A subclass may mean something else by a name: what did not describe `before` is left alone.
     """
-    describe = next((function for kind, function in DESCRIBED if isinstance(before, kind)), None)
-    if describe is None:
-        return {}
-    old, new = describe(before), describe(after)
-    return {name: new[name] for name in new if getattr(before, name, None) == old[name] != new[name]}
+    return redescribed(before, description(before), description(after))
+
+
+def redescribed(module: nn.Module, old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of `new` that take the place of an attribute of `module` that `old` described."""
+    return {name: new[name] for name in new if name in old and getattr(module, name, None) == old[name] != new[name]}
 
 
 # ------------------------------------------------------------------------------------------------ verifying

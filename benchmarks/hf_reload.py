@@ -1,0 +1,193 @@
+"""Cut models of transformers, write them by save_pretrained, load them by from_pretrained in a new process.
+
+    python -m benchmarks.hf_reload                                  # all families, at sparsity 0.3
+    python -m benchmarks.hf_reload --sparsity 0.5 --ranking local --families llama,bert
+
+The families are those of the shared folder: small models with random weights. One process cuts and writes, a second
+one, which imports graphcomp alone, reads. Columns: whether the class stayed; parameters left; size of the section in
+config.json in bytes; whether the loaded model's outputs equal those of the model that was written bit for bit; tokens
+of `generate`, likewise; outputs and section after a second round trip; outputs of a base model (AutoModel) that read
+the folder; whether the loaded model is compressed, written and read again.
+
+The exit code is 1 where a model that was written does not come back equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import graphcomp as gc
+from benchmarks import common
+
+TOKENS = 4
+"""New tokens of `generate`."""
+
+COLUMNS = ("cut", "left", "section", "equal", "generate", "twice", "base", "again")
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """Return the float tensors of an output, in order."""
+    from graphcomp.torch_compat import pytree
+
+    leaves = pytree.tree_leaves(dict(output) if isinstance(output, Mapping) else output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def run(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
+    """Return what the model gives, from one seed."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return tensors(model(**inputs))
+
+
+def tokens(model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+    """Return what `generate` gives; None of a model that cannot."""
+    if not model.can_generate():
+        return None
+    given = {name: value for name, value in inputs.items() if not name.startswith("decoder_")}
+    with torch.no_grad():
+        found: Tensor = model.generate(**given, max_new_tokens=TOKENS, do_sample=False)
+    return found
+
+
+def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    """Whether two lists of tensors are equal bit for bit (NaN equals NaN)."""
+    pairs = list(zip(ours, theirs, strict=False))
+    return len(ours) == len(theirs) and all(torch.equal(a.nan_to_num(7e7), b.nan_to_num(7e7)) for a, b in pairs)
+
+
+def write(name: str, folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Cut one family and write the model, with its inputs and outputs beside the folder."""
+    model, inputs = common.shared_module("hf_families.py").build(name)
+    before = sum(p.numel() for p in model.parameters())
+    try:
+        small = gc.compress(model, (), inputs, **options)
+    except gc.NothingToPrune:
+        return {"cut": "nothing to prune"}
+    if small.form != "native":
+        return {"cut": f"a graph: {small.reason[:60]}"}
+    made = small.module
+    row: dict[str, Any] = {"cut": "class", "left": sum(p.numel() for p in made.parameters()) / before}
+    outputs, generated = run(made, inputs), tokens(made, inputs)
+    try:
+        made.save_pretrained(folder)
+    except gc.CheckpointError as error:
+        return {**row, "equal": f"refused: {error.why[:90]}"}
+    section = json.loads((folder / "config.json").read_text()).get("quantization_config")
+    row["section"] = 0 if section is None else len(json.dumps(section, indent=2))
+    torch.save((type(made).__name__, inputs, outputs, generated), folder / "expected.pt")
+    return row
+
+
+def read(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Load a folder and compare."""
+    import transformers
+
+    kind, inputs, outputs, generated = torch.load(folder / "expected.pt", weights_only=False)
+    load = getattr(transformers, kind).from_pretrained
+    model = load(folder)
+    row: dict[str, Any] = {"equal": same(run(model, inputs), outputs)}
+    row["generate"] = None if generated is None else torch.equal(tokens(model, inputs), generated)
+    model.save_pretrained(folder / "twice")
+    row["twice"] = same(run(load(folder / "twice"), inputs), outputs)
+    texts = [json.loads((place / "config.json").read_text()) for place in (folder, folder / "twice")]
+    row["twice"] = row["twice"] and texts[0].get("quantization_config") == texts[1].get("quantization_config")
+    row["base"] = base(folder, model)
+    small = gc.compress(model, (), inputs, **{**options, "sparsity": 0.2})
+    small.module.save_pretrained(folder / "again")
+    row["again"] = same(run(load(folder / "again"), inputs), run(small.module, inputs))
+    return row
+
+
+def base(folder: Path, model: Any) -> Any:
+    """Return whether AutoModel reads the base model of a folder, tensor for tensor."""
+    import transformers
+
+    found = transformers.AutoModel.from_pretrained(folder)
+    ours = model if type(found) is type(model) else getattr(model, model.base_model_prefix, None)
+    if ours is None:
+        ours = model
+    held = ours.state_dict()
+    names = [name for name in found.state_dict() if name in held]
+    return bool(names) and all(torch.equal(found.state_dict()[name], held[name]) for name in names)
+
+
+def attempt(step: Any, *args: Any) -> dict[str, Any]:
+    """Run one step; an error is a row."""
+    try:
+        found: dict[str, Any] = step(*args)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"}
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", default="", help="names, separated by commas; all by default")
+    parser.add_argument("--sparsity", type=float, default=0.3)
+    parser.add_argument("--ranking", default="")
+    parser.add_argument("--prune", default="")
+    parser.add_argument("--uniform", action="store_true")
+    parser.add_argument("--folder", type=Path, default=None, help="where folders are written; a temporary one by default")
+    parser.add_argument("--read", action="store_true", help="read what another process wrote (this program does so itself)")
+    asked = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    common.shared_module("hf_families.py")
+    options: dict[str, Any] = {"sparsity": asked.sparsity}
+    options |= {"ranking": asked.ranking} if asked.ranking else {}
+    options |= {"prune": tuple(asked.prune.split(","))} if asked.prune else {}
+    options |= {"uniform": True} if asked.uniform else {}
+    if asked.read:
+        for name in asked.families.split(","):
+            print(json.dumps({"name": name, **attempt(read, asked.folder / plain(name), options)}), flush=True)
+        return 0
+    names = asked.families.split(",") if asked.families else list(common.shared_module("hf_families.py").FAMILIES)
+    with tempfile.TemporaryDirectory() as temporary:
+        place = asked.folder or Path(temporary)
+        rows = {name: attempt(write, name, place / plain(name), options) for name in names}
+        written = [name for name in names if (place / plain(name) / "expected.pt").exists()]
+        command = [sys.executable, "-m", "benchmarks.hf_reload", "--read", "--folder", str(place), *sys.argv[1:]]
+        done = subprocess.run(
+            [*command, "--families", ",".join(written)], capture_output=True, text=True, check=False
+        )
+    for line in done.stdout.splitlines():
+        row = json.loads(line)
+        rows[row.pop("name")] |= row
+    print(f"{'':18}" + "".join(f"{column:>9}" for column in COLUMNS))
+    for name, row in rows.items():
+        print(f"{name:18}" + "".join(f"{shown(row.get(column)):>9}" for column in COLUMNS) + f"  {row.get('error', '')}")
+    if done.returncode:
+        print(done.stderr[-2000:])
+    good = [name for name in written if rows[name].get("equal") is True]
+    print(f"{len(good)} of {len(names)} come back bit for bit; {len(written)} were written")
+    return int(len(good) != len(written))
+
+
+def plain(name: str) -> str:
+    """Return a family's name as a folder's."""
+    return name.replace("/", "_")
+
+
+def shown(value: Any) -> str:
+    """Return one cell."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
