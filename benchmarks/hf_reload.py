@@ -139,8 +139,12 @@ def main() -> int:
     parser.add_argument("--ranking", default="")
     parser.add_argument("--prune", default="")
     parser.add_argument("--uniform", action="store_true")
-    parser.add_argument("--folder", type=Path, default=None, help="where folders are written; a temporary one by default")
-    parser.add_argument("--read", action="store_true", help="read what another process wrote (this program does so itself)")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="where folders are written; a temporary one by default"
+    )
+    parser.add_argument(
+        "--read", action="store_true", help="read what another process wrote (this program does so itself)"
+    )
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -159,15 +163,15 @@ def main() -> int:
         rows = {name: attempt(write, name, place / plain(name), options) for name in names}
         written = [name for name in names if (place / plain(name) / "expected.pt").exists()]
         command = [sys.executable, "-m", "benchmarks.hf_reload", "--read", "--folder", str(place), *sys.argv[1:]]
-        done = subprocess.run(
-            [*command, "--families", ",".join(written)], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run([*command, "--families", ",".join(written)], capture_output=True, text=True, check=False)
     for line in done.stdout.splitlines():
         row = json.loads(line)
         rows[row.pop("name")] |= row
     print(f"{'':18}" + "".join(f"{column:>9}" for column in COLUMNS))
     for name, row in rows.items():
-        print(f"{name:18}" + "".join(f"{shown(row.get(column)):>9}" for column in COLUMNS) + f"  {row.get('error', '')}")
+        print(
+            f"{name:18}" + "".join(f"{shown(row.get(column)):>9}" for column in COLUMNS) + f"  {row.get('error', '')}"
+        )
     if done.returncode:
         print(done.stderr[-2000:])
     good = [name for name in written if rows[name].get("equal") is True]

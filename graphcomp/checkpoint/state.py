@@ -19,6 +19,7 @@ from graphcomp.errors import CheckpointError
 from graphcomp.ir.json_values import JSON, damaged, decode, encode
 from graphcomp.ir.module import tensor_names
 from graphcomp.ir.trust import Trust
+from graphcomp.system.listeners import Remade
 from graphcomp.torch_compat import HOOK_PREFIXES, module_table, pytree
 
 MISSING = object()
@@ -218,7 +219,11 @@ def submodule(root: nn.Module, path: Any) -> nn.Module:
 # ------------------------------------------------------------------------------------------------ comparing
 def attributes_of(module: nn.Module) -> dict[str, Any]:
     """The attributes that are not torch's own; of a compiled or wrapped forward, nothing."""
-    return {name: value for name, value in vars(module).items() if name not in INTERNAL and not _is_hook(name)}
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if name not in INTERNAL and not _is_hook(name) and not isinstance(value, Remade)
+    }
 
 
 def _is_hook(name: str) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -23,12 +23,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from graphcomp.errors import CheckpointError, first_line
 from graphcomp.hf.registry import METHOD
 from graphcomp.hf.section import Section, damaged
+from graphcomp.system.listeners import Remade
 from graphcomp.system.threads import one_at_a_time
 
 log = logging.getLogger("graphcomp.hf")
 
 
-class CutConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class CutConfig(QuantizationConfigMixin):
     """graphcomp's section in config.json; in transformers' words a quantization config.
 
     Raises:
@@ -36,7 +37,7 @@ class CutConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(self, quant_method: str = METHOD, **entries: Any) -> None:
-        self.quant_method = quant_method
+        self.quant_method: Any = quant_method
         self.section = Section.of(entries)
 
     @staticmethod
@@ -49,7 +50,7 @@ class CutConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return {"quant_method": self.quant_method, **self.section.to_dict()}
 
 
-class CutModel(HfQuantizer):  # type: ignore[misc]
+class CutModel(HfQuantizer, Remade):
     """Take part where transformers saves and loads a model that was cut. Weights are floats, and may be trained."""
 
     requires_calibration = False
@@ -61,8 +62,8 @@ class CutModel(HfQuantizer):  # type: ignore[misc]
     @property
     def section(self) -> Section:
         """What the model was loaded by, or last saved with."""
-        section: Section = self.quantization_config.section
-        return section
+        assert isinstance(self.quantization_config, CutConfig)
+        return self.quantization_config.section
 
     # -------------------------------------------------------------------------------------------- loading
     def validate_environment(self, *args: Any, **options: Any) -> None:
@@ -97,10 +98,10 @@ class CutModel(HfQuantizer):  # type: ignore[misc]
         for module in model.modules():  # weights are floats: transformers forbids training where this is set
             if isinstance(module, PreTrainedModel):
                 module.config._is_quantized = False
-        model.is_quantized = False
+        vars(model)["is_quantized"] = False
         vars(model).pop("quantization_method", None)
         for inner in _inner(model):
-            inner.hf_quantizer = _quantizer(replace(self.section, architecture=architecture(inner)))
+            vars(inner)["hf_quantizer"] = _quantizer(replace(self.section, architecture=architecture(inner)))
 
     def _check_loaded(self, model: PreTrainedModel) -> None:
         """Raise where transformers filled up tensors that the folder lacks with random numbers.
@@ -177,6 +178,9 @@ def described(model: PreTrainedModel) -> Section:
     from graphcomp import __version__
     from graphcomp.hf.skeleton import cannot_be_written, difference, first_difference, resize
 
+    graph = next((path for path, m in model.named_modules() if isinstance(m, fx.GraphModule)), None)
+    if graph is not None:
+        raise cannot_be_written(model, f"{graph!r} is a graph; folders with integer weights are not built yet")
     _apart(model)
     section = difference(model, built(model))
     section = replace(section, architecture=architecture(model), version=__version__)
@@ -200,14 +204,14 @@ def built(model: PreTrainedModel, config: Any = None) -> PreTrainedModel:
     vars(own).pop("quantization_config", None)
     try:
         with torch.device("meta"):
-            found: PreTrainedModel = _class(model)._from_config(own)
+            build: Callable[[Any], PreTrainedModel] = _class(model)._from_config
+            return build(own)
     except Exception as error:  # of the user's code: a constructor may refuse a config in any way
         from graphcomp.hf.skeleton import cannot_be_written
 
         raise cannot_be_written(
             model, f"its class cannot be built from its config: {type(error).__name__}: {first_line(error)}"
         ) from error
-    return found
 
 
 def architecture(model: PreTrainedModel) -> str:
@@ -283,7 +287,7 @@ def attach(result: Any) -> None:
             known = Section() if before is None else before.section
             own = model is result.module
             section = replace(known, architecture=architecture(model), **(_said(result, known) if own else {}))
-            model.hf_quantizer = _quantizer(section)
+            vars(model)["hf_quantizer"] = _quantizer(section)
 
 
 def _said(result: Any, known: Section) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from graphcomp.errors import CheckpointError
 FORMAT = 1
 """Version of the section that this version of graphcomp writes, and the newest that it reads."""
 
-NEEDS = 'pip install graphcomp, and "import graphcomp" before from_pretrained: without it, sizes of weights do not match'
+NEEDS = (
+    'pip install graphcomp, and "import graphcomp" before from_pretrained: without it, sizes of weights do not match'
+)
 """Sentence of the section for readers who have no graphcomp."""
 
 DIMENSIONS = 8

@@ -260,7 +260,7 @@ DESCRIBED: tuple[tuple[type[nn.Module], Callable[[Any], dict[str, Any]]], ...] =
 
 
 def description(module: nn.Module) -> dict[str, Any]:
-    """Return the attributes of a layer of torch's classes that say what shapes its tensors have; {} of other modules."""
+    """Return the attributes of a layer of torch's that say what shapes its tensors have; {} of other modules."""
     describe = next((function for kind, function in DESCRIBED if isinstance(module, kind)), None)
     return {} if describe is None else describe(module)
 
