@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from tests.hf.models import bert, ids
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -19,6 +23,7 @@ def test_the_python_blocks_one_after_the_other(tmp_path: Path, monkeypatch: pyte
     (
         quick_start,
         repaired,
+        reloaded,
         integers,
         guarded,
         seven_bits,
@@ -44,6 +49,12 @@ def test_the_python_blocks_one_after_the_other(tmp_path: Path, monkeypatch: pyte
     run(repaired)
     errors = names["kept"].report.repairs.values()
     assert errors and all(error.after <= error.before for error in errors)
+
+    with suppress(pytest.skip.Exception):
+        tokens = {"input_ids": ids()}
+        names |= {"bert": bert(), "tokens": tokens}
+        run(reloaded)
+        assert torch.equal(names["again"](**tokens).logits, names["small_bert"](**tokens).logits)
 
     for block in joint, own_loop, shrunk:
         run(block)
