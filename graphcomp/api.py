@@ -40,6 +40,7 @@ from graphcomp.flows.results import (
 )
 from graphcomp.flows.timed import DESIGNS, time_plan
 from graphcomp.flows.timed_budget import timed_budget
+from graphcomp.flows.uniform import Uniform, alike_layers, check_uniform, with_config
 from graphcomp.flows.unmet import unmet
 from graphcomp.flows.vocabulary import trimmed
 from graphcomp.flows.whole import into_whole
@@ -141,6 +142,7 @@ def compress(
     round_to: int = 1,
     budget: Budget | None = None,
     prefer_native: bool = True,
+    uniform: bool = False,
     scope: str | nn.Module = "",
     outputs: str | Sequence[str] | None = None,
     verify: bool = True,
@@ -227,6 +229,11 @@ def compress(
             `chunk`, two lengths in one attribute), keep equally many units of these groups, at the same sparsity. Which
             units stay is chosen group by group; the report names the groups. False: every group by its scores alone.
             One-shot, and where nothing is quantized, as integer weights stand in a graph.
+        uniform: keep equally many units in alike layers, and cut alone what the model's config (of transformers) has an
+            entry for: heads, key heads, widths of feed-forward layers, experts. The config is rewritten, so that
+            `small.module.save_pretrained(folder)` is read without graphcomp, by all that reads configs; the report says
+            which entries, what is left whole for want of one, and why, where the config cannot build the result. One
+            shot, of whole models in floats.
         scope: compress one submodule; the result holds the whole model with that part replaced. In training the loss is
             of the whole model's output, and all its parameters are trained: `requires_grad_(False)` holds those that
             are not to move.
@@ -251,7 +258,7 @@ def compress(
         data=data, loss=loss, folder=folder, training=training, saliency=saliency, ranking=ranking, rounds=rounds,
         repair=repair,
         prune=prune, round_to=round_to, budget=budget, prefer_native=prefer_native, outputs=outputs, verify=verify,
-        measure_latency=measure_latency, progress=progress, seed=seed,
+        measure_latency=measure_latency, progress=progress, seed=seed, uniform=uniform,
     )  # fmt: skip
     scope = _scope(model, scope)
     part = _submodule(model, scope)
@@ -273,7 +280,7 @@ def compress(
     given = {
         "sparsity by module": isinstance(sparsity, Mapping), "budget": budget, "saliency": saliency,
         "round_to": round_to, "prune": prune, "keep_inputs": keep_inputs, "ranking": ranking,
-        "rounds": rounds,
+        "rounds": rounds, "uniform": uniform,
         "prefer_native": prefer_native, "activation_bits": activation_bits, "activations": activations,
         "calibration": calibration,
         "group_size": group_size, "rounding": rounding, "reduce_range": reduce_range, "quantization": quantization,
@@ -396,6 +403,9 @@ def compress(
         activations=activations, calibrated=calibration is not None,
     )  # fmt: skip
     quantization = quantization and _with_names(quantization, part)
+    if uniform:
+        check_uniform(scope, quantization is not None, zeros)
+    alike: Uniform | None = None
     notes = list(check_taken(title, ONE_SHOT - ({"prefer_native"} if quantization is not None else set()), given))
     with show_progress(4, progress) as bar:
         bar.step("capturing and coupling")
@@ -419,6 +429,9 @@ def compress(
         mends = repair is not None and rows is not None and not zeros
         if sparsity or budget is not None or quantization is None:
             prunable = find_prunable(analysis, ignore, keep_inputs, prune)
+            if uniform:
+                alike = alike_layers(analysis, prunable.groups)
+                prunable = alike.of(prunable)
             parts_to_cut = parts_of(analysis.model, prunable.groups, sparsity)
             groups = tuple(group for each in parts_to_cut for group in each.groups)
             notes += prunable.notes
@@ -462,6 +475,10 @@ def compress(
                     )  # fmt: skip
             kept, rounded = in_multiples(kept, scores, round_to, at_most=budget is not None)
             notes += rounded
+            if alike is not None and kept:
+                meter = None if timed is None else timed.meter
+                tied = alike.choose(equal_counts(analysis, kept, scores, budget, ranking, round_to, meter))
+                kept = tied(())
         if repair is not None and rows is None and not zeros and by_factor(kept):
             notes.append("not repaired: no calibration= was given")
         with blaming_inputs(analysis.captured):
@@ -471,9 +488,13 @@ def compress(
                 if prefer_native and kept and not zeros:
                     meter = None if timed is None else timed.meter
                     choose = equal_counts(analysis, kept, scores, budget, ranking, round_to, meter)
+                    choose = choose if alike is None else alike.choose(choose)
                 cut, held = held_by_class(cut, choose)
                 if mends:
                     cut, held = held_by_class(repaired(cut, rows or [], verify=verify))
+                if alike is not None:
+                    held, said_of_config = with_config(analysis, held)
+                    notes += said_of_config
                 small = as_model(cut.noted(*notes), held, measure_latency=measure_latency)
             else:
                 bar.step("cutting, calibrating, lowering and verifying")

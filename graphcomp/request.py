@@ -158,6 +158,7 @@ CHECKS: dict[str, Check] = {
     "speedups": _speedups,
     "outputs": _outputs,
     "prefer_native": check_flag,
+    "uniform": check_flag,
     "trust": _texts,
     "verify": check_flag,
     "measure_latency": check_flag,
@@ -174,7 +175,7 @@ REQUIRED = frozenset(
         "trust", "analysis", "plan", "model", "activations", "group_size", "rounding", "reduce_range", "path",
         "ranking", "rounds",
         "round_to", "verify", "measure_latency", "progress", "seed", "learn_exponent", "recompute",
-        "prefer_native", "logits", "speedups",
+        "prefer_native", "uniform", "logits", "speedups",
     }
 )  # fmt: skip
 """Options for which None is no value."""

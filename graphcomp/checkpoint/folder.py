@@ -176,7 +176,7 @@ def write(
     tensors = {**tensor_names(module), **extra}
     document = {
         "format": FORMAT,
-        "graphcomp": _version(),
+        "graphcomp": package_version(),
         "torch": str(torch.__version__),
         "form": form,
         "reason": reason,
@@ -332,7 +332,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _version() -> str:
+def package_version() -> str:
+    """Return the version of the installed package; "unknown" where it is not installed."""
     try:
         return importlib.metadata.version("graphcomp")
     except importlib.metadata.PackageNotFoundError:

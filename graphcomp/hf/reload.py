@@ -25,6 +25,7 @@ from graphcomp.hf.registry import METHOD
 from graphcomp.hf.section import Section, damaged
 from graphcomp.system.listeners import Remade
 from graphcomp.system.threads import one_at_a_time
+from graphcomp.torch_compat import non_persistent
 
 log = logging.getLogger("graphcomp.hf")
 
@@ -175,7 +176,7 @@ def described(model: PreTrainedModel) -> Section:
     Raises:
         CheckpointError: the section cannot describe the model.
     """
-    from graphcomp import __version__
+    from graphcomp.checkpoint.folder import package_version
     from graphcomp.hf.skeleton import cannot_be_written, difference, first_difference, resize
 
     graph = next((path for path, m in model.named_modules() if isinstance(m, fx.GraphModule)), None)
@@ -183,14 +184,14 @@ def described(model: PreTrainedModel) -> Section:
         raise cannot_be_written(model, f"{graph!r} is a graph; folders with integer weights are not built yet")
     _apart(model)
     section = difference(model, built(model))
-    section = replace(section, architecture=architecture(model), version=__version__)
+    section = replace(section, architecture=architecture(model), version=package_version())
     again = built(model)
     resize(again, Section.of(section.to_dict()))
     if odd := first_difference(model, again):
         raise cannot_be_written(model, odd)
     for name in section.stored:
         owner, _, last = name.rpartition(".")
-        vars(model.get_submodule(owner))["_non_persistent_buffers_set"].discard(last)
+        non_persistent(model.get_submodule(owner)).discard(last)
     return section
 
 

@@ -17,7 +17,7 @@ from graphcomp.errors import CheckpointError
 from graphcomp.hf.section import Section, Value, damaged
 from graphcomp.native.model import description, redescribed
 from graphcomp.native.vocabulary import TRIMMED, become_trimmed
-from graphcomp.torch_compat import refresh_flat_weights
+from graphcomp.torch_compat import buffer_table, module_table, non_persistent, parameter_table, refresh_flat_weights
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 """Modules whose children can go without a trace; in others None takes the place of a child."""
@@ -117,7 +117,7 @@ def _shapes(model: nn.Module, built: nn.Module) -> tuple[dict[str, tuple[int, ..
         own = mine.get(name)
         if own is None:
             owner, _, last = name.rpartition(".")
-            if vars(model.get_submodule(owner))["_parameters"].get(last, tensor) is not None:
+            if parameter_table(model.get_submodule(owner)).get(last, tensor) is not None:
                 raise cannot_be_written(model, f"its config builds a tensor {name!r}, which the model has not")
             shapes[name] = None
         elif own.shape != tensor.shape:
@@ -136,7 +136,7 @@ def _shapes(model: nn.Module, built: nn.Module) -> tuple[dict[str, tuple[int, ..
 
 def _is_recomputed(model: nn.Module, name: str) -> bool:
     owner, _, last = name.rpartition(".")
-    return last in vars(model.get_submodule(owner))["_non_persistent_buffers_set"]
+    return last in non_persistent(model.get_submodule(owner))
 
 
 def _attributes(model: nn.Module, built: nn.Module) -> Iterator[tuple[tuple[str, str], Value]]:
@@ -183,7 +183,7 @@ def resize(built: nn.Module, section: Section, locate: Callable[[str], str | Non
     for name in section.stored:
         if (own := locate(name)) is not None:
             owner, _, last = own.rpartition(".")
-            vars(_module(built, owner))["_non_persistent_buffers_set"].discard(last)
+            non_persistent(_module(built, owner)).discard(last)
     for path, module in _modules(built).items() if section.shapes else ():
         refresh_flat_weights(module)
         vars(module).update(redescribed(module, before[path], description(module)))
@@ -220,7 +220,7 @@ def _remove(built: nn.Module, path: str | None) -> int:
     if not path:
         raise damaged("the whole model is among what is gone")
     if isinstance(parent, CONTAINERS):
-        del vars(parent)["_modules"][name]
+        del module_table(parent)[name]
     else:
         setattr(parent, name, None)
     return 1
@@ -232,8 +232,8 @@ def _resize(built: nn.Module, name: str | None, shape: tuple[int, ...] | None, n
         return 0
     owner, _, last = name.rpartition(".")
     module = _module(built, owner)
-    parameters, buffers = vars(module)["_parameters"], vars(module)["_buffers"]
-    home = parameters if last in parameters else buffers
+    parameters = parameter_table(module)
+    home: dict[str, Any] = parameters if last in parameters else buffer_table(module)
     old = home.get(last)
     if not isinstance(old, Tensor):
         raise damaged(f"{type(built).__name__} has no tensor {name!r:.80}")

@@ -26,6 +26,7 @@ GIVEN: dict[str, Any] = {
     "ranking": {"ranking": "local"},
     "rounds": {"rounds": 2, "ranking": "sensitivity", "calibration": [X]},
     "prefer_native": {"prefer_native": False},
+    "uniform": {"uniform": True, "bits": None},
     "activation_bits": {"activation_bits": 6},
     "activations": {"activations": "dynamic"},
     "calibration": {"calibration": [3 * X]},
@@ -88,11 +89,11 @@ def test_the_tables_hold_every_option_of_compress():
 
 
 REFUSED = {
-    "geta": {"ranking", "rounds", "activations", "group_size", "rounding", "reduce_range", "quantization"},
+    "geta": {"ranking", "rounds", "uniform", "activations", "group_size", "rounding", "reduce_range", "quantization"},
     "hesso": OPTIONS.keys() - UNITS - {"prefer_native"},
-    "qat": {*UNITS, "ranking", "rounds", "activations"},
+    "qat": {*UNITS, "ranking", "rounds", "uniform", "activations"},
     "psgd": OPTIONS.keys() - {"prefer_native"},
-    "pqk": {*UNITS, "ranking", "rounds", "activations"},
+    "pqk": {*UNITS, "ranking", "rounds", "uniform", "activations"},
     "ternary": OPTIONS.keys() - {"prefer_native"},
     "own": OPTIONS.keys() - {"prefer_native"},
     "oneshot": set(),
