@@ -10,8 +10,11 @@ from __future__ import annotations
 import copy
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -59,6 +62,7 @@ class CutModel(HfQuantizer, Remade):
     def __init__(self, quantization_config: CutConfig, **options: Any) -> None:
         super().__init__(quantization_config, **options)
         self.foreign = False
+        self.notes: tuple[str, ...] = ()
 
     @property
     def section(self) -> Section:
@@ -142,15 +146,25 @@ class CutModel(HfQuantizer, Remade):
         """Whether `generate` may compile the model, as any model in floats."""
         return True
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[Any, dict[str, str]]:
         """Bring the section up to date with the model that is being saved, before its config is written.
+
+        A model card and the files of the tokenizer go into the folder where it has none.
+
+        Returns:
+            The `state_dict` that `save_pretrained` was given, and no metadata.
 
         Raises:
             CheckpointError: the section cannot describe the model; nothing is written.
         """
+        from graphcomp.hf.card import complete
+
+        given = _arguments_of_save(sys._getframe(1))
         if not getattr(model, "_hf_peft_config_loaded", False):  # else adapters alone are saved
-            self.refresh(model)
-        return None, {}
+            section = self.refresh(model)
+            if given.get("save_directory") is not None and given.get("is_main_process", True):
+                complete(Path(given["save_directory"]), model.config, section, self.notes)
+        return given.get("state_dict"), {}
 
     def refresh(self, model: PreTrainedModel) -> Section:
         """Compare the model with what its config builds; put the difference into the config.
@@ -158,7 +172,7 @@ class CutModel(HfQuantizer, Remade):
         Raises:
             CheckpointError: the section cannot describe the model.
         """
-        section = replace(described(model), figures=self.section.figures, notes=self.section.notes)
+        section = replace(described(model), figures=self.section.figures)
         self.quantization_config = CutConfig.holding(section)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
@@ -166,6 +180,11 @@ class CutModel(HfQuantizer, Remade):
         if not section.plain:
             model.config.quantization_config = self.quantization_config
         return section
+
+
+def _arguments_of_save(frame: FrameType) -> Mapping[str, Any]:
+    """Return the arguments of `save_pretrained` that transformers hands on to no quantizer; {} of another caller."""
+    return frame.f_locals if frame.f_code.co_name == "save_pretrained" else {}
 
 
 # ------------------------------------------------------------------------------------------------ describing
@@ -287,12 +306,13 @@ def attach(result: Any) -> None:
                 continue  # quantized by another package, which writes the folder
             known = Section() if before is None else before.section
             own = model is result.module
-            section = replace(known, architecture=architecture(model), **(_said(result, known) if own else {}))
-            vars(model)["hf_quantizer"] = _quantizer(section)
+            figures = _figures(result, known) if own else known.figures
+            vars(model)["hf_quantizer"] = _quantizer(replace(known, architecture=architecture(model), figures=figures))
+            vars(model)["hf_quantizer"].notes = tuple(getattr(result.report, "notes", ())) if own else ()
 
 
-def _said(result: Any, known: Section) -> dict[str, Any]:
-    """Return the figures and notes of a report; what was there before the first cut counts as before."""
+def _figures(result: Any, known: Section) -> dict[str, tuple[int, int]]:
+    """Return the figures of a report; what was there before the first cut counts as before."""
     report = result.report.to_dict() if hasattr(result.report, "to_dict") else result.report
     figures = dict(known.figures)
     for name, entry in (("parameters", "params"), ("multiply_accumulates", "macs")):
@@ -300,7 +320,7 @@ def _said(result: Any, known: Section) -> dict[str, Any]:
         if isinstance(pair, Mapping) and {"before", "after"} <= set(pair):
             first = figures.get(name, (int(pair["before"]), 0))[0]
             figures[name] = first, int(pair["after"])
-    return {"figures": figures, "notes": known.notes}
+    return figures
 
 
 def _quantizer(section: Section) -> CutModel:

@@ -39,7 +39,6 @@ class Section:
         stored: buffers that the class recomputes, in the folder since the model has others.
         trimmed: path of a module -> class of a trimmed vocabulary that takes its place.
         figures: name -> (before, after): parameters, multiply-accumulates.
-        notes: what was asked of the compression and not done, for readers.
         version: of the graphcomp that wrote the section.
     """
 
@@ -50,7 +49,6 @@ class Section:
     stored: tuple[str, ...] = ()
     trimmed: Mapping[str, str] = field(default_factory=dict)
     figures: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
     version: str = ""
 
     @property
@@ -74,7 +72,6 @@ class Section:
             "stored": list(self.stored),
             "trimmed": dict(self.trimmed),
             "figures": {name: list(pair) for name, pair in self.figures.items()},
-            "notes": list(self.notes),
         }
 
     @staticmethod
@@ -106,7 +103,6 @@ class Section:
             stored=_texts(data, "stored"),
             trimmed={_text("trimmed", p): _text("trimmed", c) for p, c in _mapping(data, "trimmed").items()},
             figures={_text("figures", n): _pair(n, p) for n, p in _mapping(data, "figures").items()},
-            notes=_texts(data, "notes"),
             version=_text("graphcomp", data["graphcomp"]),
         )
 

@@ -333,3 +333,40 @@ def test_a_damaged_folder_is_refused(tmp_path):
     with pytest.raises(gc.CheckpointError, match=r"belongs into the folder's config.json"):
         llama().save_pretrained(tmp_path / "whole")
         read(tmp_path / "whole", quantization_config=small.config.quantization_config)
+
+
+def tokenizer() -> Any:
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "good", "bad", "film"]
+    model = tokenizers.models.WordLevel({word: k for k, word in enumerate(words)}, unk_token="[UNK]")
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", pad_token="[PAD]")
+
+
+def test_the_folder_has_a_card_and_the_tokenizer_and_a_pipeline_reads_it(tmp_path):
+    bert().save_pretrained(tmp_path / "source")
+    tokenizer().save_pretrained(tmp_path / "source")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "source")
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "source")
+    x = dict(words(["a good film", "a bad film"], return_tensors="pt"))
+    small = gc.compress(model, x, progress=False, **EVEN).module
+    small.save_pretrained(tmp_path / "small")
+    read = transformers.pipeline("text-classification", model=str(tmp_path / "small"))
+    expected = small(**words(["a good film"], return_tensors="pt")).logits.softmax(-1).max()
+    assert read("a good film")[0]["score"] == pytest.approx(float(expected), abs=1e-6)
+    card = (tmp_path / "small" / "README.md").read_text()
+    before, after = section(tmp_path / "small")["figures"]["parameters"]
+    assert f"| {before:,} | {after:,} |" in card and "import graphcomp" in card and "## Notes" in card
+    (tmp_path / "small" / "README.md").write_text("mine")
+    (tmp_path / "small" / "tokenizer.json").write_text("mine")
+    small.save_pretrained(tmp_path / "small")
+    assert {(tmp_path / "small" / name).read_text() for name in ("README.md", "tokenizer.json")} == {"mine"}
+
+
+def test_a_state_dict_that_is_given_is_written(tmp_path):
+    small = small_of(llama)
+    given = {name: 2 * tensor for name, tensor in small.state_dict().items()}
+    small.save_pretrained(tmp_path, state_dict=given)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again.model.norm.weight, 2 * small.model.norm.weight)

@@ -96,7 +96,7 @@ GOOD = Section(shapes={"up.weight": (4, 4)}, attributes={("", "heads"): 2}).to_d
         {"attributes": {":__class__": 2}}, {"attributes": {":a b": 2}}, {"attributes": {":heads": 2**70}},
         {"attributes": None}, {"without": "pool"}, {"without": [3]}, {"stored": {}}, {"trimmed": []},
         {"trimmed": {"up": 3}}, {"figures": {"parameters": [1]}}, {"figures": {"parameters": ["a", "b"]}},
-        {"notes": 3}, {"architecture": 3}, {"graphcomp": None}, {"more": 1},
+        {"architecture": 3}, {"graphcomp": None}, {"more": 1},
     ],
 )  # fmt: skip
 def test_a_damaged_section_is_refused(change):
