@@ -104,10 +104,16 @@ def read(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     texts = [json.loads((place / "config.json").read_text()) for place in (folder, folder / "twice")]
     row["twice"] = row["twice"] and texts[0].get("quantization_config") == texts[1].get("quantization_config")
     row["base"] = base(folder, model)
+    return row | attempt(cut_again, model, inputs, folder, options)
+
+
+def cut_again(model: Any, inputs: Mapping[str, Any], folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Compress the loaded model, write and load it."""
     small = gc.compress(model, (), inputs, **{**options, "sparsity": 0.2})
+    if small.form != "native":
+        return {"again": "graph"}
     small.module.save_pretrained(folder / "again")
-    row["again"] = same(run(load(folder / "again"), inputs), run(small.module, inputs))
-    return row
+    return {"again": same(run(type(model).from_pretrained(folder / "again"), inputs), run(small.module, inputs))}
 
 
 def base(folder: Path, model: Any) -> Any:
