@@ -353,8 +353,8 @@ def test_the_folder_has_a_card_and_the_tokenizer_and_a_pipeline_reads_it(tmp_pat
     small = gc.compress(model, x, progress=False, **EVEN).module
     small.save_pretrained(tmp_path / "small")
     read = transformers.pipeline("text-classification", model=str(tmp_path / "small"))
-    expected = small(**words(["a good film"], return_tensors="pt")).logits.softmax(-1).max()
-    assert read("a good film")[0]["score"] == pytest.approx(float(expected), abs=1e-6)
+    expected = small(**words(["a good film"], return_tensors="pt")).logits.softmax(-1).max().item()
+    assert read("a good film")[0]["score"] == pytest.approx(expected, abs=1e-6)
     card = (tmp_path / "small" / "README.md").read_text()
     before, after = section(tmp_path / "small")["figures"]["parameters"]
     assert f"| {before:,} | {after:,} |" in card and "import graphcomp" in card and "## Notes" in card
