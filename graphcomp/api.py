@@ -22,6 +22,7 @@ from graphcomp.flows.depth import blocks_of, chosen_blocks, without_blocks
 from graphcomp.flows.family import MemberBudget, Once, shared_by
 from graphcomp.flows.finalize import as_trained
 from graphcomp.flows.held import equal_counts, held_by_class
+from graphcomp.flows.kept_class import asks_for_class, integers_in_class, refuse_graph
 from graphcomp.flows.mixed import check_bit_budget, choose_layer_bits
 from graphcomp.flows.one_shot import cut_groups, cut_to_integers
 from graphcomp.flows.repaired import as_batches, checked_samples, cut_again, flat_batches, repaired
@@ -143,6 +144,7 @@ def compress(
     budget: Budget | None = None,
     prefer_native: bool = True,
     uniform: bool = False,
+    keep_class: bool | None = None,
     scope: str | nn.Module = "",
     outputs: str | Sequence[str] | None = None,
     verify: bool = True,
@@ -228,12 +230,16 @@ def compress(
         prefer_native: where the model's class can hold some lengths only as long as they are equal (the parts of one
             `chunk`, two lengths in one attribute), keep equally many units of these groups, at the same sparsity. Which
             units stay is chosen group by group; the report names the groups. False: every group by its scores alone.
-            One-shot, and where nothing is quantized, as integer weights stand in a graph.
+            One-shot, and where the result is of the class: see `keep_class`.
         uniform: keep equally many units in alike layers, and cut alone what the model's config (of transformers) has an
             entry for: heads, key heads, widths of feed-forward layers, experts. The config is rewritten, so that
             `small.module.save_pretrained(folder)` is read without graphcomp, by all that reads configs; the report says
             which entries, what is left whole for want of one, and why, where the config cannot build the result. One
             shot, of whole models in floats.
+        keep_class: what quantizing in one shot returns. True: the model's own class with weights of integers, which
+            `generate`, `save_pretrained` and adapters work on; for quantized weights, and 8-bit activations at run
+            time, of matrices and tables. False: a graph. None: the class for models of transformers where it can hold
+            the integers, else a graph, and the report says why. In floats, the result is of the class either way.
         scope: compress one submodule; the result holds the whole model with that part replaced. In training the loss is
             of the whole model's output, and all its parameters are trained: `requires_grad_(False)` holds those that
             are not to move.
@@ -257,7 +263,8 @@ def compress(
         group_size=group_size, rounding=rounding, reduce_range=reduce_range, quantization=quantization, method=method,
         data=data, loss=loss, folder=folder, training=training, saliency=saliency, ranking=ranking, rounds=rounds,
         repair=repair,
-        prune=prune, round_to=round_to, budget=budget, prefer_native=prefer_native, outputs=outputs, verify=verify,
+        prune=prune, round_to=round_to, budget=budget, prefer_native=prefer_native,
+        keep_class=keep_class, outputs=outputs, verify=verify,
         measure_latency=measure_latency, progress=progress, seed=seed, uniform=uniform,
     )  # fmt: skip
     scope = _scope(model, scope)
@@ -281,7 +288,8 @@ def compress(
         "sparsity by module": isinstance(sparsity, Mapping), "budget": budget, "saliency": saliency,
         "round_to": round_to, "prune": prune, "keep_inputs": keep_inputs, "ranking": ranking,
         "rounds": rounds, "uniform": uniform,
-        "prefer_native": prefer_native, "activation_bits": activation_bits, "activations": activations,
+        "prefer_native": prefer_native, "keep_class": keep_class,
+        "activation_bits": activation_bits, "activations": activations,
         "calibration": calibration,
         "group_size": group_size, "rounding": rounding, "reduce_range": reduce_range, "quantization": quantization,
     }  # fmt: skip
@@ -406,7 +414,9 @@ def compress(
     if uniform:
         check_uniform(scope, quantization is not None, zeros)
     alike: Uniform | None = None
-    notes = list(check_taken(title, ONE_SHOT - ({"prefer_native"} if quantization is not None else set()), given))
+    own_class = quantization is not None and asks_for_class(part, keep_class)
+    idle = {"prefer_native"} if quantization is not None and not own_class else set()
+    notes = list(check_taken(title, ONE_SHOT - idle, given))
     with show_progress(4, progress) as bar:
         bar.step("capturing and coupling")
         once, timed = shared_by(budget), None
@@ -498,6 +508,18 @@ def compress(
                 small = as_model(cut.noted(*notes), held, measure_latency=measure_latency)
             else:
                 bar.step("cutting, calibrating, lowering and verifying")
+                held = None
+                if own_class:
+                    meter = None if timed is None else timed.meter
+                    choose = (
+                        equal_counts(analysis, kept, scores, budget, ranking, round_to, meter)
+                        if by_factor(kept)
+                        else None
+                    )
+                    cut, held = held_by_class(
+                        cut_groups(analysis, kept, groups, verify=False), choose if prefer_native else None
+                    )
+                    kept = cut.kept
                 before = cut_groups(analysis, kept, groups, verify=verify) if mends and by_factor(kept) else None
                 before = before and repaired(before, rows or [], verify=False)
                 batches, said = calibrating(analysis.captured, quantization, None if calibration is None else rows)
@@ -526,7 +548,11 @@ def compress(
                 )
                 cut = cut if before is None else cut.after(before)
                 said = (*said, *integers.notes_since(cut.program))
-                small = as_integers(cut.noted(*notes), integers, said, measure_latency=measure_latency)
+                if held is not None:
+                    held, rounds_off = integers_in_class(cut, held, integers)
+                    refuse_graph(keep_class, held)
+                    said = (*said, *rounds_off)
+                small = as_integers(cut.noted(*notes), integers, said, measure_latency=measure_latency, held=held)
             if timed is not None:
                 bar.step("timing the original and the result")
                 small.report = timed.measured(small, cut.kept)

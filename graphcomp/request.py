@@ -159,6 +159,7 @@ CHECKS: dict[str, Check] = {
     "outputs": _outputs,
     "prefer_native": check_flag,
     "uniform": check_flag,
+    "keep_class": check_flag,
     "trust": _texts,
     "verify": check_flag,
     "measure_latency": check_flag,

@@ -111,11 +111,36 @@ class CompressedModel(nn.Module):
         """Return the fake-quant and the integer graph of a quantized model; None of a float model.
 
         Made anew from the integers at each use, as the fake-quant graph holds each weight in floats.
+
+        Raises:
+            ExportError: the model is of the user's class, and there are no example inputs to capture a graph on, as
+                after `load`.
         """
         from graphcomp.quantization.raising import integer_graph, raised
 
-        graph = integer_graph(self.module)
+        graph = integer_graph(self._in_a_graph(self.example_args, self.example_kwargs))
         return None if graph is None else raised(graph)
+
+    def _in_a_graph(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> nn.Module:
+        """Return the module; of a class with weights of integers, the integer graph of the class.
+
+        Raises:
+            ExportError: the class holds weights of integers, and there are no example inputs.
+            CaptureError, InputError: see `export`.
+        """
+        from graphcomp.native.integers import quantized_tensors
+
+        if self.form != "native" or not quantized_tensors(self.module):
+            return self.module
+        if not args and not kwargs:
+            raise ExportError(
+                "no example inputs",
+                why="a graph is captured from the class, whose weights are integers; a loaded model has none",
+                fix="small.export(path, example_inputs)",
+            )
+        from graphcomp.native.lowered import lowered_again
+
+        return lowered_again(self.module, args, kwargs).module
 
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint folder that `graphcomp.load` rebuilds without the original weights.
@@ -203,7 +228,8 @@ class CompressedModel(nn.Module):
                 why="layers are timed in onnxruntime",
                 fix=f"small.export({str(path.with_suffix('.onnx'))!r}, guard=True), or no guard",
             )
-        self.export_report = write_file(self.module, path, args, kwargs, dynamic, measure=measure, guarded=guard)
+        module = self._in_a_graph(args, kwargs)
+        self.export_report = write_file(module, path, args, kwargs, dynamic, measure=measure, guarded=guard)
         if not isinstance(self.report, Report):
             return
         said = [f"{path.name} {note}" for note in self.export_report.notes if note not in self.report.notes]

@@ -51,19 +51,25 @@ __all__ = [
     "forget_source_with",
     "get_unwrapped",
     "inside_wrapper",
+    "int4_products",
+    "int8_products",
     "int_mm",
     "is_batchedtensor",
     "is_functorch_wrapped_tensor",
     "is_legacy_batchedtensor",
+    "make_wrapper",
     "module_table",
     "non_persistent",
     "number_of_dispatch_modes",
+    "pack_int4",
+    "pack_int8",
     "parameter_table",
     "pytree",
     "refresh_flat_weights",
     "saved_tensors_hooks_disabled",
     "schema_of",
     "sources_go_with_code",
+    "stands_for_others",
     "storage_key",
     "takes_numbers_as_tensors",
     "target_format",
@@ -71,6 +77,7 @@ __all__ = [
     "transforms_active",
     "tree_flatten_spec",
     "version_of",
+    "without_torch_function",
 ]
 
 TESTED = "2.13"
@@ -123,6 +130,32 @@ with bound("torch._C._should_allow_numbers_as_tensors"):
 # `torch.int_mm`, or `torch.mm` of int8 with an int32 result, would do.
 with bound("torch._int_mm"):
     int_mm = torch._int_mm
+
+# Multiply by integer weights, by torch's own kernels for CPUs: codes of eight bits with exact sums, and codes of four
+# bits in bfloat16. No public names: torch offers the kernels through torchao's tensors and
+# torch.compile alone. The layout of what is packed belongs to the kernel.
+with bound("torch.ops.onednn.qlinear_prepack", "torch.ops.onednn.qlinear_pointwise"):
+    pack_int8 = torch.ops.onednn.qlinear_prepack
+    int8_products = torch.ops.onednn.qlinear_pointwise
+with bound("torch._weight_int4pack_mm_for_cpu", "torch._convert_weight_to_int4pack_for_cpu"):
+    int4_products = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+    pack_int4 = torch.ops.aten._convert_weight_to_int4pack_for_cpu.default
+
+# Make a tensor that stands for others: shape, dtype and device of a weight in floats, and integers inside. Subclasses
+# with a memory of their own are made by the public `Tensor.as_subclass`; one without has no public name.
+with bound("torch.Tensor._make_wrapper_subclass"):
+    make_wrapper = Tensor._make_wrapper_subclass
+with bound("torch.utils._python_dispatch.is_traceable_wrapper_subclass"):
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def stands_for_others(tensor: Tensor) -> bool:
+    """Return whether a tensor has no memory of its own, and stands for others that are inside."""
+    return bool(is_traceable_wrapper_subclass(tensor))
+
+
+with bound("torch._C.DisableTorchFunctionSubclass"):
+    without_torch_function = torch._C.DisableTorchFunctionSubclass
 
 # ------------------------------------------------------------------------------------------------ fake tensors
 # Compute shapes and dtypes without data, as torch.export does. The meta device is public, but forgets the device of a

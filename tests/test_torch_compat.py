@@ -53,19 +53,25 @@ from graphcomp.torch_compat import (
     forget_source_with,
     get_unwrapped,
     inside_wrapper,
+    int4_products,
+    int8_products,
     int_mm,
     is_batchedtensor,
     is_functorch_wrapped_tensor,
     is_legacy_batchedtensor,
+    make_wrapper,
     module_table,
     non_persistent,
     number_of_dispatch_modes,
+    pack_int4,
+    pack_int8,
     parameter_table,
     pytree,
     refresh_flat_weights,
     saved_tensors_hooks_disabled,
     schema_of,
     sources_go_with_code,
+    stands_for_others,
     storage_key,
     takes_numbers_as_tensors,
     target_format,
@@ -73,6 +79,7 @@ from graphcomp.torch_compat import (
     transforms_active,
     tree_flatten_spec,
     version_of,
+    without_torch_function,
 )
 
 aten = torch.ops.aten
@@ -246,6 +253,54 @@ def test_int_mm_multiplies_codes_of_eight_bits_to_exact_sums():
         assert found.dtype is torch.int32
         assert torch.equal(found.to(torch.int64), rows.to(torch.int64) @ matrix.to(torch.int64))
     assert int_mm(rows[:1], matrix).shape == (1, 5)
+
+
+def test_packed_codes_of_eight_bits_are_multiplied_by_bytes_to_exact_sums_and_come_back():
+    codes = torch.randint(-127, 128, (5, 300), dtype=torch.int8)
+    rows = torch.randint(0, 128, (3, 300), dtype=torch.uint8)
+    packed, ones = pack_int8(codes, None), torch.ones(5)
+    zeros = torch.zeros(5, dtype=torch.int32)
+    sums = int8_products(rows, 1.0, 64, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+    assert torch.equal(sums.double(), (rows.double() - 64) @ codes.double().t())
+    assert torch.equal(packed.to_dense().t(), codes)
+
+
+def test_packed_codes_of_four_bits_are_multiplied_with_scales_of_groups():
+    codes = torch.randint(-8, 8, (16, 64))
+    scales = torch.stack([torch.full((2, 16), 0.5), torch.zeros(2, 16)], -1).bfloat16()
+    rows = torch.eye(64, dtype=torch.bfloat16)
+    found = int4_products(rows, pack_int4((codes + 8).int(), 1), 32, scales)
+    assert torch.equal(found.double(), codes.double().t() / 2)
+
+
+def test_a_wrapper_shows_a_shape_without_memory_and_functions_reach_the_ops():
+    seen = []
+
+    class Wrapper(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(func)
+            with without_torch_function():
+                return func(*args, **(kwargs or {}))
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return torch.ones(())
+
+        def __tensor_flatten__(self):
+            return [], None
+
+        @staticmethod
+        def __tensor_unflatten__(inner, facts, size, stride):
+            raise AssertionError
+
+    wrapper = make_wrapper(Wrapper, (2, 3), dtype=torch.float16, device="cpu", requires_grad=False)
+    assert (wrapper.shape, wrapper.dtype) == ((2, 3), torch.float16)
+    seen.clear()
+    torch.abs(wrapper)
+    assert seen == [torch.abs, aten.abs.default]
+    assert stands_for_others(wrapper) and not stands_for_others(torch.ones(2)) and not stands_for_others(nn.Parameter())
 
 
 def test_fake_tensors_know_shapes_dtypes_and_devices_without_data():

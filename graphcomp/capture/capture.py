@@ -71,6 +71,7 @@ from graphcomp.torch_compat import (
     forget_shape_environments,
     pytree,
     sources_go_with_code,
+    stands_for_others,
     version_of,
 )
 
@@ -157,6 +158,7 @@ def capture(
     _check_is_plain(model)
     args, kwargs = copies(example_arguments(example_inputs, example_kwargs))
     _check_initialized(model)
+    _check_is_memory(model)
     in_training = model.training
     outside = Outside()
     if scope:
@@ -325,6 +327,18 @@ def _check_initialized(model: nn.Module) -> None:
             at=lazy[0],
             why="lazy modules get their shapes in the first forward pass",
             fix="run the model once before compressing it",
+        )
+
+
+def _check_is_memory(model: nn.Module) -> None:
+    """Raise InputError for a weight that has no memory of its own, and stands for other tensors."""
+    standing = {name: type(p).__name__ for name, p in model.named_parameters() if stands_for_others(p)}
+    for name, kind in standing.items():
+        raise InputError(
+            f"{type(model).__name__} is quantized already" if kind == "QuantizedTensor" else f"a weight is a {kind}",
+            at=name,
+            why=f"the weight is a {kind}, which stands for other tensors, and has no elements to cut or to round",
+            fix="compress the float model",
         )
 
 

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from graphcomp.checkpoint.integers import are_facts
 from graphcomp.errors import CheckpointError
 from graphcomp.ir.json_values import damaged
 
-FORMAT = 1
+FORMAT = 2
+"""The newest format that is read. Format 2 has weights of integers in a class; all else is written as format 1."""
 CHECKSUM = "document_sha256"
 """Key of the checksum. Documents of versions up to 0.1 have none."""
 
@@ -100,7 +102,7 @@ def check_fields(document: Document) -> Document:
     Raises:
         CheckpointError: a field is missing or of another kind.
     """
-    document = {"tensors": None, "modules": None, "plain": [], "inside_attributes": [], **document}
+    document = {"tensors": None, "modules": None, "plain": [], "inside_attributes": [], "integers": {}, **document}
     for name, fits in FIELDS.items():
         if name not in document:
             raise damaged(f"{name!r} is missing")
@@ -180,5 +182,6 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "inside_attributes": _is_names,
     "tensors_sha256": _is_text,
     "tensors": _or_none(lambda value: _each(value, dict, _is_kind)),
+    "integers": lambda value: _each(value, dict, are_facts),
 }
 """Field -> whether it can have that value."""

@@ -30,6 +30,7 @@ from torch import Tensor, fx, nn
 from graphcomp.arguments import check_path
 from graphcomp.checkpoint import recipe
 from graphcomp.checkpoint.document import FORMAT, Document, check_fields, parsed, written
+from graphcomp.checkpoint.integers import put_together, taken_apart
 from graphcomp.checkpoint.names import MAIN, class_path
 from graphcomp.checkpoint.state import Decoder, replace_tensors, submodule
 from graphcomp.errors import CheckpointError
@@ -173,9 +174,10 @@ def write(
     folder = _absolute(folder)
     _check_target(folder)
     structure, extra, needs = _structure(module)
-    tensors = {**tensor_names(module), **extra}
+    tensors, integers = taken_apart({**tensor_names(module), **extra})
     document = {
-        "format": FORMAT,
+        "format": FORMAT if integers else 1,
+        "integers": integers,
         "graphcomp": package_version(),
         "torch": str(torch.__version__),
         "form": form,
@@ -424,7 +426,7 @@ def read(
             _finish(folder)
         with locked(folder, shared=True):
             document = check_fields(parsed(folder / DOCUMENT))
-            tensors = _read_tensors(folder / TENSORS, document, device)
+            tensors = put_together(_read_tensors(folder / TENSORS, document, device), document["integers"])
     except OSError as error:
         raise CheckpointError(f"cannot read {folder}", why=f"{type(error).__name__}: {error}") from error
     skeleton = None if document["graph_at"] == "" else _skeleton(folder, document, model_factory, trusted)
@@ -623,7 +625,7 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor], document: Document) 
     new: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
         if name in there and (prefix is None or not name.startswith(prefix)):
-            if (name in document["parameters"]) != isinstance(there[name], nn.Parameter):
+            if isinstance(tensor, nn.Parameter) != isinstance(there[name], nn.Parameter):
                 raise damaged(f"the tensor '{name}' is a parameter on one side alone")
             new[id(there[name])] = tensor
             assign(module, name, tensor)

@@ -372,24 +372,38 @@ def calibrating(
 
 
 @one_at_a_time
-def as_integers(cut: Cut, integers: Program, notes: Sequence[str], *, measure_latency: bool) -> CompressedModel:
+def as_integers(
+    cut: Cut, integers: Program, notes: Sequence[str], *, measure_latency: bool, held: NativeResult | None = None
+) -> CompressedModel:
     """The cut model with integer weights.
 
     Args:
         integers: lowered.
         notes: what was asked and not done in quantizing.
+        held: the user's class with weights of integers, or why it cannot hold them; None: a graph is asked for.
     """
     assert integers.lowered is not None
     cut = cut.proved(integers.verified, integers.unchecked)
     left = _left_float(integers.left_float)
-    report = _quantized_report(cut, (*notes, *_replaced_notes(cut.plan.captured), *left), integers)
-    module = integers.module
+    module: nn.Module = integers.module
+    form, reason = "graph", "integer weights and quantize nodes stand in a graph"
+    if held is not None and held.module is not None:
+        module, form, reason = held.module, "native", ""
+        same = {} if math.isnan(held.error) else {"native == integer graph": held.error}
+        cut = cut.proved(same, {"native == integer graph": held.silent} if not same else {})
+    elif held is not None:
+        reason = held.reason
+        notes = (*notes, f"a graph, not the model's own class: {reason}")
+    replaced = _replaced_notes(cut.plan.captured) if form == "graph" else []
+    report = _quantized_report(cut, (*notes, *replaced, *left), integers)
+    module.train(cut.plan.model.training and form == "native")
     return _model(
         cut,
         module,
         with_latency(report, cut.plan, module) if measure_latency else report,
-        form="graph",
-        reason="integer weights and quantize nodes stand in a graph",
+        form=form,
+        reason=reason,
+        edits=held.edits if held is not None and form == "native" else (),
     )
 
 

@@ -142,6 +142,7 @@ class _Planner:
                 self._embedding(node)
             elif is_fused(node):
                 self._fused(node)
+        self._store_tables_once()
         if self.config.activations is not None or self.config.overrides:
             self._spread()
         position = {node: k for k, node in enumerate(self.graph.nodes)}
@@ -308,6 +309,20 @@ class _Planner:
             self.notes.append(f"{self.label(node)} stays float: ternary embeddings must be symmetric")
             return
         self._weight(table, node, 0, spec)
+
+    def _store_tables_once(self) -> None:
+        """Give layers that multiply a table (a tied head) the codes of the table, unless the layers are named."""
+        for table in [spot for spot in self.weights if any(lookup_of(user) for user in spot.users)]:
+            for other in [spot for spot in self.weights if spot.value is table.value and spot is not table]:
+                named = any(user in self.compute and self.compute[user].named for user in other.users)
+                if other.dim != table.dim or named:
+                    continue
+                table.users.extend(other.users)
+                self.weights.remove(other)
+                self.notes.append(
+                    f"{', '.join(map(self.label, other.users))}: {table.spec.bits} bits, one step per row, as the "
+                    "table that the layer multiplies is stored once: QuantConfig(embeddings=…)"
+                )
 
     def _fused(self, node: fx.Node) -> None:
         spec = self._chosen(node).activations

@@ -27,6 +27,7 @@ GIVEN: dict[str, Any] = {
     "rounds": {"rounds": 2, "ranking": "sensitivity", "calibration": [X]},
     "prefer_native": {"prefer_native": False},
     "uniform": {"uniform": True, "bits": None},
+    "keep_class": {"keep_class": True, "activation_bits": None},
     "activation_bits": {"activation_bits": 6},
     "activations": {"activations": "dynamic"},
     "calibration": {"calibration": [3 * X]},
@@ -89,11 +90,14 @@ def test_the_tables_hold_every_option_of_compress():
 
 
 REFUSED = {
-    "geta": {"ranking", "rounds", "uniform", "activations", "group_size", "rounding", "reduce_range", "quantization"},
+    "geta": {
+        "keep_class", "ranking", "rounds", "uniform", "activations", "group_size", "rounding", "reduce_range",
+        "quantization",
+    },
     "hesso": OPTIONS.keys() - UNITS - {"prefer_native"},
-    "qat": {*UNITS, "ranking", "rounds", "uniform", "activations"},
+    "qat": {"keep_class", *UNITS, "ranking", "rounds", "uniform", "activations"},
     "psgd": OPTIONS.keys() - {"prefer_native"},
-    "pqk": {*UNITS, "ranking", "rounds", "uniform", "activations"},
+    "pqk": {"keep_class", *UNITS, "ranking", "rounds", "uniform", "activations"},
     "ternary": OPTIONS.keys() - {"prefer_native"},
     "own": OPTIONS.keys() - {"prefer_native"},
     "oneshot": set(),
