@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from graphcomp.errors import CheckpointError, first_line
 from graphcomp.hf.registry import METHOD
 from graphcomp.hf.section import Section, damaged
+from graphcomp.native.integers import quantized_tensors
 from graphcomp.system.listeners import Remade
 from graphcomp.system.threads import one_at_a_time
 from graphcomp.torch_compat import non_persistent
@@ -200,7 +201,9 @@ def described(model: PreTrainedModel) -> Section:
 
     graph = next((path for path, m in model.named_modules() if isinstance(m, fx.GraphModule)), None)
     if graph is not None:
-        raise cannot_be_written(model, f"{graph!r} is a graph; folders with integer weights are not built yet")
+        raise cannot_be_written(model, f"{graph!r} is a graph")
+    if integers := quantized_tensors(model):
+        raise cannot_be_written(model, f"{next(iter(integers))!r} holds integers, which such folders cannot hold yet")
     _apart(model)
     section = difference(model, built(model))
     section = replace(section, architecture=architecture(model), version=package_version())
