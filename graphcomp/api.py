@@ -440,7 +440,7 @@ def compress(
         if sparsity or budget is not None or quantization is None:
             prunable = find_prunable(analysis, ignore, keep_inputs, prune)
             if uniform:
-                alike = alike_layers(analysis, prunable.groups)
+                alike = alike_layers(analysis, prunable.groups, round_to)
                 prunable = alike.of(prunable)
             parts_to_cut = parts_of(analysis.model, prunable.groups, sparsity)
             groups = tuple(group for each in parts_to_cut for group in each.groups)

@@ -19,6 +19,7 @@ from graphcomp.ir.module import tensor_leaves
 from graphcomp.ir.preserve import eval_copy
 from graphcomp.native.config import config_edits, config_of, edited, follow_config, shapes_of
 from graphcomp.native.model import NativeResult
+from graphcomp.pruning.multiples import step_of
 from graphcomp.pruning.prunable import Prunable
 from graphcomp.pruning.slice import kept_of_model
 from graphcomp.pruning.ties import Tie, merged
@@ -67,7 +68,7 @@ def check_uniform(scope: str, quantized: bool, zeros: bool) -> None:
 
 
 @one_at_a_time
-def alike_layers(plan: Analysis, groups: Sequence[ChannelGroup]) -> Uniform:
+def alike_layers(plan: Analysis, groups: Sequence[ChannelGroup], round_to: int = 1) -> Uniform:
     """Return the groups that a config can say when they are cut alike, as found by its class's constructor.
 
     Groups are alike that have the same members in other layers (names that differ in numbers). Where one entry of the
@@ -82,7 +83,7 @@ def alike_layers(plan: Analysis, groups: Sequence[ChannelGroup]) -> Uniform:
     if config_of(plan.model) is None:
         note = "uniform=True: alike layers keep equally many units; the model holds no config that could say how many"
         return Uniform(tuple(groups), merged(map(frozenset, kinds.values())), (note,))
-    sayable = [kind for kind in kinds.values() if _edits(plan, kind) is not None]
+    sayable = [kind for kind in kinds.values() if _edits(plan, kind, round_to) is not None]
     rest: dict[Any, list[list[ChannelGroup]]] = {}
     for kind in kinds.values():
         if kind not in sayable:
@@ -90,7 +91,7 @@ def alike_layers(plan: Analysis, groups: Sequence[ChannelGroup]) -> Uniform:
     whole: list[ChannelGroup] = []
     for alike in rest.values():
         together = [group for kind in alike for group in kind]
-        if len(alike) > 1 and _edits(plan, together) is not None:
+        if len(alike) > 1 and _edits(plan, together, round_to) is not None:
             sayable.append(together)
         else:
             whole += together
@@ -99,7 +100,7 @@ def alike_layers(plan: Analysis, groups: Sequence[ChannelGroup]) -> Uniform:
         raise PlanError(
             f"uniform=True leaves nothing of {type(plan.model).__name__} to prune",
             why=_left_whole(whole),
-            fix="without uniform=True: config.json then holds the sizes in a section that graphcomp reads",
+            fix="round_to=8 where the config checks that lengths divide; or no uniform=True: config.json has a section",
         )
     stays = set(whole)
     return Uniform(
@@ -113,9 +114,9 @@ def _kind(group: ChannelGroup) -> Any:
     return group.role, group.size, frozenset(members)
 
 
-def _edits(plan: Analysis, kind: Sequence[ChannelGroup]) -> Any:
-    """Return the entries of the config that build one unit less of each group; None where none do."""
-    step = max(group.multiple for group in kind)
+def _edits(plan: Analysis, kind: Sequence[ChannelGroup], round_to: int) -> Any:
+    """Return the entries of the config that build one unit, or one block of units, less; None where none do."""
+    step = max(step_of(group, round_to) for group in kind)
     if any(group.size <= step for group in kind):
         return None
     kept = {group: torch.arange(group.size - step) for group in kind}

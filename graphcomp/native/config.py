@@ -106,10 +106,11 @@ def edited(config: Any, edits: tuple[ConfigEdit, ...]) -> Any:
 
 
 def built_from(kind: Callable[[Any], nn.Module], config: Any) -> nn.Module | None:
-    """Return a model on the meta device; None where the constructor refuses the config."""
+    """Return a model on the meta device, of the config as a file would hold it; None where class or config refuses."""
     try:
+        read = getattr(type(config), "from_dict", None)  # checks what entries must be to each other, as on loading
         with torch.device("meta"):
-            return kind(copy.deepcopy(config))
+            return kind(copy.deepcopy(config) if read is None else read(config.to_dict()))
     except Exception:  # of the user's code: a constructor may refuse a config in any way
         return None
 

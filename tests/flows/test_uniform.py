@@ -127,3 +127,16 @@ def test_one_entry_for_two_kinds_of_layers(tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     again = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path)
     assert torch.equal(again(**x).logits, small(**x).logits) and again.config.d_ff < 48
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_lengths_that_the_config_checks(tmp_path):
+    x = ids()
+    options: dict[str, Any] = {"sparsity": 0.3, "uniform": True, "prune": ("width",), "progress": False}
+    with pytest.raises(gc.PlanError, match=r"leaves nothing(.|\n)*round_to"):  # the width must divide by the heads
+        gc.compress(llama(), {"input_ids": x}, **options)
+    small = gc.compress(llama(), {"input_ids": x}, **options, round_to=4).module
+    small.save_pretrained(tmp_path)
+    again = need_transformers().AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.hidden_size < 32 and torch.equal(again(x).logits, small(x).logits)
