@@ -21,7 +21,7 @@ from graphcomp.flows.choosing import by_sensitivity, check_rounds
 from graphcomp.flows.depth import blocks_of, chosen_blocks, without_blocks
 from graphcomp.flows.family import MemberBudget, Once, shared_by
 from graphcomp.flows.finalize import as_trained
-from graphcomp.flows.held import equal_counts, held_by_class
+from graphcomp.flows.held import equal_counts, held_by_class, other_units
 from graphcomp.flows.kept_class import asks_for_class, integers_in_class, refuse_graph
 from graphcomp.flows.mixed import check_bit_budget, choose_layer_bits
 from graphcomp.flows.one_shot import cut_groups, cut_to_integers
@@ -222,15 +222,17 @@ def compress(
             the share of the blocks (see `find_blocks`), a budget is met with as few as possible, and calibration or
             data are needed. ("layer",): the blocks that one item of a list of modules makes go together, which the
             model's class can hold.
-        round_to: the number of units kept in each group is a multiple of it. The sparsity is then met to the nearest
-            number of units that is possible, and the report says so.
+        round_to: the lengths of the dims that are cut are multiples of it (a head of 32 dims is one of 8 by itself).
+            The sparsity is then met to the nearest number of units that is possible, and the report says so.
         budget: a target on parameters, MACs, bit operations, bytes or latency instead of `sparsity`. Bit operations
             count the bits that the layers are quantized to. Of latency, the layers are timed on this machine at several
             widths (see `time_layers`), and the result is timed beside the original. In training, see `QASSO`.
         prefer_native: where the model's class can hold some lengths only as long as they are equal (the parts of one
             `chunk`, two lengths in one attribute), keep equally many units of these groups, at the same sparsity. Which
-            units stay is chosen group by group; the report names the groups. False: every group by its scores alone.
-            One-shot, and where the result is of the class: see `keep_class`.
+            units stay is chosen group by group; the report names the groups. Without a budget, a few groups that the
+            class cannot hold cut at all (heads of `nn.MultiheadAttention`) stay whole and others give as many units,
+            with a note. False: every group by its scores alone. One-shot, and where the result is of the class: see
+            `keep_class`.
         uniform: keep equally many units in alike layers, and cut alone what the model's config (of transformers) has an
             entry for: heads, key heads, widths of feed-forward layers, experts. The config is rewritten, so that
             `small.module.save_pretrained(folder)` is read without graphcomp, by all that reads configs; the report says
@@ -499,7 +501,9 @@ def compress(
                     meter = None if timed is None else timed.meter
                     choose = equal_counts(analysis, kept, scores, budget, ranking, round_to, meter)
                     choose = choose if alike is None else alike.choose(choose)
-                cut, held = held_by_class(cut, choose)
+                swaps = choose is not None and budget is None and alike is None and not isinstance(sparsity, Mapping)
+                others = other_units(kept, scores, ranking, round_to) if swaps else None
+                cut, held = held_by_class(cut, choose, others)
                 if mends:
                     cut, held = held_by_class(repaired(cut, rows or [], verify=verify))
                 if alike is not None:

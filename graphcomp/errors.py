@@ -13,6 +13,7 @@ GraphcompError
 ├── PassError             a pass failed in a way that it has no error for: a bug of ours
 ├── CheckpointError       a folder cannot be written or read back
 ├── ExportError           a model cannot be written for, or run by, another runtime
+├── FormError             a graph has no attributes and methods of the model's class
 ├── TorchError            the installed torch lacks a private name that graphcomp uses
 └── NotBuiltError         an option that exists in the design and not yet in the code
 """
@@ -82,6 +83,10 @@ class CheckpointError(GraphcompError):
 
 class ExportError(GraphcompError):
     """A model cannot be written for another runtime, or does not run there."""
+
+
+class FormError(GraphcompError, AttributeError):
+    """A compressed model that is a graph was asked for an attribute or a method of the model's class."""
 
 
 class TorchError(GraphcompError, ImportError):

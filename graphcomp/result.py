@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Mapping
+import types
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +18,7 @@ from graphcomp.arguments import check_dynamic, check_flag, check_path
 from graphcomp.capture.capture import example_arguments
 from graphcomp.capture.path import Branches, branches_of
 from graphcomp.capture.path import Path as SeenPath
-from graphcomp.errors import CheckpointError, ExportError
+from graphcomp.errors import CheckpointError, ExportError, FormError
 from graphcomp.ir.module import WATCHED, tensor_leaves
 from graphcomp.report.report import Report
 from graphcomp.system import listeners
@@ -29,8 +32,47 @@ log = logging.getLogger("graphcomp.compressed")
 Form = Literal["native", "graph"]
 
 
+OF_CLASS = ("config", "generate", "generation_config", "main_input_name", "can_generate")
+"""What libraries ask a model for that only a class has, not a graph."""
+
+
+class _Forward:
+    """The forward of a wrapper: bound to an instance, a method with the signature of the module inside.
+
+    Trainers read the names of a model's inputs off the signature of its forward.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.made: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+    def __get__(self, instance: CompressedModel | None, owner: type | None = None) -> Any:
+        if instance is None:
+            return self.function
+        if torch.compiler.is_compiling():
+            return types.MethodType(self.function, instance)
+        inside = instance.module
+        if inside not in self.made:
+            self.made[inside] = self._like(inside)
+        return types.MethodType(self.made[inside], instance)
+
+    def _like(self, inside: nn.Module) -> Callable[..., Any]:
+        """Return the function with the signature of the forward of a module."""
+        try:
+            inner = inspect.signature(inside.forward)
+        except (TypeError, ValueError):  # a forward that is no function of Python
+            return self.function
+        made: Any = types.FunctionType(self.function.__code__, self.function.__globals__, "forward")
+        made.__doc__ = self.function.__doc__
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        made.__signature__ = inner.replace(parameters=[own, *inner.parameters.values()])
+        return made  # type: ignore[no-any-return]
+
+
 class CompressedModel(nn.Module):
     """A smaller model, called like the original.
+
+    Attributes and methods of the user's class (`config`, `generate`) are those of `module`, where `form` is "native".
 
     Attributes:
         module: the user's own class where that could be verified (`form` "native"), else the sliced graph ("graph").
@@ -75,7 +117,7 @@ class CompressedModel(nn.Module):
         for told in listeners.RESULTS:
             told(self)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original model's. A call that takes another path than the example inputs is warned of, once."""
         path = self.path
         if path is None or torch.compiler.is_compiling() or isinstance(self.module, fx.GraphModule):  # it warns itself
@@ -87,6 +129,35 @@ class CompressedModel(nn.Module):
             result = self.module(*args, **kwargs)
         self._warn(path.left_by(frozenset(branches.taken)))
         return result
+
+    forward = _Forward(_forward)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the module inside has.
+
+        Raises:
+            FormError: a graph was asked for what only the model's class has.
+            AttributeError: nothing of that name.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module" or name.startswith("__"):
+                raise
+        module = self.module  # raises where a copy or a pickle has not come so far
+        if isinstance(module, fx.GraphModule) and name in OF_CLASS:
+            raise FormError(
+                f"the compressed model has no {name!r}: it is a graph, not of the model's class",
+                why=self.reason,
+                fix="call it as the model, or compress with options that keep the class (see `reason`)",
+            )
+        return getattr(module, name)
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the first parameter or buffer; the CPU where there is none."""
+        held = next((t for t in (*self.module.parameters(), *self.module.buffers())), None)
+        return torch.device("cpu") if held is None else held.device
 
     def _watch_sizes(self, path: SeenPath, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Where the model's code compares sizes, look once per set of sizes which branches a call takes."""

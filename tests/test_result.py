@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 from pathlib import Path
@@ -97,3 +98,41 @@ def test_another_suffix_is_no_folder(tmp_path: Path, name: str) -> None:
     assert list(tmp_path.iterdir()) == []
     small.save(tmp_path / name)
     assert torch.equal(gc.load(tmp_path / name)(X), small(X))
+
+
+class Labelled(nn.Module):
+    """Of a library whose trainers read names off signatures, and which has a config and a method of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.config = {"labels": 3}
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        logits = self.down(self.up(x).relu())
+        return {"logits": logits} if labels is None else {"loss": logits.sum() - labels.sum(), "logits": logits}
+
+    def generate(self, x: torch.Tensor) -> torch.Tensor:
+        return self(x)["logits"].argmax(-1)
+
+
+def test_the_wrapper_has_what_the_class_has() -> None:
+    small = gc.compress(Labelled().eval(), X, sparsity=0.5)
+    assert small.form == "native" and small.config == {"labels": 3}
+    assert list(inspect.signature(small.forward).parameters) == ["x", "labels"]
+    assert torch.equal(small.generate(X), small(X)["logits"].argmax(-1))
+    assert small.device == torch.device("cpu")
+    again = pickle.loads(pickle.dumps(small))
+    assert list(inspect.signature(again.forward).parameters) == ["x", "labels"]
+    assert torch.equal(torch.compile(small, backend="eager")(X)["logits"], small(X)["logits"])
+    assert not hasattr(small, "nothing")
+
+
+def test_a_graph_says_what_it_has_not() -> None:
+    labels = torch.zeros(4)
+    small = gc.compress(Labelled().eval(), X, {"labels": labels}, sparsity=0.5, bits=8)
+    assert "labels" in inspect.signature(small.forward).parameters
+    with pytest.raises(gc.FormError, match="generate"):
+        small.generate(X)
+    assert not hasattr(small, "config") and small.device == torch.device("cpu")
+    assert torch.equal(small(X)["logits"], small(X, labels=labels)["logits"])

@@ -137,7 +137,7 @@ def _recorded(captured: Captured, modes: Modes | None, inputs: Inputs, what: str
     model = captured.original
     try:
         with in_modes(model, modes) as copied:
-            recording = record(copied, *copies(inputs))
+            recording = record(copied, *copies(inputs), certain=True)
     except Exception as error:  # of the user's model, or of values that the recorder cannot follow
         log.debug("%s cannot be recorded %s: %s", type(model).__name__, what, error)
         return None

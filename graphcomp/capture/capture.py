@@ -59,6 +59,8 @@ from graphcomp.ir.module_copy import module_copy
 from graphcomp.ir.preserve import HoldParameters, ParameterWritten, eval_copy, same_buffers, writes, written_parameters
 from graphcomp.ir.program import Program
 from graphcomp.ir.rewrite import replace_node
+from graphcomp.ir.run_nodes import failed_at
+from graphcomp.ir.shapes import run_shapes
 from graphcomp.numerics.compare import relative_error, tolerance_of
 from graphcomp.system.files import folder_of
 from graphcomp.system.threads import in_this_thread, one_at_a_time, stderr_held
@@ -232,7 +234,9 @@ class _Traced:
 
 def _traced(model: nn.Module, args: Args, kwargs: Kwargs, dynamic: bool, more: Sequence[Collection[int]]) -> _Traced:
     try:
-        return _Traced(*_export(model, args, kwargs, dynamic, more), kwargs)
+        exported = _Traced(*_export(model, args, kwargs, dynamic, more), kwargs)
+        _check_lengths_of_data(exported.module)
+        return exported
     except Exception as error:  # export has no base class for its refusals
         found = _without_cache(model, args, kwargs, dynamic) if _about_cache(error) else None
         if found is not None:
@@ -240,6 +244,17 @@ def _traced(model: nn.Module, args: Args, kwargs: Kwargs, dynamic: bool, more: S
         traced = _Traced(*_record(model, args, kwargs, error), kwargs, "record", _refusal(error))
         log.info("%s was recorded, as torch.export refused it: %s", type(model).__name__, traced.reason)
         return traced
+
+
+def _check_lengths_of_data(module: fx.GraphModule) -> None:
+    """Raise CaptureError where lengths are read off data and the graph holds ops whose sizes nothing can tell then:
+    no pass could be checked on such a graph."""
+    if any(node.target is torch.ops.aten.item.default for node in module.graph.nodes):
+        try:
+            run_shapes(module)
+        except Exception as error:  # whatever an op raises that cannot take such a length
+            why = f"lengths depend on data, and an op cannot take them: {type(error).__name__}"
+            raise CaptureError(why, at=failed_at(error), why=str(error)) from error
 
 
 def _second_call(model: nn.Module, captured: CapturedModule, args: Args, kwargs: Kwargs) -> str:

@@ -14,7 +14,7 @@ import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
 from types import CodeType
@@ -31,6 +31,7 @@ from graphcomp.errors import CaptureError
 from graphcomp.ir.calling import calling_convention
 from graphcomp.ir.graph import frame_text
 from graphcomp.ir.module import canonical_names, leaf_names, tensor_names
+from graphcomp.numerics.chance import drawing_nothing
 from graphcomp.system.files import folder_of
 from graphcomp.torch_compat import FakeTensorMode, TorchDispatchMode, pytree, schema_of, storage_key
 
@@ -61,12 +62,13 @@ class Recording:
     output_names: tuple[str, ...]
 
 
-def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Recording:
+def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, certain: bool = False) -> Recording:
     """Run `model` once, without gradients, and write down every op.
 
     Args:
         model: in the mode it is to be recorded in.
         args, kwargs: example inputs. An in-place op of the model on an input happens to the caller's tensor.
+        certain: write down what stands for a random op where random ops are made certain, as masks of dropout of ones.
 
     Returns:
         placeholder nodes for the leaves of the inputs, get_attr nodes under the model's own names (constants made
@@ -82,7 +84,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     names = argument_names(model, args, kwargs)
     for name, leaf in zip(leaf_names(in_spec), in_leaves, strict=True):
         recorder.add_input(_input_name(name, names), leaf)
-    with op_by_op(), recorder.sites.following(), recorder:
+    with op_by_op(), recorder.sites.following(), recorder, drawing_nothing() if certain else nullcontext():
         outputs = model(*args, **kwargs)
     output_names, out_spec = recorder.add_outputs(outputs)
     # a model without inputs in its graph would need no calling convention, but it keeps one, as export does

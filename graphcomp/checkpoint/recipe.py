@@ -35,6 +35,7 @@ from graphcomp.checkpoint.state import INTERNAL, MISSING, Decoder, Encoder, Twin
 from graphcomp.errors import CheckpointError
 from graphcomp.ir.json_values import damaged, decode, encode
 from graphcomp.ir.module import tensor_names
+from graphcomp.ir.settings import OwnSettings, ints_of, is_settings, with_own
 from graphcomp.ir.trust import EVERYTHING, Trust
 from graphcomp.native.vocabulary import TrimmedEmbedding, TrimmedLinear, trim_as
 from graphcomp.torch_compat import MODULE_HOOKS, buffer_table, module_table, non_persistent, parameter_table, pytree
@@ -457,6 +458,10 @@ def differing_attributes(
     twins, fresh = Twins(built, model), dict(built.named_modules())
     for path, module in _tree(model, graph_at).items():
         for name, value in attributes_of(module).items():
+            if type(value) is OwnSettings:
+                own = vars(value)
+                found += [(path, f"{name}.{inner}", encoder.encode(n, type(module))) for inner, n in own["own"].items()]
+                value = own["shared"]
             if twins.alike(vars(fresh[path]).get(name, MISSING), value):
                 continue
             try:
@@ -475,8 +480,16 @@ def apply_attributes(model: nn.Module, attributes: Attributes, decoder: Decoder)
     """
     for path, name, value in attributes:
         module = submodule(model, path)
-        _check_settable(module, name)
-        vars(module)[name] = decoder.decode(value, type(module))
+        holder, _, inner = name.rpartition(".")
+        _check_settable(module, holder or name)
+        found = decoder.decode(value, type(module))
+        if not holder:
+            vars(module)[name] = found
+            continue
+        settings = vars(module).get(holder)
+        if type(found) is not int or not is_settings(settings) or inner not in ints_of(settings):
+            raise damaged(f"{name!r:.100} of {type(module).__name__} is stored as a number of its settings")
+        vars(module)[holder] = with_own(settings, inner, found)
 
 
 def _check_settable(module: nn.Module, name: str) -> None:

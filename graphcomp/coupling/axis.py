@@ -271,13 +271,34 @@ def _align(a: Sequence[Axis], b: Sequence[Axis]) -> tuple[list[tuple[Axis, Axis]
             xs.insert(0, outer[0][1])
             ys.insert(0, outer[1][1])
         else:
-            (block_x, xs), (block_y, ys) = _block([x, *xs], [y, *ys])
+            xs, ys = [x, *xs], [y, *ys]
+            pairs += _inner_pairs(xs, ys)
+            (block_x, xs), (block_y, ys) = _block(xs, ys)
             blocks_a.append(product(*block_x))
             blocks_b.append(product(*block_y))
     if xs or ys:  # only with symbolic lengths, whose totals may not be seen to agree
         blocks_a.append(product(*xs))
         blocks_b.append(product(*ys))
     return pairs, blocks_a, blocks_b
+
+
+def _inner_pairs(xs: list[Axis], ys: list[Axis]) -> list[tuple[Axis, Axis]]:
+    """Take what agrees off the inner ends, where a symbolic length outside of it cannot be divided: the heads and their
+    dims stay apart from a sequence that is padded to whole chunks."""
+    pairs: list[tuple[Axis, Axis]] = []
+    while len(xs) > 1 and len(ys) > 1 and not all(isinstance(length(axis), int) for axis in (*xs, *ys)):
+        x, y = xs[-1], ys[-1]
+        if length(x) != length(y):
+            swapped = divide(length(x), length(y)) is None
+            longer, n = (y, length(x)) if swapped else (x, length(y))
+            outer = divide(length(longer), n)
+            parts = None if outer is None else _try_split(longer, outer)
+            if parts is None:
+                break
+            (ys if swapped else xs)[-1:] = parts
+            continue
+        pairs.append((xs.pop(), ys.pop()))
+    return pairs
 
 
 def _outside_of_both(x: Axis, y: Axis) -> tuple[tuple[Axis, Axis], tuple[Axis, Axis]] | None:

@@ -145,6 +145,8 @@ def find_groups(coupling: Coupling) -> tuple[ChannelGroup, ...]:
             freeze(factor, _NOT_MADE)
             continue
         role = _role(factor, factor in nested)
+        if role == "width" and "head" in factor.marks and not _is_written_behind(coupling, found_in):
+            role = "group" if factor in nested else "head"
         name = _name(role, found_in)
         names[name] += 1
         unique = name if names[name] == 1 else f"{name}#{names[name]}"
@@ -343,6 +345,22 @@ def _is_stream(marks: frozenset[str], nested: bool) -> bool:
     if "residual" in marks:
         return "normalized" in marks
     return {"conv", "layer_norm"} <= marks and not nested and not marks & {"head", "expert"}
+
+
+def _is_written_behind(coupling: Coupling, members: Sequence[Member]) -> bool:
+    """Return whether a matrix adds to units that a matrix before has read, as in a stream between residual blocks.
+
+    What heads of a state space add to their inputs is read behind all of them.
+    """
+    reads = {member.name for member in members if member.consumes and _is_matrix(member)}
+    writes = {member.name for member in members if not member.consumes and _is_matrix(member)}
+    has_read = False
+    for node in coupling.calls:
+        names = {coupling.first_names[name] for n in node.all_input_nodes for name in coupling.sources.get(n, ())}
+        if has_read and names & writes:
+            return True
+        has_read = has_read or bool(names & reads)
+    return False
 
 
 def _name(role: Role, members: Sequence[Member]) -> str:

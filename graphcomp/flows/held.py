@@ -10,32 +10,44 @@ from typing import TypeAlias
 from graphcomp.cost import CostModel
 from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.groups import ChannelGroup, Kept
+from graphcomp.errors import BudgetError
 from graphcomp.flows.one_shot import cut_groups
 from graphcomp.flows.results import Cut
 from graphcomp.native.model import NativeResult, native
-from graphcomp.pruning.allocation import Budget, Meter, Scope, normalized
+from graphcomp.pruning.allocation import Budget, Meter, Scope, allocate, normalized
 from graphcomp.pruning.evidence import Scores
+from graphcomp.pruning.multiples import in_multiples
 from graphcomp.pruning.ties import Left, Tie, equalized, merged
 from graphcomp.system.threads import one_at_a_time
 
 Choose: TypeAlias = Callable[[Sequence[Tie]], Kept]
 """Ties -> the units that stay, equally many of the groups of each tie."""
 
+Others: TypeAlias = Callable[[frozenset[ChannelGroup]], Kept]
+"""Groups that stay whole -> the units that stay of the others."""
+
 MAX_ROUNDS = 8  # choices with more and more ties
 SHOWN = 3  # ties that a note names
+NAMED = 8  # groups that a note names
+
+LEFT_WHOLE = 0.25
+"""Largest share of the removed units that may come back, and others go, where a class cannot hold a cut of them."""
 
 
 @one_at_a_time
-def held_by_class(cut: Cut, choose: Choose | None = None) -> tuple[Cut, NativeResult]:
+def held_by_class(cut: Cut, choose: Choose | None = None, others: Others | None = None) -> tuple[Cut, NativeResult]:
     """Return the cut and the model of the user's class that holds the cut; no module, and the reason, where none does.
 
     Args:
         choose: makes another choice of units, for a class that can hold lengths only as long as they are equal. The
             cut that is returned is of that choice, where the choice keeps the class.
+        others: makes a choice without groups that the class can hold whole alone; they stay whole where they are few.
     """
     found = native(cut.plan, cut.kept, cut.graph)
     if found.module is None and choose is not None:
         cut, found = _tied(cut, found, choose)
+    if found.module is None and others is not None:
+        cut, found = _with_some_whole(cut, found, others)
     if found.module is None:
         found = replace(found, reason=found.reason + _what_keeps_the_class(cut, found))
     return cut, found
@@ -87,6 +99,53 @@ def _tied(cut: Cut, found: NativeResult, choose: Choose) -> tuple[Cut, NativeRes
     if ties:
         return cut, replace(latest, reason=f"with equal counts of {len(ties)} sets of groups, too: {latest.reason}")
     return cut, found
+
+
+def _with_some_whole(cut: Cut, found: NativeResult, others: Others) -> tuple[Cut, NativeResult]:
+    """Return a cut without the groups that the class cannot hold cut, where they are few; else what was given."""
+    gone = {group: group.size - len(units) for group, units in cut.kept.items()}
+    removed = sum(gone.values())
+    for whole in found.suspects:
+        if sum(gone[group] for group in whole) > LEFT_WHOLE * removed:
+            continue
+        rest = others(frozenset(whole))
+        less = cut_groups(cut.plan, rest, cut.groups, verify=False)
+        held = native(cut.plan, rest, less.graph, explain=False)
+        if held.module is None:
+            continue
+        if cut.program.verified or cut.program.unchecked:
+            less = cut_groups(cut.plan, rest, cut.groups, verify=True)
+        now = sum(group.size - len(units) for group, units in rest.items())
+        fewer = "" if now == removed else f"; {now} units go, not {removed}"
+        names = ", ".join(group.name for group in whole[:NAMED]) + (
+            f" and {len(whole) - NAMED} more" * (len(whole) > NAMED)
+        )
+        note = f"left whole, as {type(cut.plan.model).__name__} cannot hold them cut: {names}{fewer} ({found.reason})"
+        return replace(less, notes=(*cut.notes, note)), held
+    return cut, found
+
+
+def other_units(kept: Kept, scores: Scores, ranking: Scope, round_to: int) -> Others:
+    """Return a function from groups that are to stay whole to a choice of as many units of the other groups.
+
+    Where the others have not as many to give, and without scores, they lose what they lose in `kept`.
+    """
+
+    def choose(whole: frozenset[ChannelGroup]) -> Kept:
+        rest = {group: units for group, units in kept.items() if group not in whole}
+        removed = sum(group.size - len(units) for group, units in kept.items())
+        total = sum(group.size for group in rest)
+        if removed >= total or not rest.keys() <= scores.keys():
+            return rest
+        try:
+            found = allocate(
+                list(rest), scores, sparsity=removed / total, scope=ranking, round_to=round_to, nearest=True
+            )
+        except BudgetError:
+            return rest
+        return in_multiples(found, scores, round_to)[0]
+
+    return choose
 
 
 def _what_keeps_the_class(cut: Cut, found: NativeResult) -> str:

@@ -1,1 +1,1 @@
-"""transformers: models that were cut are saved and loaded by its own `save_pretrained` and `from_pretrained`."""
+"""transformers: models that were cut are saved, loaded and compared in its own ways."""

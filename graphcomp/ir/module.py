@@ -103,17 +103,33 @@ class CapturedModule(fx.GraphModule):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the model, defaults included. Numbers, flags and words may be left out, and must else be those that it was
         captured with: they are fixed in the graph. So is what the model computed from sizes: where these are others, a
-        warning is logged, once.
+        warning is logged, once. Labels may be left out: losses are None then.
 
         Raises:
             InputError: a number, flag or word is another, or an argument is given that the model was captured without.
         """
         if torch.compiler.is_compiling() and len(args) + len(kwargs) == self.argument_count:
             return super().__call__(*args, **kwargs)
+        without = self._without_labels(args, kwargs)
+        if without is not None:
+            return without[0]
         args, kwargs = self._as_captured(args, kwargs)
         if not torch.compiler.is_compiling():
             self._check_inputs(args, kwargs)
         return super().__call__(*args, **kwargs)
+
+    def _without_labels(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
+        """What a call without labels returns; None of a call that is complete, or lacks more."""
+        info = getattr(codegen_of(self.graph), "pytree_info", None)
+        given = (*args, *kwargs.values())
+        if info is None or (len(given) >= self.argument_count and not any(value is None for value in given)):
+            return None
+        bound = {name: v for name, v in bind_call(self.graph, args, kwargs).items() if v is not None}
+        if bound.keys() == set(info.orig_args):
+            return None
+        from graphcomp.ir.left_out import run_without
+
+        return run_without(self, bound)
 
     def _as_captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments that the graph takes: constants may be left out, and defaults be given."""

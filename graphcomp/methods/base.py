@@ -29,7 +29,7 @@ class Goal:
         activation_bits: bits of activations, a number or a range; "same" as `bits`; None: activations stay float.
         start: post-training quantization that training starts from; None where bits are learned.
         saliency: how units are ranked; None: as the method has it.
-        round_to: the number of units kept of each group is a multiple of it.
+        round_to: the lengths of the dims of each group are multiples of it.
         prune: roles of groups whose units may go; None: the default.
         ignore: modules that keep their width and stay float.
     """

@@ -25,10 +25,12 @@ from graphcomp.coupling.axis import Axis, Concat, Factor, Product, kept_length, 
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.ir.graph import source_line
 from graphcomp.ir.preserve import eval_copy
+from graphcomp.ir.settings import ints_of, is_settings, with_own
 from graphcomp.system.files import folder_of
 
 Site: TypeAlias = tuple[str, str, int | None]
-"""Path of a module, name of its attribute, position in it where it is a tuple or list of ints."""
+"""Path of a module, name of its attribute, position in it where it is a tuple or list of ints. A number in an object of
+settings has a name with a dot: "config.num_heads"."""
 
 Values: TypeAlias = Mapping[Site, int]
 Place: TypeAlias = tuple[str, int]
@@ -41,14 +43,20 @@ MAX_SOLUTIONS = 64
 
 # ------------------------------------------------------------------------------------------------ sites
 def sites(root: nn.Module) -> dict[Site, int]:
-    """Every int that a module of `root` holds as an attribute, or in an attribute that is a tuple or list of ints."""
+    """Every int that a module of `root` holds as an attribute, in an attribute that is a tuple or list of ints, or in
+    an object of settings."""
     found: dict[Site, int] = {}
+    known: dict[int, dict[str, int]] = {}  # modules share their settings
     for path, module in root.named_modules():
         for name, value in vars(module).items():
             if type(value) is int:
                 found[path, name, None] = value
             elif type(value) in (tuple, list, torch.Size) and all(type(item) is int for item in value):
                 found.update({(path, name, k): item for k, item in enumerate(value)})
+            elif hasattr(value, "__dict__"):
+                if id(value) not in known:
+                    known[id(value)] = ints_of(value) if is_settings(value) else {}
+                found.update({(path, f"{name}.{inner}", None): item for inner, item in known[id(value)].items()})
     return found
 
 
@@ -56,6 +64,10 @@ def put(root: nn.Module, site: Site, value: int) -> Any:
     """Give the attribute its new value, past any __setattr__; what the whole attribute then is."""
     path, name, position = site
     module = root.get_submodule(path)
+    holder, _, inner = name.rpartition(".")
+    if holder:
+        vars(module)[holder] = with_own(vars(module)[holder], inner, value)
+        return value
     if position is None:
         vars(module)[name] = value
         return value
@@ -165,12 +177,16 @@ class _Listen(TorchFunctionMode):
 
 
 def _numbers(arguments: tuple[Any, ...]) -> tuple[tuple[int, ...], tuple[range | None, ...]]:
-    """All ints among the arguments of a call, and for each the positions of the sequence it is part of."""
+    """All ints among the arguments of a call, and for each the positions of the sequence it is part of.
+
+    What indexes a tensor (`x[..., :n]`) is no sequence of lengths.
+    """
     numbers: list[int] = []
     sequences: list[range | None] = []
     for argument in arguments:
         found = list(_ints(argument))
-        together = range(len(numbers), len(numbers) + len(found)) if isinstance(argument, (tuple, list)) else None
+        listed = isinstance(argument, (tuple, list)) and not any(isinstance(a, slice) or a is ... for a in argument)
+        together = range(len(numbers), len(numbers) + len(found)) if listed else None
         numbers += found
         sequences += [together] * len(found)
     return tuple(numbers), tuple(sequences)

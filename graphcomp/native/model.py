@@ -64,6 +64,7 @@ class NativeResult:
         unchecked: name of other inputs -> why nothing could be compared on them.
         ties: without a module, sets of factors of which equally many units must stay, that the class may hold the cut.
         blamed: without a module, cut groups that the line in `reason` reads.
+        suspects: without a module, sets of cut groups one of which the class may not be able to hold cut.
     """
 
     module: nn.Module | None
@@ -76,6 +77,7 @@ class NativeResult:
     unchecked: Mapping[str, str] = field(default_factory=dict)
     ties: tuple[FactorTie, ...] = ()
     blamed: tuple[ChannelGroup, ...] = ()
+    suspects: tuple[tuple[ChannelGroup, ...], ...] = ()
 
 
 def native(
@@ -109,7 +111,7 @@ def native(
     if found.conflict:
         ties = merged(tie for axes in found.axes for tie in ties_among(axes))
         blamed = _groups_of([axis for axes in found.axes for axis in axes], kept)
-        return NativeResult(None, found.conflict, ties=ties, blamed=blamed)
+        return NativeResult(None, found.conflict, ties=ties, blamed=blamed, suspects=(blamed,) if blamed else ())
     settled = frozenset(site for bound in bounds for site in bound.number.attributes)
     others = OtherRuns(analysis, kept, expected.module)
     search = _Search(analysis, cuts, lengths, expected, others, settled)
@@ -135,8 +137,20 @@ def _refused(analysis: Analysis, kept: Kept, search: _Search, whole: nn.Module) 
     if mismatch is not None:
         text = mismatch.text or text
         blamed = _groups_of(mismatch.axes, kept) or blamed
-    blamed = blamed or _groups_of(_read_at(search.failure.line, coupling), kept)
-    return NativeResult(None, text, ties=() if mismatch is None else mismatch.ties, blamed=blamed)
+    read = _groups_of(_read_at(search.failure.line, coupling), kept)
+    blamed = blamed or read
+    suspects = (
+        blamed,
+        *(tuple(g for g in read if g.role == role) for role in dict.fromkeys(g.role for g in read)),
+        read,
+    )
+    return NativeResult(
+        None,
+        text,
+        ties=() if mismatch is None else mismatch.ties,
+        blamed=blamed,
+        suspects=tuple(dict.fromkeys(found for found in suspects if found)),
+    )
 
 
 def _read_at(line: str, coupling: Coupling) -> list[Axis]:

@@ -12,25 +12,34 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from graphcomp.capture.beside import TRAINING
 from graphcomp.capture.second_inputs import Variant, padded_masks, variants
 from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.groups import Kept
+from graphcomp.ir.preserve import eval_copy
 from graphcomp.native.masked_run import zeroed_model
 from graphcomp.native.reference import (
     EXACT,
     Verdict,
+    as_float64,
     difference,
     is_coarse,
     outputs_in_modes,
     outputs_of,
     refusal,
 )
+from graphcomp.native.runs import ModelRun, other_runs
 from graphcomp.pruning.slice import SliceGroups
 
 SAME_PATH = "other values"  # the variant that takes the path of the example
+
+
+def _run(module: nn.Module, run: ModelRun) -> dict[str, Any]:
+    with eval_copy(module, real=True) as copied, torch.no_grad():
+        return run.run(copied)
 
 
 @dataclass
@@ -67,6 +76,11 @@ class OtherRuns:
             if verdict.difference:
                 return Verdict(difference=f"{verdict.difference}, on {inputs.name}")
             self.errors[inputs.name] = verdict.error
+        for run, expected in self.expected_of_runs:
+            verdict = self._compare_run(module, run, expected)
+            if verdict.difference:
+                return Verdict(difference=f"{verdict.difference}, on {run.name}")
+            self.errors[run.name] = verdict.error
         verdict = self._compare_training(module)
         if verdict.difference:
             return verdict
@@ -131,6 +145,37 @@ class OtherRuns:
         except Exception as error:  # a model may insist on its dtype in any way
             return Verdict(difference=f"{found}; in float64 the comparison does not run: {refusal(error)}")
         return Verdict(difference=found) if isinstance(exact, str) else Verdict(exact)
+
+    def _compare_run(self, module: nn.Module, run: ModelRun, expected: dict[str, Any]) -> Verdict:
+        try:
+            found = difference(expected, _run(module, run))
+        except Exception as error:
+            error.add_note(f"on {run.name}")
+            raise
+        if not isinstance(found, str):
+            return Verdict(found)
+        try:  # rounding may decide which expert is taken
+            wanted = _run(as_float64(self._reference), run)
+            exact = difference(wanted, _run(as_float64(module), run), EXACT)
+        except Exception as error:  # a model may insist on its dtype in any way
+            self.unchecked[run.name] = f"{found}; in float64 the comparison does not run: {refusal(error)}"
+            return Verdict()
+        return Verdict(difference=found) if isinstance(exact, str) else Verdict(exact)
+
+    @cached_property
+    def expected_of_runs(self) -> list[tuple[ModelRun, dict[str, Any]]]:
+        """Other ways to run the user's model, and what the native model must return."""
+        found = []
+        for run in other_runs(self.analysis.captured):
+            try:
+                wanted = _run(self._zeroed or self.analysis.captured.original, run)
+            except Exception:  # the user's model does not run so: nothing is promised
+                continue
+            if self._zeroed is None:
+                self.unchecked[run.name] = "ops take statistics over removed units, and only the graph masks them"
+            else:
+                found.append((run, wanted))
+        return found
 
     @cached_property
     def _zeroed(self) -> nn.Module | None:

@@ -155,7 +155,7 @@ def _running(
     Args:
         exactly: both in float64.
     """
-    module = _as_float64(module) if exactly else module
+    module = as_float64(module) if exactly else module
     args, kwargs = pytree.tree_map(in_float64, copies(inputs)) if exactly else copies(inputs)
     precision = Float64ByDefault() if exactly else nullcontext()
     with eval_copy(module, real=True) as copied, torch.no_grad(), precision:
@@ -177,7 +177,7 @@ def _floats_before(module: nn.Module, inputs: tuple[Any, Any], *, exactly: bool)
         return {name: provenance.before(tensor) for name, tensor in _named(output).items()}
 
 
-def _as_float64(module: nn.Module) -> nn.Module:
+def as_float64(module: nn.Module) -> nn.Module:
     """A copy whose floating tensors are float64: parameters, buffers and plain attributes."""
     exact = copied(module).double()
     for part in exact.modules():

@@ -490,8 +490,11 @@ def repeat_interleave(self: Axes, dim: int | None = None, *, call: Call) -> Axes
         call.freeze(axes[dim], "repeated a symbolic number of times")
         return _with(tuple(axes), dim, fresh(call.shape[dim], call.why))
     copies = fresh(times)
+    repeated = product(axes[dim], copies)
     call.lengths["repeats"] = copies
-    return _with(tuple(axes), dim, product(axes[dim], copies))
+    if bind(call.node).get("output_size") is not None:
+        call.lengths["output_size"] = repeated
+    return _with(tuple(axes), dim, repeated)
 
 
 # ------------------------------------------------------------------------------------------------ padding

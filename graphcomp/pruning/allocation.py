@@ -1,6 +1,6 @@
 """From scores to kept units: how many of each group stay, so that a sparsity or a budget is met.
 
-Units leave in *blocks*: of one unit, or, where the number kept must be a multiple of `round_to`, of `round_to` units
+Units leave in *blocks*: of one unit, or, where lengths must be multiples of `round_to`, of as many units as make those
 (the first block of a group brings it to a multiple). All blocks stand in one ranking, cheapest first, in which those of
 one group come in order: every prefix of the ranking is a legal choice, and a longer one removes more of everything.
 """
@@ -25,6 +25,7 @@ from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import BudgetError, NotBuiltError, NothingToPrune, PlanError
 from graphcomp.pruning.evidence import Scores
+from graphcomp.pruning.multiples import units_of_length
 from graphcomp.pruning.slice import check_group_list, check_kept
 
 Scope: TypeAlias = Literal["global", "local", "sensitivity"]
@@ -62,7 +63,8 @@ def allocate(
             nearest unit (divisor method of Webster, which makes the total exact), lowest scores first. "sensitivity":
             as "global", of scores that compare as they are (see `graphcomp.pruning.sensitivity`).
         normalize: divide each group's scores by their mean, maximum or L2 norm before they are compared.
-        round_to: the number kept of each group is a multiple of it, or the whole group.
+        round_to: the lengths of the dims of each group are multiples of it, or the group stays whole; a unit of several
+            indices (a head) may be a multiple by itself.
         min_units: kept of each group, at least (smaller groups stay whole).
         max_group_sparsity: fraction of each group that may be removed, at most.
         already: an earlier choice: what it removed stays removed, and counts.
@@ -177,14 +179,14 @@ class Ranking:
         orders: for each group the units it has left, lowest score first, (n,) int64.
         group: position of each block's group, (b,) int64.
         units: units in each block, (b,) int64.
-        round_to: the size of a whole block; a group's first one may be smaller.
+        steps: for each group the size of a whole block; a group's first one may be smaller.
     """
 
     groups: tuple[ChannelGroup, ...]
     orders: tuple[Tensor, ...]
     group: Tensor
     units: Tensor
-    round_to: int
+    steps: tuple[int, ...]
 
     @property
     def left(self) -> list[int]:
@@ -220,14 +222,15 @@ def rank(
     check_mapping("scores", scores, "score(saliency, analysis, groups)")
     check_kept({} if already is None else already)
     orders, sizes, keys = [], [], []
-    for group in groups:
+    steps = tuple(units_of_length(group, round_to) for group in groups)
+    for group, step in zip(groups, steps, strict=True):
         units = (already or {}).get(group, torch.arange(group.size)).cpu()
         values = _checked(group, scores)
         values = (values / NORMALIZE[normalize](values).clamp(min=torch.finfo(values.dtype).tiny))[units]
         values, order = values.sort(stable=True)
         most = math.floor(Fraction(str(float(max_group_sparsity))) * group.size)
         least = max(1, min(min_units, group.size), group.size - most)
-        blocks = _blocks(len(units), least, round_to)
+        blocks = _blocks(len(units), least, step)
         orders.append(units[order])
         sizes.append(blocks)
         local = scope == "local"
@@ -236,16 +239,16 @@ def rank(
     position = key.argsort(stable=True)
     group_of = torch.arange(len(sizes)).repeat_interleave(torch.tensor([len(s) for s in sizes], dtype=torch.int64))
     units_of = torch.cat([*sizes, torch.empty(0, dtype=torch.int64)])
-    return Ranking(tuple(groups), tuple(orders), group_of[position], units_of[position], round_to)
+    return Ranking(tuple(groups), tuple(orders), group_of[position], units_of[position], steps)
 
 
-def _blocks(left: int, least: int, round_to: int) -> Tensor:
+def _blocks(left: int, least: int, step: int) -> Tensor:
     """Sizes of the blocks that may leave a group with `left` units of which `least` stay: (b,) int64."""
-    least = -(-least // round_to) * round_to
-    first = left % round_to or round_to
+    least = -(-least // step) * step
+    first = left % step or step
     if left - first < least:
         return torch.empty(0, dtype=torch.int64)
-    sizes = torch.full((1 + (left - first - least) // round_to,), round_to)
+    sizes = torch.full((1 + (left - first - least) // step,), step)
     sizes[0] = first
     return sizes
 
@@ -309,7 +312,9 @@ def _exactly(ranking: Ranking, wanted: int, gone: int, total: int, nearest: bool
     Whole blocks are taken in the order of the ranking. Which of the odd first blocks go decides whether the number can
     be met; of the sets that do, the one is taken that differs least from the order of the ranking.
     """
-    step, more = ranking.round_to, wanted - gone
+    step, more = max(ranking.steps), wanted - gone
+    if min(ranking.steps) < step:
+        return _in_mixed_steps(ranking, wanted, gone, total, nearest)
     odd = _odd_blocks(ranking)
     after_odd = torch.zeros(len(ranking.groups), dtype=torch.bool)
     after_odd[ranking.group[[o.position for o in odd]]] = True
@@ -334,6 +339,31 @@ def _exactly(ranking: Ranking, wanted: int, gone: int, total: int, nearest: bool
     return ranking.left_after(_with_odd(ranking, odd, chosen, (more - low) // step))
 
 
+def _in_mixed_steps(ranking: Ranking, wanted: int, gone: int, total: int, nearest: bool) -> list[int]:
+    """Units left of each group when `wanted` units are gone, of groups of several step sizes.
+
+    With `nearest`, as many blocks in the order of the ranking as come nearest to the number. Else blocks as long as
+    they fit: a group stops at the first block that does not, and small blocks (heads) make up for the rest.
+    """
+    more, sums = wanted - gone, ranking.units.cumsum(0)
+    count = int((sums <= more).sum())
+    below = int(sums[count - 1]) if count else 0
+    if nearest and below < more:
+        over = count < len(sums) and int(sums[count]) - more < more - below
+        return ranking.left_after(torch.arange(count + over))
+    taken, left, stopped = [], more, set[int]()
+    for block, (group, units) in enumerate(zip(ranking.group.tolist(), ranking.units.tolist(), strict=True)):
+        if group not in stopped and units <= left:
+            taken.append(block)
+            left -= units
+        else:
+            stopped.add(group)
+    if left:
+        most = gone + int(sums[-1]) if len(sums) else gone
+        raise _impossible(wanted, gone, total, max(ranking.steps), [min(wanted - left, most)], most)
+    return ranking.left_after(torch.tensor(taken, dtype=torch.int64))
+
+
 def _reaches(span: tuple[int, int], more: int, step: int) -> bool:
     """Whether `more` is one of low, low + step, …, high."""
     low, high = span
@@ -342,7 +372,7 @@ def _reaches(span: tuple[int, int], more: int, step: int) -> bool:
 
 def _odd_blocks(ranking: Ranking) -> list[_Odd]:
     counts = torch.bincount(ranking.group, minlength=len(ranking.groups)).tolist()
-    positions = (ranking.units < ranking.round_to).nonzero().flatten().tolist()
+    positions = (ranking.units < max(ranking.steps)).nonzero().flatten().tolist()
     groups, units = ranking.group.tolist(), ranking.units.tolist()
     return [_Odd(p, units[p], counts[groups[p]] - 1) for p in positions]
 
@@ -377,7 +407,7 @@ def _with_odd(ranking: Ranking, odd: Sequence[_Odd], chosen: set[int], count: in
     """The chosen odd blocks, and the first `count` whole blocks of groups that may lose one."""
     stays = torch.zeros(len(ranking.groups), dtype=torch.bool)
     stays[ranking.group[[o.position for o in odd if o.position not in chosen]]] = True
-    whole = ranking.units == ranking.round_to
+    whole = ranking.units == max(ranking.steps)
     candidates = (whole & ~stays[ranking.group]).nonzero().flatten()
     return torch.cat([torch.tensor(sorted(chosen), dtype=torch.int64), candidates[:count]])
 

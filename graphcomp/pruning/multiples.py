@@ -16,10 +16,27 @@ from graphcomp.pruning.evidence import Scores
 FAST = ((128, 16), (64, 8), (8, 4))
 """Size of a group from which on its widths are multiples, and of how many, where time is what counts."""
 
+NESTED = ("head_dim", "group")
+"""Roles whose units make a dim together with units of another group, which may get fewer, too."""
+
 
 def step_of(group: ChannelGroup, round_to: int) -> int:
     """The number of units kept of `group` is a multiple of this, or all of the group."""
-    return math.lcm(round_to, group.multiple)
+    return math.lcm(units_of_length(group, round_to), group.multiple)
+
+
+def units_of_length(group: ChannelGroup, round_to: int) -> int:
+    """Return of how many units the number kept is a multiple, for each dim's length to be a multiple of `round_to`.
+
+    A head of 32 dims is a multiple of 8 by itself. Heads go one by one where no pair, triple, … of them could: what
+    kernels like costs no head.
+    """
+    if round_to == 1:
+        return 1
+    whole = [m for m in group.members if _divides(m, group)] if group.role not in NESTED else []
+    own = [member.shape[member.dim] // group.size for member in whole if member.is_parameter]
+    step = math.lcm(*(round_to // math.gcd(round_to, length) for length in own)) if own else round_to
+    return 1 if group.role == "head" and step >= group.size else step
 
 
 def with_group_sizes(groups: Sequence[ChannelGroup], sizes: Mapping[str, int]) -> tuple[ChannelGroup, ...]:

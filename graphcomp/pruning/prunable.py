@@ -112,13 +112,16 @@ def adapter_ranks(analysis: Analysis, groups: Sequence[ChannelGroup]) -> list[Ch
     """Return the groups that are only ranks of adapters (LoRA, bottlenecks): few trainable units in a frozen network.
 
     Every matrix of such a group is trainable, reads or writes a dim that frozen parameters have, too, and is narrower
-    than the dim.
+    than the dim. Where no parameter is trainable (a network with its adapter, loaded for inference), ranks are those of
+    pairs of matrices beside a matrix that reads and writes what the pair does (LoRA).
     """
     parameters = dict(analysis.model.named_parameters(remove_duplicate=False))
     frozen = {name for name, parameter in parameters.items() if not parameter.requires_grad}
-    if not frozen or len(frozen) == len(parameters):
-        return []
     axes = analysis.coupling.attributes
+    if frozen and len(frozen) == len(parameters):
+        return [group for group in groups if _is_beside_a_matrix(group, axes, frozen)]
+    if 2 * sum(parameters[name].numel() for name in frozen) < sum(p.numel() for p in parameters.values()):
+        return []
     beside = {leaf for name in frozen & axes.keys() for leaf in all_leaves(axes[name])}
     return [group for group in groups if _is_rank(group, axes, frozen, beside)]
 
@@ -133,9 +136,24 @@ def _is_rank(
     for member in matrices:
         others = [axis for dim, axis in enumerate(axes[member.name]) if dim != member.dim]
         wide = [axis for axis in others if any(leaf in beside for leaf in leaves(axis))]
-        if not any(isinstance(n := length(axis), int) and n > group.size for axis in wide):
+        if not any(isinstance(n := length(axis), int) and n > member.shape[member.dim] for axis in wide):
             return False
     return True
+
+
+def _is_beside_a_matrix(group: ChannelGroup, axes: Mapping[str, Axes], names: Collection[str]) -> bool:
+    """Whether the group is all that two matrices share, and a wider matrix reads and writes what the two do."""
+    members = [member for member in group.members if member.is_parameter]
+    if len(members) != 2 or any(len(member.shape) != 2 for member in members):
+        return False
+    down, up = sorted(members, key=lambda member: member.consumes)
+    if down.consumes or not up.consumes or (down.dim, up.dim) != (0, 1):
+        return False
+    if down.shape[0] != group.size or 2 * group.size > min(down.shape[1], up.shape[0]):
+        return False
+    ends = [set(leaves(axes[up.name][0])), set(leaves(axes[down.name][1]))]
+    others = (axes[name] for name in names if name in axes and name not in (down.name, up.name))
+    return any(len(own) == 2 and [set(leaves(axis)) for axis in own] == ends for own in others)
 
 
 def _owner(name: str) -> str:

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 
 import pytest
+import sympy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -117,6 +118,17 @@ def test_couple_what_does_not_nest_freezes_both_sides_and_says_why() -> None:
     assert [(leaf.size, bool(leaf.frozen)) for leaf in leaves(b)] == [(3, True), (4, True), (2, False)]
     assert list(leaves(a))[-1] is list(leaves(b))[-1]
     assert "grouped in two ways" in str(next(leaves(a)).frozen)
+
+
+def test_inner_dims_stay_apart_from_a_symbolic_length_that_cannot_be_divided() -> None:
+    s = sympy.Symbol("s", integer=True, positive=True)
+    padded = s + sympy.Mod(8 - sympy.Mod(s, 8), 8)
+    heads, dims = fresh(16), fresh(32)
+    chunks = regroup([fresh(2), fresh(padded), product(heads, dims)], [2, padded // 8, 8, 16, 32], Reason("view"))
+    assert [length(axis) for axis in chunks[2:]] == [8, 16, 32]
+    assert is_frozen(chunks[1]) and is_frozen(chunks[2])
+    assert not is_frozen(heads) and not is_frozen(dims)
+    assert list(leaves(chunks[3])) == list(leaves(heads)) and list(leaves(chunks[4])) == list(leaves(dims))
 
 
 def test_couple_of_unequal_lengths_freezes_both_sides() -> None:

@@ -124,7 +124,7 @@ class Literal(nn.Module):
 
 def test_the_reason_names_the_line_and_the_option_that_keeps_the_class() -> None:
     model = _uneven(Literal())
-    small = gc.compress(model, torch.rand(3, 8), sparsity=0.5, progress=False)
+    small = gc.compress(model, torch.rand(3, 8), sparsity=0.5, prefer_native=False, progress=False)
     assert small.form == "graph"
     assert "no attribute holds" in small.reason
     assert "test_ties.py:" in small.reason
@@ -169,7 +169,20 @@ class TorchAttention(nn.Module):
 
 def test_a_module_of_torch_that_cannot_hold_the_cut_is_named() -> None:
     torch.manual_seed(0)
-    small = gc.compress(TorchAttention().eval(), torch.randn(2, 6, 32), sparsity=0.5, progress=False)
+    model, x = TorchAttention().eval(), torch.randn(2, 6, 32)
+    small = gc.compress(model, x, sparsity=0.5, prefer_native=False, progress=False)
     assert small.form == "graph"
     assert "MultiheadAttention 'attention'" in small.reason
     assert "ignore='attention'" in small.reason
+
+
+def test_few_groups_that_the_class_cannot_hold_cut_stay_whole_and_others_give_as_many() -> None:
+    torch.manual_seed(0)
+    model, x = TorchAttention().eval(), torch.randn(2, 6, 32)
+    small = gc.compress(model, x, sparsity=0.5, progress=False)
+    assert type(small.module) is TorchAttention, small.reason
+    assert {g["role"]: g["units"]["kept"] for g in small.report.groups if g["role"] != "head_dim"} == {
+        "head": 4, "hidden": 30,
+    }  # fmt: skip
+    assert small.report.sparsity == 0.5
+    assert any("cannot hold them cut: attention/head (" in note for note in small.report.notes)

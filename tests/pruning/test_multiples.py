@@ -51,6 +51,40 @@ def test_the_rounding_of_one_group_makes_up_for_another() -> None:
     assert step_of(groups[0], 6) == 12
 
 
+class Attention(nn.Module):
+    """Four heads of 8 dims, then 64 hidden units."""
+
+    def __init__(self, head_dim: int = 8) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.q, self.k, self.v = (nn.Linear(16, 4 * head_dim) for _ in range(3))
+        self.out, self.up, self.down = nn.Linear(4 * head_dim, 16), nn.Linear(16, 64), nn.Linear(64, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, t, 16) -> (n, t, 16)."""
+        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        found = nn.functional.scaled_dot_product_attention(q, k, v)
+        result: Tensor = self.down(self.up(self.out(found.transpose(1, 2).flatten(2))).relu())
+        return result
+
+
+@pytest.mark.parametrize(("head_dim", "round_to"), [(8, 8), (8, 16), (8, 64), (6, 4)])
+@pytest.mark.parametrize("ranking", ["local", "global"])
+def test_round_to_is_of_lengths_and_costs_no_head(head_dim: int, round_to: int, ranking: Any) -> None:
+    torch.manual_seed(0)
+    model = Attention(head_dim).eval()
+    with torch.no_grad():
+        model.v.weight[: 2 * head_dim] *= 0.01
+        model.out.weight[:, : 2 * head_dim] *= 0.01
+    x = torch.randn(2, 5, 16)
+    small = gc.compress(model, x, sparsity=0.5, round_to=round_to, ranking=ranking, progress=False)
+    kept = {group["role"]: group["units"]["kept"] for group in small.report.groups}
+    assert kept["hidden"] % round_to == 0
+    assert kept["head"] < 4
+    assert kept["head"] * head_dim % round_to == 0 or round_to == 64
+    assert small.report.verified
+
+
 class Experts(nn.Module):
     """Two experts by torch's grouped product, whose operands have rows of multiples of 16 bytes."""
 

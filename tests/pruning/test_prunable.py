@@ -147,6 +147,35 @@ def test_ranks_of_adapters_are_whole_by_default() -> None:
     assert [group.size for group in gc.prunable_groups(trainable)] == [64, 4]
 
 
+def test_ranks_of_adapters_that_were_loaded_for_inference_are_whole() -> None:
+    plan = gc.analyze(Adapted().requires_grad_(False), X)
+    assert [group.size for group in find_prunable(plan).groups] == [64]
+    narrow = gc.analyze(Chain().requires_grad_(False), X)
+    assert [group.size for group in gc.prunable_groups(narrow)] == [16, 16, 16]
+
+
+class Fixed(nn.Module):
+    """Attention of 4 heads on positions that are not trained, which have the width that the heads have together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(5, 16), requires_grad=False)
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, 5, 16) -> (n, 5, 16)."""
+        x = x + self.positions
+        q, k, v = (f(x).view(-1, 5, 4, 4).transpose(1, 2) for f in (self.q, self.k, self.v))
+        found = nn.functional.scaled_dot_product_attention(q, k, v)
+        result: Tensor = self.out(found.transpose(1, 2).flatten(2))
+        return result
+
+
+def test_heads_beside_frozen_positions_are_no_adapters() -> None:
+    plan = gc.analyze(Fixed(), torch.randn(2, 5, 16))
+    assert [group.role for group in find_prunable(plan).groups] == ["head"]
+
+
 def test_layers_trained_beside_frozen_ones_are_no_adapters() -> None:
     model = Chain()
     model.a.requires_grad_(False)

@@ -67,7 +67,7 @@ class QASSO(MethodOptimizer):
         normalize: what the scores of a group are divided by before groups are compared: "none" (GETA), "mean", "max",
             "l2". Without, groups of small weights go first.
         forgetting: "descent" (GETA's rule), or "uniform" (equal shares in each step, as HESSO's).
-        round_to: the number of units kept of each group is a multiple of it.
+        round_to: the lengths of the dims of each group are multiples of it.
         max_group_sparsity: fraction of each group that may go, at most.
         eta, xi: see `joint_rule`.
         max_quantizer_gradient: the gradients of steps, ranges and exponents, which are sums over whole tensors, are

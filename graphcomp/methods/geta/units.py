@@ -16,6 +16,7 @@ from graphcomp.methods.geta.steering import BISECTIONS, BY_COST, Target
 from graphcomp.pruning.acting import acting_weights, tensors_of, with_acting
 from graphcomp.pruning.allocation import Budget, Normalize, allocate, normalized, rounding_note, units_to_remove
 from graphcomp.pruning.evidence import Evidence, Scores
+from graphcomp.pruning.multiples import units_of_length
 from graphcomp.pruning.saliency import Saliency, score_of
 from graphcomp.pruning.shares import Part, parts_of
 from graphcomp.training.prepared import Prepared
@@ -59,7 +60,7 @@ class Units:
         sparsity: fraction of the units that go, or fractions by module; None: as many as the budget takes.
         saliency: how units are ranked.
         normalize: what the scores of a group are divided by.
-        round_to: the number of units kept of each group is a multiple of it.
+        round_to: the lengths of the dims of each group are multiples of it.
         most: fraction of each group that may go, at most.
     """
 
@@ -123,7 +124,8 @@ class Units:
             leaving = units[~torch.isin(units, wanted[group])]
             owed += len(leaving) / periods_left
             now = min(len(leaving), max(round(owed), 0))
-            left = min(len(units), -(-(len(units) - now) // self.round_to) * self.round_to)
+            step = units_of_length(group, self.round_to)
+            left = min(len(units), -(-(len(units) - now) // step) * step)
             now = len(units) - left
             owed -= now
             first = leaving[scores[group][leaving].argsort(stable=True)[:now]]
