@@ -88,7 +88,9 @@ def _steps(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     others["use_cache"] = True
     start = tokens.shape[1] - STEPS
     found = _call(model, {**others, "input_ids": tokens[:, :start]})
-    name = next(n for n in ("past_key_values", "cache_params") if getattr(found, n, None) is not None)
+    name = next((n for n in ("past_key_values", "cache_params") if getattr(found, n, None) is not None), "")
+    if not name:
+        raise LookupError(f"{type(model).__name__} returns no cache")
     result = {"start": _last(found)}
     for k in range(start, tokens.shape[1]):
         found = _call(model, {"use_cache": True, "input_ids": tokens[:, k : k + 1], name: getattr(found, name)})

@@ -9,7 +9,7 @@ import graphcomp as gc
 
 
 class StateSpace(nn.Module):
-    """Two residual blocks; each sums over chunks of 4 steps what 4 heads of 3 dims hold, and adds its input."""
+    """Two residual blocks; 4 heads of 3 dims attend within chunks of 4 steps, and add what they read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,7 +26,8 @@ class StateSpace(nn.Module):
         both = self.shared[k](x).view(batch, steps, 1, 3).repeat_interleave(4, dim=2, output_size=4)
         pad = (4 - steps % 4) % 4
         chunks = nn.functional.pad(heads * both, (0, 0, 0, 0, 0, pad)).reshape(batch, -1, 4, 4, 3)
-        summed = chunks.cumsum(2).reshape(batch, -1, 4, 3)[:, :steps]
+        scores = torch.einsum("bclhp,bcshp->bclsh", chunks, chunks)
+        summed = torch.einsum("bclsh,bcshp->bclhp", scores, chunks).reshape(batch, -1, 4, 3)[:, :steps]
         found = summed + self.skips[k][:, None] * heads
         result: Tensor = self.outs[k](self.inner[k](found.reshape(batch, steps, -1)))
         return result

@@ -35,7 +35,10 @@ def test_paths_of_a_decoder() -> None:
 
 
 def test_paths_of_an_encoder_and_of_other_libraries() -> None:
-    assert list(_runs(bert(), input_ids=ids())) == ["a mask padded at the left", "eager attention"]
+    runs = _runs(bert(), input_ids=ids())
+    assert {"a mask padded at the left", "eager attention"} <= runs.keys()
+    with pytest.raises(LookupError, match="no cache"), torch.no_grad():  # its config speaks of one
+        runs["steps on one cache"].run(bert())
     assert other_runs(capture(torch.nn.Linear(2, 2), torch.ones(1, 2))) == []
 
 
