@@ -455,13 +455,13 @@ def differing_attributes(
     """The attributes that `model` has otherwise than a fresh `built`, and those of them that have no form in a file."""
     found: Attributes = []
     lost: list[tuple[str, str, Any]] = []
+    numbers: Attributes = []  # of a module in settings that it shares; set once the settings are there
     twins, fresh = Twins(built, model), dict(built.named_modules())
     for path, module in _tree(model, graph_at).items():
         for name, value in attributes_of(module).items():
             if type(value) is OwnSettings:
-                own = vars(value)
-                found += [(path, f"{name}.{inner}", encoder.encode(n, type(module))) for inner, n in own["own"].items()]
-                value = own["shared"]
+                numbers += [(path, f"{name}.{inner}", n) for inner, n in vars(value)["own"].items()]
+                value = vars(value)["shared"]
             if twins.alike(vars(fresh[path]).get(name, MISSING), value):
                 continue
             try:
@@ -469,7 +469,7 @@ def differing_attributes(
                 found.append((path, name, encoder.encode(value, type(module))))
             except CheckpointError:
                 lost.append((path, name, value))
-    return found, lost
+    return found + numbers, lost
 
 
 def apply_attributes(model: nn.Module, attributes: Attributes, decoder: Decoder) -> None:

@@ -144,7 +144,8 @@ def _shape(name: str, text: Any) -> tuple[int, ...] | None:
 
 def _site(text: str) -> tuple[str, str]:
     path, colon, name = _text("attributes", text).rpartition(":")
-    if not colon or not name.isidentifier() or name.startswith("__"):
+    words = name.split(".")  # a number in an object of settings has a dot in its name
+    if not colon or len(words) > 2 or not all(w.isidentifier() and not w.startswith("__") for w in words):
         raise damaged(f"an attribute must be as path:name, got {text!r:.80}")
     return path, name
 

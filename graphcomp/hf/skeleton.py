@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from graphcomp.errors import CheckpointError
 from graphcomp.hf.section import Section, Value, damaged
+from graphcomp.ir.settings import OwnSettings, ints_of, is_settings, with_own
 from graphcomp.native.model import description, redescribed
 from graphcomp.native.vocabulary import TRIMMED, become_trimmed
 from graphcomp.torch_compat import buffer_table, module_table, non_persistent, parameter_table, refresh_flat_weights
@@ -66,7 +68,7 @@ def first_difference(model: nn.Module, built: nn.Module) -> str:
         if tensor.shape != theirs[name].shape:
             return f"{name!r} is {tuple(tensor.shape)} and would be {tuple(theirs[name].shape)}"
     for (path, name), value in _attributes(model, built):
-        return f"{f'{path}.{name}'.lstrip('.')} is {value} and would be {vars(built.get_submodule(path))[name]}"
+        return f"{f'{path}.{name}'.lstrip('.')} is {value} and would be {attrgetter(name)(built.get_submodule(path))}"
     return ""
 
 
@@ -146,6 +148,10 @@ def _attributes(model: nn.Module, built: nn.Module) -> Iterator[tuple[tuple[str,
         own = vars(mine[path])
         for name, old in vars(module).items():
             new = own.get(name, old)
+            if type(new) is OwnSettings:
+                held = ints_of(old) if is_settings(old) else {}
+                pairs = vars(new)["own"].items()
+                yield from (((path, f"{name}.{inner}"), n) for inner, n in pairs if held.get(inner) != n)
             if name.startswith("__") or not (_is_plain(old) and _is_plain(new)):
                 continue
             if new != old and (type(new) is not list or tuple(new) != old):
@@ -254,14 +260,20 @@ def _set(built: nn.Module, path: str | None, name: str, value: Value, limit: int
     if path is None:
         return 0
     attributes = vars(_module(built, path))
-    old = attributes.get(name, "")
+    holder, _, inner = name.rpartition(".")
+    settings = ints_of(attributes[holder]) if holder and is_settings(attributes.get(holder)) else {}
+    old = settings.get(inner, "") if holder else attributes.get(name, "")
     if not _is_plain(old):
         raise damaged(f"{f'{path}.{name}'.lstrip('.')!r:.80} is no attribute of ints of {type(built).__name__}")
     numbers = (*_numbers(value), *_numbers(old))
     most = max(limit, *map(abs, _numbers(old)), 1)
     if any(abs(n) > most for n in numbers):
         raise damaged(f"{f'{path}.{name}'.lstrip('.')!r:.80} must be at most {most}, got {value}")
-    if isinstance(value, tuple):
+    if holder and type(value) is not int:
+        raise damaged(f"{f'{path}.{name}'.lstrip('.')!r:.80} must be an int, got {value}")
+    if holder:
+        attributes[holder] = with_own(attributes[holder], inner, int(value))  # type: ignore[arg-type]
+    elif isinstance(value, tuple):
         attributes[name] = list(value) if isinstance(old, list) else value
     else:
         attributes[name] = value
