@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from graphcomp.ir.module import tensor_names
+from graphcomp.ir.settings import OwnSettings
 from graphcomp.native.attributes import put, sites
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
@@ -128,13 +129,15 @@ def follow_config(model: nn.Module, config: Any) -> bool:
         return False
     mine, theirs = sites(model), sites(built)
     for site, value in theirs.items():
-        if site in mine and mine[site] != value:
+        of_config = "." in site[1]  # set below, for all modules that share the config
+        if not of_config and site in mine and mine[site] != value:
             put(model, site, value)
     parts = {id(held): part for held, part in zip(_configs(config_of(model)), _configs(config), strict=True)}
     for module in model.modules():
         for name, held in list(vars(module).items()):
-            if id(held) in parts:
-                vars(module)[name] = parts[id(held)]
+            shared = vars(held)["shared"] if type(held) is OwnSettings else held
+            if id(shared) in parts:
+                vars(module)[name] = parts[id(shared)]
     return True
 
 

@@ -375,3 +375,19 @@ def test_a_state_dict_that_is_given_is_written(tmp_path):
     small.save_pretrained(tmp_path, state_dict=given)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again.model.norm.weight, 2 * small.model.norm.weight)
+
+
+def test_numbers_that_forward_reads_off_the_config_come_back(tmp_path: Path) -> None:
+    """The attention of Phi-3 reads the number of heads off the config, which all layers share."""
+    config = transformers.Phi3Config(
+        vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, tokens = transformers.Phi3ForCausalLM(config).eval(), ids()
+    small = gc.compress(model, (), {"input_ids": tokens}, sparsity=0.5, ranking="local", progress=False)
+    assert small.form == "native", small.reason
+    assert [layer.self_attn.config.num_attention_heads for layer in small.module.model.layers] == [2, 2]
+    small.module.save_pretrained(tmp_path)
+    again = transformers.Phi3ForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(tokens).logits, small(input_ids=tokens).logits)
