@@ -4,6 +4,7 @@
     python -m benchmarks.lowbits --models resnet20
     python -m benchmarks.lowbits --models mobilenet --cases "W4 A8" --ways "second order, repaired"
     python -m benchmarks.lowbits --models mobilenet --cases "W4 A4" --ways reconstructed --seconds 600
+    python -m benchmarks.lowbits --models mobilenet --cases "W4 A4" --ways "learned as a whole" --steps 1000
 
 Models, calibration and test data are those of `benchmarks.oneshot`. One step per output channel, every layer; "ends 8"
 gives the first and the last layer 8 bits, as `compress` does by default. Quality is that of the integers.
@@ -17,13 +18,13 @@ from __future__ import annotations
 import argparse
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import graphcomp as gc
 from benchmarks import common, oneshot
@@ -52,8 +53,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "second order": {"rounding": "second_order", "repair": None},
     "second order, repaired": {"rounding": "second_order", "repair": "least_squares"},
     "reconstructed": {"rounding": "reconstruct", "repair": "least_squares"},
+    "learned as a whole": {"rounding": "whole", "repair": "least_squares"},
 }
 PEERS = ("onnxruntime static", "PT2E")
+
+LEAST_AREA, MOST_STRETCH = 0.6, 1.2
+"""Of what is cut out of an image: the least share of its area, and how much longer or shorter a side may be."""
 
 EIGHT = Case(8, 8, 8)
 
@@ -83,6 +88,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cases", default="", metavar="A;B", help="those that begin so; default: all")
     parser.add_argument("--ways", default=";".join((*WAYS, *PEERS)), metavar="A;B", help="default: %(default)s")
     parser.add_argument("--seconds", type=float, metavar="N", help="for reconstruction; default: no limit")
+    parser.add_argument("--steps", type=int, default=400, metavar="N", help="of the model as a whole; default: 400")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one line of JSON per measurement")
     return parser.parse_args()
 
@@ -103,13 +109,15 @@ def _rows(task: oneshot.Task, cases: tuple[Case, ...], options: argparse.Namespa
                 continue
             try:
                 with timed() as clock:
-                    small = peer(task, way) if way in PEERS else quantized(task, case, options.seconds, **WAYS[way])
+                    small = peer(task, way) if way in PEERS else quantized(task, case, options, **WAYS[way])
             except Exception as error:
                 if way not in PEERS:
                     raise
                 row.append(f"fails: {brief(error)}")
                 print(f"{task.name}, {case}, {way}: {row[-1]}", flush=True)
                 continue
+            notes = small.report.notes if isinstance(small, gc.CompressedModel) else ()
+            print("\n".join(note for note in notes if "reconstructed" in note), flush=True)
             (score,) = task.evaluate(small)
             print(f"{task.name}, {case}, {way}: {score} in {clock.seconds:.0f} s", flush=True)
             append_json(options.json, {"model": task.name, "case": str(case), "way": way, **vars(score)})
@@ -118,10 +126,14 @@ def _rows(task: oneshot.Task, cases: tuple[Case, ...], options: argparse.Namespa
 
 
 def quantized(
-    task: oneshot.Task, case: Case, seconds: float | None, *, rounding: Any, repair: Any
-) -> Callable[..., Any]:
-    """Return the model in integers, its rounding learned in `seconds` where rounding is learned."""
-    rounding = gc.Reconstruction(seconds=seconds) if rounding == "reconstruct" else rounding
+    task: oneshot.Task, case: Case, options: argparse.Namespace, *, rounding: Any, repair: Any
+) -> gc.CompressedModel:
+    """Return the model in integers; where rounding is learned, in the steps and seconds of `options`."""
+    if rounding == "reconstruct":
+        rounding = gc.Reconstruction(seconds=options.seconds)
+    elif rounding == "whole":
+        augment = images_at_random if task.example[0].dim() == 4 else None
+        rounding = gc.Reconstruction(0, options.seconds, whole_steps=options.steps, augment=augment)
     activations = None
     if case.activations is not None:
         observer: Any = "mse" if case.activations < 8 else "minmax"
@@ -134,6 +146,22 @@ def quantized(
         calibration=[batch[:1] for batch in task.calibration], data=task.calibration if cut else None,
         loss=task.loss if cut else None, repair=repair, progress=False, **cut,
     ).eval()  # fmt: skip
+
+
+def images_at_random(inputs: Sequence[Any], generator: torch.Generator) -> list[Tensor]:
+    """Return images of the same size: cut out, stretched and mirrored at random."""
+    (images,) = inputs
+    height, width = images.shape[-2:]
+    found = []
+    for image in images.split(1):
+        (area, shape, down, right, mirror) = torch.rand(5, generator=generator).tolist()
+        side, stretch = (LEAST_AREA + (1 - LEAST_AREA) * area) ** 0.5, MOST_STRETCH ** (2 * shape - 1)
+        h, w = min(height, round(height * side * stretch)), min(width, round(width * side / stretch))
+        top, left = round(down * (height - h)), round(right * (width - w))
+        part = image[..., top : top + h, left : left + w]
+        part = nn.functional.interpolate(part, size=(height, width), mode="bilinear", antialias=True)
+        found.append(part.flip(-1) if mirror < 0.5 else part)
+    return [torch.cat(found)]
 
 
 def peer(task: oneshot.Task, way: str) -> nn.Module:

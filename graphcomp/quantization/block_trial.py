@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -88,6 +88,10 @@ class BlockTrial:
     biases: dict[fx.Node, Tensor] = field(init=False)
     steps: list[nn.Parameter] = field(init=False)
 
+    rates: ClassVar[tuple[float, float, float]] = RATE, BIAS_RATE, STEP_RATE
+    decays: ClassVar[bool] = False
+    """Whether the learning rate of rounding goes to 0, too, along a cosine."""
+
     def __post_init__(self) -> None:
         self.softs, self.biases, self.steps = self._softs(), self._biases(), self._steps()
         self._kept = [step.detach().clone() for step in self.steps]
@@ -108,7 +112,7 @@ class BlockTrial:
         """Return Σ ||y - t||² / Σ ||t||² of some pieces, with other weights and biases."""
         error = norm = 0.0
         for k in which:
-            one, energy = _squared(self._run({**self.data.given[k], **instead}), self.data.wanted[k])
+            one, energy = squared(self._run({**self.data.given[k], **instead}), self.data.wanted[k])
             error, norm = error + float(one), norm + float(energy)
         return error / norm if norm else 0.0
 
@@ -123,9 +127,10 @@ class BlockTrial:
         start = self.error(data.learns, {})
         if start == 0 or not math.isfinite(start):
             return "the output is as in floats already" if start == 0 else "the output is not finite"
-        groups: list[dict[str, Any]] = [{"params": [soft.free for soft in self.softs.values()], "lr": RATE}]
-        groups += [{"params": [b], "lr": BIAS_RATE * max(_size(b), SMALL_BIAS)} for b in self.biases.values()]
-        groups += [{"params": [p], "lr": STEP_RATE * _size(p)} for p in self.steps]
+        of_rounding, of_bias, of_step = self.rates
+        groups: list[dict[str, Any]] = [{"params": [soft.free for soft in self.softs.values()], "lr": of_rounding}]
+        groups += [{"params": [b], "lr": of_bias * max(_size(b), SMALL_BIAS)} for b in self.biases.values()]
+        groups += [{"params": [p], "lr": of_step * _size(p)} for p in self.steps]
         optimizer, rates = torch.optim.Adam(groups), [group["lr"] for group in groups]
         learnt = [p.requires_grad for p in self.steps]
         own = {self.setting.quantizers[node] for node in self.segment.nodes if node in self.setting.quantizers}
@@ -142,7 +147,8 @@ class BlockTrial:
                     done = max(done, spent)
                     if done >= 1:
                         break
-                for group, rate in zip(groups[1:], rates[1:], strict=True):
+                first = 0 if self.decays else 1
+                for group, rate in zip(groups[first:], rates[first:], strict=True):
                     group["lr"] = rate * (1 + math.cos(math.pi * done)) / 2
                 order = order or torch.randperm(len(data.learns), generator=generator).tolist()
                 optimizer.zero_grad()
@@ -166,7 +172,7 @@ class BlockTrial:
         if done >= FROZEN:
             values |= {node: soft.hard() for node, soft in self.softs.items()}
         values |= self.biases
-        error, norm = _squared(self._run(values, generator if self.drops else None), self.data.wanted[k])
+        error, norm = squared(self._run(values, generator if self.drops else None), self.data.wanted[k])
         loss = error / norm.clamp(min=torch.finfo(norm.dtype).tiny) / start
         if not WARM_UP <= done < FROZEN:
             return loss
@@ -231,7 +237,7 @@ def _mixed(exact: Tensor, rough: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(chosen.to(rough.device), exact, rough)
 
 
-def _squared(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def squared(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return Σ (y - t)² and Σ t² over the elements of t that are finite."""
     parts = []
     for y, t in zip(found, wanted, strict=True):

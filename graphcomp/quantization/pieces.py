@@ -25,21 +25,26 @@ def pieces_of(floats: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> list[
     """
     chosen = first_samples(batches, SAMPLES)
     least = 2 if len(chosen) == 1 else 1
-    if not _divides(floats, chosen[0]):
+    if not divides(floats, chosen[0]):
         return list(chosen)
     return [piece for batch in chosen for piece in _pieces(batch, least)]
 
 
-def _pieces(batch: Sequence[Any], least: int) -> list[Sequence[Any]]:
+def in_parts(batch: Sequence[Any], most: int) -> list[Sequence[Any]]:
+    """Return a batch that can be divided in parts of up to `most` samples."""
+    return _pieces(batch, 1, most)
+
+
+def _pieces(batch: Sequence[Any], least: int, most: int = PIECE) -> list[Sequence[Any]]:
     count = sample_count(batch)
-    parts = max(-(-count // PIECE), min(least, count))
+    parts = max(-(-count // most), min(least, count))
     split = [t.chunk(parts) if isinstance(t, Tensor) and t.dim() and len(t) == count else (t,) * parts for t in batch]
     return list(zip(*split, strict=False))  # `chunk` may give fewer
 
 
 @torch.no_grad()
-def _divides(floats: fx.GraphModule, batch: Sequence[Any]) -> bool:
-    """Return whether the outputs of two pieces or more are the pieces of the outputs."""
+def divides(floats: fx.GraphModule, batch: Sequence[Any]) -> bool:
+    """Return whether a batch has parts, and the outputs of its parts are the parts of its outputs."""
     parts = _pieces(batch, 2)
     if len(parts) < 2:
         return False

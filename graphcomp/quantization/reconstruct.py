@@ -2,7 +2,7 @@
 
 Layer by layer, rounding sees products alone; a block is seen with its nonlinear ops. A block reads what the quantized
 graph in front of the block gives, some elements at random replaced by the float ones, and its target is the float
-block's output. At last the model is taken as one block, without replaced elements. A block is kept where its output,
+block's output. At last the whole model is learned at once (`whole_trial.py`). A block is kept where its output,
 and the model's, is no farther from the float one on samples that the learning has not seen; else the start is kept.
 
 Sources: Nagel et al. 2020 (AdaRound, arXiv 2004.10568) for the relaxation, Li et al. 2021 (BRECQ, arXiv 2102.05426) for
@@ -28,12 +28,13 @@ from graphcomp.ir.run_nodes import Lockstep, output_errors, run_tapped
 from graphcomp.numerics.compare import floating_tensors
 from graphcomp.pruning.repair import LIVE, value_bytes
 from graphcomp.quantization.block_trial import BlockTrial, Data
-from graphcomp.quantization.pieces import pieces_of
+from graphcomp.quantization.pieces import divides, in_parts, pieces_of
 from graphcomp.quantization.placement import layer_name
 from graphcomp.quantization.reconstruction import Reconstructed, Reconstruction
 from graphcomp.quantization.segments import Segment, segments_of
 from graphcomp.quantization.setting import Setting
 from graphcomp.quantization.tensors import put
+from graphcomp.quantization.whole_trial import WholeTrial
 from graphcomp.system.progress import progress
 
 JUDGES = 4
@@ -42,6 +43,8 @@ WHOLE = "the model as a whole"
 """Name of the last block."""
 KEPT_FOR_GRADIENTS = 4
 """Tensors of the size of a value that a backward pass keeps, about."""
+SAMPLES_AT_ONCE = 8
+"""Samples of one step of the model as a whole at most, where a batch can be divided."""
 
 Undo = Callable[[], None]
 
@@ -57,7 +60,7 @@ def reconstruct(
         options: how long.
         shown: show a progress line on the terminal.
     """
-    if options.steps == 0 or options.seconds == 0:
+    if options.steps == options.steps_of_whole == 0 or options.seconds == 0:
         return Reconstructed()
     pieces = pieces_of(setting.folded, batches)
     why = ""
@@ -82,13 +85,15 @@ class _Walk:
         self.found = Reconstructed()
         self.begun = time.monotonic()
         self.segments = segments_of(self.fake)
-        self.waiting = 2 * sum(_bytes(segment) for segment in self.segments if segment.weights)
+        blocks = sum(_bytes(segment) for segment in self.segments if segment.weights)
+        self.waiting = blocks * (bool(options.steps) + bool(options.steps_of_whole))
+        self.divides = divides(setting.folded, pieces[0])
 
     def walk(self, shown: bool) -> Reconstructed:
         """Learn segment after segment, and the whole; return what came of it."""
         self.outputs = start = self._outputs_error()
         with progress(1 + sum(bool(segment.weights) for segment in self.segments), shown) as bar:
-            for segment in self.segments:
+            for segment in self.segments if self.options.steps else ():
                 carried = self._step_floats(segment)
                 settled: set[fx.Node] = set()
                 if segment.weights:
@@ -96,8 +101,9 @@ class _Walk:
                     bar.step(f"reconstructing {name}")
                     settled = self._segment(segment, name, carried)
                 self._step_rough(segment, settled)
-            bar.step(f"reconstructing {WHOLE}")
-            self._whole()
+            if self.options.steps_of_whole:
+                bar.step(f"reconstructing {WHOLE}")
+                self._whole()
         self.fake.recompile()
         counts = [sample_count(piece) for piece in self.pieces]
         self.found.samples = (sum(counts[k] for k in self.learns), sum(counts[k] for k in self.judges))
@@ -164,32 +170,46 @@ class _Walk:
         read = [*segment.outside, *(node for node in segment.nodes if node.op == "placeholder")]
         given = [{node: run.values[node] for node in read} for run in self.rough.runs]
         data = Data(given, carried, [[t] for t in wanted], self.learns, self.judges)
-        return self._try(name, BlockTrial(self.setting, segment, segment.exit, data), _bytes(segment))
+        trial = BlockTrial(self.setting, segment, segment.exit, data)
+        return self._try(name, trial, _bytes(segment), self.options.steps)
 
     def _whole(self) -> None:
-        """Learn all blocks together, towards the outputs of the model."""
+        """Learn all blocks together, towards the outputs of the model and what blocks hand on."""
         nodes = tuple(node for segment in self.segments for node in segment.nodes)
         weights = tuple(node for segment in self.segments for node in segment.weights)
         segment = Segment(nodes, weights)
-        most = max(map(sample_count, self.pieces)) / max(sample_count(self._example()), 1)
-        if KEPT_FOR_GRADIENTS * most * _bytes(segment) > LIVE:
+        most = max(1, round(LIVE / (KEPT_FOR_GRADIENTS * _bytes(segment)) * max(sample_count(self._example()), 1)))
+        pieces, learns, judges = list[Sequence[Any]](), list[int](), list[int]()
+        for k, piece in enumerate(self.pieces):
+            parts = in_parts(piece, min(most, SAMPLES_AT_ONCE)) if self.divides else [piece]
+            (judges if k in self.judges else learns).extend(range(len(pieces), len(pieces) + len(parts)))
+            pieces += parts
+        if max(map(sample_count, pieces)) > most:
             self.found.left[WHOLE] = f"its gradients take more than {LIVE >> 30} GiB of memory"
             return
         inputs = [node for node in nodes if node.op == "placeholder"]
-        given = [dict(zip(inputs, piece, strict=True)) for piece in self.pieces]
-        wanted = [floating_tensors(run_tapped(self.setting.folded, piece)) for piece in self.pieces]
+        given = [dict(zip(inputs, piece, strict=True)) for piece in pieces]
+        wanted = [floating_tensors(run_tapped(self.setting.folded, piece)) for piece in pieces]
         if not wanted[0]:
             self.found.left[WHOLE] = "no output is of floats"
             return
         (output,) = self.fake.graph.find_nodes(op="output")
-        data = Data(given, None, wanted, self.learns, self.judges)
-        self._try(WHOLE, BlockTrial(self.setting, segment, output.args[0], data, drops=False), self.waiting)
+        data = Data(given, None, wanted, learns, judges)
+        trial = WholeTrial(
+            self.setting, segment, output.args[0], data, drops=False, exits=self._exits(), augment=self.options.augment
+        )
+        self._try(WHOLE, trial, self.waiting, self.options.steps_of_whole)
+
+    def _exits(self) -> dict[fx.Node, fx.Node]:
+        """Return where blocks end in a tensor of floats, each with the float node."""
+        found = {segment.exit: self._twin(segment.exit) for segment in self.segments if segment.weights}
+        return {node: twin for node, twin in found.items() if _is_float(node)}
 
     def _example(self) -> list[Any]:
         """Return the example inputs, as far as their sizes go."""
         return [node.meta["val"] for node in self.fake.graph.find_nodes(op="placeholder")]
 
-    def _try(self, name: str, trial: BlockTrial, size: int) -> set[fx.Node]:
+    def _try(self, name: str, trial: BlockTrial, size: int, steps: int) -> set[fx.Node]:
         """Learn one block, and keep what helps; return the nodes whose values are those that were learned."""
         if not trial.softs:
             self.found.left[name] = "no weight has evenly spaced levels that one op alone reads"
@@ -200,7 +220,7 @@ class _Walk:
             self.waiting -= size
         before = trial.error(self.judges, {})
         try:
-            why = trial.descend(self.options.steps, seconds, self.generator)
+            why = trial.descend(steps, seconds, self.generator)
         except (RuntimeError, NotImplementedError) as error:
             why = f"an op has no gradient: {first_line(error)[:120]}"
         learned = trial.learned()
@@ -251,6 +271,11 @@ class _Walk:
 
         give(bias)
         return lambda: give(old)
+
+
+def _is_float(node: fx.Node) -> bool:
+    example = node.meta.get("val")
+    return isinstance(example, Tensor) and example.is_floating_point()
 
 
 def _bytes(segment: Segment) -> int:

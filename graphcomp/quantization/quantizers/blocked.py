@@ -23,6 +23,9 @@ PIECE = 1 << 17
 """Elements for each thread, 512 KiB in float32: of fewer, calling the ops takes longer than the ops. (PyTorch gives a
 thread 32768 at least.)"""
 
+HAIR = 2.0**-22
+"""Beyond an end by this share of it, an element still counts as inside: four to eight steps of float32's last digit."""
+
 aten = torch.ops.aten
 
 
@@ -121,6 +124,47 @@ def gradients(grad: Tensor, x: Tensor, levels: Levels, beyond: Sequence[bool]) -
         elif grad_x is not grad:
             passed.copy_(upstream)
     return grad_x, grad_d, grad_q_m / (levels.most or 1.0)
+
+
+def between_ends(x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+    """The nearest of the multiples `low` to `high`, whole numbers, of `scale`, a () tensor: what `fake_quantize` gives.
+
+    Bit for bit `round(clamp(x / scale, low, high)) * scale`; never -0.
+    """
+    result = torch.empty_like(x)
+    for source, target in zip(_pieces(x), _pieces(result), strict=True):
+        torch.div(source, scale, out=target)
+        target.clamp_(low, high).round_().add_(0.0).mul_(scale)
+    return result
+
+
+def gradients_between_ends(
+    grad: Tensor, x: Tensor, scale: Tensor, low: float, high: float
+) -> tuple[Tensor, float, float]:
+    """Of x, of the scale, and the sum of `grad` beyond the ends; from the gradient of the result of `between_ends`.
+
+    With v = x / scale: grad where low <= v <= high, else 0; the sum of grad (round(v) - v) there and of grad times the
+    end beyond.
+    """
+    if grad.stride() != x.stride():
+        grad = torch.empty_like(x).copy_(grad)
+    grad_x = torch.empty_like(x)
+    below, above = low - HAIR * max(1.0, abs(low)), high + HAIR * max(1.0, abs(high))
+    of_scale = beyond = 0.0
+    v = codes = x.new_empty(0)
+    for upstream, source, passed in zip(_pieces(grad), _pieces(x), _pieces(grad_x), strict=True):
+        if v.shape != source.shape:
+            v, codes = torch.empty_like(source), torch.empty_like(source)
+        torch.div(source, scale, out=v)
+        aten.hardtanh_backward.grad_input(upstream, v, below, above, grad_input=passed)
+        v.clamp_(low, high)  # finite, and where it was beyond, no farther from its code
+        torch.round(v, out=codes)
+        torch.sub(codes, v, out=v)
+        of_scale += torch.dot(passed, v).item()
+        torch.sub(upstream, passed, out=v)  # 0 inside
+        of_scale += torch.dot(v, codes).item()
+        beyond += v.sum().item()
+    return grad_x, of_scale, beyond
 
 
 def _pieces(x: Tensor) -> Sequence[Tensor]:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphcomp.quantization.quantizers import blocked
+
 aten = torch.ops.aten
 
 
@@ -80,7 +82,9 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min
     Source: LSQ (Esser et al. 2020, arXiv 1902.08153), equations 1 to 3; the zero point after LSQ+ (Bhalgat et al.
     2020, arXiv 2004.09576), equations 4 to 6, but whole, so that 0 is a code: its offset beta is -z * scale here.
     """
-    return _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max)  # type: ignore[no-any-return, no-untyped-call]
+    alone = scale.dim() == 0 and (zero_point is None or zero_point.dim() == 0)
+    how = _FakeQuantizeInPieces if alone and blocked.fits(x) else _FakeQuantize
+    return how.apply(x, scale, zero_point, quant_min, quant_max)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def multiples(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> Tensor:
@@ -193,16 +197,58 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, scale, zero_point = ctx.saved_tensors
-        low, high = _ends(zero_point, ctx.quant_min, ctx.quant_max)
-        v = x / scale
-        clamped = _clamp(v, low, high)
-        beyond = (v - clamped).sign_()
-        grad_x = grad_scale = grad_zero = None
-        if ctx.needs_input_grad[0]:
-            grad_x = where_inside(grad, beyond)
-        if ctx.needs_input_grad[1]:
-            residual = clamped.round() - where_inside(v, beyond)
-            grad_scale = sum_of_product(grad, residual, scale.shape)
-        if zero_point is not None and ctx.needs_input_grad[2]:
-            grad_zero = sum_of_product(grad, beyond.abs(), scale.shape) * -scale
-        return grad_x, grad_scale, grad_zero, None, None
+        found = _whole_gradients(grad, x, scale, zero_point, ctx.quant_min, ctx.quant_max, ctx.needs_input_grad)
+        return (*found, None, None)
+
+
+def _whole_gradients(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    low, high = _ends(zero_point, quant_min, quant_max)
+    v = x / scale
+    clamped = _clamp(v, low, high)
+    beyond = (v - clamped).sign_()
+    grad_x = grad_scale = grad_zero = None
+    if needed[0]:
+        grad_x = where_inside(grad, beyond)
+    if needed[1]:
+        residual = clamped.round() - where_inside(v, beyond)
+        grad_scale = sum_of_product(grad, residual, scale.shape)
+    if zero_point is not None and needed[2]:
+        grad_zero = sum_of_product(grad, beyond.abs(), scale.shape) * -scale
+    return grad_x, grad_scale, grad_zero
+
+
+class _FakeQuantizeInPieces(torch.autograd.Function):
+    """`_FakeQuantize` with one step for all elements, on the host."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
+    ) -> Tensor:
+        ctx.quant_min, ctx.quant_max = quant_min, quant_max
+        ctx.save_for_backward(x, scale, zero_point)
+        return blocked.between_ends(x.detach(), scale.detach(), *_numbers(zero_point, quant_min, quant_max))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        x, scale, zero_point = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # gradients of gradients
+            found = _whole_gradients(grad, x, scale, zero_point, ctx.quant_min, ctx.quant_max, needed)
+            return (*found, None, None)
+        ends = _numbers(zero_point, ctx.quant_min, ctx.quant_max)
+        grad_x, of_scale, beyond = blocked.gradients_between_ends(grad, x, scale, *ends)
+        grad_zero = scale * -beyond if zero_point is not None and needed[2] else None
+        return grad_x if needed[0] else None, scale.new_tensor(of_scale) if needed[1] else None, grad_zero, None, None
+
+
+def _numbers(zero_point: Tensor | None, quant_min: int, quant_max: int) -> tuple[float, float]:
+    zero = 0.0 if zero_point is None else zero_point.detach().item()
+    return quant_min - zero, quant_max - zero
