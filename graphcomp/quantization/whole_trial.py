@@ -1,9 +1,9 @@
 """The model as a whole, learned: towards the float model's outputs and the values that blocks hand on.
 
 Block by block, what is left of one block is an input of the next, and learned on the same few samples again. Here the
-whole fake-quant graph is computed at once, weights on their levels from the first step on. Rounding, biases and steps of
-activations are learned, and the loss is the relative squared error of the outputs, plus the mean of that over the exits of all blocks. The
-outputs of few samples alone are few numbers; the exits have one for each position.
+whole fake-quant graph is computed at once, weights on their levels from the first step on. Rounding, biases and steps
+of activations are learned, and the loss is the relative squared error of the outputs, plus the mean of that error over
+the exits of all blocks. The outputs of few samples alone are few numbers; the exits have one for each position.
 
 Sources: Hinton et al. 2015 (arXiv 1503.02531) for learning from a model, Romero et al. 2015 (FitNets, arXiv 1412.6550)
 for the values inside; Bengio et al. 2013 (arXiv 1308.3432), the straight-through estimator; Esser et al. 2020 (LSQ,
@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from graphcomp.arguments import wrong
 from graphcomp.ir.run_nodes import run_tapped
 from graphcomp.numerics.compare import floating_tensors
 from graphcomp.quantization.block_trial import BlockTrial, squared
@@ -37,7 +38,7 @@ class WholeTrial(BlockTrial):
     exits: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
     augment: Augment | None = None
 
-    rates: ClassVar[tuple[float, float, float]] = 0.03, 5e-3, 5e-3
+    rates: ClassVar[tuple[float, float, float]] = 3e-3, 5e-3, 5e-3
     decays: ClassVar[bool] = True
 
     def _loss(self, k: int, done: float, start: float, generator: torch.Generator) -> Tensor:
@@ -45,7 +46,7 @@ class WholeTrial(BlockTrial):
         placeholders = self.setting.fake.graph.find_nodes(op="placeholder")
         piece: Sequence[Any] = [self.data.given[k][node] for node in placeholders]
         if self.augment is not None:
-            piece = self.augment(piece, generator)
+            piece = self._augmented(piece, generator)
         wanted, inside = self._floats(piece)
         values: dict[fx.Node, Any] = dict(zip(placeholders, piece, strict=True))
         values |= {node: soft.between(0.0) for node, soft in self.softs.items()}
@@ -54,6 +55,19 @@ class WholeTrial(BlockTrial):
         if not inside:
             return loss
         return loss + torch.stack([_relative([values[node]], [t]) for node, t in inside.items()]).mean()
+
+    def _augmented(self, piece: Sequence[Any], generator: torch.Generator) -> Sequence[Any]:
+        """Return other inputs in place of those of a piece.
+
+        Raises:
+            PlanError: they are not of the same number and kind.
+        """
+        assert self.augment is not None
+        found = self.augment(piece, generator)
+        kinds = [[_kind(t) for t in each] if isinstance(each, Sequence) else None for each in (found, piece)]
+        if kinds[0] != kinds[1]:
+            raise wrong("what `augment` returns", f"inputs as they were given, {kinds[1]}", kinds[0], "augment=None")
+        return found
 
     @torch.no_grad()
     def _floats(self, piece: Sequence[Any]) -> tuple[list[Tensor], dict[fx.Node, Tensor]]:
@@ -67,6 +81,10 @@ class WholeTrial(BlockTrial):
         twins = set(self.exits.values())
         outputs = floating_tensors(run_tapped(self.setting.folded, piece, see=see))
         return outputs, {node: found[twin] for node, twin in self.exits.items()}
+
+
+def _kind(value: Any) -> Any:
+    return (tuple(value.shape[1:]), value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _relative(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:

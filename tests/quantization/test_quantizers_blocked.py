@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graphcomp.quantization.quantizers import blocked, geta
+from graphcomp.quantization.quantizers import blocked, geta, gradients
 from graphcomp.quantization.quantizers.geta import GetaQuantizer
 from graphcomp.quantization.spec import QuantSpec
 
@@ -132,3 +132,26 @@ def test_a_parameter_that_was_modified_before_the_backward_pass():
     quantizer.q_m.detach().mul_(2.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("zero", "scale"), [(None, 0.3), (3.0, 0.3), (0.0, 0.1), (7.0, 1e-30)])
+def test_levels_between_ends_are_those_of_whole_tensors(dtype, layout, zero, scale):
+    """None, some and all elements beyond; elements on the ends count as inside, and 0 is never -0."""
+    x = LAYOUTS[layout](torch.randn(2, 3, 4, 26).to(dtype))
+    own = [None if value is None else torch.tensor(value, dtype=dtype, requires_grad=True) for value in (scale, zero)]
+    ends = [(end - (zero or 0)) * own[0].detach() for end in (-8, 7)]
+    x[0, 0, 0, :5] = torch.stack([*ends, *(torch.tensor(v, dtype=dtype) for v in (0.0, -0.0, scale / 2))])
+    x.requires_grad_()
+    asked = [t for t in (x, *own) if t is not None]
+    whole = gradients._FakeQuantize.apply(x, *own, -8, 7)
+    result = gradients.fake_quantize(x, *own, -8, 7)
+    assert type(result.grad_fn).__name__.startswith("_FakeQuantizeInPieces")
+    assert torch.equal(pattern(result.detach()), pattern(whole.detach())) and result.stride() == x.stride()
+    for arrange in (lambda t: t, LAYOUTS["channels last"]):
+        upstream = arrange(torch.randn_like(x))
+        found, wanted = (torch.autograd.grad(y, asked, upstream, retain_graph=True) for y in (result, whole))
+        assert torch.equal(found[0], wanted[0])
+        for a, b in zip(found[1:], wanted[1:], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

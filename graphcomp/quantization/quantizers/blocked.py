@@ -23,9 +23,6 @@ PIECE = 1 << 17
 """Elements for each thread, 512 KiB in float32: of fewer, calling the ops takes longer than the ops. (PyTorch gives a
 thread 32768 at least.)"""
 
-HAIR = 2.0**-22
-"""Beyond an end by this share of it, an element still counts as inside: four to eight steps of float32's last digit."""
-
 aten = torch.ops.aten
 
 
@@ -149,7 +146,8 @@ def gradients_between_ends(
     if grad.stride() != x.stride():
         grad = torch.empty_like(x).copy_(grad)
     grad_x = torch.empty_like(x)
-    below, above = low - HAIR * max(1.0, abs(low)), high + HAIR * max(1.0, abs(high))
+    ends = torch.tensor([low, high], dtype=x.dtype)
+    below, above = torch.nextafter(ends, ends.new_tensor([-math.inf, math.inf])).tolist()
     of_scale = beyond = 0.0
     v = codes = x.new_empty(0)
     for upstream, source, passed in zip(_pieces(grad), _pieces(x), _pieces(grad_x), strict=True):
