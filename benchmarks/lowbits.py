@@ -53,7 +53,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "second order": {"rounding": "second_order", "repair": None},
     "second order, repaired": {"rounding": "second_order", "repair": "least_squares"},
     "reconstructed": {"rounding": "reconstruct", "repair": "least_squares"},
-    "learned as a whole": {"rounding": "whole", "repair": "least_squares"},
+    "learned as a whole": {"rounding": "whole", "repair": None},
 }
 PEERS = ("onnxruntime static", "PT2E")
 

@@ -178,8 +178,8 @@ def compress(
             Saliencies that read activations take these batches where there is no `data`.
         rounding: of weights: "nearest", or "second_order" (GPTQ), which needs calibration data: some hundred samples
             are better than nearest at four bits and fewer. Or "reconstruct", or `Reconstruction(steps=, seconds=)`:
-            from second-order rounding on, rounding, biases and steps are learned block by block, which takes minutes;
-            a block stays as it was where that does not help on samples held out, see `report.reconstructions`.
+            from second-order rounding on, rounding, biases and steps are learned block by block and then together,
+            which takes minutes; what does not help on samples held out stays, see `report.reconstructions`.
         reduce_range: weights of 7 bits at most, the first and last layer included, stored as int8: for x86 CPUs without
             VNNI, where onnxruntime's fast kernels add products in 16 bits and saturate.
         quantization: all options of post-training quantization at once, in place of the seven above.

@@ -89,6 +89,7 @@ class BlockTrial:
     steps: list[nn.Parameter] = field(init=False)
 
     rates: ClassVar[tuple[float, float, float]] = RATE, BIAS_RATE, STEP_RATE
+    """Adam's learning rates, as `RATE`, `BIAS_RATE` and `STEP_RATE`."""
     decays: ClassVar[bool] = False
     """Whether the learning rate of rounding goes to 0, too, along a cosine."""
 
