@@ -316,7 +316,9 @@ class _Search:
     ) -> None:
         self.analysis, self.cuts, self.lengths = analysis, cuts, lengths
         self.expected, self.others = expected, others
-        self.open = {site: value for site, value in sites(analysis.model).items() if site not in settled}
+        unsettled = {site: value for site, value in sites(analysis.model).items() if site not in settled}
+        # a module's own numbers first: those of a config are many, and most are read when a model is built
+        self.open = dict(sorted(unsettled.items(), key=lambda entry: "." in entry[0][1]))
         self.tries = 0
         self.failure = _Failure("nothing was tried")
         self.built: nn.Module | None = None  # by the last try
