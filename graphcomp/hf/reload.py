@@ -24,9 +24,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from graphcomp.errors import CheckpointError, first_line
+from graphcomp.hf.integers import facts_of, plain_state, put_parts, take_parts
 from graphcomp.hf.registry import METHOD
 from graphcomp.hf.section import Section, damaged
-from graphcomp.native.integers import quantized_tensors
 from graphcomp.system.listeners import Remade
 from graphcomp.system.threads import one_at_a_time
 from graphcomp.torch_compat import non_persistent
@@ -63,6 +63,7 @@ class CutModel(HfQuantizer, Remade):
     def __init__(self, quantization_config: CutConfig, **options: Any) -> None:
         super().__init__(quantization_config, **options)
         self.foreign = False
+        self.locate: Callable[[str], str | None] = lambda name: name
         self.notes: tuple[str, ...] = ()
 
     @property
@@ -98,9 +99,12 @@ class CutModel(HfQuantizer, Remade):
                 fix=f"transformers.{section.architecture}.from_pretrained(folder)",
             )
         _check_files(model, section, checkpoint_files or (), self.foreign)
+        self.locate = _names_in(model, section) if self.foreign else lambda name: name
+        put_parts(model, section.integers, self.locate)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         self._check_loaded(model)
+        take_parts(model, self.section.integers, self.locate)
         for module in model.modules():  # weights are floats: transformers forbids training where this is set
             if isinstance(module, PreTrainedModel):
                 module.config._is_quantized = False
@@ -165,7 +169,8 @@ class CutModel(HfQuantizer, Remade):
             section = self.refresh(model)
             if given.get("save_directory") is not None and given.get("is_main_process", True):
                 complete(Path(given["save_directory"]), model.config, section, self.notes)
-        return given.get("state_dict"), {}
+        state = given.get("state_dict")
+        return plain_state(model, state) if self.section.integers else state, {}
 
     def refresh(self, model: PreTrainedModel) -> Section:
         """Compare the model with what its config builds; put the difference into the config.
@@ -202,11 +207,9 @@ def described(model: PreTrainedModel) -> Section:
     graph = next((path for path, m in model.named_modules() if isinstance(m, fx.GraphModule)), None)
     if graph is not None:
         raise cannot_be_written(model, f"{graph!r} is a graph")
-    if integers := quantized_tensors(model):
-        raise cannot_be_written(model, f"{next(iter(integers))!r} holds integers, which such folders cannot hold yet")
     _apart(model)
     section = difference(model, built(model))
-    section = replace(section, architecture=architecture(model), version=package_version())
+    section = replace(section, architecture=architecture(model), version=package_version(), integers=facts_of(model))
     again = built(model)
     resize(again, Section.of(section.to_dict()))
     if odd := first_difference(model, again):

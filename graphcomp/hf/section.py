@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from graphcomp.checkpoint.integers import PARTS, Facts, are_facts
 from graphcomp.errors import CheckpointError
 
 FORMAT = 1
@@ -23,6 +24,9 @@ DIMENSIONS = 8
 LARGEST = 2**40
 """Largest number in a section."""
 
+PART_DTYPES = frozenset({"uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"})
+"""Dtypes of parts of a weight of integers."""
+
 Value: TypeAlias = int | tuple[int, ...] | None
 """Of an attribute: JSON has lists in place of tuples."""
 
@@ -38,6 +42,7 @@ class Section:
         without: paths of modules that the config builds and the model has no more, outermost alone.
         stored: buffers that the class recomputes, in the folder since the model has others.
         trimmed: path of a module -> class of a trimmed vocabulary that takes its place.
+        integers: weight of integers -> its facts (`graphcomp.checkpoint.integers`); the folder has its parts.
         figures: name -> (before, after): parameters, multiply-accumulates.
         version: of the graphcomp that wrote the section.
     """
@@ -48,13 +53,14 @@ class Section:
     without: tuple[str, ...] = ()
     stored: tuple[str, ...] = ()
     trimmed: Mapping[str, str] = field(default_factory=dict)
+    integers: Mapping[str, Facts] = field(default_factory=dict)
     figures: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     version: str = ""
 
     @property
     def plain(self) -> bool:
         """Whether the config alone builds the model, so that any reader of the config loads the folder."""
-        return not (self.shapes or self.attributes or self.without or self.stored or self.trimmed)
+        return not (self.shapes or self.attributes or self.without or self.stored or self.trimmed or self.integers)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON holds. Shapes are texts, "128x256", so that a section stays short where JSON is indented."""
@@ -71,6 +77,7 @@ class Section:
             "without": list(self.without),
             "stored": list(self.stored),
             "trimmed": dict(self.trimmed),
+            "integers": {name: dict(facts) for name, facts in self.integers.items()},
             "figures": {name: list(pair) for name, pair in self.figures.items()},
         }
 
@@ -102,6 +109,7 @@ class Section:
             without=_texts(data, "without"),
             stored=_texts(data, "stored"),
             trimmed={_text("trimmed", p): _text("trimmed", c) for p, c in _mapping(data, "trimmed").items()},
+            integers={_text("integers", n): _facts(n, f) for n, f in _mapping(data, "integers").items()},
             figures={_text("figures", n): _pair(n, p) for n, p in _mapping(data, "figures").items()},
             version=_text("graphcomp", data["graphcomp"]),
         )
@@ -156,6 +164,23 @@ def _value(site: str, value: Any) -> Value:
     if isinstance(value, (list, tuple)) and len(value) <= DIMENSIONS and all(map(_is_int, value)):
         return tuple(value)
     raise damaged(f"{site!r:.80} must be an int, a list of ints or null, got {value!r:.80}")
+
+
+def _facts(name: str, value: Any) -> Facts:
+    """Return facts of a weight of integers, with dtypes and shapes of its parts."""
+    parts = value.get("parts") if isinstance(value, Mapping) else None
+    if not isinstance(parts, Mapping) or not set(PARTS[:3]) <= set(parts) <= set(PARTS):
+        raise damaged(f"the integers of {name!r:.80} must have parts, got {parts!r:.80}")
+    for kind in parts.values():
+        if not (isinstance(kind, (list, tuple)) and len(kind) == 2 and kind[0] in PART_DTYPES and _is_shape(kind[1])):
+            raise damaged(f"the parts of {name!r:.80} must have a dtype and a shape, got {kind!r:.80}")
+    if not are_facts({key: entry for key, entry in value.items() if key != "parts"}):
+        raise damaged(f"the integers of {name!r:.80} must have facts, got {value!r:.80}")
+    return dict(value)
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) <= DIMENSIONS and all(_is_int(n) and n >= 0 for n in value)
 
 
 def _pair(name: str, value: Any) -> tuple[int, int]:

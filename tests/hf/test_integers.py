@@ -1,0 +1,128 @@
+"""Quantized models of their own class: written by save_pretrained, read by from_pretrained, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import graphcomp as gc
+from graphcomp.hf.section import Section
+from graphcomp.native.integers import quantized_tensors
+from tests.hf.models import bert, ids, llama, need_transformers
+
+transformers = need_transformers()
+pytestmark = [pytest.mark.slow, pytest.mark.ci]  # torch.export takes seconds of each model
+
+WEIGHTS_ALONE: dict[str, Any] = {"bits": 4, "activation_bits": None}
+FORMS: dict[str, dict[str, Any]] = {
+    "four bits": WEIGHTS_ALONE,
+    "groups": {**WEIGHTS_ALONE, "group_size": 16},
+    "at run time": {"bits": 8, "activations": "dynamic"},
+    "static": {"bits": 8},
+}
+
+
+def small_of(model: Any, options: dict[str, Any]) -> Any:
+    small = gc.compress(model, {"input_ids": ids()}, sparsity=0.3, progress=False, **options)
+    assert small.form == "native", small.reason
+    return small.module
+
+
+def logits(model: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=x).logits
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tied", [False, True], ids=["head", "tied head"])
+def test_a_quantized_decoder_comes_back(tmp_path, form, tied):
+    small, x = small_of(llama(tie_word_embeddings=tied), FORMS[form]), ids()
+    small.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is type(small) and quantized_tensors(again).keys() == quantized_tensors(small).keys()
+    assert torch.equal(logits(again, x), logits(small, x))
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) is tied
+    tokens = {"max_new_tokens": 6, "do_sample": False, "num_beams": 2}
+    assert torch.equal(again.generate(x, **tokens), small.generate(x, **tokens))
+    assert not list(again.buffers()) or not any("packed" in name for name, _ in again.named_buffers())
+    again.save_pretrained(tmp_path / "again")
+    third = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(third, x), logits(small, x))
+
+
+def test_a_quantized_encoder_comes_back_with_and_without_its_head(tmp_path):
+    small = small_of(bert(), WEIGHTS_ALONE)
+    small.save_pretrained(tmp_path)
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, ids()), logits(small, ids()))
+    inner = transformers.AutoModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        wanted = small.bert(input_ids=ids()).last_hidden_state
+        assert torch.equal(inner(input_ids=ids()).last_hidden_state, wanted)
+
+
+def test_another_process_reads_the_folder_after_one_import(tmp_path):
+    small = small_of(llama(), WEIGHTS_ALONE)
+    small.save_pretrained(tmp_path)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[2])\nfrom tests.hf.models import need_transformers, ids\n"
+        "transformers = need_transformers()\nimport graphcomp, torch\n"
+        "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "torch.save(model(input_ids=torch.ones(1, 5, dtype=torch.int64)).logits.detach(), sys.argv[1] + '/out.pt')"
+    )
+    root = str(Path(gc.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), root], check=True, env={**os.environ})
+    assert torch.equal(torch.load(tmp_path / "out.pt"), logits(small, torch.ones(1, 5, dtype=torch.int64)))
+
+
+def test_codes_stay_integers_in_another_dtype(tmp_path):
+    small = small_of(llama(), WEIGHTS_ALONE)
+    small.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for name, tensor in quantized_tensors(again).items():
+        assert torch.equal(tensor.codes, quantized_tensors(small)[name].codes)
+    assert again.model.norm.weight.dtype is torch.bfloat16
+
+
+def test_an_adapter_s_gradient_reaches_what_stands_in_front(tmp_path):
+    small = small_of(llama(), WEIGHTS_ALONE)
+    embedded = small.get_input_embeddings()(ids()).requires_grad_()
+    small(inputs_embeds=embedded).logits.square().sum().backward()
+    assert embedded.grad is not None and bool(embedded.grad.abs().sum() > 0)
+
+
+def test_a_folder_without_a_part_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    small = small_of(llama(), WEIGHTS_ALONE)
+    small.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("q_proj.weight_packed"))
+    save_file({other: t for other, t in tensors.items() if other != name}, file, metadata={"format": "pt"})
+    with pytest.raises(gc.CheckpointError, match=r"lacks the tensor .*q_proj.weight_packed"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"parts": None}, {"parts": {"packed": ["uint8", [3]]}}, {"dtype": "int8"}, {"limits": [7, "x"]}, {"more": 1}],
+)
+def test_a_damaged_entry_is_refused(tmp_path, change):
+    small = small_of(llama(layers=1), WEIGHTS_ALONE)
+    small.save_pretrained(tmp_path)
+    data = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert Section.of(copy.deepcopy(data)).integers
+    name = next(iter(data["integers"]))
+    data["integers"][name] = {**data["integers"][name], **change}
+    with pytest.raises(gc.CheckpointError, match="damaged"):
+        Section.of(data)
