@@ -416,7 +416,7 @@ def compress(
     if uniform:
         check_uniform(scope, quantization is not None, zeros)
     alike: Uniform | None = None
-    own_class = quantization is not None and asks_for_class(part, keep_class)
+    own_class = quantization is not None and asks_for_class(model, keep_class)
     idle = {"prefer_native"} if quantization is not None and not own_class else set()
     notes = list(check_taken(title, ONE_SHOT - idle, given))
     with show_progress(4, progress) as bar:

@@ -1,8 +1,8 @@
 """Weights of integers in folders of transformers: tensors beside each weight, while it is saved or loaded.
 
 `q_proj.weight` stands in a folder as `q_proj.weight_packed`, `q_proj.weight_scale` and so on. While a model is loaded,
-these are buffers of the weight's module, and the weight itself is an empty tensor: code that initializes or ties weights
-finds what it looks for.
+these are buffers of the weight's module, and the weight itself is an empty tensor: code that initializes or ties
+weights finds what it looks for.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class CutModel(HfQuantizer, Remade):
     def __init__(self, quantization_config: CutConfig, **options: Any) -> None:
         super().__init__(quantization_config, **options)
         self.foreign = False
-        self.locate: Callable[[str], str | None] = lambda name: name
+        self.locate: Callable[[str], str | None] | None = None  # while a model is loaded
         self.notes: tuple[str, ...] = ()
 
     @property
@@ -99,12 +99,13 @@ class CutModel(HfQuantizer, Remade):
                 fix=f"transformers.{section.architecture}.from_pretrained(folder)",
             )
         _check_files(model, section, checkpoint_files or (), self.foreign)
-        self.locate = _names_in(model, section) if self.foreign else lambda name: name
+        self.locate = _names_in(model, section) if self.foreign else str
         put_parts(model, section.integers, self.locate)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         self._check_loaded(model)
-        take_parts(model, self.section.integers, self.locate)
+        take_parts(model, self.section.integers, self.locate or str)
+        self.locate = None
         for module in model.modules():  # weights are floats: transformers forbids training where this is set
             if isinstance(module, PreTrainedModel):
                 module.config._is_quantized = False

@@ -175,11 +175,10 @@ class QuantizedTensor(Tensor):
         operand: Operand | None,
     ) -> QuantizedTensor:
         """Return the tensor that `packed` and the parameters beside it describe."""
-        bits = stored_bits(*limits)
-        codes = packed
-        if bits in ops.PACKED_BITS:
-            codes = torch.ops.graphcomp.unpack(packed, list(shape), bits, limits[0] < 0)
-        return cls(Affine(codes, scale, zero_point, *limits, axis, groups), dtype, operand)
+        found: QuantizedTensor = make_wrapper(cls, shape, dtype=dtype, device=packed.device, requires_grad=False)
+        found.scale, found.zero_point, found.groups, found.axis = scale, zero_point, groups, axis
+        found.limits, found.operand, found._held = limits, operand, _Held(packed)
+        return found
 
     def _facts(self) -> dict[str, Any]:
         return {"axis": self.axis, "limits": self.limits, "operand": self.operand}

@@ -60,14 +60,14 @@ def test_a_quantized_decoder_comes_back(tmp_path, form, tied):
 
 
 def test_a_quantized_encoder_comes_back_with_and_without_its_head(tmp_path):
-    small = small_of(bert(), WEIGHTS_ALONE)
+    small, x = small_of(bert(), WEIGHTS_ALONE), ids()
     small.save_pretrained(tmp_path)
     again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    assert torch.equal(logits(again, ids()), logits(small, ids()))
+    assert torch.equal(logits(again, x), logits(small, x))
     inner = transformers.AutoModel.from_pretrained(tmp_path)
     with torch.no_grad():
-        wanted = small.bert(input_ids=ids()).last_hidden_state
-        assert torch.equal(inner(input_ids=ids()).last_hidden_state, wanted)
+        wanted = small.bert(input_ids=x).last_hidden_state
+        assert torch.equal(inner(input_ids=x).last_hidden_state, wanted)
 
 
 def test_another_process_reads_the_folder_after_one_import(tmp_path):

@@ -144,3 +144,10 @@ def test_nothing_writes_into_a_weight_of_integers():
 def test_four_bits_take_half_a_byte_each():
     assert weight((40, 70), bits=4).packed.numel() == 40 * 70 // 2
     assert weight((40, 70), bits=8).packed.dtype is torch.int8
+
+
+def test_a_compiled_model_computes_the_same():
+    layer = nn.Linear(70, 40)
+    layer.weight = nn.Parameter(weight(bits=4), requires_grad=False)
+    compiled, x = torch.compile(layer, backend="aot_eager", fullgraph=True), torch.randn(3, 70)
+    assert near(compiled(x), layer(x), 8)
