@@ -311,11 +311,12 @@ class _Planner:
         self._weight(table, node, 0, spec)
 
     def _store_tables_once(self) -> None:
-        """Give layers that multiply a table (a tied head) the codes of the table, unless the layers are named."""
+        """Give layers that multiply a table (a tied head) the codes of the table, where these have as many bits and the
+        layers are not named."""
         for table in [spot for spot in self.weights if any(lookup_of(user) for user in spot.users)]:
             for other in [spot for spot in self.weights if spot.value is table.value and spot is not table]:
                 named = any(user in self.compute and self.compute[user].named for user in other.users)
-                if other.dim != table.dim or named:
+                if other.dim != table.dim or other.spec.bits != table.spec.bits or other.spec.tabled or named:
                     continue
                 table.users.extend(other.users)
                 self.weights.remove(other)

@@ -13,7 +13,7 @@ from graphcomp.quantization.fold import FoldBatchNorm, FoldForTraining, chains, 
 from graphcomp.quantization.insert import InsertQuantizers
 from graphcomp.quantization.placement import Placement, place
 from graphcomp.quantization.sites import Site
-from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, with_bits
+from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, QuantSpec, with_bits
 from tests.quantization.models import encoder, residual
 from tests.quantization.test_qadg import MODELS, build
 
@@ -273,3 +273,28 @@ def test_ops_that_move_elements_carry_scales_as_a_transpose_does(moved: Any) -> 
         return [([user for user in readers_of(site) if "matmul" in user], site.is_weight) for site in found]
 
     assert sites(moved) == sites(lambda k: k.transpose(-2, -1))
+
+
+class TiedHead(nn.Module):
+    """A table that is looked up, and multiplied by the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(12, 8), nn.Linear(8, 12, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.head(self.table(ids).relu())
+        return result
+
+
+@pytest.mark.parametrize(("bits", "tables"), [(8, 1), (4, 2)])
+def test_a_table_that_a_layer_multiplies_is_stored_once(bits: int, tables: int) -> None:
+    module = capture(TiedHead().eval(), torch.randint(0, 12, (2, 5))).module
+    weights = QuantSpec(bits, granularity="group", group_size=4)
+    placement = place(module, QuantConfig(weights, None, first_and_last_bits=2))
+    sites = [site for site in placement.sites if site.is_weight]
+    assert len(sites) == tables
+    assert any("stored once" in note for note in placement.notes) is (tables == 1)
+    named = QuantConfig(weights, None, overrides={"head": (weights, None)}, first_and_last_bits=2)
+    assert len([site for site in place(module, named).sites if site.is_weight]) == 2
