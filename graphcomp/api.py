@@ -549,6 +549,7 @@ def compress(
                     verify=verify,
                     repair=repair is not None and calibration is not None,
                     shown=progress,
+                    add_biases=held is None or held.module is None,
                 )
                 cut = cut if before is None else cut.after(before)
                 said = (*said, *integers.notes_since(cut.program))

@@ -48,6 +48,7 @@ def cut_to_integers(
     verify: bool,
     repair: bool = False,
     shown: bool = False,
+    add_biases: bool = True,
 ) -> tuple[Cut, Program]:
     """Slice the captured graph, quantize what is left, and lower.
 
@@ -55,6 +56,8 @@ def cut_to_integers(
         batches: flat inputs to calibrate on; at least one.
         repair: move weights towards the float output before they are rounded.
         shown: show a progress line while rounding is learned.
+        add_biases: give convolutions without a bias one, where to correct: not where the user's class is to hold the
+            result.
 
     Returns:
         The cut in floats, and the program of integers.
@@ -67,7 +70,7 @@ def cut_to_integers(
     integers = Pipeline("one shot, with bits", (
         *cutting(plan, kept, verify=verify),
         Remember(SLICED),
-        *quantizing(options, batches, repair=repair, shown=shown),
+        *quantizing(options, batches, repair=repair, shown=shown, add_biases=add_biases),
         *([CheckLowering(batches[0])] if verify and batches else []),  # without any, calibration refuses
     ))(plan.captured)  # fmt: skip
     sliced = integers.stages[SLICED]

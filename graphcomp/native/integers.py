@@ -61,6 +61,8 @@ def put_integers(module: nn.Module, fake: fx.GraphModule) -> None:
         others = [other for other in names[id(held[name])] if other != name and other in weights]
         if any(not _same(weights[name], weights[other]) for other in others):
             raise CannotHold(f"'{name}' and '{others[0]}' are one parameter, and are quantized in two ways")
+    if added := sorted(name for name, _ in fake.named_parameters() if name.endswith(".bias") and name not in held):
+        raise CannotHold(f"'{added[0]}' was added to correct what rounding moves, and the class has no such parameter")
     floats = {str(node.target) for node in fake.graph.find_nodes(op="get_attr")} - set(weights)
     for name in sorted(floats & set(held)):
         given = fetch(fake, name)

@@ -149,12 +149,17 @@ def quantize(program: Program, batches: Sequence[Sequence[Any]], options: PostTr
 
 
 def quantizing(
-    options: PostTraining, batches: Sequence[Sequence[Any]], *, repair: bool = False, shown: bool = False
+    options: PostTraining,
+    batches: Sequence[Sequence[Any]],
+    *,
+    repair: bool = False,
+    shown: bool = False,
+    add_biases: bool = True,
 ) -> tuple[Pass, ...]:
     """Return the passes from a float graph in eval mode to integers; see `quantize`.
 
     `repair` moves the weights of each layer to those that best restore its output from quantized inputs; `shown` shows
-    a progress line while rounding is learned.
+    a progress line while rounding is learned; `add_biases` gives convolutions without a bias one, where to correct.
     """
     weights = options.config.weights
     per_tensor = weights is not None and weights.granularity == "tensor"
@@ -163,7 +168,7 @@ def quantizing(
         CheckTensors(),  # before batch norms hand theirs on to weights
         *written_out(options.config),
         *([Equalize()] if options.equalize or (options.equalize is None and per_tensor) else []),
-        *([AddBiases()] if options.correct_bias or repair else []),
+        *([AddBiases()] if add_biases and (options.correct_bias or repair) else []),
         *([EvenActivations(options.config, options.ignore, batches)] if even else []),
         Remember(FLOATS),
         PlaceQuantizers(options.config, options.ignore),

@@ -91,7 +91,7 @@ class Convolution(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 2)
+        self.first, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, bias=False), nn.Linear(8, 2)
 
     def forward(self, x):
         return self.head(self.second(self.first(x).relu()).mean((2, 3)))
