@@ -28,7 +28,21 @@ IGNORED = "_keys_to_ignore_on_load_missing"
 def facts_of(model: nn.Module) -> dict[str, Facts]:
     """Return what there is to know of each weight of integers, dtypes and shapes of its parts included."""
     plain, facts = taken_apart(tensor_names(model))
-    return {name: {**own, "parts": _kinds(name, plain)} for name, own in facts.items()}
+    found = {name: {**own, "parts": _kinds(name, plain)} for name, own in facts.items()}
+    if found:
+        found[_guarded(model, found)]["parts"][GUARD] = ["float32", [0]]
+    return found
+
+
+GUARD = "guard"
+"""Part of one weight: an empty tensor under the name of the weight. A reader without graphcomp stops at its size, where
+it would else fill all weights of integers with random numbers."""
+
+
+def _guarded(model: nn.Module, facts: Mapping[str, Facts]) -> str:
+    """Return the weight that has a guard: of a linear layer, which nothing but loading looks at, if there is one."""
+    plain = [n for n, own in facts.items() if len(own["names"]) == 1 and type(_owner(model, n)[0]) is nn.Linear]
+    return next(iter(plain or facts), "")
 
 
 def _kinds(name: str, plain: Mapping[str, Tensor]) -> dict[str, list[Any]]:
@@ -44,6 +58,8 @@ def plain_state(model: nn.Module, given: Mapping[str, Any] | None) -> dict[str, 
         for part in PARTS:
             if (tensor := plain.pop(f"{name}.{part}", None)) is not None:
                 plain[f"{name}_{part}"] = tensor
+    if facts:
+        plain[_guarded(model, facts)] = torch.empty(0)
     return {name: t.detach() if isinstance(t, Tensor) else t for name, t in plain.items()}
 
 
@@ -66,7 +82,11 @@ def put_parts(model: nn.Module, integers: Mapping[str, Facts], locate: Locate) -
             lacking.append(rf"^{re.escape(name)}$")
             for part, (dtype, shape) in own["parts"].items() if k == 0 else ():
                 empty = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-                module.register_buffer(f"{last}_{part}", empty)
+                if part == GUARD:
+                    old = module.get_parameter(last)
+                    parameter_table(module)[last] = nn.Parameter(empty.to(old.dtype), requires_grad=False)
+                else:
+                    module.register_buffer(f"{last}_{part}", empty)
     if lacking:
         vars(model)[IGNORED] = [*(getattr(model, IGNORED, None) or ()), *lacking]
 
@@ -83,14 +103,16 @@ def take_parts(model: nn.Module, integers: Mapping[str, Facts], locate: Locate) 
             continue
         module, last = _owner(model, placed[0])
         buffers = buffer_table(module)
-        parts = {f"{name}.{part}": buffers.pop(f"{last}_{part}") for part in own["parts"]}
+        parts = {f"{name}.{part}": buffers.pop(f"{last}_{part}") for part in own["parts"] if part != GUARD}
         facts = {key: value for key, value in own.items() if key != "parts"}
         tensors = {key: tensor for key, tensor in parts.items() if tensor is not None}
         weight = put_together(tensors, {name: {**facts, "names": [name]}})[name]
-        assert isinstance(weight, nn.Parameter)
+        empty_one = parameter_table(module)[last]
+        if empty_one is not None and empty_one.dtype is not weight.dtype:
+            weight = nn.Parameter(weight.to(empty_one.dtype), requires_grad=False)
         for each in placed:
             module, last = _owner(model, each)
-            parameter_table(module)[last] = weight
+            parameter_table(module)[last] = weight  # type: ignore[assignment]  # put_together makes parameters
     if integers:
         vars(model).pop(IGNORED, None)
 

@@ -92,14 +92,14 @@ class CutModel(HfQuantizer, Remade):
 
         section, own = self.section, architecture(model)
         self.foreign = own != section.architecture
-        used = resize(model, section, _names_in(model, section) if self.foreign else lambda name: name)
+        self.locate = _names_in(model, section) if self.foreign else str
+        used = resize(model, section, self.locate) + sum(self.locate(name) is not None for name in section.integers)
         if self.foreign and not used and not section.plain:
             raise CheckpointError(
                 f"the folder holds a {section.architecture}, of which no cut part has a name in {own}",
                 fix=f"transformers.{section.architecture}.from_pretrained(folder)",
             )
         _check_files(model, section, checkpoint_files or (), self.foreign)
-        self.locate = _names_in(model, section) if self.foreign else str
         put_parts(model, section.integers, self.locate)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
@@ -270,7 +270,8 @@ def _names_in(model: PreTrainedModel, section: Section) -> Callable[[str], str |
     """Return a function from names of the class that was saved to names of another class with the same base model."""
     prefix = f"{model.base_model_prefix}."
     present = {*dict(model.named_modules()), *model.state_dict(), *dict(model.named_buffers())}
-    entries = (*section.shapes, *section.without, *section.trimmed, *(path for path, _ in section.attributes))
+    named = (*section.shapes, *section.integers, *section.without, *section.trimmed)
+    entries = (*named, *(path for path, _ in section.attributes))
     nested = any(name.startswith(prefix) for name in entries)
     holds = hasattr(model, model.base_model_prefix)
 
@@ -293,7 +294,7 @@ def _check_files(model: nn.Module, section: Section, files: Sequence[str], forei
 
     for file in files:
         with safe_open(file, framework="pt") as opened:
-            for name in set(opened.keys()) & set(section.shapes):
+            for name in (set(opened.keys()) & set(section.shapes)) - set(section.integers):
                 found = tuple(opened.get_slice(name).get_shape())
                 if found != section.shapes[name]:
                     raise damaged(f"{name!r} is {found} in the folder and {section.shapes[name]} in the section")

@@ -169,7 +169,7 @@ def _value(site: str, value: Any) -> Value:
 def _facts(name: str, value: Any) -> Facts:
     """Return facts of a weight of integers, with dtypes and shapes of its parts."""
     parts = value.get("parts") if isinstance(value, Mapping) else None
-    if not isinstance(parts, Mapping) or not set(PARTS[:3]) <= set(parts) <= set(PARTS):
+    if not isinstance(parts, Mapping) or not set(PARTS[:3]) <= set(parts) <= {*PARTS, "guard"}:
         raise damaged(f"the integers of {name!r:.80} must have parts, got {parts!r:.80}")
     for kind in parts.values():
         if not (isinstance(kind, (list, tuple)) and len(kind) == 2 and kind[0] in PART_DTYPES and _is_shape(kind[1])):

@@ -255,9 +255,9 @@ class QuantizedTensor(Tensor):
         """
         flat = rows.reshape(-1, rows.shape[-1])
         if self.operand is not None:
-            parts, per_token = self.operand.codes(rows), self.operand.per_token
-            found: Tensor = matmul_dynamic(*parts, self.codes, self.scale, None, turned, per_token)
-            return found
+            parts, per_token = self.operand.codes(rows.float()), self.operand.per_token
+            found: Tensor = matmul_dynamic(*parts, self.codes, self.scale.float(), None, turned, per_token)
+            return found.to(rows.dtype)
         if self.numel() <= KEPT_FLOAT:
             if self._held.floats is None:
                 self._held.floats = self.dequantize()
@@ -310,7 +310,9 @@ def _times(rows: Tensor, weight: Any, turned: bool, bias: Tensor | None) -> Any:
     ours = isinstance(weight, QuantizedTensor) and weight.dim() == 2
     if not ours or any(isinstance(t, QuantizedTensor) for t in (rows, bias)):
         return NotImplemented
-    if rows.dtype is not weight.dtype or rows.dim() == 0 or rows.numel() == 0 or torch.is_autocast_enabled("cpu"):
+    if rows.dim() == 0 or rows.numel() == 0 or not rows.is_floating_point():
+        return NotImplemented
+    if weight.operand is None and (rows.dtype is not weight.dtype or torch.is_autocast_enabled("cpu")):
         return NotImplemented
     follows = torch.is_grad_enabled() and rows.requires_grad
     found = _Times.apply(rows, weight, turned) if follows else weight.times(rows, turned)  # type: ignore[no-untyped-call]

@@ -84,13 +84,41 @@ def test_another_process_reads_the_folder_after_one_import(tmp_path):
     assert torch.equal(torch.load(tmp_path / "out.pt"), logits(small, torch.ones(1, 5, dtype=torch.int64)))
 
 
+def test_without_graphcomp_the_folder_is_not_read(tmp_path):
+    small = gc.compress(llama(), {"input_ids": ids()}, sparsity=0, progress=False, **WEIGHTS_ALONE).module
+    small.save_pretrained(tmp_path)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[2])\nfrom tests.hf.models import need_transformers\n"
+        "need_transformers().AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    )
+    root = str(Path(gc.__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), root], capture_output=True, text=True)
+    assert done.returncode != 0 and "size mismatch" in done.stderr
+    inner = transformers.AutoModel.from_pretrained(tmp_path)  # with graphcomp, where no length was cut, too
+    x = ids()
+    with torch.no_grad():
+        assert torch.equal(inner(x)[0], small.model(x)[0])
+
+
+@pytest.mark.parametrize("form", ["at run time", "static"])
+def test_quantized_operands_are_quantized_in_other_dtypes_too(form):
+    small, x = small_of(llama(), FORMS[form]), ids()
+    wanted = logits(small, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        close = logits(small, x).float()
+    small.to(torch.bfloat16)
+    for found in (close, logits(small, x).float()):
+        assert float((found - wanted).norm() / wanted.norm()) < 0.05
+
+
 def test_codes_stay_integers_in_another_dtype(tmp_path):
     small = small_of(llama(), WEIGHTS_ALONE)
     small.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     for name, tensor in quantized_tensors(again).items():
         assert torch.equal(tensor.codes, quantized_tensors(small)[name].codes)
-    assert again.model.norm.weight.dtype is torch.bfloat16
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    assert logits(again, ids()).dtype is torch.bfloat16
 
 
 def test_an_adapter_s_gradient_reaches_what_stands_in_front(tmp_path):
