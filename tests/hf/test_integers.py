@@ -93,7 +93,7 @@ def test_without_graphcomp_the_folder_is_not_read(tmp_path):
     )
     root = str(Path(gc.__file__).parents[1])
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path), root], capture_output=True, text=True)
-    assert done.returncode != 0 and "size mismatch" in done.stderr
+    assert done.returncode != 0 and "ignore_mismatched_sizes" in done.stderr
     inner = transformers.AutoModel.from_pretrained(tmp_path)  # with graphcomp, where no length was cut, too
     x = ids()
     with torch.no_grad():
