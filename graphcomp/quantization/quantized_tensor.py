@@ -82,11 +82,13 @@ class _Held:
     Attributes:
         codes: as stored; None once a product holds the codes in a layout of its own.
         floats: kept beside the codes of a small tensor.
+        looked_up: whether rows are looked up in the tensor (a tied table): the codes then stay beside products.
         products: (weight is (o, i), dtype of the rows) -> kernel; None where no kernel takes the weight.
     """
 
     codes: Tensor | None
     floats: Tensor | None = None
+    looked_up: bool = False
     products: dict[tuple[bool, torch.dtype], Product | None] = field(default_factory=dict)
 
 
@@ -273,7 +275,7 @@ class QuantizedTensor(Tensor):
         key = (turned, dtype)
         if key not in self._held.products:
             self._held.products[key] = self._make(*key)
-            if self._held.products[key] is not None:
+            if self._held.products[key] is not None and not self._held.looked_up:
                 self._held.codes = None  # the product holds the codes, in a layout of its own
         return self._held.products[key]
 
@@ -362,6 +364,10 @@ def _embedding(
         return NotImplemented
     if weight.axis not in (None, 0) or weight.dim() != 2:
         return NotImplemented
+    held = weight._held
+    held.looked_up = True
+    if held.codes is None:  # a product has taken the codes, and would make all of them anew at each lookup
+        held.codes = weight.packed
     codes = F.embedding(input, weight.codes)
     scale, zero = weight.scale, weight.zero_point
     if weight.axis == 0:

@@ -70,6 +70,17 @@ def test_rows_of_a_table_are_looked_up_without_floats_of_the_table():
     assert torch.equal(F.embedding(ids, columns), F.embedding(ids, columns.dequantize()))
 
 
+@pytest.mark.parametrize("first", ["product", "lookup"])
+def test_a_table_that_is_multiplied_too_keeps_its_codes_for_lookups(kernels, first):
+    w, ids, x = weight(), torch.tensor([3, 0]), torch.randn(2, 70)
+    wanted = F.embedding(ids, w.dequantize())
+    if first == "product":
+        F.linear(x, w)
+    assert torch.equal(F.embedding(ids, w), wanted)
+    F.linear(x, w)
+    assert w._held.codes is not None and w._held.products and torch.equal(F.embedding(ids, w), wanted)
+
+
 def test_every_other_op_gets_floats():
     w = weight()
     floats = w.dequantize()
