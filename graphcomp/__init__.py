@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         TrainingError,
         VerificationError,
     )
+    from graphcomp.hf.large import CompressedCheckpoint, compress_checkpoint
     from graphcomp.methods.base import Goal, Method
     from graphcomp.methods.geta.qasso import QASSO
     from graphcomp.ops.registry import op, rule
@@ -82,6 +83,7 @@ __all__ = [
     "ChannelGroup",
     "CheckpointError",
     "Choice",
+    "CompressedCheckpoint",
     "CompressedModel",
     "ExportError",
     "FormError",
@@ -111,6 +113,7 @@ __all__ = [
     "VerificationError",
     "analyze",
     "compress",
+    "compress_checkpoint",
     "drop_blocks",
     "family",
     "finalize",
@@ -186,6 +189,7 @@ _HOMES = {
         "Goal",
         "Method",
     ),
+    "hf.large": ("CompressedCheckpoint", "compress_checkpoint"),
     "report.plot": ("plot",),
     "pruning.allocation": ("Budget",),
     "quantization.ptq": ("PostTraining",),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
 from graphcomp.arguments import (
@@ -125,6 +127,28 @@ def _an(kind: type | tuple[type, ...], fix: str) -> Check:
     return partial(check_instance, kinds=kind, fix=fix)
 
 
+def _shard_size(name: str, value: Any) -> None:
+    """Refuse anything but a number of bytes, or a text such as "500MB".
+
+    Raises:
+        PlanError: `value` is something else.
+    """
+    if isinstance(value, str) and re.fullmatch(r"[1-9]\d{0,5}(\.\d+)?[KMGT]?B", value):
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise wrong(name, "a number of bytes, or a text with a unit", value, f'{name}="2GB"')
+
+
+def _floats(name: str, value: Any) -> None:
+    """Refuse anything but a dtype of floats.
+
+    Raises:
+        PlanError: `value` is something else.
+    """
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+        raise wrong(name, "a dtype of floats", value, f"{name}=torch.bfloat16")
+
+
 CHECKS: dict[str, Check] = {
     "analysis": _an(Analysis, "graphcomp.analyze(model, example_inputs)"),
     "plan": _an(Analysis, "graphcomp.analyze(model, example_inputs)"),
@@ -161,6 +185,9 @@ CHECKS: dict[str, Check] = {
     "uniform": check_flag,
     "keep_class": check_flag,
     "trust": _texts,
+    "trust_remote_code": check_flag,
+    "max_shard_size": _shard_size,
+    "dtype": _floats,
     "verify": check_flag,
     "measure_latency": check_flag,
     "progress": check_flag,
@@ -176,7 +203,7 @@ REQUIRED = frozenset(
         "trust", "analysis", "plan", "model", "activations", "group_size", "rounding", "reduce_range", "path",
         "ranking", "rounds",
         "round_to", "verify", "measure_latency", "progress", "seed", "learn_exponent", "recompute",
-        "prefer_native", "uniform", "logits", "speedups",
+        "prefer_native", "uniform", "logits", "speedups", "max_shard_size", "trust_remote_code",
     }
 )  # fmt: skip
 """Options for which None is no value."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -138,6 +139,16 @@ def op(
         forget("a::c")
 
 
+def checkpoint(folder: Path) -> dict[str, Any]:
+    from tests.hf.folders import llama_folder  # transformers may not be installed
+
+    source = folder / "source"
+    if not source.exists():
+        llama_folder(source)
+    return {"source": source, "target": folder / f"small {next(TARGETS)}", "progress": False}
+
+
+TARGETS = itertools.count()
 TRAINING = {"data": [X] * 2, "loss": loss, "steps": 12, "progress": False}
 FOR_TRAINING = (
     "sparsity", "bits", "activation_bits", "calibration", "method", "data", "loss", "epochs", "steps", "lr", "folder",
@@ -154,6 +165,21 @@ CALLS: dict[str, Call] = {
     "compress": Call(lambda _: gc.compress, model_and_inputs(progress=False)),
     "compress, quantizing": Call(lambda _: gc.compress, model_and_inputs(**QUANTIZING), FOR_QUANTIZING),
     "compress, training": Call(lambda _: gc.compress, model_and_inputs(method="hesso", **TRAINING), FOR_TRAINING),
+    "compress_checkpoint": Call(
+        lambda _: gc.compress_checkpoint,
+        checkpoint,
+        (
+            "source",
+            "target",
+            "example_inputs",
+            "example_kwargs",
+            "budget",
+            "saliency",
+            "max_shard_size",
+            "dtype",
+            "trust_remote_code",
+        ),
+    ),
     "prepare": Call(lambda _: gc.prepare, model_and_inputs()),
     "family": Call(lambda _: gc.family, model_and_inputs(speedups=[1.5], progress=False)),
     "time_layers": Call(lambda _: gc.time_layers, model_and_inputs(progress=False)),
@@ -209,7 +235,16 @@ CALLS: dict[str, Call] = {
 }
 
 
-RESULTS = {"Analysis", "ChannelGroup", "CompressedModel", "Member", "Prepared", "Report", "Stage"}
+RESULTS = {
+    "Analysis",
+    "ChannelGroup",
+    "CompressedCheckpoint",
+    "CompressedModel",
+    "Member",
+    "Prepared",
+    "Report",
+    "Stage",
+}
 """Public classes that graphcomp makes and users read."""
 
 METHODS = {"Choice", "Goal", "Method", "Run"}

@@ -61,6 +61,7 @@ from graphcomp.ir.program import Program
 from graphcomp.ir.rewrite import replace_node
 from graphcomp.ir.run_nodes import failed_at
 from graphcomp.ir.shapes import run_shapes
+from graphcomp.ir.streamed import is_streamed, put_back, with_plain_tensors
 from graphcomp.numerics.compare import relative_error, tolerance_of
 from graphcomp.system.files import folder_of
 from graphcomp.system.threads import in_this_thread, one_at_a_time, stderr_held
@@ -241,6 +242,12 @@ def _traced(model: nn.Module, args: Args, kwargs: Kwargs, dynamic: bool, more: S
         found = _without_cache(model, args, kwargs, dynamic) if _about_cache(error) else None
         if found is not None:
             return found
+        if is_streamed(model):
+            raise CaptureError(
+                f"{type(model).__name__} cannot be cut while its weights stand in files: torch.export refused it",
+                why=_refusal(error),
+                fix="load the model into memory, and call graphcomp.compress",
+            ) from error
         traced = _Traced(*_record(model, args, kwargs, error), kwargs, "record", _refusal(error))
         log.info("%s was recorded, as torch.export refused it: %s", type(model).__name__, traced.reason)
         return traced
@@ -454,6 +461,10 @@ def _export(
     model: nn.Module, args: Args, kwargs: Kwargs, dynamic: bool, more: Sequence[Collection[int]] = ()
 ) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """The graph of torch.export: with symbolic batch and sequence if the model allows it, else as the inputs are."""
+    if is_streamed(model):
+        plain, streamed_of = with_plain_tensors(model)
+        module, names = _export(plain, args, kwargs, dynamic, more)
+        return put_back(module, streamed_of), names
     forget_shape_environments()  # those of captures before
     if dynamic:
         try:
@@ -605,13 +616,14 @@ def graph_in_training(
     Raises:
         Whatever torch.export raises.
     """
-    with eval_copy(model, real=False) as copied, _quiet(), _masks_unread():
+    plain, streamed_of = with_plain_tensors(model) if is_streamed(model) else (model, {})
+    with eval_copy(plain, real=False) as copied, _quiet(), _masks_unread():
         for path, part in copied.named_modules(remove_duplicate=False):
             part.training = modes.get(path, True)
         program = torch.export.export(copied, args, kwargs, strict=False)
     module, names = _unlifted(program)
     canonicalize(module)
-    return _finish(module, model), names
+    return _finish(put_back(module, streamed_of), model), names
 
 
 def training_modes(model: nn.Module) -> dict[str, bool]:

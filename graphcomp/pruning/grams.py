@@ -23,6 +23,7 @@ from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.groups import ChannelGroup
 from graphcomp.errors import CalibrationError
 from graphcomp.ir.run_nodes import Lockstep, refused_batch
+from graphcomp.ir.streamed import in_memory
 from graphcomp.numerics.regression import Moments, Rows, choose_ridge, solve
 from graphcomp.pruning.consumers import Consumer, operands
 from graphcomp.pruning.influence import influences
@@ -166,7 +167,10 @@ def _read(consumer: Consumer, values: Lockstep, rows: int, counts: Sequence[Tens
     if problem.features > MOST_FEATURES:
         return f"'{consumer.name}' has {problem.features} features, more than {MOST_FEATURES}"
     found = operands(consumer.node)
-    inputs, weight = problem.side_by_side(values.of(found[consumer.data])), values.of(found[consumer.weight])[0]
+    inputs, weight = (
+        problem.side_by_side(values.of(found[consumer.data])),
+        in_memory(values.of(found[consumer.weight])[0]),
+    )
     none: list[Tensor | None] = [None] * len(inputs)
     parts = list(zip(inputs, counts or none, problem.chosen(inputs, rows, counts), strict=True))
     fit, held = (_sum([problem.moments(x, None, chosen[k], counts=own) for x, own, chosen in parts]) for k in range(2))

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from graphcomp.ir.graph import all_tensors, fetch, names_by_tensor
 from graphcomp.ir.run_nodes import Run, compute_node
+from graphcomp.ir.streamed import as_before, in_memory
 from graphcomp.pruning.consumers import Consumers
 from graphcomp.pruning.grams import Gram
 
@@ -66,13 +67,13 @@ class Trials:
     def _add(self, tensors: dict[str, Tensor], name: str, values: Tensor, index: Tensor | None) -> None:
         """Put values at some elements of a tensor; without `index`, add them."""
         own = fetch(self.module, name)
-        old = tensors.get(name, own.detach())
+        old = in_memory(tensors.get(name, own)).detach()
         new = old.double().flatten().clone()
         if index is None:
             new += values.flatten()
         else:
             new[index.flatten()] = values.flatten()
-        result = new.view(old.shape).to(old.dtype)
+        result = as_before(new.view(old.shape).to(old.dtype), own)
         tensors.update(dict.fromkeys(self.names[id(own)], result))
 
     @torch.no_grad()

@@ -29,6 +29,7 @@ from graphcomp.errors import CalibrationError
 from graphcomp.ir.graph import all_tensors, assign, bind, clone, example_size, fetch, names_by_tensor, tensor_values
 from graphcomp.ir.preserve import writes
 from graphcomp.ir.run_nodes import Lockstep, refused_batch
+from graphcomp.ir.streamed import as_before, in_memory
 from graphcomp.numerics.regression import choose_ridge, solve
 from graphcomp.ops.design import Patches
 from graphcomp.pruning.consumers import Consumer, Consumers, ends_of, is_evaluated_norm, operands
@@ -423,7 +424,7 @@ class _Repair:
         self._refresh(consumer)
 
     def _add(self, name: str, change: Tensor, index: Tensor | None = None) -> None:
-        old = fetch(self.work, name).detach()
+        old = in_memory(fetch(self.work, name)).detach()
         new = old.flatten().to(torch.float64, copy=True)  # in float64, too, the tensor of the slice stays
         if index is None:
             new += change.flatten()
@@ -434,7 +435,7 @@ class _Repair:
     def _put(self, name: str, tensor: Tensor) -> None:
         """Put a tensor in place of one, under each of its names."""
         old = fetch(self.small, name)
-        new = _like(tensor.detach(), old)
+        new = _like(as_before(tensor.detach(), old), old)
         for own in self.names[id(old)]:
             assign(self.work, own, new)
         self.changed[name] = None
@@ -472,7 +473,7 @@ class _Repair:
         change = solve(sums.all, ridge, intercept=True)
         after = before
         if change is not None and not math.isinf(ridge):
-            whole = fetch(self.whole, consumer.tensor).detach().double()
+            whole = in_memory(fetch(self.whole, consumer.tensor)).detach().double()
             out = 1 if design.transposed else 0
             cut = self.cuts.get(consumer.tensor, {})
             outputs = {dim: index for dim, index in cut.items() if dim == out}
@@ -510,7 +511,7 @@ class _Repair:
 
     def _start_over(self, consumer: Consumer) -> None:
         """Put the sliced tensors of a layer back."""
-        sliced, now = (fetch(module, consumer.tensor).detach() for module in (self.small, self.work))
+        sliced, now = (in_memory(fetch(module, consumer.tensor)).detach() for module in (self.small, self.work))
         index, now = consumer.index.flatten().to(now.device), now.flatten().clone()
         now[index] = sliced.flatten()[index]  # what else the tensor holds may be solved
         self._put(consumer.tensor, now.view(sliced.shape))

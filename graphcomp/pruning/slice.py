@@ -32,6 +32,7 @@ from graphcomp.ir.graph import (
 )
 from graphcomp.ir.passes import GraphPass
 from graphcomp.ir.rewrite import before
+from graphcomp.ir.streamed import StreamedTensor, in_memory, put_aside
 from graphcomp.ops.call import Call
 from graphcomp.torch_compat import FakeTensor
 
@@ -172,6 +173,8 @@ def select(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
 
 def scatter(tensor: Tensor, dims: Mapping[int, Tensor], part: Tensor) -> Tensor:
     """A copy of `tensor` that holds `part` at the given indices of the given dims: `select` the other way."""
+    if isinstance(tensor, StreamedTensor):
+        return put_aside(scatter(in_memory(tensor), dims, in_memory(part)))
     result = tensor.detach().clone()
     if not dims:
         return result.copy_(part)
