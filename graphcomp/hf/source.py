@@ -55,8 +55,9 @@ def open_folder(folder: Path, dtype: torch.dtype | None = None, *, trust_remote_
     kind = _class(folder, config, trust_remote_code)
     try:
         model, found = kind.from_pretrained(
-            None, config=config, state_dict=tensors, dtype="auto" if dtype is None else dtype, output_loading_info=True
-        )
+            None, config=config, state_dict=tensors, dtype="auto" if dtype is None else dtype,
+            ignore_mismatched_sizes=True, output_loading_info=True,  # `_check_loaded` names them
+        )  # fmt: skip
     except CheckpointError:
         raise
     except Exception as error:  # whatever a class raises on a config or on tensors that are not its own
