@@ -240,6 +240,7 @@ class CompressedModel(nn.Module):
         dynamic: Mapping[str, Mapping[int, str]] | None = None,
         measure: bool = True,
         guard: bool = False,
+        cache: bool = False,
     ) -> None:
         """Write the model for another runtime, chosen by the suffix; a path without suffix is a checkpoint folder.
 
@@ -259,6 +260,12 @@ class CompressedModel(nn.Module):
             guard: never slower: leave kinds of layers of an `.onnx` file in float where the file is faster so, or the
                 whole file. The report says what is left, and why. Weights stay integers in the file, and become floats
                 when it is loaded; those with a step per group are written as floats.
+            cache: write a decoder of transformers with its keys and values as inputs and outputs, so that one `.onnx`
+                file reads a prompt and then token by token: `input_ids` (b, s), `attention_mask` (b, p + s),
+                `position_ids` (b, s), `past_key_values.0.key` (b, heads, p, size) … to `logits`, `present.0.key` …; b,
+                s ≥ 1 and p ≥ 0 are open. Needs no example inputs. A path without suffix is then a folder for
+                onnxruntime-genai: `model.onnx`, `genai_config.json`, and the tokenizer's files of the folder that the
+                model was loaded from. Not with `dynamic` or `guard`.
 
         Raises:
             CaptureError: the model cannot be captured.
@@ -273,7 +280,11 @@ class CompressedModel(nn.Module):
             check_dynamic("dynamic", dynamic)
         check_flag("measure", measure)
         check_flag("guard", guard)
+        check_flag("cache", cache)
         path = Path(path)
+        if cache:
+            self._export_decoder(path, example_inputs, example_kwargs, dynamic, measure, guard)
+            return
         if not path.suffix and guard:
             raise ExportError(
                 "guard=True with a folder",
@@ -300,7 +311,49 @@ class CompressedModel(nn.Module):
                 fix=f"small.export({str(path.with_suffix('.onnx'))!r}, guard=True), or no guard",
             )
         module = self._in_a_graph(args, kwargs)
-        self.export_report = write_file(module, path, args, kwargs, dynamic, measure=measure, guarded=guard)
+        self._keep(write_file(module, path, args, kwargs, dynamic, measure=measure, guarded=guard), path)
+
+    def _export_decoder(
+        self,
+        path: Path,
+        example_inputs: Any,
+        example_kwargs: Mapping[str, Any] | None,
+        dynamic: Mapping[str, Mapping[int, str]] | None,
+        measure: bool,
+        guard: bool,
+    ) -> None:
+        from graphcomp.targets.write_decoder import write_decoder
+
+        if dynamic is not None or guard:
+            raise ExportError(
+                f"cache=True with {'dynamic=' if dynamic is not None else 'guard=True'}",
+                why="all lengths of a decoder are open"
+                if dynamic is not None
+                else "layers are timed one run at a time",
+                fix=f"small.export({str(path)!r}, cache=True)",
+            )
+        if path.suffix not in ("", ".onnx"):
+            raise ExportError(
+                f"cache=True with {path.suffix}",
+                why="a decoder with its cache is written for onnxruntime",
+                fix=f"small.export({str(path.with_suffix('.onnx'))!r}, cache=True), or a folder for onnxruntime-genai",
+            )
+        given = self.example_kwargs
+        if example_inputs is not None or example_kwargs is not None:
+            args, given = example_arguments(() if example_inputs is None else example_inputs, example_kwargs)
+            given = {"input_ids": args[0], **given} if args else given
+        tokens = given.get("input_ids")
+        genai = not path.suffix
+        file = path / "model.onnx" if genai else path
+        module = self.module
+        report = write_decoder(
+            module, file, tokens if isinstance(tokens, Tensor) else None, measure=measure, genai=genai
+        )
+        self._keep(report, file)
+
+    def _keep(self, written: ExportReport, path: Path) -> None:
+        """Keep how a file ran, and put into the report what a reader of the report should know of the file."""
+        self.export_report = written
         if not isinstance(self.report, Report):
             return
         said = [f"{path.name} {note}" for note in self.export_report.notes if note not in self.report.notes]

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from graphcomp.hf.section import Section
+from graphcomp.native.tokenizer import copy_tokenizer
 
 CARD = "README.md"
 """File name of a model card."""
-
-OF_TOKENIZERS = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
-    "preprocessor_config.json", "processor_config.json", "feature_extractor_config.json",
-)  # fmt: skip
-"""Files of tokenizers and processors, as transformers names them."""
 
 SHOWN = 30
 """Most notes that a card holds."""
@@ -33,10 +26,7 @@ def complete(folder: Path, config: Any, section: Section, notes: Sequence[str]) 
     """
     name = str(getattr(config, "_name_or_path", "") or "")
     source = Path(name)
-    if name and source.is_dir() and source.resolve() != folder.resolve():
-        for file in OF_TOKENIZERS:
-            if (source / file).is_file() and not (folder / file).exists():
-                shutil.copyfile(source / file, folder / file)
+    copy_tokenizer(config, folder)
     if not (folder / CARD).exists():
         base = name if name.count("/") == 1 and not source.exists() and not source.is_absolute() else ""
         (folder / CARD).write_text(card(section, notes, base), encoding="utf-8")

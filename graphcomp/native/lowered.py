@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,18 +36,21 @@ def in_floats(module: nn.Module) -> nn.Module:
     return found
 
 
-def lowered_again(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
+def lowered_again(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], more: Sequence[Collection[int]] = ()
+) -> Program:
     """Return the integer program of a class with weights of integers; `stages[FAKE]` is its fake-quant program.
 
     Args:
         module: holds each `QuantizedTensor` as a parameter; not changed.
         args, kwargs: example inputs, as for `compress`.
+        more: see `capture`.
 
     Raises:
         CaptureError, InputError: see `capture`.
     """
     weights = quantized_tensors(module)
-    captured = capture(in_floats(module), args, kwargs)
+    captured = capture(in_floats(module), args, kwargs, more=more)
     names = names_by_tensor(tensor_names(module).items())
     by_name = {other: tensor for name, tensor in weights.items() for other in names[id(module.get_parameter(name))]}
     fake = with_quantizers(captured.module, by_name)

@@ -27,11 +27,13 @@ class Lengths:
         named: dims that must be open, with the names of their lengths in the file.
         captured: dims that capture left symbolic: the batch, and the sequence of token inputs.
         others: more dims by input, open as far as torch.export finds nothing that depends on their lengths.
+        outputs: names of the open lengths of each output, in order.
     """
 
     named: Names = field(default_factory=dict)
     captured: bool = True
     others: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    outputs: Sequence[Mapping[int, str]] = ()
 
     def check(self, graph: fx.GraphModule) -> None:
         """Raise ExportError where a name or a dim is none of the graph's inputs."""

@@ -228,12 +228,13 @@ def agreement(
             "the exported file gives other outputs than the module", why=f"shapes {shapes[1]} instead of {shapes[0]}"
         )
     steps = output_steps(module, expected)
-    worst = [_distance(a, b) for a, b in zip(expected, actual, strict=True)]
+    worst = [largest_distance(a, b) for a, b in zip(expected, actual, strict=True)]
     in_steps = [error / step if error else 0.0 for error, step in zip(worst, steps, strict=True)]
     return Agreement(max(worst, default=0.0), max(in_steps, default=0.0))
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
+def largest_distance(a: Tensor, b: Tensor) -> float:
+    """Return the largest difference of two numbers; equal infinities and two NaN are none, one NaN is infinite."""
     if a.numel() == 0:
         return 0.0
     a, b = a.detach().cpu().double(), b.double()

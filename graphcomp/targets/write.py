@@ -124,7 +124,7 @@ def write_file(
         )
     _check_runs(module, args, kwargs)
     if FORMATS[path.suffix] == "onnx":
-        _check_dtypes(module, tensor_leaves((args, dict(kwargs))))
+        check_dtypes(module, tensor_leaves((args, dict(kwargs))))
     proof = as_run = speed = None
     open_: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
@@ -150,15 +150,20 @@ def write_file(
                 result = torch.export.load(fresh).module()(*given, **named)
             found = agreement(module, tensor_leaves(result), args, kwargs)
         size = sum(made.stat().st_size for made in fresh.parent.iterdir())
+    warn_of_kernels(path, found, as_run, proof)
+    if speed is not None:
+        log.info("%s: %s", path.name, speed)
+    return ExportReport(str(path), FORMATS[path.suffix], size, found, as_run, proof, notes, open_, speed, left)
+
+
+def warn_of_kernels(path: Path, found: Agreement, as_run: Agreement | None, proof: KernelProof | None) -> None:
+    """Log how far a file is off, and warn where the default kernels are off by far more than the exact ones."""
     if not found.within_a_step:
         # in a deep network one code that is rounded the other way sets off others behind it
         log.info("%s is %.3g quantization steps off on the example inputs", path.name, found.steps)
     if as_run is not None and as_run.steps > SATURATED * max(found.steps, 1.0):
         weight_only = proof is not None and "MatMulNBits" in proof.integer
         log.warning(WEIGHT_ONLY if weight_only else SATURATES, path.name, as_run.steps)
-    if speed is not None:
-        log.info("%s: %s", path.name, speed)
-    return ExportReport(str(path), FORMATS[path.suffix], size, found, as_run, proof, notes, open_, speed, left)
 
 
 def _check_runs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -338,7 +343,7 @@ def _check_longer(
     return open_, ()
 
 
-def _check_dtypes(module: nn.Module, inputs: Sequence[Tensor]) -> None:
+def check_dtypes(module: nn.Module, inputs: Sequence[Tensor]) -> None:
     """Raise ExportError where onnxruntime has no kernels on a CPU for what the model computes with."""
     if any(t.dtype is torch.bfloat16 for t in (*module.parameters(), *module.buffers(), *inputs)):
         raise ExportError(

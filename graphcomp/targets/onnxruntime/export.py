@@ -141,7 +141,7 @@ def _translate(
             passes.prepare(written.model)
             written.optimize()
             passes.finish(written.model)
-            passes.name_lengths(written.model, lengths.names_by_place(graph))
+            passes.name_lengths(written.model, lengths.names_by_place(graph), lengths.outputs)
             if opset is None and _runs_two_bits():
                 passes.narrow(written.model, OPSET_OF_TWO_BITS)
     except GraphcompError:

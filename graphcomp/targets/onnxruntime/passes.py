@@ -81,8 +81,14 @@ def finish(model: ir.Model) -> None:
     common.ClearMetadataAndDocStringPass()(model)
 
 
-def name_lengths(model: ir.Model, named: Sequence[Mapping[int, str]]) -> None:
-    """Give dynamic lengths the names that were asked for, by input and dim, wherever the lengths occur."""
+def name_lengths(
+    model: ir.Model, named: Sequence[Mapping[int, str]], outputs: Sequence[Mapping[int, str]] = ()
+) -> None:
+    """Give dynamic lengths the names that were asked for, by input and dim, wherever the lengths occur.
+
+    Args:
+        outputs: names by output and dim, for lengths that are computed of others.
+    """
     import onnx_ir as ir
 
     new: dict[str, str] = {}
@@ -94,6 +100,9 @@ def name_lengths(model: ir.Model, named: Sequence[Mapping[int, str]]) -> None:
     for value in values if new else ():
         if value.shape is not None:
             value.shape = ir.Shape([_renamed(size, new) for size in value.shape])
+    for value, names in zip(model.graph.outputs, outputs, strict=False):
+        if value.shape is not None:
+            value.shape = ir.Shape([names.get(dim, size) for dim, size in enumerate(value.shape)])
 
 
 def _renamed(size: Any, new: Mapping[str, str]) -> Any:
