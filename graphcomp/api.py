@@ -39,9 +39,10 @@ from graphcomp.flows.results import (
     planned_bytes,
     post_training,
 )
+from graphcomp.flows.said_by_config import with_config
 from graphcomp.flows.timed import DESIGNS, time_plan
 from graphcomp.flows.timed_budget import timed_budget
-from graphcomp.flows.uniform import Uniform, alike_layers, check_uniform, with_config
+from graphcomp.flows.uniform import Uniform, alike_layers, check_uniform
 from graphcomp.flows.unmet import unmet
 from graphcomp.flows.vocabulary import trimmed
 from graphcomp.flows.whole import into_whole
@@ -443,7 +444,7 @@ def compress(
             prunable = find_prunable(analysis, ignore, keep_inputs, prune)
             if uniform:
                 alike = alike_layers(analysis, prunable.groups, round_to)
-                prunable = alike.of(prunable)
+                analysis, prunable = alike.plan, alike.of(prunable)
             parts_to_cut = parts_of(analysis.model, prunable.groups, sparsity)
             groups = tuple(group for each in parts_to_cut for group in each.groups)
             notes += prunable.notes
@@ -503,9 +504,9 @@ def compress(
                     choose = choose if alike is None else alike.choose(choose)
                 swaps = choose is not None and budget is None and alike is None and not isinstance(sparsity, Mapping)
                 others = other_units(kept, scores, ranking, round_to) if swaps else None
-                cut, held = held_by_class(cut, choose, others)
+                cut, held = held_by_class(cut, choose, others, widths=alike is None)
                 if mends:
-                    cut, held = held_by_class(repaired(cut, rows or [], verify=verify))
+                    cut, held = held_by_class(repaired(cut, rows or [], verify=verify), widths=alike is None)
                 if alike is not None:
                     held, said_of_config = with_config(analysis, held)
                     notes += said_of_config

@@ -13,6 +13,7 @@ from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import BudgetError
 from graphcomp.flows.one_shot import cut_groups
 from graphcomp.flows.results import Cut
+from graphcomp.flows.said_by_config import with_width
 from graphcomp.native.model import NativeResult, native
 from graphcomp.pruning.allocation import Budget, Meter, Scope, allocate, normalized
 from graphcomp.pruning.evidence import Scores
@@ -35,13 +36,16 @@ LEFT_WHOLE = 0.25
 
 
 @one_at_a_time
-def held_by_class(cut: Cut, choose: Choose | None = None, others: Others | None = None) -> tuple[Cut, NativeResult]:
+def held_by_class(
+    cut: Cut, choose: Choose | None = None, others: Others | None = None, *, widths: bool = True
+) -> tuple[Cut, NativeResult]:
     """Return the cut and the model of the user's class that holds the cut; no module, and the reason, where none does.
 
     Args:
         choose: makes another choice of units, for a class that can hold lengths only as long as they are equal. The
             cut that is returned is of that choice, where the choice keeps the class.
         others: makes a choice without groups that the class can hold whole alone; they stay whole where they are few.
+        widths: let the model's config say residual widths where it can.
     """
     found = native(cut.plan, cut.kept, cut.graph)
     if found.module is None and choose is not None:
@@ -49,8 +53,9 @@ def held_by_class(cut: Cut, choose: Choose | None = None, others: Others | None 
     if found.module is None and others is not None:
         cut, found = _with_some_whole(cut, found, others)
     if found.module is None:
-        found = replace(found, reason=found.reason + _what_keeps_the_class(cut, found))
-    return cut, found
+        return cut, replace(found, reason=found.reason + _what_keeps_the_class(cut, found))
+    said = with_width(cut.plan, cut.kept, found) if widths else ()
+    return cut.noted(*(note for note in said if note not in cut.notes)), found
 
 
 def equal_counts(

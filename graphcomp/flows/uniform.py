@@ -8,17 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.groups import ChannelGroup
 from graphcomp.errors import PlanError
 from graphcomp.flows.held import Choose
-from graphcomp.ir.inputs import copies
-from graphcomp.ir.module import tensor_leaves
-from graphcomp.ir.preserve import eval_copy
-from graphcomp.native.config import config_edits, config_of, edited, follow_config, shapes_of
-from graphcomp.native.model import NativeResult
+from graphcomp.native.config import config_edits, config_of, entry_of, shapes_of
 from graphcomp.pruning.multiples import step_of
 from graphcomp.pruning.prunable import Prunable
 from graphcomp.pruning.slice import kept_of_model
@@ -28,17 +23,22 @@ from graphcomp.system.threads import one_at_a_time
 SHOWN = 4
 """Modules that a note names."""
 
+MOST_STEPS = 128
+"""Largest multiple that is tried where the config takes no other lengths: a width is one of the number of heads."""
+
 
 @dataclass(frozen=True)
 class Uniform:
     """What may go where layers must stay alike.
 
     Attributes:
+        plan: the analysis, with groups that are cut in larger steps where the config takes multiples alone.
         groups: that the config can say the lengths of; all groups where the model has no config.
         ties: sets of groups that keep equally many units.
         notes: what is left whole, and why.
     """
 
+    plan: Analysis
     groups: tuple[ChannelGroup, ...]
     ties: tuple[Tie, ...]
     notes: tuple[str, ...]
@@ -82,7 +82,7 @@ def alike_layers(plan: Analysis, groups: Sequence[ChannelGroup], round_to: int =
         kinds.setdefault(_kind(group), []).append(group)
     if config_of(plan.model) is None:
         note = "uniform=True: alike layers keep equally many units; the model holds no config that could say how many"
-        return Uniform(tuple(groups), merged(map(frozenset, kinds.values())), (note,))
+        return Uniform(plan, tuple(groups), merged(map(frozenset, kinds.values())), (note,))
     sayable = [kind for kind in kinds.values() if _edits(plan, kind, round_to) is not None]
     rest: dict[Any, list[list[ChannelGroup]]] = {}
     for kind in kinds.values():
@@ -95,17 +95,38 @@ def alike_layers(plan: Analysis, groups: Sequence[ChannelGroup], round_to: int =
             sayable.append(together)
         else:
             whole += together
+    coarser: dict[ChannelGroup, ChannelGroup] = {}
+    for kind in [kind for kind in kinds.values() if whole and kind[0] in whole]:
+        step = _taken_step(plan, kind, round_to)
+        if step is not None:
+            coarser |= {
+                g: replace(g, multiple=step, multiple_why="the config takes no other width") for g in kind
+            }  # fmt: skip
+            sayable.append(kind)
+    whole = [group for group in whole if group not in coarser]
     notes = (_left_whole(whole),) if whole else ()
     if not sayable:
         raise PlanError(
             f"uniform=True leaves nothing of {type(plan.model).__name__} to prune",
             why=_left_whole(whole),
-            fix="round_to=8 where the config checks that lengths divide; or no uniform=True: config.json has a section",
+            fix="no uniform=True: config.json gets a section, which from_pretrained reads where graphcomp is imported",
         )
     stays = set(whole)
     return Uniform(
-        tuple(group for group in groups if group not in stays), merged(map(frozenset, sayable)), notes
-    )  # fmt: skip
+        replace(plan, groups=tuple(coarser.get(group, group) for group in plan.groups)),
+        tuple(coarser.get(group, group) for group in groups if group not in stays),
+        merged(frozenset(coarser.get(group, group) for group in kind) for kind in sayable),
+        notes,
+    )
+
+
+def _taken_step(plan: Analysis, kind: Sequence[ChannelGroup], round_to: int) -> int | None:
+    """Return the least number of units that can go at once where the config checks that lengths divide."""
+    size, first = kind[0].size, max(step_of(group, round_to) for group in kind)
+    for step in range(2 * first, min(size, MOST_STEPS * first), first):
+        if size % step == 0 and entry_of(plan.model, _shapes(plan, kind, step)) is not None:
+            return step
+    return None
 
 
 def _kind(group: ChannelGroup) -> Any:
@@ -119,6 +140,11 @@ def _edits(plan: Analysis, kind: Sequence[ChannelGroup], round_to: int) -> Any:
     step = max(step_of(group, round_to) for group in kind)
     if any(group.size <= step for group in kind):
         return None
+    return config_edits(plan.model, _shapes(plan, kind, step))
+
+
+def _shapes(plan: Analysis, kind: Sequence[ChannelGroup], step: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the model's tensors once `step` units of each group are gone."""
     kept = {group: torch.arange(group.size - step) for group in kind}
     shapes = shapes_of(plan.model)
     for name, dims in kept_of_model(plan.coupling, kept).items():
@@ -130,47 +156,10 @@ def _edits(plan: Analysis, kind: Sequence[ChannelGroup], round_to: int) -> Any:
     for names in plan.captured.aliases.values():
         short = min((shapes[name] for name in names if name in shapes), default=None)
         shapes |= {name: short for name in names if name in shapes and short is not None}
-    return config_edits(plan.model, shapes)
+    return shapes
 
 
 def _left_whole(groups: Iterable[ChannelGroup]) -> str:
     names = list(dict.fromkeys(group.name for group in groups))
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"uniform=True: no entry of the config says the length of {', '.join(names[:SHOWN])}{more}, left whole"
-
-
-# ------------------------------------------------------------------------------------------------ the result
-@one_at_a_time
-def with_config(plan: Analysis, found: NativeResult) -> tuple[NativeResult, list[str]]:
-    """Return the model with a config that builds it, and a note; as it was, where its outputs would not be the same.
-
-    The entries are those that build the model's tensors. Ints that the class's constructor makes of them take the place
-    of the model's, and outputs on the example inputs are compared bit for bit.
-    """
-    model = found.module
-    if model is None or config_of(model) is None:
-        return found, []
-    edits = config_edits(model, shapes_of(model))
-    if edits is None:
-        return found, ["uniform=True: no entries of the config build the model; its sizes stay in a section beside it"]
-    inputs = plan.captured.inputs
-    before = _outputs(model, inputs.copies())
-    old = {id(module): dict(vars(module)) for module in model.modules()}
-    if not follow_config(model, edited(config_of(model), edits)) or not _same(before, _outputs(model, inputs.copies())):
-        for module in model.modules():
-            vars(module).update(old[id(module)])
-        return found, ["uniform=True: the model that the config builds computes something else; a section stays"]
-    said = ", ".join(map(str, edits)) or "nothing"
-    return replace(found, edits=()), [f"uniform=True: the config builds the model, with {said}"]
-
-
-def _outputs(model: nn.Module, inputs: tuple[Any, Any]) -> list[Tensor]:
-    args, kwargs = copies(inputs)
-    with eval_copy(model, real=True) as twin, torch.no_grad():
-        torch.manual_seed(0)
-        return list(tensor_leaves(twin(*args, **kwargs)))
-
-
-def _same(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
-    pairs = list(zip(before, after, strict=False))
-    return len(before) == len(after) and all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)

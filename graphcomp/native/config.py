@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from graphcomp.ir.module import tensor_names
 from graphcomp.ir.settings import OwnSettings
 from graphcomp.native.attributes import put, sites
+from graphcomp.torch_compat import buffer_table, non_persistent, parameter_table
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 """Name of a tensor -> its shape."""
@@ -98,12 +100,58 @@ def _search(model: nn.Module, config: Any, wanted: Shapes) -> tuple[ConfigEdit, 
     return None if wrong is None else tuple(found)
 
 
+def entry_of(model: nn.Module, wanted: Shapes) -> ConfigEdit | None:
+    """Return the one entry that is a length as it was, and builds tensors of the wanted shapes; None where none does.
+
+    Args:
+        model: holds a config (`config_of`); not modified.
+        wanted: of all tensors that the class builds; one length differs from those that the config builds.
+    """
+    config = config_of(model)
+    wrong = None if config is None else _wrong(type(model), config, wanted)
+    if not wrong or len(set(wrong.values())) > 1:
+        return None
+    exact = _exact(config, wrong)
+    return next((edit for edit in exact if _wrong(type(model), edited(config, (edit,)), wanted) == {}), None)
+
+
+def partial_edits(model: nn.Module, old: int, new: int) -> tuple[ConfigEdit, ...]:
+    """Return the entries that hold a length as it was, and with which the class builds more of the model's shapes.
+
+    Args:
+        model: holds a config (`config_of`) that builds other shapes; not modified.
+        old, new: the length before and after the cut.
+
+    Returns:
+        Entries that each make some lengths right and none wrong; none where no entry says the length, or where class
+        and config refuse it.
+    """
+    config, wanted = config_of(model), shapes_of(model)
+    wrong = _wrong(type(model), config, wanted)
+    if not wrong:
+        return ()
+    found: list[ConfigEdit] = []
+    for edit in _exact(config, {key: pair for key, pair in wrong.items() if pair == (old, new)}):
+        changed = edited(config, (edit,))
+        left = _wrong(type(model), changed, wanted)
+        if left is not None and left.keys() < wrong.keys():
+            config, wrong = changed, left
+            found.append(edit)
+    return tuple(found)
+
+
 def edited(config: Any, edits: tuple[ConfigEdit, ...]) -> Any:
     """Return a copy of a config with other entries."""
     changed = copy.deepcopy(config)
     for edit in edits:
         setattr(_at(changed, edit.owner), edit.entry, edit.value)
     return changed
+
+
+def changes_of(old: Any, new: Any) -> tuple[ConfigEdit, ...]:
+    """Return the ints in which a config and its edited copy differ."""
+    before = {(path, name): value for path, name, value in _entries(old)}
+    return tuple(ConfigEdit(*key) for key in _entries(new) if before.get(key[:2]) != key[2])
 
 
 def built_from(kind: Callable[[Any], nn.Module], config: Any) -> nn.Module | None:
@@ -114,6 +162,60 @@ def built_from(kind: Callable[[Any], nn.Module], config: Any) -> nn.Module | Non
             return kind(copy.deepcopy(config) if read is None else read(config.to_dict()))
     except Exception:  # of the user's code: a constructor may refuse a config in any way
         return None
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Puts what `torch.empty` returns on the meta device: parameters before their initialization."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        return func(*args, **(kwargs | {"device": "meta"} if func is torch.empty else kwargs))
+
+
+def as_read(model: nn.Module) -> nn.Module | None:
+    """Return what a reader of the model's config builds, with the tensors and the ints of the model.
+
+    All else is what the constructor makes of the config: floats such as a scale, buffers that no file holds.
+
+    Returns:
+        In eval mode, sharing the model's tensors. None where the class builds other names, or a tensor without values.
+    """
+    try:
+        with _EmptyOnMeta():
+            built = type(model)(copy.deepcopy(config_of(model)))
+    except Exception:  # of the user's code
+        return None
+    mine, theirs = dict(model.named_modules(remove_duplicate=False)), dict(built.named_modules(remove_duplicate=False))
+    if mine.keys() != theirs.keys():
+        return None
+    for path, module in theirs.items():
+        own = mine[path]
+        if parameter_table(module).keys() != parameter_table(own).keys():
+            return None
+        parameter_table(module).update(parameter_table(own))
+        held, unsaved = buffer_table(own), non_persistent(module)
+        for name, buffer in buffer_table(module).items():
+            found = held.get(name)
+            if isinstance(found, Tensor) and (
+                name not in unsaved or (isinstance(buffer, Tensor) and buffer.shape != found.shape)
+            ):
+                buffer_table(module)[name] = found
+            elif isinstance(buffer, Tensor):
+                buffer_table(module)[name] = buffer.to(found.device) if isinstance(found, Tensor) else buffer
+    if any(t.is_meta for t in tensor_names(built).values()) and not any(
+        t.is_meta for t in tensor_names(model).values()
+    ):
+        return None
+    values = sites(model)
+    for site, value in sites(built).items():
+        if "." not in site[1] and site in values and values[site] != value:
+            put(built, site, values[site])
+    for path, module in theirs.items():
+        for name, settings in vars(mine[path]).items():
+            held_here: dict[str, Any] = module.__dict__
+            if type(settings) is OwnSettings and name in held_here:
+                held_here[name] = OwnSettings(held_here[name], dict(vars(settings)["own"]))
+    return built.eval()
 
 
 def follow_config(model: nn.Module, config: Any) -> bool:
@@ -132,13 +234,25 @@ def follow_config(model: nn.Module, config: Any) -> bool:
         of_config = "." in site[1]  # set below, for all modules that share the config
         if not of_config and site in mine and mine[site] != value:
             put(model, site, value)
+    hold_config(model, config, own=False)
+    return True
+
+
+def hold_config(model: nn.Module, config: Any, *, own: bool) -> None:
+    """Let all modules of a model hold another config, or the part of it that they held of the old one, in place.
+
+    The config that the model held before, and the models that share it, stay as they are.
+
+    Args:
+        own: modules that have entries of their own beside the shared config keep these.
+    """
     parts = {id(held): part for held, part in zip(_configs(config_of(model)), _configs(config), strict=True)}
     for module in model.modules():
         for name, held in list(vars(module).items()):
             shared = vars(held)["shared"] if type(held) is OwnSettings else held
             if id(shared) in parts:
-                vars(module)[name] = parts[id(shared)]
-    return True
+                kept = own and type(held) is OwnSettings
+                vars(module)[name] = OwnSettings(parts[id(shared)], vars(held)["own"]) if kept else parts[id(shared)]
 
 
 # ------------------------------------------------------------------------------------------------ searching
@@ -166,7 +280,6 @@ def _candidates(config: Any, wrong: Wrong) -> Iterator[ConfigEdit]:
     """Yield entries with new values: those that are a length as it was, those in proportion to one, and small ones."""
     changes = sorted(set(wrong.values()), reverse=True)
     entries = list(_entries(config))
-    exact = [ConfigEdit(path, name, new) for old, new in changes for path, name, value in entries if value == old]
     scaled = [
         ConfigEdit(path, name, value * new // old)
         for old, new in changes
@@ -174,7 +287,15 @@ def _candidates(config: Any, wrong: Wrong) -> Iterator[ConfigEdit]:
         if value != old and value > 1 and value * new % old == 0
     ]
     smaller = [ConfigEdit(p, name, n) for p, name, value in entries if value <= SMALL for n in range(value - 1, 0, -1)]
-    yield from dict.fromkeys((*exact, *scaled, *smaller))
+    yield from dict.fromkeys((*_exact(config, wrong), *scaled, *smaller))
+
+
+def _exact(config: Any, wrong: Wrong) -> list[ConfigEdit]:
+    """Return entries that hold a length as it was, with the length wanted."""
+    changes = sorted(set(wrong.values()), reverse=True)
+    return [
+        ConfigEdit(path, name, new) for old, new in changes for path, name, value in _entries(config) if value == old
+    ]
 
 
 def _entries(config: Any) -> Iterator[tuple[str, str, int]]:

@@ -129,14 +129,56 @@ def test_one_entry_for_two_kinds_of_layers(tmp_path):
     assert torch.equal(again(**x).logits, small(**x).logits) and again.config.d_ff < 48
 
 
+def with_width(model: nn.Module, **options: Any) -> gc.CompressedModel:
+    return gc.compress(model, {"input_ids": ids()}, sparsity=0.3, prune=("width",), progress=False, **options)
+
+
 @pytest.mark.slow
 @pytest.mark.ci
 def test_lengths_that_the_config_checks(tmp_path):
+    small = with_width(llama(), uniform=True)  # the width must divide by the heads
+    assert any("multiple of 4 (the config takes no other width)" in note for note in small.report.notes)
+    small.module.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    again = need_transformers().AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.hidden_size == 24
     x = ids()
-    options: dict[str, Any] = {"sparsity": 0.3, "uniform": True, "prune": ("width",), "progress": False}
-    with pytest.raises(gc.PlanError, match=r"leaves nothing(.|\n)*round_to"):  # the width must divide by the heads
-        gc.compress(llama(), {"input_ids": x}, **options)
-    small = gc.compress(llama(), {"input_ids": x}, **options, round_to=4).module
+    assert torch.equal(again(x).logits, small.module(x).logits)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_the_config_says_a_width_that_other_code_reads(tmp_path):
+    small = with_width(llama(), round_to=4).module
+    assert small.config.hidden_size == 24 and small.model.layers[0].self_attn.config.hidden_size == 24
     small.save_pretrained(tmp_path)
     again = need_transformers().AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert again.config.hidden_size < 32 and torch.equal(again(x).logits, small(x).logits)
+    x = ids()
+    assert torch.equal(again(x).logits, small(x).logits)
+    odd = with_width(llama())
+    assert odd.module.config.hidden_size == 32
+    assert any(note.startswith("a width is 22, and the config says 32") for note in odd.report.notes)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("uniform", [False, True])
+def test_a_config_whose_width_is_a_scale_too_keeps_it(tmp_path, uniform):
+    """Embeddings are multiplied by the root of the width as it was: a buffer that no file holds."""
+    transformers = need_transformers()
+    config = transformers.Gemma3TextConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, eos_token_id=2, bos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    small = with_width(transformers.Gemma3ForCausalLM(config).eval(), round_to=4, uniform=uniform)
+    assert any("the model would compute something else" in n or "computes something else" in n for n in notes_of(small))
+    small.module.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.hidden_size == 32 and again.model.embed_tokens.weight.shape[1] == 24
+    x = ids()
+    assert torch.equal(again(x).logits, small.module(x).logits)
+
+
+def notes_of(small: gc.CompressedModel) -> tuple[str, ...]:
+    return small.report.notes
