@@ -2,6 +2,8 @@
 
     python -m benchmarks.hf_reload                                  # all families, at sparsity 0.3
     python -m benchmarks.hf_reload --sparsity 0.5 --ranking local --families llama,bert
+    python -m benchmarks.hf_reload --sparsity 0.5 --prune layer       # depth; what is loaded is cut in width then
+    python -m benchmarks.hf_reload --prune vocabulary                 # the ids of the inputs alone, likewise
 
 The families are those of the shared folder: small models with random weights. One process cuts and writes, a second
 one, which imports graphcomp alone, reads. Columns: whether the class stayed; parameters left; size of the section in
@@ -72,7 +74,7 @@ def write(name: str, folder: Path, options: Mapping[str, Any]) -> dict[str, Any]
     model, inputs = common.shared_module("hf_families.py").build(name)
     before = sum(p.numel() for p in model.parameters())
     try:
-        small = gc.compress(model, (), inputs, **options)
+        small = cut(model, inputs, options)
     except gc.NothingToPrune:
         return {"cut": "nothing to prune"}
     if small.form != "native":
@@ -88,6 +90,18 @@ def write(name: str, folder: Path, options: Mapping[str, Any]) -> dict[str, Any]
     row["section"] = 0 if section is None else len(json.dumps(section, indent=2))
     torch.save((type(made).__name__, inputs, outputs, generated), folder / "expected.pt")
     return row
+
+
+def cut(model: nn.Module, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> gc.CompressedModel:
+    """Compress a model, or keep the ids of the inputs alone."""
+    if options.get("prune") == ("vocabulary",):
+        ids = [inputs[name] for name in inputs if name.endswith("input_ids")]
+        if not ids:
+            raise gc.NothingToPrune("the model reads no ids")
+        return gc.trim_vocabulary(model, ids, (), inputs)
+    if "layer" in options.get("prune", ()):
+        options = {**options, "calibration": [inputs]}
+    return gc.compress(model, (), inputs, **options)
 
 
 def read(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,6 +123,8 @@ def read(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def cut_again(model: Any, inputs: Mapping[str, Any], folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """Compress the loaded model, write and load it."""
+    if options.get("prune") in (("layer",), ("vocabulary",)):
+        options = {}
     small = gc.compress(model, (), inputs, **{**options, "sparsity": 0.2})
     if small.form != "native":
         return {"again": "graph"}

@@ -842,7 +842,7 @@ def trim_vocabulary(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     embedding: Modules = (),
-    heads: Modules = (),
+    heads: Modules | None = None,
     logits: Logits = "wide",
     unknown: int | None = None,
     outputs: str | Sequence[str] | None = None,
@@ -865,9 +865,10 @@ def trim_vocabulary(
             besides.
         example_inputs, example_kwargs: as for `compress`; ids of `token_ids` alone.
         embedding: the module, or the modules, that hold the table. Default: the one table that ids of the inputs read
-            and that has a row for each of `token_ids`.
+            and that has a row for each of `token_ids`; of several, that of `get_input_embeddings` of transformers.
         heads: modules of untied heads, with one row per id, that are cut, too. A head that multiplies with the table
-            itself is always cut.
+            itself is always cut. None: that of `get_output_embeddings` of transformers, so that `generate` chooses
+            among the ids that are kept; of other models none.
         logits: of a head that is cut: "wide": in the old columns, those of ids that are gone -inf, as `generate` and
             losses on old ids need; "narrow": one column per kept id, in the order of `kept[weight][0]`.
         unknown: the id that stands for any id without a row. None: such ids are refused when the result is called, by
@@ -898,7 +899,7 @@ def trim_vocabulary(
             analysis,
             token_ids,
             embedding=module_names(model, embedding, "embedding"),
-            heads=module_names(model, heads, "heads"),
+            heads=None if heads is None else module_names(model, heads, "heads"),
             logits=logits,
             unknown=unknown,
             verify=verify,

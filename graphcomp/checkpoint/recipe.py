@@ -37,7 +37,7 @@ from graphcomp.ir.json_values import damaged, decode, encode
 from graphcomp.ir.module import tensor_names
 from graphcomp.ir.settings import OwnSettings, ints_of, is_settings, with_own
 from graphcomp.ir.trust import EVERYTHING, Trust
-from graphcomp.native.vocabulary import TrimmedEmbedding, TrimmedLinear, trim_as
+from graphcomp.native.vocabulary import Trimmed, trim_as
 from graphcomp.torch_compat import MODULE_HOOKS, buffer_table, module_table, non_persistent, parameter_table, pytree
 
 Recipe = dict[str, Any]
@@ -86,7 +86,7 @@ def _tried(recipe: Recipe, model: nn.Module, graph_at: str | None) -> Found:
     """The recipe with the device that fits and what differs from `model`: without memory if that works, else on the
     CPU. No recipe where it builds another model."""
     tree = _tree(model, graph_at).items()
-    trimmed = {path: type(m).__name__ for path, m in tree if isinstance(m, (TrimmedEmbedding, TrimmedLinear))}
+    trimmed = {path: type(m).__name__ for path, m in tree if isinstance(m, Trimmed)}
     for device in ("meta", "cpu"):
         placed = {**recipe, "device": device, **({"trimmed": trimmed} if trimmed else {})}
         try:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import fx
 
+from graphcomp.capture.capture import Captured
 from graphcomp.capture.resized import OPEN, open_lengths
 from graphcomp.cost import Bops, CostModel
 from graphcomp.coupling.analysis import Analysis, analyze_rewritten
@@ -15,6 +17,7 @@ from graphcomp.errors import BudgetError, NothingToPrune, PlanError
 from graphcomp.flows.checked import Checked, check_class, check_graph, given_to
 from graphcomp.flows.repaired import judge
 from graphcomp.flows.results import choose_module, listed, native_notes, shapes, with_latency
+from graphcomp.flows.said_by_config import without_unread_buffers
 from graphcomp.ir.graph import fetch
 from graphcomp.native.depth import shortened_model, whole_layers
 from graphcomp.pruning.allocation import Budget, limits_of, originals
@@ -29,6 +32,9 @@ from graphcomp.system.threads import one_at_a_time
 
 LAW = "masked == without blocks"
 NATIVE = "native == graph"
+
+MOST_LEVELS = 3
+"""Lists within lists of modules."""
 
 
 @one_at_a_time
@@ -80,7 +86,7 @@ def chosen_blocks(
             why=f"{len(every)} blocks are left out by ignore=" if every else "nothing is added to what it is made of",
             fix="prune=None cuts channels, heads and features",
         )
-    units = whole_layers(plan.model, blocks) if whole else tuple((block,) for block in blocks)
+    units = _layers(plan, blocks) if whole else tuple((block,) for block in blocks)
     if not units:
         raise NothingToPrune(
             f"no item of a list of modules of {type(plan.model).__name__} is made of residual blocks",
@@ -102,6 +108,36 @@ def chosen_blocks(
         said.append(f"on samples that the repair has not seen, the outputs move by {last**0.5:.1%} (relative)")
     said += [f"blocks that ignore= keeps: {len(every) - len(blocks)}"] if len(every) > len(blocks) else []
     return order_of(every, errors), tuple(said)
+
+
+def _layers(plan: Analysis, blocks: Sequence[Block]) -> tuple[tuple[Block, ...], ...]:
+    """Return the blocks that one item of a list of modules makes, of the innermost lists that the class holds shorter.
+
+    A layer may itself be a list of sublayers, whose number the class counts on: the last item of each kind of list is
+    left out on trial.
+    """
+    innermost = units = whole_layers(plan.model, blocks)
+    for level in range(1, MOST_LEVELS + 1):
+        if not units or _can_go(plan, units[-1]):
+            return units
+        outer = whole_layers(plan.model, blocks, level)
+        if outer == units:
+            break
+        units = outer
+    return innermost
+
+
+def _can_go(plan: Analysis, unit: Sequence[Block]) -> bool:
+    """Whether the class computes the model without the blocks."""
+    captured = plan.captured
+    small = DropBlocks(tuple(unit)).rewrite(captured.module)
+    held = partial(check_class, small=small, given=given_to(captured), captured=captured)
+    return shortened_model(plan.model, captured.graph, _gone(captured, small), {}, held).module is not None
+
+
+def _gone(captured: Captured, small: fx.GraphModule) -> frozenset[fx.Node]:
+    stays = {node.name for node in small.graph.nodes}
+    return frozenset(node for node in captured.graph.nodes if node.name not in stays)
 
 
 def _inside(entry: str, block: Block) -> bool:
@@ -206,12 +242,12 @@ def without_blocks(
     elif judged is not None:
         helped = [f"by the repair {judged}"]
     small = mended.graph
-    stays = {node.name for node in small.graph.nodes}
-    gone = frozenset(node for node in captured.graph.nodes if node.name not in stays)
+    gone = _gone(captured, small)
     tensors = {own: fetch(small, name) for name in mended.changed for own in captured.aliases.get(name, (name,))}
     found = shortened_model(
         plan.model, captured.graph, gone, tensors, lambda built: check_class(built, small, given, captured)
     )
+    without_unread_buffers(plan, found)
     checked = checked.with_class(NATIVE, found)
     module, form = choose_module(found, small, plan)
     repairs = _repair_notes(mended, len(depth.batches), len(rows) if repair else 0)

@@ -27,6 +27,7 @@ from graphcomp.native.config import (
 )
 from graphcomp.native.model import NativeResult
 from graphcomp.system.threads import one_at_a_time
+from graphcomp.torch_compat import buffer_table, non_persistent
 
 
 @one_at_a_time
@@ -78,6 +79,31 @@ def with_width(plan: Analysis, kept: Kept, found: NativeResult) -> tuple[str, ..
         why = "the model would compute something else" if edits else "its class builds no such model"
         notes.append(f"a width is {new}, and the config says {old}: {why}; uniform=True cuts what the config can say")
     return tuple(notes)
+
+
+def without_unread_buffers(plan: Analysis, found: NativeResult) -> None:
+    """Take the buffers that no file holds, and that the model's config builds no more, off a model, in place.
+
+    A model whose last layer of one kind is gone needs no angles of that kind. The buffers stay where outputs on the
+    example inputs are others without them.
+    """
+    model = found.module
+    read = None if model is None or config_of(model) is None else as_read(model)
+    if model is None or read is None:
+        return
+    tables = [(buffer_table(own), buffer_table(read.get_submodule(path)), own) for path, own in model.named_modules()]
+    odd = [(table, name) for table, built, own in tables for name in table.keys() - built.keys() & non_persistent(own)]
+    if not odd:
+        return
+    inputs = plan.captured.inputs
+    before = _outputs(model, inputs.copies())
+    taken = [(table, name, table.pop(name)) for table, name in odd]
+    try:
+        unread = _same(before, _outputs(model, inputs.copies()))
+    except Exception:  # of the user's code, which reads them
+        unread = False
+    for table, name, buffer in [] if unread else taken:
+        table[name] = buffer
 
 
 def _outputs(model: nn.Module, inputs: tuple[Any, Any]) -> list[Tensor]:

@@ -21,7 +21,7 @@ from graphcomp.ir.graph import fetch, op_name, source_line, tensor_values
 from graphcomp.ir.module import tensor_leaves, tensor_names
 from graphcomp.ir.passes import Pipeline
 from graphcomp.ir.run_nodes import run_tapped
-from graphcomp.native.vocabulary import TrimmedEmbedding, TrimmedLinear, trimmed_model
+from graphcomp.native.vocabulary import Trimmed, trimmed_model
 from graphcomp.pruning.trim import MaskVocabulary, TrimVocabulary
 from graphcomp.pruning.vocabulary import (
     Kept,
@@ -31,6 +31,7 @@ from graphcomp.pruning.vocabulary import (
     distinct,
     example_ids,
     find_tables,
+    tables_of,
 )
 from graphcomp.report.report import Change, Report, group_dict, layers
 from graphcomp.result import CompressedModel
@@ -50,7 +51,7 @@ def trimmed(
     token_ids: Any,
     *,
     embedding: Sequence[str],
-    heads: Sequence[str],
+    heads: Sequence[str] | None,
     logits: Logits,
     unknown: int | None,
     verify: bool,
@@ -59,7 +60,8 @@ def trimmed(
     """Return the model of a plan with rows for some ids alone; see `graphcomp.trim_vocabulary`.
 
     Args:
-        embedding, heads: names of modules.
+        embedding: names of modules; none: the one table, or of several the one that the model names itself.
+        heads: names of modules; None: the head that the model names itself, if any.
     """
     captured = plan.captured
     if captured.producer == "record":
@@ -71,7 +73,7 @@ def trimmed(
     check_floats(captured)
     _check_whole(plan)
     given = as_ids(token_ids)
-    tables = find_tables(captured.module, int(given.max()), embedding, heads)
+    tables = _tables(plan, int(given.max()), embedding, heads)
     kept, notes = _kept(captured, tables, given, unknown)
     notes += [*_remarks(tables, kept, logits), *_whole_heads(captured, tables)]
     small = Pipeline("trim the vocabulary", (TrimVocabulary(tables, kept, logits),))(captured)
@@ -112,13 +114,40 @@ def _check_whole(plan: Analysis) -> None:
     Raises:
         PlanError: an id map stands in front of a table.
     """
-    parts = any(isinstance(module, (TrimmedEmbedding, TrimmedLinear)) for module in plan.model.modules())
+    parts = any(isinstance(module, Trimmed) for module in plan.model.modules())
     if parts or any(name.startswith("vocabulary_") for name in tensor_names(plan.model)):
         raise PlanError(
             f"the vocabulary of {type(plan.model).__name__} is trimmed already",
             why="an id map stands in front of its table",
             fix="trim_vocabulary of the model with all rows, with the ids that are to stay in the end",
         )
+
+
+def _tables(plan: Analysis, most: int, embedding: Sequence[str], heads: Sequence[str] | None) -> tuple[Table, ...]:
+    """Return the tables and heads that are named, or that a model of transformers says are its own."""
+    graph = plan.captured.module
+    if not embedding and sum(table.rows > most for table in tables_of(graph)) > 1:
+        embedding = _said_by(plan.model, "get_input_embeddings")
+    if heads is not None:
+        return find_tables(graph, most, embedding, heads)
+    found = find_tables(graph, most, embedding)
+    cut = [fetch(graph, name) for name in _cut_tensors(found)]
+    weights = {
+        n: getattr(plan.model.get_submodule(n), "weight", None) for n in _said_by(plan.model, "get_output_embeddings")
+    }
+    untied = {n: w for n, w in weights.items() if isinstance(w, Tensor) and all(w is not tensor for tensor in cut)}
+    own = [name for name, weight in untied.items() if weight.shape[:1] == (found[0].rows,)]
+    return find_tables(graph, most, embedding, own) if own else found
+
+
+def _said_by(model: nn.Module, name: str) -> tuple[str, ...]:
+    """Return the path of the module that a method of transformers' models returns; nothing without method or module."""
+    method = getattr(model, name, None)
+    try:
+        said = method() if callable(method) else None
+    except NotImplementedError:  # as transformers answers for models without such a module
+        said = None
+    return tuple(path for path, module in model.named_modules() if module is said)
 
 
 # ------------------------------------------------------------------------------------------------ which ids

@@ -27,6 +27,7 @@ from graphcomp.errors import CheckpointError, first_line
 from graphcomp.hf.integers import facts_of, plain_state, put_parts, take_parts
 from graphcomp.hf.registry import METHOD
 from graphcomp.hf.section import Section, damaged
+from graphcomp.native.vocabulary import Trimmed
 from graphcomp.system.listeners import Remade
 from graphcomp.system.threads import one_at_a_time
 from graphcomp.torch_compat import non_persistent
@@ -254,11 +255,9 @@ def _class(model: PreTrainedModel) -> type[PreTrainedModel]:
 
 def _apart(model: nn.Module) -> None:
     """Let id maps of a trimmed vocabulary share no memory: transformers writes tied parameters alone."""
-    from graphcomp.hf.skeleton import TRIMMED_CLASSES
-
     seen: set[int] = set()
     for module in model.modules():
-        if type(module).__name__ not in TRIMMED_CLASSES:
+        if not isinstance(module, Trimmed):
             continue
         for name, buffer in list(module.named_buffers(recurse=False)):
             if buffer.data_ptr() in seen:

@@ -6,7 +6,7 @@ cut, so that what was trained, resized or cut again is described as it is now.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
@@ -18,14 +18,11 @@ from graphcomp.errors import CheckpointError
 from graphcomp.hf.section import Section, Value, damaged
 from graphcomp.ir.settings import OwnSettings, ints_of, is_settings, with_own
 from graphcomp.native.model import description, redescribed
-from graphcomp.native.vocabulary import TRIMMED, become_trimmed
+from graphcomp.native.vocabulary import Trimmed, become_trimmed, can_become
 from graphcomp.torch_compat import buffer_table, module_table, non_persistent, parameter_table, refresh_flat_weights
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 """Modules whose children can go without a trace; in others None takes the place of a child."""
-
-TRIMMED_CLASSES: Mapping[str, type[nn.Module]] = {kind.__name__: old for old, (kind, _) in TRIMMED.items()}
-"""Name of a class of a trimmed vocabulary -> torch's class in whose place it stands."""
 
 
 def cannot_be_written(model: nn.Module, why: str) -> CheckpointError:
@@ -97,7 +94,7 @@ def _without(model: nn.Module, built: nn.Module) -> tuple[str, ...]:
 
 
 def _trimmed(model: nn.Module) -> dict[str, str]:
-    return {p: type(m).__name__ for p, m in _modules(model).items() if TRIMMED_CLASSES.get(type(m).__name__)}
+    return {path: type(module).__name__ for path, module in _modules(model).items() if isinstance(module, Trimmed)}
 
 
 def _check_classes(model: nn.Module, built: nn.Module) -> None:
@@ -209,7 +206,7 @@ def _trim(built: nn.Module, path: str | None, kind: str) -> int:
     if path is None:
         return 0
     module = _module(built, path)
-    if TRIMMED_CLASSES.get(kind) is not type(module):
+    if not can_become(module, kind):
         raise damaged(f"no {kind!r:.50} can take the place of the {type(module).__name__} at {path!r}")
     assert isinstance(module.weight, Tensor)
     vocabulary = module.weight.shape[0]

@@ -57,8 +57,12 @@ def shortened_model(
     return result
 
 
-def whole_layers(model: nn.Module, blocks: Sequence[Block]) -> tuple[tuple[Block, ...], ...]:
-    """Return the blocks that one item of a list of modules makes, in a row, for each such item."""
+def whole_layers(model: nn.Module, blocks: Sequence[Block], level: int = 0) -> tuple[tuple[Block, ...], ...]:
+    """Return the blocks that one item of a list of modules makes, in a row, for each such item.
+
+    Args:
+        level: of lists within lists, 0 the innermost, 1 the list around it, …
+    """
     homes = _homes(model)
     found: dict[str, list[Block]] = {}
     for block in blocks:
@@ -66,7 +70,8 @@ def whole_layers(model: nn.Module, blocks: Sequence[Block]) -> tuple[tuple[Block
         paths = [set(module_paths(node)) & homes.keys() for node in nodes if tensor_values(node)]
         shared = set.intersection(*paths) if paths else set()
         if shared:
-            found.setdefault(max(shared, key=len), []).append(block)
+            inner_first = sorted(shared, key=len, reverse=True)
+            found.setdefault(inner_first[min(level, len(shared) - 1)], []).append(block)
     rows = (tuple(row) for row in found.values())
     return tuple(row for row in rows if all(a.end is b.start for a, b in pairwise(row)))
 
@@ -91,14 +96,14 @@ def _children(model: nn.Module, graph: fx.Graph, gone: frozenset[fx.Node]) -> di
             stays.update(inside)
             continue
         goes |= dict.fromkeys(inside)
-    whole = [path for path in goes if path not in stays]
-    for node in graph.nodes:
-        if (
-            node.op == "call_function"
-            and not is_identity(node)
-            and node in gone
-            and not set(module_paths(node)) & set(whole)
-        ):
+    whole = {path: None for path in goes if path not in stays}
+    harmless: set[fx.Node] = set()  # a mask for what goes alone: the class computes it, and nobody reads it
+    for node in reversed(graph.nodes):
+        if node not in gone or node.op != "call_function":
+            continue
+        if set(module_paths(node)) & whole.keys() or (node.users and harmless.issuperset(node.users)):
+            harmless.add(node)
+        elif not is_identity(node):
             path = next(iter(module_paths(node)), "")
             return f"'{path or 'the model'}' calls what goes itself, beside what stays: {node.name}"
     outer = [path for path in whole if not any(path.startswith(f"{other}.") for other in whole)]
@@ -181,15 +186,15 @@ def _config_edits(model: nn.Module, children: Mapping[str, Sequence[str]]) -> tu
 
     A config that builds a model (as those of transformers) is tried out: the constructor must make the same names.
     """
-    if len(children) != 1:
-        return ()
-    ((path, names),) = children.items()
-    parts = path.split(".")
-    for owner in (".".join(parts[:k]) for k in range(len(parts))):
-        found = _edits_of(model.get_submodule(owner), path.removeprefix(owner).lstrip("."), names)
-        if found:
-            return tuple((f"{CONFIG}{owner}", attribute, value) for attribute, value in found)
-    return ()
+    found: tuple[Edit, ...] = ()
+    for path, names in children.items():
+        parts = path.split(".")
+        for owner in (".".join(parts[:k]) for k in range(len(parts))):
+            entries = _edits_of(model.get_submodule(owner), path.removeprefix(owner).lstrip("."), names)
+            if entries:
+                found += tuple((f"{CONFIG}{owner}", attribute, value) for attribute, value in entries)
+                break
+    return found
 
 
 def _edits_of(model: nn.Module, path: str, names: Sequence[str]) -> list[tuple[str, Any]]:

@@ -15,7 +15,54 @@ from graphcomp.native.model import Edit, NativeResult
 from graphcomp.pruning.vocabulary import Kept, Logits, Table
 
 
-class TrimmedEmbedding(nn.Embedding):
+class Trimmed:
+    """A module on some ids alone, whose callers know the old ids.
+
+    Attributes:
+        vocabulary: the number of old ids.
+    """
+
+    vocabulary: int
+
+
+class OldIds(Trimmed):
+    """In front of a class of embeddings with a forward of its own: maps the old ids to rows.
+
+    Attributes:
+        rows: (vocabulary,) int32, as those of TrimmedEmbedding.
+        padding_idx: the row of the id for padding.
+    """
+
+    rows: Tensor
+    whole: type[nn.Embedding]
+
+    def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """(…) integer ids -> what the class behind makes of their rows.
+
+        Raises:
+            IndexError: an id has no row.
+        """
+        return super().forward(self.rows[ids.long()], *args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A class that is made at run time has no name to be found by."""
+        return _without_values, (self.whole,), vars(self)
+
+
+def _without_values(whole: type[nn.Embedding]) -> nn.Module:
+    kind = trimmed_class(whole)
+    return kind.__new__(kind)
+
+
+def trimmed_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that stands for a class of embeddings, or for `nn.Linear`, on a trimmed vocabulary."""
+    if kind not in TRIMMED:
+        about = {"__doc__": f"{kind.__name__}, called with old ids.", "whole": kind}
+        TRIMMED[kind] = type("TrimmedEmbedding", (OldIds, kind), about)
+    return TRIMMED[kind]
+
+
+class TrimmedEmbedding(Trimmed, nn.Embedding):
     """An embedding with rows for some ids alone, called with the old ids.
 
     Attributes:
@@ -57,7 +104,7 @@ class TrimmedEmbedding(nn.Embedding):
         return f"{super().extra_repr()}, vocabulary={self.vocabulary}"
 
 
-class TrimmedLinear(nn.Linear):
+class TrimmedLinear(Trimmed, nn.Linear):
     """A head with logits for some ids alone, which stand in their old columns; the others are -inf.
 
     Attributes:
@@ -83,31 +130,36 @@ class TrimmedLinear(nn.Linear):
         return f"{super().extra_repr()}, vocabulary={self.vocabulary}"
 
 
-TRIMMED: dict[type[nn.Module], tuple[type[nn.Module], str]] = {
-    nn.Embedding: (TrimmedEmbedding, "rows"),
-    nn.Linear: (TrimmedLinear, "columns"),
-}
-"""torch's class -> the class in its place, and the buffer that class has beside the tensors of torch's."""
+TRIMMED: dict[type[nn.Module], type[nn.Module]] = {nn.Embedding: TrimmedEmbedding, nn.Linear: TrimmedLinear}
+"""Class -> the class in its place; classes of embeddings with a forward of their own are added as they are met."""
+
+NAMES = frozenset({"TrimmedEmbedding", "TrimmedLinear"})
+"""Names of classes of a trimmed vocabulary, in files."""
+
+
+def can_become(module: nn.Module, name: str) -> bool:
+    """Return whether a module can become one of the named class of a trimmed vocabulary."""
+    if isinstance(module, Trimmed) or name not in NAMES:
+        return False
+    return isinstance(module, nn.Embedding) if name == "TrimmedEmbedding" else type(module) is nn.Linear
 
 
 def trim_as(model: nn.Module, classes: Mapping[str, str]) -> None:
-    """Let torch's modules become those of a trimmed vocabulary where `classes`, path -> name, says so, in place.
+    """Let embeddings and heads become those of a trimmed vocabulary where `classes`, path -> name, says so, in place.
 
     What they hold is still to be filled in.
     """
     for path, module in list(model.named_modules()):
-        kind, _ = TRIMMED.get(type(module), (None, ""))
-        if kind is not None and classes.get(path) == kind.__name__:
+        if can_become(module, classes.get(path, "")):
             become_trimmed(module, 0, torch.empty(0, dtype=torch.int32))
 
 
 def become_trimmed(module: nn.Module, vocabulary: int, buffer: Tensor) -> None:
-    """Let an embedding, or a linear layer, of torch's class become one of a trimmed vocabulary, in place."""
-    kind, name = TRIMMED[type(module)]
-    module.__class__ = kind
-    module.register_buffer(name, buffer)
+    """Let an embedding, or a linear layer of torch's class, become one of a trimmed vocabulary, in place."""
+    module.__class__ = trimmed_class(type(module))
+    module.register_buffer("rows" if isinstance(module, nn.Embedding) else "columns", buffer)
     vars(module)["vocabulary"] = vocabulary
-    if kind is TrimmedEmbedding:
+    if type(module) is TrimmedEmbedding:
         vars(module)["padding_row"] = None
 
 
@@ -144,14 +196,15 @@ def trimmed_model(
     for path, module in list(small.named_modules()):
         name, kind = f"{path}.weight".lstrip("."), type(module)
         if isinstance(module, nn.Embedding) and name in lookups:
-            if kind is not nn.Embedding:
-                return NativeResult(None, f"'{path}' is a {kind.__name__}, whose own forward takes no id map")
+            if isinstance(module, Trimmed):
+                return NativeResult(None, f"'{path}' is trimmed already")
             padding = module.padding_idx
+            row = None if padding is None else int(kept.columns[padding])
             become_trimmed(module, kept.size, _on(maps, "rows", kept.rows, module.weight))
             found: dict[str, Any] = {
                 "num_embeddings": len(kept.ids),
                 "vocabulary": kept.size,
-                "padding_row": None if padding is None else int(kept.columns[padding]),
+                "padding_row" if kind is nn.Embedding else "padding_idx": row,
             }
         elif isinstance(module, nn.Linear) and name in heads:
             found = {"out_features": len(kept.ids)}

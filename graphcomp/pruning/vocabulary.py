@@ -148,7 +148,7 @@ def find_tables(
     Raises:
         PlanError: no such table, several without a name, or a table that other ops read.
     """
-    found = list(_tables(graph))
+    found = list(tables_of(graph))
     if tables:
         named = [table for table in found if _holds(graph, table.name, tables)]
         lost = [name for name in tables if not any(_holds(graph, table.name, [name]) for table in named)]
@@ -198,7 +198,8 @@ def _there_are(tables: Sequence[Table]) -> str:
     return f"the tables are {named}" if named else "there is none"
 
 
-def _tables(graph: fx.GraphModule) -> Iterator[Table]:
+def tables_of(graph: fx.GraphModule) -> Iterator[Table]:
+    """Yield the tables that ids of the inputs read, without heads."""
     lookups: dict[str, list[fx.Node]] = {}
     inputs: dict[str, dict[fx.Node, None]] = {}
     for node in graph.graph.find_nodes(op="call_function", target=aten.embedding.default):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -486,6 +487,50 @@ def test_transformers_lose_whole_layers(kind: str, tmp_path: Path) -> None:
     loaded = gc.load(tmp_path)
     assert type(loaded.module) is type(model)
     assert torch.equal(loaded(input_ids=ids, **(kwargs or {}))[0], small(input_ids=ids, **(kwargs or {}))[0])
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_both_stacks_lose_layers_and_the_config_says_how_many(tmp_path: Path) -> None:
+    """T5's layers are lists of sublayers, whose number the class counts on; masks of what goes are read by nobody."""
+    transformers = import_transformers()
+    config = transformers.T5Config(
+        vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=3, num_decoder_layers=2, num_heads=2,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, ids = transformers.T5ForConditionalGeneration(config).eval(), torch.arange(4, 20).reshape(2, 8)
+    given = {"input_ids": ids, "decoder_input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    small = gc.compress(
+        model, (), given, sparsity=0.6, prune=("layer",), calibration=[given], ignore="encoder.block.1", progress=False
+    )
+    assert small.form == "native", small.reason
+    assert (small.module.config.num_layers, small.module.config.num_decoder_layers) == (2, 1)
+    small.module.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    again = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(again(**given).logits, small(**given).logits)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_what_the_config_builds_no_more_goes_with_the_last_layer_of_its_kind(tmp_path: Path) -> None:
+    """Gemma 3 holds angles for each kind of attention."""
+    transformers = import_transformers()
+    config = transformers.Gemma3TextConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
+        num_key_value_heads=1, layer_types=["sliding_attention", "full_attention"], sliding_window=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, ids = transformers.Gemma3ForCausalLM(config).eval(), torch.arange(4, 20).reshape(2, 8)
+    small = gc.compress(
+        model, {"input_ids": ids}, sparsity=0.9, prune=("layer",), ignore="model.layers.0",
+        calibration=[{"input_ids": ids}], progress=False,
+    )  # fmt: skip
+    assert small.module.config.layer_types == ["sliding_attention"]
+    small.module.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(ids).logits, small.module(ids).logits)
 
 
 @pytest.mark.parametrize("helps", [True, False])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,11 +138,26 @@ def test_a_head_without_a_module_is_cut_in_a_graph() -> None:
         torch.testing.assert_close(small(ids)[..., KEPT], model(ids)[..., KEPT])
 
 
-def test_an_embedding_with_a_forward_of_its_own_is_cut_in_a_graph_for_any_batch() -> None:
+class Shifted(nn.Embedding):
+    """Reads rows of a smaller table otherwise, which no id map in front makes up for."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return (
+            F.embedding((ids + 1) % self.num_embeddings, self.weight)
+            if self.num_embeddings < 20
+            else super().forward(ids)
+        )
+
+
+def test_an_embedding_with_a_forward_of_its_own_stays_of_its_class_or_is_cut_in_a_graph_for_any_batch() -> None:
     model = Speaker(tied=False).eval()
     model.word = Scaled(20, 6)
     small = gc.trim_vocabulary(model, KEPT, IDS)
-    assert small.form == "graph" and "Scaled" in small.reason
+    assert small.form == "native" and isinstance(small.module.word, Scaled)
+    assert all(torch.equal(small(ids), model(ids)) for ids in others())
+    model.word = Shifted(20, 6)
+    small = gc.trim_vocabulary(model, KEPT, IDS)
+    assert small.form == "graph" and "other outputs" in small.reason
     assert all(torch.equal(small(ids), model(ids)) for ids in others())
 
 
@@ -310,7 +327,7 @@ def test_generate_speaks_kept_ids_of_the_old_tokenizer(tied: bool, tmp_path: Pat
     model = transformers.LlamaForCausalLM(config).eval()
     ids = torch.arange(4, 20).reshape(2, 8)
     inputs = {"input_ids": ids}
-    small = gc.trim_vocabulary(model, ids, inputs, {"use_cache": False}, heads=() if tied else "lm_head")
+    small = gc.trim_vocabulary(model, ids, inputs, {"use_cache": False})
     assert type(small.module) is type(model) and isinstance(small.report, gc.Report)
     kept = small.kept["model.embed_tokens.weight"][0].tolist()
     assert kept == [1, 2, *range(3, 20)], "ids that the config names are kept besides"
@@ -320,6 +337,52 @@ def test_generate_speaks_kept_ids_of_the_old_tokenizer(tied: bool, tmp_path: Pat
     loaded = gc.load(tmp_path)
     assert type(loaded.module) is type(model)
     assert torch.equal(loaded.module(ids).logits, small.module(ids).logits)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_head_of_its_own_stays_whole_where_no_head_is_asked_for() -> None:
+    transformers = import_transformers()
+    config = transformers.GPT2Config(
+        vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=16, tie_word_embeddings=False
+    )
+    model, ids = transformers.GPT2LMHeadModel(config).eval(), torch.arange(4, 20).reshape(2, 8)
+    small = gc.trim_vocabulary(model, ids, {"input_ids": ids}, heads=(), embedding="transformer.wte")
+    assert small.module.lm_head.weight.shape == (40, 16)
+    assert gc.trim_vocabulary(model, ids, {"input_ids": ids}).module.lm_head.weight.shape[0] < 40
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_an_embedding_with_a_forward_of_its_own_keeps_it(tmp_path: Path) -> None:
+    """BART multiplies what it looks up by a scale."""
+    transformers = import_transformers()
+    config = transformers.BartConfig(
+        vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=32,
+        scale_embedding=True, decoder_start_token_id=2, forced_eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, ids = transformers.BartForConditionalGeneration(config).eval(), torch.arange(4, 20).reshape(2, 8)
+    given = {"input_ids": ids, "decoder_input_ids": ids}
+    small = gc.trim_vocabulary(model, ids, given)
+    assert small.form == "native", small.reason
+    kind = type(model.model.shared)
+    assert kind is not nn.Embedding and isinstance(small.module.model.shared, kind)
+    before, after, kept = model(**given).logits, small(**given).logits, small.kept["model.shared.weight"][0]
+    torch.testing.assert_close(after[..., kept], before[..., kept])
+    small.module.save_pretrained(tmp_path / "hf")
+    small.save(tmp_path / "ours")
+    copies = {
+        "from_pretrained": type(model).from_pretrained(tmp_path / "hf"),
+        "load": gc.load(tmp_path / "ours").module,
+        "deepcopy": copy.deepcopy(small.module),
+        "pickle": pickle.loads(pickle.dumps(small.module)),
+    }
+    for name, again in copies.items():
+        assert torch.equal(again(**given).logits, after), name
+    with pytest.raises(IndexError):
+        small.module(input_ids=ids + 20, decoder_input_ids=ids)
 
 
 @pytest.mark.parametrize("form", in_ci("encoder-decoder"))
