@@ -47,17 +47,37 @@ class PeerResult:
         return self.error is not None and self.error <= TOLERANCE
 
 
-def torch_pruning(zoo: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Prune `model` (it is modified) and compare. Plain data, see PeerResult, and `exact`."""
+def torch_pruning(
+    zoo: Any,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    options: Mapping[str, Any] | None = None,
+    afterwards: Callable[[Any], None] = lambda pruner: None,
+) -> dict[str, Any]:
+    """Prune `model` (it is modified) and compare. Plain data, see PeerResult, and `exact`.
+
+    Args:
+        options: of the pruner, beside the defaults.
+        afterwards: corrects by hand what the pruner leaves, given the pruner.
+    """
     result = PeerResult()
     try:
-        _run(zoo, model, args, kwargs, result)
+        _run(zoo, model, args, kwargs, result, options or {}, afterwards)
     except Exception as error:
         result.failure = brief(error)
     return {**asdict(result), "exact": result.exact}
 
 
-def _run(zoo: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: PeerResult) -> None:
+def _run(
+    zoo: Any,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    result: PeerResult,
+    options: Mapping[str, Any],
+    afterwards: Callable[[Any], None],
+) -> None:
     import torch_pruning as tp
 
     warnings.simplefilter("ignore")
@@ -73,12 +93,14 @@ def _run(zoo: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
             importance=tp.importance.MagnitudeImportance(p=2),
             pruning_ratio=RATIO,
             ignored_layers=ignored,
+            **options,
         )
     result.captured, result.seconds = True, clock.seconds
     with timed() as clock:
         for group in pruner.step(interactive=True):
             cuts.note(group, pruner.DG, names)
             group.prune()
+    afterwards(pruner)
     result.seconds += clock.seconds
     changed = {name for name, p in model.named_parameters() if p.shape != shapes.get(name)}
     total = sum(shape.numel() for shape in shapes.values())
