@@ -285,14 +285,9 @@ class Teacher:
     temperature: float
 
     def loss(self, logits: Tensor, index: Tensor, mirrored: Tensor) -> Tensor:
-        """Cross entropy with its probabilities, in the units of a plain one.
-
-        Source: Hinton et al., Distilling the Knowledge in a Neural Network, 2015. How we differ: the teacher sees no
-        shifts, so that it runs but twice for an image.
-        """
+        """`Distill.divergence` of the logits. The teacher sees no shifts, so that it runs but twice for an image."""
         wanted = torch.where(mirrored[:, None], self.mirrored[index], self.plain[index])
-        soft, t = (wanted / self.temperature).softmax(1), self.temperature
-        return t * t * F.kl_div((logits / t).log_softmax(1), soft, reduction="batchmean")
+        return gc.Distill(temperature=self.temperature).divergence(logits, wanted)
 
 
 def teacher_of(task: Task, temperature: float) -> Teacher:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         family,
         finalize,
         find_blocks,
+        finetune,
         load,
         prepare,
         prunable_groups,
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from graphcomp.report.plot import plot
     from graphcomp.report.report import Report
     from graphcomp.result import CompressedModel
+    from graphcomp.training.distill import Distill
     from graphcomp.training.options import Training
     from graphcomp.training.prepared import Prepared
     from graphcomp.training.run import Choice, Run
@@ -85,6 +87,7 @@ __all__ = [
     "Choice",
     "CompressedCheckpoint",
     "CompressedModel",
+    "Distill",
     "ExportError",
     "FormError",
     "Goal",
@@ -118,6 +121,7 @@ __all__ = [
     "family",
     "finalize",
     "find_blocks",
+    "finetune",
     "load",
     "op",
     "plot",
@@ -140,6 +144,7 @@ _HOMES = {
         "drop_blocks",
         "finalize",
         "find_blocks",
+        "finetune",
         "load",
         "prepare",
         "prunable_groups",
@@ -180,6 +185,7 @@ _HOMES = {
         "Schedule",
         "Stage",
     ),
+    "training.distill": ("Distill",),
     "training.options": ("Training",),
     "training.run": (
         "Choice",

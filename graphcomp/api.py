@@ -21,6 +21,7 @@ from graphcomp.flows.choosing import by_sensitivity, check_rounds
 from graphcomp.flows.depth import blocks_of, chosen_blocks, without_blocks
 from graphcomp.flows.family import MemberBudget, Once, shared_by
 from graphcomp.flows.finalize import as_trained
+from graphcomp.flows.finetuned import inputs_of, trainable, with_values
 from graphcomp.flows.held import equal_counts, held_by_class, other_units
 from graphcomp.flows.kept_class import asks_for_class, integers_in_class, refuse_graph
 from graphcomp.flows.mixed import check_bit_budget, choose_layer_bits
@@ -48,6 +49,7 @@ from graphcomp.flows.vocabulary import trimmed
 from graphcomp.flows.whole import into_whole
 from graphcomp.ir.module import copied, tensor_leaves
 from graphcomp.methods.base import Goal, Method
+from graphcomp.methods.plain import Finetune
 from graphcomp.methods.registry import stages_of
 from graphcomp.methods.stages import Following, check_goals, folders, goals_of, least_steps
 from graphcomp.methods.takes import ONE_SHOT, asked, check_taken
@@ -194,7 +196,8 @@ def compress(
             model's positional inputs, or a dict that holds its keyword inputs; labels may follow. For training they
             are gone over several times: a DataLoader, a list, … Of several processes (`torch.distributed`, torchrun)
             each gives its share, as a DataLoader with a DistributedSampler does; all return the same model.
-        loss: loss(model output, batch) -> scalar, for training, or for saliencies that need gradients.
+        loss: loss(model output, batch) -> scalar, for training, or for saliencies that need gradients. With
+            `Training(teacher=model)` it may be left out: the teacher's outputs alone are learned then.
         epochs, steps, lr, folder: of the training; see `Training`. With a folder, a run that was cut short goes on when
             it is called again.
         training: all options of training at once, in place of the four above.
@@ -276,7 +279,8 @@ def compress(
     progress = progress and distributed.rank() == 0
     training = _training(training, epochs=epochs, steps=steps, lr=lr, folder=folder)
     if method is None:
-        method = "geta" if data is not None and loss is not None and training is not None else "oneshot"
+        learns = loss is not None or (training is not None and training.teacher is not None)
+        method = "geta" if data is not None and learns and training is not None else "oneshot"
         _check_length(data, loss, training, saliency)
     if isinstance(data, Tensor):
         _check_stacked(data, example_inputs)
@@ -323,10 +327,10 @@ def compress(
             )
         compares = [own.start is not None and stage.compares for stage, own in zip(stages, goals, strict=True)]
         _check_held_out(any(compares), training)
-        if data is None or loss is None or training is None:
+        if data is None or training is None or (loss is None and training.teacher is None):
             raise PlanError(
                 f"method={title!r} trains: it needs data, a loss and a length",
-                fix="data=loader, loss=lambda output, batch: …, epochs=10",
+                fix="data=loader, loss=lambda output, batch: …, epochs=10; a teacher (Training) may stand for the loss",
             )
         _check_weights(model, saliency)
         example = example_arguments(example_inputs, example_kwargs)
@@ -778,6 +782,57 @@ def repair(
         cut = repaired(cut, flat_batches(plan, batches), verify=verify)
         _, held = held_by_class(cut)
         return as_model(cut, held, measure_latency=measure_latency)
+
+
+def finetune(
+    small: CompressedModel,
+    data: Iterable[Any],
+    loss: Callable[..., Tensor] | None = None,
+    *,
+    training: Training,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    verify: bool = True,
+    measure_latency: bool = False,
+    progress: bool = True,
+    seed: int = 0,
+) -> CompressedModel:
+    """Return a cut model in floats that was trained on: the shapes stay, and with a teacher little is lost.
+
+        training = graphcomp.Training(steps=1000, teacher=model, distill=graphcomp.Distill(temperature=2.0))
+        small = graphcomp.finetune(small, batches, training=training)  # without labels; with a loss, both count
+
+    Args:
+        small: of `compress`, `repair`, `slice_groups`, in floats. Not modified.
+        data: batches to train on, as for `compress`.
+        loss: loss(model output, batch) -> scalar; None: what the teacher says alone is learned.
+        training: how: the length of the run, the teacher and what is learned of it; see `Training`.
+        example_inputs, example_kwargs: as for `compress`; by default those the model was compressed with.
+        verify: check in float64 that the trained graph and the result compute the same.
+        measure_latency: time the model before and after.
+        progress: show a progress line on the terminal.
+        seed: of all that is drawn.
+
+    Returns:
+        Another model of the same form. `report` has the costs of the original, as that of `small`, and says what was
+        learned.
+
+    Raises:
+        PlanError: weights are integers, there are no example inputs, nothing to learn, or the teacher does not fit.
+        CaptureError: the model can only be recorded, which cannot be trained.
+        TrainingError, CheckpointError, VerificationError: as for `compress`.
+    """
+    check_options(
+        data=data, loss=loss, training=training, example_kwargs=example_kwargs, verify=verify,
+        measure_latency=measure_latency, progress=progress, seed=seed,
+    )  # fmt: skip
+    check_instance("small", small, CompressedModel, "small = graphcomp.compress(model, x, sparsity=0.5)")
+    args, kwargs = inputs_of(small, example_inputs, example_kwargs)
+    tuned = compress(
+        trainable(small), args, kwargs, method=Finetune(), data=data, loss=loss, training=training, verify=verify,
+        measure_latency=measure_latency, progress=progress, seed=seed,
+    )  # fmt: skip
+    return with_values(small, tuned)
 
 
 def find_blocks(plan: Analysis) -> tuple[Block, ...]:

@@ -190,6 +190,16 @@ CALLS: dict[str, Call] = {
         lambda _: gc.repair,
         lambda _: {"small": gc.slice_groups(plan(), {plan().groups[0]: [0, 1]}), "plan": plan(), "batches": [X]},
     ),
+    "finetune": Call(
+        lambda _: gc.finetune,
+        lambda _: {
+            "small": small(),
+            "data": [X] * 2,
+            "loss": loss,
+            "training": gc.Training(steps=1),
+            "progress": False,
+        },
+    ),
     "trim_vocabulary": Call(lambda _: gc.trim_vocabulary, lambda _: reading()),
     "find_blocks": Call(lambda _: gc.find_blocks, lambda _: {"plan": residual()}),
     "drop_blocks": Call(
@@ -220,6 +230,7 @@ CALLS: dict[str, Call] = {
     "Schedule": Call(lambda _: gc.Schedule, lambda _: {"steps": 100}),
     "Schedule.of": Call(lambda _: gc.Schedule.of, lambda _: {"steps": 100}),
     "Training": Call(lambda _: gc.Training, lambda _: {"steps": 100}),
+    "Distill": Call(lambda _: gc.Distill, lambda _: {}),
     "QASSO": Call(lambda _: gc.QASSO, lambda _: {"ready": ready(), "lr": 0.1, "schedule": 100}),
     "allocate": Call(lambda _: allocation.allocate, lambda _: {"groups": plan().groups, "scores": ones()}),
     "iterative": Call(lambda _: allocation.iterative, lambda _: {"sparsity": 0.5, "steps": 3}),
@@ -275,6 +286,8 @@ def use(found: Any) -> None:
         use(gc.PostTraining(found))
     elif isinstance(found, gc.QuantSpec) and found.kind == "uniform":
         use(gc.QuantConfig(weights=found, activations=None))
+    elif isinstance(found, gc.Distill):
+        use(gc.Training(steps=1, teacher=Net(), distill=found))
     elif isinstance(found, gc.Training):
         gc.compress(Net(), X, training=found, data=[X] * 2, loss=loss, method="hesso", progress=False)
     elif isinstance(found, gc.Budget):

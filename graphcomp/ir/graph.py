@@ -96,9 +96,14 @@ def frame_text(trace: str) -> str:
 
 def module_path(node: fx.Node) -> str:
     """Name of the innermost user module whose forward made the node; '' for the root or where unknown."""
+    return next(reversed(module_paths(node)), "")
+
+
+def module_paths(node: fx.Node) -> list[str]:
+    """Names of the user modules whose forwards made the node, from the outermost in; "" is the root."""
     stack = node.meta.get("nn_module_stack") or {}
-    path = next(reversed(stack.values()), ("", None))[0] if stack else ""
-    return re.sub(r"@\d+$", "", path).removeprefix("L['self'].").removeprefix("L['self']")
+    paths = [re.sub(r"@\d+$", "", path) for path, _ in stack.values()]
+    return [path.removeprefix("L['self'].").removeprefix("L['self']") for path in paths]
 
 
 def fetch(root: torch.nn.Module, target: str) -> Any:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphcomp.errors import NothingToPrune, PlanError
@@ -25,6 +24,7 @@ from graphcomp.methods.base import Goal, Method, refuse
 from graphcomp.pruning.evidence import Loss
 from graphcomp.quantization.calibrate import calibrate_weight
 from graphcomp.quantization.insert import quantizer_nodes
+from graphcomp.training.distill import distillation, logits_of
 from graphcomp.training.elements import largest, multiplied
 from graphcomp.training.options import Training
 from graphcomp.training.prepared import Prepared
@@ -59,18 +59,6 @@ def routed(weight: Tensor, shows: Tensor | None, learns: Tensor | None) -> Tenso
 def sparsity_at(step: int, steps: int, end: float) -> float:
     """Return the sparsity after `step` of `steps` steps: end * (1 - (1 - step / steps)^3), then `end`."""
     return end * (1 - (1 - min(step / max(steps, 1), 1.0)) ** 3)
-
-
-def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Return T^2 KL(softmax(teacher / T) || softmax(student / T)), the mean over examples; no gradient to the teacher.
-
-    Args:
-        student, teacher: (..., classes) logits.
-    """
-    log_student = F.log_softmax(student / temperature, -1).flatten(0, -2)
-    log_teacher = F.log_softmax(teacher.detach() / temperature, -1).flatten(0, -2)
-    divergence = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
-    return divergence * temperature**2
 
 
 class PqkRun(Run):
@@ -225,19 +213,8 @@ def _own_tensors(ready: Prepared, weights: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def _logits(output: Any) -> Tensor:
-    """Return the logits of an output: a tensor itself, or the entry `logits`.
-
-    Raises:
-        PlanError: the output has none.
-    """
-    found = output if isinstance(output, Tensor) else output.get("logits") if isinstance(output, Mapping) else None
-    found = getattr(output, "logits", None) if found is None else found
-    if not isinstance(found, Tensor) or found.dim() < 2:
-        raise PlanError(
-            f"the logits of a {type(output).__name__} are not known, which the student learns from",
-            fix="method=Pqk(logits=lambda output: output[0])",
-        )
-    return found
+    """Return the logits of an output, see `logits_of`."""
+    return logits_of(output, "method=Pqk(logits=lambda output: output[0])")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from graphcomp.system.progress import progress as show_progress
 from graphcomp.torch_compat import pytree
 from graphcomp.training import distributed
 from graphcomp.training.batches import check_iterable, check_shares, no_batches, set_epoch, to_device
+from graphcomp.training.distill import Distill
 from graphcomp.training.folder import (
     LOSS_CODE,
     METHOD,
@@ -46,31 +47,17 @@ from graphcomp.training.optimizer import MethodOptimizer
 from graphcomp.training.options import Training
 from graphcomp.training.prepared import Prepared
 from graphcomp.training.run import Begin, check_run, check_tensors
-from graphcomp.training.whole import Whole
+from graphcomp.training.teaching import Teaching
+from graphcomp.training.whole import Whole, in_eval_mode
 
 SHRINK_FROM = 100
 """Steps that are left at least where the module is shrunk: that captures it anew, which takes as long as some steps."""
 
 
-@contextmanager
-def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside; outside, each submodule is in the mode that it was in."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for each, mode in modes:
-            each.training = mode
-        for each, mode in modes:
-            if isinstance(each, Prepared):
-                each.train(mode)
-
-
 def train(
     ready: Prepared,
     data: Iterable[Any],
-    loss: Loss,
+    loss: Loss | None,
     training: Training,
     begin: Begin,
     *,
@@ -91,7 +78,7 @@ def train(
         data: batches, gone over as often as it takes: a DataLoader, a list, … Each is a tensor, a tuple that begins
             with the model's positional inputs, or a dict that holds its keyword inputs; labels may follow. They are
             moved to where the module is.
-        loss: loss(model output, batch) -> scalar.
+        loss: loss(model output, batch) -> scalar; None: the teacher's outputs alone are learned.
         training: how.
         begin: begins the run of a method on `ready`.
         whole: the model that `ready` stands in, trained with it; None: `ready` is the model.
@@ -155,13 +142,14 @@ class _Loop:
         ready: Prepared,
         whole: Whole,
         data: Iterable[Any],
-        loss: Loss,
+        loss: Loss | None,
         training: Training,
         begin: Begin,
         seed: int,
     ) -> None:
         check_iterable(data)
-        _check_loss_function(loss, whole.module)
+        if loss is not None:
+            _check_loss_function(loss, whole.module)
         self.ready, self.whole, self.data, self.loss, self.training = ready, whole, data, loss, training
         self.prefix, outside = whole.outside()
         self.step = self.epoch = self.position = 0
@@ -172,13 +160,19 @@ class _Loop:
         if distributed.count() > 1:
             check_shares(data, self.total)
             distributed.copy_from_first((*whole.module.parameters(), *whole.module.buffers()))
+        self.teaching = self._taught_by(seed)
         chosen = training.for_model(ready)
         assert chosen.optimizer is not None and chosen.lr is not None
         self.run = begin(chosen, self.total)
         check_run(self.run, ready)
+        if self.teaching is not None:  # a run may set the remarks
+            learned = self.teaching.note(loss is not None)
+            ready.remarks = (*(note for note in ready.remarks if note != learned), learned)
         self.optimizer = MethodOptimizer(self.run, chosen.optimizer, chosen.lr, chosen.options)
         if outside:
             self.optimizer.add_param_group({"params": outside})
+        if maps := self._maps():
+            self.optimizer.add_param_group({"params": maps})
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.autocast is torch.float16)
         self.scheduler = _scheduler(training.scheduler or _cosine(self.total), self.optimizer)
         self.weights = self._weights()
@@ -193,6 +187,28 @@ class _Loop:
         self.last_loss = math.nan
         self.losses: list[float] = []  # since the last line of metrics
         self.seconds, self.start = 0.0, time.monotonic()
+
+    def _taught_by(self, seed: int) -> Teaching | None:
+        """Return the teacher, fitted to the model; None without one.
+
+        Raises:
+            PlanError: there is neither a loss nor a teacher, or the teacher does not fit.
+        """
+        training, whole = self.training, self.whole
+        if training.teacher is None:
+            if self.loss is None:
+                raise PlanError("nothing to learn: there is no loss", fix="loss=lambda output, batch: …, or a teacher")
+            return None
+        keeps = isinstance(self.data, (list, tuple))  # whose batches are the same objects in each pass
+        distill = training.distill or Distill()
+        found = Teaching(training.teacher, distill, whole.module, whole.args, whole.kwargs, seed=seed, keeps=keeps)
+        if found.pairs and training.shrink:  # hidden states would change their widths
+            self.training = replace(training, shrink=False)
+        return found
+
+    def _maps(self) -> list[nn.Parameter]:
+        """Return the parameters of maps between hidden states, which are trained beside the model."""
+        return [] if self.teaching is None else list(self.teaching.parameters())
 
     def _open(self, where: str | Path, chosen: Training, seed: int) -> RunFolder:
         """Return the folder of the run.
@@ -212,6 +228,7 @@ class _Loop:
             **about_training(self.training, self.data, chosen),
             METHOD: self.run.name,
             **self.run.about,
+            **({} if self.teaching is None else self.teaching.about()),
             "loss": name_of(self.loss),
             LOSS_CODE: code_digest(self.loss),
             "seed": str(seed),
@@ -300,7 +317,7 @@ class _Loop:
         loss = float(distributed.mean(total))
         if not math.isfinite(loss):
             raise self._not_finite(f"the loss is {loss} at step {self.step + 1}", stage, chunk)
-        distributed.average_gradients((*self.whole.module.parameters(), *self.run.parameters()))
+        distributed.average_gradients((*self.whole.module.parameters(), *self.run.parameters(), *self._maps()))
         self.scaler.unscale_(self.optimizer)
         if self.training.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.weights, self.training.clip_norm)
@@ -349,12 +366,21 @@ class _Loop:
             PlanError: the batch has not what the example inputs have, or the loss does not fit.
         """
         batch = to_device(given, self.device)
-        self._arguments(batch)
-        _check_loss_takes(self.loss, batch)
+        arguments = self._arguments(batch)
+        if self.loss is not None:
+            _check_loss_takes(self.loss, batch)
         with self._precision():
-            value = self.run.loss(self._forward, batch, self.loss)
+            value = self.run.loss(self._forward, batch, self._task(given, arguments))
         check_loss(value)
         return value
+
+    def _task(self, given: Any, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Loss:
+        """Return the loss of an output: that of the task, and with a teacher of what the teacher says of the batch."""
+        if self.teaching is None:
+            assert self.loss is not None
+            return self.loss
+        self.teaching.begin(given, *arguments)
+        return functools.partial(self.teaching.loss, self.loss)
 
     def _arguments(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return arguments_like(self.whole.original, self.whole.args, self.whole.kwargs, batch)
@@ -369,10 +395,13 @@ class _Loop:
         module = self.whole.module
         check_tensors(self.run.ready, tensors or {})
         args, kwargs = copies(self._arguments(batch))
+        own = {f"{self.prefix}{n}": t for n, t in (tensors or {}).items()}
+        teaching = self.teaching
         try:
-            if tensors is None:
-                return module(*args, **kwargs)
-            return functional_call(module, {f"{self.prefix}{n}": t for n, t in tensors.items()}, args, kwargs)
+            with nullcontext(_ignore) if teaching is None else teaching.listening(module) as hear:
+                output = module(*args, **kwargs) if tensors is None else functional_call(module, own, args, kwargs)
+                hear(output)
+                return output
         except Exception as error:
             if isinstance(error, GraphcompError) or self._model_runs(args, kwargs):
                 raise
@@ -397,7 +426,7 @@ class _Loop:
     def _weights(self) -> list[nn.Parameter]:
         """What is trained, but for the parameters of quantizers; beside the model, what the run trains."""
         quantizers = {id(p) for _, quantizer in self.run.ready.quantizers() for p in quantizer.parameters()}
-        found = (*self.whole.module.parameters(), *self.run.parameters())
+        found = (*self.whole.module.parameters(), *self.run.parameters(), *self._maps())
         return [p for p in found if p.requires_grad and id(p) not in quantizers]
 
     def _shrink_if_due(self) -> None:
@@ -513,6 +542,7 @@ class _Loop:
             "optimizer": plain(self.optimizer.state_dict()),
             "scheduler": plain(self.scheduler.state_dict()),
             "scaler": self.scaler.state_dict(),
+            **({"maps": self.teaching.state_dict()} if self.teaching is not None and self._maps() else {}),
             "random": random_state(),
             "epoch_random": self.epoch_state,
         }
@@ -538,6 +568,8 @@ class _Loop:
                 self._hold_shrunk()
             self.whole.module.load_state_dict(state["module"])
             self.scheduler.load_state_dict(state["scheduler"])
+            if self.teaching is not None and self._maps():
+                self.teaching.load_state_dict(state["maps"])
             if self.scaler.is_enabled():
                 self.scaler.load_state_dict(state["scaler"])
             self.step, self.epoch, self.position = state["step"], state["epoch"], state["position"]
@@ -549,6 +581,10 @@ class _Loop:
                 why=f"{type(error).__name__}: {str(error)[:300]}",
                 fix="remove it: the run goes on from the one before; or give another folder",
             ) from error
+
+
+def _ignore(output: Any) -> None:
+    """Hear nothing."""
 
 
 # ------------------------------------------------------------------------------------------------ setting up

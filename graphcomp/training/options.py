@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -19,6 +19,7 @@ from graphcomp.arguments import check_batches, check_flag, check_path, wrong
 from graphcomp.errors import PlanError
 from graphcomp.ops.answers import is_convolution
 from graphcomp.training.batches import length_of
+from graphcomp.training.distill import Distill, check_distill
 from graphcomp.training.folder import plain
 from graphcomp.training.prepared import Prepared
 from graphcomp.training.schedule import Schedule, is_number, is_whole
@@ -66,6 +67,9 @@ class Training:
         save_every: steps from checkpoint to checkpoint; there is one more at the end.
         keep: so many checkpoints stay, the newest.
         log_every: steps from one line of metrics to the next; there is one more where a stage ends.
+        teacher: a module that takes the model's inputs, such as the model itself before it is compressed: its outputs
+            are learned, beside the loss of the task or, with loss=None, alone. It is not modified.
+        distill: what is learned of the teacher; None: the softened logits, `Distill()`.
 
     Raises:
         PlanError: a number out of range, an option that has another place, or the length of the run given twice.
@@ -90,6 +94,8 @@ class Training:
     save_every: int = 500
     keep: int = 2
     log_every: int = 10
+    teacher: nn.Module | None = None
+    distill: Distill | None = None
 
     def __post_init__(self) -> None:
         self._make_plain()
@@ -123,6 +129,7 @@ class Training:
                     why="these are options of the optimizer that have no other place",
                     fix=ELSEWHERE[name],
                 )
+        check_distill(self.teacher, self.distill)
         if self.autocast not in (None, torch.bfloat16, torch.float16):
             raise PlanError(f"Training(autocast={self.autocast!r})", fix="autocast=torch.bfloat16, or torch.float16")
         check_flag("shrink", self.shrink)

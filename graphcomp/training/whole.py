@@ -14,6 +14,21 @@ from graphcomp.torch_compat import BatchNormBase
 from graphcomp.training.prepared import Prepared
 
 
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside; outside, each submodule is in the mode that it was in."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for each, mode in modes:
+            each.training = mode
+        for each, mode in modes:
+            if isinstance(each, Prepared):
+                each.train(mode)
+
+
 @dataclass(eq=False)
 class Whole:
     """The model whose output the loss is of: the prepared one, or one in which the prepared one stands.
