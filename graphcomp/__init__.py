@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from graphcomp.hf.large import CompressedCheckpoint, compress_checkpoint
+    from graphcomp.hf.trainer import GraphcompCallback
     from graphcomp.methods.base import Goal, Method
     from graphcomp.methods.geta.qasso import QASSO
     from graphcomp.ops.registry import op, rule
@@ -91,6 +92,7 @@ __all__ = [
     "ExportError",
     "FormError",
     "Goal",
+    "GraphcompCallback",
     "GraphcompError",
     "InputError",
     "LatencyTable",
@@ -185,6 +187,7 @@ _HOMES = {
         "Schedule",
         "Stage",
     ),
+    "hf.trainer": ("GraphcompCallback",),
     "training.distill": ("Distill",),
     "training.options": ("Training",),
     "training.run": (

@@ -14,6 +14,7 @@ from graphcomp.ir.graph import module_paths
 from graphcomp.ir.module import CapturedModule, by_placeholder, tensor_leaves
 from graphcomp.ir.run_nodes import Run
 from graphcomp.quantization.quantizers.base import Quantizer
+from graphcomp.training.prepared import Prepared
 
 
 @contextmanager
@@ -45,13 +46,18 @@ def hearing(model: nn.Module, names: Collection[str], whose: str) -> Iterator[di
     handles = [module.register_forward_hook(hook) for module, hook in hooks]
     try:
         for graph, nodes in in_graphs.items():
-            vars(graph)["forward"] = _tapped(graph, nodes, found)
+            vars(graph)[_place(graph)] = _tapped(graph, nodes, found)
         yield found
     finally:
         for handle in handles:
             handle.remove()
         for graph in in_graphs:
-            vars(graph).pop("forward", None)
+            vars(graph).pop(_place(graph), None)
+
+
+def _place(graph: CapturedModule) -> str:
+    """Return the attribute that runs in place of the code of a graph: a prepared module keeps its forward."""
+    return "tap" if isinstance(graph, Prepared) else "forward"
 
 
 def value_of(graph: fx.GraphModule, path: str, name: str, whose: str) -> fx.Node:
@@ -121,7 +127,9 @@ def _tapped(graph: CapturedModule, nodes: dict[str, fx.Node], found: dict[str, T
     def forward(*args: Any, **kwargs: Any) -> Any:
         pairs = by_placeholder(graph, args, kwargs)
         if not pairs:  # of another form than was captured: the graph's own forward says so
-            return type(graph).forward(graph, *args, **kwargs)
+            return (
+                graph.generated(*args, **kwargs) if isinstance(graph, Prepared) else type(graph).forward(graph, *args)
+            )
         return graph.graph.process_outputs(Run(graph, [leaf for _, leaf in pairs]).finish(see))
 
     return forward

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType, MethodType
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.fx.graph import PythonCode
 
 from graphcomp.cost import FLOAT_BITS
 from graphcomp.coupling.groups import Kept
@@ -69,11 +71,13 @@ class Prepared(CapturedModule):
         recompute: compute quantized weights and activations again in the backward pass instead of keeping them for it.
         remarks: what was asked of the training and not done, or done otherwise, for the report.
         elements: parameter -> bool mask of its shape, False where an element was pruned; see `keep_elements`.
+        tap: runs in place of the graph's code, see `hearing`.
     """
 
     recompute: bool = False
     remarks: tuple[str, ...] = ()
     elements: Mapping[str, Tensor] = MappingProxyType({})
+    tap: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
@@ -81,6 +85,22 @@ class Prepared(CapturedModule):
             return super().__call__(*args, **kwargs)
         with made_again():
             return super().__call__(*args, **kwargs)
+
+    def recompile(self) -> PythonCode:
+        """Write the graph as code, behind a forward that stays the same: accelerate keeps the function of a forward for
+        mixed precision, and the mode may switch after that."""
+        code = super().recompile()
+        kind: Any = type(self)
+        generated = kind.forward
+
+        def forward(self: Prepared, *args: Any, **kwargs: Any) -> Any:
+            run = self.generated if self.tap is None else self.tap
+            return run(*args, **kwargs)
+
+        stable: Any = forward
+        stable.__signature__ = inspect.signature(generated)
+        kind.generated, kind.forward = generated, stable
+        return code
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -127,7 +127,11 @@ class Teaching(nn.Module):
             yield lambda output: None
             return
         with hearing(student, self.pairs, "the student") as found:
-            yield lambda output: self._heard.append((output, found))
+            yield lambda output: self.heard(output, found)
+
+    def heard(self, output: Any, hidden: Mapping[str, Tensor]) -> None:
+        """Take what the student's modules gave in the run that returned `output`."""
+        self._heard.append((output, hidden))
 
     def loss(self, task: Loss | None, output: Any, batch: Any) -> Tensor:
         """Return the loss of an output of the student, (): of the task, and of what the teacher says of the batch.
