@@ -231,6 +231,7 @@ CALLS: dict[str, Call] = {
     "Schedule.of": Call(lambda _: gc.Schedule.of, lambda _: {"steps": 100}),
     "Training": Call(lambda _: gc.Training, lambda _: {"steps": 100}),
     "Distill": Call(lambda _: gc.Distill, lambda _: {}),
+    "GraphcompCallback": Call(lambda _: gc.GraphcompCallback, lambda _: {}),
     "QASSO": Call(lambda _: gc.QASSO, lambda _: {"ready": ready(), "lr": 0.1, "schedule": 100}),
     "allocate": Call(lambda _: allocation.allocate, lambda _: {"groups": plan().groups, "scores": ones()}),
     "iterative": Call(lambda _: allocation.iterative, lambda _: {"sparsity": 0.5, "steps": 3}),
