@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import graphcomp as gc
 from graphcomp.training.distill import distillation
-from tests.hf.models import bert, ids, llama, need_transformers
+from tests.hf.models import bert, llama, need_transformers
 
 transformers = need_transformers()
 pytest.importorskip("accelerate")
