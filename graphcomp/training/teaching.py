@@ -18,6 +18,7 @@ from graphcomp.ir.module import CapturedModule, tensor_leaves, tensor_names
 from graphcomp.ir.module_copy import module_copy, own_memory
 from graphcomp.ir.preserve import same_buffers
 from graphcomp.pruning.evidence import Loss
+from graphcomp.torch_compat import version_of
 from graphcomp.training.distill import Distill
 from graphcomp.training.hidden import hearing
 from graphcomp.training.identity import code_digest, name_of, tensors_digest
@@ -287,4 +288,4 @@ def _check_shapes(what: str, student: Tensor, teacher: Tensor) -> None:
 
 def _versions(given: Any) -> tuple[int, ...]:
     """Return how often each tensor of a batch was written into."""
-    return tuple(-1 if t.is_inference() else t._version for t in tensor_leaves(given))
+    return tuple(-1 if t.is_inference() else version_of(t) for t in tensor_leaves(given))
