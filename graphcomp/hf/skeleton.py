@@ -25,12 +25,19 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 """Modules whose children can go without a trace; in others None takes the place of a child."""
 
 
+def _has_adapters(model: nn.Module) -> bool:
+    """Return whether layers of adapters (peft) stand around layers of the model."""
+    return any(hasattr(module, "base_layer") and hasattr(module, "merge") for module in model.modules())
+
+
 def cannot_be_written(model: nn.Module, why: str) -> CheckpointError:
     """Return the error of a model that a section cannot describe."""
     return CheckpointError(
         f"{type(model).__name__} cannot be saved so that from_pretrained loads it",
         why=why,
-        fix="small.save(folder) and graphcomp.load(folder), where `small` is the result of compress",
+        fix="small.save(folder) and graphcomp.load(folder), where `small` is the result of compress"
+        + "; of an adapter (peft): peft_model.save_pretrained(folder), or merge_and_unload() first"
+        * _has_adapters(model),
     )
 
 
