@@ -15,6 +15,7 @@ from graphcomp.capture.capture import Captured
 from graphcomp.coupling.groups import ChannelGroup
 from graphcomp.errors import TrainingError, VerificationError
 from graphcomp.flows.held import held_by_class
+from graphcomp.flows.kept_class import asks_for_class, integers_in_class
 from graphcomp.flows.one_shot import cut_groups
 from graphcomp.flows.results import as_integers, as_model
 from graphcomp.ir.module import tensor_leaves
@@ -87,7 +88,12 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
         *finishing([inputs]),
         *([CheckLowering(inputs)] if verify else []),
     ))(start)  # fmt: skip
-    return as_integers(cut, integers, integers.notes_since(start), measure_latency=measure_latency)
+    said, held = integers.notes_since(start), None
+    if asks_for_class(plan.model, None):
+        cut, held = held_by_class(cut)
+        held, rounds_off = integers_in_class(cut, held, integers)
+        said = (*said, *rounds_off)
+    return as_integers(cut, integers, said, measure_latency=measure_latency, held=held)
 
 
 def _pruned_elements(trained: Prepared) -> Iterator[str]:

@@ -125,6 +125,27 @@ def test_a_decoder_with_tied_weights(tmp_path):
     assert small.form == "native" and small.module.generate(example["input_ids"][:1], max_new_tokens=3).shape[1] == 15
 
 
+@pytest.mark.parametrize("bits", [(4, 8), 4])
+def test_what_training_quantizes_comes_back_in_its_class(bits, tmp_path):
+    data = [{**batch(labels=False), "labels": batch(labels=False)["input_ids"]}]
+    small = gc.compress(
+        model_of("llama"), data[0], method="geta" if bits != 4 else "qat", bits=bits, activation_bits=None, data=data,
+        loss=lambda output, own: output.loss, training=gc.Training(steps=20, lr=1e-3), progress=False,
+    )  # fmt: skip
+    assert small.form == "native" and "native == integer graph" in small.report.verified
+    small.module.save_pretrained(tmp_path)
+    again, x = transformers.AutoModelForCausalLM.from_pretrained(tmp_path), batch(labels=False)
+    assert torch.equal(again(**x).logits, small.module(**x).logits)
+    assert torch.equal(*(m.generate(x["input_ids"][:1], max_new_tokens=3, do_sample=False) for m in (again, small)))
+
+
+def test_what_a_class_cannot_hold_is_a_graph_and_said(tmp_path):
+    ready, optimizer = prepared(model_of())
+    trainer(ready, tmp_path, optimizer, save_strategy="no").train()
+    small = gc.finalize(ready)
+    assert small.form == "graph" and any("not the model's own class" in note for note in small.report.notes)
+
+
 # ------------------------------------------------------------------------------------------------ what is refused
 def test_what_does_not_go_together_is_refused_before_the_first_step(tmp_path):
     ready, optimizer = prepared(model_of())
