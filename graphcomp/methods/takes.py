@@ -44,7 +44,7 @@ OPTIONS: Mapping[str, Option] = {
     "rounds": Option((1,), "training cuts step by step itself", 'method="oneshot", or without'),
     "prefer_native": Option((True,), "equal counts are for one shot in floats: scores choose in each group", "", True),
     "uniform": Option((False,), "training chooses units group by group", 'method="oneshot", or without'),
-    "keep_class": Option((None, False), "training keeps the class of models of transformers where it can", 'method="oneshot", or without'),
+    "keep_class": Option((None, False), "training keeps the class where it can", 'method="oneshot", or without'),
     "activation_bits": Option(("same", None), "activations stay float", "activation_bits=None"),
     "activations": Option(("static",), "training knows no ranges at run time", 'method="oneshot", or without'),
     "calibration": Option((None,), "no activations are quantized, whose ranges it would give", "no calibration"),
