@@ -8,8 +8,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-EXTRAS := dev,hf,vision,onnx,genai,openvino,viz
-EXTRAS := dev,hf,peft,vision,onnx,openvino,viz
+EXTRAS := dev,hf,peft,vision,onnx,genai,openvino,viz
 # Written last: an environment without it was interrupted half-way, and is built anew.
 INSTALLED := $(VENV)/.installed
 

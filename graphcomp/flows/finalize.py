@@ -23,6 +23,7 @@ from graphcomp.ir.passes import Pass, Pipeline, applied
 from graphcomp.ir.preserve import same_buffers
 from graphcomp.ir.program import P
 from graphcomp.ir.taught import suspected
+from graphcomp.native.model import NativeResult
 from graphcomp.numerics.compare import in_float64, is_whole, relative_error, why_silent
 from graphcomp.numerics.float64 import Float64ByDefault
 from graphcomp.numerics.provenance import compare_before, heard
@@ -88,10 +89,11 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
         *finishing([inputs]),
         *([CheckLowering(inputs)] if verify else []),
     ))(start)  # fmt: skip
-    said, held = integers.notes_since(start), None
+    said = integers.notes_since(start)
+    held: NativeResult | None = None
     if asks_for_class(plan.model, None):
-        cut, held = held_by_class(cut)
-        held, rounds_off = integers_in_class(cut, held, integers)
+        cut, floats = held_by_class(cut)
+        held, rounds_off = integers_in_class(cut, floats, integers)
         said = (*said, *rounds_off)
     return as_integers(cut, integers, said, measure_latency=measure_latency, held=held)
 
