@@ -90,12 +90,12 @@ def as_trained(ready: Prepared, *, verify: bool, measure_latency: bool) -> Compr
         *([CheckLowering(inputs)] if verify else []),
     ))(start)  # fmt: skip
     said = integers.notes_since(start)
-    held: NativeResult | None = None
+    in_class: NativeResult | None = None
     if asks_for_class(plan.model, None):
         cut, floats = held_by_class(cut)
-        held, rounds_off = integers_in_class(cut, floats, integers)
+        in_class, rounds_off = integers_in_class(cut, floats, integers)
         said = (*said, *rounds_off)
-    return as_integers(cut, integers, said, measure_latency=measure_latency, held=held)
+    return as_integers(cut, integers, said, measure_latency=measure_latency, held=in_class)
 
 
 def _pruned_elements(trained: Prepared) -> Iterator[str]:
