@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphcomp.errors import ExportError
 from graphcomp.quantization import ops
-from graphcomp.targets.onnxruntime.norms import write_sums
+from graphcomp.targets.onnxruntime.norms import divide_by_roots, write_sums
 from graphcomp.targets.onnxruntime.ops import DOMAIN, GROUPED, LOOK_UP, UNPACK, WIDE
 from graphcomp.targets.onnxruntime.pads import fold_pads
 from graphcomp.targets.onnxruntime.unfused import (
@@ -75,6 +75,7 @@ def finish(model: ir.Model) -> None:
     _share_weights(model.graph)
     fold_pads(model)
     write_sums(model)
+    divide_by_roots(model)
     common.CommonSubexpressionEliminationPass()(model)
     _own_zero_points(model)
     common.RemoveUnusedNodesPass()(model)

@@ -83,3 +83,38 @@ def test_a_sum_that_is_quantized_stays_an_add(tmp_path: Path) -> None:
     adds = [node for node in graph.all_nodes() if node.op_type in ("Add", "Sum")]
     sums = [a for a in adds if any(u.op_type == "LayerNormalization" for u, _ in a.outputs[0].uses())]
     assert [node.op_type for node in sums] == ["Add"]
+
+
+class RootMeanSquare(nn.Module):
+    """(n, s, 16) -> (n, s, 16), a root mean square norm as transformers writes them, and a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(16) + 0.5)
+        self.out = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance = x.pow(2).mean(-1, keepdim=True)
+        return self.out(self.weight * (x * torch.rsqrt(variance + 1e-6)))
+
+
+def test_root_mean_square_norms_are_one_kernel(tmp_path: Path) -> None:
+    path, best = tmp_path / "m.onnx", tmp_path / "best.onnx"
+    model, x = RootMeanSquare().eval(), torch.randn(2, 5, 16)
+    export_onnx(model, (x,), {}, path)
+    assert compare(path, model, (x,)).within_a_step
+    written = [node.op_type for node in ir.load(path).graph.all_nodes()]
+    assert "Div" in written and "Reciprocal" not in written
+    open_session(path, optimized=best)
+    runs = [node.op_type for node in ir.load(best).graph.all_nodes()]
+    assert runs.count("SimplifiedLayerNormalization") == 1 and "ReduceMean" not in runs
+
+
+def test_other_reciprocals_of_roots_stay(tmp_path: Path) -> None:
+    class Other(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.abs() * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    path, x = tmp_path / "m.onnx", torch.randn(2, 5, 16)
+    export_onnx(Other().eval(), (x,), {}, path)
+    assert "Reciprocal" in [node.op_type for node in ir.load(path).graph.all_nodes()]
