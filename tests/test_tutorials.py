@@ -36,7 +36,7 @@ def test_an_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(names["again"](**given).logits, names["small"](**given).logits)
     wanted = names["integers"](**{name: value[:, :12] for name, value in given.items()}).logits
     assert float((torch.from_numpy(names["logits"]) - wanted).abs().max()) < 0.1 * float(wanted.abs().max())
-    assert names["integers"].report.bytes.ratio < 0.3
+    assert names["integers"].report.bytes.ratio < 0.35
 
 
 @pytest.mark.slow
@@ -44,7 +44,8 @@ def test_an_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = run("language_model.md")
-    assert names["cut"] < names["dense"] + 0.5 and names["quantized"] < names["cut"] + 0.3
+    assert names["cut"] < names["dense"] + 0.5 and names["learned"] < names["cut"] + 0.02
+    assert names["quantized"] < names["learned"] + 0.3
     assert torch.equal(
         names["again"], names["words"].module.generate(names["prompt"], max_new_tokens=12, do_sample=False)
     )
