@@ -98,7 +98,9 @@ def child(step: str, source: Path, target: Path, arguments: argparse.Namespace) 
     else:
         run = compress if step == "compress" else checkpoint
         run(source, target, arguments.shard, arguments.sparsity, steps)
-    print(json.dumps({"seconds": time.perf_counter() - started, **steps, "peak": peak()}))
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = used.ru_utime + used.ru_stime
+    print(json.dumps({"seconds": time.perf_counter() - started, "cpu": cpu, **steps, "peak": peak()}))
 
 
 def sums(folder: Path) -> dict[str, str]:
@@ -136,11 +138,18 @@ def main() -> int:
             found = run(step, source, target, arguments)
             above = found["peak"] - found["imported"]
             rows.append(
-                [step, f"{found['seconds']:.0f}", f"{found['peak']:,.0f}", f"{above:,.0f}", f"{above * MIB / size:.2f}"]
+                [
+                    step,
+                    f"{found['seconds']:.0f}",
+                    f"{found['cpu']:.0f}",
+                    f"{found['peak']:,.0f}",
+                    f"{above:,.0f}",
+                    f"{above * MIB / size:.2f}",
+                ]
             )
             written[step] = sums(target)
             shutil.rmtree(target)
-        columns = ["", "seconds", "peak, MiB", "above imports, MiB", "of the weights"]
+        columns = ["", "seconds", "of the CPU", "peak, MiB", "above imports, MiB", "of the weights"]
         section(f"{size / MIB:,.0f} MiB of weights, {shards} shards of {arguments.shard}", table(columns, rows))
     if len(written) < 2:
         return 0

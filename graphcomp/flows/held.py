@@ -47,7 +47,7 @@ def held_by_class(
         others: makes a choice without groups that the class can hold whole alone; they stay whole where they are few.
         widths: let the model's config say residual widths where it can.
     """
-    found = native(cut.plan, cut.kept, cut.graph)
+    found = native(cut.plan, cut.kept, cut.graph, share=True)
     if found.module is None and choose is not None:
         cut, found = _tied(cut, found, choose)
     if found.module is None and others is not None:
@@ -96,7 +96,7 @@ def _tied(cut: Cut, found: NativeResult, choose: Choose) -> tuple[Cut, NativeRes
             break
         ties = wider
         tied = cut_groups(cut.plan, choose(ties), cut.groups, verify=False)
-        latest = native(cut.plan, tied.kept, tied.graph)
+        latest = native(cut.plan, tied.kept, tied.graph, share=True)
         if latest.module is not None:
             if cut.program.verified or cut.program.unchecked:
                 tied = cut_groups(cut.plan, tied.kept, cut.groups, verify=True)
@@ -115,7 +115,7 @@ def _with_some_whole(cut: Cut, found: NativeResult, others: Others) -> tuple[Cut
             continue
         rest = others(frozenset(whole))
         less = cut_groups(cut.plan, rest, cut.groups, verify=False)
-        held = native(cut.plan, rest, less.graph, explain=False)
+        held = native(cut.plan, rest, less.graph, explain=False, share=True)
         if held.module is None:
             continue
         if cut.program.verified or cut.program.unchecked:

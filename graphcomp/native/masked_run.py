@@ -9,7 +9,7 @@ the run takes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,13 @@ from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.axis import Axis, Factor, all_leaves, kept_indices, length
 from graphcomp.coupling.groups import Kept, consumed_and_made
 from graphcomp.coupling.propagate import Coupling
-from graphcomp.ir.graph import argument_at, bind
+from graphcomp.ir.graph import argument_at, assign, bind
 from graphcomp.ir.module import copied, tensor_names
 from graphcomp.ops.answers import masked_form, parameter_behind
 from graphcomp.ops.call import Call
 from graphcomp.pruning.mask import computed_with
 from graphcomp.pruning.slice import by_factor
-from graphcomp.torch_compat import OpOverload, TorchDispatchMode, schema_of
+from graphcomp.torch_compat import OpOverload, TorchDispatchMode, refresh_flat_weights, schema_of
 
 
 def masked_model(analysis: Analysis, kept: Kept) -> nn.Module:
@@ -46,7 +46,7 @@ def zeroed_model(analysis: Analysis, kept: Kept) -> nn.Module | None:
     cut = by_factor(kept)
     if any(_needs_masks(coupling, cut) for coupling in (analysis.coupling, *analysis.coupling.beside)):
         return None
-    model = copied(analysis.model)
+    model = copied(analysis.model, share=True)  # what is written into gets memory of its own
     _zero_what_reads(model, kept)
     for coupling in analysis.coupling.beside:
         _zero_what_is_read_beside(model, coupling, cut)
@@ -72,21 +72,42 @@ def _zero_what_is_read_beside(model: nn.Module, coupling: Coupling, cut: Mapping
     """Zero what the tensors read of removed units that the captured graph does not hold."""
     tensors = tensor_names(model)
     consumed, _ = consumed_and_made(coupling)
+    gone: list[tuple[str, int, Tensor]] = []
     for name, dim in consumed:
         stays = _stays(coupling.attributes[name][dim], cut)
         if stays is not None and name in tensors:
-            gone = (~stays).nonzero().flatten().to(tensors[name].device)
-            tensors[name].detach().index_fill_(dim, gone, 0)
+            gone.append((name, dim, (~stays).nonzero().flatten()))
+    _zero(model, gone)
 
 
 def _zero_what_reads(model: nn.Module, kept: Kept) -> None:
-    tensors = tensor_names(model)
+    gone: list[tuple[str, int, Tensor]] = []
     for group, units in kept.items():
-        gone = torch.ones(group.size, dtype=torch.bool)
-        gone[units] = False
-        for member in group.consumers:
-            tensor = tensors[member.name].detach()
-            tensor.index_fill_(member.dim, member.indices(gone.nonzero().flatten()).to(tensor.device), 0)
+        removed = torch.ones(group.size, dtype=torch.bool)
+        removed[units] = False
+        gone += [(m.name, m.dim, m.indices(removed.nonzero().flatten())) for m in group.consumers]
+    _zero(model, gone)
+
+
+def _zero(model: nn.Module, gone: Sequence[tuple[str, int, Tensor]]) -> None:
+    """Put zeros into tensors of a model, which may be shared with another model: those are replaced, under all names.
+
+    Args:
+        gone: name of a tensor, dim, indices.
+    """
+    tensors = tensor_names(model)
+    new: dict[int, Tensor] = {}
+    for name, dim, indices in gone:
+        old = tensors[name]
+        if id(old) not in new:
+            new[id(old)] = old.detach().clone()
+        new[id(old)].index_fill_(dim, indices.to(old.device), 0)
+    for name, old in tensors.items():
+        if id(old) in new:
+            own = new[id(old)]
+            assign(model, name, nn.Parameter(own, old.requires_grad) if isinstance(old, nn.Parameter) else own)
+    for module in model.modules() if new else ():
+        refresh_flat_weights(module)
 
 
 # ------------------------------------------------------------------------------------------------ masks of ops

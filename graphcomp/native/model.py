@@ -20,7 +20,7 @@ from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.axis import Axis, Factor, all_leaves
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.coupling.propagate import Coupling
-from graphcomp.ir.graph import assign, bind, source_line
+from graphcomp.ir.graph import all_tensors, assign, bind, source_line
 from graphcomp.ir.module import copied, tensor_names
 from graphcomp.ir.preserve import eval_copy
 from graphcomp.native.attributes import (
@@ -81,7 +81,12 @@ class NativeResult:
 
 
 def native(
-    analysis: Analysis, kept: Kept, reference: fx.GraphModule | None = None, *, explain: bool = True
+    analysis: Analysis,
+    kept: Kept,
+    reference: fx.GraphModule | None = None,
+    *,
+    explain: bool = True,
+    share: bool = False,
 ) -> NativeResult:
     """Cut the user's own model.
 
@@ -89,6 +94,7 @@ def native(
         kept: the units that stay of each cut group.
         reference: the sliced graph, if it is there already.
         explain: look for the line that stands in the way, and for ties, where the class cannot hold the cut.
+        share: the module may have the memory of `reference`, which nobody goes on with.
     """
     model = analysis.model
     cuts = kept_of_model(analysis.coupling, kept)
@@ -114,7 +120,8 @@ def native(
         return NativeResult(None, found.conflict, ties=ties, blamed=blamed, suspects=(blamed,) if blamed else ())
     settled = frozenset(site for bound in bounds for site in bound.number.attributes)
     others = OtherRuns(analysis, kept, expected.module)
-    search = _Search(analysis, cuts, lengths, expected, others, settled)
+    made = dict(all_tensors(reference)) if share and reference is not None else {}
+    search = _Search(analysis, cuts, lengths, expected, others, settled, made)
     for changes in found.candidates[:MAX_TRIES]:
         result = search.follow(changes)
         if result is not None:
@@ -172,16 +179,29 @@ def _groups_of(axes: Sequence[Axis], kept: Kept) -> tuple[ChannelGroup, ...]:
 
 
 # ------------------------------------------------------------------------------------------------ building
-def _build(model: nn.Module, cuts: Mapping[str, Mapping[int, Tensor]], changes: Mapping[Site, int]) -> _Built:
-    """A copy of `model` with smaller tensors and corrected attributes."""
+def _build(
+    model: nn.Module,
+    cuts: Mapping[str, Mapping[int, Tensor]],
+    changes: Mapping[Site, int],
+    made: Mapping[str, Tensor] | None = None,
+) -> _Built:
+    """A copy of `model` with smaller tensors and corrected attributes.
+
+    Args:
+        made: name -> tensor that was cut already, in the place of another cut of the same.
+    """
+    made = made or {}
     small = copied(model, share=True)
     named = tensor_names(model)
     cut_of = {id(named[name]): dims for name, dims in cuts.items()}
     new: dict[int, Tensor] = {}
     for name, tensor in named.items():
         if id(tensor) not in new:
-            data = select(tensor, cut_of.get(id(tensor), {}))
             is_parameter = isinstance(tensor, nn.Parameter)
+            dims = cut_of.get(id(tensor), {})
+            of_graph = made.get(name) if is_parameter else None  # buffers may be written into
+            same = of_graph is not None and of_graph.shape == _cut_shape(tensor, dims)
+            data = of_graph.detach() if same and of_graph is not None else select(tensor, dims)
             new[id(tensor)] = nn.Parameter(data, tensor.requires_grad) if is_parameter else data
         assign(small, name, new[id(tensor)])
     edits = {(site[0], site[1]): put(small, site, value) for site, value in changes.items()}
@@ -194,6 +214,10 @@ def _build(model: nn.Module, cuts: Mapping[str, Mapping[int, Tensor]], changes: 
         vars(small.get_submodule(path)).update(values)
         edits.update({(path, name): value for name, value in values.items()})
     return _Built(small, tuple((path, name, value) for (path, name), value in edits.items()))
+
+
+def _cut_shape(tensor: Tensor, dims: Mapping[int, Tensor]) -> tuple[int, ...]:
+    return tuple(len(dims[dim]) if dim in dims else size for dim, size in enumerate(tensor.shape))
 
 
 @dataclass(frozen=True)
@@ -313,8 +337,9 @@ class _Search:
         expected: Reference,
         others: OtherRuns,
         settled: frozenset[Site],
+        made: Mapping[str, Tensor],
     ) -> None:
-        self.analysis, self.cuts, self.lengths = analysis, cuts, lengths
+        self.analysis, self.cuts, self.lengths, self.made = analysis, cuts, lengths, made
         self.expected, self.others = expected, others
         unsettled = {site: value for site, value in sites(analysis.model).items() if site not in settled}
         # a module's own numbers first: those of a config are many, and most are read when a model is built
@@ -355,7 +380,7 @@ class _Search:
     def attempt(self, changes: Mapping[Site, int]) -> tuple[NativeResult | None, _Failure]:
         """Build and run one candidate."""
         self.tries += 1
-        built = _build(self.analysis.model, self.cuts, changes)
+        built = _build(self.analysis.model, self.cuts, changes, self.made)
         self.built = built.module
         try:
             found = self.expected.compare(built.module)
