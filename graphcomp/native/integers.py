@@ -68,9 +68,12 @@ def put_integers(module: nn.Module, fake: fx.GraphModule) -> None:
         given = fetch(fake, name)
         if given.shape != held[name].shape:
             raise CannotHold(f"'{name}' has the shape {tuple(given.shape)} in the graph")
-    with torch.no_grad():
-        for name in floats & set(held):
-            held[name].copy_(fetch(fake, name))
+    for name in floats & set(held):
+        old = held[name]
+        new = fetch(fake, name).detach().to(old.dtype, copy=True)  # the memory may be that of the sliced graph, too
+        new = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        for other in names[id(old)]:
+            assign(module, other, new)
     for name, weight in weights.items():
         tensor = QuantizedTensor(weight.stored, weight.dtype, weight.operand)
         parameter = nn.Parameter(tensor, requires_grad=False)
