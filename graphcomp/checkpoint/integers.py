@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from graphcomp.ir.json_values import damaged
-from graphcomp.quantization.ops import PACKED_BITS
-from graphcomp.quantization.quantized_tensor import Operand, QuantizedTensor
-from graphcomp.quantization.stored import stored_bits
+from graphcomp.quantization.held import Held
+from graphcomp.quantization.operand import Operand
+from graphcomp.quantization.quantized_tensor import QuantizedTensor
 
 Facts = dict[str, Any]
 """Of one weight, as JSON has it: names, shape, dtype, axis, limits, operand."""
@@ -82,29 +82,9 @@ def _made(own: Facts, packed: Tensor, scale: Tensor, zero_point: Tensor, groups:
     Raises:
         ValueError: the parts do not fit one another.
     """
-    shape, (low, high), axis = torch.Size(own["shape"]), own["limits"], own["axis"]
-    bits = stored_bits(low, high)
-    count = shape.numel()
-    fits = packed.shape == (-(-count * bits // 8),) if bits in PACKED_BITS else packed.shape == shape
-    if not fits or packed.is_floating_point() or low > high:
-        raise ValueError(f"codes {tuple(packed.shape)} for {tuple(shape)}, of {bits} bits")
-    if axis is not None and not 0 <= axis < len(shape):
-        raise ValueError(f"axis {axis} of {tuple(shape)}")
-    wanted: tuple[int, ...] = () if axis is None else (shape[axis],)
-    if groups is not None:
-        if axis != 0 or groups.shape != shape[-1:] or scale.dim() != 2 or not _within(groups, scale.shape[1]):
-            raise ValueError("groups do not fit the weight")
-        wanted = (shape[0], scale.shape[1])
-    if scale.shape != wanted or zero_point.shape != wanted or not scale.is_floating_point():
-        raise ValueError(f"scales {tuple(scale.shape)} and zero points {tuple(zero_point.shape)}, not {wanted}")
-    return QuantizedTensor.of(
-        packed, scale, zero_point, groups,
-        shape=shape, dtype=DTYPES[own["dtype"]], axis=axis, limits=(low, high), operand=_operand(own["operand"]),
-    )  # fmt: skip
-
-
-def _within(groups: Tensor, count: int) -> bool:
-    return groups.numel() == 0 or (int(groups.min()) >= 0 and int(groups.max()) < count)
+    held = Held(packed, torch.Size(own["shape"]), scale, zero_point, groups, own["axis"], tuple(own["limits"]))
+    held.check()
+    return QuantizedTensor.around(held, DTYPES[own["dtype"]], _operand(own["operand"]))
 
 
 def _operand(own: Any) -> Operand | None:

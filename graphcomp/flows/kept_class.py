@@ -18,7 +18,7 @@ from graphcomp.native.integers import CannotHold, put_integers
 from graphcomp.native.model import NativeResult
 from graphcomp.numerics.compare import relative_error
 from graphcomp.quantization.lower import FAKE
-from graphcomp.quantization.quantized_tensor import exact_products
+from graphcomp.quantization.operand import exact_products
 from graphcomp.system.threads import one_at_a_time
 
 SHOWS = 1e-4

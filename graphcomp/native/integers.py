@@ -17,7 +17,8 @@ from graphcomp.ir.module import tensor_names
 from graphcomp.ops.answers import compute_of, lookup_of, move_of
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.quantization.lower import constants_with_quantizers
-from graphcomp.quantization.quantized_tensor import Operand, QuantizedTensor
+from graphcomp.quantization.operand import Operand
+from graphcomp.quantization.quantized_tensor import QuantizedTensor
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.stored import Affine
 

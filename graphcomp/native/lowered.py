@@ -17,7 +17,8 @@ from graphcomp.ir.program import Program
 from graphcomp.ir.rewrite import after, redirect
 from graphcomp.native.integers import products_of, quantized_tensors
 from graphcomp.quantization.lower import FAKE, Lower
-from graphcomp.quantization.quantized_tensor import Operand, QuantizedTensor
+from graphcomp.quantization.operand import Operand
+from graphcomp.quantization.quantized_tensor import QuantizedTensor
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.make import make_quantizer, quantizer_of
 from graphcomp.quantization.sites import PREFIX, names_in

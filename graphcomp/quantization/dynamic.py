@@ -9,6 +9,7 @@ torch's int8 kernel. ONNX has both ops: DynamicQuantizeLinear and MatMulInteger,
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ def levels(x: Tensor, per_token: bool) -> tuple[Tensor, Tensor]:
             elements and a zero point from 0 to 255, as ONNX's DynamicQuantizeLinear.
 
     Returns:
-        Scale, () or (…, 1) in the dtype of `x`, > 0 (1 where all elements are 0); zero point, () whole, as floats.
+        Scale, () or (…, 1) in the dtype of `x`, > 0 (1 where all elements are 0; NaN where one of them is NaN); zero
+        point, () whole, as floats.
     """
     if per_token:
         largest = x.abs().amax(-1, keepdim=True)
@@ -44,12 +46,38 @@ def levels(x: Tensor, per_token: bool) -> tuple[Tensor, Tensor]:
         return _positive(scale), x.new_full((), MIDDLE)
     low, high = x.aminmax() if x.numel() else (x.new_zeros(()), x.new_zeros(()))
     low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = _positive((high - low) / HIGHEST)
+    # halves, which are exact, lest the difference of large numbers overflow
+    scale = _positive((high * 0.5 - low * 0.5) / (HIGHEST / 2))
     return scale, (0 - low / scale).round().clamp(0, HIGHEST)
 
 
 def _positive(scale: Tensor) -> Tensor:
-    return torch.where(scale > 0, scale.clamp(min=SMALLEST), 1.0)
+    return torch.where(scale == 0, 1.0, scale.clamp(min=SMALLEST))
+
+
+def signed_codes(x: Tensor, per_token: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes that are 128 lower, scale and zero point, see `levels`.
+
+    A value that is not finite makes a scale of NaN for its row alone: with one range for all elements the range is that
+    of the other rows, and the scale is then (…, 1).
+
+    Args:
+        x: (…, c) float.
+
+    Returns:
+        Codes (…, c) int8; scale () or (…, 1); zero point () whole, as floats, of the codes before they were lowered.
+    """
+    scale, zero = levels(x, per_token)
+    if not per_token and not math.isfinite(float(scale.detach())):
+        spoilt = ~x.isfinite().all(-1, keepdim=True)
+        scale, zero = levels(x.masked_fill(spoilt, 0), per_token)
+        return _signed(x, scale, zero, per_token), torch.where(spoilt, torch.nan, scale), zero
+    return _signed(x, scale, zero, per_token), scale, zero
+
+
+def _signed(x: Tensor, scale: Tensor, zero: Tensor, per_token: bool) -> Tensor:
+    # as signed codes first: torch makes int8 of floats in a quarter of the time that uint8 takes
+    return (x / scale).round_().add_(zero - MIDDLE).clamp_(int(per_token) - MIDDLE, HIGHEST - MIDDLE).to(torch.int8)
 
 
 # ------------------------------------------------------------------------------------------------ ops
@@ -69,9 +97,7 @@ def _define(schema: str, function: Any, shapes: Any) -> Any:
 
 
 def _quantize(x: Tensor, per_token: bool) -> tuple[Tensor, Tensor, Tensor]:
-    scale, zero = levels(x, per_token)
-    # as signed codes first: torch makes int8 of floats in a quarter of the time that uint8 takes
-    signed = (x / scale).round_().add_(zero - MIDDLE).clamp_(int(per_token) - MIDDLE, HIGHEST - MIDDLE).to(torch.int8)
+    signed, scale, zero = signed_codes(x, per_token)
     return signed.view(torch.uint8).bitwise_xor(MIDDLE), scale, zero.to(torch.uint8)
 
 
@@ -87,14 +113,22 @@ def _matmul(
 ) -> Tensor:
     matrix = weight.t() if turned else weight
     rows = codes.reshape(-1, codes.shape[-1])
-    sums = integer_products(rows, zero_point, matrix).to(weight_scale.dtype)
-    found = sums.view(*codes.shape[:-1], matrix.shape[1])
+    sums = _symmetric(rows, matrix) if per_token else integer_products(rows, zero_point, matrix)
+    found = sums.to(weight_scale.dtype).view(*codes.shape[:-1], matrix.shape[1])
     factor = weight_scale
-    if per_token:
+    if scale.dim():  # for each row; of one range for all elements, where a row has none (`signed_codes`)
         found = found.mul_(scale)
     else:
         factor = scale * weight_scale
     return found.mul_(factor) if bias is None else torch.addcmul(bias, found, factor)
+
+
+def _symmetric(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Return the sums of `integer_products` with 128 for the zero point, which the kernel's signed codes make up for."""
+    if rows.device.type != "cpu":
+        return integer_products(rows, rows.new_full((), MIDDLE), matrix)
+    found: Tensor = int_mm(rows.bitwise_xor(MIDDLE).view(torch.int8), matrix)
+    return found
 
 
 def integer_products(rows: Tensor, zero_point: Tensor, matrix: Tensor) -> Tensor:

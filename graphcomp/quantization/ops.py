@@ -124,13 +124,22 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 @torch.library.custom_op("graphcomp::unpack", mutates_args=())
 def unpack(packed: Tensor, shape: Sequence[int], bits: int, signed: bool, shift: int = 0) -> Tensor:
     """The codes that `pack` packed, times 2^shift: int8 of `shape` where signed, else uint8."""
-    dtype, shifts, places = _run(bits, packed.device)
+    return unpacked(packed, shape, bits, signed) << shift
+
+
+def unpacked(packed: Tensor, shape: Sequence[int], bits: int, signed: bool) -> Tensor:
+    """Return the codes that `pack` packed: int8 of `shape` where signed, else uint8."""
     n = int(torch.Size(shape).numel())
-    whole = F.pad(packed, (0, -packed.numel() % len(places))).to(dtype)
-    runs = (whole.view(-1, len(places)) << places).sum(1, dtype=dtype)
-    codes = ((runs[:, None] >> shifts) & (1 << bits) - 1).reshape(-1)[:n].reshape(list(shape))
+    if 8 % bits == 0:  # no code lies in two bytes
+        codes = torch.stack([packed >> place & (1 << bits) - 1 for place in range(0, 8, bits)], -1)
+    else:
+        dtype, shifts, bytes_of = _run(bits, packed.device)
+        whole = F.pad(packed, (0, -packed.numel() % len(bytes_of))).to(dtype)
+        runs = (whole.view(-1, len(bytes_of)) << bytes_of).sum(1, dtype=dtype)
+        codes = ((runs[:, None] >> shifts) & (1 << bits) - 1).to(torch.uint8)
+    codes = codes.reshape(-1)[:n].reshape(list(shape))
     half = 1 << (bits - 1)
-    return (((codes.to(torch.int8) ^ half) - half) if signed else codes.to(torch.uint8)) << shift
+    return codes.view(torch.int8).bitwise_xor(half).sub_(half) if signed else codes
 
 
 @unpack.register_fake

@@ -47,6 +47,9 @@ class Product(Protocol):
     def codes(self) -> Tensor:
         """Return the codes (o, i) int8, as they were given."""
 
+    def tensors(self) -> list[Tensor]:
+        """Return what the product holds in memory."""
+
 
 class DigitProduct:
     """Rows, as float32, times codes of eight bits: exact sums of digits, see the module.
@@ -92,6 +95,10 @@ class DigitProduct:
         """Return the codes that the packed weight holds."""
         return torch.cat([packed.to_dense().t() for packed in self.packed], 1).contiguous()
 
+    def tensors(self) -> list[Tensor]:
+        """Return codes and scales."""
+        return [*self.packed, *self.scales, self.zero]
+
 
 class Int4Product:
     """Rows times codes of four bits with a scale for each group of inputs, by torch's kernel in bfloat16.
@@ -130,6 +137,10 @@ class Int4Product:
         unit = torch.eye(self.scales.shape[0] * self.size, dtype=torch.bfloat16)
         found: Tensor = int4_products(unit, self.packed, self.size, ones)
         return found.t()[: self.shape[0], : self.shape[1]].to(torch.int8).contiguous()
+
+    def tensors(self) -> list[Tensor]:
+        """Return codes and scales."""
+        return [self.packed, self.scales, *([] if self.factor is None else [self.factor])]
 
 
 def product_of(codes: Tensor, scale: Tensor, bits: int, size: int | None, dtype: torch.dtype) -> Product | None:

@@ -8,7 +8,8 @@ from torch import nn
 
 import graphcomp as gc
 from graphcomp.checkpoint.integers import are_facts, put_together, taken_apart
-from graphcomp.quantization.quantized_tensor import Operand, QuantizedTensor
+from graphcomp.quantization.operand import Operand
+from graphcomp.quantization.quantized_tensor import QuantizedTensor
 from graphcomp.quantization.stored import Affine
 
 

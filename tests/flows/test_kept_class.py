@@ -9,8 +9,8 @@ from torch import nn
 
 import graphcomp as gc
 from graphcomp.native.integers import quantized_tensors
-from graphcomp.quantization import quantized_tensor
-from graphcomp.quantization.quantized_tensor import exact_products
+from graphcomp.quantization import held
+from graphcomp.quantization.operand import exact_products
 from graphcomp.testing.models import Decoder, Encoder, randomize
 
 LAW = "native == integer graph"
@@ -49,7 +49,7 @@ def small(model=None, inputs=(IDS,), **options):
 
 @pytest.mark.parametrize("options", [WEIGHTS_ALONE, AT_RUN_TIME, {"bits": 8}, {**WEIGHTS_ALONE, "group_size": 4}])
 def test_the_class_computes_what_the_integer_graph_computes(options, monkeypatch):
-    monkeypatch.setattr(quantized_tensor, "KEPT_FLOAT", 0)
+    monkeypatch.setattr(held, "KEPT_FLOAT", 0)
     model = randomize(Network()).eval()
     found = small(model, **options)
     assert found.form == "native" and type(found.module) is Network and found.reason == ""

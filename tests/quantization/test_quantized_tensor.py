@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import graphcomp as gc
-from graphcomp.quantization import quantized_tensor
-from graphcomp.quantization.quantized_tensor import Operand, QuantizedTensor, exact_products
+from graphcomp.quantization import held
+from graphcomp.quantization.operand import Operand, exact_products
+from graphcomp.quantization.quantized_tensor import QuantizedTensor
 from graphcomp.quantization.stored import Affine
 
 
@@ -33,7 +34,7 @@ FORMS = [(8, 0, 0), (8, 0, None), (4, 0, 0), (4, 32, 0), (3, 0, 0), (2, 0, None)
 @pytest.fixture
 def kernels(monkeypatch):
     """No tensor is too small for a kernel."""
-    monkeypatch.setattr(quantized_tensor, "KEPT_FLOAT", 0)
+    monkeypatch.setattr(held, "KEPT_FLOAT", 0)
 
 
 def near(got, wanted, bits):
@@ -78,7 +79,7 @@ def test_a_table_that_is_multiplied_too_keeps_its_codes_for_lookups(kernels, fir
         F.linear(x, w)
     assert torch.equal(F.embedding(ids, w), wanted)
     F.linear(x, w)
-    assert w._held.codes is not None and w._held.products and torch.equal(F.embedding(ids, w), wanted)
+    assert w.held.given is not None and w.held.products and torch.equal(F.embedding(ids, w), wanted)
 
 
 def test_every_other_op_gets_floats():
@@ -163,3 +164,147 @@ def test_a_compiled_model_computes_the_same():
     compiled, x = torch.compile(layer, backend="aot_eager", fullgraph=True), torch.randn(3, 70)
     with torch.no_grad():
         assert near(compiled(x), layer(x), 8)
+
+
+OPERANDS = [None, Operand(), Operand(per_token=True), Operand(levels=(0.05, 100, 0, 255))]
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.ci])]
+
+
+class Stack(nn.Module):
+    """A table, layers and a head that is the table."""
+
+    def __init__(self, operand, bits=8):
+        super().__init__()
+        self.table = nn.Embedding(40, 70)
+        self.layers = nn.ModuleList(nn.Linear(70, 70) for _ in range(2))
+        for k, layer in enumerate(self.layers):
+            layer.weight = nn.Parameter(weight((70, 70), bits=bits, operand=operand, seed=k), requires_grad=False)
+        self.table.weight = nn.Parameter(weight((40, 70), seed=3), requires_grad=False)
+
+    def forward(self, ids):
+        x = self.table(ids)
+        for layer in self.layers:
+            x = layer(x).relu() / 100
+        return F.linear(x, self.table.weight) + x @ self.layers[0].weight.t()[:, :40]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, within inductor
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("operand", OPERANDS)
+def test_a_compiled_model_quantizes_what_eager_code_quantizes(kernels, backend, operand):
+    model, ids = Stack(operand, bits=4 if operand is None else 8), torch.randint(0, 40, (2, 5))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        assert near(compiled(ids), model(ids), 8)
+        model.layers[0].weight.copy_(weight((70, 70), bits=model.layers[0].weight.bits, operand=operand, seed=9))
+        assert near(compiled(ids), model(ids), 8)
+    x, y = (torch.randn(3, 70, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2))
+    torch.compile(model.layers[0], backend=backend, fullgraph=True)(x).square().sum().backward()
+    model.layers[0](y).square().sum().backward()
+    assert near(x.grad, y.grad, 8)
+
+
+def test_one_trace_serves_all_weights_of_a_shape(kernels):
+    model, x = Stack(Operand(levels=(0.05, 100, 0, 255))), torch.randn(3, 70)
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    for layer in model.layers:
+        layer.compile(backend=backend, fullgraph=True)
+        with torch.no_grad():
+            layer(x)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("operand", OPERANDS)
+def test_transforms_quantize_each_sample_as_eager_code_does(kernels, operand):
+    w, x = weight(operand=operand), torch.randn(4, 3, 70)
+    assert near(torch.vmap(lambda rows: F.linear(rows, w))(x), torch.stack([F.linear(rows, w) for rows in x]), 8)
+    got = torch.vmap(torch.func.grad(lambda rows: F.linear(rows, w).square().sum()))(x)
+    rows = x.clone().requires_grad_()
+    sum(F.linear(each, w).square().sum() for each in rows).backward()
+    assert near(got, rows.grad, 8)
+
+
+@pytest.mark.parametrize("operand", OPERANDS[1:])
+def test_an_exported_program_quantizes_operands_too(operand, tmp_path):
+    layer, x = nn.Linear(70, 40), torch.randn(3, 70)
+    layer.weight = nn.Parameter(weight(operand=operand), requires_grad=False)
+    program = torch.export.export(layer, (x,))
+    torch.export.save(program, tmp_path / "layer.pt2")
+    with torch.no_grad():
+        assert near(program.module()(x), layer(x), 8)
+        assert near(torch.export.load(tmp_path / "layer.pt2").module()(x), layer(x), 8)
+
+
+def test_products_without_a_form_for_quantized_operands_are_refused():
+    w = weight((40, 40), operand=Operand())
+    with pytest.raises(gc.PlanError, match="whose other operand is quantized"):
+        F.conv1d(torch.randn(1, 5, 7), weight((8, 5, 3), operand=Operand()))
+    assert (w.t() @ w).shape == (40, 40)
+
+
+def test_integers_take_no_gradient():
+    w = weight()
+    for ask in (lambda: w.requires_grad_(), lambda: setattr(w, "requires_grad", True), lambda: nn.Parameter(weight())):
+        with pytest.raises(gc.PlanError, match="takes no gradient"):
+            ask()
+    assert not w.requires_grad_(False).requires_grad
+
+
+def test_sizes_are_those_of_what_is_held(kernels):
+    w = weight((64, 64), bits=4)
+    assert w.nbytes == 64 * 64 // 2 + 64 * 8 and w.numel() * w.element_size() == w.nbytes
+    F.linear(torch.randn(1, 64), w)
+    assert w.nbytes < 64 * 64
+
+
+def test_a_state_dict_is_read_as_weights_alone(tmp_path):
+    layer = nn.Linear(70, 40)
+    layer.weight = nn.Parameter(weight(bits=4, size=32, operand=Operand(levels=(0.05, 1, 0, 255))), requires_grad=False)
+    torch.save(layer.state_dict(), tmp_path / "state.pt")
+    again = torch.load(tmp_path / "state.pt", weights_only=True)["weight"]
+    assert torch.equal(again.dequantize(), layer.weight.dequantize()) and again.operand == layer.weight.operand
+
+
+def test_processes_share_codes(kernels):
+    layer = nn.Linear(70, 40)
+    layer.weight = nn.Parameter(weight(), requires_grad=False)
+    x = torch.randn(2, 70)
+    wanted = layer(x)
+    layer.share_memory()
+    assert layer.weight.is_shared() and layer.weight.packed.is_shared() and torch.equal(layer(x), wanted)
+
+
+def test_rows_that_are_picked_become_floats_alone(monkeypatch):
+    for form in ({"bits": 4, "axis": 1}, {"bits": 4, "axis": 0}, {"bits": 8, "axis": None}, {"bits": 2, "size": 16}):
+        shape = (5, 16, 32) if not form.get("size") and form["axis"] != 0 else (5, 64)
+        w, ids = weight(shape, **form), torch.tensor([[3, 1], [0, 3]])
+        floats = w.dequantize()
+        with monkeypatch.context() as patch:
+            patch.setattr(QuantizedTensor, "dequantize", None)
+            found = w[3], w[ids], w[ids[0], ...], w.index_select(0, ids[0]), w.select(0, -1)
+        wanted = floats[3], floats[ids], floats[ids[0]], floats.index_select(0, ids[0]), floats[-1]
+        assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("operand", OPERANDS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_sample_with_nan_spoils_itself_alone_and_large_values_stay_finite(kernels, operand, bits):
+    w, x = weight(bits=bits, operand=operand), torch.randn(4, 70)
+    clean = F.linear(x, w)
+    x[1, 3] = torch.nan
+    got = F.linear(x, w)
+    assert got[1].isnan().all() and got[[0, 2, 3]].isfinite().all()
+    if operand is None or operand.per_token or operand.levels is not None:
+        assert near(got[[0, 2, 3]], clean[[0, 2, 3]], 8)
+    x[1], x[0, 0], x[0, 1] = 1e30, 3e38, -3e38
+    if operand is not None:
+        assert F.linear(x, w / 1).isfinite().logical_not().any() or F.linear(x * 1e-3, w).isfinite().all()
+    if operand is not None and operand.levels is not None:
+        assert F.linear(x, w).isfinite().all()
