@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from graphcomp.checkpoint.integers import PARTS, Facts, put_together, taken_apart
-from graphcomp.hf.section import damaged
+from graphcomp.errors import CheckpointError
+from graphcomp.hf.section import GUARD, damaged
 from graphcomp.ir.module import tensor_names
 from graphcomp.torch_compat import buffer_table, parameter_table
 
@@ -32,11 +33,6 @@ def facts_of(model: nn.Module) -> dict[str, Facts]:
     if found:
         found[_guarded(model, found)]["parts"][GUARD] = ["float32", [0]]
     return found
-
-
-GUARD = "guard"
-"""Part of one weight: an empty tensor under the name of the weight. A reader without graphcomp stops at its size, where
-it would else fill all weights of integers with random numbers."""
 
 
 def _guarded(model: nn.Module, facts: Mapping[str, Facts]) -> str:
@@ -127,4 +123,18 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     try:
         return model.get_submodule(owner), last
     except AttributeError as error:
-        raise damaged(f"{type(model).__name__} has no module {owner!r:.80}") from error
+        raise no_module(model, owner) from error
+
+
+def no_module(model: nn.Module, path: str) -> CheckpointError:
+    """Return the error of a section that names a module which the config does not build."""
+    names = path.split(".")
+    for k, name in enumerate(names):
+        held = model.get_submodule(".".join(names[:k])) if ".".join(names[:k]) in dict(model.named_modules()) else None
+        if isinstance(held, nn.ModuleList) and name.isdigit() and int(name) >= len(held):
+            return CheckpointError(
+                f"the config builds {len(held)} modules in {'.'.join(names[:k])!r}, and the folder holds more",
+                why=f"{path!r:.80} has no place in the model",
+                fix="from_pretrained(folder) without another number of layers; graphcomp.drop_blocks leaves layers out",
+            )
+    return damaged(f"{type(model).__name__} has no module {path!r:.80}")

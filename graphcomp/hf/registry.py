@@ -50,6 +50,9 @@ def register() -> None:
             registry.register_quantizer(METHOD)(reload.CutModel)
         if METHOD not in known[1]:
             registry.register_quantization_config(METHOD)(reload.CutConfig)
+        models = sys.modules[MODELS]
+        if not hasattr(models.get_hf_quantizer, "__wrapped__"):
+            models.get_hf_quantizer = reload.with_section(models.get_hf_quantizer)  # type: ignore[attr-defined]
     except (ImportError, AttributeError) as error:  # the import of another version of transformers must not fail
         log.warning("models that graphcomp cut cannot be loaded by this version of transformers: %s", error)
 

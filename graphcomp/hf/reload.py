@@ -8,6 +8,8 @@ gives the empty model these shapes before the weights are read. Imports transfor
 from __future__ import annotations
 
 import copy
+import functools
+import json
 import logging
 import re
 import sys
@@ -27,7 +29,9 @@ from graphcomp.errors import CheckpointError, first_line
 from graphcomp.hf.integers import facts_of, plain_state, put_parts, take_parts
 from graphcomp.hf.registry import METHOD
 from graphcomp.hf.section import Section, damaged
+from graphcomp.native.integers import put_floats
 from graphcomp.native.vocabulary import Trimmed
+from graphcomp.quantization.quantized_tensor import QuantizedTensor
 from graphcomp.system.listeners import Remade
 from graphcomp.system.threads import one_at_a_time
 from graphcomp.torch_compat import non_persistent
@@ -54,6 +58,10 @@ class CutConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json holds."""
         return {"quant_method": self.quant_method, **self.section.to_dict()}
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return an entry, as of the dictionary that transformers reads from config.json."""
+        return self.to_dict().get(key, default)
 
 
 class CutModel(HfQuantizer, Remade):
@@ -85,6 +93,20 @@ class CutModel(HfQuantizer, Remade):
                 "graphcomp's section cannot be given to from_pretrained: it belongs into the folder's config.json",
                 fix="graphcomp.compress(model, …) cuts a model",
             )
+        places = options.get("device_map")
+        offloaded = [name for name, place in places.items() if place == "disk"] if isinstance(places, dict) else []
+        if offloaded and self.section.integers:
+            raise CheckpointError(
+                f"device_map puts {offloaded[0]!r} on the disk, and weights of integers stay in memory",
+                why="a weight stands in the folder in parts, which are not read one by one while the model runs",
+                fix='device_map="cpu": weights of integers take a fraction of the memory of floats',
+            )
+
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Put the floats that integers stand for in the place of weights of integers; shapes stay as cut, so that the
+        model has a section still."""
+        put_floats(model, dtype)
+        return model
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
@@ -166,7 +188,7 @@ class CutModel(HfQuantizer, Remade):
         """
         from graphcomp.hf.card import complete
 
-        given = _arguments_of_save(sys._getframe(1))
+        given = _arguments_of("save_pretrained", sys._getframe(1))
         if not getattr(model, "_hf_peft_config_loaded", False):  # else adapters alone are saved
             section = self.refresh(model)
             if given.get("save_directory") is not None and given.get("is_main_process", True):
@@ -190,9 +212,52 @@ class CutModel(HfQuantizer, Remade):
         return section
 
 
-def _arguments_of_save(frame: FrameType) -> Mapping[str, Any]:
-    """Return the arguments of `save_pretrained` that transformers hands on to no quantizer; {} of another caller."""
-    return frame.f_locals if frame.f_code.co_name == "save_pretrained" else {}
+def _arguments_of(method: str, frame: FrameType) -> Mapping[str, Any]:
+    """Return the arguments of a method that transformers hands on to no quantizer; {} of another caller."""
+    return frame.f_locals if frame.f_code.co_name == method else {}
+
+
+# ------------------------------------------------------------------------------------------------ another config
+def with_section(get: Callable[..., Any]) -> Callable[..., Any]:
+    """Return transformers' choice of a quantizer, made to see the section of the folder where `from_pretrained` was
+    given a config of its own, which has none: weights would be random.
+
+    Args:
+        get: `get_hf_quantizer` of transformers, called by `from_pretrained`.
+    """
+
+    @functools.wraps(get)
+    def get_hf_quantizer(config: Any, *args: Any, **options: Any) -> Any:
+        given = _arguments_of("from_pretrained", sys._getframe(1))
+        held = given.get("state_dict")
+        if isinstance(held, Mapping) and any(isinstance(tensor, QuantizedTensor) for tensor in held.values()):
+            raise CheckpointError(
+                "from_pretrained was given a state_dict with weights of integers",
+                why="transformers copies floats into a model, one by one",
+                fix="save_pretrained(folder) and from_pretrained(folder); copy.deepcopy(model) copies a model",
+            )
+        if getattr(config, "quantization_config", None) is None and given.get("quantization_config") is None:
+            section = _section_in(given.get("pretrained_model_name_or_path"), given.get("subfolder") or "")
+            if section is not None:
+                config.quantization_config = section
+        return get(config, *args, **options)
+
+    return get_hf_quantizer
+
+
+def _section_in(folder: Any, inner: str) -> dict[str, Any] | None:
+    """Return graphcomp's section of a local folder; None where it has none."""
+    file = Path(folder) / inner / "config.json" if isinstance(folder, (str, Path)) and folder else None
+    if file is None or not file.is_file():
+        return None
+    try:
+        section = json.loads(file.read_text()).get("quantization_config")
+    except (
+        ValueError,
+        AttributeError,
+    ):  # the file says nothing of the folder, and transformers was not asked to read it
+        return None
+    return section if isinstance(section, dict) and section.get("quant_method") == METHOD else None
 
 
 # ------------------------------------------------------------------------------------------------ describing

@@ -24,6 +24,10 @@ DIMENSIONS = 8
 LARGEST = 2**40
 """Largest number in a section."""
 
+GUARD = "guard"
+"""Part of one weight of integers: an empty tensor under the name of the weight. A reader without graphcomp stops at its
+size, where it would else fill all weights of integers with random numbers."""
+
 PART_DTYPES = frozenset({"uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"})
 """Dtypes of parts of a weight of integers."""
 
@@ -169,7 +173,7 @@ def _value(site: str, value: Any) -> Value:
 def _facts(name: str, value: Any) -> Facts:
     """Return facts of a weight of integers, with dtypes and shapes of its parts."""
     parts = value.get("parts") if isinstance(value, Mapping) else None
-    if not isinstance(parts, Mapping) or not set(PARTS[:3]) <= set(parts) <= {*PARTS, "guard"}:
+    if not isinstance(parts, Mapping) or not set(PARTS[:3]) <= set(parts) <= {*PARTS, GUARD}:
         raise damaged(f"the integers of {name!r:.80} must have parts, got {parts!r:.80}")
     for kind in parts.values():
         if not (isinstance(kind, (list, tuple)) and len(kind) == 2 and kind[0] in PART_DTYPES and _is_shape(kind[1])):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcomp.errors import CheckpointError
+from graphcomp.hf.integers import no_module
 from graphcomp.hf.section import Section, Value, damaged
 from graphcomp.ir.settings import OwnSettings, ints_of, is_settings, with_own
 from graphcomp.native.model import description, redescribed
@@ -78,6 +79,11 @@ def first_difference(model: nn.Module, built: nn.Module) -> str:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def _longest(model: nn.Module) -> int:
+    """Return the most indices that a dim of a tensor has."""
+    return max((n for tensor in _tensors(model).values() for n in tensor.shape), default=0)
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -147,11 +153,14 @@ def _is_recomputed(model: nn.Module, name: str) -> bool:
 
 def _attributes(model: nn.Module, built: nn.Module) -> Iterator[tuple[tuple[str, str], Value]]:
     """Yield the attributes of ints that differ, with the value in `model`."""
-    mine = _modules(model)
+    mine, longest = _modules(model), _longest(model)
     for path, module in _modules(built).items():
         own = vars(mine[path])
         for name, old in vars(module).items():
             new = own.get(name, old)
+            mirrors = type(new) is int and new > longest and getattr(own.get("config"), name, None) == old
+            if mirrors:  # longer than any tensor: what was left behind when the config's entry and the tensors changed
+                continue
             if type(new) is OwnSettings:
                 held = ints_of(old) if is_settings(old) else {}
                 pairs = vars(new)["own"].items()
@@ -186,7 +195,7 @@ def resize(built: nn.Module, section: Section, locate: Callable[[str], str | Non
     for path in section.without:
         used += _remove(built, locate(path))
     before = {path: description(module) for path, module in _modules(built).items()} if section.shapes else {}
-    limit = max((n for tensor in _tensors(built).values() for n in tensor.shape), default=0)
+    limit = _longest(built)
     new: dict[int, Tensor] = {}
     for name, shape in section.shapes.items():
         used += _resize(built, locate(name), shape, new)
@@ -206,7 +215,7 @@ def _module(built: nn.Module, path: str) -> nn.Module:
     try:
         return built.get_submodule(path)
     except AttributeError as error:
-        raise damaged(f"{type(built).__name__} has no module {path!r:.80}") from error
+        raise no_module(built, path) from error
 
 
 def _trim(built: nn.Module, path: str | None, kind: str) -> int:

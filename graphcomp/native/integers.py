@@ -177,6 +177,20 @@ def quantized_tensors(module: nn.Module) -> dict[str, QuantizedTensor]:
     return {name: t for name, t in module.named_parameters() if isinstance(t, QuantizedTensor)}
 
 
+def put_floats(module: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Put the floats that integers stand for in the place of each weight of integers.
+
+    Args:
+        module: changed.
+        dtype: of the floats; None: as each weight shows.
+    """
+    names = names_by_tensor(tensor_names(module).items())
+    for tensor in quantized_tensors(module).values():
+        floats = nn.Parameter(tensor.dequantize().to(dtype or tensor.dtype), requires_grad=False)
+        for name in names[id(tensor)]:
+            assign(module, name, floats)
+
+
 def products_of(weight: fx.Node) -> list[tuple[fx.Node, str]]:
     """Return the products that read a weight, each with the argument of the other operand."""
     found = []

@@ -10,12 +10,12 @@ import torch
 from torch import fx, nn
 
 from graphcomp.capture.capture import capture
-from graphcomp.ir.graph import assign, bind, clone, names_by_tensor, value
+from graphcomp.ir.graph import bind, clone, names_by_tensor, value
 from graphcomp.ir.module import copied, tensor_names
 from graphcomp.ir.passes import Pipeline, Remember
 from graphcomp.ir.program import Program
 from graphcomp.ir.rewrite import after, redirect
-from graphcomp.native.integers import products_of, quantized_tensors
+from graphcomp.native.integers import products_of, put_floats, quantized_tensors
 from graphcomp.quantization.lower import FAKE, Lower
 from graphcomp.quantization.operand import Operand
 from graphcomp.quantization.quantized_tensor import QuantizedTensor
@@ -29,11 +29,7 @@ from graphcomp.quantization.stored import Affine
 def in_floats(module: nn.Module) -> nn.Module:
     """Return a copy of a model with floats in the place of its weights of integers."""
     found = copied(module)
-    names = names_by_tensor(tensor_names(found).items())
-    for tensor in quantized_tensors(found).values():
-        floats = nn.Parameter(tensor.dequantize(), requires_grad=False)
-        for name in names[id(tensor)]:
-            assign(found, name, floats)
+    put_floats(found)
     return found
 
 

@@ -124,7 +124,7 @@ def _matmul(
 
 
 def _symmetric(rows: Tensor, matrix: Tensor) -> Tensor:
-    """Return the sums of `integer_products` with 128 for the zero point, which the kernel's signed codes make up for."""
+    """Return the sums of `integer_products` for a zero point of 128, which is 0 of the kernel's signed codes."""
     if rows.device.type != "cpu":
         return integer_products(rows, rows.new_full((), MIDDLE), matrix)
     found: Tensor = int_mm(rows.bitwise_xor(MIDDLE).view(torch.int8), matrix)

@@ -181,10 +181,11 @@ class Held:
         signed, scale, zero = operand.signed(rows)
         codes, steps = self.codes, self.scale.to(rows.dtype)
         along = self.axis in (None, 0 if turned else 1) and self.groups is None
-        if not along or codes.dtype is not torch.int8 or codes.device.type != "cpu" or self._shifted():
+        if not along or codes.dtype is not torch.int8 or codes.device.type != "cpu" or self.shifted():
             whole = (signed.to(rows.dtype) - (zero - MIDDLE)) * scale
             floats = self.dequantize(rows.dtype)
-            return whole @ (floats.t() if turned else floats)
+            exact: Tensor = whole @ (floats.t() if turned else floats)
+            return exact
         sums: Tensor = int_mm(signed, codes.t() if turned else codes)
         if zero != MIDDLE:
             if self.sums is None:
@@ -195,7 +196,7 @@ class Held:
             return found.mul_(scale).mul_(steps)
         return found.mul_(steps * scale)
 
-    def _shifted(self) -> bool:
+    def shifted(self) -> bool:
         """Return whether the code of 0 is another than 0."""
         return self.limits[0] >= 0 or bool(self.zero_point.any())
 
@@ -208,7 +209,7 @@ class Held:
         return self.products[key]
 
     def _make(self, turned: bool, dtype: torch.dtype) -> Product | None:
-        if len(self.shape) != 2 or self._shifted() or self.axis not in (None, 0 if turned else 1):
+        if len(self.shape) != 2 or self.shifted() or self.axis not in (None, 0 if turned else 1):
             return None
         size = None
         if self.groups is not None:

@@ -17,7 +17,8 @@ from graphcomp.errors import PlanError
 from graphcomp.quantization.handles import held_back
 from graphcomp.quantization.operand import are_exact
 from graphcomp.quantization.quantized_tensor import FUNCTIONS, OPS, QuantizedTensor
-from graphcomp.torch_compat import schema_of, transforms_active
+from graphcomp.quantization.stored import spread
+from graphcomp.torch_compat import schema_of, transforms_active, without_torch_function
 
 aten = torch.ops.aten
 
@@ -73,7 +74,12 @@ def _times(rows: Tensor, weight: Any, turned: bool, bias: Tensor | None) -> Any:
 def _in_floats(rows: Tensor, weight: Any) -> Tensor | None:
     """Return what a product in floats reads in the place of `rows` within `exact_products`; None otherwise, and for
     ranges at run time, whose products are of integers in a graph, too."""
-    if torch.compiler.is_compiling() or not are_exact() or not isinstance(weight, QuantizedTensor) or isinstance(rows, QuantizedTensor):
+    if (
+        torch.compiler.is_compiling()
+        or not are_exact()
+        or not isinstance(weight, QuantizedTensor)
+        or isinstance(rows, QuantizedTensor)
+    ):
         return None
     if weight.operand is None:
         return rows
@@ -120,7 +126,7 @@ def _share_memory(tensor: QuantizedTensor) -> QuantizedTensor:
     held.keep_codes()
     held.products, held.floats, held.sums = {}, None, None
     for part in held.tensors():
-        part.share_memory_()
+        part.share_memory_()  # type: ignore[no-untyped-call]
     return tensor
 
 
@@ -145,6 +151,43 @@ def _requires_grad(tensor: QuantizedTensor, requires_grad: bool = True) -> Any:
     return tensor
 
 
+def _set_data(tensor: Any, value: Any) -> Any:
+    """Take rows more or fewer than there are (`resize_token_embeddings`): rows that stay keep their codes, and new ones
+    get codes and a scale of their own."""
+    if not isinstance(tensor, QuantizedTensor):
+        return NotImplemented
+    new = value if isinstance(value, QuantizedTensor) else _with_rows(tensor, value)
+    with without_torch_function():
+        Tensor.data.__set__(tensor, new)  # type: ignore[attr-defined]
+    tensor.become(new)
+    return None
+
+
+def _with_rows(tensor: QuantizedTensor, floats: Tensor) -> QuantizedTensor:
+    """Return a table whose first rows are those of `tensor`, and whose others are the floats' rounded."""
+    own, n = tensor.stored, min(len(floats), len(tensor)) if floats.dim() and tensor.dim() else 0
+    alike = floats.dim() == 2 and floats.shape[1:] == tensor.shape[1:] and n and len(floats) != len(tensor)
+    stays = alike and own.dim in (None, 0) and torch.equal(floats[:n].to(tensor.dtype), tensor.dequantize()[:n])
+    if not stays or tensor.held.shifted():
+        raise _cannot_take(tensor, floats)
+    rest, scale = floats[n:].to(own.scale.dtype), own.scale
+    if own.dim == 0:
+        spans = rest.abs().amax(1)[:, None].expand(len(rest), own.scale[0].numel()).reshape(-1, *own.scale.shape[1:])
+        scale = torch.cat([own.scale[:n], torch.where(spans == 0, 1.0, spans / own.quant_max)])
+    grid = replace(own, scale=scale, zero_point=torch.zeros_like(scale, dtype=torch.int32))
+    steps = spread(scale[n:] if own.dim == 0 else scale, 2, own.dim, own.groups)
+    added = (rest / steps).round().clamp(own.quant_min, own.quant_max).to(own.values.dtype)
+    return QuantizedTensor(replace(grid, values=torch.cat([own.values[:n], added])), tensor.dtype, tensor.operand)
+
+
+def _cannot_take(tensor: QuantizedTensor, source: Any) -> PlanError:
+    return PlanError(
+        f"a weight of integers, {tuple(tensor.shape)}, cannot take the values of floats, {tuple(source.shape)}",
+        why="rounding floats to integers needs scales, which belong to other floats",
+        fix="load a state_dict of the quantized model; or load into the float model, and compress that",
+    )
+
+
 FUNCTIONS |= {
     F.linear: _linear,
     torch.addmm: _addmm,
@@ -159,6 +202,7 @@ FUNCTIONS |= {
     Tensor.is_shared: lambda tensor: tensor.scale.is_shared(),
     Tensor.element_size: _element_size,
     Tensor.nbytes.__get__: _bytes,  # type: ignore[attr-defined]  # a getter of C
+    Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     Tensor.requires_grad_: _requires_grad,
     Tensor.requires_grad.__set__: _requires_grad,  # type: ignore[attr-defined]
 }
@@ -186,12 +230,8 @@ def _overwritten(tensor: Any, source: Any, non_blocking: bool = False) -> Any:
     if not isinstance(tensor, QuantizedTensor):
         return NotImplemented
     if not isinstance(source, QuantizedTensor) or source.shape != tensor.shape:
-        raise PlanError(
-            f"a weight of integers, {tuple(tensor.shape)}, cannot take the values of floats, {tuple(source.shape)}",
-            why="rounding floats to integers needs scales, which belong to other floats",
-            fix="load a state_dict of the quantized model; or load into the float model, and compress that",
-        )
-    tensor._held, tensor.operand = source.moved(torch.clone, tensor.dtype).held, source.operand
+        raise _cannot_take(tensor, source)
+    tensor.become(source.moved(torch.clone, tensor.dtype))
     return tensor
 
 

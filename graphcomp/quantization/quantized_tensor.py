@@ -1,8 +1,8 @@
 """A weight of integers in the place of a float parameter, in any module: `QuantizedTensor`.
 
 The forward of the user's class reads the weight as it reads floats. What `FUNCTIONS` and `OPS` hold
-(quantized_functions.py) is computed from the codes; every other op gets floats that are made of the codes and forgotten. Names of parameters, the class of each module, tied weights, and code that looks for `nn.Linear`
-stay as they were.
+(quantized_functions.py) is computed from the codes; every other op gets floats that are made of the codes and forgotten.
+Names of parameters, the class of each module, tied weights, and code that looks for `nn.Linear` stay as they were.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class QuantizedTensor(Tensor):
         return F.embedding(ids, self.dequantize()) if taken is None else taken
 
     def times(self, rows: Tensor, turned: bool) -> Tensor:
-        """Return rows (…, i) times the weight, (…, o), in the dtype of the rows; without gradients, but where torch traces.
+        """Return rows (…, i) times the weight, (…, o), in the dtype of the rows. Gradients follow where torch traces alone.
 
         Args:
             turned: the weight is (o, i); else (i, o).
@@ -148,6 +148,10 @@ class QuantizedTensor(Tensor):
         found = replace(own, values=move(own.values), scale=move(own.scale), zero_point=move(own.zero_point))
         found = found if own.groups is None else replace(found, groups=move(own.groups))
         return QuantizedTensor(found, dtype, self.operand)
+
+    def become(self, other: QuantizedTensor) -> None:
+        """Hold what another tensor holds."""
+        self._held, self.operand = other.held, other.operand
 
     def shared(self) -> QuantizedTensor:
         """Return another tensor of the same codes."""
@@ -168,7 +172,9 @@ class QuantizedTensor(Tensor):
 
     @staticmethod
     def __tensor_unflatten__(inner: Mapping[str, Tensor], facts: Any, size: Any, stride: Any) -> QuantizedTensor:
-        return QuantizedTensor._traced(inner["handle"], facts["shape"], facts["dtype"], facts["operand"], facts["turned"])
+        return QuantizedTensor._traced(
+            inner["handle"], facts["shape"], facts["dtype"], facts["operand"], facts["turned"]
+        )
 
     @staticmethod
     def _traced(
@@ -183,7 +189,13 @@ class QuantizedTensor(Tensor):
 
     def __reduce_ex__(self, _: Any) -> tuple[Any, ...]:
         own, levels = self.held, self.operand and (self.operand.per_token, self.operand.levels)
-        facts = {"shape": tuple(own.shape), "dtype": self.dtype, "axis": own.axis, "limits": own.limits, "operand": levels}
+        facts = {
+            "shape": tuple(own.shape),
+            "dtype": self.dtype,
+            "axis": own.axis,
+            "limits": own.limits,
+            "operand": levels,
+        }
         return _again, ((own.packed, own.scale, own.zero_point, own.groups), facts, isinstance(self, nn.Parameter))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:

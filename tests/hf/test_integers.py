@@ -154,3 +154,94 @@ def test_a_damaged_entry_is_refused(tmp_path, change):
     data["integers"][name] = {**data["integers"][name], **change}
     with pytest.raises(gc.CheckpointError, match="damaged"):
         Section.of(data)
+
+
+@pytest.fixture
+def quantized(tmp_path) -> Any:
+    """A tied model of four bits, and its folder."""
+    small = small_of(llama(tie_word_embeddings=True), WEIGHTS_ALONE)
+    small.save_pretrained(tmp_path / "small")
+    return small, tmp_path / "small"
+
+
+def test_a_config_without_a_section_finds_that_of_the_folder(quantized):
+    small, folder = quantized
+    config = llama(tie_word_embeddings=True).config
+    for kind in (transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM):
+        again = kind.from_pretrained(folder, config=config)
+        x = ids()
+        assert torch.equal(logits(again, x), logits(small, x))
+    assert not hasattr(config, "quantization_config")
+
+
+@pytest.mark.parametrize("tokens", [50, 110])
+def test_another_number_of_tokens_reaches_a_tied_head_and_the_folder(quantized, tmp_path, tokens):
+    small, _ = quantized
+    x = ids().clamp(max=tokens - 1)
+    both = min(tokens, 99)
+    wanted = logits(small, x)[..., :both]
+    small.resize_token_embeddings(tokens)
+    assert small.lm_head.weight is small.model.embed_tokens.weight
+    found = logits(small, x)
+    assert found.shape[-1] == tokens and torch.equal(found[..., :both], wanted)
+    small.save_pretrained(tmp_path / "resized")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "resized")
+    assert torch.equal(logits(again, x), found)
+
+
+def test_a_cut_model_of_fewer_tokens_comes_back(tmp_path):
+    small = gc.compress(llama(), {"input_ids": ids()}, sparsity=0.3, progress=False).module
+    small.resize_token_embeddings(50)
+    small.save_pretrained(tmp_path)
+    again, x = transformers.AutoModelForCausalLM.from_pretrained(tmp_path), ids().clamp(max=49)
+    assert torch.equal(logits(again, x), logits(small, x))
+
+
+def test_what_cannot_be_loaded_says_so(quantized, tmp_path):
+    small, folder = quantized
+    kind = transformers.AutoModelForCausalLM
+    with pytest.raises(gc.CheckpointError, match="builds 1 modules in"):
+        kind.from_pretrained(folder, num_hidden_layers=1)
+    with pytest.raises(gc.CheckpointError, match="state_dict with weights of integers"):
+        transformers.LlamaForCausalLM.from_pretrained(None, config=small.config, state_dict=small.state_dict())
+    places = dict.fromkeys(("model.embed_tokens", "lm_head", "model.layers.0", "model.norm"), "cpu")
+    with pytest.raises(gc.CheckpointError, match="on the disk"):
+        kind.from_pretrained(folder, device_map={**places, "model.layers.1": "disk"}, offload_folder=tmp_path / "off")
+
+
+def test_floats_can_take_the_place_of_integers(quantized, tmp_path):
+    small, folder = quantized
+    x = ids()
+    wanted = logits(small, x)
+    again = transformers.AutoModelForCausalLM.from_pretrained(folder).dequantize()
+    assert not quantized_tensors(again) and again.lm_head.weight is again.model.embed_tokens.weight
+    assert float((logits(again, x) - wanted).norm() / wanted.norm()) < 1e-5
+    again.save_pretrained(tmp_path / "floats")
+    third = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "floats")
+    assert torch.equal(logits(third, x), logits(again, x))
+
+
+def test_memory_is_that_of_the_integers(quantized):
+    _, folder = quantized
+    again = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert again.get_memory_footprint() < 0.4 * llama().get_memory_footprint()
+
+
+@pytest.mark.parametrize("form", ["at run time", "static"])
+def test_double_precision_is_kept(form):
+    small = small_of(llama(), FORMS[form])
+    x = ids()
+    wanted = logits(small, x)
+    found = logits(small.double(), x)
+    assert found.dtype is torch.float64 and float((found - wanted).norm() / wanted.norm()) < 0.05
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("form", FORMS)
+def test_a_compiled_decoder_gives_the_numbers_of_eager_code(form):
+    small, x = small_of(llama(), FORMS[form]), ids()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        wanted = small.model(input_ids=x).last_hidden_state
+        found = torch.compile(small.model, backend="aot_eager")(input_ids=x).last_hidden_state
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-4
