@@ -7,11 +7,14 @@ only error: 2^-21 of the row's largest value for each element. Seven bits, and c
 products in 16 bits, which CPUs without VNNI need.
 
 Weight codes of four bits are multiplied by torch's kernel in bfloat16: operand and result are rounded to 2^-9 of each
-element, sums are float32.
+element, sums are float32. Of many rows (a prompt) the kernel would take longer than floats: a row is then written as two
+digits of eight bits (2^-16 of its largest value), and codes are unpacked to bytes a few outputs at a time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -21,6 +24,7 @@ from torch import Tensor
 from graphcomp.torch_compat import (
     int4_products,
     int8_products,
+    int_mm,
     pack_int4,
     pack_int8,
 )
@@ -37,6 +41,18 @@ INT4_ROWS = 16
 """Outputs of a four-bit weight must be a multiple of this number for torch's kernel."""
 INT4_ZERO = 8
 """The code of 0 in torch's kernel of four bits."""
+
+HALVES = (32, 16)
+"""Outputs of half a block in the layouts of torch's kernel for AVX512 and for AVX2."""
+BLOCKS, BLOCKS_OF_FLOATS = 16, 4
+"""Blocks that are unpacked at a time, to bytes and to floats: what stays in a core's cache."""
+BYTE = 2**8
+LARGEST_PAIR = (BYTE // 2 - 1) * (BYTE + 1)
+"""The largest whole number that two digits of eight bits hold."""
+LONGEST = 8192
+"""Most inputs whose products of two digits and a code from -8 to 7 32 bits hold, whatever the digits are."""
+PROMPT = (28, 64)
+"""Rows from which unpacking takes less time than torch's kernel: with one scale for each output, and with groups."""
 
 
 class Product(Protocol):
@@ -101,7 +117,11 @@ class DigitProduct:
 
 
 class Int4Product:
-    """Rows times codes of four bits with a scale for each group of inputs, by torch's kernel in bfloat16.
+    """Rows times codes of four bits with a scale for each group of inputs.
+
+    Few rows go through torch's kernel in bfloat16. Many rows (`PROMPT`) are multiplied by codes that are unpacked a few
+    blocks of outputs at a time: with one scale for each output as two digits of eight bits times bytes, with groups in
+    floats.
 
     Args:
         codes: (o, i) int8, from -8 to 7.
@@ -111,8 +131,9 @@ class Int4Product:
 
     def __init__(self, codes: Tensor, scale: Tensor, size: int) -> None:
         self.shape, self.size = codes.shape, size
+        self.half = half_of_block()
         groups = -(-codes.shape[1] // size)
-        self.fill = (groups * size - codes.shape[1], -codes.shape[0] % INT4_ROWS)
+        self.fill = (groups * size - codes.shape[1], -codes.shape[0] % (2 * self.half or INT4_ROWS))
         self.factor = scale.flatten() if scale.shape[1] == 1 else None
         scale = scale if self.factor is None else torch.ones_like(scale).expand(-1, groups)
         wide = F.pad(codes, (0, self.fill[0], 0, self.fill[1])).to(torch.int32) + INT4_ZERO
@@ -123,6 +144,12 @@ class Int4Product:
     def __call__(self, rows: Tensor) -> Tensor:
         """Return (n, o) in the dtype of the rows."""
         wide = F.pad(rows, (0, self.fill[0])) if self.fill[0] else rows
+        if self.half and len(rows) >= PROMPT[self.factor is None]:
+            bytes_hold = self.factor is not None and self.shape[1] <= LONGEST
+            many = self._in_bytes if bytes_hold else self._in_groups
+            found = many(wide.float())[:, : self.shape[0]]
+            found = found if self.factor is None or bytes_hold else found.mul_(self.factor.float())
+            return found.to(rows.dtype)
         sums = self._sums(wide.to(torch.bfloat16)).to(rows.dtype)
         return sums if self.factor is None else sums * self.factor.to(rows.dtype)
 
@@ -130,17 +157,91 @@ class Int4Product:
         found: Tensor = int4_products(rows.contiguous(), self.packed, self.size, self.scales)
         return found[:, : self.shape[0]] if self.fill[1] else found
 
+    # ------------------------------------------------------------------------------------------ many rows
+    def _in_bytes(self, rows: Tensor) -> Tensor:
+        """Return rows (n, i) float32 times the weight, of one scale for each output: exact sums of two digits."""
+        assert self.factor is not None
+        largest = rows.abs().amax(-1, keepdim=True)
+        step = torch.where(largest == 0, 1.0, largest).div_(LARGEST_PAIR)
+        whole = (rows / step).round_()
+        upper = torch.add(whole, BYTE // 2).mul_(1 / BYTE).floor_()
+        digits = torch.cat([upper, whole.sub_(upper, alpha=BYTE)]).to(torch.int8)
+        zero = int_mm(digits, digits.new_full((rows.shape[1], 1), INT4_ZERO))
+        factor = F.pad(self.factor.float(), (0, self.fill[1])).view(-1, 2, self.half)
+        found = rows.new_empty(len(rows), *factor.shape)
+        for blocks, halves in self._unpacked(BLOCKS):
+            for k, codes in enumerate(halves):
+                sums = _joined(int_mm(digits, codes), zero).view(len(rows), -1, self.half)
+                torch.mul(sums, factor[blocks, k], out=found[:, blocks, k])
+        return found.view(len(rows), -1).mul_(step)
+
+    def _in_groups(self, rows: Tensor) -> Tensor:
+        """Return rows (n, i) float32 times the weight, made floats a few outputs at a time."""
+        steps = self.scales[..., 0].float().view(-1, 1, self.packed.shape[0] // (2 * self.half), 2, self.half)
+        sums = rows.view(len(rows), -1, self.size).sum(-1).mul_(INT4_ZERO)
+        found = rows.new_empty(len(rows), *steps.shape[2:])
+        for blocks, halves in self._unpacked(BLOCKS_OF_FLOATS):
+            for k, codes in enumerate(halves):
+                own = steps[:, :, blocks, k].reshape(len(steps), 1, -1)
+                floats = codes.float().view(-1, self.size, own.shape[-1]).mul_(own)
+                products = torch.mm(sums, own[:, 0]).neg_()
+                products.addmm_(rows, floats.view(rows.shape[1], -1))
+                found[:, blocks, k] = products.view(len(rows), -1, self.half)
+        return found.view(len(rows), -1)
+
+    def _unpacked(self, count: int) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
+        """Yield codes from 0 to 15, int8 (i, outputs), of the first and of the second half of some blocks."""
+        blocks = self.packed.view(-1, self.scales.shape[0] * self.size, self.half)
+        for start in range(0, len(blocks), count):
+            part = blocks[start : start + count]
+            laid = part.new_empty(part.shape[1], part.shape[0], self.half)
+            laid.permute(1, 0, 2).copy_(part)
+            laid = laid.view(part.shape[1], -1)
+            second = laid >> 4
+            yield slice(start, start + len(part)), (laid.bitwise_and_(15).view(torch.int8), second.view(torch.int8))
+
     def codes(self) -> Tensor:
-        """Return the codes: the products of the packed weight with the unit vectors, which bfloat16 holds exactly."""
-        ones = torch.ones_like(self.scales)
-        ones[..., 1] = 0
-        unit = torch.eye(self.scales.shape[0] * self.size, dtype=torch.bfloat16)
-        found: Tensor = int4_products(unit, self.packed, self.size, ones)
-        return found.t()[: self.shape[0], : self.shape[1]].to(torch.int8).contiguous()
+        """Return the codes that the packed weight holds."""
+        if self.half:
+            inputs = self.scales.shape[0] * self.size
+            parts = [torch.stack([h.view(inputs, -1, self.half) for h in own], 2) for _, own in self._unpacked(BLOCKS)]
+            codes = torch.cat(parts, 1).view(inputs, -1).sub_(INT4_ZERO).t()
+        else:  # products with the unit vectors, which bfloat16 holds exactly
+            ones = torch.ones_like(self.scales)
+            ones[..., 1] = 0
+            unit = torch.eye(self.scales.shape[0] * self.size, dtype=torch.bfloat16)
+            codes = int4_products(unit, self.packed, self.size, ones).t().to(torch.int8)
+        return codes[: self.shape[0], : self.shape[1]].contiguous()
 
     def tensors(self) -> list[Tensor]:
         """Return codes and scales."""
         return [self.packed, self.scales, *([] if self.factor is None else [self.factor])]
+
+
+def _joined(sums: Tensor, zero: Tensor) -> Tensor:
+    """Return sums of two digits (n, o) int32, the upper one in the first n of 2n rows, without those of `zero`."""
+    (upper, lower), (first, second) = sums.chunk(2), zero.chunk(2)
+    return lower.add_(upper, alpha=BYTE).sub_(second + first * BYTE)
+
+
+@cache
+def half_of_block() -> int:
+    """Return half of the outputs that torch's kernel keeps in one block, 0 where its layout is another.
+
+    The layout belongs to the kernel, and differs from CPU to CPU: found out on random codes. A block of 64 or 32 outputs
+    has a byte for each input and each output of its first half, whose upper four bits are the output that is half a
+    block behind.
+    """
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (2 * max(HALVES), 2 * max(INT4_GROUPS)), generator=generator, dtype=torch.int32)
+    packed = pack_int4(codes, 1)
+    for half in HALVES:
+        if packed.dtype is torch.uint8 and packed.numel() == codes.numel() // 2:
+            blocks = packed.view(-1, codes.shape[1], half)
+            woven = torch.stack([blocks & 15, blocks >> 4], 2).reshape(len(blocks), codes.shape[1], -1)
+            if torch.equal(woven.permute(0, 2, 1).reshape(codes.shape).to(torch.int32), codes):
+                return half
+    return 0
 
 
 def product_of(codes: Tensor, scale: Tensor, bits: int, size: int | None, dtype: torch.dtype) -> Product | None:

@@ -1,7 +1,7 @@
 """A weight of integers in the place of a float parameter, in any module: `QuantizedTensor`.
 
 The forward of the user's class reads the weight as it reads floats. What `FUNCTIONS` and `OPS` hold
-(quantized_functions.py) is computed from the codes; every other op gets floats that are made of the codes and forgotten.
+(quantized_functions.py) is computed from codes; every other op gets floats that are made of the codes and forgotten.
 Names of parameters, the class of each module, tied weights, and code that looks for `nn.Linear` stay as they were.
 """
 
@@ -131,7 +131,7 @@ class QuantizedTensor(Tensor):
         return F.embedding(ids, self.dequantize()) if taken is None else taken
 
     def times(self, rows: Tensor, turned: bool) -> Tensor:
-        """Return rows (…, i) times the weight, (…, o), in the dtype of the rows. Gradients follow where torch traces alone.
+        """Return rows (…, i) times the weight, (…, o), in the dtype of the rows; with gradients where torch traces.
 
         Args:
             turned: the weight is (o, i); else (i, o).

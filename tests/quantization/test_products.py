@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from graphcomp.quantization.products import INT4_GROUPS, LARGEST, DigitProduct, Int4Product, product_of
+from graphcomp.quantization import products
+from graphcomp.quantization.products import (
+    HALVES,
+    INT4_GROUPS,
+    LARGEST,
+    DigitProduct,
+    Int4Product,
+    half_of_block,
+    product_of,
+)
 
 
 def relative(got, wanted):
@@ -64,6 +73,31 @@ def test_products_of_four_bits_are_rounded_to_bfloat16_alone(outputs, inputs, si
     assert relative(product(x), x.double() @ floats.t()) < 2**-8
     assert relative(product(x.bfloat16()), x.bfloat16().double() @ floats.t()) < 2**-8
     assert torch.equal(product.codes(), codes)
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (70, 100), (300, 513), (5, 9000)])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_many_rows_are_multiplied_more_exactly_than_bfloat16_holds(outputs, inputs, grouped):
+    torch.manual_seed(inputs)
+    codes, x = torch.randint(-8, 8, (outputs, inputs), dtype=torch.int8), torch.randn(80, inputs)
+    x[2], x[3, 0], x[4, 0] = 0, torch.nan, 1e30
+    x[5] = 1.0  # every digit at its largest
+    scale = (torch.rand(outputs, -(-inputs // 32) if grouped else 1) + 0.5).bfloat16().float()
+    product = Int4Product(codes, scale, 32)
+    floats = codes.double() * (scale.double().repeat_interleave(32, 1)[:, :inputs] if grouped else scale.double())
+    wanted, got = x.double() @ floats.t(), product(x)
+    assert half_of_block() in (0, *HALVES)
+    assert torch.equal(got[2], torch.zeros(outputs)) and got[3].isnan().all()
+    assert relative(got[5:], wanted[5:]) < 2e-4 and relative(got[4:5], wanted[4:5]) < 2**-7
+    assert relative(product(x.bfloat16())[5:], x.bfloat16().double()[5:] @ floats.t()) < 2**-8
+    assert torch.equal(product.codes(), codes)
+
+
+def test_a_kernel_of_another_layout_takes_many_rows_itself(monkeypatch):
+    monkeypatch.setattr(products, "half_of_block", lambda: 0)
+    codes, x = torch.randint(-8, 8, (40, 64), dtype=torch.int8), torch.randn(80, 64)
+    product = Int4Product(codes, torch.ones(40, 1), 32)
+    assert relative(product(x), x.double() @ codes.double().t()) < 2**-8 and torch.equal(product.codes(), codes)
 
 
 def test_one_scale_for_all_inputs_is_not_rounded():
