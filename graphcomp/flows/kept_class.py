@@ -83,5 +83,6 @@ def refuse_graph(keep_class: bool | None, found: NativeResult) -> None:
         raise PlanError(
             "keep_class=True, and the model's class cannot hold the quantized model",
             why=found.reason,
-            fix='activation_bits=None, for weights alone, or activations="dynamic"; or without keep_class, for a graph',
+            fix='activation_bits=None, for weights alone, or activations="dynamic"; QuantConfig(attention=False) where '
+            "products of two activations are quantized; or without keep_class, for a graph",
         )

@@ -58,13 +58,16 @@ def check_uniform(scope: str, quantized: bool, zeros: bool) -> None:
     Raises:
         PlanError: a part of the model, integer weights, or a choice that leaves no choice.
     """
-    why = (
-        "the config is the whole model's" if scope else
-        "integer weights stand in a graph, which has no config" if quantized else
-        'exactly the units go that are zero already, which need not be equally many: saliency="zeros"' if zeros else ""
+    without = "without uniform=True"
+    why, fix = (
+        ("the config is the whole model's", without) if scope else
+        ("engines that read sizes from a config read floats, and integers stand in a section",
+         "compress(model, …, uniform=True), and bits=… with sparsity=0.0 for the result's module") if quantized else
+        ('exactly the units go that are zero already, which need not be equally many: saliency="zeros"', without)
+        if zeros else ("", "")
     )  # fmt: skip
     if why:
-        raise PlanError("uniform=True is for whole models in floats", why=why, fix="without uniform=True")
+        raise PlanError("uniform=True is for whole models in floats", why=why, fix=fix)
 
 
 @one_at_a_time

@@ -17,11 +17,12 @@ from graphcomp.errors import PlanError
 from graphcomp.flows.checked import EXAMPLE, Checked, check_class, check_graph
 from graphcomp.flows.results import check_floats, choose_module, native_notes, parameters_and_buffers, shapes
 from graphcomp.flows.results import with_latency as latency_of
-from graphcomp.ir.graph import fetch, op_name, source_line, tensor_values
+from graphcomp.ir.graph import bind, fetch, op_name, source_line, tensor_values, value
 from graphcomp.ir.module import tensor_leaves, tensor_names
 from graphcomp.ir.passes import Pipeline
 from graphcomp.ir.run_nodes import run_tapped
 from graphcomp.native.vocabulary import Trimmed, trimmed_model
+from graphcomp.ops.answers import lookup_of
 from graphcomp.pruning.trim import MaskVocabulary, TrimVocabulary
 from graphcomp.pruning.vocabulary import (
     Kept,
@@ -115,7 +116,7 @@ def _check_whole(plan: Analysis) -> None:
         PlanError: an id map stands in front of a table.
     """
     parts = any(isinstance(module, Trimmed) for module in plan.model.modules())
-    if parts or any(name.startswith("vocabulary_") for name in tensor_names(plan.model)):
+    if parts or _has_id_map(plan.captured.module):
         raise PlanError(
             f"the vocabulary of {type(plan.model).__name__} is trimmed already",
             why="an id map stands in front of its table",
@@ -148,6 +149,21 @@ def _said_by(model: nn.Module, name: str) -> tuple[str, ...]:
     except NotImplementedError:  # as transformers answers for models without such a module
         said = None
     return tuple(path for path, module in model.named_modules() if module is said)
+
+
+def _has_id_map(module: fx.GraphModule) -> bool:
+    """Return whether the ids of a lookup are read from a list of the model that is longer than the table."""
+    for node in module.graph.nodes:
+        if lookup_of(node) is None:
+            continue
+        arguments = bind(node)
+        ids, table = arguments.get("indices"), arguments.get("weight")
+        if isinstance(ids, fx.Node) and ids.target is torch.ops.aten.index.Tensor and isinstance(table, fx.Node):
+            source = ids.args[0]
+            listed = isinstance(source, fx.Node) and source.op == "get_attr" and value(source).dim() == 1
+            if isinstance(source, fx.Node) and listed and value(source).shape[0] > value(table).shape[0]:
+                return True
+    return False
 
 
 # ------------------------------------------------------------------------------------------------ which ids
@@ -366,7 +382,8 @@ def _report(
     gone = kept.size - len(kept.ids)
     parameters = sum(gone * (t.numel() // kept.size) for t in cut.values() if isinstance(t, nn.Parameter))
     stored = sum(gone * (t.numel() // kept.size) * t.element_size() for t in cut.values())
-    maps = [t for name, t in tensor_names(small.module).items() if name.startswith("vocabulary_")]
+    before = tensor_names(captured.module)
+    maps = [t for name, t in tensor_names(small.module).items() if name not in before]
     kept_of = {name: {0: kept.ids} for name in _cut_names(captured, tables)}
     bytes_after = costs.bytes() - stored + sum(t.numel() * t.element_size() for t in maps)
     return Report(

@@ -7,8 +7,8 @@ only error: 2^-21 of the row's largest value for each element. Seven bits, and c
 products in 16 bits, which CPUs without VNNI need.
 
 Weight codes of four bits are multiplied by torch's kernel in bfloat16: operand and result are rounded to 2^-9 of each
-element, sums are float32. Of many rows (a prompt) the kernel would take longer than floats: a row is then written as two
-digits of eight bits (2^-16 of its largest value), and codes are unpacked to bytes a few outputs at a time.
+element, sums are float32. Of many rows (a prompt) the kernel would take longer than floats: a row is then written as
+two digits of eight bits (2^-16 of its largest value), and codes are unpacked to bytes a few outputs at a time.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ INT4_ZERO = 8
 
 HALVES = (32, 16)
 """Outputs of half a block in the layouts of torch's kernel for AVX512 and for AVX2."""
-BLOCKS, BLOCKS_OF_FLOATS = 16, 4
-"""Blocks that are unpacked at a time, to bytes and to floats: what stays in a core's cache."""
+BLOCKS = 16
+"""Blocks that are unpacked at a time: what stays in a core's cache."""
 BYTE = 2**8
 LARGEST_PAIR = (BYTE // 2 - 1) * (BYTE + 1)
 """The largest whole number that two digits of eight bits hold."""
@@ -180,7 +180,7 @@ class Int4Product:
         steps = self.scales[..., 0].float().view(-1, 1, self.packed.shape[0] // (2 * self.half), 2, self.half)
         sums = rows.view(len(rows), -1, self.size).sum(-1).mul_(INT4_ZERO)
         found = rows.new_empty(len(rows), *steps.shape[2:])
-        for blocks, halves in self._unpacked(BLOCKS_OF_FLOATS):
+        for blocks, halves in self._unpacked(BLOCKS):
             for k, codes in enumerate(halves):
                 own = steps[:, :, blocks, k].reshape(len(steps), 1, -1)
                 floats = codes.float().view(-1, self.size, own.shape[-1]).mul_(own)
@@ -228,9 +228,9 @@ def _joined(sums: Tensor, zero: Tensor) -> Tensor:
 def half_of_block() -> int:
     """Return half of the outputs that torch's kernel keeps in one block, 0 where its layout is another.
 
-    The layout belongs to the kernel, and differs from CPU to CPU: found out on random codes. A block of 64 or 32 outputs
-    has a byte for each input and each output of its first half, whose upper four bits are the output that is half a
-    block behind.
+    The layout belongs to the kernel, and differs from CPU to CPU: found out on random codes. A block of 64 or 32
+    outputs has a byte for each input and each output of its first half, whose upper four bits are the output that is
+    half a block behind.
     """
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (2 * max(HALVES), 2 * max(INT4_GROUPS)), generator=generator, dtype=torch.int32)
