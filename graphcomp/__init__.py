@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphcomp.hf.registry import install as _install
 from graphcomp.quantization import ops as _ops  # noqa: F401  (registers the ops of lowered graphs)
-from graphcomp.quantization import quantized_functions as _functions  # noqa: F401  (products with weights of integers)
+from graphcomp.quantization import pickled as _pickled  # noqa: F401  (torch.load reads weights of integers)
 
 if TYPE_CHECKING:
     from graphcomp.api import (

@@ -1,6 +1,6 @@
 """Functions and ops of torch on weights of integers: products and lookups from codes, sizes, memory, refusals.
 
-Importing this module fills `FUNCTIONS` and `OPS` of quantized_tensor.py; graphcomp imports it.
+Importing this module fills `FUNCTIONS` and `OPS` of quantized_tensor.py, which imports it.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from graphcomp.errors import PlanError
 from graphcomp.quantization.handles import handle_of, held_floats, held_product, held_rows
 from graphcomp.quantization.held import Held
 from graphcomp.quantization.operand import Operand
+from graphcomp.quantization.pickled import weight_again
 from graphcomp.quantization.stored import Affine
 from graphcomp.torch_compat import (
     make_wrapper,
@@ -196,7 +197,11 @@ class QuantizedTensor(Tensor):
             "limits": own.limits,
             "operand": levels,
         }
-        return _again, ((own.packed, own.scale, own.zero_point, own.groups), facts, isinstance(self, nn.Parameter))
+        return weight_again, (
+            (own.packed, own.scale, own.zero_point, own.groups),
+            facts,
+            isinstance(self, nn.Parameter),
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
         if id(self) not in memo:
@@ -235,7 +240,7 @@ class QuantizedTensor(Tensor):
         return func(*floats[0], **floats[1])
 
 
-def _again(parts: tuple[Tensor, Tensor, Tensor, Tensor | None], facts: dict[str, Any], parameter: bool) -> Tensor:
+def made_again(parts: tuple[Tensor, Tensor, Tensor, Tensor | None], facts: dict[str, Any], parameter: bool) -> Tensor:
     """Return a tensor that was pickled.
 
     Raises:
@@ -249,4 +254,4 @@ def _again(parts: tuple[Tensor, Tensor, Tensor, Tensor | None], facts: dict[str,
     return nn.Parameter(found, requires_grad=False) if parameter else found
 
 
-torch.serialization.add_safe_globals([_again])  # torch.load(weights_only=True): `_again` checks what it is given
+import graphcomp.quantization.quantized_functions  # noqa: E402, F401  (fills FUNCTIONS and OPS with the class)
