@@ -341,3 +341,25 @@ def test_constants_have_no_ranges_at_run_time() -> None:
 def test_training_from_ranges_at_run_time_is_refused() -> None:
     with pytest.raises(gc.PlanError, match="cannot be trained"):
         gc.prepare(block(), X, quantization=gc.PostTraining(QuantConfig(activations=DYNAMIC)))
+
+
+# ------------------------------------------------------------------------------------------------ not finite, and large
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_row_that_is_not_finite_spoils_itself_alone(per_token: bool) -> None:
+    weight, scale = torch.randint(-127, 128, (5, 8), dtype=torch.int8), torch.rand(5) + 0.1
+    x = torch.randn(3, 4, 8)
+    clean = x.clone()
+    x[1, 2, 3], x[2, 0, 0] = torch.nan, torch.inf
+    clean[1, 2], clean[2, 0] = 0, 0
+    found, wanted = (
+        matmul_dynamic(*quantize_dynamic(t, per_token), weight, scale, None, True, per_token) for t in (x, clean)
+    )
+    spoilt = torch.zeros(3, 4, dtype=torch.bool)
+    spoilt[1, 2] = spoilt[2, 0] = True
+    assert not found[spoilt].isfinite().any() and torch.allclose(found[~spoilt], wanted[~spoilt], rtol=1e-5)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_range_as_wide_as_float32_is_finite(per_token: bool) -> None:
+    scale, zero = levels(torch.tensor([[3e38, -3e38, 1.0]]), per_token)
+    assert bool(scale.isfinite().all()) and float(zero) in (127, 128)
