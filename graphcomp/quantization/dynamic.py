@@ -10,6 +10,7 @@ torch's int8 kernel. ONNX has both ops: DynamicQuantizeLinear and MatMulInteger,
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -127,8 +128,7 @@ def _symmetric(rows: Tensor, matrix: Tensor) -> Tensor:
     """Return the sums of `integer_products` for a zero point of 128, which is 0 of the kernel's signed codes."""
     if rows.device.type != "cpu":
         return integer_products(rows, rows.new_full((), MIDDLE), matrix)
-    found: Tensor = int_mm(rows.bitwise_xor(MIDDLE).view(torch.int8), matrix)
-    return found
+    return integer_sums(rows.bitwise_xor(MIDDLE).view(torch.int8), matrix)
 
 
 def integer_products(rows: Tensor, zero_point: Tensor, matrix: Tensor) -> Tensor:
@@ -144,8 +144,39 @@ def integer_products(rows: Tensor, zero_point: Tensor, matrix: Tensor) -> Tensor
     # torch's kernel multiplies signed codes, so that all move by 128; a row of ones gives the sums of the columns, by
     # which the zero point is made up for
     signed = torch.cat([rows.bitwise_xor(MIDDLE).view(torch.int8), rows.new_ones(1, rows.shape[1], dtype=torch.int8)])
-    sums = int_mm(signed, matrix)
+    sums = integer_sums(signed, matrix)
     return sums[:-1].add_((MIDDLE - zero_point.to(torch.int32)) * sums[-1])
+
+
+def integer_sums(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Return (n, o) int32, the exact sums of products of codes (n, i) and (i, o), int8, on a CPU.
+
+    CPUs without VNNI add two products in 16 bits, which saturate: there products are computed in floats, as many inputs
+    at a time as float32 holds the sums of.
+    """
+    if not kernel_saturates():
+        found: Tensor = int_mm(rows, matrix)
+        return found
+    sums = rows.new_zeros(rows.shape[0], matrix.shape[1], dtype=torch.int32)
+    for first in range(0, rows.shape[1], EXACT_INPUTS):
+        part = slice(first, first + EXACT_INPUTS)
+        sums += (rows[:, part].float() @ matrix[part].float()).to(torch.int32)
+    return sums
+
+
+EXACT_INPUTS = 2**24 // MIDDLE**2
+"""Most inputs whose products of codes float32 adds exactly."""
+
+
+@cache
+def kernel_saturates() -> bool:
+    """Return whether torch's int8 kernel gives wrong sums of large codes on this CPU."""
+    rows = torch.full((2, 64), MIDDLE - 1, dtype=torch.int8)
+    rows[1] = -MIDDLE
+    matrix = torch.full((64, 2), MIDDLE - 1, dtype=torch.int8)
+    matrix[:, 1] = 1 - MIDDLE
+    wanted = rows.long() @ matrix.long()
+    return not torch.equal(int_mm(rows, matrix).long(), wanted)
 
 
 def _quantized_shapes(x: Tensor, per_token: bool) -> tuple[Tensor, Tensor, Tensor]:

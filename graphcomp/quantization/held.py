@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from graphcomp.quantization import ops
-from graphcomp.quantization.dynamic import MIDDLE
+from graphcomp.quantization.dynamic import MIDDLE, integer_sums
 from graphcomp.quantization.operand import Operand
 from graphcomp.quantization.products import Product, product_of
 from graphcomp.quantization.stored import Affine, stored_bits
-from graphcomp.torch_compat import int_mm
 
 KEPT_FLOAT = 2**18
 """Elements up to which floats are kept beside the codes once a product has read the weight: 1 MiB of float32. A product
@@ -186,7 +185,7 @@ class Held:
             floats = self.dequantize(rows.dtype)
             exact: Tensor = whole @ (floats.t() if turned else floats)
             return exact
-        sums: Tensor = int_mm(signed, codes.t() if turned else codes)
+        sums = integer_sums(signed, codes.t() if turned else codes)
         if zero != MIDDLE:
             if self.sums is None:
                 self.sums = codes.sum(1 if turned else 0, dtype=torch.int32)

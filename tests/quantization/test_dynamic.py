@@ -363,3 +363,13 @@ def test_a_row_that_is_not_finite_spoils_itself_alone(per_token: bool) -> None:
 def test_a_range_as_wide_as_float32_is_finite(per_token: bool) -> None:
     scale, zero = levels(torch.tensor([[3e38, -3e38, 1.0]]), per_token)
     assert bool(scale.isfinite().all()) and float(zero) in (127, 128)
+
+
+@pytest.mark.parametrize("saturates", [False, True])
+def test_sums_are_exact_where_the_kernel_saturates_too(saturates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if saturates:
+        monkeypatch.setattr(dynamic, "kernel_saturates", lambda: True)
+    rows, matrix = torch.full((3, 3000), -128, dtype=torch.int8), torch.full((3000, 5), 127, dtype=torch.int8)
+    rows[1], matrix[:, 2] = 127, -127
+    rows[2] = torch.randint(-128, 128, (3000,), dtype=torch.int8)
+    assert torch.equal(dynamic.integer_sums(rows, matrix).long(), rows.long() @ matrix.long())
