@@ -134,11 +134,9 @@ class Held:
             pick: from a tensor of the weight's first dim to one of the indices picked, their dims first.
         """
         own = self.shape[1:]
-        if not self.stays and self.given is None:
-            self.keep_codes()
-        if self.given is None or not self.shape or self.shape[0] == 0:
+        if not self.shape or self.shape[0] == 0:
             return None
-        given, packs = self.given, self.bits in ops.PACKED_BITS
+        given, packs = self.packed, self.bits in ops.PACKED_BITS
         if packs and own.numel() * self.bits % 8:
             return None
         chosen = pick(given.reshape(self.shape[0], -1))
