@@ -71,7 +71,11 @@ def by_torch_pruning(name: str, by_hand: bool = False) -> dict[str, Any]:
     model, inputs = built(name)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # its graph cannot be built with a cache
-    options = {"num_heads": heads_of(model), "prune_num_heads": True, "head_pruning_ratio": RATIO} if by_hand else {}
+    options = (
+        {"num_heads": heads_of(model), "prune_num_heads": True, "prune_head_dims": False, "head_pruning_ratio": RATIO}
+        if by_hand
+        else {}
+    )
     correct = partial(corrected, model) if by_hand else (lambda pruner: None)
     found = torch_pruning(common.shared_module("zoo.py"), model, (), dict(inputs), options, correct)
     row = {
