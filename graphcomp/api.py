@@ -908,7 +908,8 @@ def trim_vocabulary(
 
     An id map (one integer per id) stands in front of the embedding: the copy takes the ids of the old tokenizer. The
     outputs are bit-equal on all texts of the kept ids; logits of a head that is cut, a product of another shape, are
-    equal up to rounding.
+    equal up to rounding, and -inf for ids that are gone. A loss or a perplexity of these logits is one over the kept
+    ids alone, and so lower; it is inf for a label that is gone.
 
         ids = [tokenizer(text)["input_ids"] for text in texts]
         small = graphcomp.trim_vocabulary(model, ids, example_inputs)

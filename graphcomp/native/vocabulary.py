@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graphcomp.errors import PlanError
 from graphcomp.ir.graph import assign
 from graphcomp.ir.module import copied, tensor_names
 from graphcomp.native.model import Edit, NativeResult
@@ -23,6 +24,28 @@ class Trimmed:
     """
 
     vocabulary: int
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute.
+
+        Raises:
+            PlanError: another number of ids, which the map from ids to rows does not know.
+        """
+        if name in ("num_embeddings", "out_features") and "vocabulary" in vars(self):
+            raise PlanError(
+                f"a {type(self).__name__} cannot get another number of rows",
+                why="the map from ids to rows is of the vocabulary that was trimmed; the model is half resized now",
+                fix="resize_token_embeddings of the whole model, and trim_vocabulary of that",
+            )
+        super().__setattr__(name, value)
+
+
+def refused(error: IndexError, vocabulary: int) -> IndexError:
+    """Return the error of an id without a row."""
+    return IndexError(
+        f"an id has no row: the vocabulary of {vocabulary} ids was trimmed, and only ids that stay have rows; "
+        f"unknown= of trim_vocabulary reads all others as one ({error})"
+    )
 
 
 class OldIds(Trimmed):
@@ -42,7 +65,10 @@ class OldIds(Trimmed):
         Raises:
             IndexError: an id has no row.
         """
-        return super().forward(self.rows[ids.long()], *args, **kwargs)  # type: ignore[misc]
+        try:
+            return super().forward(self.rows[ids.long()], *args, **kwargs)  # type: ignore[misc]
+        except IndexError as error:
+            raise refused(error, self.vocabulary) from error
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A class that is made at run time has no name to be found by."""
@@ -94,10 +120,13 @@ class TrimmedEmbedding(Trimmed, nn.Embedding):
         Raises:
             IndexError: an id has no row.
         """
-        return F.embedding(
-            self.rows[ids.long()], self.weight, self.padding_row, self.max_norm, self.norm_type,
-            self.scale_grad_by_freq, self.sparse,
-        )  # fmt: skip
+        try:
+            return F.embedding(
+                self.rows[ids.long()], self.weight, self.padding_row, self.max_norm, self.norm_type,
+                self.scale_grad_by_freq, self.sparse,
+            )  # fmt: skip
+        except IndexError as error:
+            raise refused(error, self.vocabulary) from error
 
     def extra_repr(self) -> str:
         """As torch's, with the number of ids."""

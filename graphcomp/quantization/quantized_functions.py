@@ -180,6 +180,21 @@ def _with_rows(tensor: QuantizedTensor, floats: Tensor) -> QuantizedTensor:
     return QuantizedTensor(replace(grid, values=torch.cat([own.values[:n], added])), tensor.dtype, tensor.operand)
 
 
+def _set_items(tensor: Any, index: Any, value: Any) -> Any:
+    """Refuse `weight[index] = value`: what `index` picks are floats made of the codes, and would be forgotten."""
+    if not isinstance(tensor, QuantizedTensor):
+        return NotImplemented
+    raise _cannot_be_written("an assignment to an index")
+
+
+def _cannot_be_written(what: object) -> PlanError:
+    return PlanError(
+        f"{what} writes into a weight of integers",
+        why="codes and scales stand for the floats, and no op changes them",
+        fix="weight.dequantize() makes floats; graphcomp.compress(model, …) makes integers of floats again",
+    )
+
+
 def _cannot_take(tensor: QuantizedTensor, source: Any) -> PlanError:
     return PlanError(
         f"a weight of integers, {tuple(tensor.shape)}, cannot take the values of floats, {tuple(source.shape)}",
@@ -202,6 +217,7 @@ FUNCTIONS |= {
     Tensor.is_shared: lambda tensor: tensor.scale.is_shared(),
     Tensor.element_size: _element_size,
     Tensor.nbytes.__get__: _bytes,  # type: ignore[attr-defined]  # a getter of C
+    Tensor.__setitem__: _set_items,
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     Tensor.requires_grad_: _requires_grad,
     Tensor.requires_grad.__set__: _requires_grad,  # type: ignore[attr-defined]
@@ -334,11 +350,7 @@ def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         written = argument.alias_info is not None and argument.alias_info.is_write
         given = args[k] if k < len(args) else kwargs.get(argument.name)
         if written and isinstance(given, QuantizedTensor):
-            raise PlanError(
-                f"{func} writes into a weight of integers",
-                why="codes and scales stand for the floats, and no op changes them",
-                fix="weight.dequantize() makes floats; graphcomp.compress(model, …) makes integers of floats again",
-            )
+            raise _cannot_be_written(func)
 
 
 def _check(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

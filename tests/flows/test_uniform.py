@@ -50,7 +50,11 @@ def test_alike_layers_keep_equally_many_units():
 
 @pytest.mark.parametrize(
     ("options", "why"),
-    [({"scope": "wide"}, "whole model's"), ({"bits": 8}, "integer weights"), ({"saliency": "zeros"}, "zero already")],
+    [
+        ({"scope": "wide"}, "whole model's"),
+        ({"bits": 8}, "integers stand in a section"),
+        ({"saliency": "zeros"}, "zero already"),
+    ],
 )
 def test_what_a_config_cannot_say_is_refused(options, why):
     with pytest.raises(gc.PlanError, match=why):

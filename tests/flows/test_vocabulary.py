@@ -381,8 +381,10 @@ def test_an_embedding_with_a_forward_of_its_own_keeps_it(tmp_path: Path) -> None
     }
     for name, again in copies.items():
         assert torch.equal(again(**given).logits, after), name
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match="an id has no row"):
         small.module(input_ids=ids + 20, decoder_input_ids=ids)
+    with pytest.raises(PlanError, match="another number of rows"):
+        small.module.resize_token_embeddings(60)
 
 
 @pytest.mark.parametrize("form", in_ci("encoder-decoder"))
