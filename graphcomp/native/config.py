@@ -123,8 +123,8 @@ def partial_edits(model: nn.Module, old: int, new: int) -> tuple[ConfigEdit, ...
         old, new: the length before and after the cut.
 
     Returns:
-        Entries that each make some lengths right and none wrong; none where no entry says the length, or where class
-        and config refuse it.
+        Entries that each make some lengths right and change no other; none where no entry says the length, where
+        another length goes with it, or where class and config refuse it.
     """
     config, wanted = config_of(model), shapes_of(model)
     wrong = _wrong(type(model), config, wanted)
@@ -134,7 +134,7 @@ def partial_edits(model: nn.Module, old: int, new: int) -> tuple[ConfigEdit, ...
     for edit in _exact(config, {key: pair for key, pair in wrong.items() if pair == (old, new)}):
         changed = edited(config, (edit,))
         left = _wrong(type(model), changed, wanted)
-        if left is not None and left.keys() < wrong.keys():
+        if left is not None and left.items() < wrong.items():
             config, wrong = changed, left
             found.append(edit)
     return tuple(found)

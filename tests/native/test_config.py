@@ -9,7 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from graphcomp.native.config import ConfigEdit, config_edits, config_of, edited, follow_config, shapes_of
+from graphcomp.native.config import (
+    ConfigEdit,
+    as_read,
+    config_edits,
+    config_of,
+    edited,
+    entry_of,
+    follow_config,
+    partial_edits,
+    shapes_of,
+)
 
 
 class Config:
@@ -102,3 +112,46 @@ def test_a_model_follows_its_config():
     assert shared.keys == before["keys"] and shared.part.inner == before["part"].inner
     assert not follow_config(model, Config(Config()))
     assert model.config.keys == 1 and torch.is_tensor(model.qkv.weight)
+
+
+def with_inner(up: int, down: int) -> Model:
+    """A model whose feed-forward layers are cut, and whose config does not say so."""
+    model = Model(Config())
+    model.up, model.down = nn.Linear(8, 2 * up), nn.Linear(down, 8)
+    return model
+
+
+def test_an_entry_is_taken_where_all_lengths_that_it_stands_for_are_so():
+    assert partial_edits(with_inner(7, 7), 12, 7) == (ConfigEdit("", "inner", 7),)
+    assert partial_edits(with_inner(9, 7), 12, 7) == ()  # another layer is cut to 9, and would be built with 7
+    assert partial_edits(with_inner(12, 7), 12, 7) == ()
+    assert partial_edits(Model(Config()), 12, 7) == ()
+    cut_beside = with_inner(7, 7)
+    cut_beside.out = nn.Linear(6, 8)
+    assert partial_edits(cut_beside, 12, 7) == (ConfigEdit("", "inner", 7),)
+
+
+def test_one_entry_that_is_the_length():
+    shapes = shapes_of(Model(Config(width=5)))
+    assert entry_of(Model(Config()), shapes) == ConfigEdit("", "width", 5)
+    assert entry_of(Model(Config()), shapes_of(Model(Config()))) is None
+    assert entry_of(Model(Config()), shapes_of(Model(Config(heads=2)))) is None
+
+
+class Scaled(Model):
+    """A model with a scale that no file holds, and a number of a module of its own."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.register_buffer("scale", torch.tensor(config.width**0.5), persistent=False)
+
+
+def test_a_reader_builds_what_no_file_holds_from_the_config():
+    model = Scaled(Config())
+    model.groups = 9
+    model.config = Config(width=16)
+    read = as_read(model)
+    assert read is not None and read.qkv.weight is model.qkv.weight and read.groups == 9
+    assert float(read.scale) == 4.0 and float(model.scale) < 3
+    model.extra = nn.Linear(2, 2)
+    assert as_read(model) is None
