@@ -107,6 +107,15 @@ def section(title: str, body: str) -> None:
     print(f"\n### {title}\n\n{body}", flush=True)
 
 
+def cell(value: Any, digits: int = 3) -> str:
+    """Return a value as a cell of a table."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+
 def percent(ratio: float, digits: int = 1) -> str:
     """0.5 as '50.0 %'."""
     return f"{100 * ratio:.{digits}f} %"

@@ -51,19 +51,12 @@ def main() -> int:
         for title, cut in CUTS.items():
             found = bounded(cut, name, seconds=options.seconds)
             row = found.value or {"ended": False, "failure": found.error}
-            body.append([name, title, *(shown(row.get(column)) for column in COLUMNS), row.get("failure", "")[:90]])
+            body.append(
+                [name, title, *(common.cell(row.get(column), 2) for column in COLUMNS), row.get("failure", "")[:90]]
+            )
             print(*body[-1], flush=True)
     section("transformers", table(["family", "by", *COLUMNS, "failure"], body))
     return 0
-
-
-def shown(value: Any) -> str:
-    """Return one cell."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "NO"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def by_torch_pruning(name: str, by_hand: bool = False) -> dict[str, Any]:

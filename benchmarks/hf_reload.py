@@ -192,7 +192,9 @@ def main() -> int:
     print(f"{'':18}" + "".join(f"{column:>9}" for column in COLUMNS))
     for name, row in rows.items():
         print(
-            f"{name:18}" + "".join(f"{shown(row.get(column)):>9}" for column in COLUMNS) + f"  {row.get('error', '')}"
+            f"{name:18}"
+            + "".join(f"{common.cell(row.get(column)):>9}" for column in COLUMNS)
+            + f"  {row.get('error', '')}"
         )
     if done.returncode:
         print(done.stderr[-2000:])
@@ -204,15 +206,6 @@ def main() -> int:
 def plain(name: str) -> str:
     """Return a family's name as a folder's."""
     return name.replace("/", "_")
-
-
-def shown(value: Any) -> str:
-    """Return one cell."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "NO"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def as_read(model: nn.Module) -> nn.Module | None:
         In eval mode, sharing the model's tensors. None where the class builds other names, or a tensor without values.
     """
     try:
-        with _EmptyOnMeta():
+        with _EmptyOnMeta(), torch.random.fork_rng():
             built = type(model)(copy.deepcopy(config_of(model)))
     except Exception:  # of the user's code
         return None
