@@ -136,6 +136,9 @@ FAMILIES: dict[str, Case] = {
     "group norm without affine": lambda: image(part, part=nn.GroupNorm(4, 12, affine=False)),
     "group norm written out": lambda: image(written_out_group_norm, scale=parameter(12)),
     "layer norm": lambda: sequence(part, part=nn.LayerNorm(12)),
+    "layer norm of an image, then a view": lambda: image(
+        lambda m, x: m.part(x.permute(0, 2, 3, 1)).view(x.shape[0], 8, -1).unflatten(2, (8, -1)).permute(0, 3, 1, 2),
+        part=nn.LayerNorm(12)),
     "layer norm without affine": lambda: sequence(through(F.layer_norm, (12,))),
     "layer norm over two dims": lambda: sequence(part, part=nn.LayerNorm((6, 12))),
     "layer norm written out": lambda: sequence(

@@ -27,6 +27,7 @@ from graphcomp.coupling.axis import (
     normal,
 )
 from graphcomp.coupling.propagate import Coupling
+from graphcomp.coupling.strides import axes_in_strides
 from graphcomp.ir.graph import argument_at, bind, source_line
 from graphcomp.ops.call import Call
 
@@ -210,7 +211,8 @@ def _multiples(coupling: Coupling) -> dict[Factor, tuple[int, str]]:
     """Factor -> the number that its count of units must be a multiple of, and the op that says so."""
     found: dict[Factor, tuple[int, str]] = {}
     for node, call in coupling.calls.items():
-        for axis, multiple in call.multiples:
+        strides = axes_in_strides(coupling, node.all_input_nodes[0]) if call.strides > 1 else ()
+        for axis, multiple in (*call.multiples, *((axis, call.strides) for axis in strides)):
             for factor, own in steps(normal(axis), multiple):
                 before, why = found.get(factor, (1, f"{node.target}, {source_line(node)}"))
                 found[factor] = math.lcm(before, own), why

@@ -53,6 +53,8 @@ class Call:
     """argument -> the value that an implied constant had before any cut."""
     multiples: list[tuple[Axis, int]] = field(default_factory=list)
     """axes whose lengths must be multiples of a number"""
+    strides: int = 1
+    """of what the strides of the operand must be multiples, but for the last dim's"""
     residual: bool = False  # the op adds a branch to the stream it left
 
     @property

@@ -1,7 +1,7 @@
 """Ops that take statistics, with some indices left out: what they would give had the masked units never existed.
 
 Each function takes a 0/1 `mask` that broadcasts with the input, then the op's own arguments. A mask dim is longer
-than 1 only where the op reduces.
+than 1 only where the op reduces. A result stands in memory as that of the op, since views that follow need the layout.
 """
 
 from __future__ import annotations
@@ -25,6 +25,14 @@ def _dims(dim: Any, rank: int) -> list[int]:
 def _share(mask: Tensor) -> Tensor:
     """Fraction of the indices that count, as a scalar; never 0, so that no masked unit turns into NaN."""
     return mask.sum().clamp(min=1) / mask.numel()
+
+
+def _as_suggested(result: Tensor, input: Tensor) -> Tensor:
+    """Return `result` with channels last where the input has them so, else contiguous: as torch allocates outputs."""
+    for rank, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if input.dim() == rank and not input.is_contiguous() and input.is_contiguous(memory_format=layout):
+            return result.contiguous(memory_format=layout)
+    return result.contiguous()
 
 
 def mean(
@@ -139,7 +147,7 @@ def native_layer_norm(
     dims = list(range(input.dim() - len(normalized_shape), input.dim()))
     centre = mean(mask, input, dims, True)
     scale = torch.rsqrt(var(mask, input, dims, 0, True) + eps)
-    return _affine((input - centre) * scale, weight, bias), centre, scale
+    return _affine((input - centre) * scale, weight, bias).contiguous(), centre, scale
 
 
 def rms_norm(
@@ -160,7 +168,7 @@ def _fused_rms_norm(
     dims = list(range(input.dim() - len(normalized_shape), input.dim()))
     eps = torch.finfo(input.dtype).eps if eps is None else eps
     scale = torch.rsqrt(mean(mask, input.square(), dims, True) + eps)
-    return _affine(input * scale, weight, None), scale
+    return _as_suggested(_affine(input * scale, weight, None), input), scale
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -181,7 +189,7 @@ def batch_norm(
     cudnn_enabled: bool,
 ) -> Tensor:
     """Standardize a weight (1, c, …): mean and variance of each channel over the kept indices of all other dims."""
-    return _per_channel(mask, input, [0, *range(2, input.dim())], weight, bias, eps)
+    return _as_suggested(_per_channel(mask, input, [0, *range(2, input.dim())], weight, bias, eps), input)
 
 
 def instance_norm(
@@ -197,7 +205,7 @@ def instance_norm(
     cudnn_enabled: bool,
 ) -> Tensor:
     """Standardize a weight (n, c, …): mean and variance of each channel of each n over the kept indices."""
-    return _per_channel(mask, input, list(range(2, input.dim())), weight, bias, eps)
+    return _per_channel(mask, input, list(range(2, input.dim())), weight, bias, eps).contiguous()
 
 
 def _per_channel(

@@ -24,7 +24,7 @@ from graphcomp.coupling.axis import (
 )
 from graphcomp.coupling.notation import broadcast
 from graphcomp.coupling.size import Size, divide
-from graphcomp.ir.graph import bind
+from graphcomp.ir.graph import bind, value
 from graphcomp.ops.call import Call
 from graphcomp.ops.facts import Move, Rescale, in_float, moves
 from graphcomp.ops.registry import op
@@ -532,8 +532,9 @@ def all_frozen(call: Call) -> list[Axes]:
 # ------------------------------------------------------------------------------------------------ elements re-read
 @op(aten.view_as_complex.default, facts=COMPLEX)
 def view_as_complex(self: Axes, *, call: Call) -> Axes:
-    """(..., 2) -> (...): real and imaginary part."""
+    """(..., 2) -> (...): real and imaginary part. Two floats are one number, wherever the number stands."""
     call.freeze(self[-1], "real and imaginary part")
+    call.strides = 2
     return self[:-1]
 
 
@@ -545,8 +546,10 @@ def view_as_real(self: Axes, *, call: Call) -> Axes:
 
 @op(aten.view.dtype, facts=in_float("the bytes of another dtype"))
 def view_dtype(self: Axes, *, call: Call) -> Axes:
-    """The same bytes as another dtype: of another width, the last dim is frozen."""
+    """The same bytes as another dtype: of another width, the last dim is frozen, and rows hold whole elements."""
     if tuple(map(length, self)) == call.shape:
         return self
+    before, after = value(bind(call.node)["self"]).element_size(), value(call.node).element_size()
+    call.strides = max(1, after // before)
     call.freeze(self[-1], "its bytes are read as another dtype")
     return _with(self, -1, fresh(call.shape[-1], call.why))

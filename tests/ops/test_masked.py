@@ -129,3 +129,47 @@ def test_every_form_takes_the_arguments_of_its_op(op: Any) -> None:
     parameters = dict(list(inspect.signature(FORMS[op]).parameters.items())[1:])
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     assert open_ended or names <= set(parameters), "the mask pass hands over every argument by its name"
+
+
+FURTHER: dict[Any, dict[str, Any]] = {
+    **{op: {"dim": [1]} for op in (
+        aten.mean.dim, aten.var.dim, aten.std.dim, aten.var_mean.dim, aten.std_mean.dim, aten.var.correction,
+        aten.std.correction, aten.var_mean.correction, aten.std_mean.correction, aten.amax.default,
+        aten.amin.default, aten.logsumexp.default)},
+    **{op: {"dim": 1} for op in (aten.max.dim, aten.min.dim, aten.aminmax.default)},
+    aten.layer_norm.default: {"normalized_shape": [4]},
+    aten.native_layer_norm.default: {"normalized_shape": [4], "weight": None, "bias": None, "eps": 1e-5},
+    aten.rms_norm.default: {"normalized_shape": [4]},
+    aten._fused_rms_norm.default: {"normalized_shape": [4], "weight": None, "eps": 1e-5},
+    aten.group_norm.default: {"num_groups": 2},
+    aten.native_group_norm.default: {"weight": None, "bias": None, "N": 2, "C": 6, "HxW": 20, "group": 2, "eps": 1e-5},
+    aten.batch_norm.default: {
+        "weight": None, "bias": None, "running_mean": None, "running_var": None, "training": True, "momentum": 0.0,
+        "eps": 1e-5, "cudnn_enabled": False,
+    },
+    aten.instance_norm.default: {
+        "weight": None, "bias": None, "running_mean": None, "running_var": None, "use_input_stats": True,
+        "momentum": 0.0, "eps": 1e-5, "cudnn_enabled": False,
+    },
+}  # fmt: skip
+"""Op -> arguments beside the input (2, 6, 5, 4)."""
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (1, 0, 3, 2), (3, 2, 1, 0)], ids=str)
+@pytest.mark.parametrize("op", FORMS, ids=str)
+def test_results_stand_in_memory_as_those_of_the_op(op: Any, order: tuple[int, ...]) -> None:
+    """A view that follows the op in the graph needs the layout that the op gives."""
+    sizes = [(2, 6, 5, 4)[d] for d in order]
+    value = torch.randn(sizes).permute([order.index(d) for d in range(4)])
+    if op is aten.native_group_norm.default and order not in ((0, 1, 2, 3), (0, 2, 3, 1)):
+        pytest.skip("the op refuses other layouts itself")
+    name = op._schema.arguments[0].name
+    wanted = pytree.tree_leaves(op(**{name: value}, **FURTHER.get(op, {})))
+    dims = [1, 1, 1, 4] if "normalized_shape" in FURTHER.get(op, {}) else [1, 6, 1, 1]
+    found = pytree.tree_leaves(FORMS[op](torch.ones(dims), **{name: value}, **FURTHER.get(op, {})))
+    assert [_in_memory(t) for t in found] == [_in_memory(t) for t in wanted]
+
+
+def _in_memory(tensor: Tensor) -> list[tuple[int, int]]:
+    """Return length and stride of the dims that are longer than 1."""
+    return [(n, step) for n, step in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]

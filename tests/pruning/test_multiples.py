@@ -152,3 +152,57 @@ def test_zeros_leave_whole_groups():
 def test_without_groups_widths_are_free():
     small = gc.compress(mlp().eval(), torch.randn(4, 32), sparsity=0.3, bits=4, activation_bits=None)
     assert sum(len(dims[0]) for name, dims in small.kept.items() if name.endswith("weight") and 0 in dims) == 106
+
+
+# ------------------------------------------------------------------------------------------------ elements re-read
+class Rotary(nn.Module):
+    """Two heads of 6 dims beside 4 dims that turn: complex numbers, in a slice of what the projection makes."""
+
+    def __init__(self, first: int = 6) -> None:
+        super().__init__()
+        self.first = first
+        self.q, self.k = nn.Linear(16, 2 * (first + 4)), nn.Linear(16, 2 * first)
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, t, 16) -> (n, 2, t, t), (n, 2, t, 3)."""
+        q = self.q(x).view(*x.shape[:2], 2, -1).transpose(1, 2)
+        k = self.k(x).view(*x.shape[:2], 2, -1).transpose(1, 2)
+        plain, turning = torch.split(q, [self.first, 4], -1)
+        numbers = torch.view_as_complex(turning.float().reshape(*turning.shape[:-1], -1, 2))
+        return plain @ k.mT, self.out(torch.view_as_real(numbers * numbers.abs()).flatten(3))
+
+
+@pytest.mark.parametrize(("sparsity", "left"), [(0.5, 4), (0.7, 2)])
+def test_what_stands_before_complex_numbers_goes_in_pairs(sparsity: float, left: int) -> None:
+    """Of 6 units, 3 would leave rows of 7 numbers: no complex number begins at each."""
+    x, model = torch.randn(2, 5, 16), Rotary().eval()
+    small = gc.compress(model, x, sparsity=sparsity, prune=("head_dim",), progress=False)
+    assert small.form == "native"
+    assert small.module.k.weight.shape[0] == 2 * left
+    assert any("view_as_complex" in note and "a multiple of 2" in note for note in small.report.notes) or left == 2
+    assert small.report.verified
+    again = gc.compress(small.module, x, sparsity=0.4, prune=("head_dim",), progress=False)
+    assert again.module.k.weight.shape[0] in (4, 2 * left)
+
+
+class Bytes(nn.Module):
+    """Pairs of halves read as floats, behind a part that is left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, 8) -> (n, 3), (n, 2)."""
+        h = self.up(x).half()
+        return self.down(h[:, :8].float()), h[:, 8:].view(torch.float32)
+
+
+def test_what_stands_before_re_read_bytes_goes_in_whole_elements() -> None:
+    model, x = Bytes().eval(), torch.randn(4, 8)
+    (group,) = gc.analyze(model, x).groups
+    assert (group.size, group.multiple) == (8, 2)
+    small = gc.compress(model, x, sparsity=0.375, progress=False)  # 3 of 8
+    assert len(small.kept["down.weight"][1]) == 6
+    assert small.report.verified
