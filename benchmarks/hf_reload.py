@@ -4,12 +4,15 @@
     python -m benchmarks.hf_reload --sparsity 0.5 --ranking local --families llama,bert
     python -m benchmarks.hf_reload --sparsity 0.5 --prune layer       # depth; what is loaded is cut in width then
     python -m benchmarks.hf_reload --prune vocabulary                 # the ids of the inputs alone, likewise
+    python -m benchmarks.hf_reload --bits 8 --out int8.jsonl          # weights of 8 bits on disk; rows kept as JSON
 
-The families are those of the shared folder: small models with random weights. One process cuts and writes, a second
+The families are those of `benchmarks.hf`: small models with random weights. One process cuts and writes, a second
 one, which imports graphcomp alone, reads. Columns: whether the class stayed; parameters left; size of the section in
 config.json in bytes; whether the loaded model's outputs equal those of the model that was written bit for bit; tokens
 of `generate`, likewise; outputs and section after a second round trip; outputs of a base model (AutoModel) that read
-the folder; whether the loaded model is compressed, written and read again.
+the folder; whether the loaded model is compressed, written and read again. With bits the model that is written is
+compared with its own weights in floats, too (column "floats": outputs within 1 % and tokens of `generate`), and what
+was read is not cut again.
 
 The exit code is 1 where a model that was written does not come back equal.
 """
@@ -17,12 +20,13 @@ The exit code is 1 where a model that was written does not come back equal.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +34,18 @@ import torch
 from torch import Tensor, nn
 
 import graphcomp as gc
-from benchmarks import common
+from benchmarks import common, hf_models
+from benchmarks.hf import difference
+from graphcomp.quantization.quantized_tensor import QuantizedTensor
 
 TOKENS = 4
 """New tokens of `generate`."""
+ALLOWED = 0.01
+"""Largest relative difference of outputs between weights of few bits and the same weights in floats."""
+AT_ONCE = 12
+"""Families that one process reads, so that an interrupted run keeps the rows before."""
 
-COLUMNS = ("cut", "left", "section", "equal", "generate", "twice", "base", "again")
+COLUMNS = ("cut", "left", "section", "floats", "equal", "generate", "twice", "base", "again")
 
 
 def tensors(output: Any) -> list[Tensor]:
@@ -71,7 +81,10 @@ def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
 
 def write(name: str, folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """Cut one family and write the model, with its inputs and outputs beside the folder."""
-    model, inputs = common.shared_module("hf_families.py").build(name)
+    try:
+        model, inputs = hf_models.build(name)
+    except hf_models.Absent as error:
+        return {"cut": f"left out: {error}"}
     before = sum(p.numel() for p in model.parameters())
     try:
         small = cut(model, inputs, options)
@@ -82,6 +95,8 @@ def write(name: str, folder: Path, options: Mapping[str, Any]) -> dict[str, Any]
     made = small.module
     row: dict[str, Any] = {"cut": "class", "left": sum(p.numel() for p in made.parameters()) / before}
     outputs, generated = run(made, inputs), tokens(made, inputs)
+    if "bits" in options:
+        row |= {"generates": generated is not None, "floats": like_floats(made, inputs, outputs, generated)}
     try:
         made.save_pretrained(folder)
     except gc.CheckpointError as error:
@@ -90,6 +105,22 @@ def write(name: str, folder: Path, options: Mapping[str, Any]) -> dict[str, Any]
     row["section"] = 0 if section is None else len(json.dumps(section, indent=2))
     torch.save((type(made).__name__, inputs, outputs, generated), folder / "expected.pt")
     return row
+
+
+def like_floats(model: nn.Module, inputs: Mapping[str, Any], outputs: list[Tensor], generated: Tensor | None) -> Any:
+    """Return True where a model computes what its weights of few bits, written as floats, do; else what differs."""
+    floats, made = copy.deepcopy(model), dict[int, nn.Parameter]()
+    for module in list(floats.modules()):
+        for name, held in list(module._parameters.items()):
+            if isinstance(held, QuantizedTensor):
+                made.setdefault(id(held), nn.Parameter(held.dequantize(), requires_grad=False))
+                module._parameters[name] = made[id(held)]
+    if not made:
+        return "no weight of few bits"
+    why = difference(run(floats, inputs), outputs, ALLOWED)
+    if not why and generated is not None and not torch.equal(tokens(floats, inputs), generated):
+        why = "other tokens"
+    return why or True
 
 
 def cut(model: nn.Module, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> gc.CompressedModel:
@@ -118,6 +149,8 @@ def read(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     texts = [json.loads((place / "config.json").read_text()) for place in (folder, folder / "twice")]
     row["twice"] = row["twice"] and texts[0].get("quantization_config") == texts[1].get("quantization_config")
     row["base"] = base(folder, model)
+    if "bits" in options:
+        return row
     return row | attempt(cut_again, model, inputs, folder, options)
 
 
@@ -160,46 +193,62 @@ def main() -> int:
     parser.add_argument("--sparsity", type=float, default=0.3)
     parser.add_argument("--ranking", default="")
     parser.add_argument("--prune", default="")
+    parser.add_argument("--bits", type=int, help="bits of the weights that are written; floats by default")
     parser.add_argument("--uniform", action="store_true")
-    parser.add_argument(
-        "--folder", type=Path, default=None, help="where folders are written; a temporary one by default"
-    )
-    parser.add_argument(
-        "--read", action="store_true", help="read what another process wrote (this program does so itself)"
-    )
+    parser.add_argument("--out", type=Path, help="a file of JSON lines; families in it are not run again")
+    parser.add_argument("--read", type=Path, help="read what another process wrote there (this program does so itself)")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    common.shared_module("hf_families.py")
+    common.import_torchvision()
     options: dict[str, Any] = {"sparsity": asked.sparsity}
     options |= {"ranking": asked.ranking} if asked.ranking else {}
     options |= {"prune": tuple(asked.prune.split(","))} if asked.prune else {}
     options |= {"uniform": True} if asked.uniform else {}
+    options |= {"bits": asked.bits, "activation_bits": None} if asked.bits else {}
+    names = asked.families.split(",") if asked.families else list(hf_models.families())
     if asked.read:
-        for name in asked.families.split(","):
-            print(json.dumps({"name": name, **attempt(read, asked.folder / plain(name), options)}), flush=True)
+        for name in names:
+            print(json.dumps({"name": name, **attempt(read, asked.read / plain(name), options)}), flush=True)
         return 0
-    names = asked.families.split(",") if asked.families else list(common.shared_module("hf_families.py").FAMILIES)
+    print(common.header(), flush=True)
+    rows = {row["name"]: row for row in common.read_json(asked.out)} if asked.out else {}
+    left = [name for name in names if name not in rows]
+    for start in range(0, len(left), AT_ONCE):
+        for name, row in there_and_back(left[start : start + AT_ONCE], options).items():
+            rows[name] = {"name": name, **row}
+            common.append_json(asked.out, rows[name])
+    return report([rows[name] for name in names])
+
+
+def there_and_back(names: Sequence[str], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Cut and write families, and read them in another process; return their rows."""
     with tempfile.TemporaryDirectory() as temporary:
-        place = asked.folder or Path(temporary)
+        place = Path(temporary)
         rows = {name: attempt(write, name, place / plain(name), options) for name in names}
         written = [name for name in names if (place / plain(name) / "expected.pt").exists()]
-        command = [sys.executable, "-m", "benchmarks.hf_reload", "--read", "--folder", str(place), *sys.argv[1:]]
+        command = [sys.executable, "-m", "benchmarks.hf_reload", *sys.argv[1:], "--read", str(place)]
+        if not written:
+            return rows
         done = subprocess.run([*command, "--families", ",".join(written)], capture_output=True, text=True, check=False)
-    for line in done.stdout.splitlines():
-        row = json.loads(line)
+    for text in done.stdout.splitlines():
+        row = json.loads(text)
         rows[row.pop("name")] |= row
+    for name in written:
+        if done.returncode and "equal" not in rows[name]:
+            rows[name].setdefault("error", f"the process that reads ended: {done.stderr[-240:]}")
+    return rows
+
+
+def report(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Print a line for each family and the totals; return the exit code."""
     print(f"{'':18}" + "".join(f"{column:>9}" for column in COLUMNS))
-    for name, row in rows.items():
-        print(
-            f"{name:18}"
-            + "".join(f"{common.cell(row.get(column)):>9}" for column in COLUMNS)
-            + f"  {row.get('error', '')}"
-        )
-    if done.returncode:
-        print(done.stderr[-2000:])
-    good = [name for name in written if rows[name].get("equal") is True]
-    print(f"{len(good)} of {len(names)} come back bit for bit; {len(written)} were written")
+    for row in rows:
+        cells = "".join(f"{common.cell(row.get(column)):>9}" for column in COLUMNS)
+        print(f"{row['name']:18}{cells}  {row.get('error', '')}")
+    written = [row for row in rows if "section" in row]
+    good = [row for row in written if row.get("equal") is True]
+    print(f"{len(good)} of {len(rows)} come back bit for bit; {len(written)} were written")
     return int(len(good) != len(written))
 
 
