@@ -11,6 +11,7 @@ from graphcomp.methods.geta.method import Geta
 from graphcomp.methods.pqk import Pqk
 from graphcomp.methods.psgd import Psgd
 from graphcomp.methods.qat import Qat
+from graphcomp.methods.regularized import Regularized
 from graphcomp.methods.ternary import Ternary
 
 HESSO = Geta("hesso", quantizes=False, forgetting="uniform")
@@ -24,6 +25,7 @@ METHODS: dict[str, tuple[Method, ...]] = {
     "psgd": (Psgd(),),
     "pqk": (Pqk(),),
     "ternary": (Ternary(),),
+    "regularized": (Regularized(),),
 }
 """Each method as its stages, which share the steps of a training equally; "oneshot" trains in none."""
 

@@ -337,7 +337,7 @@ class NormScale:
 
     def __call__(self, evidence: Evidence) -> Scores:
         """(size,) per group, in the units of gamma."""
-        gammas = _norm_weights(evidence.analysis.coupling)
+        gammas = norm_weights(evidence.analysis.coupling)
         scaled = {g: [m for m in parameters(g) if m.name in gammas] for g in evidence.groups}
         scores = {g: self._of(g, members, evidence) for g, members in scaled.items() if members}
         return _filled(evidence, scores, self.fallback, "no normalisation scales", "bn_scale", "NormScale")
@@ -347,7 +347,7 @@ class NormScale:
         return total / per_unit(group, lambda name: torch.ones_like(evidence.weight(name)), members)
 
 
-def _norm_weights(coupling: Coupling) -> set[str]:
+def norm_weights(coupling: Coupling) -> set[str]:
     """Names of the parameters that norms scale by."""
     norms = (bind(node).get("weight") for node in coupling.graph.nodes if facts_of(node.target).norm)
     return {str(weight.target) for weight in norms if weight is not None and str(weight.target) in coupling.first_names}

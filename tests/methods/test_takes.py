@@ -62,6 +62,7 @@ BASE: dict[str, Any] = {
     "psgd": {"bits": 4},
     "pqk": {"bits": 4, "sparsity": 0.5},
     "ternary": {"bits": 2},
+    "regularized": {},
     "own": {},
 }
 
@@ -95,6 +96,7 @@ REFUSED = {
         "quantization",
     },
     "hesso": OPTIONS.keys() - UNITS - {"prefer_native"},
+    "regularized": OPTIONS.keys() - UNITS - {"prefer_native"},
     "qat": {"keep_class", *UNITS, "ranking", "rounds", "uniform", "activations"},
     "psgd": OPTIONS.keys() - {"prefer_native"},
     "pqk": {"keep_class", *UNITS, "ranking", "rounds", "uniform", "activations"},
