@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from graphcomp.methods.base import Goal, Method
 from graphcomp.methods.geta.units import trainable
+from graphcomp.methods.sizes import FLOAT_BYTES, bytes_within, quantized_parameters
 from graphcomp.methods.stages import last_quantizing
 from graphcomp.pruning.allocation import Budget, units_to_remove
 from graphcomp.pruning.shares import parts_of
 from graphcomp.quantization.sites import Site
-from graphcomp.report.report import Report
+from graphcomp.report.report import Change, Report
 from graphcomp.training.prepared import Prepared
 
 NAMED = 5
@@ -30,7 +31,7 @@ def unmet(stages: Sequence[Method], goals: Sequence[Goal], ready: Prepared, repo
     return (
         *_of_sparsity(goals[0], ready),
         *(_of_bits(goals[last], ready) if last >= 0 else ()),
-        *_of_budget(goals[0].budget, report),
+        *_of_budget(goals[0].budget, stages[0], ready, report),
     )
 
 
@@ -91,10 +92,15 @@ def _asked(goal: Goal) -> str:
     return str(goal.bits[0] if goal.bits[0] == goal.bits[1] else goal.bits)
 
 
-def _of_budget(budget: Budget | None, report: Report) -> Iterator[str]:
+def _of_budget(budget: Budget | None, stage: Method, ready: Prepared, report: Report) -> Iterator[str]:
+    """Compare each limit with the cost in the report; bytes by a convention with the codes (no list takes a budget)."""
     for name, asked in (budget.limits() if budget else {}).items():
-        cost = getattr(report, name)
+        cost, by = getattr(report, name), ""
         limit = asked * cost.before if isinstance(asked, float) and asked <= 1 else asked
+        if name == "bytes" and stage.convention is not None and budget is not None:
+            weights = sum(ready.get_parameter(own).numel() for own in quantized_parameters(ready))
+            cost = Change(FLOAT_BYTES * weights, report.sizes.get(stage.convention, cost.after))
+            limit, by = bytes_within(budget, weights), f" by {stage.convention}"
         if cost.after > limit:
-            got = f"{cost.after:,.0f} {name} of {cost.before:,.0f} ({cost.ratio:.1%})"
+            got = f"{cost.after:,.0f} {name}{by} of {cost.before:,.0f} ({cost.ratio:.1%})"
             yield f"Budget({name}={asked:g}) is not what the result has: {got}"

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+from graphcomp.cost.conventions import Convention
 from graphcomp.errors import PlanError
 from graphcomp.methods.takes import ACTIVATIONS, START
 from graphcomp.pruning.allocation import Budget
@@ -87,6 +88,8 @@ class Method(ABC):
         quantizes: whether weights are quantized.
         calibrated: whether training starts from post-training quantization, with all its options, at fixed bits.
         compares: whether the result is what training started from where the loss has not fallen.
+        convention: of storage, which a budget on bytes counts the codes of weights by (`report.sizes`); None: a budget
+            counts all bytes of the result.
     """
 
     name: ClassVar[str]
@@ -94,6 +97,7 @@ class Method(ABC):
     quantizes: bool = False
     calibrated: ClassVar[bool] = False
     compares: ClassVar[bool] = False
+    convention: Convention | None = None
 
     def check(self, goal: Goal) -> None:  # noqa: B027 (most methods have nothing to refuse)
         """Refuse what the method cannot do.

@@ -14,18 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 
+from graphcomp.arguments import check_word
 from graphcomp.errors import NothingToPrune, PlanError
 from graphcomp.methods.base import Goal, Method, refuse
 from graphcomp.pruning.evidence import Loss
 from graphcomp.quantization.calibrate import calibrate_weight
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.training.distill import distillation, logits_of
-from graphcomp.training.elements import largest, multiplied
+from graphcomp.training.elements import Allocation, masks_of, multiplied, others
 from graphcomp.training.options import Training
 from graphcomp.training.prepared import Prepared
 from graphcomp.training.run import Choice, Forward, Run
@@ -82,9 +83,11 @@ class PqkRun(Run):
         temperature: float = 2.0,
         distills: bool = True,
         logits: Callable[[Any], Tensor] | None = None,
+        allocation: Allocation = "global",
         lr_quant: float | None = None,
     ) -> None:
         super().__init__(ready, lr_quant=lr_quant)
+        self.allocation: Allocation = allocation
         self.sparsity, self.every, self.temperature, self.distills = sparsity, every, temperature, distills
         self.logits = logits or _logits
         self.ends = steps // 3, 2 * steps // 3
@@ -105,7 +108,7 @@ class PqkRun(Run):
         self.step = 0
         self._enter(0)
         options = {"sparsity": sparsity, "every": every, "temperature": temperature, "distills": distills}
-        self.about = {name: str(value) for name, value in options.items()}
+        self.about = {name: str(value) for name, value in {**options, **others(allocation)}.items()}
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """What the teacher has of its own."""
@@ -156,7 +159,7 @@ class PqkRun(Run):
         self.step = step
         pruned, quantized = self.ends
         if (step < pruned and step % self.every == 0) or step == pruned:
-            self.masks = largest(self.weights, sparsity_at(step, pruned, self.sparsity))
+            self.masks = masks_of(self.weights, sparsity_at(step, pruned, self.sparsity), self.allocation)
         if step == pruned:
             self._calibrate()
         if step == quantized:
@@ -226,6 +229,7 @@ class Pqk(Method):
         temperature: of the distillation.
         distills: False leaves the distillation loss out.
         logits: what the student learns from, of an output; None: the output, or its `logits`.
+        allocation: how many weights of each layer are pruned: "global" ranks all together, "opq" as OPQ plans.
     """
 
     name: ClassVar[str] = "pqk"
@@ -236,8 +240,10 @@ class Pqk(Method):
     temperature: float = 2.0
     distills: bool = True
     logits: Callable[[Any], Tensor] | None = None
+    allocation: Allocation = "global"
 
     def __post_init__(self) -> None:
+        check_word("allocation", self.allocation, get_args(Allocation))
         if not is_whole(self.every) or self.every < 1:
             raise PlanError(f"Pqk(every={self.every!r}): must be a whole number, 1 at least", fix="every=16")
         if not is_number(self.temperature) or not self.temperature > 0:
@@ -264,5 +270,6 @@ class Pqk(Method):
             temperature=self.temperature,
             distills=self.distills,
             logits=self.logits,
+            allocation=self.allocation,
             lr_quant=training.lr_quant,
         )

@@ -14,17 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 
+from graphcomp.arguments import check_word
 from graphcomp.errors import PlanError
 from graphcomp.methods.base import Goal, Method, Source, refuse
 from graphcomp.pruning.evidence import Loss
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.spec import QuantConfig, QuantSpec
-from graphcomp.training.elements import largest, multiplied
+from graphcomp.training.elements import Allocation, masks_of, multiplied, others
 from graphcomp.training.options import Training
 from graphcomp.training.prepared import Prepared
 from graphcomp.training.run import Choice, Forward, Run
@@ -68,14 +69,23 @@ class PsgdRun(Run):
             `MOST`; without a grid one over the mean distance.
         eps: added to distances: with 0 a weight on the grid stays.
         sparsity: fraction of the weights that is pruned in the end.
+        allocation: how many of each layer.
     """
 
     name: ClassVar[str] = "psgd"
 
     def __init__(
-        self, ready: Prepared, *, strength: float | None, eps: float, sparsity: float, lr_quant: float | None = None
+        self,
+        ready: Prepared,
+        *,
+        strength: float | None,
+        eps: float,
+        sparsity: float,
+        allocation: Allocation = "global",
+        lr_quant: float | None = None,
     ) -> None:
         super().__init__(ready, lr_quant=lr_quant)
+        self.allocation: Allocation = allocation
         self.strength, self.eps, self.sparsity = strength, eps, sparsity
         sites = {site.parameter: q for site, q in ready.quantizers() if site.is_weight and site.parameter}
         self.quantizers: dict[str, Quantizer] = sites
@@ -88,7 +98,7 @@ class PsgdRun(Run):
             raise PlanError("PSGD finds no weight that is multiplied with", fix="requires_grad_(True), or less ignore=")
         self.ranges = {name: torch.stack(weight.detach().aminmax()) for name, weight in self.weights.items()}
         options = {"strength": strength, "eps": eps, "sparsity": sparsity}
-        self.about = {name: str(value) for name, value in options.items()}
+        self.about = {name: str(value) for name, value in {**options, **others(allocation)}.items()}
 
     def loss(self, forward: Forward, batch: Any, task: Loss) -> Tensor:
         """The loss of the task, in floats."""
@@ -128,7 +138,7 @@ class PsgdRun(Run):
 
     def choice(self) -> Choice:
         """Prune the smallest weights, where a sparsity is asked for."""
-        return Choice(self.kept, largest(self.weights, self.sparsity) if self.sparsity else {})
+        return Choice(self.kept, masks_of(self.weights, self.sparsity, self.allocation) if self.sparsity else {})
 
     def state_dict(self) -> dict[str, Any]:
         """The running ranges."""
@@ -146,6 +156,7 @@ class Psgd(Method):
     Attributes:
         strength: see `PsgdRun`; the authors take 150 for 4 bits.
         eps: see `PsgdRun`.
+        allocation: how many weights of each layer are pruned: "global" ranks all together, "opq" as OPQ plans.
     """
 
     name: ClassVar[str] = "psgd"
@@ -153,8 +164,10 @@ class Psgd(Method):
     quantizes = True
     strength: float | None = None
     eps: float = 1e-5
+    allocation: Allocation = "global"
 
     def __post_init__(self) -> None:
+        check_word("allocation", self.allocation, get_args(Allocation))
         for name, value, least in (("strength", self.strength, 0.0), ("eps", self.eps, 0.0)):
             if value is not None and not (is_number(value) and value >= least):
                 raise PlanError(f"Psgd({name}={value!r}): must be a number, {least} at least", fix=f"{name}=1e-4")
@@ -189,4 +202,11 @@ class Psgd(Method):
         """Begin a run."""
         refuse(self, {"a Schedule": isinstance(training.schedule, Schedule)}, "its stages are GETA's; give steps")
         sparsity = goal.sparsity if isinstance(goal.sparsity, float) else 0.0
-        return PsgdRun(ready, strength=self.strength, eps=self.eps, sparsity=sparsity, lr_quant=training.lr_quant)
+        return PsgdRun(
+            ready,
+            strength=self.strength,
+            eps=self.eps,
+            sparsity=sparsity,
+            allocation=self.allocation,
+            lr_quant=training.lr_quant,
+        )

@@ -8,6 +8,7 @@ from graphcomp.arguments import check_word, wrong
 from graphcomp.errors import PlanError
 from graphcomp.methods.base import Method
 from graphcomp.methods.geta.method import Geta
+from graphcomp.methods.opq import Opq
 from graphcomp.methods.pqk import Pqk
 from graphcomp.methods.psgd import Psgd
 from graphcomp.methods.qat import Qat
@@ -26,6 +27,7 @@ METHODS: dict[str, tuple[Method, ...]] = {
     "pqk": (Pqk(),),
     "ternary": (Ternary(),),
     "regularized": (Regularized(),),
+    "opq": (Opq(),),
 }
 """Each method as its stages, which share the steps of a training equally; "oneshot" trains in none."""
 

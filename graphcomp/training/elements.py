@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -10,6 +11,7 @@ from torch import Tensor, fx, nn
 from graphcomp.coupling.propagate import Coupling
 from graphcomp.ir.graph import argument_at, bind, module_path
 from graphcomp.ops.answers import parameter_behind
+from graphcomp.pruning.analytic import analytic_masks
 from graphcomp.quantization.spec import matches
 from graphcomp.training.prepared import Prepared
 
@@ -41,6 +43,25 @@ def _weights(node: fx.Node, coupling: Coupling) -> Iterator[str]:
         operand = argument_at(arguments, key)
         if isinstance(operand, fx.Node) and (name := parameter_behind(operand, coupling.parameters)):
             yield name
+
+
+Allocation: TypeAlias = Literal["global", "opq"]
+"""How many weights of each layer go: all ranked by magnitude together, or as OPQ plans from the weights."""
+
+
+def masks_of(weights: Mapping[str, Tensor], sparsity: float, allocation: Allocation = "global") -> dict[str, Tensor]:
+    """Return bool masks of single weights, False for the fraction that goes, met to the nearest weight.
+
+    Args:
+        sparsity: fraction of all elements that is pruned.
+        allocation: "global", see `largest`; "opq", see `graphcomp.pruning.analytic`.
+    """
+    return largest(weights, sparsity) if allocation == "global" else analytic_masks(weights, sparsity)
+
+
+def others(allocation: Allocation) -> dict[str, str]:
+    """Return what tells runs of this allocation from others; nothing of the default, as folders of before have none."""
+    return {} if allocation == "global" else {"allocation": allocation}
 
 
 @torch.no_grad()

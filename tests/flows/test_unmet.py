@@ -30,8 +30,8 @@ class Halves(gc.Method):
     prunes = True
     quantizes = True
 
-    def __init__(self, config: gc.QuantConfig | None = None) -> None:
-        self.config = config
+    def __init__(self, config: gc.QuantConfig | None = None, convention: Any = None) -> None:
+        self.config, self.convention = config, convention
 
     def takes(self, goal: gc.Goal) -> Collection[str]:
         return {"budget", "sparsity by module"}
@@ -63,6 +63,16 @@ class Halves(gc.Method):
 def test_each_part_that_is_not_met_is_noted(options, note):
     notes = compress(Halves(), **options).report.notes
     assert len(notes) == 1 and notes[0].startswith(note)
+
+
+def test_bytes_are_counted_by_the_convention_of_the_method():
+    config = gc.QuantConfig(gc.QuantSpec(6), activations=None)
+    small = compress(Halves(config, "C0"), budget=gc.Budget(bytes=0.01), bits=6, activation_bits=None)
+    codes = small.report.sizes["C0"]
+    wanted = f"Budget(bytes=0.01) is not what the result has: {codes:,.0f} bytes by C0 of 2,688 ({codes / 2688:.1%})"
+    assert wanted in small.report.notes
+    enough = gc.Budget(bytes=int(codes) + 1)
+    assert not any("Budget" in note for note in compress(Halves(config, "C0"), budget=enough, bits=6).report.notes)
 
 
 def test_other_bits_than_asked_for_are_noted():

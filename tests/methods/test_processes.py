@@ -11,7 +11,11 @@ import torch
 from tests.methods.learning import Stop, batches, compress
 from tests.processes import NEEDS_GLOO, in_two
 
-CASES = {"psgd": {"bits": 4}, "pqk": {"bits": 4, "sparsity": 0.75, "training": {"autocast": torch.bfloat16}}}
+CASES = {
+    "psgd": {"bits": 4},
+    "pqk": {"bits": 4, "sparsity": 0.75, "training": {"autocast": torch.bfloat16}},
+    "opq": {"bits": 4, "sparsity": 0.75},
+}
 
 
 def _rank(rank: int, folder: Path) -> list[Any]:

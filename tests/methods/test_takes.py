@@ -63,6 +63,7 @@ BASE: dict[str, Any] = {
     "pqk": {"bits": 4, "sparsity": 0.5},
     "ternary": {"bits": 2},
     "regularized": {},
+    "opq": {"bits": 4, "activation_bits": 8},
     "own": {},
 }
 
@@ -90,6 +91,10 @@ def test_the_tables_hold_every_option_of_compress():
     assert OPTIONS.keys() == GIVEN.keys() and BASE.keys() == {*METHODS, "own"}
 
 
+SIZED = {"budget": {"budget": gc.Budget(bytes=0.06), "bits": (2, 8), "sparsity": 0.5}}
+OWN: dict[str, dict[str, Any]] = {"opq": SIZED}
+"""Method -> what asks for an option in a form that the method takes."""
+
 REFUSED = {
     "geta": {
         "keep_class", "ranking", "rounds", "uniform", "activations", "group_size", "rounding", "reduce_range",
@@ -101,6 +106,7 @@ REFUSED = {
     "psgd": OPTIONS.keys() - {"prefer_native"},
     "pqk": {"keep_class", *UNITS, "ranking", "rounds", "uniform", "activations"},
     "ternary": OPTIONS.keys() - {"prefer_native"},
+    "opq": OPTIONS.keys() - {"prefer_native", "budget", "activation_bits", "calibration"},
     "own": OPTIONS.keys() - {"prefer_native"},
     "oneshot": set(),
 }  # fmt: skip
@@ -130,7 +136,8 @@ def test_every_other_option_changes_the_result_or_is_noted(method):
             with pytest.raises(gc.NothingToPrune, match=f"{option}="):
                 compress(method, **GIVEN[option])
         else:
-            assert shown(compress(method, **GIVEN[option])) != plain, option
+            given = {**GIVEN, **OWN.get(method, {})}[option]
+            assert shown(compress(method, **given)) != plain, option
     for option, given in EVERY.items():
         if given:
             assert shown(compress(method, **given)) != plain, option

@@ -6,12 +6,15 @@ import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
+from graphcomp.arguments import check_word
 from graphcomp.errors import BudgetError
 from graphcomp.methods.base import Goal, Method, of_activations
 from graphcomp.methods.geta.run import GetaRun
 from graphcomp.methods.takes import UNITS
+from graphcomp.pruning.analytic import ByErrors
+from graphcomp.training.elements import Allocation
 from graphcomp.training.options import Training
 from graphcomp.training.prepared import Prepared
 from graphcomp.training.schedule import Schedule, fewest_steps
@@ -25,12 +28,18 @@ class Geta(Method):
         name: in messages.
         prunes, quantizes: what is done.
         forgetting: "descent" (GETA's rule), or "uniform" (equal shares in each step, as HESSO's).
+        allocation: how many units of each group go: "global" ranks all together by their scores, "opq" by the errors
+            that OPQ counts; scores then say which of a group go.
     """
 
     name: str = "geta"  # type: ignore[misc]
     prunes: bool = True
     quantizes: bool = True
     forgetting: Literal["descent", "uniform"] = "descent"
+    allocation: Allocation = "global"
+
+    def __post_init__(self) -> None:
+        check_word("allocation", self.allocation, get_args(Allocation))
 
     def takes(self, goal: Goal) -> Collection[str]:
         """What units go by, a budget on bits, and what activations are quantized by."""
@@ -63,13 +72,14 @@ class Geta(Method):
     def _run(
         self, ready: Prepared, goal: Goal, training: Training, steps: int, sparsity: float | Mapping[str, float] | None
     ) -> GetaRun:
+        saliency = goal.saliency or "geta"
         return GetaRun(
             ready,
             schedule_of(ready, training, steps, prune=sparsity != 0),
             lr_quant=training.lr_quant,
             sparsity=sparsity,
             budget=goal.budget,
-            saliency=goal.saliency or "geta",
+            saliency=saliency if self.allocation == "global" else ByErrors(saliency),
             forgetting=self.forgetting,
             round_to=goal.round_to,
         )
