@@ -21,19 +21,19 @@ def resnet20(classes: int = 10) -> nn.Module:
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
 
 
-def vgg7(classes: int = 10) -> nn.Module:
+def vgg7(classes: int = 10, width: int = 128) -> nn.Module:
     """VGG7 as papers on quantization have it, with batch norms: (n, 3, 32, 32) to (n, classes).
 
-    608.1 million multiply-accumulates an image, 4.7 million parameters.
+    608.1 million multiply-accumulates an image, 4.7 million parameters, with 128 channels in the first layers.
     """
     layers: list[nn.Module] = []
     channels = 3
-    for width in (128, 256, 512):
-        for before in (channels, width):
-            layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    for own in (width, 2 * width, 4 * width):
+        for before in (channels, own):
+            layers += [nn.Conv2d(before, own, 3, padding=1, bias=False), nn.BatchNorm2d(own), nn.ReLU()]
         layers.append(nn.MaxPool2d(2))
-        channels = width
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512 * 4 * 4, classes))
+        channels = own
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * 4 * 4, classes))
 
 
 def small_bert(classes: int = 2) -> nn.Module:

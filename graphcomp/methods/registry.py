@@ -13,6 +13,7 @@ from graphcomp.methods.pqk import Pqk
 from graphcomp.methods.psgd import Psgd
 from graphcomp.methods.qat import Qat
 from graphcomp.methods.regularized import Regularized
+from graphcomp.methods.qst.method import Qst
 from graphcomp.methods.ternary import Ternary
 
 HESSO = Geta("hesso", quantizes=False, forgetting="uniform")
@@ -28,6 +29,7 @@ METHODS: dict[str, tuple[Method, ...]] = {
     "ternary": (Ternary(),),
     "regularized": (Regularized(),),
     "opq": (Opq(),),
+    "qst": (Qst(),),
 }
 """Each method as its stages, which share the steps of a training equally; "oneshot" trains in none."""
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import graphcomp as gc
 from tests.methods.learning import Stop, batches, compress
 from tests.processes import NEEDS_GLOO, in_two
 
@@ -15,6 +16,7 @@ CASES = {
     "psgd": {"bits": 4},
     "pqk": {"bits": 4, "sparsity": 0.75, "training": {"autocast": torch.bfloat16}},
     "opq": {"bits": 4, "sparsity": 0.75},
+    "qst": {"bits": 4, "budget": gc.Budget(bytes=150)},
 }
 
 

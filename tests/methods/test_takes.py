@@ -64,6 +64,7 @@ BASE: dict[str, Any] = {
     "ternary": {"bits": 2},
     "regularized": {},
     "opq": {"bits": 4, "activation_bits": 8},
+    "qst": {"bits": 4},
     "own": {},
 }
 
@@ -92,7 +93,7 @@ def test_the_tables_hold_every_option_of_compress():
 
 
 SIZED = {"budget": {"budget": gc.Budget(bytes=0.06), "bits": (2, 8), "sparsity": 0.5}}
-OWN: dict[str, dict[str, Any]] = {"opq": SIZED}
+OWN: dict[str, dict[str, Any]] = {"opq": SIZED, "qst": {"budget": {"budget": gc.Budget(bytes=0.06)}}}
 """Method -> what asks for an option in a form that the method takes."""
 
 REFUSED = {
@@ -107,6 +108,7 @@ REFUSED = {
     "pqk": {"keep_class", *UNITS, "ranking", "rounds", "uniform", "activations"},
     "ternary": OPTIONS.keys() - {"prefer_native"},
     "opq": OPTIONS.keys() - {"prefer_native", "budget", "activation_bits", "calibration"},
+    "qst": OPTIONS.keys() - {"prefer_native", "budget"},
     "own": OPTIONS.keys() - {"prefer_native"},
     "oneshot": set(),
 }  # fmt: skip

@@ -1,0 +1,1 @@
+"""QST: thresholds of pruning and steps of quantization, trained together from scratch."""

@@ -1,0 +1,188 @@
+"""Thresholds on single weights: the masked and quantized views, the share that stays, and bytes by a convention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from graphcomp.cost.conventions import Convention, SizeModel
+from graphcomp.errors import BudgetError, NothingToPrune
+from graphcomp.methods.qst.gates import Route, sparse
+from graphcomp.quantization.quantizers.symmetric import SymmetricQuantizer
+from graphcomp.training.elements import multiplied
+from graphcomp.training.prepared import Prepared
+from graphcomp.training.run import Choice
+
+Guard: TypeAlias = Literal["floor", "reset"]
+"""What happens where hardly a weight of a layer is left: thresholds come down to where some are, or to 0 (DST's)."""
+
+BELOW = 1 - 1e-6
+"""A threshold this much below a weight lets the weight stay."""
+
+
+class WeightGates:
+    """One threshold per output channel, or per layer, of each weight that is multiplied with.
+
+    Attributes:
+        weights: parameter -> tensor.
+        thresholds: parameter -> thresholds, (c,) or ().
+        quantizers: parameter -> the quantizer that reads the parameter.
+
+    Args:
+        ready: the module that is trained.
+        shared: what shares a threshold.
+        route: of gradients.
+        guard: see `Guard`.
+        least: share of a layer below which the guard acts.
+    """
+
+    def __init__(
+        self, ready: Prepared, *, shared: Literal["channel", "layer"], route: Route, guard: Guard, least: float
+    ) -> None:
+        self.weights = multiplied(ready)
+        if not self.weights:
+            raise NothingToPrune("QST finds no weight to prune", fix="requires_grad_(True), or less ignore=")
+        own = {site.parameter: q for site, q in ready.quantizers() if site.is_weight and site.parameter in self.weights}
+        self.quantizers = {name: q for name, q in own.items() if isinstance(q, SymmetricQuantizer)}
+        self.route: Route = route
+        self.guard: Guard = guard
+        self.least = least
+        self.thresholds = {
+            name: nn.Parameter(weight.new_zeros(weight.shape[:1] if shared == "channel" and weight.dim() > 1 else ()))
+            for name, weight in self.weights.items()
+        }
+
+    @property
+    def total(self) -> int:
+        """Weights that may go."""
+        return sum(weight.numel() for weight in self.weights.values())
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the thresholds, by name."""
+        return self.thresholds
+
+    def views(self, quantized: bool) -> dict[str, Tensor]:
+        """Return the masked weights, quantized or in floats; quantizers of the graph are to be off."""
+        return {name: self._view(name, weight, quantized) for name, weight in self.weights.items()}
+
+    def _view(self, name: str, weight: Tensor, quantized: bool) -> Tensor:
+        threshold, levels, inside = self._threshold(name), weight.detach(), None
+        if quantized and name in self.quantizers:
+            quantizer = self.quantizers[name]
+            inside = (levels / quantizer.scale.detach()).abs() <= quantizer.spec.quant_max
+            levels = quantizer(levels)
+        return sparse(weight, levels, threshold, inside, self.route)
+
+    def _threshold(self, name: str) -> Tensor:
+        """Return the thresholds of a weight, spread to broadcast."""
+        threshold = self.thresholds[name]
+        return threshold.view(-1, *[1] * (self.weights[name].dim() - 1)) if threshold.dim() else threshold
+
+    @torch.no_grad()
+    def margins(self) -> dict[str, Tensor]:
+        """Return how far each magnitude is above its threshold; below 0 where a weight is pruned."""
+        return {name: weight.abs() - self._threshold(name) for name, weight in self.weights.items()}
+
+    @torch.no_grad()
+    def stays(self) -> int:
+        """Return how many weights are above their thresholds."""
+        return sum(int((margin > 0).sum()) for margin in self.margins().values())
+
+    # ------------------------------------------------------------------------------------------ thresholds
+    @torch.no_grad()
+    def hold(self, share: float) -> None:
+        """Keep thresholds at 0 at least, and layers from losing all but the least share.
+
+        Args:
+            share: of all weights that is to stay in the end: layers keep a tenth of that, where it is below `least`.
+        """
+        least = min(self.least, share / 10)
+        for name, weight in self.weights.items():
+            threshold = self.thresholds[name]
+            threshold.clamp_(min=0)
+            magnitudes = weight.abs().flatten()
+            few = max(1, math.ceil(least * len(magnitudes)))
+            if int((weight.abs() > self._threshold(name)).sum()) >= few:
+                continue
+            if self.guard == "reset":
+                threshold.zero_()
+            else:
+                threshold.clamp_(max=float(magnitudes.topk(few).values[-1]) * BELOW)
+
+    @torch.no_grad()
+    def shift(self, count: int) -> None:
+        """Move all thresholds by one number, so that `count` weights are above theirs; none falls below 0."""
+        flat = torch.cat([margin.flatten() for margin in self.margins().values()])
+        if not 0 < count < len(flat):
+            return
+        by = flat.kthvalue(len(flat) - count).values
+        for threshold in self.thresholds.values():
+            threshold.add_(by).clamp_(min=0)
+
+    # ------------------------------------------------------------------------------------------ what stays
+    def masks(self, count: int | None) -> dict[str, Tensor]:
+        """Return bool masks of the `count` weights farthest above their thresholds; None: of all that are above.
+
+        Each layer keeps one at least.
+        """
+        margins = self.margins()
+        for margin in margins.values():
+            margin.view(-1)[margin.argmax()] = torch.inf
+        if count is None:
+            return {name: margin > 0 for name, margin in margins.items()}
+        flat = torch.cat([margin.flatten() for margin in margins.values()])
+        mask = torch.zeros_like(flat, dtype=torch.bool)
+        mask[flat.argsort(descending=True, stable=True)[:count]] = True
+        parts = torch.split(mask, [margin.numel() for margin in margins.values()])
+        return {name: part.view(own.shape) for (name, own), part in zip(margins.items(), parts, strict=True)}
+
+    @torch.no_grad()
+    def bytes_of(self, masks: Mapping[str, Tensor], convention: Convention, *, moves: bool) -> float:
+        """Return the bytes of the codes of all quantized weights.
+
+        Args:
+            masks: what stays.
+            convention: of storage.
+            moves: whether weights will be trained on: one that rounds to 0 now may not then, and counts as 1.
+        """
+        tensors = {}
+        for name, quantizer in self.quantizers.items():
+            stored = quantizer.to_integers(self.weights[name].masked_fill(~masks[name], 0))
+            if moves:
+                stored.values.masked_fill_(masks[name] & (stored.values == 0), 1)
+            tensors[name] = stored.counted()
+        return SizeModel(tensors).bits(convention) / 8
+
+    def count_within(self, limit: float, convention: Convention, *, moves: bool = True) -> int:
+        """Return how many weights can stay within so many bytes of codes.
+
+        Raises:
+            BudgetError: one weight per layer takes more.
+        """
+        low, high = len(self.weights), self.total + 1
+        least = self.bytes_of(self.masks(low), convention, moves=moves)
+        if least > limit:
+            raise BudgetError(
+                f"{limit:,.0f} bytes by {convention} hold no network",
+                why=f"one weight of each layer takes {least:,.0f} bytes by {convention}",
+                fix='a larger budget, or convention="C0", which counts no places',
+            )
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = self.bytes_of(self.masks(middle), convention, moves=moves) <= limit
+            low, high = (middle, high) if fits else (low, middle)
+        return low
+
+    def choice(self, count: int | None) -> Choice:
+        """Return masks of the weights that stay."""
+        return Choice(elements=self.masks(count))
+
+    def quantized_weights(self) -> Iterator[tuple[SymmetricQuantizer, Tensor]]:
+        """Yield each quantizer with the weight that it reads, zero where pruned."""
+        masks = self.masks(None)
+        for name, quantizer in self.quantizers.items():
+            yield quantizer, self.weights[name].detach().masked_fill(~masks[name], 0)
