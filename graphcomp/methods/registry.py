@@ -12,8 +12,8 @@ from graphcomp.methods.opq import Opq
 from graphcomp.methods.pqk import Pqk
 from graphcomp.methods.psgd import Psgd
 from graphcomp.methods.qat import Qat
-from graphcomp.methods.regularized import Regularized
 from graphcomp.methods.qst.method import Qst
+from graphcomp.methods.regularized import Regularized
 from graphcomp.methods.ternary import Ternary
 
 HESSO = Geta("hesso", quantizes=False, forgetting="uniform")
