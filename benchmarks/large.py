@@ -2,6 +2,8 @@
 
     python -m benchmarks.large --params 1e9                       # minutes, and about 6 GB of disk
     python -m benchmarks.large --params 1e8 --what checkpoint
+    python -m benchmarks.large --params 3e8 --bits 4 --group-size 32       # weights of integers
+    python -m benchmarks.large --params 3e8 --layers                        # a share of the layers, in place of units
 
 The model has a width of 2048, feed-forward layers of 8192, 8 key heads of 32, a vocabulary of 32,000 and as many layers
 as the parameters ask for (16 for one billion), in bfloat16, in shards of --shard. Each step runs in a process of its
@@ -32,6 +34,8 @@ from benchmarks.common import header, section, table
 WHAT = ("compress", "checkpoint")
 WIDTH, HIDDEN, VOCABULARY, HEADS, KEY_HEADS = 2048, 8192, 32_000, 32, 8
 PER_LAYER = WIDTH * (2 * WIDTH + 2 * WIDTH * KEY_HEADS // HEADS) + 3 * WIDTH * HIDDEN + 2 * WIDTH
+BATCH, TOKENS = 2, 128
+"""Rows, and tokens, of a batch of calibration."""
 MIB = 2**20
 
 
@@ -55,7 +59,18 @@ def make(folder: Path, params: float, shard: str) -> None:
     transformers.LlamaForCausalLM(llama(params)).save_pretrained(folder, max_shard_size=shard)
 
 
-def compress(source: Path, target: Path, shard: str, sparsity: float, steps: dict[str, float]) -> None:
+def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what is asked of both functions."""
+    asked: dict[str, Any] = {"sparsity": arguments.sparsity, "progress": False}
+    if arguments.bits:
+        asked |= {"bits": arguments.bits, "activation_bits": None, "group_size": arguments.group_size}
+    if arguments.layers:
+        tokens = torch.randint(3, VOCABULARY, (2, BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
+        asked |= {"prune": ("layer",), "calibration": [{"input_ids": batch} for batch in tokens]}
+    return asked
+
+
+def compress(source: Path, target: Path, shard: str, asked: dict[str, Any], steps: dict[str, float]) -> None:
     """Load, cut and save."""
     import transformers
 
@@ -64,17 +79,17 @@ def compress(source: Path, target: Path, shard: str, sparsity: float, steps: dic
 
     model = transformers.AutoModelForCausalLM.from_pretrained(source)
     steps["loaded"] = peak()
-    small = gc.compress(model, example_of(model), sparsity=sparsity, progress=False)
+    small = gc.compress(model, example_of(model), **asked)
     steps["cut"] = peak()
     del model
     small.module.save_pretrained(target, max_shard_size=shard)
 
 
-def checkpoint(source: Path, target: Path, shard: str, sparsity: float, steps: dict[str, float]) -> None:
+def checkpoint(source: Path, target: Path, shard: str, asked: dict[str, Any], steps: dict[str, float]) -> None:
     """Cut from folder to folder."""
     import graphcomp as gc
 
-    gc.compress_checkpoint(source, target, sparsity=sparsity, max_shard_size=shard, progress=False)
+    gc.compress_checkpoint(source, target, max_shard_size=shard, **asked)
 
 
 def peak() -> float:
@@ -97,7 +112,7 @@ def child(step: str, source: Path, target: Path, arguments: argparse.Namespace) 
         make(source, arguments.params, arguments.shard)
     else:
         run = compress if step == "compress" else checkpoint
-        run(source, target, arguments.shard, arguments.sparsity, steps)
+        run(source, target, arguments.shard, options_of(arguments), steps)
     used = resource.getrusage(resource.RUSAGE_SELF)
     cpu = used.ru_utime + used.ru_stime
     print(json.dumps({"seconds": time.perf_counter() - started, "cpu": cpu, **steps, "peak": peak()}))
@@ -118,6 +133,9 @@ def main() -> int:
     parser.add_argument("--params", type=float, default=1e9)
     parser.add_argument("--shard", default="300MB")
     parser.add_argument("--sparsity", type=float, default=0.3)
+    parser.add_argument("--bits", type=int, help="of weights; default: floats")
+    parser.add_argument("--group-size", type=int, default=0, help="of weights of integers")
+    parser.add_argument("--layers", action="store_true", help="leave layers out, by calibration on random tokens")
     parser.add_argument("--folder", type=Path, help="of the source, made where it is not there; default: temporary")
     parser.add_argument("--child", nargs=3, metavar=("STEP", "SOURCE", "TARGET"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -163,6 +181,8 @@ def main() -> int:
 def run(step: str, source: Path, target: Path, arguments: argparse.Namespace) -> dict[str, float]:
     """Run one step in a process of its own; return what it printed."""
     options = ["--params", str(arguments.params), "--shard", arguments.shard, "--sparsity", str(arguments.sparsity)]
+    options += ["--group-size", str(arguments.group_size), *(["--layers"] if arguments.layers else [])]
+    options += ["--bits", str(arguments.bits)] if arguments.bits else []
     command = [sys.executable, "-m", "benchmarks.large", *options, "--child", step, str(source), str(target)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -28,6 +28,7 @@ from graphcomp.errors import CalibrationError
 from graphcomp.ir.graph import all_tensors, assign, bind, fetch, names_by_tensor
 from graphcomp.ir.preserve import own_inputs, same_buffers
 from graphcomp.ir.run_nodes import Run, output_errors, refused_batch
+from graphcomp.ir.streamed import as_before, in_memory
 from graphcomp.numerics.regression import choose_ridge, solve
 from graphcomp.ops.design import design_of
 from graphcomp.pruning.blocks import ADDITIONS, Block, DropBlocks, is_identity, order_of
@@ -321,7 +322,7 @@ class _Fold:
             self._put(name, found.to(fetch(self.small, name).dtype))
 
     def _add(self, name: str, change: Tensor, index: Tensor | None = None) -> None:
-        old = fetch(self.small, name).detach()
+        old = in_memory(fetch(self.small, name).detach())
         new = old.double().flatten()
         if index is None:
             new = new + change.flatten()
@@ -332,6 +333,7 @@ class _Fold:
 
     def _put(self, name: str, tensor: Tensor) -> None:
         old = fetch(self.small, name)
+        tensor = as_before(tensor, old)
         new = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
         for own in names_by_tensor(all_tensors(self.small))[id(old)]:
             assign(self.small, own, new)

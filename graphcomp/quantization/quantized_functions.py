@@ -17,6 +17,7 @@ from graphcomp.errors import PlanError
 from graphcomp.quantization.handles import held_back
 from graphcomp.quantization.operand import are_exact
 from graphcomp.quantization.quantized_tensor import FUNCTIONS, OPS, QuantizedTensor
+from graphcomp.quantization.read_only import cannot_be_written
 from graphcomp.quantization.stored import spread
 from graphcomp.torch_compat import schema_of, transforms_active, without_torch_function
 
@@ -184,15 +185,7 @@ def _set_items(tensor: Any, index: Any, value: Any) -> Any:
     """Refuse `weight[index] = value`: what `index` picks are floats made of the codes, and would be forgotten."""
     if not isinstance(tensor, QuantizedTensor):
         return NotImplemented
-    raise _cannot_be_written("an assignment to an index")
-
-
-def _cannot_be_written(what: object) -> PlanError:
-    return PlanError(
-        f"{what} writes into a weight of integers",
-        why="codes and scales stand for the floats, and no op changes them",
-        fix="weight.dequantize() makes floats; graphcomp.compress(model, …) makes integers of floats again",
-    )
+    raise cannot_be_written("an assignment to an index")
 
 
 def _cannot_take(tensor: QuantizedTensor, source: Any) -> PlanError:
@@ -350,7 +343,7 @@ def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         written = argument.alias_info is not None and argument.alias_info.is_write
         given = args[k] if k < len(args) else kwargs.get(argument.name)
         if written and isinstance(given, QuantizedTensor):
-            raise _cannot_be_written(func)
+            raise cannot_be_written(func)
 
 
 def _check(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

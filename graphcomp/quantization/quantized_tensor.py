@@ -20,6 +20,7 @@ from graphcomp.quantization.handles import handle_of, held_floats, held_product,
 from graphcomp.quantization.held import Held
 from graphcomp.quantization.operand import Operand
 from graphcomp.quantization.pickled import weight_again
+from graphcomp.quantization.read_only import gives_views, read_only
 from graphcomp.quantization.stored import Affine
 from graphcomp.torch_compat import (
     make_wrapper,
@@ -233,11 +234,13 @@ class QuantizedTensor(Tensor):
         kwargs = kwargs or {}
         own = OPS.get(func)
         found = NotImplemented if own is None else own(*args, **kwargs)
-        if found is not NotImplemented:
+        if found is NotImplemented:
+            cls.check(func, args, kwargs)
+            floats = pytree.tree_map_only(QuantizedTensor, QuantizedTensor.dequantize, (args, kwargs))
+            found = func(*floats[0], **floats[1])
+        if not gives_views(func) or not args or not isinstance(args[0], QuantizedTensor) or args[0].is_traced():
             return found
-        cls.check(func, args, kwargs)
-        floats = pytree.tree_map_only(QuantizedTensor, QuantizedTensor.dequantize, (args, kwargs))
-        return func(*floats[0], **floats[1])
+        return pytree.tree_map_only(Tensor, lambda t: t if isinstance(t, QuantizedTensor) else read_only(t), found)
 
 
 def made_again(parts: tuple[Tensor, Tensor, Tensor, Tensor | None], facts: dict[str, Any], parameter: bool) -> Tensor:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +18,9 @@ import graphcomp as gc
 from graphcomp.hf.example import example_of
 from graphcomp.hf.source import open_folder
 from graphcomp.ir.streamed import StreamedTensor
+from graphcomp.quantization.quantized_tensor import QuantizedTensor
 from tests.hf.folders import MODELS, SHARD, llama_folder, sums, written
-from tests.hf.models import ids, llama, need_transformers
+from tests.hf.models import bert, ids, llama, need_transformers
 
 transformers = need_transformers()
 pytestmark = [pytest.mark.slow, pytest.mark.ci]  # torch.export takes seconds of each model
@@ -80,6 +84,72 @@ def test_calibration(tmp_path: Path, options: dict[str, Any]) -> None:
     found = both(tmp_path, llama(layers=1).to(dtype), sparsity=0.3, calibration=batches, **options)
     assert found.report.repairs
     assert not list(Path(tempfile.gettempdir()).glob("graphcomp-*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 8, "activation_bits": None},
+        {"bits": 4, "activation_bits": None, "group_size": 16, "sparsity": 0.0},
+        {"bits": 8, "activations": "dynamic"},
+        {"bits": 4, "activation_bits": None, "rounding": "second_order", "calibration": True},
+        {"bits": 8, "calibration": True},
+    ],
+    ids=["weights", "groups", "dynamic", "second order", "ranges"],
+)
+def test_weights_of_integers(tmp_path: Path, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    if options.get("calibration"):
+        options = {**options, "calibration": [{"input_ids": ids()} for _ in range(3)]}
+    found = both(tmp_path, llama(layers=1), **{"sparsity": 0.3, **options})
+    again = transformers.AutoModelForCausalLM.from_pretrained(found.folder)
+    assert isinstance(again.model.layers[0].mlp.up_proj.weight, QuantizedTensor)
+
+
+def test_tied_weights_and_weights_of_bfloat16_become_integers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    options = {"sparsity": 0.3, "bits": 8, "activation_bits": None}
+    both(tmp_path, llama(layers=1, tie_word_embeddings=True).bfloat16(), **options)
+
+
+@pytest.mark.parametrize("repair", ["least_squares", None])
+def test_layers(tmp_path: Path, repair: Any) -> None:
+    torch.manual_seed(0)
+    batches = [{"input_ids": ids()} for _ in range(8)]
+    found = both(tmp_path, llama(layers=3), sparsity=0.4, prune=("layer",), calibration=batches, repair=repair)
+    assert json.loads((found.folder / "config.json").read_text())["num_hidden_layers"] == 2
+
+
+def test_integers_that_the_class_cannot_hold_are_refused(tmp_path: Path) -> None:
+    source = written(tmp_path / "source", bert())
+    with pytest.raises(gc.PlanError, match="cannot hold the integers") as refused:
+        gc.compress_checkpoint(source, tmp_path / "small", bits=8, sparsity=0.0, progress=False)
+    assert "activation_bits=None" in str(refused.value) and not (tmp_path / "small").exists()
+
+
+KILLED = """
+import sys
+from tests.hf.models import need_transformers
+need_transformers()
+import os, signal, graphcomp as gc
+import transformers.modeling_utils as module
+module.safe_save_file = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+gc.compress_checkpoint(sys.argv[1], sys.argv[2], sparsity=0.3, progress=False)
+"""
+"""A run that the system ends while it writes."""
+
+
+def test_what_a_killed_run_left_is_removed_and_named(tmp_path: Path) -> None:
+    source = llama_folder(tmp_path / "source")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(source), str(tmp_path / "small")], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    (left,) = tmp_path.glob(".small.new-*")
+    assert not (tmp_path / "small").exists()
+    other = gc.compress_checkpoint(source, tmp_path / "other", sparsity=0.3, progress=False)
+    assert left.exists() and not any("cut short" in note for note in other.report.notes)
+    found = gc.compress_checkpoint(source, tmp_path / "small", sparsity=0.3, progress=False)
+    assert any(left.name in note and "cut short" in note for note in found.report.notes)
+    assert not left.exists() and sums(found.folder) == sums(other.folder)
 
 
 def test_a_folder_that_was_cut_is_cut_again(tmp_path: Path) -> None:

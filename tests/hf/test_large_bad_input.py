@@ -141,6 +141,12 @@ def test_a_spoiled_folder_is_refused(folder: Path, name: str, tmp_path: Path) ->
         ({"max_shard_size": 0}, "max_shard_size must be"),
         ({"dtype": torch.int8}, "dtype must be"),
         ({"sparsity": 1.5}, "outside"),
+        ({"sparsty": 0.5}, "sparsity="),
+        ({"method": "qat"}, "for a model in memory"),
+        ({"data": [1], "loss": len}, "for a model in memory"),
+        ({"zzz": 1}, "one of example_inputs"),
+        ({"bits": 1}, "bits"),
+        ({"prune": ("layer",)}, "needs calibration"),
     ],
 )
 def test_wrong_options(good: Path, tmp_path: Path, options: dict[str, Any], said: str) -> None:

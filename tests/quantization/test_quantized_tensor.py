@@ -157,6 +157,55 @@ def test_nothing_writes_into_a_weight_of_integers():
         w.copy_(weight((40, 30)))
 
 
+VIEWS = {
+    "data": lambda w: w.data[0],
+    "an index": lambda w: w[0],
+    "a row": lambda w: w.select(0, 1),
+    "a slice": lambda w: w.data[2:4],
+    "a view of a view": lambda w: w[1][3:5].unsqueeze(0),
+    "flat": lambda w: w.detach().flatten(),
+    "turned": lambda w: w.t(),
+    "parts": lambda w: w.chunk(2)[1],
+    "data of a view": lambda w: w[0].data,
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_nothing_writes_through_a_view_of_a_weight_of_integers(kernels, name):
+    w, rows = weight(), torch.randn(3, 70)
+    before, product = w.dequantize(), F.linear(rows, w)
+    part = VIEWS[name](w)
+    wanted = VIEWS[name](before)
+    writes = [
+        lambda: part.zero_(),
+        lambda: part.__setitem__(0, 1.0),
+        lambda: torch.add(part, 1, out=part),
+        lambda: nn.init.normal_(part),
+        lambda: part.data.copy_(torch.zeros_like(wanted)),
+    ]
+    for write in writes:
+        with pytest.raises(gc.PlanError, match="writes into a weight of integers"):
+            write()
+    part = VIEWS[name](w)
+    assert torch.equal(part, wanted) and torch.equal(F.linear(rows, w), product)
+    for found in (part + 0, part.clone(), copy.deepcopy(part), part @ part.mT if part.dim() > 1 else part.exp()):
+        assert type(found) is torch.Tensor
+        found.zero_()
+    file = io.BytesIO()
+    torch.save(part, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=True)
+    assert type(again) is torch.Tensor and torch.equal(again, wanted)
+    assert torch.equal(VIEWS[name](w), wanted)
+
+
+def test_copies_of_rows_can_be_written_into():
+    w = weight()
+    for rows in (w[[0, 2]], w.index_select(0, torch.tensor([1])), w.dequantize(), F.embedding(torch.tensor([3]), w)):
+        rows.zero_()
+        assert not rows.any()
+
+
 def test_four_bits_take_half_a_byte_each():
     assert weight((40, 70), bits=4).packed.numel() == 40 * 70 // 2
     assert weight((40, 70), bits=8).packed.dtype is torch.int8
