@@ -325,7 +325,11 @@ def compress(
                 why="it gives quantizers their first ranges",
                 fix="bits=(4, 8), or no calibration",
             )
-        compares = [own.start is not None and stage.compares for stage, own in zip(stages, goals, strict=True)]
+        held_out = training is not None and training.held_out is not None
+        compares = [
+            stage.compares and (own.start is not None if stage.calibrated else held_out)
+            for stage, own in zip(stages, goals, strict=True)
+        ]
         _check_held_out(any(compares), training)
         if data is None or training is None or (loss is None and training.teacher is None):
             raise PlanError(
@@ -340,11 +344,12 @@ def compress(
             measured, data = first_batches(data, seed)
             device = next((p.device for p in model.parameters()), torch.device("cpu"))
             calibration = [to_device(b, device) for b in measured] if calibration is None else calibration
-            measured = measured if training.held_out is None else _held_out(training.held_out)
+        if training.held_out is not None:
+            measured = _held_out(training.held_out)
         source = partial(
             _prepared,
             trained_model,
-            repair=repair is not None and any(compares),
+            repair=repair is not None and start is not None and any(compares),
             example_inputs=example_inputs,
             example_kwargs=example_kwargs,
             calibration=calibration,
@@ -806,7 +811,9 @@ def finetune(
         small: of `compress`, `repair`, `slice_groups`, in floats. Not modified.
         data: batches to train on, as for `compress`.
         loss: loss(model output, batch) -> scalar; None: what the teacher says alone is learned.
-        training: how: the length of the run, the teacher and what is learned of it; see `Training`.
+        training: how: the length of the run, the teacher and what is learned of it; see `Training`. With `held_out` the
+            loss is measured on these batches before and after: where training has not lowered the loss, the weights
+            are those of `small`. The report has both losses.
         example_inputs, example_kwargs: as for `compress`; by default those the model was compressed with.
         verify: check in float64 that the trained graph and the result compute the same.
         measure_latency: time the model before and after.
@@ -1254,9 +1261,9 @@ def _check_held_out(compares: bool, training: Training | None) -> None:
     """Raise PlanError where held-out data are given that nothing is measured on."""
     if not compares and training is not None and training.held_out is not None:
         raise PlanError(
-            "Training(held_out=…) of a method other than LSQ",
-            why="the loss is measured before and after training from a post-training quantization",
-            fix='method="qat" with bits=4, or no held_out',
+            "Training(held_out=…) of a method other than LSQ and of finetune",
+            why="the loss is measured before and after training where what training begins with is a result already",
+            fix='method="qat" with bits=4, graphcomp.finetune(small, …), or no held_out',
         )
 
 

@@ -87,7 +87,8 @@ class Method(ABC):
         prunes: whether units or weights go.
         quantizes: whether weights are quantized.
         calibrated: whether training starts from post-training quantization, with all its options, at fixed bits.
-        compares: whether the result is what training started from where the loss has not fallen.
+        compares: whether the result is what training started from where the loss has not fallen; without a start from
+            post-training quantization, on held-out data alone.
         convention: of storage, which a budget on bytes counts the codes of weights by (`report.sizes`); None: a budget
             counts all bytes of the result.
     """

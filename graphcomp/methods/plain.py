@@ -20,6 +20,7 @@ class Finetune(Method):
     """Trains a model that was cut before."""
 
     name: ClassVar[str] = "finetune"
+    compares: ClassVar[bool] = True
 
     def begin(self, ready: Prepared, goal: Goal, training: Training, steps: int) -> PlainRun:
         """Begin a run."""

@@ -247,14 +247,26 @@ class _Loop:
         return _Start(state, float(distributed.mean(total)))
 
     def keep_better(self, start: _Start, batches: Sequence[Any], title: str) -> None:
-        """Go back to `start` where the loss is not lower now, and note both losses."""
-        end = self.measure(batches).loss
-        worse = not end < start.loss and math.isfinite(start.loss)
+        """Go back to `start` where the loss is not lower now, and note both losses.
+
+        Maps between hidden states are no part of the model: both losses are taken with the maps that were learned.
+        """
+        end, before = self.measure(batches), start.loss
+        if self._maps():
+            self.whole.module.load_state_dict(start.state)
+            before = self.measure(batches).loss
+            self.whole.module.load_state_dict(end.state)
+        worse = not end.loss < before and math.isfinite(before)
         if worse:
             self.whole.module.load_state_dict(start.state)
         of = "held-out data" if self.training.held_out is not None else "the training data"
-        losses = f"{start.loss:.4g} before, {end:.4g} after, in eval mode on {len(batches)} batches of {of}"
-        outcome = "training has not lowered the loss: the result is that of post-training quantization; " * worse
+        losses = f"{before:.4g} before, {end.loss:.4g} after, in eval mode on {len(batches)} batches of {of}"
+        what = (
+            "that of post-training quantization"
+            if any(True for _ in self.ready.quantizers())
+            else "the model as it was before"
+        )
+        outcome = f"training has not lowered the loss: the result is {what}; " * worse
         self.ready.remarks = (*self.ready.remarks, f"{title}{outcome}loss {losses}")
 
     # ------------------------------------------------------------------------------------------ the loop

@@ -45,9 +45,10 @@ class Training:
         lr: of the weights, at its highest. Default: 1e-2 for SGD, 1e-4 for models with attention, 1e-3 for all others.
         lr_quant: of steps, ranges and exponents of quantizers; see `QASSO`.
         weight_decay: of the weights; with LSQ (method "qat"), not of biases and norms.
-        held_out: batches that the loss is measured on before and after training by LSQ: where training has not lowered
-            the loss, the result is what post-training quantization gives, and the report says so. None: the first
-            batches of the training data, see `MEASURED`.
+        held_out: batches that the loss is measured on before and after training by LSQ or by `finetune`: where training
+            has not lowered the loss, the result is what post-training quantization gives, or the model as it was, and
+            the report says so. None: with LSQ, the first batches of the training data, see `MEASURED`; `finetune` then
+            measures nothing.
         options: more of the optimizer's: momentum, betas, …; in place of the defaults above.
         scheduler: makes a learning-rate scheduler of the optimizer; it is stepped after each step. Default: a linear
             warm-up over the first twentieth of the run, 100 steps at most, then a cosine down to 0.

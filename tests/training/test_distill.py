@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -162,6 +163,22 @@ def test_a_cut_model_learns_from_what_it_was_cut_from(tmp_path):
     integers = gc.compress(tuned.module, X, sparsity=0.0, bits=8, progress=False)
     with pytest.raises(gc.PlanError, match=r"are integers(.|\n)*train before quantizing"):
         finetune(integers, **options)
+
+
+@pytest.mark.parametrize("hidden", [(), ("second",)], ids=["logits", "hidden states by a learned map"])
+@pytest.mark.parametrize(("lr", "helps"), [(0.05, True), (2.0, False)])
+def test_on_held_out_batches_the_better_of_start_and_end_stays(hidden, lr, helps):
+    small = gc.compress(sharp(), X, sparsity=0.5, progress=False)
+    data = batches()
+    options = taught(sharp(), hidden=hidden) | {"steps": 60, "lr": lr, "held_out": data, "clip_norm": 1.0}
+    tuned = finetune(small, data, **options)
+    (note,) = [note for note in tuned.report.notes if "held-out data" in note]
+    before, after = map(float, re.findall(r"loss (\S+) before, (\S+) after", note)[0])
+    assert (after < before) is helps or not helps
+    assert ("training has not lowered the loss: the result is the model as it was before" in note) is not helps
+    same = [torch.equal(t, small.state_dict()[n]) for n, t in tuned.state_dict().items()]
+    assert all(same) is not helps
+    assert "held-out data" not in " ".join(finetune(small, data, **options | {"held_out": None}).report.notes)
 
 
 def test_a_model_that_was_finalized_is_trained_on():
