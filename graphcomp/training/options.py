@@ -49,7 +49,8 @@ class Training:
             has not lowered the loss, the result is what post-training quantization gives, or the model as it was, and
             the report says so. None: with LSQ, the first batches of the training data, see `MEASURED`; `finetune` then
             measures nothing.
-        options: more of the optimizer's: momentum, betas, …; in place of the defaults above.
+        options: more of the optimizer's: momentum, betas, …; in place of the defaults above. {"fused": True} lets AdamW
+            step in one kernel, which takes a sixth of the time where tables of words are large.
         scheduler: makes a learning-rate scheduler of the optimizer; it is stepped after each step. Default: a linear
             warm-up over the first twentieth of the run, 100 steps at most, then a cosine down to 0.
         accumulate: so many batches make a step. What is left over at the end of a pass makes one, too.
