@@ -244,7 +244,7 @@ def qst(case: Case, options: argparse.Namespace) -> None:
     """Compare thresholds that are trained with magnitude pruning and LSQ, at equal C0 bytes."""
     rows = []
     bits = 3
-    for share in (0.01, 0.004, 0.002):
+    for share in (0.004, 0.01, 0.002):
         for name, method in (("QST", Qst()), ("magnitude and LSQ", Magnitude())):
             what = f"{name}, {bits} bits, C0 at {share:.1%}"
             rows.append(row(case, what, method, options, bits=bits, budget=gc.Budget(bytes=share)))

@@ -195,27 +195,28 @@ class Opq(Method):
     def _layer_bits(self, ready: Prepared, goal: Goal) -> dict[str, int]:
         """Return module -> bits of its weights."""
         assert goal.bits is not None
-        modules = _modules(ready)
+        parts = _parts(ready)
         if goal.bits[0] == goal.bits[1]:
-            return dict.fromkeys(modules, goal.bits[0])
+            return {path: goal.bits[0] for part in parts for path in sorted(part.paths)}
         choices = range(goal.bits[0], goal.bits[1] + 1)
         left = self._left(ready, goal)
-        own = {module: torch.cat([left[name].flatten() for name in names]) for module, names in modules.items()}
-        counts = [int((weight != 0).sum()) for weight in own.values()]
-        scales = [float(w.abs().sum()) / max(n, 1) for w, n in zip(own.values(), counts, strict=True)]
+        weights = [[left[name] for name in part.names] for part in parts]
+        counts = [sum(int((weight != 0).sum()) for weight in own) for own in weights]
+        scales = [sum(float(w.abs().sum()) for w in own) / max(n, 1) for own, n in zip(weights, counts, strict=True)]
         factors = omegas([max(n, 1) for n in counts], scales, self.omega)
-        squares = [[_errors(left[name], choices) for name in names] for names in modules.values()]
+        squares = [[_errors(weight, choices) for weight in own] for own in weights]
         errors = [
-            [factor / max(n, 1) * sum(of_weight[k] for of_weight in of_module) for k in range(len(choices))]
-            for of_module, factor, n in zip(squares, factors, counts, strict=True)
+            [factor / max(n, 1) * sum(of_weight[k] for of_weight in of_part) for k in range(len(choices))]
+            for of_part, factor, n in zip(squares, factors, counts, strict=True)
         ]
         if goal.budget is None:
             assert self.mean_bits is not None
             budget = self.mean_bits * sum(counts)
         else:
-            total = sum(weight.numel() for weight in own.values())
+            total = sum(weight.numel() for own in weights for weight in own)
             budget = 8 * bytes_within(goal.budget, total) - (total if self.convention == "C3" else 0)
-        return dict(zip(modules, whole_bits(counts, errors, choices, budget), strict=True))
+        chosen = zip(parts, whole_bits(counts, errors, choices, budget), strict=True)
+        return {path: n for part, n in chosen for path in sorted(part.paths)}
 
     def begin(self, ready: Prepared, goal: Goal, training: Training, steps: int) -> OpqRun:
         """Begin a run."""
@@ -253,14 +254,31 @@ def _sites(ready: Prepared) -> list[Site]:
     return [site for site in ready.session.sites if site.is_weight and site.parameter]
 
 
-def _modules(ready: Prepared) -> dict[str, list[str]]:
-    """Return the module whose op reads a quantized parameter -> the quantizers."""
+@dataclass
+class _Part:
+    """Quantizers that have bits together, as ops of one module read them, or one op of each of several.
+
+    Attributes:
+        paths: of the modules.
+        names: of the quantizers.
+    """
+
+    paths: set[str]
+    names: list[str]
+
+
+def _parts(ready: Prepared) -> list[_Part]:
+    """Return the quantizers that read a parameter, by the modules whose ops read them, in the order of the graph."""
     nodes = {node.name: node for node in ready.session.quantized.captured.module.graph.nodes}
-    found: dict[str, list[str]] = {}
+    found: list[_Part] = []
     for site in _sites(ready):
         users = (user for own in site.at.values() for user in own)
-        path = next((module_path(nodes[user]) for user in users if user in nodes), site.layer)
-        found.setdefault(path, []).append(site.name)
+        part = _Part({module_path(nodes[user]) for user in users if user in nodes} or {site.layer}, [])
+        for other in [other for other in found if other.paths & part.paths]:
+            found.remove(other)
+            part = _Part(other.paths | part.paths, [*part.names, *other.names])
+        part.names.append(site.name)
+        found.append(part)
     return found
 
 
@@ -284,9 +302,9 @@ def _remarks(ready: Prepared, goal: Goal, bits: Mapping[str, int]) -> Iterable[s
     if goal.activation_bits == "same":
         yield "activations stay float: OPQ plans weights; activation_bits=8 quantizes activations, too"
     if len(set(goal.bits)) > 1:
-        yield f"bits of each layer, planned: {', '.join(f'{name} {n}' for name, n in bits.items())}"
-    specs = {site.name: site.high for site in _sites(ready)}
-    other = [f"{m} ({specs[name]})" for m, names in _modules(ready).items() for name in names if specs[name] != bits[m]]
+        yield f"bits of each layer, planned: {', '.join(f'{site.layer} {site.high}' for site in _sites(ready))}"
+    own = {name: bits.get(path) for part in _parts(ready) for name in part.names for path in part.paths}
+    other = [f"{site.layer} ({site.high})" for site in _sites(ready) if site.high != own[site.name]]
     if other:
         yield f"bits are not as planned, as the op is in no module of its own: {', '.join(other)}"
     if computed := [site.layer for site in ready.session.sites if site.is_weight and not site.parameter]:

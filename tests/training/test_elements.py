@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphcomp as gc
+from graphcomp.methods.opq import Opq
+from graphcomp.methods.qst.method import Qst
 from graphcomp.training.elements import multiplied
 from tests.methods.learning import compress
 
@@ -40,7 +43,7 @@ def test_all_that_is_multiplied_takes_part_once():
 def test_methods_prune_the_same_weights_but_for_the_last_of_pqk():
     data = [(X, torch.randn(3, 2, 8))] * 3
     count = {name: parameter.numel() for name, parameter in Net().named_parameters() if name in WEIGHTS}
-    for method, names in (("psgd", WEIGHTS), ("pqk", WEIGHTS[:-1])):
+    for method, names in (("psgd", WEIGHTS), ("opq", WEIGHTS), ("qst", WEIGHTS), ("pqk", WEIGHTS[:-1])):
         notes = gc.compress(
             Net(), X, method=method, data=data, sparsity=0.6, loss=lambda out, batch: F.mse_loss(out, batch[1]),
             steps=3, lr=0.01, progress=False,
@@ -53,3 +56,27 @@ def test_methods_prune_the_same_weights_but_for_the_last_of_pqk():
 
 def test_without_a_sparsity_nothing_is_said_of_the_last_weights():
     assert not any("is not pruned" in note for note in compress("pqk", sparsity=0, bits=4).report.notes)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize(
+    ("method", "asked"),
+    [
+        (Opq(mean_bits=4), {"bits": (2, 8), "sparsity": 0.6}),
+        (Opq(per="unit"), {"bits": 4, "sparsity": 0.4}),
+        (Qst(convention="C4"), {"bits": 4, "budget": gc.Budget(bytes=80)}),
+        (Qst(per="unit"), {"bits": 4, "sparsity": 0.4}),
+    ],
+)
+def test_planned_and_trained_masks_on_recurrent_tied_and_bare_weights(method, asked):
+    """A weight of two layers has one number of bits, and a parameter of the model itself one, too."""
+    report = gc.compress(
+        Net(), X, method=method, data=[(X, torch.randn(3, 2, 8))] * 3, steps=12, lr=0.01, progress=False,
+        activation_bits=None, loss=lambda out, batch: F.mse_loss(out, batch[1]), **asked,
+    ).report  # fmt: skip
+    assert max(report.verified.values()) < 1e-6 and not any("not what the result has" in n for n in report.notes)
+    assert not any("not as planned" in note for note in report.notes)
+    if isinstance(method, Opq) and method.mean_bits:
+        total = sum(p.numel() for name, p in Net().named_parameters() if name in WEIGHTS)
+        assert report.sizes["C0"] <= (total - round(0.6 * total)) * 4 / 8

@@ -203,7 +203,7 @@ class QstRun(Run):
         limit, gates = self.target.limit, self.gates
         if limit is None or not isinstance(gates, WeightGates):
             return Choice(self.kept, self.masks)
-        if gates.bytes_of(self.masks, self.target.convention, moves=False) > limit:
+        if gates.bytes_of(self.masks, self.target.convention) > limit:
             for threshold in gates.thresholds.values():  # pruned weights are 0: magnitudes say what goes next
                 threshold.data.zero_()
             self.masks = gates.masks(gates.count_within(limit, self.target.convention, moves=False))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from graphcomp.cost.conventions import Convention, SizeModel
+from graphcomp.cost.conventions import Codes, Convention, SizeModel
 from graphcomp.errors import BudgetError, NothingToPrune
 from graphcomp.methods.qst.gates import Route, sparse
 from graphcomp.quantization.quantizers.symmetric import SymmetricQuantizer
@@ -129,43 +130,41 @@ class WeightGates:
 
         Each layer keeps one at least.
         """
+        margins = self._margins_but_the_largest()
+        if count is None:
+            return {name: margin > 0 for name, margin in margins.items()}
+        return {name: rank < count for name, rank in _ranks(margins).items()}
+
+    def _margins_but_the_largest(self) -> dict[str, Tensor]:
+        """Return the margins, infinite of one weight of each layer, which is not to go."""
         margins = self.margins()
         for margin in margins.values():
             margin.view(-1)[margin.argmax()] = torch.inf
-        if count is None:
-            return {name: margin > 0 for name, margin in margins.items()}
-        flat = torch.cat([margin.flatten() for margin in margins.values()])
-        mask = torch.zeros_like(flat, dtype=torch.bool)
-        mask[flat.argsort(descending=True, stable=True)[:count]] = True
-        parts = torch.split(mask, [margin.numel() for margin in margins.values()])
-        return {name: part.view(own.shape) for (name, own), part in zip(margins.items(), parts, strict=True)}
+        return margins
 
     @torch.no_grad()
-    def bytes_of(self, masks: Mapping[str, Tensor], convention: Convention, *, moves: bool) -> float:
-        """Return the bytes of the codes of all quantized weights.
-
-        Args:
-            masks: what stays.
-            convention: of storage.
-            moves: whether weights will be trained on: one that rounds to 0 now may not then, and counts as 1.
-        """
-        tensors = {}
-        for name, quantizer in self.quantizers.items():
-            stored = quantizer.to_integers(self.weights[name].masked_fill(~masks[name], 0))
-            if moves:
-                stored.values.masked_fill_(masks[name] & (stored.values == 0), 1)
-            tensors[name] = stored.counted()
-        return SizeModel(tensors).bits(convention) / 8
+    def bytes_of(self, masks: Mapping[str, Tensor], convention: Convention) -> float:
+        """Return the bytes of the codes of all quantized weights, as they are, but 0 outside of the masks."""
+        return _bytes(self._codes(moves=False), masks, convention)
 
     def count_within(self, limit: float, convention: Convention, *, moves: bool = True) -> int:
         """Return how many weights can stay within so many bytes of codes.
 
+        Args:
+            limit: bytes.
+            convention: of storage.
+            moves: whether weights will be trained on: one that rounds to 0 now may not then, and counts as 1.
+
         Raises:
             BudgetError: one weight per layer takes more.
         """
+        ranks, codes = _ranks(self._margins_but_the_largest()), self._codes(moves)
+
+        def size(count: int) -> float:
+            return _bytes(codes, {name: rank < count for name, rank in ranks.items()}, convention)
+
         low, high = len(self.weights), self.total + 1
-        least = self.bytes_of(self.masks(low), convention, moves=moves)
-        if least > limit:
+        if (least := size(low)) > limit:
             raise BudgetError(
                 f"{limit:,.0f} bytes by {convention} hold no network",
                 why=f"one weight of each layer takes {least:,.0f} bytes by {convention}",
@@ -173,9 +172,18 @@ class WeightGates:
             )
         while high - low > 1:
             middle = (low + high) // 2
-            fits = self.bytes_of(self.masks(middle), convention, moves=moves) <= limit
-            low, high = (middle, high) if fits else (low, middle)
+            low, high = (middle, high) if size(middle) <= limit else (low, middle)
         return low
+
+    @torch.no_grad()
+    def _codes(self, moves: bool) -> dict[str, Codes]:
+        """Return parameter -> the codes of all its weights; `moves` see `count_within`."""
+        found = {}
+        for name, quantizer in self.quantizers.items():
+            codes = quantizer.to_integers(self.weights[name]).counted()
+            values = codes.values.masked_fill(codes.values == 0, 1) if moves else codes.values
+            found[name] = replace(codes, values=values)
+        return found
 
     def choice(self, count: int | None) -> Choice:
         """Return masks of the weights that stay."""
@@ -186,3 +194,18 @@ class WeightGates:
         masks = self.masks(None)
         for name, quantizer in self.quantizers.items():
             yield quantizer, self.weights[name].detach().masked_fill(~masks[name], 0)
+
+
+def _ranks(margins: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the position of each weight among all, the farthest above its threshold first."""
+    flat = torch.cat([margin.flatten() for margin in margins.values()])
+    rank = torch.empty_like(flat, dtype=torch.int64)
+    rank[flat.argsort(descending=True, stable=True)] = torch.arange(len(flat), device=flat.device)
+    parts = torch.split(rank, [margin.numel() for margin in margins.values()])
+    return {name: part.view(own.shape) for (name, own), part in zip(margins.items(), parts, strict=True)}
+
+
+def _bytes(codes: Mapping[str, Codes], masks: Mapping[str, Tensor], convention: Convention) -> float:
+    """Return the bytes of codes, 0 where a mask is False."""
+    left = {name: replace(own, values=own.values.masked_fill(~masks[name], 0)) for name, own in codes.items()}
+    return SizeModel(left).bits(convention) / 8

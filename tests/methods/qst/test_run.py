@@ -194,7 +194,7 @@ def test_a_budget_is_met_at_the_end_by_each_convention(convention):
     optimizer, run = begun(Qst(convention=convention), sparsity=None, budget=gc.Budget(bytes=limit))
     train(optimizer, run, STEPS)
     choice = run.choice()
-    assert 0.8 * limit < gates(run).bytes_of(choice.elements, convention, moves=False) <= limit
+    assert 0.8 * limit < gates(run).bytes_of(choice.elements, convention) <= limit
     if convention == "C0":
         assert sum(int(mask.sum()) for mask in choice.elements.values()) == limit * 8 // 4
 
@@ -207,7 +207,7 @@ def test_where_weights_move_to_longer_codes_more_of_them_go_in_the_end():
         for weight in gates(run).weights.values():
             weight.copy_(torch.randn_like(weight) * (weight != 0))
     after = run.choice().elements
-    assert gates(run).bytes_of(after, "C4", moves=False) <= 130
+    assert gates(run).bytes_of(after, "C4") <= 130
     assert all(not bool((after[name] & ~before[name]).any()) for name in before)
 
 
