@@ -8,7 +8,8 @@ Source: QST (Park, Kim, Lee 2022, 10.1145/3524066), reconstructed: only the abst
 public. Thresholds, their surrogate gradient and the pressure are those of Dynamic Sparse Training (Liu et al. 2020,
 arXiv 2005.06870), which also decays the thresholds (here they are not), and opens a layer wholly where 1 % are left
 (`guard="reset"`). Ours are: the target in place of a penalty on the size, whose weight would need tuning; the fixed
-mask, as two straight-through estimators at once make training unsteady (QADS, 2025); the floor; and units.
+mask, as two straight-through estimators at once make training unsteady (QADS, 2025); the floor; the scale of the
+thresholds' gradients, as LSQ scales those of steps; and units.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from graphcomp.arguments import check_word
+from graphcomp.arguments import check_flag, check_word
 from graphcomp.cost.conventions import Convention
 from graphcomp.errors import PlanError
 from graphcomp.methods.base import Goal, Method, Source, refuse
@@ -243,6 +244,8 @@ class Qst(Method):
         every: steps from one move of thresholds to the schedule to the next.
         guard: "floor": a layer keeps `least` of its weights; "reset": its thresholds are 0 again below that.
         least: see `guard`.
+        scaled: gradients of thresholds are divided by the root of the number of weights that share one; False: the sum
+            over the weights, as DST has it, which moves thresholds of large layers far in one step.
     """
 
     name: ClassVar[str] = "qst"
@@ -258,6 +261,7 @@ class Qst(Method):
     every: int = 16
     guard: Guard = "floor"
     least: float = 0.01
+    scaled: bool = True
 
     def __post_init__(self) -> None:
         check_word("per", self.per, ("element", "unit"))
@@ -265,6 +269,7 @@ class Qst(Method):
         check_word("gradient", self.gradient, get_args(Route))
         check_word("guard", self.guard, get_args(Guard))
         check_convention(self.convention or "C0")
+        check_flag("scaled", self.scaled)
         if self.per == "unit" and self.gradient == "literal":
             raise PlanError(
                 'Qst(per="unit", gradient="literal")',
@@ -315,9 +320,17 @@ class Qst(Method):
         refuse(self, {"a Schedule": isinstance(training.schedule, Schedule)}, "its stages are GETA's; give steps")
         gates: WeightGates | UnitGates
         if self.per == "unit":
-            gates = UnitGates(ready, dense=self.gradient == "dense", round_to=goal.round_to)
+            dense = self.gradient == "dense"
+            gates = UnitGates(ready, dense=dense, round_to=goal.round_to, scaled=self.scaled)
         else:
-            gates = WeightGates(ready, shared=self.shared, route=self.gradient, guard=self.guard, least=self.least)
+            gates = WeightGates(
+                ready,
+                shared=self.shared,
+                route=self.gradient,
+                guard=self.guard,
+                least=self.least,
+                scaled=self.scaled,
+            )
         options = {name: getattr(self, name) for name in self.__dataclass_fields__}
         asked = {"sparsity": goal.sparsity, "budget": goal.budget, "bits": goal.bits, "round_to": goal.round_to}
         return QstRun(

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from graphcomp.coupling.groups import ChannelGroup, Member
 from graphcomp.methods.geta.units import makers, nothing_trainable, trainable
 from graphcomp.methods.qst.gates import gated, step
+from graphcomp.methods.qst.weights import shift
 from graphcomp.pruning.allocation import allocate, rounding_note
 from graphcomp.pruning.mask import PREFIX
+from graphcomp.quantization.quantizers.gradients import scale_gradient
 from graphcomp.quantization.quantizers.symmetric import SymmetricQuantizer
 from graphcomp.training.prepared import Prepared
 from graphcomp.training.run import Choice
@@ -28,10 +30,11 @@ class UnitGates:
         ready: the module that is trained.
         dense: whether weights of units that are gone get gradients, so that units can return.
         round_to: lengths of dims are multiples of it in the end.
+        scaled: whether gradients of thresholds are divided by the root of the number of weights that make a unit.
     """
 
-    def __init__(self, ready: Prepared, *, dense: bool, round_to: int) -> None:
-        self.ready, self.dense, self.round_to = ready, dense, round_to
+    def __init__(self, ready: Prepared, *, dense: bool, round_to: int, scaled: bool = True) -> None:
+        self.ready, self.dense, self.round_to, self.scaled = ready, dense, round_to, scaled
         self.groups = trainable(ready, ready.session.groups)
         if not self.groups:
             raise nothing_trainable()
@@ -74,7 +77,11 @@ class UnitGates:
             if group not in self.groups:
                 continue
             norms = self.norms(group)
-            gate = step((norms.detach() if self.dense else norms) - self.thresholds[group.name])
+            threshold: Tensor = self.thresholds[group.name]
+            if self.scaled:
+                made = sum(member.elements_per_unit for member in makers(group))
+                threshold = scale_gradient(threshold, max(made, 1) ** -0.5)
+            gate = step((norms.detach() if self.dense else norms) - threshold)
             found[f"{PREFIX}{k}"] = gate.detach().to(self.ready.get_buffer(f"{PREFIX}{k}").dtype)
             for member in group.members:
                 if member.is_parameter and member.name not in session.computed:
@@ -104,12 +111,7 @@ class UnitGates:
     @torch.no_grad()
     def shift(self, count: int) -> None:
         """Move all thresholds by one number, so that `count` units are above theirs; none falls below 0."""
-        flat = torch.cat(list(self.margins().values()))
-        if not 0 < count < len(flat):
-            return
-        by = flat.kthvalue(len(flat) - count).values
-        for threshold in self.thresholds.values():
-            threshold.add_(by).clamp_(min=0)
+        shift(list(self.thresholds.values()), list(self.margins().values()), count)
 
     def choice(self, count: int | None) -> Choice:
         """Return the `count` units farthest above their thresholds; None: all that are above."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, TypeAlias
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from graphcomp.cost.conventions import Codes, Convention, SizeModel
 from graphcomp.errors import BudgetError, NothingToPrune
 from graphcomp.methods.qst.gates import Route, sparse
+from graphcomp.quantization.quantizers.gradients import scale_gradient
 from graphcomp.quantization.quantizers.symmetric import SymmetricQuantizer
 from graphcomp.training.elements import multiplied
 from graphcomp.training.prepared import Prepared
@@ -39,10 +40,18 @@ class WeightGates:
         route: of gradients.
         guard: see `Guard`.
         least: share of a layer below which the guard acts.
+        scaled: whether gradients of thresholds are divided by the root of the number of weights that share one.
     """
 
     def __init__(
-        self, ready: Prepared, *, shared: Literal["channel", "layer"], route: Route, guard: Guard, least: float
+        self,
+        ready: Prepared,
+        *,
+        shared: Literal["channel", "layer"],
+        route: Route,
+        guard: Guard,
+        least: float,
+        scaled: bool = True,
     ) -> None:
         self.weights = multiplied(ready)
         if not self.weights:
@@ -51,7 +60,7 @@ class WeightGates:
         self.quantizers = {name: q for name, q in own.items() if isinstance(q, SymmetricQuantizer)}
         self.route: Route = route
         self.guard: Guard = guard
-        self.least = least
+        self.least, self.scaled = least, scaled
         self.thresholds = {
             name: nn.Parameter(weight.new_zeros(weight.shape[:1] if shared == "channel" and weight.dim() > 1 else ()))
             for name, weight in self.weights.items()
@@ -72,6 +81,8 @@ class WeightGates:
 
     def _view(self, name: str, weight: Tensor, quantized: bool) -> Tensor:
         threshold, levels, inside = self._threshold(name), weight.detach(), None
+        if self.scaled:
+            threshold = scale_gradient(threshold, (threshold.numel() / weight.numel()) ** 0.5)
         if quantized and name in self.quantizers:
             quantizer = self.quantizers[name]
             inside = (levels / quantizer.scale.detach()).abs() <= quantizer.spec.quant_max
@@ -117,12 +128,7 @@ class WeightGates:
     @torch.no_grad()
     def shift(self, count: int) -> None:
         """Move all thresholds by one number, so that `count` weights are above theirs; none falls below 0."""
-        flat = torch.cat([margin.flatten() for margin in self.margins().values()])
-        if not 0 < count < len(flat):
-            return
-        by = flat.kthvalue(len(flat) - count).values
-        for threshold in self.thresholds.values():
-            threshold.add_(by).clamp_(min=0)
+        shift(list(self.thresholds.values()), list(self.margins().values()), count)
 
     # ------------------------------------------------------------------------------------------ what stays
     def masks(self, count: int | None) -> dict[str, Tensor]:
@@ -194,6 +200,17 @@ class WeightGates:
         masks = self.masks(None)
         for name, quantizer in self.quantizers.items():
             yield quantizer, self.weights[name].detach().masked_fill(~masks[name], 0)
+
+
+@torch.no_grad()
+def shift(thresholds: Sequence[Tensor], margins: Sequence[Tensor], count: int) -> None:
+    """Move thresholds by one number, so that `count` margins are above 0; none falls below 0, and all are 0 for all."""
+    flat = torch.cat([margin.flatten() for margin in margins])
+    for threshold in thresholds:
+        if count >= len(flat):
+            threshold.zero_()
+        else:
+            threshold.add_(flat.kthvalue(len(flat) - count).values).clamp_(min=0)
 
 
 def _ranks(margins: Mapping[str, Tensor]) -> dict[str, Tensor]:

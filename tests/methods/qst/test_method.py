@@ -142,7 +142,8 @@ def test_what_the_method_does_not_do(method, options, message):
     "options",
     [
         {"per": "row"}, {"shared": "row"}, {"gradient": "none"}, {"convention": "C9"}, {"warmup": 2}, {"freeze": -0.1},
-        {"least": None}, {"pressure": -1}, {"every": 0}, {"guard": "none"}, {"gradient": "literal", "per": "unit"},
+        {"least": None}, {"pressure": -1}, {"every": 0}, {"guard": "none"},
+        {"scaled": 1}, {"gradient": "literal", "per": "unit"},
     ],
 )  # fmt: skip
 def test_options_out_of_range(options):

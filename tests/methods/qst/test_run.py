@@ -92,6 +92,25 @@ def test_the_pressure_lifts_each_threshold_by_its_gradient():
         torch.testing.assert_close((lifted - without)[free], expected.expand_as(without[free]), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("per", ["element", "unit"])
+def test_gradients_of_thresholds_are_scaled_by_the_weights_that_share_one(per):
+    found = []
+    for scaled in (True, False):
+        _, run = begun(Qst(per=per, scaled=scaled, warmup=0.0))
+        run.loss(forward_of(run), batches()[0], loss).backward()
+        found.append({name: threshold.grad for name, threshold in run.gates.parameters().items()})
+    name = next(name for name in found[0] if name.startswith("second"))
+    shared = 72 if per == "element" else 72 + 3  # a filter; with its bias, and the scale and shift of a norm
+    assert bool(found[1][name].any())
+    torch.testing.assert_close(found[0][name] * shared**0.5, found[1][name])
+
+
+def test_without_pruning_thresholds_stay_zero():
+    optimizer, run = begun(Qst(every=1, warmup=0.0), sparsity=0.0)
+    train(optimizer, run, 5)
+    assert not any(bool(threshold.any()) for threshold in run.parameters())
+
+
 def test_thresholds_are_not_decayed():
     optimizer, run = begun()
     own = {id(threshold) for threshold in run.parameters()}
