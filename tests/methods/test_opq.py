@@ -16,6 +16,7 @@ from graphcomp.methods.geta.method import Geta
 from graphcomp.methods.opq import Opq, OpqRun
 from graphcomp.methods.pqk import Pqk
 from graphcomp.methods.psgd import Psgd
+from graphcomp.methods.qst.method import Qst
 from graphcomp.pruning.analytic import analytic_masks
 from graphcomp.training.elements import multiplied
 from graphcomp.training.optimizer import MethodOptimizer
@@ -229,6 +230,25 @@ def test_units_of_geta_take_the_allocation():
     assert sum(left[0]) == sum(left[1]) == 8
     with pytest.raises(gc.PlanError, match="allocation must be"):
         Geta(allocation="best")
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("second", [Opq(per="unit"), Qst(per="unit"), Opq(), Qst()])
+def test_after_another_method_the_units_that_are_gone_count(second):
+    options = {"sparsity": 0.5, "bits": 4, "activation_bits": None, "training": {"steps": 80}}
+    report = compress(["hesso", second], **options).report
+    assert report.units_removed == 8 and not any("not what the result has" in note for note in report.notes)
+    assert [layer.weight_bits for layer in report.layers] == [4, 4, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_masks_stay_while_another_method_trains_on():
+    small = compress(["opq", "qat"], sparsity=0.5, bits=4, activation_bits=None)
+    assert any(note.startswith("336 of 672 weights in 3 tensors") for note in small.report.notes)
+    codes = [stored.counted() for stored in small.quantized.lowered.weights.values()]
+    assert sum(own.total - own.kept for own in codes) >= 336
 
 
 # ------------------------------------------------------------------------------------------------ refused
