@@ -126,12 +126,13 @@ CALIBRATION = object()
 
 
 def peer(task: Task, macs: float) -> tuple[nn.Module, Row]:
-    """Torch-Pruning's global magnitude pruning, at the ratio that leaves so much."""
+    """Torch-Pruning's global magnitude pruning, at the ratio that leaves so much; a ratio that fails is too much."""
     import torch_pruning as tp
 
     dense, _ = tp.utils.count_ops_and_params(task.model, task.example)
     low, high = 0.0, 1.0
     found: tuple[nn.Module, Row] | None = None
+    failure: Exception | None = None
     for _ in range(TRIES):
         ratio = (low + high) / 2
         model = copy.deepcopy(task.model)
@@ -144,13 +145,19 @@ def peer(task: Task, macs: float) -> tuple[nn.Module, Row]:
             pruning_ratio=ratio,
             ignored_layers=[last],
         )
-        pruner.step()
-        left = tp.utils.count_ops_and_params(model, task.example)[0] / dense
+        try:
+            pruner.step()
+            left = tp.utils.count_ops_and_params(model, task.example)[0] / dense
+        except Exception as error:  # of the peer
+            high, failure = ratio, failure or error
+            continue
         if left <= macs:
             high = ratio
             found = model, {"macs": left, "bytes": _parameters(model) / _parameters(task.model), "ratio": ratio}
         else:
             low = ratio
+    if found is None and failure is not None:
+        raise failure
     if found is None:
         raise ValueError(f"no ratio leaves {percent(macs, 0)} of the multiply-accumulates")
     return found
