@@ -23,7 +23,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -263,6 +263,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--methods", default=",".join(CLAIMS), metavar="A,B", help="default: %(default)s")
     parser.add_argument("--models", metavar="A,B", help=f"of {', '.join(CASES)}; default: as each claim has them")
     parser.add_argument("--images", type=int, default=25_000, metavar="N", help="to train on, at most")
+    parser.add_argument("--test", type=int, metavar="N", help="images to test on; default: all")
     parser.add_argument("--epochs", type=int, metavar="N", help="default: as each model has them")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="default: %(default)s")
     parser.add_argument("--short", action="store_true", help="the first setting of each claim alone")
@@ -278,7 +279,9 @@ def main() -> None:
     print(common.header(), flush=True)
     for name in options.methods.split(","):
         for model in (options.models or USUAL[name]).split(","):
-            CLAIMS[name](CASES[model](options.images), options)
+            case = CASES[model](options.images)
+            images, labels = case.test
+            CLAIMS[name](replace(case, test=(images[: options.test], labels[: options.test])), options)
 
 
 if __name__ == "__main__":

@@ -222,6 +222,8 @@ class Opq(Method):
         """Begin a run."""
         refuse(self, {"a Schedule": isinstance(training.schedule, Schedule)}, "its stages are GETA's; give steps")
         masks, kept = self.prune(ready, goal)
+        density = "" if kept or self.density == "laplace" else ", weights ranked as they are"
+        ready.remarks = (*ready.remarks, f"planned by the errors of omega={self.omega!r}{density}")
         if note := rounding_note(tuple(kept), kept, _share(goal), goal.round_to) if kept else "":
             ready.remarks = (*ready.remarks, note)
         options = {name: getattr(self, name) for name in ("per", "omega", "density", "mean_bits", "convention")}

@@ -131,6 +131,15 @@ def test_units_go_and_the_file_gets_smaller(tmp_path):
     assert small.report.bytes.after < 0.5 * whole.report.bytes.after
 
 
+def test_the_report_says_which_errors_the_plan_is_of():
+    for method, note in (
+        ("opq", "planned by the errors of omega='mean'"),
+        (Opq(omega="total", density="empirical"), "planned by the errors of omega='total', weights ranked as they are"),
+        (Opq(per="unit", omega="energy"), "planned by the errors of omega='energy'"),
+    ):
+        assert note in compress(method, sparsity=0.5).report.notes
+
+
 def test_units_in_multiples_and_by_role():
     small = compress(Opq(per="unit"), sparsity=0.4, round_to=4)
     assert {n["units"]["kept"] % 4 for n in small.report.groups} == {0}
