@@ -80,7 +80,7 @@ def compress_checkpoint(
     **others: Any,
 ) -> CompressedCheckpoint:
     """Cut the model in a folder of transformers without loading the model: the operands of one op, and one shard that
-    is being written, are in memory at a time. Weights of integers are in memory until they are written.
+    is being written, are in memory at a time. Weights of integers, and layouts of their kernels, are in memory as well.
 
     The folder that is written is, file by file, the folder of `from_pretrained`, `compress` and `save_pretrained` with
     the same options, example inputs and `max_shard_size`.
