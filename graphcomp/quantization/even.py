@@ -63,16 +63,11 @@ class EvenActivations:
         found, count, clipped = even_activations(program.module, self.config, self.ignore, self.batches)
         if not count:
             return program
-        values = f"{clipped} value{'s'[: clipped > 1]}"
-        note = (
-            f"channels of {values} between two layers were scaled to one range in front of a clip at a fixed number: "
-            "values above the largest in calibration clip"
-        )
-        return program.rewritten(found, [note] if clipped else [])
+        return program.rewritten(found, clipped_notes(clipped))
 
 
 @dataclass(frozen=True, eq=False)
-class _Pair:
+class Pair:
     """A layer, the value that the layer makes, behind a clip or not, and the one layer that reads the value."""
 
     made_by: fx.Node
@@ -85,6 +80,21 @@ class _Pair:
     def apart(self) -> bool:
         """Whether each output of the second layer reads one channel alone: all factors are free."""
         return bool(bind(self.read_by).get("groups", 1) == _channels(self.at, self.read_by))
+
+    @property
+    def clipped(self) -> bool:
+        """Whether the value is clipped at a fixed number."""
+        return _bound(self.at) is not None
+
+
+def clipped_notes(count: int) -> list[str]:
+    """Say that so many values are clipped at a fixed number, if any are: the function may differ there."""
+    values = f"{count} value{'s'[: count > 1]}"
+    note = (
+        f"channels of {values} between two layers were scaled to one range in front of a clip at a fixed number: "
+        "values above the largest in calibration clip"
+    )
+    return [note] if count else []
 
 
 def asks_for_even(config: QuantConfig) -> bool:
@@ -112,9 +122,30 @@ def even_activations(
         CalibrationError: a batch that the model does not run on.
     """
     equal, _ = clone(module)
-    pairs = {pair.at: pair for pair in _pairs(equal, config, ignore)}
+    chosen = factors_between(equal, config, ignore, batches)
+    layers: dict[fx.Node, Layer] = {}
+    for pair, s in chosen.items():
+        for end, scale in ((pair.made_by, Layer.divide_outputs), (pair.read_by, Layer.multiply_inputs)):
+            scale(layers.setdefault(end, Layer(equal, end)), 1 / s)
+    for layer in layers.values():
+        layer.write(equal)
+    return equal, len(chosen), sum(pair.clipped for pair in chosen)
+
+
+@torch.no_grad()
+def factors_between(
+    module: fx.GraphModule, config: QuantConfig, ignore: Sequence[str], batches: Sequence[Sequence[Any]]
+) -> dict[Pair, Tensor]:
+    """Return values between two layers, and by what their channels are to be multiplied, (c,) float64, not all 1.
+
+    The arguments are those of `even_activations`.
+
+    Raises:
+        CalibrationError: a batch that the model does not run on.
+    """
+    pairs = {pair.at: pair for pair in _pairs(module, config, ignore)}
     if not pairs or not batches:
-        return equal, 0, 0
+        return {}
     largest: dict[fx.Node, Tensor] = {}
 
     def measure(node: fx.Node, found: Any) -> None:
@@ -123,25 +154,18 @@ def even_activations(
             largest[node] = torch.maximum(channels, largest.get(node, channels))
 
     for k, batch in enumerate(batches):
-        run_batch(equal, batch, k, measure)
-    factors: dict[fx.Node, Tensor] = {}
+        run_batch(module, batch, k, measure)
+    factors: dict[Pair, Tensor] = {}
 
     def choose(node: fx.Node, found: Any) -> None:
         if node in largest and bool(largest[node].isfinite().all()):
-            factors[node] = _factors(equal, pairs[node], found[:SAMPLES], largest[node])
+            factors[pairs[node]] = _factors(module, pairs[node], found[:SAMPLES], largest[node])
 
-    run_batch(equal, batches[0], 0, choose)
-    moved = {node: s for node, s in factors.items() if bool((s != 1).any())}
-    layers: dict[fx.Node, Layer] = {}
-    for node, s in moved.items():
-        for end, scale in ((pairs[node].made_by, Layer.divide_outputs), (pairs[node].read_by, Layer.multiply_inputs)):
-            scale(layers.setdefault(end, Layer(equal, end)), 1 / s)
-    for layer in layers.values():
-        layer.write(equal)
-    return equal, len(moved), sum(_bound(node) is not None for node in moved)
+    run_batch(module, batches[0], 0, choose)
+    return {pair: s for pair, s in factors.items() if bool((s != 1).any())}
 
 
-def _pairs(module: fx.GraphModule, config: QuantConfig, ignore: Sequence[str]) -> Iterator[_Pair]:
+def _pairs(module: fx.GraphModule, config: QuantConfig, ignore: Sequence[str]) -> Iterator[Pair]:
     """Yield the pairs of layers whose value has few bits and whose weights have one step per output channel."""
     constant = constants(module.graph)
     readers: dict[int, int] = {}
@@ -175,7 +199,7 @@ def _pairs(module: fx.GraphModule, config: QuantConfig, ignore: Sequence[str]) -
             continue
         same = value(at).dim() == value(node).dim() and channels_of(before) == channels_of(node)
         if same and _channels(at, node) == value(before).shape[channels_of(before)]:
-            yield _Pair(before, at, node, weights, activations)
+            yield Pair(before, at, node, weights, activations)
 
 
 def _path(node: fx.Node, constant: set[fx.Node]) -> str:
@@ -198,14 +222,14 @@ def _bound(at: fx.Node) -> float | None:
     return None if clip is None else clip.bounds(bind(at))[1]
 
 
-def _rows(x: Tensor, pair: _Pair) -> Tensor:
+def _rows(x: Tensor, pair: Pair) -> Tensor:
     """`x` as (c, n), one row per channel."""
     dim = channels_of(pair.read_by)
     return x.movedim(dim, 0).reshape(x.shape[dim], -1)
 
 
 # ------------------------------------------------------------------------------------------------ factors
-def _factors(module: fx.GraphModule, pair: _Pair, x: Tensor, largest: Tensor) -> Tensor:
+def _factors(module: fx.GraphModule, pair: Pair, x: Tensor, largest: Tensor) -> Tensor:
     """Return the factors of a value's channels, (c,) float64."""
     bound = _bound(pair.at)
     reach = largest.max() if bound is None else torch.tensor(bound, dtype=largest.dtype, device=largest.device)
@@ -216,7 +240,7 @@ def _factors(module: fx.GraphModule, pair: _Pair, x: Tensor, largest: Tensor) ->
     return min(((error(ratio**e), ratio**e) for e in EXPONENTS), key=lambda found: found[0])[1]
 
 
-def _trial(module: fx.GraphModule, pair: _Pair, x: Tensor) -> Callable[[Tensor], float]:
+def _trial(module: fx.GraphModule, pair: Pair, x: Tensor) -> Callable[[Tensor], float]:
     """Return the squared error of the second layer's result, value and weight rounded, by the factors."""
     operands, arguments = operands_of(pair.read_by), bind(pair.read_by)
     weight = fetch(module, str(arguments[operands.weight].target)).detach()

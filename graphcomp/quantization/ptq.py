@@ -28,6 +28,7 @@ from graphcomp.quantization.calibrate import OutputObserver, calibrate_weight, m
 from graphcomp.quantization.einsum import WriteOutEinsum
 from graphcomp.quantization.equalize import equalize
 from graphcomp.quantization.even import EvenActivations, asks_for_even
+from graphcomp.quantization.even_norms import EvenNorms, asks_for_even_norms
 from graphcomp.quantization.floats import float_layers
 from graphcomp.quantization.fold import FoldBatchNorm
 from graphcomp.quantization.insert import InsertQuantizers, quantizer_nodes
@@ -163,13 +164,12 @@ def quantizing(
     """
     weights = options.config.weights
     per_tensor = weights is not None and weights.granularity == "tensor"
-    even = asks_for_even(options.config) if options.even_activations is None else options.even_activations
     return (
         CheckTensors(),  # before batch norms hand theirs on to weights
         *written_out(options.config),
         *([Equalize()] if options.equalize or (options.equalize is None and per_tensor) else []),
         *([AddBiases()] if add_biases and (options.correct_bias or repair) else []),
-        *([EvenActivations(options.config, options.ignore, batches)] if even else []),
+        *evening(options, batches),
         Remember(FLOATS),
         PlaceQuantizers(options.config, options.ignore),
         CalibrateWeights(),
@@ -180,6 +180,17 @@ def quantizing(
         NameFloatLayers(),
         Remember(FAKE),
         Lower(),
+    )
+
+
+def evening(options: PostTraining, batches: Sequence[Sequence[Any]]) -> tuple[Pass, ...]:
+    """Return the passes that even out channels of activations."""
+    asked, config = options.even_activations, options.config
+    between = asks_for_even(config) if asked is None else asked
+    behind = asks_for_even_norms(config) if asked is None else asked
+    return (
+        *([EvenActivations(config, options.ignore, batches)] if between else []),
+        *([EvenNorms(config, options.ignore, batches)] if behind else []),
     )
 
 

@@ -1,0 +1,331 @@
+"""Even channels behind norms: factors and shifts of channels are folded into a norm and into the layers that read it.
+
+A norm with outliers in few channels leaves the other channels few levels of one step per tensor. The norm's weight and
+bias may make u (y + a) of y, u and a one number per channel each, where every layer that reads the value divides the
+columns of its weight by u, and takes W a off its bias: the float function is the same, whatever u and a are.
+
+    a      minus the middle of the channel's range, where norm and layers have a bias; else 0
+    u      (widest range / range of the channel) ^ e, e of `EXPONENTS`
+
+The exponent, and whether there is a shift, have the least error of what the layers return, value and weights rounded.
+Where others than such layers read the value (a residual sum behind a norm), the layers read a norm of their own.
+
+Source: Li et al. 2023 (RepQ-ViT, arXiv 2212.08254), equations 9 to 13. How we differ: there u makes all ranges alike,
+and the weights of the layers take what that costs; the choice between exponents is that of `even`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphcomp.ir.graph import attribute_readers, bind, clone, fetch, set_argument, value
+from graphcomp.ir.program import P
+from graphcomp.ir.rewrite import after
+from graphcomp.ir.run_nodes import Constants, run_batch, run_tapped
+from graphcomp.ops.answers import operands_of
+from graphcomp.quantization.calibrate import MseObserver, calibrate_weight
+from graphcomp.quantization.even import ELEMENTS, EXPONENTS, MOST, SAMPLES
+from graphcomp.quantization.norms import Moved, Norm, Reader, find_norms
+from graphcomp.quantization.placement import channels_of
+from graphcomp.quantization.quantizers.base import Quantizer
+from graphcomp.quantization.quantizers.make import make_quantizer
+from graphcomp.quantization.spec import QuantConfig
+from graphcomp.quantization.tensors import put, replace_argument
+
+aten = torch.ops.aten
+
+FAR = 0.5
+"""Most of the squared error that may be left where layers are given a norm of their own: another norm takes time."""
+
+ROWS = 512
+"""Rows, evenly spaced, of what a layer reads in a trial."""
+
+
+# ------------------------------------------------------------------------------------------------ what is found
+@dataclass(frozen=True)
+class Even:
+    """What one norm is multiplied by and shifted by, (c,) float64 each: y becomes (y + shift) * factor."""
+
+    factor: Tensor
+    shift: Tensor
+
+
+@dataclass(frozen=True)
+class EvenNorms:
+    """Even out the channels of values that norms make; see `even_norms`."""
+
+    config: QuantConfig
+    ignore: tuple[str, ...]
+    batches: Sequence[Sequence[Any]]
+    name: ClassVar[str] = "even out channels of norms"
+
+    def __call__(self, program: P, /) -> P:
+        """Return the program, with a note of what was evened out, and what was not, by reason."""
+        found = even_norms(program.module, self.config, self.ignore, self.batches)
+        return program.rewritten(found.module, found.notes()) if found.evened or found.left else program
+
+
+@dataclass(frozen=True)
+class EvenedNorms:
+    """A graph with even channels.
+
+    Attributes:
+        evened: norm, by the node of its value -> what it is multiplied by and shifted by.
+        own: norms that layers were given a copy of.
+        left: norm -> why it stays as it is.
+    """
+
+    module: fx.GraphModule
+    evened: Mapping[str, Even] = field(default_factory=dict)
+    own: frozenset[str] = frozenset()
+    left: Mapping[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def of(module: fx.GraphModule, chosen: Mapping[Norm, Even], left: Mapping[str, str]) -> EvenedNorms:
+        """Return the result of what was chosen."""
+        evened = {norm.maker.at.name: even for norm, even in chosen.items()}
+        return EvenedNorms(module, evened, frozenset(n.maker.at.name for n in chosen if n.others), left)
+
+    def notes(self) -> list[str]:
+        """Say what was evened out, and what was not, by reason."""
+        said = []
+        if self.evened:
+            shifted = sum(bool(even.shift.any()) for even in self.evened.values())
+            own = f", {len(self.own)} of them by a norm of their own for the layers" if self.own else ""
+            said.append(
+                f"channels of {_values(len(self.evened))} that norms make were scaled to one range, {shifted} of them "
+                f"shifted, too{own}; the layers behind take it back"
+            )
+        by_reason: dict[str, list[str]] = {}
+        for name, why in self.left.items():
+            by_reason.setdefault(why, []).append(name)
+        return [*said, *(
+            f"channels of {_values(len(names))} that norms make stay as they are ({', '.join(names[:NAMED])}): {why}"
+            for why, names in by_reason.items()
+        )]  # fmt: skip
+
+
+NAMED = 3
+"""Norms that a note names."""
+
+
+def _values(count: int) -> str:
+    return f"{count} value{'s'[: count != 1]}"
+
+
+def asks_for_even_norms(config: QuantConfig) -> bool:
+    """Whether channels behind norms are evened out by default: activations with ranges read off data."""
+    return config.activations is not None and not config.activations.dynamic
+
+
+# ------------------------------------------------------------------------------------------------ the pass
+@torch.no_grad()
+def even_norms(
+    module: fx.GraphModule, config: QuantConfig, ignore: Sequence[str], batches: Sequence[Sequence[Any]]
+) -> EvenedNorms:
+    """Scale the channels of values that norms make to one range, where that lessens the error of the layers behind.
+
+    Args:
+        module: a captured graph without quantizers. Not changed.
+        config, ignore: what will be quantized, and how.
+        batches: flat inputs, in the order of the placeholders.
+
+    Returns:
+        A new module that computes the same.
+
+    Raises:
+        CalibrationError: a batch that the model does not run on.
+    """
+    equal, _ = clone(module)
+    chosen, left = factors_behind_norms(equal, config, ignore, batches)
+    readers = attribute_readers(equal)
+    for norm, even in chosen.items():
+        write(equal, norm, even, readers)
+    equal.graph.eliminate_dead_code()
+    equal.recompile()
+    return EvenedNorms.of(equal, chosen, left)
+
+
+@torch.no_grad()
+def factors_behind_norms(
+    module: fx.GraphModule, config: QuantConfig, ignore: Sequence[str], batches: Sequence[Sequence[Any]]
+) -> tuple[dict[Norm, Even], dict[str, str]]:
+    """Return the norms whose channels are to be evened out, with their factors and shifts; and norm -> why not.
+
+    The arguments are those of `even_norms`.
+
+    Raises:
+        CalibrationError: a batch that the model does not run on.
+    """
+    norms, left = find_norms(module, config, ignore)
+    if not norms or not batches:
+        return {}, left
+    moved = Moved(norms)
+    ranges: dict[Norm, tuple[Tensor, Tensor]] = {}
+    at = {norm.maker.at: norm for norm in norms}
+
+    def measure(node: fx.Node, found: Any) -> None:
+        if node in at and found.numel():
+            rows = found.movedim(at[node].maker.dim, 0).flatten(1).double()
+            low, high = rows.amin(1), rows.amax(1)
+            before = ranges.get(at[node], (low, high))
+            ranges[at[node]] = torch.minimum(low, before[0]), torch.maximum(high, before[1])
+
+    for k, batch in enumerate(batches):
+        run_batch(module, batch, k, measure)
+    run_tapped(module, batches[0], compute=moved.compute)
+    waiting: dict[fx.Node, list[Norm]] = {}
+    for norm in norms:
+        if norm in moved.lost:
+            left[norm.maker.at.name] = f"what {moved.lost[norm]} reads are not its channels in their order"
+        elif norm in ranges and all(bool(end.isfinite().all()) for end in ranges[norm]):
+            waiting.setdefault(norm.readers[-1].node, []).append(norm)
+    read = {reader.read for norm in norms for reader in norm.readers}
+    values: dict[fx.Node, Tensor] = {}
+    chosen: dict[Norm, Even] = {}
+
+    def choose(node: fx.Node, found: Any) -> None:
+        if node in read:
+            values[node] = found
+        for norm in waiting.get(node, ()):
+            even = _choose(norm, ranges[norm], values)
+            if even is not None:
+                chosen[norm] = even
+            for reader in norm.readers:
+                values.pop(reader.read, None)
+
+    run_batch(module, batches[0], 0, choose)
+    return chosen, left
+
+
+# ------------------------------------------------------------------------------------------------ how far
+def _choose(norm: Norm, ends: tuple[Tensor, Tensor], values: Mapping[fx.Node, Tensor]) -> Even | None:
+    """Return factors and shifts with the least error of the layers behind; None where that is with none."""
+    low, high = ends
+    still = Even(torch.ones_like(low), torch.zeros_like(low))
+    shift = -(low + high) / 2 if norm.shifts else still.shift
+    reach = torch.maximum(high + shift, -low - shift)
+    ratio = torch.where(reach > 0, reach.max() / reach.clamp(min=torch.finfo(torch.float32).tiny), 1.0).clamp(1, MOST)
+    trials = [_Trial(reader, values[reader.read]) for reader in norm.readers]
+
+    def error(even: Even) -> float:
+        of_value = make_quantizer(norm.spec)
+        if norm.spec.observer == "minmax":
+            ends = [(end + even.shift) * even.factor for end in (low, high)]
+            of_value.set_range(ends[0].min().float(), ends[1].max().float())
+        else:
+            scaled = torch.cat([trials[0].scaled(even).flatten()])
+            observer = MseObserver(norm.spec)
+            observer.observe(scaled[:: max(1, scaled.numel() // ELEMENTS)])
+            of_value.set_range(*observer.range())
+        return sum(trial.error(even, of_value) for trial in trials)
+
+    before = error(still)
+    tried = [Even(ratio**exponent, shift) for exponent in EXPONENTS]
+    least, best = min(((error(even), even) for even in tried), key=lambda found: found[0])
+    return best if least < before * (FAR if norm.others else 1.0) else None
+
+
+class _Trial:
+    """What rounding a value and a weight does to the result of a layer.
+
+    Args:
+        reader: the layer.
+        x: what the layer reads.
+    """
+
+    def __init__(self, reader: Reader, x: Tensor) -> None:
+        node, operands = reader.node, operands_of(reader.node)
+        if operands.convolution:
+            x = x[:SAMPLES]
+        elif reader.held.weight.dim() == 2:
+            x = x.flatten(0, -2)[:: max(1, x.shape[:-1].numel() // ROWS)]
+        else:
+            x = x[..., :: max(1, x.shape[-2] // ROWS), :]
+        self.reader, self.x, self.weight = reader, x, reader.held.weight
+        self.dim = reader.dim if operands.convolution else x.dim() - 1
+        self.fixed = {**bind(node), **({operands.bias: None} if operands.bias else {})}
+        if node.target is aten.addmm.default:
+            self.fixed[operands.bias] = x.new_zeros(())
+        self.wanted = self._result(x, self.weight)
+        self.norm = float(self.wanted.double().square().sum()) or 1.0
+        channels = channels_of(node) + self.wanted.dim() - value(node).dim()
+        self.others = [d for d in range(self.wanted.dim()) if d != channels]
+        self.spec = None if reader.specs[0] is None else replace(reader.specs[0], observer="minmax")
+        self.out = operands.out % self.weight.dim()
+
+    def scaled(self, even: Even) -> Tensor:
+        """Return what the layer reads, shifted and multiplied."""
+        shape = [-1 if d == self.dim else 1 for d in range(self.x.dim())]
+        return (self.x + even.shift.to(self.x.dtype).view(shape)) * even.factor.to(self.x.dtype).view(shape)
+
+    def error(self, even: Even, of_value: Quantizer) -> float:
+        """Return the relative squared error; the mean of a layer with a bias is none, as the bias takes it back."""
+        kernel = columns(self.reader, self.weight, 1 / even.factor)
+        if self.spec is not None:
+            of_weight = make_quantizer(self.spec, shape=kernel.shape, dim=self.out).to(kernel)
+            calibrate_weight(of_weight, kernel)
+            kernel = of_weight(kernel)
+        off = (self._result(of_value.to(self.x)(self.scaled(even)), kernel) - self.wanted).double()
+        if self.reader.bias:
+            off = off - off.mean(self.others, keepdim=True)
+        return float(off.square().sum()) / self.norm
+
+    def _result(self, x: Tensor, kernel: Tensor) -> Tensor:
+        target: Any = self.reader.node.target
+        found: Tensor = target(**{**self.fixed, self.reader.data: x, self.reader.weight[0]: kernel})
+        return found
+
+
+def columns(reader: Reader, weight: Tensor, factor: Tensor) -> Tensor:
+    """Return the weight of a layer with each input multiplied by a factor, (c,) float64."""
+    dim, groups = reader.weight[1], bind(reader.node).get("groups", 1)
+    if groups > 1 and dim == 1:  # each group of outputs reads inputs of its own
+        by = factor.view(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1).reshape(weight.shape[0], -1)
+        by = by.view(*by.shape, *[1] * (weight.dim() - 2))
+    else:
+        by = factor.view([-1 if d == dim else 1 for d in range(weight.dim())])
+    return (weight.double() * by).to(weight.dtype)
+
+
+# ------------------------------------------------------------------------------------------------ written
+def write(module: fx.GraphModule, norm: Norm, even: Even, readers: dict[str, list[fx.Node]]) -> None:
+    """Fold factors and shifts into a norm, or into a copy of the norm, and into the layers."""
+    for reader in norm.readers:
+        held, weight = reader.held, reader.held.weight
+        if reader.bias and bool(even.shift.any()):
+            name = str(bind(reader.node)[reader.bias].target)
+            out, bias = operands_of(reader.node).out % weight.dim(), fetch(module, name)
+            taken = columns(reader, weight.double(), even.shift).sum([d for d in range(weight.dim()) if d != out])
+            put(module, name, _like(bias, bias.double() - taken))
+        scaled = held.with_elements(columns(reader, weight, 1 / even.factor))
+        put(module, str(held.source.target), _like(held.parameter, scaled))
+    maker, values = norm.maker, Constants(module)
+    copies = _copied(norm) if norm.others else {}
+    for node, argument, more in ((maker.scaled, maker.scale, 0.0), (maker.at, maker.shift, even.shift)):
+        if argument:
+            node = copies.get(node, node)
+            old = values.of(operand := bind(node)[argument])
+            new = ((old.double().flatten() + more) * even.factor).view(old.shape)
+            name = str(operand.target) if operand.op == "get_attr" else f"{maker.at.name}.{argument}"
+            replace_argument(module, node, argument, _like(old, new), name, readers)
+
+
+def _copied(norm: Norm) -> dict[fx.Node, fx.Node]:
+    """Give the layers a norm of their own, and ops that move channels; return node -> copy."""
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in dict.fromkeys((norm.maker.scaled, norm.maker.at, *norm.moves)):
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: copies.get(n, n))
+        copies[node] = after(node)(node.target, *args, **kwargs)
+    for reader in norm.readers:
+        set_argument(reader.node, reader.data, copies[reader.read])
+    return copies
+
+
+def _like(old: Tensor, new: Tensor) -> nn.Parameter:
+    return nn.Parameter(new.to(old.dtype), old.requires_grad)
