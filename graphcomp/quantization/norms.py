@@ -14,6 +14,7 @@ from graphcomp.ir.run_nodes import compute_node
 from graphcomp.ops.answers import compute_of, keeps_zeros, move_of, operands_of
 from graphcomp.ops.registry import facts_of
 from graphcomp.pruning.consumers import moved_parameter
+from graphcomp.quantization.fold import folded_nodes
 from graphcomp.quantization.placement import channels_of, constants, layer_name
 from graphcomp.quantization.setting import Held
 from graphcomp.quantization.spec import QuantConfig, QuantSpec, matches
@@ -106,8 +107,9 @@ def find_norms(module: fx.GraphModule, config: QuantConfig, ignore: Sequence[str
     constant, readers = constants(module.graph), attribute_readers(module)
     found: list[Norm] = []
     left: dict[str, str] = {}
+    folded = folded_nodes(module.graph)
     for node in module.graph.nodes:
-        maker = _maker(node, constant)
+        maker = None if node in folded else _maker(node, constant)
         norm = None if maker is None else _norm(module, maker, config, ignore, constant, readers)
         if isinstance(norm, Norm):
             found.append(norm)

@@ -26,6 +26,7 @@ from graphcomp.ops.answers import lookup_of, operands_of
 from graphcomp.pruning.repair import within_memory
 from graphcomp.quantization.attention import WriteOutAttention
 from graphcomp.quantization.einsum import WriteOutEinsum
+from graphcomp.quantization.even_training import EvenToTrain
 from graphcomp.quantization.fold import FoldForTraining, Pair, chains, folded_nodes
 from graphcomp.quantization.insert import InsertQuantizers
 from graphcomp.quantization.placed import CheckPlaced
@@ -37,6 +38,7 @@ from graphcomp.quantization.ptq import (
     CalibrateWeights,
     PostTraining,
     calibrate_activations,
+    evening,
     learn_rounding,
 )
 from graphcomp.quantization.quantizers.base import Quantizer
@@ -51,7 +53,7 @@ from graphcomp.quantization.tensors import read_by_others
 CELL = 0.49
 """Share of a step by which a parameter differs from its level at most."""
 
-NOT_EVENED = "channels of activations were not scaled to one range, as training keeps the layers that make them"
+NOT_EVENED = "channels of activations were not scaled to one range, as batch norms have seen no batch yet"
 
 NOT_EQUALIZED = "channels were not equalised between layers, as batch norms stay in the graph that is trained"
 
@@ -86,18 +88,21 @@ def quantizing_to_train(
 
     Args:
         module: the graph that the passes begin with, in eval mode.
-        options: how. Channels are not equalised between layers.
+        options: how. Channels are not equalised between layers; channels of activations are evened out.
         batches: flat inputs, in the order of the placeholders; at least one.
         repair: move weights towards the float output of their layers before they are rounded.
     """
     per_tensor = options.config.weights is not None and options.config.weights.granularity == "tensor"
     unequal = options.equalize or (options.equalize is None and per_tensor)
     fresh = _has_fresh_norms(module)
+    biases = (options.correct_bias or repair) and not fresh
+    even = () if fresh else evening(options, batches)
     return (
         WriteOutEinsum(),
         *([WriteOutAttention()] if options.config.attention else []),
+        *([AddTrainableBiases()] if biases else []),
+        *([EvenToTrain(even, (AddBiases(),) if biases else ())] if even else []),
         *([FoldForTraining()] if per_tensor else []),  # one step is for the weight as it will be folded
-        *([AddTrainableBiases()] if options.correct_bias and not fresh else []),
         Remember(FLOATS),
         PlaceToTrain(options.config, options.ignore, repeats=True),
         CalibrateWeights(),
@@ -106,7 +111,7 @@ def quantizing_to_train(
         CheckPlaced(FLOATS, batches),
         *([] if fresh else [SetTrainableLayers(options, batches, repair)]),
         *([AddNote(NOT_EQUALIZED)] if unequal else []),
-        *([AddNote(NOT_EVENED)] if options.even_activations else []),
+        *([AddNote(NOT_EVENED)] if fresh and options.even_activations else []),
     )
 
 

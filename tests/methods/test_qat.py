@@ -84,8 +84,8 @@ def test_the_start_is_what_post_training_quantization_gives(case):
     """To the last code of each weight. What rounding of floats moves across the middle of two codes is little."""
     name, kind = START[case]
     after = gc.compress(
-        model_of(name), batch(name), sparsity=0, progress=False, repair=None,
-        quantization=replace(KINDS[kind], even_activations=False), calibration=[batch(name, k) for k in range(2)],
+        model_of(name), batch(name), sparsity=0, progress=False, repair=None, quantization=KINDS[kind],
+        calibration=[batch(name, k) for k in range(2)],
     )  # fmt: skip
     start = gc.finalize(lsq(name, kind))
     expected, found = (sorted(codes(small).values(), key=lambda c: str(c.tolist())) for small in (after, start))
