@@ -55,7 +55,7 @@ from graphcomp.methods.stages import Following, check_goals, folders, goals_of, 
 from graphcomp.methods.takes import ONE_SHOT, asked, check_taken
 from graphcomp.pruning.allocation import Budget, Scope, allocate_budget
 from graphcomp.pruning.blocks import DEPTH, LAYER, Block, check_blocks_alone, checked_blocks
-from graphcomp.pruning.evidence import arguments_like
+from graphcomp.pruning.evidence import arguments_like, notes_of
 from graphcomp.pruning.multiples import in_multiples, with_fast_widths, with_group_sizes
 from graphcomp.pruning.names import by_module_name, module_names, scope_name
 from graphcomp.pruning.prunable import find_prunable
@@ -463,6 +463,7 @@ def compress(
             read = data if data is not None or not reads_data(saliency) else as_batches(analysis, rows)
             scored = partial(score, saliency, analysis, groups, data=read, loss=loss, seed=seed)
             scores = {} if zeros or repairable else once("scores", scored)
+            notes += notes_of(scores)
             bar.step("choosing")
             already: Kept | None = None
             if ranking == "sensitivity":

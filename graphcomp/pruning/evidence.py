@@ -36,6 +36,24 @@ Loss: TypeAlias = Callable[[Any, Any], Tensor]
 Scores: TypeAlias = Mapping[ChannelGroup, Tensor]
 """For each group one number per unit: (size,) float32 on the CPU. Low: the unit can go."""
 
+
+class NotedScores(dict[ChannelGroup, Tensor]):
+    """Scores with notes on how they came about, which a saliency may return; the report holds the notes.
+
+    Attributes:
+        notes: what was not done as asked, each with the reason.
+    """
+
+    def __init__(self, scores: Scores, notes: Sequence[str] = ()) -> None:
+        super().__init__(scores)
+        self.notes = tuple(notes)
+
+
+def notes_of(scores: Scores) -> tuple[str, ...]:
+    """Return the notes on scores."""
+    return scores.notes if isinstance(scores, NotedScores) else ()
+
+
 Place: TypeAlias = tuple[fx.Node, int]
 """One dim of one value of the graph."""
 

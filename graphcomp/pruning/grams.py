@@ -26,7 +26,7 @@ from graphcomp.ir.run_nodes import Lockstep, refused_batch
 from graphcomp.ir.streamed import in_memory
 from graphcomp.numerics.regression import Moments, Rows, choose_ridge, solve
 from graphcomp.pruning.consumers import Consumer, operands
-from graphcomp.pruning.influence import influences
+from graphcomp.pruning.influence import Influences, influences
 from graphcomp.pruning.least_squares import FEWEST_ROWS, Problem
 from graphcomp.pruning.readers import Reader, Readers, removed_features
 
@@ -112,9 +112,17 @@ def _without(moments: Moments, weight: Tensor, stay: Tensor, away: Tensor) -> Mo
     )
 
 
+def row_counts(plan: Analysis, readers: Readers, batches: Mapping[int, Sequence[Any]]) -> Influences:
+    """Return how much the rows of all readers count for the outputs; the arguments are those of `grams`."""
+    consumers = readers.consumers
+    reads = {reader.consumer for own in readers.of.values() for reader in own}
+    nodes = {consumer.node: consumer for own in reads for consumer in consumers.together[own]}
+    return influences(plan.captured.module, nodes, list(batches.values()))
+
+
 @torch.no_grad()
 def grams(
-    plan: Analysis, readers: Readers, batches: Mapping[int, Sequence[Any]], rows: int, *, alike: bool = False
+    plan: Analysis, readers: Readers, batches: Mapping[int, Sequence[Any]], rows: int, counted: Influences
 ) -> Iterator[tuple[ChannelGroup, tuple[Gram, ...] | str]]:
     """Yield each group with the Grams of its readers, as soon as the last one is reached; or why there are none.
 
@@ -123,7 +131,7 @@ def grams(
         readers: of groups of `plan`.
         batches: flat inputs, by the number that an error names.
         rows: of each layer at most, or ten for each feature where that is more.
-        alike: rows that the outputs depend on count alike; False: by how much the outputs depend on them.
+        counted: what rows count; those of layers that are missing count alike.
 
     Raises:
         CalibrationError: the model does not run on a batch, or values that are not finite.
@@ -132,9 +140,6 @@ def grams(
     waiting = {group: {reader.consumer.node for reader in own} for group, own in readers.of.items()}
     reads = {reader.consumer for own in readers.of.values() for reader in own}
     found: dict[Consumer, Read] = {}
-    nodes = {consumer.node: consumer for own in reads for consumer in consumers.together[own]}
-    counted = influences(module, nodes, list(batches.values()))
-    counted = counted.present() if alike else counted
     values = Lockstep(module, list(batches.values()))
     for node in module.graph.nodes:
         for k, run in zip(batches, values.runs, strict=True):

@@ -13,7 +13,7 @@ row, of random projections of the outputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +46,14 @@ class Influences:
     rows: Mapping[fx.Node, Sequence[Tensor]] = field(default_factory=dict)
     why: str = ""
 
+    def alike(self, consumers: Iterable[Consumer]) -> str:
+        """Return why rows of one of these layers count alike, at least; "" where they count what they do."""
+        for consumer in consumers:
+            if consumer.node not in self.rows:
+                routed = "each row is sent to a matrix of its own"
+                return self.why or (routed if is_routed(consumer.node) else "no output depends on what a layer returns")
+        return ""
+
     def present(self) -> Influences:
         """Return the same rows with a weight of 1 each."""
         return Influences({node: [(own > 0).float() for own in rows] for node, rows in self.rows.items()}, self.why)
@@ -73,6 +81,19 @@ def influences(
         for node, rows in gradients.items():
             found.setdefault(node, []).append(rows.float().square().mean((0, 1, 3)).sqrt())
     return Influences({node: _scaled(rows) for node, rows in found.items() if _says_something(rows, len(batches))})
+
+
+NAMED = 8
+"""Groups that a note names."""
+
+
+def rows_alike(groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return what a report says of groups whose readers' rows count alike, by the reason."""
+    return [
+        f"rows of calibration data count alike, as {why}: {', '.join(names[:NAMED])}"
+        + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+        for why, names in groups.items()
+    ]
 
 
 class _Chances:

@@ -10,8 +10,9 @@ from torch import Tensor
 from graphcomp.arguments import check_callable, check_number, check_whole
 from graphcomp.coupling.groups import ChannelGroup
 from graphcomp.errors import PlanError
-from graphcomp.pruning.evidence import Evidence, Scores, arguments_of
-from graphcomp.pruning.grams import RIDGE, STEPS, errors_left, grams, uneven
+from graphcomp.pruning.evidence import Evidence, NotedScores, Scores, arguments_of, notes_of
+from graphcomp.pruning.grams import RIDGE, STEPS, errors_left, grams, row_counts, uneven
+from graphcomp.pruning.influence import rows_alike
 from graphcomp.pruning.least_squares import ROWS
 from graphcomp.pruning.readers import find_readers
 from graphcomp.pruning.repair import within_memory
@@ -77,15 +78,20 @@ class Repairable:
         left: dict[ChannelGroup, str] = dict(readers.left)
         found: dict[ChannelGroup, Tensor] = {}
         used = dict(enumerate(within_memory(captured.module, batches)))
-        for group, own in grams(plan, readers, used, self.rows, alike=True):
+        counted, alike = row_counts(plan, readers, used), dict[str, list[str]]()
+        for group, own in grams(plan, readers, used, self.rows, counted.present()):
             why = own if isinstance(own, str) else uneven(own, group.size)
             if isinstance(own, str) or why:
                 left[group] = why
             else:
                 found[group] = errors_left(own, group.size, ridge=self.ridge, steps=self.steps)
-        return found | self._others(evidence, left)
+                if said := counted.alike(reader.consumer for reader in readers.of[group]):
+                    alike.setdefault(said, []).append(group.name)
+        notes = [f"saliency 'repairable': {said}" for said in rows_alike(alike)]
+        others = self._others(evidence, left)
+        return NotedScores({**found, **others}, [*notes, *notes_of(others)])
 
-    def _others(self, evidence: Evidence, left: dict[ChannelGroup, str]) -> dict[ChannelGroup, Tensor]:
+    def _others(self, evidence: Evidence, left: dict[ChannelGroup, str]) -> Scores:
         """Return the scores of groups without a closed form."""
         if not left:
             return {}
@@ -96,4 +102,4 @@ class Repairable:
                 why=f"{group.name}: {why}",
                 fix="saliency=Repairable(fallback=Magnitude()), or leave these groups out",
             )
-        return dict(self.fallback(evidence.of(tuple(left))))
+        return self.fallback(evidence.of(tuple(left)))

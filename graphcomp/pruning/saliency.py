@@ -37,7 +37,17 @@ from graphcomp.errors import PlanError
 from graphcomp.ir.graph import bind
 from graphcomp.ops.registry import facts_of
 from graphcomp.pruning.acting import with_acting
-from graphcomp.pruning.evidence import Evidence, Loss, Meeting, Place, Scores, axis_at, units_at
+from graphcomp.pruning.evidence import (
+    Evidence,
+    Loss,
+    Meeting,
+    NotedScores,
+    Place,
+    Scores,
+    axis_at,
+    notes_of,
+    units_at,
+)
 from graphcomp.pruning.repairable import Repairable
 from graphcomp.pruning.slice import check_groups
 from graphcomp.system.threads import one_at_a_time
@@ -89,8 +99,9 @@ def score(
     check_mapping("what a saliency returns", scores, "{group: scores for group in evidence.groups}, each (size,)")
     found = {g: score_of(g, scores.get(own, scores.get(g)), saliency) for g, own in acting.items()}
     if not isinstance(scorer, (Magnitude, Cosine, Geta, NormScale, GeometricMedian, Activation, Taylor, Repairable)):
-        return found
-    return {group: _dead_first(values, dead_units(acting[group], evidence)) for group, values in found.items()}
+        return NotedScores(found, notes_of(scores))
+    found = {group: _dead_first(values, dead_units(acting[group], evidence)) for group, values in found.items()}
+    return NotedScores(found, notes_of(scores))
 
 
 def _dead_first(values: Tensor, dead: Tensor) -> Tensor:

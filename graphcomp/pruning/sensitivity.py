@@ -30,8 +30,8 @@ from graphcomp.ir.run_nodes import refused_batch, run_tapped
 from graphcomp.numerics.compare import squared_error
 from graphcomp.pruning.allocation import Budget, Meter
 from graphcomp.pruning.evidence import Scores
-from graphcomp.pruning.grams import errors_left, grams, uneven
-from graphcomp.pruning.influence import Influences
+from graphcomp.pruning.grams import errors_left, grams, row_counts, uneven
+from graphcomp.pruning.influence import Influences, rows_alike
 from graphcomp.pruning.probing import Trial, Trials
 from graphcomp.pruning.readers import find_readers
 from graphcomp.pruning.repair import layer_influences, repair_cut
@@ -68,12 +68,15 @@ class Curve:
         errors: relative squared error of the outputs for each; the first is 0 for a model that nothing was cut from.
         steps: what each unit in turn adds to the errors of the layers that read the group, (size,), ascending. None:
             not known.
+        alike: why rows of a reader counted alike in the repair of the probes; "" where rows count what they do for the
+            outputs.
     """
 
     order: Tensor
     removed: tuple[int, ...]
     errors: tuple[float, ...]
     steps: Tensor | None = None
+    alike: str = ""
 
     @property
     def size(self) -> int:
@@ -164,7 +167,8 @@ def probe(
     trials = Trials(module, readers.consumers)
     made: dict[Trial, tuple[ChannelGroup, int]] = {}
     found: dict[ChannelGroup, Tensor] = {}
-    for group, own in grams(plan, readers, fit, ROWS):
+    counted = row_counts(plan, readers, fit)
+    for group, own in grams(plan, readers, fit, ROWS, counted):
         if isinstance(own, str) or (scores is None and uneven(own, group.size)):
             continue
         found[group] = errors_left(own, group.size) if scores is None else scores[group]
@@ -183,14 +187,16 @@ def probe(
         own_scores = found.get(group, by_norm.get(group))
         assert own_scores is not None
         order = own_scores.argsort(stable=True)
+        alike = counted.alike(reader.consumer for reader in readers.of.get(group, ()))
         for count in _counts(group):
             if (group, count) not in errors:
                 influence = influence or layer_influences(plan, list(fit.values()))
                 kept = {group: order[count:].sort().values}
                 errors[group, count] = _whole(plan, kept, fit, held, judge, influence)
+                alike = alike or influence.why
         points = (0, *_counts(group))
         steps = found[group][order] if scores is None and group in found else None
-        curves[group] = Curve(order, points, tuple(errors[(group, n) if n else None] for n in points), steps)
+        curves[group] = Curve(order, points, tuple(errors[(group, n) if n else None] for n in points), steps, alike)
         logger.debug("sensitivity of %s: %s", group.name, curves[group])
     return curves
 
@@ -225,6 +231,11 @@ def sensitivities(
     if others:
         some = ", ".join(others[:SHOWN]) + (" and more" if len(others) > SHOWN else "")
         said.append(f"sensitivity: units go by the norms of their weights, as no closed form reads them, in {some}")
+    alike: dict[str, list[str]] = {}
+    for group, curve in curves.items():
+        if curve.alike:
+            alike.setdefault(curve.alike, []).append(group.name)
+    said += [f"sensitivity: {line}" for line in rows_alike(alike)]
     if budget is None:
         return marginal(curves), said
     meter = Meter(CostModel(plan), budget, groups, bits)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,6 +14,7 @@ from graphcomp.coupling.analysis import Analysis
 from graphcomp.errors import CalibrationError
 from graphcomp.flows.repaired import flat_batches
 from graphcomp.ir.graph import all_tensors
+from graphcomp.pruning.consumers import Consumers
 from graphcomp.pruning.influence import Influences
 from graphcomp.pruning.least_squares import Problem
 from graphcomp.pruning.repair import layer_influences, repair_cut
@@ -93,6 +97,31 @@ def test_outputs_without_a_gradient_let_rows_count_alike() -> None:
     assert not found.rows and "no output has a gradient" in found.why
     small = gc.compress(model, data[0], sparsity=0.5, calibration=data, verify=False)
     assert any("count alike, as no output has a gradient" in note for note in small.report.notes)
+
+
+@pytest.mark.parametrize("way", [{"saliency": "repairable"}, {"ranking": "sensitivity"}], ids=["saliency", "probes"])
+def test_scores_and_probes_say_where_rows_count_alike(way: dict[str, Any]) -> None:
+    data = [batch[0][:, 0] for batch in batches(1)]
+    options: dict[str, Any] = {"sparsity": 0.5, "calibration": data, "verify": False, "repair": None, "progress": False}
+    small = gc.compress(Chosen().eval(), data[0], **options, **way)
+    (said,) = (note for note in small.report.notes if "count alike" in note)
+    assert said.startswith(("saliency 'repairable': rows", "sensitivity: rows"))
+    assert "as no output has a gradient: " in said
+    weighted = batches(4)
+    options["calibration"] = [{"x": x, "weight": weight} for x, weight in weighted]
+    small = gc.compress(Pooled().eval(), weighted[0], **options, **way)
+    assert not any("count alike" in note for note in small.report.notes)
+
+
+def test_why_rows_of_a_layer_count_alike() -> None:
+    model, data = Pooled().eval(), batches(4)
+    plan = gc.analyze(model, data[0])
+    found = of(model, plan, list(data))
+    consumers = Consumers(plan.captured.module, plan.coupling.sources).at.values()
+    assert found.alike([c for c in consumers if c.node in found.rows]) == ""
+    assert replace(found, rows={}).alike(consumers) == "no output depends on what a layer returns"
+    assert Influences(why="the outputs have no gradient").alike(consumers) == "the outputs have no gradient"
+    assert found.alike([]) == ""
 
 
 def test_the_model_gets_no_gradients() -> None:
