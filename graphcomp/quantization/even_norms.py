@@ -39,6 +39,9 @@ from graphcomp.quantization.tensors import put, replace_argument
 
 aten = torch.ops.aten
 
+LESS = 0.95
+"""Most of the squared error that may be left where channels are evened out: a smaller gain is noise."""
+
 FAR = 0.5
 """Most of the squared error that may be left where layers are given a norm of their own: another norm takes time."""
 
@@ -228,7 +231,7 @@ def _choose(norm: Norm, ends: tuple[Tensor, Tensor], values: Mapping[fx.Node, Te
     before = error(still)
     tried = [Even(ratio**exponent, shift) for exponent in EXPONENTS]
     least, best = min(((error(even), even) for even in tried), key=lambda found: found[0])
-    return best if least < before * (FAR if norm.others else 1.0) else None
+    return best if least < before * (FAR if norm.others else LESS) else None
 
 
 class _Trial:

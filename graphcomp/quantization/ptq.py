@@ -62,7 +62,9 @@ class PostTraining:
         equalize: scale channels between layers so that all use their range (Nagel et al. 2019); None: where weights
             have one step per tensor, which is where it matters.
         even_activations: scale the channels of what a layer reads to one range, where one layer makes the value and one
-            reads it (see `graphcomp.quantization.even`); None: where activations have fewer than 8 bits.
+            reads it (see `graphcomp.quantization.even`), and where a norm makes it (`graphcomp.quantization.even_norms`);
+            None: between layers where activations have fewer than 8 bits, behind norms wherever activations have
+            ranges that are read off data.
         correct_bias: add the mean error of each output channel to the bias (Nagel et al. 2019, section 4.2).
         rounding: "nearest", or "second_order": each weight's error is made up for by those after it (GPTQ), or
             "reconstruct", or a `Reconstruction`: from there on rounding is learned block by block.
