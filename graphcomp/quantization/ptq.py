@@ -61,8 +61,8 @@ class PostTraining:
         ignore: module names or "re:" patterns that stay float.
         equalize: scale channels between layers so that all use their range (Nagel et al. 2019); None: where weights
             have one step per tensor, which is where it matters.
-        even_activations: scale the channels of what a layer reads to one range, where one layer makes the value and one
-            reads it (see `graphcomp.quantization.even`), and where a norm makes it (`graphcomp.quantization.even_norms`);
+        even_activations: scale the channels of what layers read to one range, where one layer makes the value and one
+            reads it (`graphcomp.quantization.even`), and where a norm makes it (`graphcomp.quantization.even_norms`);
             None: between layers where activations have fewer than 8 bits, behind norms wherever activations have
             ranges that are read off data.
         correct_bias: add the mean error of each output channel to the bias (Nagel et al. 2019, section 4.2).
