@@ -257,9 +257,11 @@ class CompressedModel(nn.Module):
             measure: time an `.onnx` file with layers on integers beside its float form, for about a second (1 thread);
                 `export_report.speed` and the report then hold a line such as "53 of 54 layers on integers, 1.52 x the
                 float file (1 thread)".
-            guard: never slower: leave kinds of layers of an `.onnx` file in float where the file is faster so, or the
-                whole file. The report says what is left, and why. Weights stay integers in the file, and become floats
-                when it is loaded; those with a step per group are written as floats.
+            guard: never slower: leave layers of an `.onnx` file in float where the file is faster so, whole kinds of
+                layers, or the whole file. Layers of one shape are judged together; at most 16 shapes beside the kinds
+                are timed, for a second or three runs each. The report names what is left, why, and how far the outputs
+                move. Weights stay integers in the file, and become floats when it is loaded; those with a step per
+                group are written as floats.
             cache: write a decoder of transformers with its keys and values as inputs and outputs, so that one `.onnx`
                 file reads a prompt and then token by token: `input_ids` (b, s), `attention_mask` (b, p + s),
                 `position_ids` (b, s), `past_key_values.0.key` (b, heads, p, size) … to `logits`, `present.0.key` …; b,

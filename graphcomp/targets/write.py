@@ -69,7 +69,8 @@ class ExportReport:
             what could not be checked.
         open_lengths: names of lengths, other than the batch, that may be others than those of the example inputs.
         speed: beside the float form of an ONNX file with layers on integers; None where it was not measured.
-        left_in_float: kinds of layers that a guard left in float, as integers do not pay there.
+        left_in_float: kinds of layers, and layers of other kinds, that a guard left in float, as integers do not pay
+            there.
     """
 
     path: str

@@ -9,7 +9,10 @@ that was loaded, the ends of the range stand for them.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -39,6 +42,57 @@ def integer_layers(path: Path) -> dict[str, str]:
     import onnx_ir as ir
 
     return {str(node.name): _kind(node) for node in ir.load(path).graph.all_nodes() if _on_integers(node)}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of an ONNX file that reads integers.
+
+    Attributes:
+        name: of the module that holds the weight, as far as the file says; else of the node.
+        kind: see `integer_layers`.
+        like: what layers have in common that take equally long: op, shape of the weight, attributes.
+        elements: of the weight; 0 without one.
+    """
+
+    name: str
+    kind: str
+    like: str
+    elements: int = 0
+
+
+def described_layers(path: Path) -> dict[str, Layer]:
+    """Node of each layer of an ONNX file that reads integers -> the layer."""
+    import onnx_ir as ir
+
+    return {str(node.name): _described(node) for node in ir.load(path).graph.all_nodes() if _on_integers(node)}
+
+
+def _described(node: ir.Node) -> Layer:
+    shapes = [
+        [size if isinstance(size, int) else "?" for size in (value.shape if value is not None and value.shape else [])]
+        for value in node.inputs[:2]
+    ]
+    holder = next((name for value in node.inputs[1::-1] if (name := _held_in(value))), str(node.name))
+    attributes = sorted(str(attribute) for attribute in node.attributes.values())
+    sizes = [size for size in shapes[1] if isinstance(size, int)]
+    like = f"{node.op_type} {shapes[0] if node.op_type != 'Conv' else ''} {shapes[1]} {attributes}"
+    return Layer(holder, _kind(node), like, math.prod(sizes) if len(sizes) == len(shapes[1]) else 0)
+
+
+def _held_in(value: ir.Value | None) -> str:
+    """Return the name of the module whose weight a value holds, behind dequantization and moves; "" for none."""
+    while value is not None and (maker := value.producer()) is not None:
+        value = maker.inputs[0] if maker.op_type in (*MOVES, *UNPACKS) else None
+    found = CODES.fullmatch(str(value.name)) if value is not None and value.const_value is not None else None
+    return "" if found is None else found[1].removesuffix(".weight")
+
+
+UNPACKS = ("DequantizeLinear", "Cast", "Mul", "Sub")
+"""Ops between codes of a weight, as stored, and the weight."""
+
+CODES = re.compile(r"(.*?)_codes(_[a-z]+[0-9]+)?(_t)?")
+"""The name of codes: of the weight, how they are stored, and whether they are transposed."""
 
 
 def write_floats(source: Path, target: Path, layers: Collection[str] | None = None, clips: Clips | None = None) -> None:

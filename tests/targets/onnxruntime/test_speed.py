@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from graphcomp.targets.onnxruntime.floats import (
     PRODUCT,
     SPATIAL,
     WEIGHTS,
+    described_layers,
     integer_layers,
     write_floats,
 )
@@ -288,12 +290,112 @@ def test_words_of_a_guard(file: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "m.onnx").write_bytes(file.read_bytes())
     clocked(monkeypatch, {DEPTHWISE: 3.0})
     assert speed.guard(tmp_path / "m.onnx", (X,), {}).note == (
-        "has depthwise and grouped convolutions left in float: with all on integers it took 1.33 x as long (1 thread)"
+        "has depthwise and grouped convolutions left in float: with all on integers it took 1.33 x as long (1 thread); "
+        "the outputs move by 0 (relative)"
     )
     clocked(monkeypatch, {}, floats=0.5)
-    assert speed.guard(tmp_path / "m.onnx", (X,), {}).note == (
-        "is left in float: on integers it took 1.75 x as long (1 thread)"
+    found = speed.guard(tmp_path / "m.onnx", (X,), {})
+    assert found.note.startswith(
+        "is left in float: on integers it took 1.75 x as long (1 thread); the outputs move by 0.0"
     )
+    assert 0 < found.error < 0.1 and f"{found.error:.1g} (relative)" in found.note
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
+    """A file of linear layers of one kind, of five shapes; "2" and "4" have one shape."""
+    torch.manual_seed(0)
+    widths = (8, 12, 16, 16, 16, 16, 4)
+    model = nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(widths))).eval()
+    path, x = tmp_path_factory.mktemp("chain") / "m.onnx", torch.randn(4, 8)
+    compressed(model, x).export(path, measure=False)
+    return path, x
+
+
+@dataclass
+class Named(Clock):
+    """As `Clock`; layers on integers by name."""
+
+    def __call__(self, files: Sequence[Path], args: Any, kwargs: Any = None, *, threads: int = 1) -> list[float]:
+        self.asked.append(len(files))
+        names = [[layer.name for layer in described_layers(path).values()] for path in files]
+        return [sum(self.integer.get(k, 1.0) for k in own) + self.floats * (self.layers - len(own)) for own in names]
+
+
+def guarded(chain: tuple[Path, Tensor], folder: Path, monkeypatch: pytest.MonkeyPatch, clock: Named) -> Any:
+    monkeypatch.setattr(speed, "side_by_side", clock)
+    path, x = chain
+    (folder / "m.onnx").write_bytes(path.read_bytes())
+    return speed.guard(folder / "m.onnx", (x,), {})
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize(
+    ("integer", "left", "listed"),
+    [
+        ({"1": 4.0}, ("1",), "1 left"),
+        ({"1": 4.0, "5": 3.0}, ("1", "5"), "1 and 5 left"),
+        ({"2": 3.0, "3": 3.0, "4": 3.0}, ("2", "3", "4"), "2, 3 and 4 left"),
+        ({"2": 9.0}, ("2", "3", "4"), "2, 3 and 4 left"),  # of one shape: judged together
+        (dict.fromkeys("015", 1.62), ("0", "1", "5"), "0, 1 and 5 left"),  # little alone, and enough together
+        (dict.fromkeys("0", 1.62), (), ""),
+        (dict.fromkeys("012345", 3.0), (PRODUCT,), "is left in float"),
+    ],
+)
+def test_a_guard_leaves_layers_of_a_kind_in_float(
+    integer: Mapping[str, float], left: tuple[str, ...], listed: str,
+    chain: tuple[Path, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    clock = Named(integer, layers=6)
+    found = guarded(chain, tmp_path, monkeypatch, clock)
+    assert found.left == left and (listed in found.note if listed else not found.note)
+    assert clock.asked[0] == 2 + 5 and clock.asked[1] <= 2 + 3 and len(clock.asked) == 2
+    kept = {layer.name for layer in described_layers(tmp_path / "m.onnx").values()}
+    assert kept == (set() if left == (PRODUCT,) else set("012345") - set(left))
+    wanted = run(chain[0], (chain[1],))[0]
+    assert float((run(tmp_path / "m.onnx", (chain[1],))[0] - wanted).norm() / wanted.norm()) < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_shapes_beyond_a_bound_are_judged_with_their_kind(
+    chain: tuple[Path, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "MOST_SHAPES", 1)
+    clock = Named({"2": 3.0, "3": 3.0, "4": 3.0}, layers=6)
+    found = guarded(chain, tmp_path, monkeypatch, clock)
+    assert found.left == ("2", "3", "4") and clock.asked[0] == 2 + 2  # the largest weights
+    assert "; 3 layers of other shapes were judged with their kind" in found.note
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize(("off", "of_floats"), [(0.5, 0.1), (1.5, 1.2)])
+def test_a_form_that_computes_something_else_is_not_taken(
+    off: float, of_floats: float, chain: tuple[Path, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = [off, of_floats]
+    monkeypatch.setattr(speed, "_apart", lambda *_: errors.pop(0))
+    with pytest.raises(ExportError, match="is not what the file is"):
+        guarded(chain, tmp_path, monkeypatch, Named({"1": 4.0}, layers=6))
+    assert (tmp_path / "m.onnx").read_bytes() == chain[0].read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_layers_have_the_names_of_their_modules(tmp_path: Path, file: Path) -> None:
+    assert [layer.name for layer in described_layers(file).values()] == ["stem", "deep", "point", "head"]
+    model, x = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32)).eval(), torch.randn(3, 64)
+    ways: tuple[dict[str, Any], ...] = (
+        {"activations": "dynamic"}, {"bits": 4}, {"bits": 4, "activation_bits": None, "group_size": 16}
+    )  # fmt: skip
+    for way in ways:
+        compressed(model, x, **way).export(tmp_path / "m.onnx", measure=False)
+        found = described_layers(tmp_path / "m.onnx")
+        assert [layer.name for layer in found.values()] == ["0", "2"] and list(found) == list(
+            integer_layers(tmp_path / "m.onnx")
+        )
 
 
 @pytest.mark.slow
