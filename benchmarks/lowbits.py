@@ -5,6 +5,7 @@
     python -m benchmarks.lowbits --models mobilenet --cases "W4 A8" --ways "second order, repaired"
     python -m benchmarks.lowbits --models mobilenet --cases "W4 A4" --ways reconstructed --seconds 600
     python -m benchmarks.lowbits --models mobilenet --cases "W4 A4" --ways "learned as a whole" --steps 1000
+    python -m benchmarks.lowbits --models minilm --batches 3 --ways "nearest;nearest, channels as they are"
 
 Models, calibration and test data are those of `benchmarks.oneshot`. One step per output channel, every layer; "ends 8"
 gives the first and the last layer 8 bits, as `compress` does by default. Quality is that of the integers.
@@ -49,6 +50,7 @@ class Case:
 
 WAYS: dict[str, dict[str, Any]] = {
     "nearest": {"rounding": "nearest", "repair": None},
+    "nearest, channels as they are": {"rounding": "nearest", "repair": None, "even": False},
     "nearest, repaired": {"rounding": "nearest", "repair": "least_squares"},
     "second order": {"rounding": "second_order", "repair": None},
     "second order, repaired": {"rounding": "second_order", "repair": "least_squares"},
@@ -66,6 +68,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "resnet20": (EIGHT, Case(4, None, 4), Case(3, None, 3), Case(4, 4, 4), Case(4, 8, 4, cut=0.3)),
     "mobilenet": (EIGHT, Case(4, 8, 8), Case(4, 4, 8)),
     "efficientnet": (EIGHT, Case(4, 8, 8), Case(4, 4, 8)),
+    "minilm": (EIGHT, Case(4, 8, 8), Case(4, 4, 8)),
 }
 
 
@@ -77,9 +80,10 @@ def main() -> None:
     print(common.header(), flush=True)
     for name in options.models.split(","):
         task = oneshot.TASKS[name]()
-        (dense,) = task.evaluate(task.model)
+        dense = task.evaluate(task.model)
         rows = list(_rows(task, CASES[name], options))
-        section(f"{task.name}, {dense.metric} (n = {dense.n}), float {dense}", table(["case", *_ways(options)], rows))
+        metrics = ", ".join(f"{score.metric} (n = {score.n}), float {score}" for score in dense)
+        section(f"{task.name}, {metrics}", table(["case", *_ways(options)], rows))
 
 
 def _options() -> argparse.Namespace:
@@ -89,6 +93,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--ways", default=";".join((*WAYS, *PEERS)), metavar="A;B", help="default: %(default)s")
     parser.add_argument("--seconds", type=float, metavar="N", help="for reconstruction; default: no limit")
     parser.add_argument("--steps", type=int, default=400, metavar="N", help="of the model as a whole; default: 400")
+    parser.add_argument("--batches", type=int, metavar="N", help="of calibration data, the first; default: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one line of JSON per measurement")
     return parser.parse_args()
 
@@ -118,15 +123,27 @@ def _rows(task: oneshot.Task, cases: tuple[Case, ...], options: argparse.Namespa
                 continue
             notes = small.report.notes if isinstance(small, gc.CompressedModel) else ()
             print("\n".join(note for note in notes if "reconstructed" in note), flush=True)
-            (score,) = task.evaluate(small)
-            print(f"{task.name}, {case}, {way}: {score} in {clock.seconds:.0f} s", flush=True)
-            append_json(options.json, {"model": task.name, "case": str(case), "way": way, **vars(score)})
-            row.append(str(score))
+            scores = task.evaluate(small)
+            quality = ", ".join(map(str, scores))
+            print(f"{task.name}, {case}, {way}: {quality}{held_out(task, small, options)} in {clock.seconds:.0f} s")
+            for score in scores:
+                append_json(options.json, {"model": task.name, "case": str(case), "way": way, **vars(score)})
+            row.append(quality)
         yield row
 
 
+@torch.no_grad()
+def held_out(task: oneshot.Task, small: nn.Module, options: argparse.Namespace) -> str:
+    """Say how far the outputs are off on the last batch of calibration data, where that was not read."""
+    if options.batches is None or options.batches >= len(task.calibration):
+        return ""
+    inputs = task.calibration[-1][: len(task.example)]
+    wanted = task.model(*inputs)
+    return f", outputs {float((small(*inputs) - wanted).norm() / wanted.norm()):.3f} off"
+
+
 def quantized(
-    task: oneshot.Task, case: Case, options: argparse.Namespace, *, rounding: Any, repair: Any
+    task: oneshot.Task, case: Case, options: argparse.Namespace, *, rounding: Any, repair: Any, even: bool | None = None
 ) -> gc.CompressedModel:
     """Return the model in integers; where rounding is learned, in the steps and seconds of `options`."""
     if rounding == "reconstruct":
@@ -141,10 +158,11 @@ def quantized(
     weights = gc.QuantSpec(case.weights, granularity="channel", observer="mse" if case.weights < 8 else "minmax")
     config = gc.QuantConfig(weights, activations, first_and_last_bits=case.ends)
     cut: dict[str, Any] = {"saliency": "activation", "ranking": "sensitivity"} if case.cut else {}
+    read = [batch[: len(task.example)] for batch in task.calibration[: options.batches]]
+    quantization = gc.PostTraining(config, rounding=rounding, even_activations=even)
     return gc.compress(
-        task.model, task.example, sparsity=case.cut, quantization=gc.PostTraining(config, rounding=rounding),
-        calibration=[batch[:1] for batch in task.calibration], data=task.calibration if cut else None,
-        loss=task.loss if cut else None, repair=repair, progress=False, **cut,
+        task.model, task.example, sparsity=case.cut, quantization=quantization, calibration=read,
+        data=task.calibration if cut else None, loss=task.loss if cut else None, repair=repair, progress=False, **cut,
     ).eval()  # fmt: skip
 
 
