@@ -7,7 +7,8 @@ columns of its weight by u, and takes W a off its bias: the float function is th
     a      minus the middle of the channel's range, where norm and layers have a bias; else 0
     u      (widest range / range of the channel) ^ e, e of `EXPONENTS`
 
-The exponent, and whether there is a shift, have the least error of what the layers return, value and weights rounded.
+The exponent has the least error of what the layers return, value and weights rounded, on rows of calibration data that
+the ranges of the trial do not know; without a gain there the norm stays.
 Where others than such layers read the value (a residual sum behind a norm), the layers read a norm of their own.
 
 Source: Li et al. 2023 (RepQ-ViT, arXiv 2212.08254), equations 9 to 13. How we differ: there u makes all ranges alike,
@@ -29,7 +30,7 @@ from graphcomp.ir.rewrite import after
 from graphcomp.ir.run_nodes import Constants, run_batch, run_tapped
 from graphcomp.ops.answers import operands_of
 from graphcomp.quantization.calibrate import MseObserver, calibrate_weight
-from graphcomp.quantization.even import ELEMENTS, EXPONENTS, MOST, SAMPLES
+from graphcomp.quantization.even import EXPONENTS, MOST, SAMPLES
 from graphcomp.quantization.norms import Moved, Norm, Reader, find_norms
 from graphcomp.quantization.placement import channels_of
 from graphcomp.quantization.quantizers.base import Quantizer
@@ -39,7 +40,7 @@ from graphcomp.quantization.tensors import put, replace_argument
 
 aten = torch.ops.aten
 
-LESS = 0.95
+LESS = 0.8
 """Most of the squared error that may be left where channels are evened out: a smaller gain is noise."""
 
 FAR = 0.5
@@ -168,25 +169,23 @@ def factors_behind_norms(
     norms, left = find_norms(module, config, ignore)
     if not norms or not batches:
         return {}, left
-    moved = Moved(norms)
-    ranges: dict[Norm, tuple[Tensor, Tensor]] = {}
-    at = {norm.maker.at: norm for norm in norms}
-
-    def measure(node: fx.Node, found: Any) -> None:
-        if node in at and found.numel():
-            rows = found.movedim(at[node].maker.dim, 0).flatten(1).double()
-            low, high = rows.amin(1), rows.amax(1)
-            before = ranges.get(at[node], (low, high))
-            ranges[at[node]] = torch.minimum(low, before[0]), torch.maximum(high, before[1])
-
+    moved, at = Moved(norms), {norm.maker.at: norm for norm in norms}
+    seen: dict[Norm, _Seen] = {}
     for k, batch in enumerate(batches):
+        half = len(batches) == 1
+
+        def measure(node: fx.Node, found: Any, fits: bool = k % 2 == 0, half: bool = half) -> None:
+            if node in at and found.numel():
+                rows = found.movedim(at[node].maker.dim, -1).flatten(0, -2)
+                seen.setdefault(at[node], _Seen()).add(rows, (len(rows) + 1) // 2 if half else len(rows) * fits)
+
         run_batch(module, batch, k, measure)
     run_tapped(module, batches[0], compute=moved.compute)
     waiting: dict[fx.Node, list[Norm]] = {}
     for norm in norms:
         if norm in moved.lost:
             left[norm.maker.at.name] = f"what {moved.lost[norm]} reads are not its channels in their order"
-        elif norm in ranges and all(bool(end.isfinite().all()) for end in ranges[norm]):
+        elif norm in seen and seen[norm].finite:
             waiting.setdefault(norm.readers[-1].node, []).append(norm)
     read = {reader.read for norm in norms for reader in norm.readers}
     values: dict[fx.Node, Tensor] = {}
@@ -194,44 +193,87 @@ def factors_behind_norms(
 
     def choose(node: fx.Node, found: Any) -> None:
         if node in read:
-            values[node] = found
+            values[node] = found[len(found) // 2 :] if len(batches) == 1 and len(found) > 1 else found
         for norm in waiting.get(node, ()):
-            even = _choose(norm, ranges[norm], values)
+            even = _choose(norm, seen[norm], values)
             if even is not None:
                 chosen[norm] = even
             for reader in norm.readers:
                 values.pop(reader.read, None)
 
-    run_batch(module, batches[0], 0, choose)
+    run_batch(module, batches[min(1, len(batches) - 1)], 0, choose)
     return chosen, left
 
 
 # ------------------------------------------------------------------------------------------------ how far
-def _choose(norm: Norm, ends: tuple[Tensor, Tensor], values: Mapping[fx.Node, Tensor]) -> Even | None:
-    """Return factors and shifts with the least error of the layers behind; None where that is with none."""
+class _Seen:
+    """Ranges of the channels of a value: of all rows, and of those that factors are fitted to in a trial.
+
+    Attributes:
+        every, fit: (lowest, highest), (c,) float64 each.
+        rows: some of the latter rows, (r, c).
+    """
+
+    def __init__(self) -> None:
+        self.every: tuple[Tensor, Tensor] | None = None
+        self.fit: tuple[Tensor, Tensor] | None = None
+        self.rows = torch.empty(0)
+
+    def add(self, rows: Tensor, fit: int) -> None:
+        """Add the rows of a batch, of which the first `fit` are fitted to."""
+        self.every = _wider(self.every, rows)
+        if fit:
+            self.fit = _wider(self.fit, rows[:fit])
+            more = rows[:fit][:: max(1, fit // ROWS)]
+            self.rows = more if not len(self.rows) else torch.cat([self.rows, more])[: 4 * ROWS]
+
+    @property
+    def finite(self) -> bool:
+        """Whether all values were finite."""
+        return self.every is not None and all(bool(end.isfinite().all()) for end in self.every)
+
+
+def _wider(ends: tuple[Tensor, Tensor] | None, rows: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = rows.amin(0).double(), rows.amax(0).double()
+    return (low, high) if ends is None else (torch.minimum(ends[0], low), torch.maximum(ends[1], high))
+
+
+def _evens(norm: Norm, ends: tuple[Tensor, Tensor]) -> list[Even]:
+    """Return factors and shifts by ranges of channels, one for each exponent."""
     low, high = ends
-    still = Even(torch.ones_like(low), torch.zeros_like(low))
-    shift = -(low + high) / 2 if norm.shifts else still.shift
+    shift = -(low + high) / 2 if norm.shifts else torch.zeros_like(low)
     reach = torch.maximum(high + shift, -low - shift)
     ratio = torch.where(reach > 0, reach.max() / reach.clamp(min=torch.finfo(torch.float32).tiny), 1.0).clamp(1, MOST)
-    trials = [_Trial(reader, values[reader.read]) for reader in norm.readers]
+    return [Even(ratio**exponent, shift) for exponent in EXPONENTS]
 
-    def error(even: Even) -> float:
+
+def _choose(norm: Norm, seen: _Seen, values: Mapping[fx.Node, Tensor]) -> Even | None:
+    """Return factors and shifts with the least error of the layers behind; None where that is with none.
+
+    The error is that on rows that neither factors nor ranges of the trial were fitted to: a channel that spans the
+    whole range is clipped where other data go further.
+    """
+    assert seen.fit is not None and seen.every is not None
+    trials = [_Trial(reader, values[reader.read]) for reader in norm.readers]
+    tried = _evens(norm, seen.fit)
+    still = Even(torch.ones_like(tried[0].factor), torch.zeros_like(tried[0].shift))
+
+    def error(even: Even, ends: tuple[Tensor, Tensor]) -> float:
         of_value = make_quantizer(norm.spec)
         if norm.spec.observer == "minmax":
-            ends = [(end + even.shift) * even.factor for end in (low, high)]
-            of_value.set_range(ends[0].min().float(), ends[1].max().float())
+            low, high = ((end + even.shift) * even.factor for end in ends)
+            of_value.set_range(low.min().float(), high.max().float())
         else:
-            scaled = torch.cat([trials[0].scaled(even).flatten()])
             observer = MseObserver(norm.spec)
-            observer.observe(scaled[:: max(1, scaled.numel() // ELEMENTS)])
+            observer.observe(((seen.rows + even.shift) * even.factor).to(seen.rows.dtype).flatten())
             of_value.set_range(*observer.range())
         return sum(trial.error(even, of_value) for trial in trials)
 
-    before = error(still)
-    tried = [Even(ratio**exponent, shift) for exponent in EXPONENTS]
-    least, best = min(((error(even), even) for even in tried), key=lambda found: found[0])
-    return best if least < before * (FAR if norm.others else LESS) else None
+    errors = [error(even, seen.fit) for even in tried]
+    best = min(range(len(errors)), key=errors.__getitem__)
+    if errors[best] >= error(still, seen.fit) * (FAR if norm.others else LESS):
+        return None
+    return _evens(norm, seen.every)[best]
 
 
 class _Trial:
