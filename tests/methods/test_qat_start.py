@@ -126,7 +126,7 @@ class Norms(nn.Module):
 
 
 IMAGES = [torch.randn(8, 3, 10, 10, generator=torch.Generator().manual_seed(k)) for k in range(2)]
-ROWS = [torch.randn(8, 5, 8, generator=torch.Generator().manual_seed(k)) for k in range(2)]
+ROWS = [torch.randn(64, 5, 8, generator=torch.Generator().manual_seed(k)) for k in range(2)]
 BETWEEN, BEHIND = "between two layers were scaled to one range", "that norms make were scaled to one range"
 UNEVEN: dict[str, tuple[nn.Module, list[Tensor], str]] = {
     "relu6, batch norms": (Convs(nn.functional.relu6), IMAGES, BETWEEN),

@@ -190,18 +190,32 @@ def test_the_function_is_the_same_of_random_networks(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("name", ["attention", "rms written out", "by hand", "channels last"])
 def test_channels_of_outliers_are_evened_and_the_error_of_integers_lessens(name: str) -> None:
     model, x, *_ = NETS[name]
-    wanted, errors = model(x).detach(), []
+    generator = torch.Generator().manual_seed(3)
+    *calibration, other = (torch.randn(64, *x.shape[1:], generator=generator) for _ in range(5))
+    model.float()
+    wanted, errors = model(other).detach(), []
     for even in (False, None):
-        quantization = gc.PostTraining(EIGHT, even_activations=even, correct_bias=False)
+        quantization = gc.PostTraining(EIGHT, even_activations=even)
         small = gc.compress(
-            model.float(), x.float(), sparsity=0, quantization=quantization, calibration=[x.float()],
-            repair=None, progress=False,
+            model, calibration[0], sparsity=0, quantization=quantization, calibration=calibration, repair=None,
+            progress=False,
         )  # fmt: skip
-        errors.append(float((small(x.float()) - wanted).norm()))
+        errors.append(float((small(other) - wanted).norm()))
         said = [note for note in small.report.notes if "that norms make were scaled to one range" in note]
         assert len(said) == (even is None)
     model.double()
     assert errors[1] < 0.9 * errors[0]
+
+
+def test_channels_that_would_clip_on_rows_that_were_not_seen_stay() -> None:
+    """A few rows say little of the range of each channel: evened out, every channel clips on others."""
+    model = Net(lambda m, x: m.up(m.norm(x)), norm=layer_norm(), up=linear())
+    with torch.no_grad():
+        model.norm.weight.copy_(torch.linspace(1.0, 1.3, C))
+        model.norm.bias.zero_()
+    few = torch.randn(4, C, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    found = evened(model, few)[1]
+    assert not found.evened and not found.left
 
 
 def test_a_norm_that_is_even_stays() -> None:
