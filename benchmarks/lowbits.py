@@ -6,6 +6,7 @@
     python -m benchmarks.lowbits --models mobilenet --cases "W4 A4" --ways reconstructed --seconds 600
     python -m benchmarks.lowbits --models mobilenet --cases "W4 A4" --ways "learned as a whole" --steps 1000
     python -m benchmarks.lowbits --models minilm --batches 3 --ways "nearest;nearest, channels as they are"
+    python -m benchmarks.lowbits --models vit --ways "nearest;nearest, channels as they are"
 
 Models, calibration and test data are those of `benchmarks.oneshot`. One step per output channel, every layer; "ends 8"
 gives the first and the last layer 8 bits, as `compress` does by default. Quality is that of the integers.
@@ -69,6 +70,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "mobilenet": (EIGHT, Case(4, 8, 8), Case(4, 4, 8)),
     "efficientnet": (EIGHT, Case(4, 8, 8), Case(4, 4, 8)),
     "minilm": (EIGHT, Case(4, 8, 8), Case(4, 4, 8)),
+    "vit": (EIGHT, Case(4, 4, 8)),
 }
 
 
@@ -79,7 +81,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print(common.header(), flush=True)
     for name in options.models.split(","):
-        task = oneshot.TASKS[name]()
+        task = vit() if name == "vit" else oneshot.TASKS[name]()
         dense = task.evaluate(task.model)
         rows = list(_rows(task, CASES[name], options))
         metrics = ", ".join(f"{score.metric} (n = {score.n}), float {score}" for score in dense)
@@ -164,6 +166,48 @@ def quantized(
         task.model, task.example, sparsity=case.cut, quantization=quantization, calibration=read,
         data=task.calibration if cut else None, loss=task.loss if cut else None, repair=repair, progress=False, **cut,
     ).eval()  # fmt: skip
+
+
+def vit() -> oneshot.Task:
+    """A small ViT of transformers with weights by chance, whose norms span an order of magnitude, on noise."""
+    common.import_torchvision()
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256, image_size=32, patch_size=8,
+        num_labels=10, initializer_range=0.15,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit = ViTForImageClassification(config)
+
+        def forward(self, images: Tensor) -> Tensor:
+            found: Tensor = self.vit(images).logits
+            return found
+
+    torch.manual_seed(0)
+    model = Logits().eval()
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.weight.data *= torch.randn(64, generator=generator).exp()
+            module.bias.data += torch.randn(64, generator=generator)
+    *calibration, other = (torch.randn(16, 3, 32, 32, generator=generator) for _ in range(5))
+    with torch.no_grad():
+        wanted = model(other)
+
+    @torch.no_grad()
+    def evaluate(small: nn.Module) -> list[oneshot.Score]:
+        off = (small(other) - wanted).norm(dim=1) / wanted.norm(dim=1)
+        return [
+            oneshot.Score("relative error of the logits, %", 100 * float(off.mean()), 100 * float(off.std()) / 4, 16)
+        ]
+
+    return oneshot.Task(
+        "ViT", model, (other[:2],), [(batch,) for batch in calibration], oneshot.cross_entropy, evaluate
+    )
 
 
 def images_at_random(inputs: Sequence[Any], generator: torch.Generator) -> list[Tensor]:
