@@ -1,10 +1,11 @@
 """Budgets on latency: predicted against measured, and what is left of the quality.
 
     python -m benchmarks.latency                                             # three models, up to 2.5 times as fast
-    python -m benchmarks.latency --models resnet20 --speedups 2 --bits 8
+    python -m benchmarks.latency --models resnet20 --speedups 2 --bits 8     # of the float original
+    python -m benchmarks.latency --models resnet20 --speedups 1.1 --bits 8 --baseline quantized
     python -m benchmarks.latency --models resnet20 --runtime eager --tables tables   # keeps the tables, and reads them
 
-One sample, one thread. Times are of this machine, the processor's time of the least of many runs; the result and the
+One sample unless --batch says otherwise, one thread. Times are of this machine, the processor's time of the least of many runs; the result and the
 original take turns. Weights and data come from the shared folder beside the checkout; calibration data are never test
 data.
 """
@@ -50,6 +51,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--speedups", default="1.5,2,2.5", metavar="A,B", help="default: %(default)s")
     parser.add_argument("--runtime", default="onnxruntime", choices=("onnxruntime", "eager"))
     parser.add_argument("--bits", type=int, help="quantize, too")
+    parser.add_argument("--batch", type=int, default=1, help="samples (default: %(default)s)")
+    parser.add_argument("--baseline", default="original", choices=("original", "quantized"), help="of the speedups")
     parser.add_argument("--saliency", default="activation", help="default: %(default)s")
     parser.add_argument("--ranking", default="global", choices=("global", "local", "sensitivity"))
     parser.add_argument("--times-alone", action="store_true", help="neither repair nor evaluate")
@@ -60,8 +63,10 @@ def _options() -> argparse.Namespace:
 def _rows(name: str, speedups: list[float], options: argparse.Namespace) -> list[list[str]]:
     """Return one row for each speedup."""
     task = oneshot.TASKS[name]()
-    example = tuple(t[:1, :TOKENS] if t.dim() == 2 else t[:1] for t in task.example)
-    kept = options.tables and options.tables / f"{name}-{options.runtime}-{options.bits or 32}.json"
+    n = options.batch
+    example = tuple(t[:n, :TOKENS] if t.dim() == 2 else t[:n] for t in task.example)
+    size = "" if n == 1 else f"-{n}"
+    kept = options.tables and options.tables / f"{name}-{options.runtime}-{options.bits or 32}{size}.json"
     known = LatencyTable.load(kept) if kept and kept.exists() else LatencyTable(options.runtime)
     with timed() as clock:
         known = time_layers(task.model, example, table=known, bits=options.bits)
@@ -73,7 +78,7 @@ def _rows(name: str, speedups: list[float], options: argparse.Namespace) -> list
         asked |= {"saliency": options.saliency, "data": task.calibration, "loss": task.loss}
         asked["calibration"] = [batch[: len(example)] for batch in task.calibration]
     with timed() as clock:
-        found = family(task.model, example, speedups=speedups, **asked)
+        found = family(task.model, example, speedups=speedups, baseline=options.baseline, **asked)
     print(f"{task.name}: {len(found)} models in {clock.seconds:.0f} s", flush=True)
     dense = "" if options.times_alone else _quality(task, task.model)
     rows = []
@@ -83,7 +88,7 @@ def _rows(name: str, speedups: list[float], options: argparse.Namespace) -> list
         before, after = report.latency_ms.before, report.latency_ms.after
         said = next(note for note in report.notes if note.startswith("latency in "))
         expected = float(said.split(" ms predicted")[0].split()[-1])
-        print(said, flush=True)
+        print("\n".join(report.notes[report.notes.index(said) :]), flush=True)
         quality = "" if options.times_alone else f"{dense} -> {_quality(task, small.eval())}"
         rows.append([
             task.name, f"{speedup:g}", f"{before:.3f}", f"{expected:.3f}", f"{after:.3f}",

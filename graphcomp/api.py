@@ -22,7 +22,7 @@ from graphcomp.flows.depth import blocks_of, chosen_blocks, without_blocks
 from graphcomp.flows.family import MemberBudget, Once, shared_by
 from graphcomp.flows.finalize import as_trained
 from graphcomp.flows.finetuned import inputs_of, trainable, with_values
-from graphcomp.flows.held import equal_counts, held_by_class, other_units
+from graphcomp.flows.held import equal_counts, held_by_class, held_choice, other_units
 from graphcomp.flows.kept_class import asks_for_class, integers_in_class, refuse_graph
 from graphcomp.flows.mixed import check_bit_budget, choose_layer_bits
 from graphcomp.flows.one_shot import cut_groups, cut_to_integers
@@ -53,7 +53,7 @@ from graphcomp.methods.plain import Finetune
 from graphcomp.methods.registry import stages_of
 from graphcomp.methods.stages import Following, check_goals, folders, goals_of, least_steps
 from graphcomp.methods.takes import ONE_SHOT, asked, check_taken
-from graphcomp.pruning.allocation import Budget, Scope, allocate_budget
+from graphcomp.pruning.allocation import Baseline, Budget, Scope, allocate_budget
 from graphcomp.pruning.blocks import DEPTH, LAYER, Block, check_blocks_alone, checked_blocks
 from graphcomp.pruning.evidence import arguments_like, notes_of
 from graphcomp.pruning.multiples import in_multiples, with_fast_widths, with_group_sizes
@@ -490,7 +490,9 @@ def compress(
                         analysis, groups, budget, once, quantization=quantization, bits=layer_bits, stored=stored,
                         round_to=round_to, step=bar.step,
                     )  # fmt: skip
-                    timed, kept = timed.choose(scores, ranking)
+                    by_class = prefer_native and quantization is None and alike is None
+                    hold = partial(held_choice, analysis, groups, scores, ranking, round_to) if by_class else None
+                    timed, kept = timed.choose(scores, ranking, hold)
                 else:
                     kept = allocate_budget(
                         analysis, groups, scores, budget, scope=ranking, round_to=round_to, already=already,
@@ -1049,6 +1051,7 @@ def family(
     *,
     speedups: Sequence[float],
     table: LatencyTable | None = None,
+    baseline: Baseline = "original",
     **options: Any,
 ) -> list[CompressedModel]:
     """Return one smaller model for each speedup, each as `compress(…, budget=Budget(speedup=…))` returns it.
@@ -1058,8 +1061,8 @@ def family(
     Args:
         model: not modified.
         example_inputs, example_kwargs: as for `compress`.
-        speedups: how many times as fast as the original, at least; one or more, each above 0.
-        table: measured times of the layers; see `Budget`.
+        speedups: how many times as fast as the baseline, at least; one or more, each above 0.
+        table, baseline: measured times of the layers, and what the speedups count from; see `Budget`.
         options: of `compress` in one shot: calibration, bits, saliency, ranking, repair, … `sparsity` and `budget` are
             none.
 
@@ -1080,7 +1083,7 @@ def family(
     shared = Once()
     made: dict[float, list[CompressedModel]] = {}
     for speedup in sorted(speedups, reverse=True):  # one out of reach is refused before the others are made
-        budget = MemberBudget(speedup=speedup, table=table, shared=shared)
+        budget = MemberBudget(speedup=speedup, table=table, baseline=baseline, shared=shared)
         small = compress(model, example_inputs, example_kwargs, budget=budget, **options)
         made.setdefault(speedup, []).append(small)
     return [made[speedup].pop() for speedup in speedups]

@@ -201,6 +201,7 @@ class Predicted:
     Attributes:
         original_ms: of the network before it was cut and quantized, measured.
         dense_ms: of the network before a cut, quantized where the others are.
+        baseline_ms: of the network that a speedup counts from: the original, or the dense one.
         spread: the largest relative error on a network that was timed, where the line leaves the network out.
         worst: name of the piece whose fit is farthest off, and by which share.
     """
@@ -231,16 +232,33 @@ class Predicted:
         self._line, self._share = line(sums, times), 1.0
         self.spread = _left_out(sums, times)
         self.dense_ms = self(WHOLE)
-        self.original_ms = table.layers[original].samples[0].ms
+        self.original_ms = self.baseline_ms = table.layers[original].samples[0].ms
 
     def __call__(self, counts: Counts) -> float:
         """Return milliseconds when `counts` units stay."""
         return self._share * along(self._line, self.of_layers(counts))
 
-    def corrected(self, counts: Counts, ms: float) -> Predicted:
-        """Return a prediction that is right for a network that was timed whole, and in proportion for others."""
+    @property
+    def share(self) -> float:
+        """Factor from the line through whole networks to milliseconds; 1 as the table says."""
+        return self._share
+
+    def with_share(self, share: float) -> Predicted:
+        """Return a prediction with another factor. What was measured of the original stays."""
         other = copy.copy(self)
-        other._share = self._share * ms / self(counts)
+        other._share = share
+        return other
+
+    def anchored(self, original_ms: float, baseline_ms: float) -> Predicted:
+        """Return a prediction for a machine whose speed has changed, as networks say that were timed again.
+
+        Args:
+            original_ms: of the network before it was cut and quantized.
+            baseline_ms: of the network that a speedup counts from.
+        """
+        other, drift = copy.copy(self), original_ms / self.original_ms
+        other._share, other.dense_ms = self._share * drift, self.dense_ms * drift
+        other.original_ms, other.baseline_ms = original_ms, baseline_ms
         return other
 
     def of_layers(self, counts: Counts) -> float:

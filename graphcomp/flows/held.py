@@ -7,6 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeAlias
 
+from torch import nn
+
 from graphcomp.cost import CostModel
 from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.groups import ChannelGroup, Kept
@@ -82,6 +84,26 @@ def equal_counts(
     comparable = normalized(scores, "none" if ranking == "sensitivity" else "mean")
     local = ranking == "local"
     return partial(equalized, kept, comparable, step=round_to, local=local, holds=None if meter is None else holds)
+
+
+@one_at_a_time
+def held_choice(
+    plan: Analysis,
+    groups: Sequence[ChannelGroup],
+    scores: Scores,
+    ranking: Scope,
+    round_to: int,
+    kept: Kept,
+    meter: Meter,
+) -> tuple[Kept, nn.Module | None]:
+    """Return a choice like `kept` that the user's class can hold, and the model; where none can, `kept` and None.
+
+    Args:
+        groups: of the choice; the other arguments as of `equal_counts`.
+    """
+    choose = equal_counts(plan, kept, scores, None, ranking, round_to, meter)
+    cut, found = held_by_class(cut_groups(plan, kept, groups, verify=False), choose, widths=False)
+    return cut.kept, found.module
 
 
 def _tied(cut: Cut, found: NativeResult, choose: Choose) -> tuple[Cut, NativeResult]:

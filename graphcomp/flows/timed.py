@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,10 +22,12 @@ from graphcomp.cost.work import Work, work_of
 from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import PlanError
-from graphcomp.flows.one_shot import cut_to_integers
-from graphcomp.native.model import native
+from graphcomp.flows.family import Once
+from graphcomp.flows.held import held_by_class
+from graphcomp.flows.one_shot import cut_groups, cut_to_integers
 from graphcomp.pruning.knapsack import widths_of
 from graphcomp.pruning.slice import SliceGroups
+from graphcomp.pruning.ties import Tie
 from graphcomp.quantization import ops
 from graphcomp.quantization.ptq import PostTraining
 from graphcomp.system.threads import one_at_a_time
@@ -105,10 +108,12 @@ def time_plan(
             calls += timer.pieces(module, parts.values, chosen, between)
             asked += [(missing[piece.name], work[piece.name].local(counts)) for piece in chosen]
             if k in WHOLE:
-                calls.append(timer.whole(_as_run(plan, kept, module, table, quantization), plan.captured.inputs))
+                left, running = _as_run(plan, groups, kept, module, table, quantization)
+                counts = counts_of(left)
+                calls.append(timer.whole(running, plan.captured.inputs))
                 asked.append((whole, tuple(counts.get(group.factor, group.size) for group in groups)))
         if original != whole:
-            calls.append(timer.whole(plan.captured.module, plan.captured.inputs))
+            calls.append(call_original(plan, table, timer))
             asked.append((original, ()))
         step(f"timing {len(calls)} layers and networks")
         samples: dict[str, list[Sample]] = {}
@@ -120,34 +125,83 @@ def time_plan(
     return table, Predicted(timed, table, whole, factors, original)
 
 
-@one_at_a_time
-def time_network(
-    plan: Analysis,
-    groups: Sequence[ChannelGroup],
-    kept: Kept,
-    table: LatencyTable,
-    quantization: PostTraining | None = None,
-    timer: Timer | None = None,
-) -> float:
-    """Return milliseconds of the whole network in which the `kept` units stay; arguments as of `time_plan`."""
-    timer = timer or timer_of(table.runtime, table.threads)
-    module = _shrink(plan, groups, quantization)(kept)
-    running = _as_run(plan, kept, module, table, quantization)
-    return timer.times([timer.whole(running, plan.captured.inputs)])[0]
+@dataclass(frozen=True, eq=False)
+class Networks:
+    """Calls of whole networks of one plan, for a timer.
+
+    Attributes:
+        plan: of the whole model.
+        groups: that may be cut.
+        table: says in what the networks run.
+        quantization: what is left is lowered to; None: floats.
+        once: what others of a family have made: a file of the original is written once.
+    """
+
+    plan: Analysis
+    groups: Sequence[ChannelGroup]
+    table: LatencyTable
+    quantization: PostTraining | None
+    once: Once
+
+    @property
+    def here(self) -> bool:
+        """Whether the table is of this machine."""
+        return self.table.machine == this_machine(self.table.runtime)
+
+    def timer(self) -> Timer:
+        """Return the timer of the table's runtime."""
+        return timer_of(self.table.runtime, self.table.threads)
+
+    def original(self, timer: Timer) -> Call:
+        """Return a call of the network before it is cut and quantized."""
+        return self.once("original", partial(call_original, self.plan, self.table, timer))
+
+    def uncut(self, timer: Timer) -> Call:
+        """Return a call of the network that is quantized and not cut."""
+        return self.once("uncut", partial(self.cut, {}, timer))
+
+    @one_at_a_time
+    def cut(self, kept: Kept, timer: Timer, held: nn.Module | None = None) -> Call:
+        """Return a call of the network in which the `kept` units stay.
+
+        Args:
+            held: the model of the user's class, which PyTorch runs; a file is written of the graph.
+        """
+        if held is None or self.table.runtime != "eager":
+            held = _shrink(self.plan, self.groups, self.quantization)(kept)
+        return timer.whole(held, self.plan.captured.inputs)
+
+
+def call_original(plan: Analysis, table: LatencyTable, timer: Timer) -> Call:
+    """Return a call of the network before it is cut and quantized: in PyTorch the model of the user's class."""
+    return timer.whole(plan.model if table.runtime == "eager" else plan.captured.module, plan.captured.inputs)
 
 
 def _as_run(
-    plan: Analysis, kept: Kept, module: fx.GraphModule, table: LatencyTable, quantization: PostTraining | None
-) -> nn.Module:
-    """Return what users will run of a graph that was cut: in PyTorch the model of their class, where it holds the cut.
+    plan: Analysis,
+    groups: Sequence[ChannelGroup],
+    kept: Kept,
+    module: fx.GraphModule,
+    table: LatencyTable,
+    quantization: PostTraining | None,
+) -> tuple[Kept, nn.Module]:
+    """Return what users will run of a graph that was cut, and which units stay in it.
 
-    The calls of modules take a good part of the time of small ops.
+    In PyTorch the calls of modules take a good part of the time of small ops: the model of the user's class is timed,
+    with equally many units where the class needs equal lengths, as `compress` chooses them.
     """
     if table.runtime != "eager" or quantization is not None:
-        return module
+        return kept, module
     if not kept:
-        return plan.model
-    return native(plan, kept, module, explain=False).module or module
+        return kept, plan.model
+    cut, found = held_by_class(cut_groups(plan, kept, groups, verify=False), partial(_equal, kept), widths=False)
+    return (kept, module) if found.module is None else (cut.kept, found.module)
+
+
+def _equal(kept: Kept, ties: Sequence[Tie]) -> Kept:
+    """Return units that stay with the fewest of each tie."""
+    least = {group: min(len(kept[other]) for other in tie) for tie in ties for group in tie}
+    return {group: units[: least.get(group, len(units))] for group, units in kept.items()}
 
 
 def designs(groups: Sequence[ChannelGroup], round_to: int = 1, count: int = DESIGNS) -> list[dict[ChannelGroup, Any]]:

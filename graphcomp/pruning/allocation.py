@@ -29,6 +29,7 @@ from graphcomp.pruning.multiples import units_of_length
 from graphcomp.pruning.slice import check_group_list, check_kept
 
 Scope: TypeAlias = Literal["global", "local", "sensitivity"]
+Baseline: TypeAlias = Literal["original", "quantized"]
 Normalize: TypeAlias = Literal["mean", "max", "l2", "none"]
 
 NORMALIZE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -455,7 +456,9 @@ class Budget:
 
     Attributes:
         latency_ms: milliseconds, never a fraction.
-        speedup: how many times as fast as the original, not quantized, at least.
+        speedup: how many times as fast as the baseline, at least.
+        baseline: what `speedup` counts from: "original": the model as it is, in floats. "quantized": the model with the
+            same `bits`, uncut.
         table: measured times of the layers, and the runtime and its threads; layers that the table lacks are measured.
             Default: `LatencyTable()`, onnxruntime with one thread.
 
@@ -470,6 +473,7 @@ class Budget:
     latency_ms: float | int | None = None
     speedup: float | int | None = None
     table: LatencyTable | None = None
+    baseline: Baseline = "original"
 
     def __post_init__(self) -> None:
         if self.table is not None:
@@ -482,12 +486,18 @@ class Budget:
                 raise PlanError(f"Budget({name}={shown(value)}) is not a positive number", fix=f"Budget({name}=0.5)")
         if self.table is not None and not self.timed:
             raise PlanError("a table of latencies, and no limit on latency", fix="Budget(speedup=2, table=table)")
+        check_word("baseline", self.baseline, get_args(Baseline))
+        if self.baseline != "original" and self.speedup is None:
+            raise PlanError(
+                f"baseline={self.baseline!r} without a speedup", fix='Budget(speedup=1.2, baseline="quantized")'
+            )
 
     def __repr__(self) -> str:
         """As of earlier versions where nothing newer is given: folders of training hold the text."""
         newer = {"speedup": self.speedup, "table": self.table}
-        named = {f.name: getattr(self, f.name) for f in fields(Budget) if f.name not in newer}
+        named = {f.name: getattr(self, f.name) for f in fields(Budget) if f.name not in (*newer, "baseline")}
         named |= {name: value for name, value in newer.items() if value is not None}
+        named |= {} if self.baseline == "original" else {"baseline": self.baseline}
         return f"Budget({', '.join(f'{name}={value!r}' for name, value in named.items())})"
 
     @property
@@ -503,12 +513,13 @@ class Budget:
         }  # fmt: skip
         return {name: value for name, value in named.items() if value is not None}
 
-    def in_ms(self, original_ms: float) -> Budget:
-        """Return the budget with `latency_ms` in place of `speedup`, of an original that takes so long."""
+    def in_ms(self, baseline_ms: float) -> Budget:
+        """Return the budget with `latency_ms` in place of `speedup`, of a baseline that takes so long."""
         if self.speedup is None:
             return self
-        limit = original_ms / self.speedup
-        return replace(self, latency_ms=limit if self.latency_ms is None else min(limit, self.latency_ms), speedup=None)
+        limit = baseline_ms / self.speedup
+        limit = limit if self.latency_ms is None else min(limit, self.latency_ms)
+        return replace(self, latency_ms=limit, speedup=None, baseline="original")
 
 
 def allocate_budget(

@@ -126,12 +126,17 @@ def same_shares(items: Sequence[Item], holds: Holds) -> Kept | None:
 def unreachable(predicted: Predicted, counts: Counts) -> BudgetError:
     """Return the error that says how fast the network can become."""
     shortest = predicted(counts)
-    speedup = math.floor(100 * predicted.original_ms / shortest) / 100
+    speedup = math.floor(100 * predicted.baseline_ms / shortest) / 100
+    of_integers = predicted.baseline_ms != predicted.original_ms
+    counted = f", the quantized network that is not cut {predicted.baseline_ms:.3f} ms" if of_integers else ""
+    baseline = ', baseline="quantized"' if of_integers else ""
     reached = math.ceil(1000 * shortest) / 1000
     return BudgetError(
         "no choice of units meets the budget of latency",
-        why=f"{shortest:.3f} ms are predicted of the fastest, and the original takes {predicted.original_ms:.3f} ms",
-        fix=f"Budget(latency_ms={reached:g}), Budget(speedup={speedup:g}), more groups, or a smaller round_to",
+        why=f"{shortest:.3f} ms are predicted of the fastest, and the original takes {predicted.original_ms:.3f} ms"
+        f"{counted}",
+        fix=f"Budget(latency_ms={reached:g}), Budget(speedup={speedup:g}{baseline}), more groups, or a smaller "
+        "round_to",
     )
 
 

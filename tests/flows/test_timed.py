@@ -14,8 +14,9 @@ import graphcomp as gc
 from graphcomp.cost.latency_table import LatencyTable
 from graphcomp.errors import BudgetError, NotBuiltError, PlanError
 from graphcomp.flows import timed
-from graphcomp.flows.timed import DESIGNS, designs, time_plan
+from graphcomp.flows.timed import DESIGNS, Networks, designs, time_plan
 from graphcomp.pruning.multiples import with_fast_widths
+from graphcomp.targets.timing import Call
 from tests.flows.fake_timer import MACHINE, PER_PIECE, PER_WEIGHT, WHOLE, FakeTimer
 from tests.marks import in_ci
 
@@ -52,9 +53,8 @@ def timers(monkeypatch: pytest.MonkeyPatch) -> list[FakeTimer]:
         made.append(FakeTimer(threads))
         return made[-1]
 
-    for module in ("timed", "timed_budget"):
-        monkeypatch.setattr(f"graphcomp.flows.{module}.timer_of", make)
-        monkeypatch.setattr(f"graphcomp.flows.{module}.this_machine", lambda runtime: MACHINE)
+    monkeypatch.setattr("graphcomp.flows.timed.timer_of", make)
+    monkeypatch.setattr("graphcomp.flows.timed.this_machine", lambda runtime: MACHINE)
     return made
 
 
@@ -100,10 +100,8 @@ def test_a_table_is_reused(timers: list[FakeTimer], tmp_path: Path) -> None:
     assert loaded == table
     before = len(timers)
     small = compressed(gc.Budget(speedup=2, table=loaded))
-    assert [timer.timed for timer in timers[before:]] == [
-        ["whole"],
-        ["whole", "whole"],
-    ]  # the choice; result and original
+    # the original, which stays; the choice; the result
+    assert [timer.timed for timer in timers[before:]] == [["whole"], ["whole"], ["whole"]]
     assert widths(small) == widths(compressed(gc.Budget(speedup=2)))
 
 
@@ -147,16 +145,62 @@ def test_all_limits_hold_together(timers: list[FakeTimer]) -> None:
     assert both.latency_ms is not None and both.latency_ms.ratio <= 1 / 1.2
 
 
+def only_what_is_cut(monkeypatch: pytest.MonkeyPatch, times: float) -> None:
+    """Let networks take so many times what the table says, but for the original."""
+    real = Networks.cut
+    monkeypatch.setattr(
+        Networks, "cut", lambda self, kept, timer, held=None: slower(real(self, kept, timer, held), times)
+    )
+
+
+def slower(call: Call, times: float) -> Call:
+    return Call(lambda: times * float(call.run()))  # type: ignore[arg-type]
+
+
 def test_a_result_that_is_slower_than_predicted_is_named(
     timers: list[FakeTimer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = gc.time_layers(Net().eval(), X, progress=False)
-    monkeypatch.setattr("tests.flows.fake_timer.WHOLE", 2 * WHOLE)
-    monkeypatch.setattr("graphcomp.flows.timed_budget.CORRECTIONS", 0)
-    report = compressed(gc.Budget(speedup=2, table=table)).report
+    real = FakeTimer.whole
+    made: list[int] = []
+
+    def whole(self: FakeTimer, module: nn.Module, inputs: Any) -> Call:
+        made.append(1)
+        return slower(real(self, module, inputs), 1.0 if len(made) < 3 else 2.0)  # original, choice, result
+
+    monkeypatch.setattr(FakeTimer, "whole", whole)
+    report = compressed(gc.Budget(speedup=2, latency_ms=DENSE_MS / 2, table=table)).report
     assert isinstance(report, gc.Report)
     assert "the prediction of the latency is off by -50%" in report.notes
+    assert any("(-50.0% off, " in note for note in report.notes)
+    assert any("2 times as fast by the prediction, and not by what was measured: 1." in note for note in report.notes)
     assert any("is met by the prediction, and not by what was measured" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("drift", [0.5, 1.0, 3.0])
+def test_the_speed_of_the_machine_changes_no_choice(
+    timers: list[FakeTimer], monkeypatch: pytest.MonkeyPatch, drift: float
+) -> None:
+    table = gc.time_layers(Net().eval(), X, progress=False)
+    first = compressed(gc.Budget(speedup=2, table=table))
+    monkeypatch.setattr("tests.flows.fake_timer.WHOLE", drift * WHOLE)
+    again = compressed(gc.Budget(speedup=2, table=table))
+    assert widths(again) == widths(first)
+    report = again.report
+    assert isinstance(report, gc.Report) and report.latency_ms is not None
+    assert report.latency_ms.before == pytest.approx(drift * DENSE_MS)
+    assert any(" measured (+0.0% off, " in note or " measured (-0.0% off, " in note for note in report.notes)
+    said = [note for note in report.notes if "times what the table says" in note]
+    assert bool(said) == (drift != 1)
+
+
+def test_milliseconds_are_of_now(timers: list[FakeTimer], monkeypatch: pytest.MonkeyPatch) -> None:
+    table = gc.time_layers(Net().eval(), X, progress=False)
+    monkeypatch.setattr("tests.flows.fake_timer.WHOLE", 2 * WHOLE)
+    report = compressed(gc.Budget(latency_ms=DENSE_MS, table=table)).report
+    assert isinstance(report, gc.Report) and report.latency_ms is not None
+    assert 0.6 * DENSE_MS < report.latency_ms.after <= DENSE_MS
+    assert not any("not by what was measured" in note for note in report.notes)
 
 
 def test_a_choice_is_timed_and_made_again_where_the_prediction_was_off(
@@ -164,18 +208,54 @@ def test_a_choice_is_timed_and_made_again_where_the_prediction_was_off(
 ) -> None:
     table = gc.time_layers(Net().eval(), X, progress=False)
     first = compressed(gc.Budget(latency_ms=DENSE_MS / 2, table=table))
-    monkeypatch.setattr("tests.flows.fake_timer.WHOLE", 1.5 * WHOLE)
-    again = compressed(gc.Budget(latency_ms=DENSE_MS / 2, table=table))
+    with monkeypatch.context() as patch:
+        only_what_is_cut(patch, 1.5)
+        again = compressed(gc.Budget(latency_ms=DENSE_MS / 2, table=table))
     assert sum(widths(again)[:3]) < sum(widths(first)[:3])
     report = again.report
+    assert isinstance(report, gc.Report) and any("the best of 2 timed choices" in note for note in report.notes)
+    # no choice is fast enough by what was measured: the fastest one stays
+    only_what_is_cut(monkeypatch, 20.0)
+    late = compressed(gc.Budget(latency_ms=DENSE_MS / 2, table=table))
+    assert widths(late) == widths(first)
+
+
+@pytest.mark.parametrize("baseline", ["original", "quantized"])
+def test_speedups_count_from_the_original_or_from_the_quantized_network(
+    timers: list[FakeTimer], monkeypatch: pytest.MonkeyPatch, baseline: Any
+) -> None:
+    """Quantized networks take three quarters of the time of the same floats."""
+    real = FakeTimer.whole
+
+    def whole(self: FakeTimer, module: nn.Module, inputs: Any) -> Call:
+        of_integers = any(t.dtype == torch.int8 for t in module.buffers())
+        return slower(real(self, module, inputs), 0.75 if of_integers else 1.0)
+
+    monkeypatch.setattr(FakeTimer, "whole", whole)
+    report = compressed(gc.Budget(speedup=1.5, baseline=baseline), bits=8).report
     assert isinstance(report, gc.Report) and report.latency_ms is not None
-    assert report.latency_ms.after <= DENSE_MS / 2
-    assert any("ms predicted (corrected by 1 timed choice)" in note for note in report.notes)
-    assert not any("off by" in note or "not by what was measured" in note for note in report.notes)
-    # no choice is fast enough by what was measured: the first one stays, and the notes say so
-    monkeypatch.setattr("tests.flows.fake_timer.WHOLE", 20 * WHOLE)
-    late = compressed(gc.Budget(latency_ms=DENSE_MS / 2, table=table)).report
-    assert isinstance(late, gc.Report) and any("not by what was measured" in note for note in late.notes)
+    before, after = report.latency_ms.before, report.latency_ms.after
+    assert before == pytest.approx(DENSE_MS, rel=0.02)
+    counted = before if baseline == "original" else 0.75 * before
+    assert 1.5 <= counted / after < 2
+    said = [note for note in report.notes if note.startswith("quantized and uncut")]
+    assert len(said) == (baseline == "quantized")
+    with pytest.raises(BudgetError) as caught:
+        compressed(gc.Budget(speedup=40, baseline=baseline), bits=8)
+    assert (
+        f"the quantized network that is not cut {0.75 * before:.3f} ms" in str(caught.value.why)
+        or baseline == "original"
+    )
+    assert ('baseline="quantized"' in str(caught.value.fix)) == (baseline == "quantized")
+
+
+def test_a_baseline_of_integers_needs_bits_and_a_speedup(timers: list[FakeTimer]) -> None:
+    with pytest.raises(PlanError, match="without bits"):
+        compressed(gc.Budget(speedup=2, baseline="quantized"))
+    with pytest.raises(PlanError, match="without a speedup"):
+        gc.Budget(latency_ms=2, baseline="quantized")
+    with pytest.raises(PlanError, match="baseline"):
+        gc.Budget(speedup=2, baseline="int8")  # type: ignore[arg-type]
 
 
 def test_the_error_says_how_fast_the_network_can_become(timers: list[FakeTimer]) -> None:
@@ -203,7 +283,7 @@ def test_a_family_is_captured_scored_and_timed_once(timers: list[FakeTimer], mon
     options: dict[str, Any] = {"calibration": data, "ranking": "sensitivity", "saliency": "l2"}
     found = gc.family(Net().eval(), X, speedups=[1.5, 2, 3], progress=False, **options)
     assert made == {"capture": 1, "score": 1, "by_sensitivity": 1}
-    assert [timer.timed.count("linear_1") for timer in timers] == [DESIGNS, *[0] * 6]
+    assert [timer.timed.count("linear_1") for timer in timers] == [DESIGNS, *[0] * 9]
     times = []
     for small, speedup in zip(found, (1.5, 2, 3), strict=True):
         assert isinstance(small.report, gc.Report) and small.report.latency_ms is not None
@@ -262,8 +342,8 @@ def test_a_real_run(case: str) -> None:
 def test_a_budget_that_the_original_meets_cuts_nothing(
     timers: list[FakeTimer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever a second timing of the original says."""
-    monkeypatch.setattr("graphcomp.flows.timed_budget.time_network", lambda *_: 2 * DENSE_MS)
+    """Whatever a timing of what is cut says."""
+    only_what_is_cut(monkeypatch, 2.0)
     assert widths(compressed(gc.Budget(speedup=1))) == [32, 32, 32, 4]
 
 
@@ -280,6 +360,37 @@ def test_in_pytorch_networks_are_timed_as_users_run_them(
     seen.clear()
     compressed(gc.Budget(speedup=2, table=LatencyTable(runtime="onnxruntime")))
     assert set(seen) != {Net}  # files are written of graphs, and of the result
+
+
+class Halves(nn.Module):
+    """8 -> 64 -> 4, by two halves of one length, which the class needs equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.left, self.right = nn.Linear(8, 64), nn.Linear(32, 4), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, 8) -> (n, 4)."""
+        left, right = self.up(x).chunk(2, dim=-1)
+        result: Tensor = self.left(left.relu()) + self.right(right.relu())
+        return result
+
+
+@pytest.mark.parametrize("runtime", ["eager", "onnxruntime"])
+def test_what_is_timed_is_what_the_class_can_hold(
+    timers: list[FakeTimer], monkeypatch: pytest.MonkeyPatch, runtime: Any
+) -> None:
+    seen: list[nn.Module] = []
+    whole = FakeTimer.whole
+    monkeypatch.setattr(
+        FakeTimer, "whole", lambda self, module, inputs: seen.append(module) or whole(self, module, inputs)
+    )  # type: ignore[func-returns-value]
+    small = gc.compress(Halves().eval(), X, budget=gc.Budget(speedup=2, table=LatencyTable(runtime)), progress=False)
+    assert small.form == "native" and small.module.left.in_features == small.module.right.in_features
+    sizes = [sorted(tuple(t.shape) for t in module.parameters() if t.dim() > 1) for module in seen]
+    assert sizes[-1] in sizes[:-1]  # the result was timed as a choice
+    assert runtime == "onnxruntime" or {type(module) for module in seen} == {Halves}
 
 
 def test_a_model_in_training_mode_is_timed_in_eval_mode() -> None:
@@ -301,23 +412,3 @@ def test_a_speedup_out_of_reach_is_refused_before_others_are_made(
         gc.family(Net().eval(), X, speedups=[1.5, 1e6, 2], progress=False)
     assert not made
     monkeypatch.undo()
-
-
-@pytest.mark.slow
-@pytest.mark.ci
-def test_of_the_choices_that_were_timed_the_best_within_the_time_stays(
-    timers: list[FakeTimer], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    table, limit = gc.time_layers(Net().eval(), X, progress=False), DENSE_MS / 2
-    budget = gc.Budget(latency_ms=limit, table=table)
-    first = widths(compressed(budget))
-
-    def chosen(*shares: float) -> list[int]:
-        times = iter([*shares, 9.0, 9.0, 9.0])
-        monkeypatch.setattr("graphcomp.flows.timed_budget.time_network", lambda *_: limit * next(times))
-        return widths(compressed(budget))
-
-    assert chosen(0.99) == first  # close enough: one choice
-    assert chosen(0.8, 1.3, 0.5) == first  # the second was too slow, the third is narrower than need be
-    assert sum(chosen(1.3, 0.9)[:3]) < sum(first[:3])
-    assert chosen(1.2, 1.5, 1.3) == first  # none is fast enough: the fastest
