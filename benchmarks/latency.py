@@ -5,9 +5,9 @@
     python -m benchmarks.latency --models resnet20 --speedups 1.1 --bits 8 --baseline quantized
     python -m benchmarks.latency --models resnet20 --runtime eager --tables tables   # keeps the tables, and reads them
 
-One sample unless --batch says otherwise, one thread. Times are of this machine, the processor's time of the least of many runs; the result and the
-original take turns. Weights and data come from the shared folder beside the checkout; calibration data are never test
-data.
+One sample unless --batch says otherwise, one thread. Times are of this machine, the processor's time of the least of
+many runs; the result and the original take turns. Weights and data come from the shared folder beside the checkout;
+calibration data are never test data.
 """
 
 from __future__ import annotations

@@ -19,6 +19,15 @@ from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import CalibrationError, CaptureError, InputError, NothingToPrune, PlanError
 from graphcomp.flows.choosing import by_sensitivity, check_rounds
 from graphcomp.flows.depth import blocks_of, chosen_blocks, without_blocks
+from graphcomp.flows.depth_first import (
+    DEFAULT,
+    Split,
+    check_units_asked,
+    joined,
+    paths_without,
+    renamed,
+    split_goal,
+)
 from graphcomp.flows.family import MemberBudget, Once, shared_by
 from graphcomp.flows.finalize import as_trained
 from graphcomp.flows.finetuned import inputs_of, trainable, with_values
@@ -39,6 +48,7 @@ from graphcomp.flows.results import (
     planned_bits,
     planned_bytes,
     post_training,
+    with_latency,
 )
 from graphcomp.flows.said_by_config import with_config
 from graphcomp.flows.timed import DESIGNS, time_plan
@@ -221,11 +231,15 @@ def compress(
             but for "head_dim" (queries and values would get heads of different sizes, which hardly any class of
             model can hold), "group" (the groups of group norms and grouped convolutions, and the query heads of each
             key head: what they divide is cut already) and "width" in groups that layer, RMS or group norms take
-            statistics over. Or ("block",) alone, in one shot and in floats: whole residual blocks go, chosen by the
+            statistics over. Or "block": whole residual blocks go, chosen by the
             error that the outputs are left with once the layer in front of the block makes up for it; `sparsity` is
             the share of the blocks (see `find_blocks`), a budget is met with as few as possible, and calibration or
-            data are needed. ("layer",): the blocks that one item of a list of modules makes go together, which the
-            model's class can hold.
+            data are needed. "layer": the blocks that one item of a list of modules makes go together, which the
+            model's class can hold. Beside other roles, bits or training, ("layer", "hidden"), the blocks go first, in
+            one shot, and all else is done to the model that is left, whose modules the report names: a number is then
+            the share of each, of the blocks and of the units that are left; shares by role,
+            {"layer": 0.25, "hidden": 0.5}, differ; of a budget blocks take half (the geometric mean of the original
+            cost and the limit), or their share where `sparsity` has one, {"layer": 0.25}, and units the rest.
         round_to: the lengths of the dims that are cut are multiples of it (a head of 32 dims is one of 8 by itself).
             The sparsity is then met to the nearest number of units that is possible, and the report says so.
         budget: a target on parameters, MACs, bit operations, bytes or latency instead of `sparsity`. Bit operations
@@ -264,6 +278,7 @@ def compress(
         TrainingError: the loss is not finite, or the data hold too few batches.
         CheckpointError: the folder is of another run, or cannot be written or read.
     """
+    options = dict(locals())
     check_options(
         example_kwargs=example_kwargs, sparsity=sparsity, activation_bits=activation_bits, activations=activations,
         group_size=group_size, rounding=rounding, reduce_range=reduce_range, quantization=quantization, method=method,
@@ -300,6 +315,9 @@ def compress(
         "calibration": calibration,
         "group_size": group_size, "rounding": rounding, "reduce_range": reduce_range, "quantization": quantization,
     }  # fmt: skip
+    depth = prune is not None and bool(set(prune) & set(DEPTH))
+    if depth and (stages or bits is not None or quantization is not None or set(prune or ()) - set(DEPTH)):
+        return _depth_first(options, method, stages, scope, ignore, keep_inputs, asked(given))
     if stages:
         start = None
         calibrated = any(stage.calibrated for stage in stages)
@@ -382,23 +400,18 @@ def compress(
             trained.training = own.training
         return into_whole(trained_model, small, ready.session.plan.captured, example)
     _check_one_shot(activation_bits, training)
-    if prune is not None and set(prune) & set(DEPTH):
-        check_blocks_alone(prune, sparsity, budget, [*asked(given), *(["bits"] if bits is not None else [])])
+    if depth:
+        assert prune is not None
+        check_blocks_alone(prune, sparsity, budget, asked(given))
+        share = sparsity if isinstance(sparsity, (int, float)) else DEFAULT
         analysis = analyze(model, example_inputs, example_kwargs, scope=scope, outputs=outputs)
         shown = first_batches(data, seed)[0] if calibration is None and data is not None else calibration
         shown_rows = _calibration(model, analysis, example_inputs, example_kwargs, shown)
-        seen = _needed(shown_rows, f"prune={tuple(prune)!r}")
-        with blaming_inputs(analysis.captured), show_progress(2, progress) as bar:
-            bar.step("choosing blocks")
-            share = sparsity if isinstance(sparsity, (int, float)) else 0.5
-            gone, said = chosen_blocks(
-                analysis, seen, share, budget, ignore, whole=LAYER in prune, repair=repair is not None
-            )
-            bar.step("cutting, repairing and verifying")
-            options: dict[str, Any] = {"notes": said, "verify": verify, "measure_latency": measure_latency}
-            small = without_blocks(analysis, gone, seen, repair=repair is not None, **options)
-        example = example_arguments(example_inputs, example_kwargs)
-        return into_whole(model, small, analysis.captured, example) if scope else small
+        return _left_out(
+            model, analysis, Split(prune[0], share, budget, {}), shown_rows, ignore, repair=repair, verify=verify,
+            measure_latency=measure_latency, progress=progress,
+            example=example_arguments(example_inputs, example_kwargs),
+        )[0]  # fmt: skip
     limits = _range(bits) if isinstance(bits, (tuple, list)) else None
     if limits is not None:
         check_bit_budget(limits, budget)
@@ -578,6 +591,89 @@ def compress(
         return small
     example = example_arguments(example_inputs, example_kwargs)
     return into_whole(model, small, analysis.captured, example, cut if quantization is None else None)
+
+
+def _left_out(
+    model: nn.Module,
+    analysis: Analysis,
+    asked_of_blocks: Split,
+    rows: list[list[Any]] | None,
+    ignore: Sequence[str],
+    *,
+    example: tuple[tuple[Any, ...], dict[str, Any]],
+    repair: str | None,
+    verify: bool,
+    measure_latency: bool,
+    progress: bool,
+) -> tuple[CompressedModel, tuple[Block, ...]]:
+    """Return the model without blocks, around a submodule where `analysis` is of one, and the blocks that are gone."""
+    role = asked_of_blocks.role
+    seen = _needed(rows, f"prune={(role,)!r}")
+    with blaming_inputs(analysis.captured), show_progress(2, progress) as bar:
+        bar.step("choosing blocks")
+        gone, said = chosen_blocks(
+            analysis, seen, asked_of_blocks.share, asked_of_blocks.budget, ignore, whole=role == LAYER,
+            repair=repair is not None,
+        )  # fmt: skip
+        bar.step("cutting, repairing and verifying")
+        small = without_blocks(
+            analysis, gone, seen, notes=said, repair=repair is not None, verify=verify, measure_latency=measure_latency
+        )
+    whole = into_whole(model, small, analysis.captured, example) if analysis.captured.scope else small
+    return whole, gone
+
+
+def _depth_first(
+    options: dict[str, Any],
+    method: str | Method | Sequence[str | Method],
+    stages: Sequence[Method],
+    scope: str,
+    ignore: Sequence[str],
+    keep_inputs: Sequence[str],
+    given: Sequence[str],
+) -> CompressedModel:
+    """Leave blocks out, and compress what is left: units, bits, training.
+
+    Args:
+        options: of `compress`, as they were given.
+        method, stages, scope, ignore, keep_inputs: as `compress` reads them.
+        given: options that ask for something.
+    """
+    model, bits, quantization = options["model"], options["bits"], options["quantization"]
+    inputs = options["example_inputs"], options["example_kwargs"]
+    analysis = analyze(model, *inputs, scope=scope, outputs=options["outputs"])
+    quantizes = bits is not None or quantization is not None
+    split = split_goal(
+        analysis, options["prune"], options["sparsity"], options["budget"],
+        bits=quantizes, learned_bits=_is_range(bits) and not stages,
+        trains=bool(stages), prunes=any(stage.prunes for stage in stages),
+    )  # fmt: skip
+    check_units_asked(split, given)
+    calibration, data = options["calibration"], options["data"]
+    calibration = None if calibration is None else list(calibration)
+    shown = calibration
+    if calibration is None and data is not None:
+        shown, data = first_batches(data, options["seed"])
+    example = example_arguments(*inputs)
+    first, gone = _left_out(
+        model, analysis, split, _calibration(model, analysis, *inputs, shown), ignore, example=example,
+        repair=options["repair"], verify=options["verify"], measure_latency=False, progress=options["progress"],
+    )  # fmt: skip
+    by_outputs = options["ranking"] == "sensitivity" or (data is None and reads_data(options["saliency"] or "l2"))
+    read = options["repair"] is not None or by_outputs  # by what follows the blocks
+    part = _submodule(model, scope)
+    paths = paths_without(analysis, gone, _submodule(first.module, scope))
+    following = {
+        **options, **split.rest, "model": first.module, "method": method, "data": data, "scope": scope,
+        "calibration": calibration if quantizes or (read and not stages) else None,
+        "ignore": renamed(ignore, part, paths), "keep_inputs": renamed(keep_inputs, part, paths),
+        "measure_latency": False,
+    }  # fmt: skip
+    small = joined(first, compress(**following))
+    if options["measure_latency"]:
+        assert isinstance(small.report, Report)
+        small.report = with_latency(small.report, analysis, _submodule(small.module, scope))
+    return small
 
 
 def _read_outside(analysis: Analysis) -> tuple[str, ...]:

@@ -314,9 +314,8 @@ def test_wrong_arguments_end_in_a_result_or_an_error_of_graphcomps(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for module in ("timed", "timed_budget"):
-        monkeypatch.setattr(f"graphcomp.flows.{module}.timer_of", lambda runtime, threads: FakeTimer(threads))
-        monkeypatch.setattr(f"graphcomp.flows.{module}.this_machine", lambda runtime: MACHINE)
+    monkeypatch.setattr("graphcomp.flows.timed.timer_of", lambda runtime, threads: FakeTimer(threads))
+    monkeypatch.setattr("graphcomp.flows.timed.this_machine", lambda runtime: MACHINE)
     torch.manual_seed(0)
     raw = []
     for argument, label, run in calls(name, tmp_path):

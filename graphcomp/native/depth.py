@@ -57,6 +57,31 @@ def shortened_model(
     return result
 
 
+def paths_left(model: nn.Module, graph: fx.Graph, gone: frozenset[fx.Node]) -> dict[str, str]:
+    """Return path of each module that stays -> path in the shortened model; arguments as of `shortened_model`."""
+    children = _children(model, graph, gone)
+    if isinstance(children, str):
+        return {name: name for name, _ in model.named_modules()}
+    moved: dict[str, str] = {}  # items of lists -> their new paths, under the old paths of the lists
+    for path, names in children.items():
+        left = [name for name, _ in model.get_submodule(path).named_children() if name not in names]
+        places = {name: place for place, name in enumerate(left)}
+        prefix = f"{path}." if path else ""
+        moved |= {f"{prefix}{name}": prefix + str(places.get(name, "")) for name in (*left, *names)}
+    found: dict[str, str] = {}
+    for name, _ in model.named_modules():
+        parts, new = name.split("."), ""
+        for k in range(1, len(parts) + 1):
+            old = ".".join(parts[:k])
+            last = moved[old].rpartition(".")[2] if old in moved else parts[k - 1]
+            if not last and old:
+                break
+            new = f"{new}.{last}".strip(".")
+        else:
+            found[name] = new
+    return found
+
+
 def whole_layers(model: nn.Module, blocks: Sequence[Block], level: int = 0) -> tuple[tuple[Block, ...], ...]:
     """Return the blocks that one item of a list of modules makes, in a row, for each such item.
 

@@ -273,13 +273,12 @@ def check_blocks_alone(prune: Sequence[str], sparsity: Any, budget: Any, given: 
         given: options that ask for something.
 
     Raises:
-        PlanError: other roles, shares by module, a sparsity beside a budget, or an option without a use.
+        PlanError: both roles of blocks, shares by module, a sparsity beside a budget, or an option without a use.
     """
     if len(set(prune)) > 1:
         raise PlanError(
-            f"prune={tuple(prune)!r}: blocks go alone",
-            why="what is left of a group is known once the blocks are gone",
-            fix='prune=("block",) or ("layer",), and then compress(small.module, …)',
+            f"prune={tuple(prune)!r}: blocks go one by one or by whole layers",
+            fix='prune=("block",) or prune=("layer",)',
         )
     if sparsity is not None and budget is not None:
         raise PlanError(f"sparsity={sparsity!r} beside a budget", fix="one of the two")
@@ -287,8 +286,8 @@ def check_blocks_alone(prune: Sequence[str], sparsity: Any, budget: Any, given: 
     if names:
         raise PlanError(
             f"{', '.join(names)} with prune={tuple(prune)!r}",
-            why="whole blocks go, chosen by the error that the outputs are left with, in floats",
-            fix="without; compress(small.module, …) cuts and quantizes what is left",
+            why="whole blocks go, chosen by the error that the outputs are left with, and no units",
+            fix=f'without; or prune=("{prune[0]}", "channel")',
         )
 
 

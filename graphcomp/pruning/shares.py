@@ -16,6 +16,10 @@ from graphcomp.pruning.names import by_module_name
 from graphcomp.pruning.prunable import makes_units
 
 
+class RoleShares(dict[str, float]):
+    """Shares of units to remove by the roles of groups; groups of other roles stay whole."""
+
+
 @dataclass(frozen=True)
 class Part:
     """Groups that one share is of.
@@ -41,6 +45,8 @@ def parts_of(model: nn.Module, groups: Sequence[ChannelGroup], sparsity: float |
     """
     if not isinstance(sparsity, Mapping):
         return [Part(tuple(groups), sparsity)]
+    if isinstance(sparsity, RoleShares):
+        return _by_role(groups, sparsity)
     shares = by_module_name(model, sparsity, "sparsity")
     entry_of = {group: entry for group in groups for entry in shares if makes_units(entry, group)}
     for entry in shares:
@@ -52,6 +58,18 @@ def parts_of(model: nn.Module, groups: Sequence[ChannelGroup], sparsity: float |
             )
     members = {entry: tuple(g for g in groups if entry_of.get(g) == entry) for entry in shares}
     return [Part(members[entry], share, entry) for entry, share in shares.items() if members[entry]]
+
+
+def _by_role(groups: Sequence[ChannelGroup], shares: RoleShares) -> list[Part]:
+    found = [Part(tuple(g for g in groups if g.role == role), share, role) for role, share in shares.items()]
+    for part in found:
+        if not part.groups:
+            raise PlanError(
+                f"sparsity names the role {part.name!r}, and no units of the role may go",
+                why="the model has none, or they are frozen, or left whole by ignore= or keep_inputs=",
+                fix="see graphcomp.analyze(…).report() for the groups, and why the others are frozen",
+            )
+    return found
 
 
 def allocate_parts(

@@ -397,16 +397,17 @@ def test_ignored_modules_keep_their_blocks() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"prune": ("block", "channel")}, "blocks go alone"),
-        ({"prune": ("block", "layer")}, "blocks go alone"),
-        ({"bits": 8}, "bits with prune"),
+        ({"prune": ("block", "layer")}, "by whole layers"),
         ({"saliency": "taylor"}, "saliency with prune"),
         ({"round_to": 2}, "round_to with prune"),
         ({"sparsity": 0.2, "budget": gc.Budget(macs=0.5)}, "beside a budget"),
         ({"sparsity": {"stem": 0.5}}, "sparsity by module"),
         ({"budget": gc.Budget(latency_ms=1.0)}, "latency is not met"),
         ({"calibration": None}, "needs calibration"),
-        ({"method": "hesso", "data": [X], "loss": lambda y, _: y.sum(), "steps": 12, "calibration": None}, "one shot"),
+        (
+            {"method": "hesso", "data": [X], "loss": lambda y, _: y.sum(), "steps": 12, "calibration": None},
+            "no role of units",
+        ),
     ],
 )
 def test_what_does_not_go_with_blocks_is_refused(options: dict[str, Any], said: str) -> None:
