@@ -51,7 +51,7 @@ class TimedBudget:
         meter: says whether a choice is within the budget.
         round_to: units that stay are multiples.
         drift: the time of the original, taken again, over that in the table; the prediction is scaled by the drift.
-        timed: choices that were timed.
+        timed: of each choice that was timed, milliseconds predicted and measured, the one that stays last.
     """
 
     asked: Budget
@@ -60,7 +60,7 @@ class TimedBudget:
     meter: Meter
     round_to: int
     drift: float = 1.0
-    timed: int = 0
+    timed: tuple[tuple[float, float], ...] = ()
 
     def choose(self, scores: Scores, ranking: Scope, hold: Hold | None = None) -> tuple[TimedBudget, Kept]:
         """Return the units that stay, and the budget with the prediction by which they were chosen.
@@ -80,13 +80,16 @@ class TimedBudget:
         if not self.networks.here or (whole and self.networks.quantization is None):  # the original meets the budget
             return self, kept
         held: dict[tuple[int, ...], tuple[Kept, nn.Module | None]] = {}
+        of_files, free = self.networks.table.runtime == "onnxruntime", list[bool]()
 
         def choose(predicted: Predicted) -> Kept:
             chosen = self._choose(items, ranking, predicted)
             widths = _widths(chosen)
             if widths not in held:
-                found = (chosen, None) if hold is None else hold(chosen, self.meter.with_latency(predicted))
+                found = hold(chosen, self.meter.with_latency(predicted)) if hold and not free else (chosen, None)
                 held[widths] = held[_widths(found[0])] = found
+                if of_files and found[1] is not None and _widths(found[0]) == widths:
+                    free.append(True)  # the class holds what is chosen as it is, and files are written of graphs
             return held[widths][0]
 
         def time(kept: Kept) -> float:
@@ -95,7 +98,9 @@ class TimedBudget:
         tried = timed_choice(self.predicted, self.meter.limits["latency_ms"], choose, time, partial(_lost, comparable))
         best = tried[-1]
         meter = self.meter.with_latency(best.predicted)
-        return replace(self, predicted=best.predicted, meter=meter, timed=len(tried)), best.kept
+        return replace(
+            self, predicted=best.predicted, meter=meter, timed=tuple((t.expected, t.ms) for t in tried)
+        ), best.kept
 
     def _choose(self, items: Sequence[Item], ranking: Scope, predicted: Predicted) -> Kept:
         holds = self.meter.with_latency(predicted).holds
@@ -139,12 +144,15 @@ class TimedBudget:
         table, asked, off = self.networks.table, self.asked, expected / after - 1
         threads = f"{table.threads} thread{'s' if table.threads > 1 else ''}"
         how = "onnxruntime" if table.runtime == "onnxruntime" else "PyTorch"
-        by = f", the best of {self.timed} timed choices" if self.timed > 1 else ""
+        by = f", the best of {len(self.timed)} timed choices" if len(self.timed) > 1 else ""
         said = [
             f"latency in {how}, {threads}: {before:.3f} ms before, {expected:.3f} ms predicted, {after:.3f} ms "
             f"measured ({off:+.1%} off, {before / after:.2f} times as fast{by}; the least of many runs, on "
             f"{table.machine})"
         ]
+        if len(self.timed) > 1:
+            each = ", ".join(f"{predicted:.3f} and {ms:.3f}" for predicted, ms in self.timed)
+            said.append(f"choices that were timed, ms predicted and measured, the one that stays last: {each}")
         if uncut is not None:
             said.append(f"quantized and uncut {uncut:.3f} ms: the result is {uncut / after:.2f} times as fast")
         if abs(self.drift - 1) > DRIFT:
