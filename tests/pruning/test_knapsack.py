@@ -22,7 +22,7 @@ class Chain:
 
     def __init__(self, groups: Sequence[ChannelGroup], into: int, out: int, jump: int = 1) -> None:
         self.groups, self.into, self.out, self.jump = groups, into, out, jump
-        self.dense_ms = self.original_ms = self({})
+        self.dense_ms = self.original_ms = self.baseline_ms = self({})
 
     def __call__(self, counts: Any) -> float:
         return sum(self._pairs(counts))
