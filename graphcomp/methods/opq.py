@@ -147,6 +147,13 @@ class Opq(Method):
                 why="within a range, layers get bits of their own, as a budget or a mean allows",
                 fix="bits=(2, 8), method=Opq(mean_bits=4); or bits=4 for each layer",
             )
+        if goal.bits is not None and self.mean_bits is not None:
+            low, high = goal.bits
+            if not low <= self.mean_bits <= high:
+                raise PlanError(
+                    f"mean_bits must be within bits={goal.bits}, got {self.mean_bits}",
+                    fix=f"Opq(mean_bits={(low + high) / 2})",
+                )
 
     # ------------------------------------------------------------------------------------------ the plan
     def prepare(self, source: Source, goal: Goal) -> Prepared:

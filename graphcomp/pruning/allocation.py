@@ -483,7 +483,10 @@ class Budget:
             raise PlanError("a budget without a limit", fix="Budget(macs=0.5)")
         for name, value in asked.items():
             if not is_number(value) or value <= 0:
-                raise PlanError(f"Budget({name}={shown(value)}) is not a positive number", fix=f"Budget({name}=0.5)")
+                raise PlanError(
+                    f"Budget({name}={shown(value)}) is not a positive number",
+                    fix=f"Budget({name}={2 if name == 'speedup' else 0.5})",
+                )
         if self.table is not None and not self.timed:
             raise PlanError("a table of latencies, and no limit on latency", fix="Budget(speedup=2, table=table)")
         check_word("baseline", self.baseline, get_args(Baseline))

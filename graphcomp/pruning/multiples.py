@@ -129,4 +129,5 @@ def _note(changed: list[ChannelGroup], found: Mapping[ChannelGroup, Tensor], ask
     reasons = dict.fromkeys(f"a multiple of {group.multiple} ({group.multiple_why})" for group in changed)
     names = ", ".join(group.name for group in changed[:3]) + (" and others" if len(changed) > 3 else "")
     kept, wanted = (sum(len(units) for units in choice.values()) for choice in (found, asked))
-    return f"{names}: the number of units kept is {' or '.join(reasons)}, so {kept} are kept in all, not {wanted}"
+    instead = f"{kept} are kept in all, not {wanted}" if kept != wanted else f"others of the {kept} are kept"
+    return f"{names}: the number of units kept is {' or '.join(reasons)}, so {instead}"

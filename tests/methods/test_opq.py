@@ -268,6 +268,7 @@ def test_masks_stay_while_another_method_trains_on():
         (Opq(mean_bits=4), {"bits": 4}, "bits=4 and mean_bits"),
         (Opq(mean_bits=4), {"sparsity": 0.5}, "bits=None and mean_bits"),
         (Opq(mean_bits=4), {"bits": (2, 8), "budget": gc.Budget(bytes=0.1)}, "a budget and mean_bits"),
+        (Opq(mean_bits=9), {"bits": (2, 8)}, "mean_bits must be within"),
         (Opq(), {"sparsity": 0.5, "budget": gc.Budget(bytes=0.1)}, "no bits are given"),
         (Opq(), {"bits": (2, 8), "budget": gc.Budget(macs=0.1)}, r"Budget\(macs=…\)"),
         (Opq(), {"bits": (2, 8), "sparsity": 0.1, "budget": gc.Budget(bytes=0.01)}, "2 bits for each of 605"),

@@ -48,6 +48,7 @@ def test_the_rounding_of_one_group_makes_up_for_another() -> None:
     kept, (note,) = in_multiples({g: torch.arange(6, 16) for g in groups}, scores)
     assert sorted(len(units) for units in kept.values()) == [8, 8, 12, 12]
     assert note.startswith("g0, g1, g2 and others: the number of units kept is a multiple of 4 (mylib.op)")
+    assert note.endswith("so others of the 40 are kept")
     assert step_of(groups[0], 6) == 12
 
 
