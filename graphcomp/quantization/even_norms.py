@@ -349,7 +349,8 @@ def write(module: fx.GraphModule, norm: Norm, even: Even, readers: dict[str, lis
             taken = columns(reader, weight.double(), even.shift).sum([d for d in range(weight.dim()) if d != out])
             put(module, name, _like(bias, bias.double() - taken))
         scaled = held.with_elements(columns(reader, weight, 1 / even.factor))
-        put(module, str(held.source.target), _like(held.parameter, scaled))
+        name = str(held.source.target)
+        put(module, name, _like(fetch(module, name), scaled))
     maker, values = norm.maker, Constants(module)
     copies = _copied(norm) if norm.others else {}
     for node, argument, more in ((maker.scaled, maker.scale, 0.0), (maker.at, maker.shift, even.shift)):

@@ -146,7 +146,9 @@ def test_training_begins_with_channels_evened_out_as_after_training(name: str) -
     quantization = gc.PostTraining(weights_of(4, 4).config)
     options: dict[str, Any] = {"calibration": inputs, "quantization": quantization}
     after = gc.compress(model, inputs[0], sparsity=0, repair=None, progress=False, **options)
-    start = gc.finalize(gc.prepare(model, inputs[0], **options))
+    ready = gc.prepare(model, inputs[0], **options)
+    assert all(ready.get_parameter(own).requires_grad for own, _ in model.named_parameters())
+    start = gc.finalize(ready)
     assert any(said in note for note in after.report.notes) and any(said in note for note in start.report.notes)
     assert not any("where training starts" in note for note in start.report.notes)
     wanted = after(inputs[1])
