@@ -32,10 +32,11 @@ from graphcomp.ops.answers import operands_of
 from graphcomp.quantization.calibrate import MseObserver, calibrate_weight
 from graphcomp.quantization.even import EXPONENTS, MOST, SAMPLES
 from graphcomp.quantization.norms import Moved, Norm, Reader, find_norms
-from graphcomp.quantization.placement import channels_of
+from graphcomp.quantization.placement import channels_of, place
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.make import make_quantizer
-from graphcomp.quantization.spec import QuantConfig
+from graphcomp.quantization.sites import Site
+from graphcomp.quantization.spec import QuantConfig, QuantSpec
 from graphcomp.quantization.tensors import put, replace_argument
 
 aten = torch.ops.aten
@@ -169,6 +170,8 @@ def factors_behind_norms(
     norms, left = find_norms(module, config, ignore)
     if not norms or not batches:
         return {}, left
+    shared = _in_force(module, norms, config, ignore)
+    own = _of_own_norms(module, config, ignore) if any(norm.others for norm in norms) else shared
     moved, at = Moved(norms), {norm.maker.at: norm for norm in norms}
     seen: dict[Norm, _Seen] = {}
     for k, batch in enumerate(batches):
@@ -195,7 +198,7 @@ def factors_behind_norms(
         if node in read:
             values[node] = found[len(found) // 2 :] if len(batches) == 1 and len(found) > 1 else found
         for norm in waiting.get(node, ()):
-            even = _choose(norm, seen[norm], values)
+            even = _choose(norm, seen[norm], values, shared, own)
             if even is not None:
                 chosen[norm] = even
             for reader in norm.readers:
@@ -203,6 +206,58 @@ def factors_behind_norms(
 
     run_batch(module, batches[min(1, len(batches) - 1)], 0, choose)
     return chosen, left
+
+
+# ------------------------------------------------------------------------------------------------ bits in force
+@dataclass(frozen=True)
+class _Rounding:
+    """How one layer behind a norm reads its operands.
+
+    Attributes:
+        value: the specs of the quantizers between the norm and the layer, in their order; none: the layer reads floats.
+        weight: that of the weight, with a range from the least to the largest number; None: the weight stays float.
+        dim: of the weight's channels, where each has a step.
+    """
+
+    value: tuple[QuantSpec, ...]
+    weight: QuantSpec | None
+    dim: int | None
+
+
+def _in_force(
+    module: fx.GraphModule, norms: Sequence[Norm], config: QuantConfig, ignore: Sequence[str]
+) -> dict[str, _Rounding]:
+    """Return layer -> how the layer reads its operands: by the sites that `PlaceQuantizers` will fill.
+
+    The bits of a layer in the config are not those: the first and the last layer, a value that layers of different bits
+    or sums read, and a table that is stored once have others.
+    """
+    between: dict[tuple[str, str], list[Site]] = {}
+    for site in place(module, config, ignore).sites:
+        for read, users in site.at.items():
+            for user in users:
+                between.setdefault((read, user), []).append(site)
+    found: dict[str, _Rounding] = {}
+    for reader in (reader for norm in norms for reader in norm.readers):
+        name, weight = reader.node.name, bind(reader.node)[reader.weight[0]]
+        value_ = tuple(site.spec for site in between.get((reader.read.name, name), ()))
+        of_weight = next(iter(between.get((weight.name, name), ())), None)
+        spec = None if of_weight is None else replace(of_weight.spec, observer="minmax")
+        found[name] = _Rounding(value_, spec, None if of_weight is None else of_weight.dim)
+    return found
+
+
+def _of_own_norms(module: fx.GraphModule, config: QuantConfig, ignore: Sequence[str]) -> dict[str, _Rounding]:
+    """Return layer -> how the layer reads its operands once layers have norms of their own where others read a value.
+
+    A value that sums read may have more bits than the layers ask for, and a copy for the layers has not.
+    """
+    apart, _ = clone(module)
+    norms, _ = find_norms(apart, config, ignore)
+    for norm in norms:
+        if norm.others:
+            _copied(norm)
+    return _in_force(apart, norms, config, ignore)
 
 
 # ------------------------------------------------------------------------------------------------ how far
@@ -227,6 +282,19 @@ class _Seen:
             more = rows[:fit][:: max(1, fit // ROWS)]
             self.rows = more if not len(self.rows) else torch.cat([self.rows, more])[: 4 * ROWS]
 
+    def quantizer(self, spec: QuantSpec, even: Even) -> Quantizer:
+        """Return a quantizer of the value, shifted and multiplied, with the range of the rows that are fitted to."""
+        assert self.fit is not None
+        found = make_quantizer(spec)
+        if spec.observer == "minmax":
+            low, high = ((end + even.shift) * even.factor for end in self.fit)
+            found.set_range(low.min().float(), high.max().float())
+        else:
+            observer = MseObserver(spec)
+            observer.observe(((self.rows + even.shift) * even.factor).to(self.rows.dtype).flatten())
+            found.set_range(*observer.range())
+        return found
+
     @property
     def finite(self) -> bool:
         """Whether all values were finite."""
@@ -247,31 +315,37 @@ def _evens(norm: Norm, ends: tuple[Tensor, Tensor]) -> list[Even]:
     return [Even(ratio**exponent, shift) for exponent in EXPONENTS]
 
 
-def _choose(norm: Norm, seen: _Seen, values: Mapping[fx.Node, Tensor]) -> Even | None:
+def _choose(
+    norm: Norm,
+    seen: _Seen,
+    values: Mapping[fx.Node, Tensor],
+    shared: Mapping[str, _Rounding],
+    own: Mapping[str, _Rounding],
+) -> Even | None:
     """Return factors and shifts with the least error of the layers behind; None where that is with none.
 
     The error is that on rows that neither factors nor ranges of the trial were fitted to: a channel that spans the
-    whole range is clipped where other data go further.
+    whole range is clipped where other data go further. Where the layers are given a norm of their own, they read the
+    value as `own` says, else as `shared` says.
     """
     assert seen.fit is not None and seen.every is not None
     trials = [_Trial(reader, values[reader.read]) for reader in norm.readers]
     tried = _evens(norm, seen.fit)
     still = Even(torch.ones_like(tried[0].factor), torch.zeros_like(tried[0].shift))
 
-    def error(even: Even, ends: tuple[Tensor, Tensor]) -> float:
-        of_value = make_quantizer(norm.spec)
-        if norm.spec.observer == "minmax":
-            low, high = ((end + even.shift) * even.factor for end in ends)
-            of_value.set_range(low.min().float(), high.max().float())
-        else:
-            observer = MseObserver(norm.spec)
-            observer.observe(((seen.rows + even.shift) * even.factor).to(seen.rows.dtype).flatten())
-            of_value.set_range(*observer.range())
-        return sum(trial.error(even, of_value) for trial in trials)
+    def error(even: Even, roundings: Mapping[str, _Rounding]) -> float:
+        quantizers: dict[QuantSpec, Quantizer] = {}
+        total = 0.0
+        for trial in trials:
+            rounding = roundings[trial.reader.node.name]
+            for spec in rounding.value:
+                quantizers.setdefault(spec, seen.quantizer(spec, even))
+            total += trial.error(even, [quantizers[spec] for spec in rounding.value], rounding)
+        return total
 
-    errors = [error(even, seen.fit) for even in tried]
+    errors = [error(even, own if norm.others else shared) for even in tried]
     best = min(range(len(errors)), key=errors.__getitem__)
-    if errors[best] >= error(still, seen.fit) * (FAR if norm.others else LESS):
+    if errors[best] >= error(still, shared) * (FAR if norm.others else LESS):
         return None
     return _evens(norm, seen.every)[best]
 
@@ -301,22 +375,23 @@ class _Trial:
         self.norm = float(self.wanted.double().square().sum()) or 1.0
         channels = channels_of(node) + self.wanted.dim() - value(node).dim()
         self.others = [d for d in range(self.wanted.dim()) if d != channels]
-        self.spec = None if reader.specs[0] is None else replace(reader.specs[0], observer="minmax")
-        self.out = operands.out % self.weight.dim()
 
     def scaled(self, even: Even) -> Tensor:
         """Return what the layer reads, shifted and multiplied."""
         shape = [-1 if d == self.dim else 1 for d in range(self.x.dim())]
         return (self.x + even.shift.to(self.x.dtype).view(shape)) * even.factor.to(self.x.dtype).view(shape)
 
-    def error(self, even: Even, of_value: Quantizer) -> float:
+    def error(self, even: Even, of_value: Sequence[Quantizer], rounding: _Rounding) -> float:
         """Return the relative squared error; the mean of a layer with a bias is none, as the bias takes it back."""
         kernel = columns(self.reader, self.weight, 1 / even.factor)
-        if self.spec is not None:
-            of_weight = make_quantizer(self.spec, shape=kernel.shape, dim=self.out).to(kernel)
+        if rounding.weight is not None:
+            of_weight = make_quantizer(rounding.weight, shape=kernel.shape, dim=rounding.dim).to(kernel)
             calibrate_weight(of_weight, kernel)
             kernel = of_weight(kernel)
-        off = (self._result(of_value.to(self.x)(self.scaled(even)), kernel) - self.wanted).double()
+        x = self.scaled(even)
+        for quantizer in of_value:
+            x = quantizer.to(x)(x)
+        off = (self._result(x, kernel) - self.wanted).double()
         if self.reader.bias:
             off = off - off.mean(self.others, keepdim=True)
         return float(off.square().sum()) / self.norm

@@ -58,7 +58,6 @@ class Reader:
         weight: the argument of the weight, and its dim of inputs.
         held: the parameter of the weight, that nothing else reads.
         bias: the argument that takes a shift; "" where none does.
-        specs: of weight and activations.
     """
 
     node: fx.Node
@@ -67,7 +66,6 @@ class Reader:
     weight: tuple[str, int]
     held: Held
     bias: str
-    specs: tuple[QuantSpec | None, QuantSpec | None]
 
     @property
     def read(self) -> fx.Node:
@@ -95,11 +93,6 @@ class Norm:
     def shifts(self) -> bool:
         """Whether norm and layers have a bias."""
         return bool(self.maker.shift) and all(reader.bias for reader in self.readers)
-
-    @property
-    def spec(self) -> QuantSpec:
-        """How the value is quantized."""
-        return next(spec for reader in self.readers if (spec := reader.specs[1]) is not None)
 
 
 def find_norms(module: fx.GraphModule, config: QuantConfig, ignore: Sequence[str]) -> tuple[list[Norm], dict[str, str]]:
@@ -186,10 +179,8 @@ def _norm(
         node = waiting.pop()
         for user in node.users:
             if compute_of(user) is not None:
-                weights, activations = _specs(user, config, ignore, constant)
-                static = activations is not None and not activations.dynamic
-                reader = _reader(module, user, node, (weights, activations if static else None), constant, readers)
-                asked = asked or static
+                reader = _reader(module, user, node, constant, readers)
+                asked = asked or _has_range(_activations(user, config, ignore, constant))
                 if isinstance(reader, Reader):
                     found.append(reader)
                 else:
@@ -225,18 +216,20 @@ def _moves(node: fx.Node, operand: fx.Node, constant: set[fx.Node]) -> bool:
     return passes or (keeps_zeros(node) and node.all_input_nodes[0] is operand and not (move and move.pads))
 
 
-def _specs(
-    node: fx.Node, config: QuantConfig, ignore: Sequence[str], constant: set[fx.Node]
-) -> tuple[QuantSpec | None, QuantSpec | None]:
+def _activations(node: fx.Node, config: QuantConfig, ignore: Sequence[str], constant: set[fx.Node]) -> QuantSpec | None:
     path = module_path(node) or layer_name(bind(node).get(operands_of(node).weight), constant)
-    return (None, None) if any(matches(name, path) for name in ignore) else config.specs(path)
+    return None if any(matches(name, path) for name in ignore) else config.specs(path)[1]
+
+
+def _has_range(spec: QuantSpec | None) -> bool:
+    """Whether a value is quantized by a range that is read off data."""
+    return spec is not None and not spec.dynamic
 
 
 def _reader(
     module: fx.GraphModule,
     node: fx.Node,
     read: fx.Node,
-    specs: tuple[QuantSpec | None, QuantSpec | None],
     constant: set[fx.Node],
     readers: dict[str, list[fx.Node]],
 ) -> Reader | str:
@@ -266,7 +259,7 @@ def _reader(
         if rank < 2 or value(read).dim() < 2 or out < rank - 2:
             return f"{node.name} multiplies a vector"
         dim, inputs = value(read).dim() - 1, 2 * rank - 3 - out
-    return Reader(node, data[0], dim, (operands.weight, inputs), held, _bias(module, node, readers), specs)
+    return Reader(node, data[0], dim, (operands.weight, inputs), held, _bias(module, node, readers))
 
 
 def _bias(module: fx.GraphModule, node: fx.Node, readers: dict[str, list[fx.Node]]) -> str:
