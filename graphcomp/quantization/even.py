@@ -17,7 +17,7 @@ Xiao et al. 2023 (SmoothQuant, arXiv 2211.10438), equation 4, for the exponent, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -27,11 +27,12 @@ from graphcomp.ir.graph import attributes, bind, clone, fetch, module_path, valu
 from graphcomp.ir.program import P
 from graphcomp.ir.run_nodes import run_batch
 from graphcomp.ops.answers import clip_of, compute_of, operands_of
-from graphcomp.quantization.calibrate import MseObserver, calibrate_weight
+from graphcomp.quantization.calibrate import MseObserver
 from graphcomp.quantization.equalize import Layer
+from graphcomp.quantization.in_force import Placed, Rounding
 from graphcomp.quantization.placement import channels_of, constants, layer_name
 from graphcomp.quantization.quantizers.make import make_quantizer
-from graphcomp.quantization.spec import QuantConfig, QuantSpec, matches
+from graphcomp.quantization.spec import QuantConfig, matches
 
 FEW_BITS = 8
 """Bits of activations below which channels are evened out by default."""
@@ -73,8 +74,6 @@ class Pair:
     made_by: fx.Node
     at: fx.Node
     read_by: fx.Node
-    weights: QuantSpec
-    activations: QuantSpec
 
     @property
     def apart(self) -> bool:
@@ -156,10 +155,11 @@ def factors_between(
     for k, batch in enumerate(batches):
         run_batch(module, batch, k, measure)
     factors: dict[Pair, Tensor] = {}
+    placed = Placed(module, config, ignore)
 
     def choose(node: fx.Node, found: Any) -> None:
         if node in largest and bool(largest[node].isfinite().all()):
-            factors[pairs[node]] = _factors(module, pairs[node], found[:SAMPLES], largest[node])
+            factors[pairs[node]] = _factors(module, pairs[node], found[:SAMPLES], largest[node], placed)
 
     run_batch(module, batches[0], 0, choose)
     return {pair: s for pair, s in factors.items() if bool((s != 1).any())}
@@ -199,7 +199,7 @@ def _pairs(module: fx.GraphModule, config: QuantConfig, ignore: Sequence[str]) -
             continue
         same = value(at).dim() == value(node).dim() and channels_of(before) == channels_of(node)
         if same and _channels(at, node) == value(before).shape[channels_of(before)]:
-            yield Pair(before, at, node, weights, activations)
+            yield Pair(before, at, node)
 
 
 def _path(node: fx.Node, constant: set[fx.Node]) -> str:
@@ -229,18 +229,18 @@ def _rows(x: Tensor, pair: Pair) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------ factors
-def _factors(module: fx.GraphModule, pair: Pair, x: Tensor, largest: Tensor) -> Tensor:
+def _factors(module: fx.GraphModule, pair: Pair, x: Tensor, largest: Tensor, placed: Placed) -> Tensor:
     """Return the factors of a value's channels, (c,) float64."""
     bound = _bound(pair.at)
     reach = largest.max() if bound is None else torch.tensor(bound, dtype=largest.dtype, device=largest.device)
     ratio = torch.where(largest > 0, reach / largest.clamp(min=torch.finfo(torch.float32).tiny), 1.0).clamp(1, MOST)
     if pair.apart:
         return ratio
-    error = _trial(module, pair, x)
+    error = _trial(module, pair, x, placed.rounding(pair.read_by, *operands_of(pair.read_by).data))
     return min(((error(ratio**e), ratio**e) for e in EXPONENTS), key=lambda found: found[0])[1]
 
 
-def _trial(module: fx.GraphModule, pair: Pair, x: Tensor) -> Callable[[Tensor], float]:
+def _trial(module: fx.GraphModule, pair: Pair, x: Tensor, rounding: Rounding) -> Callable[[Tensor], float]:
     """Return the squared error of the second layer's result, value and weight rounded, by the factors."""
     operands, arguments = operands_of(pair.read_by), bind(pair.read_by)
     weight = fetch(module, str(arguments[operands.weight].target)).detach()
@@ -256,16 +256,16 @@ def _trial(module: fx.GraphModule, pair: Pair, x: Tensor) -> Callable[[Tensor], 
         return found
 
     wanted = result(x, weight)
-    coarse = replace(pair.weights, observer="minmax")
 
     def error(s: Tensor) -> float:
         scaled, kernel = x * s.to(x.dtype).view(on_data), weight / s.to(weight.dtype).view(on_weight)
-        of_weight = make_quantizer(coarse, shape=kernel.shape, dim=0).to(kernel)
-        calibrate_weight(of_weight, kernel)
-        of_value = make_quantizer(pair.activations).to(scaled)
-        observer = MseObserver(pair.activations)
-        observer.observe(scaled.flatten()[:: max(1, scaled.numel() // ELEMENTS)])
-        of_value.set_range(*observer.range())
-        return float((result(of_value(scaled), of_weight(kernel)) - wanted).double().square().sum())
+        rounded = scaled
+        for spec in rounding.value:
+            of_value = make_quantizer(spec).to(scaled)
+            observer = MseObserver(spec)
+            observer.observe(scaled.flatten()[:: max(1, scaled.numel() // ELEMENTS)])
+            of_value.set_range(*observer.range())
+            rounded = of_value(rounded)
+        return float((result(rounded, rounding.of_weight(kernel)) - wanted).double().square().sum())
 
     return error

@@ -18,7 +18,7 @@ and the weights of the layers take what that costs; the choice between exponents
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -29,13 +29,13 @@ from graphcomp.ir.program import P
 from graphcomp.ir.rewrite import after
 from graphcomp.ir.run_nodes import Constants, run_batch, run_tapped
 from graphcomp.ops.answers import operands_of
-from graphcomp.quantization.calibrate import MseObserver, calibrate_weight
+from graphcomp.quantization.calibrate import MseObserver
 from graphcomp.quantization.even import EXPONENTS, MOST, SAMPLES
+from graphcomp.quantization.in_force import Placed, Rounding
 from graphcomp.quantization.norms import Moved, Norm, Reader, find_norms
-from graphcomp.quantization.placement import channels_of, place
+from graphcomp.quantization.placement import channels_of
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.make import make_quantizer
-from graphcomp.quantization.sites import Site
 from graphcomp.quantization.spec import QuantConfig, QuantSpec
 from graphcomp.quantization.tensors import put, replace_argument
 
@@ -209,45 +209,16 @@ def factors_behind_norms(
 
 
 # ------------------------------------------------------------------------------------------------ bits in force
-@dataclass(frozen=True)
-class _Rounding:
-    """How one layer behind a norm reads its operands.
-
-    Attributes:
-        value: the specs of the quantizers between the norm and the layer, in their order; none: the layer reads floats.
-        weight: that of the weight, with a range from the least to the largest number; None: the weight stays float.
-        dim: of the weight's channels, where each has a step.
-    """
-
-    value: tuple[QuantSpec, ...]
-    weight: QuantSpec | None
-    dim: int | None
-
-
 def _in_force(
     module: fx.GraphModule, norms: Sequence[Norm], config: QuantConfig, ignore: Sequence[str]
-) -> dict[str, _Rounding]:
-    """Return layer -> how the layer reads its operands: by the sites that `PlaceQuantizers` will fill.
-
-    The bits of a layer in the config are not those: the first and the last layer, a value that layers of different bits
-    or sums read, and a table that is stored once have others.
-    """
-    between: dict[tuple[str, str], list[Site]] = {}
-    for site in place(module, config, ignore).sites:
-        for read, users in site.at.items():
-            for user in users:
-                between.setdefault((read, user), []).append(site)
-    found: dict[str, _Rounding] = {}
-    for reader in (reader for norm in norms for reader in norm.readers):
-        name, weight = reader.node.name, bind(reader.node)[reader.weight[0]]
-        value_ = tuple(site.spec for site in between.get((reader.read.name, name), ()))
-        of_weight = next(iter(between.get((weight.name, name), ())), None)
-        spec = None if of_weight is None else replace(of_weight.spec, observer="minmax")
-        found[name] = _Rounding(value_, spec, None if of_weight is None else of_weight.dim)
-    return found
+) -> dict[str, Rounding]:
+    """Return layer -> how the layer reads its operands."""
+    placed = Placed(module, config, ignore)
+    readers = [reader for norm in norms for reader in norm.readers]
+    return {reader.node.name: placed.rounding(reader.node, reader.data) for reader in readers}
 
 
-def _of_own_norms(module: fx.GraphModule, config: QuantConfig, ignore: Sequence[str]) -> dict[str, _Rounding]:
+def _of_own_norms(module: fx.GraphModule, config: QuantConfig, ignore: Sequence[str]) -> dict[str, Rounding]:
     """Return layer -> how the layer reads its operands once layers have norms of their own where others read a value.
 
     A value that sums read may have more bits than the layers ask for, and a copy for the layers has not.
@@ -319,8 +290,8 @@ def _choose(
     norm: Norm,
     seen: _Seen,
     values: Mapping[fx.Node, Tensor],
-    shared: Mapping[str, _Rounding],
-    own: Mapping[str, _Rounding],
+    shared: Mapping[str, Rounding],
+    own: Mapping[str, Rounding],
 ) -> Even | None:
     """Return factors and shifts with the least error of the layers behind; None where that is with none.
 
@@ -333,7 +304,7 @@ def _choose(
     tried = _evens(norm, seen.fit)
     still = Even(torch.ones_like(tried[0].factor), torch.zeros_like(tried[0].shift))
 
-    def error(even: Even, roundings: Mapping[str, _Rounding]) -> float:
+    def error(even: Even, roundings: Mapping[str, Rounding]) -> float:
         quantizers: dict[QuantSpec, Quantizer] = {}
         total = 0.0
         for trial in trials:
@@ -381,13 +352,10 @@ class _Trial:
         shape = [-1 if d == self.dim else 1 for d in range(self.x.dim())]
         return (self.x + even.shift.to(self.x.dtype).view(shape)) * even.factor.to(self.x.dtype).view(shape)
 
-    def error(self, even: Even, of_value: Sequence[Quantizer], rounding: _Rounding) -> float:
+    def error(self, even: Even, of_value: Sequence[Quantizer], rounding: Rounding) -> float:
         """Return the relative squared error; the mean of a layer with a bias is none, as the bias takes it back."""
         kernel = columns(self.reader, self.weight, 1 / even.factor)
-        if rounding.weight is not None:
-            of_weight = make_quantizer(rounding.weight, shape=kernel.shape, dim=rounding.dim).to(kernel)
-            calibrate_weight(of_weight, kernel)
-            kernel = of_weight(kernel)
+        kernel = rounding.of_weight(kernel)
         x = self.scaled(even)
         for quantizer in of_value:
             x = quantizer.to(x)(x)

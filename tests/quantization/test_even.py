@@ -13,7 +13,9 @@ import graphcomp as gc
 from graphcomp.capture.capture import capture
 from graphcomp.errors import GraphcompError
 from graphcomp.ir.run_nodes import run_tapped
+from graphcomp.quantization import even as passes
 from graphcomp.quantization.even import MOST, even_activations
+from graphcomp.quantization.in_force import Rounding
 from graphcomp.quantization.spec import ACTIVATIONS, WEIGHTS, QuantConfig, QuantSpec, with_bits
 
 CONV = torch.ops.aten.conv2d.default
@@ -96,6 +98,22 @@ def test_a_dense_layer_gains_on_balance() -> None:
     wanted = model(X).detach()
     errors = [float((small(X).detach() - wanted).norm()) for small in (plain, even)]
     assert errors[1] <= errors[0]
+
+
+def test_the_error_of_a_trial_is_that_of_the_bits_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 4 bits, the last layer has 8, and so has what the last layer reads."""
+    seen: list[tuple[list[int], int]] = []
+
+    def factors(module: Any, pair: Any, x: Tensor, rounding: Rounding) -> Any:
+        assert rounding.weight is not None
+        seen.append(([spec.bits for spec in rounding.value], rounding.weight.bits))
+        return lambda s: 0.0
+
+    monkeypatch.setattr(passes, "_trial", factors)
+    for bits in (4, 8):
+        evened(Chain(functional.relu), config(4, 4, first_and_last_bits=bits))
+    evened(Chain(functional.relu), config(4, 4, overrides={"b": (with_bits(WEIGHTS, 3), with_bits(ACTIVATIONS, 5))}))
+    assert seen == [([4], 4), ([8], 8), ([5], 3)]
 
 
 def test_activations_of_few_bits_ask_for_even_channels() -> None:
