@@ -23,7 +23,7 @@ from graphcomp.quantization.norms import Norm, find_norms
 from graphcomp.quantization.placement import place
 from graphcomp.quantization.ptq import quantizing
 from graphcomp.quantization.quantizers.base import Quantizer
-from graphcomp.quantization.spec import ACTIVATIONS, DYNAMIC, WEIGHTS, QuantConfig, with_bits
+from graphcomp.quantization.spec import ACTIVATIONS, DYNAMIC, WEIGHTS, QuantConfig, QuantSpec, with_bits
 from graphcomp.testing.random_models import random_model
 
 C = 8
@@ -306,21 +306,27 @@ class Gated(nn.Module):
         return self.end(torch.sigmoid(self.gate(y)) * self.up(y))
 
 
+# config -> the largest share of the error without even channels that may be left
+LEAST: list[tuple[QuantConfig, float]] = [
+    (FOUR, 0.95), (EIGHT, 0.95), (QuantConfig(QuantSpec(4), with_bits(ACTIVATIONS, 4)), 1.03),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("bits", [4, 8])
-def test_layers_of_more_bits_than_asked_are_not_made_worse(bits: int, seed: int) -> None:
+@pytest.mark.parametrize(("config", "most"), LEAST, ids=["4", "8", "4, one step per weight"])
+def test_layers_of_more_bits_than_asked_are_not_made_worse(config: QuantConfig, most: float, seed: int) -> None:
     """Of 4 bits, the first layer's weight has 8, and so has the value that both layers read."""
     torch.manual_seed(seed)
     model = Gated().eval()
     *calibration, other = (torch.randn(32, 6, 24) for _ in range(5))
-    config, errors = QuantConfig(with_bits(WEIGHTS, bits), with_bits(ACTIVATIONS, bits)), []
+    errors = []
     for even in (False, None):
         small = gc.compress(
             model, calibration[0], sparsity=0, quantization=gc.PostTraining(config, even_activations=even),
-            calibration=calibration, repair=None, progress=False,
+            calibration=calibration, progress=False,
         )  # fmt: skip
         errors.append(float((small(other) - model(other)).detach().norm()))
-    assert errors[1] <= (1.03 if bits == 4 else 0.97) * errors[0]
+    assert errors[1] <= most * errors[0]
 
 
 def tied() -> Net:
