@@ -238,7 +238,8 @@ def compress(
             model's class can hold. Beside other roles, bits or training, ("layer", "hidden"), the blocks go first, in
             one shot, and all else is done to the model that is left, whose modules the report names: a number is then
             the share of each, of the blocks and of the units that are left; shares by role,
-            {"layer": 0.25, "hidden": 0.5}, differ; of a budget blocks take half (the geometric mean of the original
+            {"layer": 0.25, "hidden": 0.5}, differ, and without a budget a role that the mapping does not name is left
+            alone; of a budget blocks take half (the geometric mean of the original
             cost and the limit), or their share where `sparsity` has one, {"layer": 0.25}, and units the rest.
         round_to: the lengths of the dims that are cut are multiples of it (a head of 32 dims is one of 8 by itself).
             The sparsity is then met to the nearest number of units that is possible, and the report says so.

@@ -22,7 +22,7 @@ from graphcomp.capture.record import op_by_op, record
 from graphcomp.errors import first_line
 from graphcomp.ir.graph import attributes
 from graphcomp.ir.inputs import copies
-from graphcomp.ir.module import CapturedModule, tensor_names
+from graphcomp.ir.module import CapturedModule, set_mode, tensor_names
 from graphcomp.ir.module_copy import module_copy, own_memory
 from graphcomp.ir.preserve import HoldParameters
 from graphcomp.numerics.chance import certain, generators_kept
@@ -74,7 +74,7 @@ def in_modes(model: nn.Module, modes: Modes | None) -> Iterator[nn.Module]:
     """Yield a copy of `model` to run, each module in its mode (None: all in eval mode); random ops are certain."""
     copied = module_copy(model, own_memory(list(tensor_names(model).values())))
     for path, module in copied.named_modules(remove_duplicate=False):
-        module.training = False if modes is None else modes.get(path, True)
+        set_mode(module, False if modes is None else modes.get(path, True))
     cuda = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with LOCK, torch.random.fork_rng(devices=cuda), torch.no_grad(), op_by_op():
         torch.manual_seed(0)

@@ -52,6 +52,7 @@ from graphcomp.ir.module import (
     follow_training,
     leaf_names,
     names_quoted,
+    set_mode,
     tensor_leaves,
     tensor_names,
 )
@@ -619,7 +620,7 @@ def graph_in_training(
     plain, streamed_of = with_plain_tensors(model) if is_streamed(model) else (model, {})
     with eval_copy(plain, real=False) as copied, _quiet(), _masks_unread():
         for path, part in copied.named_modules(remove_duplicate=False):
-            part.training = modes.get(path, True)
+            set_mode(part, modes.get(path, True))
         program = torch.export.export(copied, args, kwargs, strict=False)
     module, names = _unlifted(program)
     canonicalize(module)

@@ -60,8 +60,8 @@ def split_goal(
 ) -> Split:
     """Split shares and a budget between blocks and units.
 
-    A number is the share of each: of the blocks, and of the units that are left. A mapping holds a share by role. A
-    budget is met half by blocks: as few go as bring each cost to the geometric mean of the original and the limit, and
+    A number is the share of each: of the blocks, and of the units that are left. A mapping holds a share by role; a
+    role that the mapping does not name is left alone. A budget is met half by blocks: as few go as bring each cost to the geometric mean of the original and the limit, and
     units bring the cost to the limit. Beside a share of the blocks, units alone meet the budget.
 
     Args:
@@ -88,7 +88,8 @@ def split_goal(
         )
     share, of_units = _shares(role, units, sparsity)
     if budget is None:
-        own = DEFAULT if share is None else share
+        unnamed = 0.0 if isinstance(sparsity, Mapping) else DEFAULT
+        own = unnamed if share is None else share
         return Split(role, own, None, {**_units(units, of_units, trains), "budget": None})
     _check_budget(budget, role, units, share, sparsity, bits, learned_bits)
     limits, whole = limits_of(CostModel(plan), budget), originals(CostModel(plan))
@@ -136,7 +137,7 @@ def _shares(role: str, units: Sequence[str], sparsity: Any) -> tuple[float | Non
             why="paths of modules change with the blocks: shares are by the roles of prune=",
             fix=f"sparsity={{{', '.join(f'{name!r}: 0.25' for name in (role, *units))}}}",
         )
-    own = {name: sparsity[name] for name in units if name in sparsity}
+    own = {name: sparsity.get(name, 0.0) for name in units}
     return sparsity.get(role), own
 
 
@@ -249,7 +250,11 @@ def joined(first: CompressedModel, second: CompressedModel) -> CompressedModel:
         repairs={**repairs, **after.repairs},
         notes=tuple(notes),
     )
-    if second.form == "native":
+    graph = next((own for own in (first, second) if own.form != "native"), None)
+    if graph is not None:  # the second step holds the class of its own model, which is then the graph of the first
+        second.form, second.reason = graph.form, graph.reason
+        second.edits = ()
+    else:
         edits = {(path, name): value for path, name, value in (*first.edits, *second.edits)}
         second.edits = tuple((path, name, value) for (path, name), value in edits.items())
     return second

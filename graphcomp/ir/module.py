@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import sympy
@@ -183,11 +184,15 @@ class CapturedModule(fx.GraphModule):
     def train(self, mode: bool = True) -> CapturedModule:
         """Switch the mode of this module and of the ops in its graph; recompiles only where something changed."""
         super().train(mode)
+        self.switch_ops(mode)
+        return self
+
+    def switch_ops(self, mode: bool) -> None:
+        """Switch the ops in the graph alone, not the flags of modules."""
         following = [node for node in self.graph.nodes if FOLLOWS_MODE in node.meta]
         switched = [_switch(n, mode and not (self.norms_frozen and keeps_statistics(n))) for n in following]
         if any(switched):
             self.recompile()
-        return self
 
     def recompile(self) -> PythonCode:
         """Write the graph as code, whatever the model's submodules are called."""
@@ -213,6 +218,13 @@ class CapturedModule(fx.GraphModule):
         from graphcomp.ir.graph_json import dump
 
         return _unpickled, (dump(self, run=False), tensor_names(self), self.training)
+
+
+def set_mode(module: nn.Module, mode: bool) -> None:
+    """Set the flag of one module, and the ops of a graph: a model's own `train()` may do more than that."""
+    module.training = mode
+    if isinstance(module, CapturedModule):
+        module.switch_ops(mode)
 
 
 def _unpickled(document: Any, tensors: Mapping[str, Any], training: bool) -> CapturedModule:
@@ -341,7 +353,7 @@ def bound_graph(module: Bound, tensors: Mapping[str, torch.Tensor]) -> Bound:
     """
     assert isinstance(module, fx.GraphModule)
     module.graph.owning_module = None  # a graph of several modules keeps none of them alive
-    return _bound(module, dict(all_tensors(module)), tensors, module_copy)
+    return _bound(module, dict(all_tensors(module)), tensors, partial(module_copy, share_graphs=True))
 
 
 def bound_model(model: Bound, tensors: Mapping[str, torch.Tensor]) -> Bound:

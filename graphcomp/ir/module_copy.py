@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
+import warnings
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
@@ -24,14 +25,17 @@ OBJECT_DEPTH = 3
 """Levels of plain objects, one inside the other, that modules are looked for in."""
 
 
-def module_copy(model: nn.Module, tensor: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
+def module_copy(
+    model: nn.Module, tensor: Callable[[Tensor], Tensor] | None = None, *, share_graphs: bool = False
+) -> nn.Module:
     """Return a copy of the module tree, which works where `copy.deepcopy` refuses locks, files or computed tensors.
 
     Args:
         model: not modified.
         tensor: returns what the copy holds in place of a tensor; called once for each. None: the copy shares all.
+        share_graphs: the copies of captured graphs share these, and follow the mode of one another.
     """
-    copied: nn.Module = _Copy(model, tensor or (lambda t: t)).value(model)
+    copied: nn.Module = _Copy(model, tensor or (lambda t: t), share_graphs).value(model)
     return copied
 
 
@@ -76,8 +80,8 @@ def _memory(tensor: Tensor) -> int | None:
 class _Copy:
     """Copies values; the same value twice is one copy."""
 
-    def __init__(self, model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> None:
-        self.tensor = tensor
+    def __init__(self, model: nn.Module, tensor: Callable[[Tensor], Tensor], share_graphs: bool) -> None:
+        self.tensor, self.share_graphs = tensor, share_graphs
         self.tree = {id(module) for module in model.modules()}
         self.memo: dict[int, Any] = {}
         self.alive: list[Any] = []  # an id belongs to a value as long as the value lives
@@ -120,12 +124,20 @@ class _Copy:
         return self._object if _is_plain_object(value) and self.depth < OBJECT_DEPTH else None
 
     def _module(self, module: nn.Module) -> nn.Module:
-        found = object.__new__(type(module))
+        follows = not self.share_graphs and _ops_follow_the_mode(module)
+        # fx gives each GraphModule a class of its own, which holds the code of the graph
+        found: nn.Module = fx.GraphModule.__new__(type(module)) if follows else object.__new__(type(module))
         self.memo[id(module)] = found
         # classes of other libraries may put mappings of their own in place of the three tables
         entries = {k: dict(v) if k in MODULE_TABLES and v is not None else v for k, v in vars(module).items()}
         self.alive.append(entries)
         vars(found).update({key: self.value(entry) for key, entry in entries.items()})
+        if follows:
+            type(found).__name__ = type(module).__name__
+            with warnings.catch_warnings():
+                # torch warns about its own deprecated class when a pytree spec is copied
+                warnings.simplefilter("ignore", FutureWarning)
+                found.graph = copy.deepcopy(module.graph)  # the setter compiles
         return found
 
     def _mapping(self, mapping: dict[Any, Any]) -> dict[Any, Any]:
@@ -205,6 +217,11 @@ class _Copy:
 
     def _leads_to_tree(self, value: Any) -> bool:
         return _Search(self.tree).finds(value)
+
+
+def _ops_follow_the_mode(module: nn.Module) -> bool:
+    """Whether `train()` rewrites the graph of a module: then copies that share the graph would follow one another."""
+    return isinstance(module, fx.GraphModule) and type(module).train is not nn.Module.train
 
 
 class _Search:

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from graphcomp.ir.graph import assign, bind, fetch
 from graphcomp.ir.inputs import copies
-from graphcomp.ir.module import tensor_leaves, tensor_names
+from graphcomp.ir.module import set_mode, tensor_leaves, tensor_names
 from graphcomp.ir.module_copy import module_copy, own_memory
 from graphcomp.system.threads import LOCK
 from graphcomp.torch_compat import OpOverload, TorchDispatchMode, pytree, schema_of, storage_key
@@ -32,7 +32,7 @@ def eval_copy(model: nn.Module, *, real: bool) -> Iterator[nn.Module]:
     """
     copied = module_copy(model, own_memory(list(tensor_names(model).values())) if real else None)
     for module in copied.modules():
-        module.training = False
+        set_mode(module, False)
     cuda = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with LOCK, torch.random.fork_rng(devices=cuda):
         yield copied

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import graphcomp as gc
 from graphcomp.errors import BudgetError, PlanError
-from tests.flows.test_depth import Deep, X, batches
+from tests.flows.test_depth import Deep, Net, X, batches
 from tests.hf.models import need_transformers
 
 
@@ -304,3 +304,56 @@ def test_a_scope_loses_both() -> None:
 def test_what_cannot_be_split_is_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(PlanError, match=said):
         compress(Deep().eval(), X, **{"prune": ("layer", "hidden"), "calibration": batches(), **options})
+
+
+# ------------------------------------------------------------------------------------------------ the form
+class Fixed(Deep):
+    """The forward counts on four layers: the class does not hold fewer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for k in range(4):
+            x = self.layers[k](x)
+        found: Tensor = self.head(self.norm(x))
+        return found
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_graph_without_blocks_stays_a_graph_behind_units_and_bits(bits: int | None, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"calibration": batches(), "progress": False}
+    alone = gc.compress(Fixed().eval(), X, prune=("block",), sparsity=0.5, **asked)
+    assert alone.form == "graph" and alone.reason
+    small = gc.compress(Fixed().eval(), X, prune=("block", "hidden"), sparsity=0.5, bits=bits, **asked)
+    assert isinstance(small.module, fx.GraphModule)
+    assert small.form == "graph" and small.edits == ()
+    assert small.reason == alone.reason
+    small.save(tmp_path)
+    loaded = gc.load(tmp_path)
+    assert torch.equal(loaded(X), small(X)) and loaded.form == "graph"
+
+
+def test_a_role_without_a_share_is_left_alone() -> None:
+    asked: dict[str, Any] = {"prune": ("layer", "hidden"), "calibration": batches()}
+    units = compress(Deep().eval(), X, sparsity={"hidden": 0.25}, **asked)
+    assert len(units.module.layers) == 4
+    assert sum(layer.up.out_features for layer in units.module.layers) == 72
+    layers = compress(Deep().eval(), X, sparsity={"layer": 0.25}, **asked)
+    assert [layer.up.out_features for layer in layers.module.layers] == [24] * 3
+
+
+# ------------------------------------------------------------------------------------------------ the mode
+def test_a_graph_without_blocks_is_analysed_and_prepared_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    model = gc.testing.randomize(Net()).eval()
+    plan = gc.analyze(model, IMAGE)
+    graph = gc.drop_blocks(plan, gc.find_blocks(plan)[:1], calibration=images()).module
+    graph.eval()
+    assert isinstance(graph, fx.GraphModule)
+    wanted, code = graph(IMAGE), graph.code
+    for mode in (False, True):
+        graph.train(mode)
+        torch.testing.assert_close(gc.analyze(graph, IMAGE).captured.module.eval()(IMAGE), wanted)
+        ready = gc.prepare(graph, IMAGE, bits=(8, 8))
+        assert ready.training == mode
+        assert not [record for record in caplog.records if "gradient" in record.message]
+    graph.eval()
+    assert graph.code == code and torch.equal(graph(IMAGE), wanted)
