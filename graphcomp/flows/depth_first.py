@@ -61,8 +61,9 @@ def split_goal(
     """Split shares and a budget between blocks and units.
 
     A number is the share of each: of the blocks, and of the units that are left. A mapping holds a share by role; a
-    role that the mapping does not name is left alone. A budget is met half by blocks: as few go as bring each cost to the geometric mean of the original and the limit, and
-    units bring the cost to the limit. Beside a share of the blocks, units alone meet the budget.
+    role that the mapping does not name is left alone. A budget is met half by blocks: as few go as bring each cost to
+    the geometric mean of the original and the limit, and units bring the cost to the limit. Beside a share of the
+    blocks, units alone meet the budget.
 
     Args:
         plan: of the whole model, or of the scope.

@@ -42,7 +42,13 @@ def calling_convention(
 
 
 def parameters_of(model: nn.Module) -> dict[str, Any]:
-    """Name of each parameter of the model's forward -> its default, REQUIRED where that is no constant."""
+    """Name of each parameter of the model's forward -> its default, REQUIRED where that is no constant.
+
+    A captured graph has those of the model that it was captured from.
+    """
+    before = getattr(codegen_of(model.graph), "parameters", {}) if isinstance(model, fx.GraphModule) else {}
+    if before:
+        return dict(before)
     listed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     found = inspect.signature(model.forward).parameters
     return {
@@ -79,8 +85,7 @@ def bind_call(graph: fx.Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     """
     names = argument_names(graph)
     parameters: Parameters = getattr(codegen_of(graph), "parameters", {})
-    first = names[: _positional(graph)]
-    positions = [*first, *(name for name in parameters or names if name not in first)]
+    positions = _positions(graph)
     if len(args) > len(positions):
         raise TypeError(f"forward() takes {len(positions)} positional arguments, got {len(args)}")
     given = dict(zip(positions, args, strict=False))
@@ -96,12 +101,27 @@ def bind_call(graph: fx.Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     return {name: given[name] for name in names if name in given}
 
 
+def left_out(graph: fx.Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the constants of a graph, by name, that a call leaves out."""
+    if not argument_names(graph):
+        return {}
+    given = {*_positions(graph)[: len(args)], *kwargs}
+    return {name: value for name, value in constants_of(graph).items() if name not in given}
+
+
 def other_than_default(graph: fx.Graph, left_out: Collection[str]) -> dict[str, tuple[Any, Any]]:
     """Return name -> (constant of the graph, default of the model), of those that a call leaves out and that differ."""
     parameters: Parameters = getattr(codegen_of(graph), "parameters", {})
     defaults = {name: parameters.get(name, REQUIRED) for name in left_out}
     pairs = {name: (value, defaults[name]) for name, value in constants_of(graph).items() if name in defaults}
     return {name: pair for name, pair in pairs.items() if pair[1] not in (REQUIRED, None) and pair[0] != pair[1]}
+
+
+def _positions(graph: fx.Graph) -> list[str]:
+    """Return the names of the arguments in the order that a call may give them in."""
+    names = argument_names(graph)
+    first = names[: _positional(graph)]
+    return [*first, *(name for name in getattr(codegen_of(graph), "parameters", {}) or names if name not in first)]
 
 
 def _positional(graph: fx.Graph) -> int:

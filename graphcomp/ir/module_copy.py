@@ -126,7 +126,8 @@ class _Copy:
     def _module(self, module: nn.Module) -> nn.Module:
         follows = not self.share_graphs and _ops_follow_the_mode(module)
         # fx gives each GraphModule a class of its own, which holds the code of the graph
-        found: nn.Module = fx.GraphModule.__new__(type(module)) if follows else object.__new__(type(module))
+        kind: Any = type(module)
+        found: nn.Module = fx.GraphModule.__new__(kind) if follows else object.__new__(kind)
         self.memo[id(module)] = found
         # classes of other libraries may put mappings of their own in place of the three tables
         entries = {k: dict(v) if k in MODULE_TABLES and v is not None else v for k, v in vars(module).items()}

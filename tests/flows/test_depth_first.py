@@ -181,6 +181,32 @@ def test_a_llama_loses_layers_and_hidden_units(tmp_path: Path) -> None:
     assert torch.equal(*tokens)
 
 
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_llama_without_blocks_is_cut_further_and_exported(bits: int | None, tmp_path: Path) -> None:
+    transformers = need_transformers()
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+
+    def tokens(*shape: int) -> dict[str, Tensor]:
+        return {"input_ids": torch.randint(96, shape), "attention_mask": torch.ones(shape, dtype=torch.long)}
+
+    asked: dict[str, Any] = {"calibration": [tokens(8, 8) for _ in range(2)], "bits": bits, "progress": False}
+    small = gc.compress(model, tokens(2, 8), prune=("block", "hidden"), sparsity=0.2, **asked)
+    assert small.form == "graph" and isinstance(small.report, gc.Report)
+    assert small.report.params.ratio < 0.95
+    assert not [note for note in small.report.notes if "recorded" in note]
+    for shape in ((2, 8), (3, 13)):
+        given = tokens(*shape)
+        assert torch.equal(small(**given).logits, small(**given, use_cache=False).logits)
+    small.export(tmp_path / "small.pt2")
+    small.save(tmp_path / "saved")
+    assert torch.equal(gc.load(tmp_path / "saved")(**given).logits, small(**given).logits)
+
+
 # ------------------------------------------------------------------------------------------------ how much goes
 def test_a_number_is_the_share_of_each() -> None:
     small = compress(Deep().eval(), X, prune=("layer", "hidden"), sparsity=0.5, calibration=batches())
