@@ -181,6 +181,8 @@ def test_a_llama_loses_layers_and_hidden_units(tmp_path: Path) -> None:
     assert torch.equal(*tokens)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("bits", [None, 8])
 def test_a_llama_without_blocks_is_cut_further_and_exported(bits: int | None, tmp_path: Path) -> None:
     transformers = need_transformers()
