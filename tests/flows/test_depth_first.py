@@ -152,6 +152,8 @@ def test_blocks_and_channels_are_the_model_in_which_both_are_masked(tmp_path: Pa
     assert torch.equal(gc.load(tmp_path)(IMAGE), small(IMAGE))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_llama_loses_layers_and_hidden_units(tmp_path: Path) -> None:
     transformers = need_transformers()
     torch.manual_seed(0)
@@ -210,6 +212,8 @@ def test_a_llama_without_blocks_is_cut_further_and_exported(bits: int | None, tm
 
 
 # ------------------------------------------------------------------------------------------------ how much goes
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_number_is_the_share_of_each() -> None:
     small = compress(Deep().eval(), X, prune=("layer", "hidden"), sparsity=0.5, calibration=batches())
     assert len(small.module.layers) == 2
@@ -218,6 +222,8 @@ def test_a_number_is_the_share_of_each() -> None:
     assert len(alone.module.layers) == 2 and all(layer.up.out_features == 24 for layer in alone.module.layers)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_shares_differ_by_role() -> None:
     shares = {"layer": 0.25, "hidden": 0.5, "width": 0.25}
     small = compress(Deep(after=False).eval(), X, prune=tuple(shares), sparsity=shares, calibration=batches())
@@ -229,6 +235,8 @@ def test_shares_differ_by_role() -> None:
 
 
 @pytest.mark.parametrize("cost", ["macs", "params", "bytes"])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_budget_is_met_half_by_blocks(cost: str) -> None:
     small = compress(
         Deep().eval(), X, prune=("layer", "hidden"), budget=gc.Budget(**{cost: 0.5}), calibration=batches()
@@ -240,6 +248,8 @@ def test_a_budget_is_met_half_by_blocks(cost: str) -> None:
     assert sum(layer.up.out_features for layer in small.module.layers) < 48
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_beside_a_share_of_the_blocks_units_meet_the_budget() -> None:
     small = compress(
         Deep().eval(), X, prune=("layer", "hidden"), sparsity={"layer": 0.25}, budget=gc.Budget(params=0.5),
@@ -256,6 +266,8 @@ def test_beside_a_share_of_the_blocks_units_meet_the_budget() -> None:
 
 # ------------------------------------------------------------------------------------------------ bits, training
 @pytest.mark.parametrize("units", [(), ("hidden",)])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_bits_come_last(units: tuple[str, ...], tmp_path: Path) -> None:
     small = compress(Deep().eval(), X, prune=("layer", *units), sparsity=0.25, bits=8, calibration=batches())
     floats = compress(Deep().eval(), X, prune=("layer", *units), sparsity=0.25, calibration=batches())
@@ -270,6 +282,8 @@ def test_bits_come_last(units: tuple[str, ...], tmp_path: Path) -> None:
     assert torch.equal(gc.load(tmp_path)(X), small(X))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_training_follows_on_the_smaller_model() -> None:
     data = [(x, x[:, 0].gt(0).long()) for x in batches()]
     options: dict[str, Any] = {

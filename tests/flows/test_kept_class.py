@@ -63,6 +63,8 @@ def test_the_class_computes_what_the_integer_graph_computes(options, monkeypatch
     assert torch.allclose(found(other), graph(other), atol=0.05 * float(graph(other).detach().abs().max()))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_attention_keeps_the_class():
     found = small(randomize(Encoder()).eval(), (IDS, MASK), **WEIGHTS_ALONE)
     assert found.form == "native" and found.report.verified[LAW] < 1e-5
@@ -122,6 +124,8 @@ def test_a_saved_class_comes_back_bit_for_bit(tmp_path, options):
 
 
 @pytest.mark.parametrize("options", [WEIGHTS_ALONE, {"bits": 8}])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_file_for_onnxruntime_is_written_from_the_class(tmp_path, options):
     found = small(**options)
     found.export(tmp_path / "small.onnx", measure=False)

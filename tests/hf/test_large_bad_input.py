@@ -219,6 +219,8 @@ def test_parts_in_float32_in_a_model_of_bfloat16() -> None:
     assert {name: p.dtype for name, p in small.module.named_parameters()} == kinds
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_dtypes_that_the_class_does_not_take() -> None:
     model = llama(layers=1).bfloat16()
     model.model.norm.float()

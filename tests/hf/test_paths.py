@@ -18,6 +18,8 @@ def _runs(model: Any, **inputs: Any) -> dict[str, ModelRun]:
     return {run.name: run for run in runs_of_transformers(capture(model, (), inputs))}
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_paths_of_a_decoder() -> None:
     torch.manual_seed(0)
     model, tokens = llama(), ids()

@@ -123,6 +123,8 @@ def test_bits_per_weight_are_met_on_average_and_named():
     assert set(bits.values()) <= set(range(2, 9)) and small.report.sizes["C0"] <= 336 * 4.5 / 8
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_units_go_and_the_file_gets_smaller(tmp_path):
     small = compress(Opq(per="unit"), sparsity=0.5, bits=4)
     assert small.report.units_removed == 8 and small.report.params.ratio < 0.5

@@ -99,6 +99,8 @@ def norm_of_the_smallest(kind: Any, strength: float) -> float:
 
 
 @pytest.mark.parametrize("kind", ["lasso", "growing"])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_run_that_was_cut_short_goes_on_bit_for_bit(kind, tmp_path):
     whole = compress(Regularized(kind), sparsity=0.5)
     for calls in (5, 18):  # before the cut, and after it

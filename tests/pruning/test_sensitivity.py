@@ -230,6 +230,8 @@ def test_rounds_meet_the_goal_and_cut_what_is_left() -> None:
     assert small.report.macs.ratio <= 0.5
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_later_rounds_score_the_repaired_model() -> None:
     """Two equal units: each is free as long as the other stays; a second round knows that one is gone."""
     data = images()

@@ -39,6 +39,8 @@ def off(small: nn.Module, model: nn.Module, x: Tensor) -> float:
     [gc.PostTraining(PER_TENSOR), gc.PostTraining(PER_TENSOR, rounding="second_order")],
     ids=["per tensor", "second order"],
 )
+@pytest.mark.slow
+@pytest.mark.ci
 def test_one_image_is_quantized_like_a_batch_of_one(options: gc.PostTraining) -> None:
     """Bias correction and equalization go by the channels, which are the first dim of an image."""
     given = {"sparsity": 0, "quantization": options}

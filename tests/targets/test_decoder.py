@@ -96,6 +96,8 @@ def small_llama(**options: Any) -> Any:
     return gc.compress(decoder("llama"), {"input_ids": ids}, progress=False, **options)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_options_that_do_not_go_together(tmp_path: Any) -> None:
     small = small_llama(sparsity=0.3)
     for path, options, said in (
