@@ -33,7 +33,7 @@ from graphcomp.quantization.analytic import step_errors, whole_bits
 from graphcomp.quantization.quantizers.symmetric import SymmetricQuantizer
 from graphcomp.quantization.sites import Site
 from graphcomp.quantization.spec import ACTIVATIONS, MIN_BITS, QuantConfig, QuantSpec
-from graphcomp.training.elements import multiplied
+from graphcomp.training.elements import drop_gradients, multiplied, pruned_counts
 from graphcomp.training.options import Training
 from graphcomp.training.prepared import Prepared
 from graphcomp.training.run import Choice, Run
@@ -72,15 +72,11 @@ class OpqRun(Run):
     def before_step(self, step: int) -> None:
         """Take the gradients of pruned weights away, which momentum would gather."""
         super().before_step(step)
-        for name, mask in self.masks.items():
-            gradient = self.ready.get_parameter(name).grad
-            if gradient is not None:
-                gradient.masked_fill_(~mask, 0)
+        drop_gradients(self.ready, self.masks)
 
     def metrics(self) -> dict[str, Any]:
         """How many weights are pruned, too."""
-        pruned = sum(int((~mask).sum()) for mask in self.masks.values())
-        return {**super().metrics(), "weights_pruned": pruned, "weights": sum(m.numel() for m in self.masks.values())}
+        return {**super().metrics(), **pruned_counts(self.masks)}
 
     def choice(self) -> Choice:
         """The plan's."""

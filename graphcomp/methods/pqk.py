@@ -26,7 +26,7 @@ from graphcomp.pruning.evidence import Loss
 from graphcomp.quantization.calibrate import calibrate_weight
 from graphcomp.quantization.insert import quantizer_nodes
 from graphcomp.training.distill import distillation, logits_of
-from graphcomp.training.elements import Allocation, masks_of, multiplied, others
+from graphcomp.training.elements import Allocation, masks_of, multiplied, others, pruned_counts
 from graphcomp.training.options import Training
 from graphcomp.training.prepared import Prepared
 from graphcomp.training.run import Choice, Forward, Run
@@ -178,8 +178,7 @@ class PqkRun(Run):
     # ------------------------------------------------------------------------------------------ where the run stands
     def metrics(self) -> dict[str, Any]:
         """How many weights are pruned, too."""
-        pruned = sum(int((~mask).sum()) for mask in self.masks.values())
-        return {**super().metrics(), "weights_pruned": pruned, "weights": sum(m.numel() for m in self.masks.values())}
+        return {**super().metrics(), **pruned_counts(self.masks)}
 
     def choice(self) -> Choice:
         """The student's weights."""

@@ -310,7 +310,8 @@ def _choose(
         for trial in trials:
             rounding = roundings[trial.reader.node.name]
             for spec in rounding.value:
-                quantizers.setdefault(spec, seen.quantizer(spec, even))
+                if spec not in quantizers:
+                    quantizers[spec] = seen.quantizer(spec, even)
             total += trial.error(even, [quantizers[spec] for spec in rounding.value], rounding)
         return total
 

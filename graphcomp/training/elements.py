@@ -45,6 +45,21 @@ def _weights(node: fx.Node, coupling: Coupling) -> Iterator[str]:
             yield name
 
 
+@torch.no_grad()
+def drop_gradients(ready: Prepared, masks: Mapping[str, Tensor]) -> None:
+    """Set the gradients of pruned weights to zero, which momentum would gather."""
+    for name, mask in masks.items():
+        gradient = ready.get_parameter(name).grad
+        if gradient is not None:
+            gradient.masked_fill_(~mask, 0)
+
+
+def pruned_counts(masks: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return columns of metrics: how many weights are pruned, of how many."""
+    pruned = sum(int((~mask).sum()) for mask in masks.values())
+    return {"weights_pruned": pruned, "weights": sum(mask.numel() for mask in masks.values())}
+
+
 Allocation: TypeAlias = Literal["global", "opq"]
 """How many weights of each layer go: all ranked by magnitude together, or as OPQ plans from the weights."""
 

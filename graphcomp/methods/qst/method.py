@@ -34,6 +34,7 @@ from graphcomp.methods.sizes import bytes_within, check_convention, check_sized
 from graphcomp.pruning.evidence import Loss
 from graphcomp.quantization.analytic import step_errors
 from graphcomp.quantization.spec import QuantConfig, QuantSpec
+from graphcomp.training.elements import drop_gradients
 from graphcomp.training.options import Training
 from graphcomp.training.prepared import Prepared
 from graphcomp.training.run import Choice, Forward, Run
@@ -139,10 +140,7 @@ class QstRun(Run):
     def before_step(self, step: int) -> None:
         """Take the gradients of pruned weights away, once the mask is fixed."""
         super().before_step(step)
-        for name, mask in self.masks.items():
-            gradient = self.ready.get_parameter(name).grad
-            if gradient is not None:
-                gradient.masked_fill_(~mask, 0)
+        drop_gradients(self.ready, self.masks)
 
     def after_step(self, step: int) -> None:
         """Hold thresholds, follow the schedule, and fix the mask when due."""
