@@ -3,12 +3,12 @@
     python -m benchmarks.distilled                     # MiniLM and stories260k, ten CPU minutes of training each
     python -m benchmarks.distilled --models stories --seconds 120 --json distilled.jsonl
 
-Units go by sensitivity; the model before the cut teaches. MiniLM learns hidden states and, as logits, the similarities
-of the sentences of a batch, on 512 unlabelled sentences and sentences of WikiText-2's validation text; stories260k
-learns next tokens and the teacher's logits, on stories that are no test stories. Learning rates were set beforehand,
-and no test data decide anything: the better of start and end stays by the loss on batches held out of training. A
-model whose rows stand in the JSON file is not run again. Seconds are of the CPU. After each stage stories260k goes on
-with the beginning of a test story, greedily.
+Units go by sensitivity; the model before the cut teaches. MiniLM learns the directions of the teacher's embeddings, on
+512 unlabelled sentences and sentences of WikiText-2's validation text; stories260k learns next tokens and the teacher's
+logits, on stories that are no test stories. Learning rates were set beforehand, and no test data decide anything: the
+better of start and end stays by the loss on batches held out of training. A model whose rows stand in the JSON file is
+not run again. Seconds are of the CPU. After each stage stories260k goes on with the beginning of a test story,
+greedily.
 """
 
 from __future__ import annotations
@@ -73,12 +73,6 @@ class Course:
     held_out: list[Any] = field(default_factory=list)
 
 
-def similarities(embeddings: Tensor) -> Tensor:
-    """Return how near each sentence of a batch is to each other one, at temperature 0.05: (b, b - 1)."""
-    near, count = embeddings @ embeddings.T / 0.05, len(embeddings)
-    return near[~torch.eye(count, dtype=torch.bool)].view(count, count - 1)
-
-
 def minilm() -> Course:
     task = oneshot.minilm()
     data = oneshot.realdata()
@@ -86,7 +80,7 @@ def minilm() -> Course:
     batches = of_one_length(sentences + wikitext(task.model.folder))
     return Course(
         task, batches[HELD_OUT:], None,
-        gc.Distill(select=similarities, temperature=1.0, hidden=[f"bert.encoder.layer.{k}" for k in (1, 3, 5)]), 2e-4,
+        gc.Distill(logits=0, embeddings=1.0), 2e-4,
         held_out=batches[:HELD_OUT],
     )  # fmt: skip
 

@@ -30,17 +30,17 @@ class Taught:
     """What the teacher says of a batch, without gradients.
 
     Attributes:
-        logits: (…, classes); None where they are not compared.
+        output: logits or embeddings, (…, classes); None where they are not compared.
         hidden: name in the student -> output of the teacher's module.
     """
 
-    logits: Tensor | None
+    output: Tensor | None
     hidden: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
         """Bytes of all tensors."""
-        held = [*self.hidden.values(), *([] if self.logits is None else [self.logits])]
+        held = [*self.hidden.values(), *([] if self.output is None else [self.output])]
         return sum(t.numel() * t.element_size() for t in held)
 
 
@@ -142,10 +142,10 @@ class Teaching(nn.Module):
         """
         distill, taught = self.distill, self._taught
         parts = [] if task is None or not distill.task else [distill.task * task(output, batch)]
-        if taught.logits is not None:
+        if taught.output is not None:
             student = distill.of(output)
-            _check_shapes("logits", student, taught.logits)
-            parts.append(distill.logits * distill.divergence(student, taught.logits))
+            _check_shapes(distill.compared, student, taught.output)
+            parts.append(distill.distance(student, taught.output))
         if self.pairs:
             heard = next((found for own, found in reversed(self._heard) if own is output), None)
             if heard is None:
@@ -192,8 +192,8 @@ class Teaching(nn.Module):
                 f"the teacher's module {silent[0]!r} returns no tensor of floats, or is not called",
                 fix="hidden= names of modules that each run calls",
             )
-        logits = self.distill.of(output).detach() if self.distill.logits else None
-        return Taught(logits, {name: found[other].detach() for name, other in self.pairs.items()})
+        told = self.distill.of(output).detach() if self.distill.reads_output else None
+        return Taught(told, {name: found[other].detach() for name, other in self.pairs.items()})
 
     def _fit(self, student: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], seed: int) -> None:
         """Compare shapes on the example inputs, and make the maps that hidden states need.
@@ -211,8 +211,8 @@ class Teaching(nn.Module):
             inner = in_eval_mode(student)
             with inner, torch.no_grad(), hearing(student, self.pairs, "the student") as found:
                 output = student(*given, **named)
-            if taught.logits is not None:
-                _check_shapes("logits", self.distill.of(output), taught.logits)
+            if taught.output is not None:
+                _check_shapes(self.distill.compared, self.distill.of(output), taught.output)
             torch.manual_seed(seed)
             for name, wanted in taught.hidden.items():
                 if name not in found:
@@ -238,10 +238,11 @@ class Teaching(nn.Module):
         """Return what tells this teacher from another one, for the folder of a run."""
         (teacher,), distill = self.original, self.distill
         numbers = (distill.logits, distill.temperature, distill.task, distill.hidden_weight, distill.dim)
+        direction = f", embeddings {distill.embeddings}" if distill.embeddings else ""
         select = "" if distill.select is None else f", {name_of(distill.select)} {code_digest(distill.select)}"
         return {
             "teacher": f"{self.kind} {tensors_digest(tensor_names(teacher).values())}",
-            "distill": f"{numbers}, {self.pairs}{select}",
+            "distill": f"{numbers}, {self.pairs}{direction}{select}",
         }
 
     def note(self, task: bool) -> str:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphcomp as gc
-from graphcomp.training.distill import distillation
+from graphcomp.training.distill import direction_loss, distillation
 from graphcomp.training.hidden import hearing
 from graphcomp.training.teaching import Teaching
 from tests.marks import in_ci
@@ -95,6 +95,29 @@ def test_a_class_dim_in_the_middle():
     found = gc.Distill(dim=1).divergence(*maps)
     flat = [m.permute(0, 2, 3, 1).reshape(-1, 3) for m in maps]
     torch.testing.assert_close(found, distillation(*flat, 2.0))
+
+
+def test_embeddings_are_compared_by_their_directions():
+    teacher, student = net(1), net(2).eval()
+    teaching = Teaching(teacher, gc.Distill(logits=0, embeddings=0.6), student, (X,), {})
+    batch = batches()[1]
+    teaching.begin(batch, (batch[0],), {})
+    output = student(batch[0])
+    wanted = copy.deepcopy(teacher).eval()(batch[0])
+    cosine = (output * wanted).sum(1) / (output.norm(dim=1) * wanted.norm(dim=1))
+    torch.testing.assert_close(teaching.loss(loss, output, batch), loss(output, batch) + 0.6 * (1 - cosine).mean())
+    torch.testing.assert_close(teaching.loss(None, 3 * wanted, batch), torch.tensor(0.0), atol=1e-6, rtol=0)  # no norms
+    assert teaching.about()["distill"] != Teaching(teacher, gc.Distill(), student, (X,), {}).about()["distill"]
+
+
+def test_a_cut_model_learns_directions():
+    small = small_net()
+    found = finetune(small, steps=60, **taught(net(), logits=0, embeddings=1.0, task=0))
+    assert "the direction of embeddings x 1" in " ".join(found.report.notes)
+    with torch.no_grad():
+        wanted = net().eval()(X)
+        far = [float(direction_loss(m.module.eval()(X), wanted)) for m in (small, found)]
+    assert far[1] < 0.7 * far[0]
 
 
 # ------------------------------------------------------------------------------------------------ every method
@@ -231,12 +254,12 @@ def test_a_batch_that_was_written_into_is_taught_anew():
     teaching = Teaching(net(), gc.Distill(), net(), (X,), {}, keeps=True)
     batch = (X.clone(), batches()[0][1])
     teaching.begin(batch, batch[:1], {})
-    first = teaching._taught.logits
+    first = teaching._taught.output
     teaching.begin(batch, batch[:1], {})
-    assert teaching._taught.logits is first
+    assert teaching._taught.output is first
     batch[0].mul_(-1)
     teaching.begin(batch, batch[:1], {})
-    assert torch.equal(teaching._taught.logits, net().eval()(-X)) and teaching._bytes == first.numel() * 4
+    assert torch.equal(teaching._taught.output, net().eval()(-X)) and teaching._bytes == first.numel() * 4
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
@@ -256,6 +279,8 @@ class Other(nn.Module):
         ({"teacher": Other(lambda x: x.flatten(1))}, r"logits .* shape of the teacher's, got \(16, 3\) for \(16, 36\)"),
         ({"teacher": Other(lambda x: (x, x))}, "the logits of a tuple are not known"),
         ({"teacher": Other(lambda x: x.mean((2, 3)))}, "have 1 class"),
+        (taught(Other(lambda x: x.mean((2, 3))), logits=0, embeddings=1), "the embeddings .* have 1 entry"),
+        (taught(Other(lambda x: (x, x)), logits=0, embeddings=1), "the embeddings of a tuple are not known"),
         ({"teacher": Other(lambda x: x @ x.new_ones(2, 2))}, "does not run on a batch that the student takes"),
         (taught(net(), hidden=["frist"]), r"the (student|teacher) has no module 'frist'"),
         (taught(net(), hidden={"first": "head"}), r"hidden state 'first' of the student must have the shape"),
@@ -274,6 +299,7 @@ def test_a_distill_that_cannot_be():
     for options in (
         {"logits": -1}, {"temperature": 0}, {"hidden": "first"}, {"hidden": [3]}, {"logits": 0}, {"cache": 1.5},
         {"logits": 0, "hidden": ["a"], "hidden_weight": 0}, {"select": 3}, {"dim": 0.5}, {"task": None},
+        {"embeddings": -1},
     ):  # fmt: skip
         with pytest.raises(gc.PlanError, match="Distill"):
             gc.Distill(**options)
