@@ -1,0 +1,1 @@
+"""What the papers on pruning with quantization claim, one file a method: `python -m benchmarks.claims`."""

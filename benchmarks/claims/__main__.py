@@ -1,0 +1,64 @@
+"""What the papers on pruning with quantization claim, on real data of this size, beside what each is to beat.
+
+    python -m benchmarks.claims --methods opq,qst           # hours; a method alone: --methods opq
+    python -m benchmarks.claims --methods opq --models resnet20 --images 6400 --epochs 1
+    python -m benchmarks.claims --methods qst --models lenet --epochs 6 --seeds 3
+
+Each table is one run: the same start, data, steps and seed in all rows. Bytes are those of the codes by convention
+(C0: nonzeros times bits, no index; C4: entropy; C5: zlib), and of the folder that `small.save` writes, with all else in
+it. The file's time is that of `small.export("model.onnx")` in onnxruntime, on 16 images. Test data are never trained
+on, and choose nothing.
+
+    opq   a plan from the weights alone, at the C0 bytes of a uniform one (the same share and the same bits in each
+          layer), then fine-tuned with the plan fixed. Seconds of the plan are those without capturing the model.
+    qst   thresholds and steps trained from scratch, beside magnitude pruning on the same cubic schedule and LSQ, at the
+          same C0 bytes, and per unit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks import common
+from benchmarks.claims.cases import CASES, Case
+from benchmarks.claims.opq import opq
+from benchmarks.claims.qst import qst
+
+CLAIMS: dict[str, Callable[[Case, argparse.Namespace], None]] = {"opq": opq, "qst": qst}
+USUAL = {"opq": "resnet20,resnet56", "qst": "lenet,vgg7"}
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", default=",".join(CLAIMS), metavar="A,B", help="default: %(default)s")
+    parser.add_argument("--models", metavar="A,B", help=f"of {', '.join(CASES)}; default: as each claim has them")
+    parser.add_argument("--images", type=int, default=25_000, metavar="N", help="to train on, at most")
+    parser.add_argument("--test", type=int, metavar="N", help="images to test on; default: all")
+    parser.add_argument("--epochs", type=int, metavar="N", help="default: as each model has them")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="default: %(default)s")
+    parser.add_argument("--short", action="store_true", help="the first setting of each claim alone")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write one line of JSON per row")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print one table per method and model."""
+    options = _options()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    print(common.header(), flush=True)
+    for name in options.methods.split(","):
+        for model in (options.models or USUAL[name]).split(","):
+            case = CASES[model](options.images)
+            images, labels = case.test
+            CLAIMS[name](replace(case, test=(images[: options.test], labels[: options.test])), options)
+
+
+if __name__ == "__main__":
+    main()
