@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from graphcomp.arguments import check_word, wrong
 from graphcomp.errors import PlanError
 from graphcomp.methods.base import Method
+from graphcomp.methods.gdrq import Gdrq
 from graphcomp.methods.geta.method import Geta
 from graphcomp.methods.opq import Opq
 from graphcomp.methods.pqk import Pqk
@@ -30,6 +31,7 @@ METHODS: dict[str, tuple[Method, ...]] = {
     "regularized": (Regularized(),),
     "opq": (Opq(),),
     "qst": (Qst(),),
+    "gdrq": (Gdrq(),),
 }
 """Each method as its stages, which share the steps of a training equally; "oneshot" trains in none."""
 
