@@ -11,6 +11,8 @@ on, and choose nothing.
 
     opq   a plan from the weights alone, at the C0 bytes of a uniform one (the same share and the same bits in each
           layer), then fine-tuned with the plan fixed. Seconds of the plan are those without capturing the model.
+    gdrq  weights and activations clipped in floats and then quantized (W2A4, W4A4), beside the same two stages without
+          clips, quantization from the first step on, and LSQ; no bytes are claimed.
     qst   thresholds and steps trained from scratch, beside magnitude pruning on the same cubic schedule and LSQ, at the
           same C0 bytes, and per unit.
 """
@@ -27,11 +29,12 @@ import torch
 
 from benchmarks import common
 from benchmarks.claims.cases import CASES, Case
+from benchmarks.claims.gdrq import gdrq
 from benchmarks.claims.opq import opq
 from benchmarks.claims.qst import qst
 
-CLAIMS: dict[str, Callable[[Case, argparse.Namespace], None]] = {"opq": opq, "qst": qst}
-USUAL = {"opq": "resnet20,resnet56", "qst": "lenet,vgg7"}
+CLAIMS: dict[str, Callable[[Case, argparse.Namespace], None]] = {"opq": opq, "qst": qst, "gdrq": gdrq}
+USUAL = {"opq": "resnet20,resnet56", "qst": "lenet,vgg7", "gdrq": "resnet20"}
 
 
 def _options() -> argparse.Namespace:

@@ -32,7 +32,8 @@ def row(case: Case, what: str, method: Method, options: argparse.Namespace, **as
         start = time.perf_counter()
         small = gc.compress(
             case.model(seed), case.test[0][:2], method=method, data=case.data, loss=loss_of, seed=seed, progress=False,
-            training=gc.Training(epochs=options.epochs or case.epochs, lr=case.lr), activation_bits=None, **asked,
+            training=gc.Training(epochs=options.epochs or case.epochs, lr=case.lr),
+            **{"activation_bits": None, **asked},
         )  # fmt: skip
         seconds = time.perf_counter() - start
         runs.append((accuracy(case, small), *stored(small), milliseconds(case, small), seconds))

@@ -1,19 +1,18 @@
 """GDRQ: weights and activations are clipped at multiples of their means until low bits fit, then quantized in groups.
 
 Two stages. Reshaping, in floats: after each step of the optimizer weights are clipped at k mean |W| (Scale-Clip), and
-activations at k_a times a moving average of the mean of their nonzero magnitudes. Densities become nearly uniform, which
-evenly spaced levels fit best. Quantization: the filters of a layer are parted into groups, each with a step of its own,
+activations at k_a times a moving average of the mean of their nonzero magnitudes. Densities become nearly uniform,
+which evenly spaced levels fit best. Quantization: the filters of a layer are parted into groups, each with one step,
 which is trained (LSQ) or follows from the mean, alpha = k mean |W_g|; weights are clipped by groups from there on, and
 the steps of activations begin at the clip.
 
-The steps of a group are those of its filters: all filters of a group have the same one, in training as in the file,
-which holds a step per filter. A batch norm behind the layer is folded into these steps, so that groups cost nothing;
-without a batch norm they cost nothing either, as the file has a step per filter all the same.
+The file holds a step per filter, the same for all filters of a group. A batch norm behind the layer is folded into
+these steps, so that groups cost nothing in inference; without a batch norm the groups are exact in the same way.
 
 Source: Scale-Clip and GDRQ (Yu et al. 2019, arXiv 1908.01477; CVPRW 2020), reconstructed from the abstract: no code is
-public. Ours: k = 2, which uniform densities are a fixed point of; k_a; the number and the kind of groups; steps of least
-squared error as the first ones that are trained (alpha = T is 1.5 times that at 2 bits); layers and values that have
-more bits than the others (the first and the last layer, sums) are not clipped.
+public. Ours: k = 2, at which uniform densities are a fixed point; k_a; the number and the kind of groups; training
+begins at steps of least squared error (alpha = T is 1.5 times that at 2 bits); layers and values that have more bits
+than the others (the first and the last layer, sums) are not clipped.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ STAGES = ("reshaping", "quantization")
 """Names of the two stages."""
 
 EIGHT = 8
-"""Bits that the first and the last layer have at least, and from which on ranges of activations are not clipped first."""
+"""Bits that the first and the last layer have at least; with as many, first ranges of activations reach all values."""
 
 Steps = Literal["learned", "mean"]
 

@@ -2,7 +2,7 @@
 
     T = k mean |w|,   w <- min(max(w, -T), T)
 
-A uniform density on [-T, T] has mean |w| = T / 2: with k = 2 the density is a fixed point, with more the tails alone go.
+A uniform density on [-T, T] has mean |w| = T / 2: k = 2 leaves the density as it is, a larger k clips tails alone.
 Uniform weights have the least error when they are rounded to evenly spaced levels:
 
     relative error = ||w - Q(w)|| / ||w||          uniform < Gaussian < Laplace, each with the step of least error

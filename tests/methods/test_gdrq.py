@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ class Deep(nn.Module):
     def __init__(self, norms: bool = True) -> None:
         super().__init__()
         widths = (1, 8, 8, 8, 8)
-        self.layers = nn.ModuleList(nn.Conv2d(*pair, 3, padding=1) for pair in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Conv2d(*pair, 3, padding=1) for pair in itertools.pairwise(widths))
         self.norms = nn.ModuleList(nn.BatchNorm2d(8) if norms else nn.Identity() for _ in self.layers)
         self.head = nn.Linear(8, 3)
         for layer in self.layers:
@@ -82,7 +83,9 @@ def test_weights_of_few_bits_are_clipped_after_each_step(k):
         train(optimizer, run, 1)
         for name, weight in run.weights.items():
             peak = weight.parameter.detach().abs()
-            assert float(peak.max()) < 1.1 * k * float(before[name])  # the mean of the weights as the optimizer left them
+            assert float(peak.max()) < 1.1 * k * float(
+                before[name]
+            )  # the mean of the weights as the optimizer left them
             assert float((peak > 0.999 * peak.max()).float().mean()) > 0.01
     assert not torch.equal(run.ready.get_parameter("layers.0.weight"), first)  # trained, and not clipped
     unclipped = run.ready.get_parameter("head.weight").detach().abs()
@@ -188,7 +191,9 @@ def test_steps_follow_means_and_are_not_trained():
     train(optimizer, run, 6)
     for weight in run.weights.values():
         assert id(weight.quantizer.scale) not in trained
-        torch.testing.assert_close(weight.quantizer.scale, clip_levels(weight.rows, 2.0, weight.group_of), rtol=0.1, atol=0)
+        torch.testing.assert_close(
+            weight.quantizer.scale, clip_levels(weight.rows, 2.0, weight.group_of), rtol=0.1, atol=0
+        )
     rows = dict(zip(run.ranges.quantizers, run.ranges.averages.tolist(), strict=True))
     for name in run.few:
         quantizer, (mean, _, high) = run.ready.get_submodule(name), rows[name]
@@ -231,7 +236,9 @@ def test_what_was_asked_is_met_and_said():
 
 @pytest.mark.slow
 @pytest.mark.ci
-@pytest.mark.parametrize("method", [Gdrq(), Gdrq(steps="mean", groups=2, grouping="contiguous")], ids=["learned", "mean"])
+@pytest.mark.parametrize(
+    "method", [Gdrq(), Gdrq(steps="mean", groups=2, grouping="contiguous")], ids=["learned", "mean"]
+)
 @pytest.mark.parametrize("norms", [True, False])
 def test_what_is_saved_and_exported_computes_what_was_trained(tmp_path, method, norms):
     small = compress(method, model=deep(norms), **W2A4).eval()
@@ -306,10 +313,11 @@ def test_reshaping_beats_none_on_weights_of_long_tails():
                 return seen["run"]
 
         compress(Watched(**dataclasses.asdict(method)), model=heavy(), **W2A4)
-        return sum(
-            float((w.quantizer(w.parameter) - w.parameter).square().sum() / w.parameter.square().sum())
-            for w in seen["run"].weights.values()
-        )
+        found = 0.0
+        for own in seen["run"].weights.values():
+            weight = own.parameter.detach()
+            found += float((own.quantizer(weight) - weight).detach().square().sum() / weight.square().sum())
+        return found
 
     assert lost(Gdrq()) < 0.8 * lost(Gdrq(clip=None, activation_clip=None))
 

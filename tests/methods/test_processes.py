@@ -17,6 +17,7 @@ CASES = {
     "pqk": {"bits": 4, "sparsity": 0.75, "training": {"autocast": torch.bfloat16}},
     "opq": {"bits": 4, "sparsity": 0.75},
     "qst": {"bits": 4, "budget": gc.Budget(bytes=150)},
+    "gdrq": {"bits": 2, "activation_bits": 4},
 }
 
 

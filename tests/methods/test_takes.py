@@ -65,6 +65,7 @@ BASE: dict[str, Any] = {
     "regularized": {},
     "opq": {"bits": 4, "activation_bits": 8},
     "qst": {"bits": 4},
+    "gdrq": {"bits": 4},
     "own": {},
 }
 
@@ -109,6 +110,7 @@ REFUSED = {
     "ternary": OPTIONS.keys() - {"prefer_native"},
     "opq": OPTIONS.keys() - {"prefer_native", "budget", "activation_bits", "calibration"},
     "qst": OPTIONS.keys() - {"prefer_native", "budget"},
+    "gdrq": OPTIONS.keys() - {"prefer_native", "activation_bits", "calibration"},
     "own": OPTIONS.keys() - {"prefer_native"},
     "oneshot": set(),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -58,7 +59,7 @@ def test_8_2_fixed_points_of_clipping_again_and_again(density, k, limit, share):
     for _ in range(40):
         levels.append(level(w, k))
         w = scale_clip(w, k)
-    assert all(later <= sooner for sooner, later in zip(levels, levels[1:], strict=False))
+    assert all(later <= sooner for sooner, later in itertools.pairwise(levels))
     assert levels[-1] == pytest.approx(limit, rel=0.01)
     assert float((w.abs() >= levels[-1] * (1 - 1e-6)).double().mean()) == pytest.approx(share, abs=0.003)
 
@@ -75,8 +76,8 @@ BEST = {
     (3, "uniform"): (1.48, 0.143), (3, "gaussian"): (1.96, 0.218), (3, "laplace"): (2.45, 0.283),
     (4, "uniform"): (1.62, 0.067), (4, "gaussian"): (2.49, 0.115), (4, "laplace"): (3.40, 0.1655),
 }  # fmt: skip
-"""(bits, density) -> largest level of least error in standard deviations, and the relative error. Of the Laplace density
-at 4 bits the values are those of the integral; the table of section 8 has 3.35 and 0.160, 3 % below in the error."""
+"""(bits, density) -> largest level of least error in standard deviations, and the relative error. The values of the
+Laplace density at 4 bits are those of the integral; the table of section 8 has 3.35 and 0.160, 3 % less in error."""
 
 
 @pytest.mark.parametrize(("case", "best"), BEST.items(), ids=str)
@@ -116,7 +117,7 @@ def test_8_5_one_group_is_the_layer_and_finer_groups_have_no_more_error(bits, gr
         steps = group_steps(rows, filter_groups(rows, count, grouping), most)
         assert len(set(steps.tolist())) == count
         errors.append(error(rows, steps, most))
-    assert all(finer <= coarser * (1 + 1e-3) for coarser, finer in zip(errors, errors[1:], strict=False))
+    assert all(finer <= coarser * (1 + 1e-3) for coarser, finer in itertools.pairwise(errors))
     assert errors[-1] < 0.75 * errors[0]
     ((step, of_layer),) = step_errors(rows, (bits,))
     one = group_steps(rows, torch.zeros(16, dtype=torch.int64), most)
