@@ -13,6 +13,9 @@ on, and choose nothing.
           layer), then fine-tuned with the plan fixed. Seconds of the plan are those without capturing the model.
     gdrq  weights and activations clipped in floats and then quantized (W2A4, W4A4), beside the same two stages without
           clips, quantization from the first step on, and LSQ; no bytes are claimed.
+    prune_ternary
+          pruned ternary weights: C5 bytes against accuracy, cosines of filters and ternary directions; beside ternary
+          weights that are not pruned, and no pull to the directions.
     qst   thresholds and steps trained from scratch, beside magnitude pruning on the same cubic schedule and LSQ, at the
           same C0 bytes, and per unit.
 """
@@ -31,10 +34,16 @@ from benchmarks import common
 from benchmarks.claims.cases import CASES, Case
 from benchmarks.claims.gdrq import gdrq
 from benchmarks.claims.opq import opq
+from benchmarks.claims.prune_ternary import prune_ternary
 from benchmarks.claims.qst import qst
 
-CLAIMS: dict[str, Callable[[Case, argparse.Namespace], None]] = {"opq": opq, "qst": qst, "gdrq": gdrq}
-USUAL = {"opq": "resnet20,resnet56", "qst": "lenet,vgg7", "gdrq": "resnet20"}
+CLAIMS: dict[str, Callable[[Case, argparse.Namespace], None]] = {
+    "opq": opq,
+    "qst": qst,
+    "gdrq": gdrq,
+    "prune_ternary": prune_ternary,
+}
+USUAL = {"opq": "resnet20,resnet56", "qst": "lenet,vgg7", "gdrq": "resnet20", "prune_ternary": "lenet,resnet20"}
 
 
 def _options() -> argparse.Namespace:

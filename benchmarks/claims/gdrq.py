@@ -27,6 +27,8 @@ def gdrq(case: Case, options: argparse.Namespace) -> None:
         rows.append(run(f"{name}: reshaped, then quantized", Gdrq()))
         rows.append(run(f"{name}: the same stages, not clipped", plain()))
         rows.append(run(f"{name}: quantized all along, not clipped", plain(reshape=0.0)))
+        rows.append(run(f"{name}: reshaped in 90 % of the steps", Gdrq(reshape=0.9)))
+        rows.append(run(f"{name}: the same stages, not clipped", plain(reshape=0.9)))
         rows.append(run(f"{name}: qat", Qat()))
         if options.short:
             break

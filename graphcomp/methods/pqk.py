@@ -57,9 +57,9 @@ def routed(weight: Tensor, shows: Tensor | None, learns: Tensor | None) -> Tenso
     return _Routed.apply(weight, shows, learns)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def sparsity_at(step: int, steps: int, end: float) -> float:
-    """Return the sparsity after `step` of `steps` steps: end * (1 - (1 - step / steps)^3), then `end`."""
-    return end * (1 - (1 - min(step / max(steps, 1), 1.0)) ** 3)
+def sparsity_at(step: int, steps: int, end: float, start: float = 0.0) -> float:
+    """Return the sparsity after `step` of `steps` steps: end - (end - start) (1 - step / steps)^3; then `end`."""
+    return start + (end - start) * (1 - (1 - min(step / max(steps, 1), 1.0)) ** 3)
 
 
 class PqkRun(Run):

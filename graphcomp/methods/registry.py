@@ -11,6 +11,7 @@ from graphcomp.methods.gdrq import Gdrq
 from graphcomp.methods.geta.method import Geta
 from graphcomp.methods.opq import Opq
 from graphcomp.methods.pqk import Pqk
+from graphcomp.methods.prune_ternary import PruneTernary
 from graphcomp.methods.psgd import Psgd
 from graphcomp.methods.qat import Qat
 from graphcomp.methods.qst.method import Qst
@@ -32,6 +33,7 @@ METHODS: dict[str, tuple[Method, ...]] = {
     "opq": (Opq(),),
     "qst": (Qst(),),
     "gdrq": (Gdrq(),),
+    "prune_ternary": (PruneTernary(),),
 }
 """Each method as its stages, which share the steps of a training equally; "oneshot" trains in none."""
 

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 from graphcomp.arguments import check_flag, check_word
 from graphcomp.errors import PlanError
 from graphcomp.methods.base import Goal, Method, Source
-from graphcomp.quantization.spec import QuantConfig, QuantSpec
+from graphcomp.quantization.spec import TERNARY_BITS, QuantConfig, QuantSpec
 from graphcomp.training.options import Training
 from graphcomp.training.prepared import Prepared
 from graphcomp.training.run import Run
@@ -23,6 +23,33 @@ class TernaryRun(Run):
     """Plain training of weights and scales."""
 
     name: ClassVar[str] = "ternary"
+
+
+def check_two_bits(goal: Goal) -> None:
+    """Refuse bits of ternary weights other than two.
+
+    Raises:
+        PlanError: others, or none, are asked for.
+    """
+    if goal.bits != (TERNARY_BITS, TERNARY_BITS):
+        raise PlanError(f"bits of ternary weights must be 2, got {goal.bits}", fix="bits=2")
+
+
+def with_ternary_weights(
+    source: Source, goal: Goal, granularity: Literal["channel", "tensor"], *, symmetric: bool, ends: int = 8
+) -> Prepared:
+    """Return a model with a ternary quantizer on each weight but the first and the last.
+
+    Args:
+        granularity: scales per "channel", or per "tensor".
+        symmetric: one scale for both sides of 0; False: two.
+        ends: bits of the first and the last layer; with 2 these are ternary, too.
+    """
+    spec = QuantSpec(kind="ternary", symmetric=symmetric, granularity=granularity)
+    ready = source(config=QuantConfig(spec, activations=None, first_and_last_bits=ends))
+    if goal.activation_bits is not None:
+        ready.remarks = (*ready.remarks, "activations stay float: weights alone are ternary")
+    return ready
 
 
 @dataclass(frozen=True)
@@ -49,16 +76,11 @@ class Ternary(Method):
 
     def check(self, goal: Goal) -> None:
         """Two bits, for weights."""
-        if goal.bits != (2, 2):
-            raise PlanError(f"bits of ternary weights must be 2, got {goal.bits}", fix="bits=2")
+        check_two_bits(goal)
 
     def prepare(self, source: Source, goal: Goal) -> Prepared:
         """Stand a ternary quantizer on each weight but the first and the last."""
-        spec = QuantSpec(kind="ternary", symmetric=self.symmetric, granularity=self.granularity)
-        ready = source(config=QuantConfig(spec, activations=None, first_and_last_bits=8))
-        if goal.activation_bits is not None:
-            ready.remarks = ("activations stay float: weights alone are ternary",)
-        return ready
+        return with_ternary_weights(source, goal, self.granularity, symmetric=self.symmetric)
 
     def begin(self, ready: Prepared, goal: Goal, training: Training, steps: int) -> TernaryRun:
         """Begin a run."""

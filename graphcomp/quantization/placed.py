@@ -6,7 +6,7 @@ a write into that value would lose the write in both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -62,7 +62,14 @@ def check_placed(floats: fx.GraphModule, fake: fx.GraphModule, inputs: Sequence[
 @contextmanager
 def in_floats(module: nn.Module) -> Iterator[None]:
     """Let the quantizers of `module` pass on what they read, inside."""
-    found = [quantizer for quantizer in module.modules() if isinstance(quantizer, Quantizer)]
+    with switched_off(quantizer for quantizer in module.modules() if isinstance(quantizer, Quantizer)):
+        yield
+
+
+@contextmanager
+def switched_off(quantizers: Iterable[Quantizer]) -> Iterator[None]:
+    """Let quantizers pass on what they read, inside."""
+    found = list(quantizers)
     before = [quantizer.enabled for quantizer in found]
     for quantizer in found:
         quantizer.enabled = False

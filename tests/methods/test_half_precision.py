@@ -17,10 +17,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "psgd, pruned": ("psgd", {"sparsity": 0.9}),
     "ternary": ("ternary", {"bits": 2}),
     "gdrq": ("gdrq", {"bits": 4}),
+    "prune_ternary": ("prune_ternary", {"bits": 2, "sparsity": 0.5}),
 }
 
+BITS = {
+    "psgd, rounded": [4, 4, 4], "psgd, pruned": [32, 32, 32], "ternary": [8, 2, 8], "gdrq": [8, 4, 8],
+    "prune_ternary": [8, 2, 8],
+}  # fmt: skip
+"""Case -> bits of the weights of the three layers."""
 
-@pytest.mark.parametrize("case", ["psgd, rounded", *in_ci("psgd, pruned", "ternary", "gdrq")])
+
+@pytest.mark.parametrize("case", ["psgd, rounded", *in_ci("psgd, pruned", "ternary", "gdrq", "prune_ternary")])
 @pytest.mark.slow
 @pytest.mark.ci
 def test_a_run_in_bfloat16_goes_on_bit_for_bit(tmp_path, case):
@@ -69,7 +76,7 @@ def test_gradients_are_scaled_by_distances_in_the_dtype_of_the_weights():
 
 
 # ------------------------------------------------------------------------------------------------ a submodule
-@pytest.mark.parametrize("case", ["psgd, pruned", *in_ci("psgd, rounded", "ternary", "gdrq")])
+@pytest.mark.parametrize("case", ["psgd, pruned", *in_ci("psgd, rounded", "ternary", "gdrq", "prune_ternary")])
 def test_a_submodule_is_compressed_and_the_rest_is_trained(case):
     method, options = CASES[case]
     model = Outer()
@@ -80,10 +87,7 @@ def test_a_submodule_is_compressed_and_the_rest_is_trained(case):
     assert not torch.equal(last, before) and bool((last != 0).all())  # trained, in floats, and not pruned
     assert small.report.verified["whole model around the submodule"] < 1e-6
     bits = [layer.weight_bits for layer in small.report.layers]
-    assert (
-        bits
-        == {"psgd, rounded": [4, 4, 4], "psgd, pruned": [32, 32, 32], "ternary": [8, 2, 8], "gdrq": [8, 4, 8]}[case]
-    )
+    assert bits == BITS[case]
     if case == "psgd, pruned":
         weights = [p for p in small.module.inner.parameters() if p.dim() > 1]
         assert sum(int((p == 0).sum()) for p in weights) == round(0.9 * sum(p.numel() for p in weights))

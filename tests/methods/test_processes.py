@@ -18,6 +18,7 @@ CASES = {
     "opq": {"bits": 4, "sparsity": 0.75},
     "qst": {"bits": 4, "budget": gc.Budget(bytes=150)},
     "gdrq": {"bits": 2, "activation_bits": 4},
+    "prune_ternary": {"bits": 2, "sparsity": 0.5},
 }
 
 

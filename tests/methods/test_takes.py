@@ -66,6 +66,7 @@ BASE: dict[str, Any] = {
     "opq": {"bits": 4, "activation_bits": 8},
     "qst": {"bits": 4},
     "gdrq": {"bits": 4},
+    "prune_ternary": {"bits": 2},
     "own": {},
 }
 
@@ -111,6 +112,7 @@ REFUSED = {
     "opq": OPTIONS.keys() - {"prefer_native", "budget", "activation_bits", "calibration"},
     "qst": OPTIONS.keys() - {"prefer_native", "budget"},
     "gdrq": OPTIONS.keys() - {"prefer_native", "activation_bits", "calibration"},
+    "prune_ternary": OPTIONS.keys() - {"prefer_native"},
     "own": OPTIONS.keys() - {"prefer_native"},
     "oneshot": set(),
 }  # fmt: skip

@@ -15,7 +15,7 @@ thresholds' gradients, as LSQ scales those of steps; and units.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -33,6 +33,7 @@ from graphcomp.methods.qst.weights import Guard, WeightGates
 from graphcomp.methods.sizes import bytes_within, check_convention, check_sized
 from graphcomp.pruning.evidence import Loss
 from graphcomp.quantization.analytic import step_errors
+from graphcomp.quantization.placed import switched_off
 from graphcomp.quantization.spec import QuantConfig, QuantSpec
 from graphcomp.training.elements import drop_gradients
 from graphcomp.training.options import Training
@@ -128,13 +129,7 @@ class QstRun(Run):
         """Switch quantizers off: all of them in floats, else those whose weights are quantized in front of the mask."""
         if not quantized:
             return self.ready.in_floats()
-        if isinstance(self.gates, UnitGates):
-            return nullcontext()
-        stack = ExitStack()
-        for quantizer in self.gates.quantizers.values():
-            stack.callback(setattr, quantizer, "enabled", quantizer.enabled)
-            quantizer.enabled = False
-        return stack
+        return nullcontext() if isinstance(self.gates, UnitGates) else switched_off(self.gates.quantizers.values())
 
     # ------------------------------------------------------------------------------------------ a step
     def before_step(self, step: int) -> None:
