@@ -47,6 +47,8 @@ EVERY: dict[str, Any] = {
 """What asks for the options that serve every method; empty where a single output, or a whole model, is as without."""
 NOTHING_LEFT = ("prune", "keep_inputs")
 """Options that leave nothing of the network to prune, as they are asked for here; only methods that prune take them."""
+EMPTIED = {"prune_ternary": ("ignore",)}
+"""Method -> options of `EVERY` that leave no weight that the method prunes, of the network here."""
 PLAIN = {
     "bits", "sparsity", "method", "data", "loss", "epochs", "steps", "lr", "folder", "training", "seed", "progress",
     "repair",
@@ -145,7 +147,10 @@ def test_every_other_option_changes_the_result_or_is_noted(method):
             given = {**GIVEN, **OWN.get(method, {})}[option]
             assert shown(compress(method, **given)) != plain, option
     for option, given in EVERY.items():
-        if given:
+        if option in EMPTIED.get(method, ()):
+            with pytest.raises(gc.NothingToPrune, match="no weight"):
+                compress(method, **given)
+        elif given:
             assert shown(compress(method, **given)) != plain, option
     part = compress(method, scope="0")
     assert isinstance(part.module, nn.Sequential) and part(X).shape == (len(X), 3)
