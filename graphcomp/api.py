@@ -648,6 +648,7 @@ def _depth_first(
         analysis, options["prune"], options["sparsity"], options["budget"],
         bits=quantizes, learned_bits=_is_range(bits) and not stages,
         trains=bool(stages), prunes=any(stage.prunes for stage in stages),
+        single=any(stage.prunes and "prune" not in stage.takes(Goal()) for stage in stages),
     )  # fmt: skip
     check_units_asked(split, given)
     calibration, data = options["calibration"], options["data"]

@@ -284,6 +284,13 @@ class CompressedModel(nn.Module):
         check_flag("guard", guard)
         check_flag("cache", cache)
         path = Path(path)
+        if guard and not measure:
+            raise ExportError(
+                "guard=True with measure=False",
+                at=str(path),
+                why="what stays in float is decided by times",
+                fix=f"small.export({str(path)!r}, guard=True), or measure=False alone",
+            )
         if cache:
             self._export_decoder(path, example_inputs, example_kwargs, dynamic, measure, guard)
             return

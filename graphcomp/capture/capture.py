@@ -37,7 +37,7 @@ from graphcomp.capture.outside import Outside, watching
 from graphcomp.capture.path import Path, guards, seen_path
 from graphcomp.capture.record import INSTALLED, STDLIB, Recording, record
 from graphcomp.errors import CaptureError, InputError
-from graphcomp.ir.calling import calling_convention, left_out, parameters_of
+from graphcomp.ir.calling import calling_convention, graph_called, left_out, parameters_of
 from graphcomp.ir.graph import fetch, module_path, source_line
 from graphcomp.ir.inputs import Inputs, apart, copies
 from graphcomp.ir.module import (
@@ -170,8 +170,8 @@ def capture(
         model, args, kwargs = scoped(whole, scope, args, kwargs)
         outside = _read_outside(whole, scope, *given)
     args, kwargs = apart((args, kwargs))
-    if isinstance(model, CapturedModule):  # of an earlier result, which was captured without a cache, say
-        kwargs = {**kwargs, **left_out(model.graph, args, kwargs)}
+    if (earlier := graph_called(model)) is not None:  # of an earlier result, which was captured without a cache, say
+        kwargs = {**kwargs, **left_out(earlier, args, kwargs)}
     _check_names(model, kwargs)
     with functions_followed(keep=training) as functions:
         traced = _traced(model, args, kwargs, dynamic, more)

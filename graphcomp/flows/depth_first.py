@@ -15,6 +15,7 @@ from torch import fx, nn
 from graphcomp.cost import CostModel
 from graphcomp.coupling.analysis import Analysis
 from graphcomp.errors import PlanError
+from graphcomp.flows.repaired import NOTHING_CUT
 from graphcomp.methods.takes import START
 from graphcomp.native.depth import paths_left
 from graphcomp.pruning.allocation import Budget, is_share, limits_of, originals
@@ -57,20 +58,22 @@ def split_goal(
     learned_bits: bool,
     trains: bool,
     prunes: bool,
+    single: bool = False,
 ) -> Split:
     """Split shares and a budget between blocks and units.
 
     A number is the share of each: of the blocks, and of the units that are left. A mapping holds a share by role; a
     role that the mapping does not name is left alone. A budget is met half by blocks: as few go as bring each cost to
     the geometric mean of the original and the limit, and units bring the cost to the limit. Beside a share of the
-    blocks, units alone meet the budget.
+    blocks, units alone meet the budget. Where the budget chooses bits, shares are shares of both.
 
     Args:
         plan: of the whole model, or of the scope.
         bits: whether what is left is quantized.
         learned_bits: whether a budget chooses bits in one shot.
         trains: whether what is left is trained.
-        prunes: whether the training removes units.
+        prunes: whether the training removes units, or single weights.
+        single: whether the training removes single weights.
 
     Raises:
         PlanError: what is asked cannot be split.
@@ -80,6 +83,12 @@ def split_goal(
         raise PlanError(
             f"prune={tuple(prune)!r}: blocks go one by one or by whole layers",
             fix=f"one of {', '.join(map(repr, DEPTH))}",
+        )
+    if single:
+        raise PlanError(
+            f"prune={tuple(prune)!r} with a method that removes single weights",
+            why="the share of the weights and that of the blocks are two, and sparsity is one",
+            fix=f"one after the other: first = compress(…, prune=({role!r},)), then compress(first, …, method=…)",
         )
     if prunes and not units:
         raise PlanError(
@@ -92,7 +101,10 @@ def split_goal(
         unnamed = 0.0 if isinstance(sparsity, Mapping) else DEFAULT
         own = unnamed if share is None else share
         return Split(role, own, None, {**_units(units, of_units, trains), "budget": None})
-    _check_budget(budget, role, units, share, sparsity, bits, learned_bits)
+    _check_budget(budget, role, units, share, None if learned_bits else sparsity, bits, learned_bits)
+    if learned_bits and share is not None:  # shares are shares then, and the bits meet the budget
+        own_budget = _absolute(limits_of(CostModel(plan), budget))
+        return Split(role, share, None, {**_units(units, of_units, trains), "budget": own_budget})
     limits, whole = limits_of(CostModel(plan), budget), originals(CostModel(plan))
     left = _absolute(limits)
     if share is not None:
@@ -242,7 +254,8 @@ def joined(first: CompressedModel, second: CompressedModel) -> CompressedModel:
         for law in {**before.verified, **after.verified}
     }
     names = "modules are named as in the model without the blocks"
-    notes = dict.fromkeys([blocks, names, *before.notes, *after.notes])
+    said = [note for note in after.notes if note != f"not repaired: {NOTHING_CUT}"]  # what blocks left was
+    notes = dict.fromkeys([blocks, names, *before.notes, *said])
     second.report = replace(
         after,
         **both,

@@ -25,6 +25,9 @@ from graphcomp.result import CompressedModel
 from graphcomp.system.threads import one_at_a_time
 from graphcomp.torch_compat import pytree
 
+NOTHING_CUT = "nothing was cut"
+"""Why a cut of no units is not repaired."""
+
 
 @one_at_a_time
 def repaired(cut: Cut, batches: Sequence[Sequence[Any]], *, verify: bool) -> Cut:
@@ -152,7 +155,7 @@ def cut_again(plan: Analysis, small: CompressedModel) -> Cut:
 def _unfit(cut: Cut) -> str:
     """Return why a cut cannot be repaired."""
     if not by_factor(cut.kept):
-        return "nothing was cut"
+        return NOTHING_CUT
     if cut.graph is None:
         return "the model could only be recorded"
     if any(p.is_meta for p in cut.graph.parameters()):

@@ -109,6 +109,19 @@ def left_out(graph: fx.Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     return {name: value for name, value in constants_of(graph).items() if name not in given}
 
 
+def graph_called(model: nn.Module) -> fx.Graph | None:
+    """Return the graph that a call of the model runs with the same arguments; None where that is not known.
+
+    A model that is a graph, or one around a graph, `module`, whose forward has the signature of the graph.
+    """
+    for found in (model, getattr(model, "module", None)):
+        if not isinstance(found, fx.GraphModule):
+            continue
+        if found is model or inspect.signature(model.forward) == inspect.signature(found.forward):
+            return found.graph
+    return None
+
+
 def other_than_default(graph: fx.Graph, left_out: Collection[str]) -> dict[str, tuple[Any, Any]]:
     """Return name -> (constant of the graph, default of the model), of those that a call leaves out and that differ."""
     parameters: Parameters = getattr(codegen_of(graph), "parameters", {})

@@ -206,6 +206,11 @@ def test_a_llama_without_blocks_is_cut_further_and_exported(bits: int | None, tm
     for shape in ((2, 8), (3, 13)):
         given = tokens(*shape)
         assert torch.equal(small(**given).logits, small(**given, use_cache=False).logits)
+    if bits is None:
+        for again in (small, small.module):  # the result itself, and the graph in it
+            whole = gc.compress(again, given, sparsity=0.0, progress=False)
+            assert torch.equal(whole(**given).logits, small(**given).logits)
+            assert isinstance(whole.report, gc.Report) and not [n for n in whole.report.notes if "recorded" in n]
     small.export(tmp_path / "small.pt2")
     small.save(tmp_path / "saved")
     assert torch.equal(gc.load(tmp_path / "saved")(**given).logits, small(**given).logits)
@@ -330,6 +335,7 @@ def test_a_scope_loses_both() -> None:
     ("options", "said"),
     [
         ({"prune": ("block", "layer", "hidden")}, "by whole layers"),
+        ({"method": "opq", "bits": 4, "data": [], "loss": F.mse_loss, "epochs": 1}, "removes single weights"),
         ({"sparsity": {"layers.0": 0.5}}, "shares are by the roles"),
         ({"sparsity": 0.5, "budget": gc.Budget(macs=0.5)}, "beside a budget"),
         ({"sparsity": {"layer": 0.5, "hidden": 0.2}, "budget": gc.Budget(macs=0.5)}, "beside a budget"),
@@ -372,6 +378,21 @@ def test_a_graph_without_blocks_stays_a_graph_behind_units_and_bits(bits: int | 
     small.save(tmp_path)
     loaded = gc.load(tmp_path)
     assert torch.equal(loaded(X), small(X)) and loaded.form == "graph"
+
+
+def test_shares_of_blocks_and_units_stand_beside_a_budget_that_chooses_bits() -> None:
+    shares = {"layer": 0.25, "hidden": 0.5}
+    floats = compress(Deep().eval(), X, prune=("layer", "hidden"), sparsity=shares, calibration=batches())
+    for sparsity in (shares, 0.25):
+        small = compress(
+            Deep().eval(), X, prune=("layer", "hidden"), sparsity=sparsity, bits=(4, 8), budget=gc.Budget(bytes=0.35),
+            calibration=batches(),
+        )  # fmt: skip
+        assert isinstance(small.report, gc.Report) and small.report.bytes.ratio <= 0.35
+        units = [len(rows[0]) for name, rows in small.kept.items() if name.endswith("up.weight")]
+        if sparsity is shares:
+            assert units == [len(rows[0]) for name, rows in floats.kept.items() if name.endswith("up.weight")]
+        assert sum(units) == 3 * (12 if sparsity is shares else 18)
 
 
 def test_a_role_without_a_share_is_left_alone() -> None:

@@ -276,6 +276,12 @@ class Qst(Method):
         ):
             if (value is not None or name != "freeze") and not (is_number(value) and 0 <= value <= most):  # type: ignore[operator]
                 raise PlanError(f"Qst({name}={value!r}): must be a share, 0 to 1", fix=f"{name}=0.1")
+        if self.freeze is not None and self.warmup > self.freeze:
+            raise PlanError(
+                f"Qst(warmup={self.warmup!r}, freeze={self.freeze!r})",
+                why="the mask would be fixed before the first step on quantized weights",
+                fix=f"warmup={self.freeze!r} at most, or a later freeze",
+            )
         if not is_number(self.pressure) or self.pressure < 0:
             raise PlanError(f"Qst(pressure={self.pressure!r}): must be a number, 0 at least", fix="pressure=5e-6")
         if not is_whole(self.every) or self.every < 1:
@@ -296,6 +302,10 @@ class Qst(Method):
                 why="at fixed bits, the budget says how many weights stay",
                 fix="one of the two",
             )
+
+    def least_steps(self, goal: Goal, training: Training) -> int:
+        """One on thresholds, and one with the fixed mask where there are steps with one."""
+        return 1 if self.freeze in (None, 1.0) else 2
 
     def prepare(self, source: Source, goal: Goal) -> Prepared:
         """Stand one symmetric quantizer per tensor on each weight."""

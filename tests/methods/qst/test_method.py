@@ -143,7 +143,7 @@ def test_what_the_method_does_not_do(method, options, message):
     [
         {"per": "row"}, {"shared": "row"}, {"gradient": "none"}, {"convention": "C9"}, {"warmup": 2}, {"freeze": -0.1},
         {"least": None}, {"pressure": -1}, {"every": 0}, {"guard": "none"},
-        {"scaled": 1}, {"gradient": "literal", "per": "unit"},
+        {"scaled": 1}, {"gradient": "literal", "per": "unit"}, {"warmup": 0.8, "freeze": 0.5},
     ],
 )  # fmt: skip
 def test_options_out_of_range(options):

@@ -428,6 +428,8 @@ def test_a_model_that_was_loaded_is_guarded_with_the_ends_of_its_ranges(
 def test_a_guard_is_for_onnx(small: gc.CompressedModel, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"guard=True with \.pt2"):
         small.export(tmp_path / "m.pt2", guard=True)
+    with pytest.raises(ExportError, match="guard=True with measure=False"):
+        small.export(tmp_path / "x.onnx", guard=True, measure=False)
     with pytest.raises(ExportError, match="guard=True with a folder"):
         small.export(tmp_path / "folder", guard=True)
     for option in ("measure", "guard"):
