@@ -22,7 +22,7 @@ import bz2
 import gzip
 import lzma
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -84,17 +84,17 @@ class Codes:
                 why=f"{self.bits} bits hold {least} to {most} here",
                 fix=f"bits={enough}" if enough <= 16 else "codes of at most 16 bits",
             )
-        _ = self.nonzero  # raises where the zero point does not broadcast
+        _ = self._zeros  # raises where the zero point does not broadcast
 
     @property
     def total(self) -> int:
         """N: codes in all."""
         return self.values.numel()
 
-    @property
+    @cached_property
     def kept(self) -> int:
         """n: codes that do not stand for 0."""
-        return int(self.nonzero.sum())
+        return sum(int(np.count_nonzero(nonzero)) for _, nonzero in self.parts())
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -102,26 +102,44 @@ class Codes:
         rows = self.values.shape[0] if self.values.dim() > 1 else 1
         return rows, self.total // rows if rows else 0
 
-    @cached_property
+    @property
     def flat(self) -> Numbers:
-        """(N,) int32, row-major."""
-        return _numpy(self.values).reshape(-1)
+        """(N,) in the dtype of the values, row-major."""
+        return self._values.reshape(-1)
 
-    @cached_property
+    @property
     def zeros(self) -> Numbers:
         """(N,) int32: the code of 0 at every place."""
+        return self._zeros.reshape(-1)
+
+    @property
+    def nonzero(self) -> Numbers:
+        """(N,) bool: which codes do not stand for 0."""
+        return np.concatenate([np.empty(0, bool), *(nonzero for _, nonzero in self.parts())])
+
+    def parts(self) -> Iterator[tuple[Numbers, Numbers]]:
+        """Yield the codes, in order, and which of them do not stand for 0: about `_CHUNK` at a time, (n,) each."""
+        if not self.values.dim():
+            yield self.flat, self.flat != self.zeros
+            return
+        rows = max(1, _CHUNK * len(self._values) // max(1, self.total))
+        for start in range(0, len(self._values), rows):
+            own, zeros = self._values[start : start + rows], self._zeros[start : start + rows]
+            yield own.reshape(-1), (own != zeros).reshape(-1)
+
+    @cached_property
+    def _values(self) -> Numbers:
+        return self.values.detach().cpu().numpy()
+
+    @cached_property
+    def _zeros(self) -> Numbers:
+        """A view that takes no memory of its own."""
         zero = _numpy(self.zero_point) if isinstance(self.zero_point, Tensor) else np.int32(self.zero_point)
         try:
-            return np.broadcast_to(zero, tuple(self.values.shape)).reshape(-1)
+            return np.broadcast_to(zero, tuple(self.values.shape))
         except ValueError as error:
             shapes = f"{tuple(np.shape(zero))} does not broadcast with codes of shape {tuple(self.values.shape)}"
             raise PlanError(f"a zero point of shape {shapes}", fix="one per tensor, or view it as (c, 1, …)") from error
-
-    @cached_property
-    def nonzero(self) -> Numbers:
-        """(N,) bool: which codes do not stand for 0."""
-        found: Numbers = self.flat != self.zeros
-        return found
 
 
 def _numpy(tensor: Tensor) -> Numbers:
@@ -144,8 +162,14 @@ def relative_index_bits(codes: Codes, index_bits: int = INDEX_BITS) -> int:
     Args:
         index_bits: r, 1 to 16.
     """
-    zeros = _zeros_before(codes, index_bits)
-    return (len(zeros) + int((zeros >> index_bits).sum())) * (codes.bits + index_bits)
+    _check_index(index_bits)
+    entries, last, at = 0, -1, 0
+    for _, nonzero in codes.parts():
+        places = np.flatnonzero(nonzero) + at
+        zeros = np.diff(places, prepend=last) - 1
+        entries += len(zeros) + int((zeros >> index_bits).sum())
+        last, at = int(places[-1]) if len(places) else last, at + len(nonzero)
+    return entries * (codes.bits + index_bits)
 
 
 def csr_bits(codes: Codes) -> int:
@@ -168,9 +192,11 @@ def entropy_bits(codes: Codes) -> float:
     the entropy of where the zeros are.
     """
     alphabet = 2**codes.bits
-    # all zeros are one symbol, also where channels have zero points of their own
-    symbols = np.where(codes.nonzero, codes.flat & (alphabet - 1), alphabet)
-    counts = np.bincount(symbols, minlength=1)
+    counts = np.zeros(alphabet + 1, dtype=np.int64)
+    for own, nonzero in codes.parts():
+        # all zeros are one symbol, also where channels have zero points of their own
+        symbols = np.where(nonzero, own.astype(np.int64) & (alphabet - 1), alphabet)
+        counts += np.bincount(symbols, minlength=alphabet + 1)
     counts = counts[counts > 0]
     return float((counts * np.log2(codes.total / counts)).sum()) if codes.total else 0.0
 
@@ -364,10 +390,14 @@ def _gaps(codes: Codes, index_bits: int) -> Numbers:
 
 def _zeros_before(codes: Codes, index_bits: int) -> Numbers:
     """(n,) int64: zeros between each nonzero and the one before it."""
-    if not 1 <= index_bits <= 16:
-        raise PlanError(f"index_bits={index_bits!r} is outside 1 to 16", fix=f"index_bits={INDEX_BITS}")
+    _check_index(index_bits)
     found: Numbers = np.diff(np.flatnonzero(codes.nonzero), prepend=-1) - 1
     return found
+
+
+def _check_index(index_bits: int) -> None:
+    if not 1 <= index_bits <= 16:
+        raise PlanError(f"index_bits={index_bits!r} is outside 1 to 16", fix=f"index_bits={INDEX_BITS}")
 
 
 def _encode_csr(codes: Codes) -> dict[str, Field]:

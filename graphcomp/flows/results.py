@@ -458,11 +458,14 @@ def _stored(module: nn.Module) -> list[Tensor]:
 
 def _sizes(lowered: Lowered) -> dict[str, float]:
     """The conventions' sizes of the quantized weights; floats and biases, of 32 bits each, are in the remainder."""
-    tensors = {name: stored.counted() for name, stored in lowered.weights.items()}
     nodes = lowered.module.graph.find_nodes(op="call_function", target=ops.dequantize_per_channel)
     biases = sum(value(node).numel() for node in nodes if bind(node)["dtype"] is torch.int32)
     floats = sum(p.numel() for p in lowered.module.parameters())
-    return {name: float(size) for name, size in SizeModel(tensors, floats + biases).sizes().items()}
+    found = SizeModel({}, floats + biases).sizes()
+    for name, stored in lowered.weights.items():  # one at a time: what is counted of a tensor is not kept
+        for convention, size in SizeModel({name: stored.counted()}).sizes().items():
+            found[convention] += size
+    return {convention: float(size) for convention, size in found.items()}
 
 
 # ------------------------------------------------------------------------------------------------ verification

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from graphcomp.cost import Codes, SizeModel, file_bytes
+from graphcomp.cost import Codes, SizeModel, conventions, file_bytes
 from graphcomp.cost.conventions import (
     CONVENTIONS,
     bitmap_bits,
@@ -285,3 +285,20 @@ def test_bad_options() -> None:
         SizeModel({"a": codes}).bits("C6")
     with pytest.raises(PlanError, match=r"\(2, 1\) does not broadcast with codes of shape \(3,"):
         Codes(torch.zeros(3, 4, dtype=torch.int8), 8, zero_point=torch.ones(2, 1, dtype=torch.int8))
+
+
+@pytest.mark.parametrize("shape", [(), (37,), (9, 21), (1, 50), (4, 3, 5), (0, 3)])
+@pytest.mark.parametrize("zeros", ["none", "tensor", "channel"])
+def test_codes_are_counted_the_same_in_parts(shape, zeros, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(0, 8, shape, generator=generator, dtype=torch.uint8) * (torch.rand(shape) < 0.4)
+    zero = 0 if zeros == "none" else 3
+    if zeros == "channel" and len(shape) > 1:
+        zero = torch.randint(0, 8, (shape[0], *[1] * (len(shape) - 1)), generator=generator)
+    counted = [dict(SizeModel({"a": Codes(values, 3, zero)}).sizes())]
+    monkeypatch.setattr(conventions, "_CHUNK", 8)
+    codes = Codes(values, 3, zero)
+    counted.append(SizeModel({"a": codes}).sizes())
+    assert counted[0] == pytest.approx(counted[1], rel=1e-12)
+    assert len(list(codes.parts())) > 1 or codes.total <= 8 or shape[0] == 1
+    assert torch.equal(decode(encode(codes, "C1")), values)
