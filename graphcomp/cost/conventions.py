@@ -436,7 +436,7 @@ def _compress(codes: Codes, compressor: Compressor) -> bytes:
 
 
 # ------------------------------------------------------------------------------------------------ bits end to end
-_CHUNK = 2**20  # numbers at a time; a multiple of 8, so that every chunk ends at a byte
+_CHUNK = 2**17  # numbers at a time; a multiple of 8, so that every chunk ends at a byte
 
 
 def _field(numbers: Numbers, width: int) -> Field:
