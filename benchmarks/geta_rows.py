@@ -88,8 +88,9 @@ def cut(model: nn.Module, asked: argparse.Namespace) -> gc.CompressedModel:
         return found
     images = oneshot.cifar("train_a", CALIBRATION)[0]
     small = gc.compress(
-        model, images[:BATCH], budget=gc.Budget(macs=asked.macs), ranking="sensitivity", calibration=images.split(BATCH)
-    )
+        model, images[:BATCH], budget=gc.Budget(macs=asked.macs), round_to=asked.round_to,
+        ranking="sensitivity", calibration=images.split(BATCH),
+    )  # fmt: skip
     small.save(path)
     return small
 
@@ -155,6 +156,8 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--teacher", choices=[*TEACHERS, "none"], default="resnet56", help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=4.0, metavar="T", help="default: %(default)s")
     parser.add_argument("--macs", type=float, default=0.35, metavar="F", help="of the original's; default: %(default)s")
+    multiple = "kept lengths are multiples; kernels take less time; default: %(default)s"
+    parser.add_argument("--round-to", type=int, default=4, metavar="N", help=multiple)
     parser.add_argument("--lr", type=float, default=0.1, metavar="F", help="default: %(default)s")
     parser.add_argument("--decay", type=float, default=1e-4, metavar="F", help="weight decay; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
