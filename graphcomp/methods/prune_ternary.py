@@ -27,37 +27,26 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from graphcomp.arguments import check_word
 from graphcomp.errors import NothingToPrune, PlanError
-from graphcomp.ir.graph import bind
-from graphcomp.ir.module import trains
 from graphcomp.methods.base import Goal, Method, Source, refuse
 from graphcomp.methods.pqk import sparsity_at
 from graphcomp.methods.ternary import check_two_bits, with_ternary_weights
-from graphcomp.ops.answers import compute_of
 from graphcomp.pruning.evidence import Loss
 from graphcomp.quantization.calibrate import calibrate_weight
-from graphcomp.quantization.fold import chains
 from graphcomp.quantization.placed import switched_off
-from graphcomp.quantization.quantizers.gradients import straight_through
 from graphcomp.quantization.quantizers.ternary import TernaryQuantizer
-from graphcomp.quantization.scale_clip import filter_rows
 from graphcomp.quantization.spec import check_bits
-from graphcomp.quantization.ternary_direction import (
-    best_masks,
-    cosines,
-    kept_means,
-    largest_masks,
-    unit_rows,
-)
+from graphcomp.quantization.ternary_direction import cosines
 from graphcomp.training.elements import pruned_counts
 from graphcomp.training.options import Training
 from graphcomp.training.prepared import Prepared
 from graphcomp.training.run import Choice, Forward, Run
 from graphcomp.training.schedule import Schedule, is_number, is_whole
+from graphcomp.training.ternary_filters import filters_of, in_front_of_norms
 
 STAGES = ("pruning", "ternary", "final")
 """Names of the three stages."""
@@ -72,85 +61,6 @@ CLOSE = 0.999
 """Cosine between a filter and its direction from which on the filter is taken to be ternary."""
 
 Masks = Literal["share", "best"]
-
-
-@dataclass(eq=False)
-class Filters:
-    """A weight whose filters become ternary.
-
-    Attributes:
-        parameter: the weight.
-        quantizer: ternary, with a scale per filter.
-        norms: (c, 1): the norms that filters keep, as a batch norm behind the layer absorbs scales; None: filters have
-            norms of their own.
-        mask: (c, n) bool: True where a weight is kept.
-    """
-
-    parameter: nn.Parameter
-    quantizer: TernaryQuantizer
-    norms: Tensor | None
-    mask: Tensor
-
-    @property
-    def rows(self) -> Tensor:
-        """(c, n): one row per filter."""
-        return filter_rows(self.parameter.detach(), self.quantizer.dim)
-
-    def shaped(self, rows: Tensor) -> Tensor:
-        """Return rows in the shape of the weight."""
-        dim = self.quantizer.dim
-        if dim is None:
-            return rows.view(self.parameter.shape)
-        return rows.view(self.parameter.movedim(dim, 0).shape).movedim(0, dim)
-
-    def levels(self, rows: Tensor) -> Tensor:
-        """Return the scale of each filter, (c, 1): the norm that the filter keeps over sqrt(k), or alpha."""
-        if self.norms is None:
-            return kept_means(rows, self.mask)[:, None]
-        return self.norms / self.mask.sum(1, keepdim=True).clamp(min=1).sqrt()
-
-    def target(self, rows: Tensor) -> Tensor:
-        """Return the scaled ternary direction of each filter, (c, n)."""
-        return self.levels(rows) * rows.sign() * self.mask
-
-    def view(self, eta: float, c: float) -> Tensor:
-        """Return the weight as the model sees the weight, with straight-through gradients.
-
-        Args:
-            eta: share of the ternary direction.
-            c: magnitudes of v above which gradients are 0.
-        """
-        rows = filter_rows(self.parameter, self.quantizer.dim)
-        directed = unit_rows(rows)
-        seen = rows if self.norms is None else self.norms * directed
-        own = seen.detach()
-        value = own * self.mask
-        if eta:
-            value = (1 - eta) * value + eta * self.target(own)
-        if c < 1:
-            seen = torch.where(directed.detach().abs() <= c, seen, own)
-        return self.shaped(straight_through(seen, value))
-
-    def choose(self, count: int | None) -> None:
-        """Keep the `count` largest |v|; None: what each filter's best ternary direction keeps."""
-        self.mask = best_masks(self.rows) if count is None else largest_masks(self.rows, count)
-
-    def settle(self, strength: float) -> None:
-        """Move filters towards their directions by this share of the way, and bring norms back to what they were."""
-        rows = self.rows
-        if strength:
-            rows = rows + strength * (self.target(rows) - rows)
-        if self.norms is not None:
-            rows = self.norms * unit_rows(rows)
-        self.parameter.copy_(self.shaped(rows))
-
-    def finish(self) -> None:
-        """Set weights to their ternary values, and the quantizer to these."""
-        levels, quantizer = self.levels(self.rows), self.quantizer
-        self.parameter.copy_(self.shaped(self.target(self.rows)))
-        scale = torch.where(levels > 0, levels, 1.0).view(quantizer.scale.shape)
-        quantizer.scale.copy_(scale)
-        quantizer.threshold.copy_(scale / 2)
 
 
 class PruneTernaryRun(Run):
@@ -183,19 +93,26 @@ class PruneTernaryRun(Run):
         self.ends = first, second, second + (steps - second + 1) // 2
         self.settles = self.ends[2]
         sites = [(s, q) for s, q in ready.quantizers() if s.is_weight and s.parameter]
-        normed = _in_front_of_norms(ready) if absorbs and not ready.norms_frozen else set()
-        self.weights = {s.parameter: _filters(ready, s.parameter, q, normed) for s, q in sites if _is_ternary(q)}
+        normed = in_front_of_norms(ready) if absorbs and not ready.norms_frozen else set()
+        ternary = {s.parameter: q for s, q in sites if isinstance(q, TernaryQuantizer)}
+        trained = {name: q for name, q in ternary.items() if ready.get_parameter(name).requires_grad}
+        self.weights = {name: filters_of(ready, name, q, normed) for name, q in trained.items()}
         if not self.weights:
             raise NothingToPrune(
                 "prune_ternary finds no weight to make ternary",
-                why="the first and the last layer have more bits, and no other layer has a weight of its own",
+                why="the first and the last layer have more bits, and no other layer has a weight of its own to train",
                 fix="PruneTernary(ends=2), which makes these ternary, too",
             )
         self.others = [(q, ready.get_parameter(s.parameter)) for s, q in sites if s.parameter not in self.weights]
         self.cosine: dict[str, tuple[float, float]] = {}
         asked = {"sparsity": sparsity, "absorbs": absorbs}
         self.about = {name: str(value) for name, value in {**asdict(method), **asked}.items()}
-        ready.remarks = (*ready.remarks, *self._remarks([s.layer for s, q in sites if not _is_ternary(q)]))
+        ready.remarks = (
+            *ready.remarks,
+            *self._remarks(
+                [s.layer for s, _ in sites if s.parameter not in ternary], [*ternary.keys() - trained.keys()]
+            ),
+        )
         self._enter(0)
 
     def param_groups(self, base: type[Optimizer], lr: Any) -> list[dict[str, Any]]:
@@ -326,9 +243,11 @@ class PruneTernaryRun(Run):
             self._say_cosines()
 
     # ------------------------------------------------------------------------------------------ what is said
-    def _remarks(self, finer: list[str]) -> list[str]:
+    def _remarks(self, finer: list[str], frozen: list[str]) -> list[str]:
         kept = [name for name, weight in self.weights.items() if weight.norms is None]
         found = []
+        if frozen:
+            found.append(f"ternary, and not pruned, as they are not trained: {', '.join(sorted(frozen))}")
         if kept:
             why = "no batch norm that learns its statistics absorbs them"
             found.append(f"scales are mean magnitudes, and trained at the end, as {why}: {', '.join(kept)}")
@@ -420,31 +339,6 @@ class PruneTernary(Method):
         sparsity = None if self.masks == "best" else SPARSITY if goal.sparsity is None else goal.sparsity
         absorbs = training.freeze_norms is None
         return PruneTernaryRun(ready, steps, self, sparsity, absorbs=absorbs, lr_quant=training.lr_quant)
-
-
-def _is_ternary(quantizer: nn.Module) -> bool:
-    return isinstance(quantizer, TernaryQuantizer)
-
-
-def _filters(ready: Prepared, name: str, quantizer: nn.Module, normed: Collection[str]) -> Filters:
-    """Return the filters of a weight, all kept; scales are trained where no norm absorbs them."""
-    assert isinstance(quantizer, TernaryQuantizer)
-    parameter = ready.get_parameter(name)
-    rows = filter_rows(parameter.detach(), quantizer.dim)
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True) if name in normed else None
-    if norms is not None:
-        quantizer.scale.requires_grad_(False)
-    return Filters(parameter, quantizer, norms, torch.ones_like(rows, dtype=torch.bool))
-
-
-def _in_front_of_norms(ready: Prepared) -> set[str]:
-    """Return the parameters whose filters a batch norm right behind the layer scales, with statistics of the batch."""
-    found = set()
-    for pair in chains(ready.session.plan.captured.module.graph):
-        operands = compute_of(pair.compute)
-        if operands is not None and trains(pair.norm):
-            found.add(str(bind(pair.compute)[operands.weight].target))
-    return found
 
 
 def _parts(totals: list[int], share: float) -> list[int]:

@@ -20,7 +20,7 @@ from graphcomp.quantization.quantizers.ternary import TernaryQuantizer
 from graphcomp.quantization.ternary_direction import cosines, directions
 from graphcomp.training.optimizer import MethodOptimizer
 from tests.methods.learning import Outer, Stop, batches, compress, loss
-from tests.methods.test_gdrq import deep
+from tests.methods.test_gdrq import Deep, deep
 
 FEW = ("layers.1.weight", "layers.2.weight", "layers.3.weight")
 TOTAL = 3 * 8 * 8 * 9
@@ -166,6 +166,30 @@ def test_scales_are_means_where_no_norm_absorbs_them():
         torch.testing.assert_close(weight.levels(weight.rows)[0, 0], kept.mean())
     _, run = begun()
     assert all(w.norms is not None and not w.quantizer.scale.requires_grad for w in run.weights.values())
+
+
+def test_a_weight_that_is_read_without_a_norm_too_keeps_its_scale():
+    class Twice(Deep):
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.norms[0](self.layers[0](x)))
+            x = torch.relu(self.norms[1](self.layers[1](x)))
+            x = torch.relu(self.layers[1](x))
+            x = torch.relu(self.norms[2](self.layers[2](x)))
+            return self.head(x.mean((2, 3)))
+
+    torch.manual_seed(0)
+    small = compress("prune_ternary", model=Twice(), bits=2, training={"steps": 8})
+    (said,) = [note for note in small.report.notes if note.startswith("scales are mean magnitudes")]
+    assert said.endswith(": layers.1.weight") and small.report.verified["trained == sliced"] < 1e-9
+
+
+def test_a_frozen_weight_is_not_pruned():
+    model = deep()
+    model.layers[2].weight.requires_grad_(False)
+    small = compress("prune_ternary", model=model, bits=2, training={"steps": 8})
+    assert "ternary, and not pruned, as they are not trained: layers.2.weight" in small.report.notes
+    assert any(note.startswith(f"{round(0.8 * 1152)} of 1152 weights in 2 tensors") for note in small.report.notes)
+    assert [layer.weight_bits for layer in small.report.layers] == [8, 2, 2, 2, 8]
 
 
 def test_no_other_decay_than_the_pull():
