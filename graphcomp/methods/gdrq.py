@@ -192,7 +192,7 @@ class GdrqRun(Run):
         super().after_step(step)
         clip, follows = self.method.clip, self.method.steps == "mean"
         for weight in self.weights.values():
-            if clip is not None:
+            if clip is not None and weight.parameter.requires_grad:
                 weight.clip(clip)
             if self.quantized and follows:
                 weight.set_steps(clip)
@@ -210,7 +210,7 @@ class GdrqRun(Run):
         self.quantized = True
         for weight in self.weights.values():
             weight.part(self.method.groups, self.method.grouping)
-            if self.method.clip is not None:
+            if self.method.clip is not None and weight.parameter.requires_grad:
                 weight.clip(self.method.clip)
             weight.set_steps(self.method.clip if self.method.steps == "mean" else None)
         for quantizer, parameter in self.others:
@@ -246,6 +246,9 @@ class GdrqRun(Run):
         fine = [s.layer for s in read if s.name not in self.few]
         if fine and self.method.activation_clip is not None:
             found.append(f"activations not clipped, as they have more bits: {', '.join(fine)}")
+        frozen = [name for name, weight in self.weights.items() if not weight.parameter.requires_grad]
+        if frozen and self.method.clip is not None:
+            found.append(f"not clipped, as they are not trained: {', '.join(frozen)}")
         if computed := [s.layer for s in self.ready.session.sites if s.is_weight and not s.parameter]:
             found.append(f"weights that are computed are not clipped: {', '.join(computed)}")
         return found

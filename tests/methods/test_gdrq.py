@@ -185,6 +185,22 @@ def test_8_5_one_group_learns_as_one_step_for_the_layer_does():
     torch.testing.assert_close(weight.quantizer.scale.grad, whole.scale.grad.expand(8))
 
 
+def test_a_frozen_weight_is_quantized_and_not_clipped():
+    model = deep()
+    model.layers[2].weight.requires_grad_(False)
+    seen: dict[str, GdrqRun] = {}
+
+    class Watched(Gdrq):
+        def begin(self, *args: Any) -> GdrqRun:
+            seen["run"] = super().begin(*args)
+            return seen["run"]
+
+    small = compress(Watched(), model=model, training={"steps": 8}, **W2A4)
+    assert torch.equal(seen["run"].weights["layers.2.weight"].parameter, model.layers[2].weight)
+    assert "not clipped, as they are not trained: layers.2.weight" in small.report.notes
+    assert [layer.weight_bits for layer in small.report.layers] == [8, 2, 2, 2, 8]
+
+
 def test_steps_follow_means_and_are_not_trained():
     optimizer, run = begun(Gdrq(steps="mean", reshape=0.25, groups=2))
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
