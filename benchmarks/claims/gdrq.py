@@ -25,6 +25,7 @@ def gdrq(case: Case, options: argparse.Namespace) -> None:
         run = partial(row, case, options=options, bits=bits, activation_bits=activation_bits, calibration=calibration)
         name = f"W{bits}A{activation_bits}"
         rows.append(run(f"{name}: reshaped, then quantized", Gdrq()))
+        rows.append(run(f"{name}: reshaped, clip 3 of weights", Gdrq(clip=3.0)))
         rows.append(run(f"{name}: the same stages, not clipped", plain()))
         rows.append(run(f"{name}: quantized all along, not clipped", plain(reshape=0.0)))
         rows.append(run(f"{name}: reshaped in 90 % of the steps", Gdrq(reshape=0.9)))
