@@ -54,6 +54,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--test", type=int, metavar="N", help="images to test on; default: all")
     parser.add_argument("--epochs", type=int, metavar="N", help="default: as each model has them")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="default: %(default)s")
+    parser.add_argument("--rows", default="", metavar="REGEX", help="rows whose names match (gdrq, prune_ternary)")
     parser.add_argument("--short", action="store_true", help="the first setting of each claim alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one line of JSON per row")
     return parser.parse_args()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +24,11 @@ from graphcomp.methods.base import Method
 COLUMNS = ["what", "% of test", "C0, kB", "C4, kB", "C5, kB", "folder, kB", "weights left", "ms of the file", "s"]
 ROUNDS = 30
 """Runs of an exported file on 16 images, of which the fastest counts."""
+
+
+def chosen(options: argparse.Namespace, what: str) -> bool:
+    """Return whether the row of this name is asked for (`--rows`)."""
+    return re.search(options.rows, what) is not None
 
 
 def row(case: Case, what: str, method: Method, options: argparse.Namespace, **asked: Any) -> list[str]:
