@@ -16,7 +16,8 @@ of least squared error, alpha = mean of kept |w|, and is trained in the last sta
 
 Source: Pruning Ternary Quantization (Liu et al. 2021, arXiv 2107.10998), reconstructed from the abstracts: no code is
 public. Ours: the pull is decoupled from the gradient, as AdamW's decay is, so that its strength depends on no learning
-rate; the schedule of eta; each filter keeps a weight; gradients also reach pruned weights until the mask stays, so that
+rate; the schedule of eta; each filter keeps a weight, and layers of small filters leave
+what they cannot give to the others; gradients also reach pruned weights until the mask stays, so that
 weights can return; the first and the last layer have 8 bits by default.
 """
 
@@ -103,6 +104,7 @@ class PruneTernaryRun(Run):
                 why="the first and the last layer have more bits, and no other layer has a weight of its own to train",
                 fix="PruneTernary(ends=2), which makes these ternary, too",
             )
+        self._check_share()
         self.others = [(q, ready.get_parameter(s.parameter)) for s, q in sites if s.parameter not in self.weights]
         self.cosine: dict[str, tuple[float, float]] = {}
         asked = {"sparsity": sparsity, "absorbs": absorbs}
@@ -114,6 +116,21 @@ class PruneTernaryRun(Run):
             ),
         )
         self._enter(0)
+
+    def _check_share(self) -> None:
+        """Refuse a share that leaves fewer weights than filters."""
+        totals, most = self._counts()
+        if self.sparsity is not None and round(self.sparsity * sum(totals)) > sum(most):
+            raise PlanError(
+                f"sparsity must be {sum(most) / sum(totals):.4f} at most for this network, got {self.sparsity}",
+                why=f"each filter keeps a weight: {sum(totals) - sum(most)} filters have {sum(totals)} weights",
+                fix=f"sparsity={min(SPARSITY, int(100 * sum(most) / sum(totals)) / 100)}",
+            )
+
+    def _counts(self) -> tuple[list[int], list[int]]:
+        """Return how many weights each layer has, and how many of the weights are pruned at most."""
+        totals = [weight.parameter.numel() for weight in self.weights.values()]
+        return totals, [total - len(w.mask) for total, w in zip(totals, self.weights.values(), strict=True)]
 
     def param_groups(self, base: type[Optimizer], lr: Any) -> list[dict[str, Any]]:
         """Groups of all that is trained; weights that become ternary have no other decay than the pull."""
@@ -197,8 +214,7 @@ class PruneTernaryRun(Run):
             return
         assert self.sparsity is not None
         share = sparsity_at(step, self.ends[0], self.sparsity, min(FIRST, self.sparsity))
-        totals = [weight.parameter.numel() for weight in self.weights.values()]
-        for weight, gone in zip(self.weights.values(), _parts(totals, share), strict=True):
+        for weight, gone in zip(self.weights.values(), _parts(*self._counts(), share), strict=True):
             weight.choose(weight.parameter.numel() - gone)
 
     def _finish(self) -> None:
@@ -341,11 +357,23 @@ class PruneTernary(Method):
         return PruneTernaryRun(ready, steps, self, sparsity, absorbs=absorbs, lr_quant=training.lr_quant)
 
 
-def _parts(totals: list[int], share: float) -> list[int]:
-    """Return the share of each total, whole numbers whose sum is the share of the sum to the nearest."""
-    exact = [share * total for total in totals]
+def _parts(totals: list[int], most: list[int], share: float) -> list[int]:
+    """Return the share of each total, whole numbers whose sum is the share of the sum to the nearest.
+
+    Args:
+        totals: how many there are.
+        most: how many are taken at most; what is missing then is taken of the others, in equal shares.
+        share: of all.
+    """
+    asked = min(round(share * sum(totals)), sum(most))
+    exact, full = [share * total for total in totals], set[int]()
+    while over := {k for k, own in enumerate(exact) if own > most[k]} - full:
+        full |= over
+        left = asked - sum(most[k] for k in full)
+        rest = sum(total for k, total in enumerate(totals) if k not in full)
+        exact = [float(most[k]) if k in full else left * total / rest for k, total in enumerate(totals)]
     found = [int(own) for own in exact]
-    missing = round(share * sum(totals)) - sum(found)
-    for k in sorted(range(len(totals)), key=lambda k: found[k] - exact[k])[:missing]:
+    missing = asked - sum(found)
+    for k in sorted((k for k in range(len(totals)) if found[k] < most[k]), key=lambda k: found[k] - exact[k])[:missing]:
         found[k] += 1
     return found

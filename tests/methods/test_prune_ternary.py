@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import graphcomp as gc
 from graphcomp.api import _prepared
@@ -204,9 +204,37 @@ def test_no_other_decay_than_the_pull():
 
 @pytest.mark.parametrize(("totals", "share"), [((10, 10, 10), 0.33), ((576, 7, 1), 0.8), ((5,), 0.0), ((3, 3), 1.0)])
 def test_shares_of_layers_add_up(totals, share):
-    found = _parts(list(totals), share)
+    found = _parts(list(totals), list(totals), share)
     assert sum(found) == round(share * sum(totals))
     assert all(abs(own - share * total) <= 1 for own, total in zip(found, totals, strict=True))
+
+
+def test_what_a_layer_cannot_give_is_taken_of_the_others():
+    assert _parts([72, 600, 300], [64, 590, 295], 0.95) == [64, 573, 286]  # 923 - 64, in equal shares of 600 and 300
+    assert _parts([72, 600, 300], [64, 568, 295], 0.95) == [64, 568, 291]  # the second is full, too
+    assert _parts([8, 8], [6, 8], 0.9) == [6, 8]  # all that there is to take
+
+
+def test_small_filters_leave_their_share_to_other_layers():
+    class Depthwise(Deep):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers[2] = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+
+    torch.manual_seed(0)
+    seen: list[PruneTernaryRun] = []
+
+    class Watched(PruneTernary):
+        def begin(self, *args: Any) -> PruneTernaryRun:
+            seen.append(super().begin(*args))
+            return seen[-1]
+
+    total = 576 + 72 + 576
+    small = compress(Watched(), model=Depthwise(), bits=2, sparsity=0.95, training={"steps": 8})
+    notes = " ".join(small.report.notes)
+    assert f"{round(0.95 * total)} of {total} weights in 3 tensors are pruned" in notes
+    assert "not what the result has" not in notes
+    assert seen[0].weights["layers.2.weight"].mask.sum(1).tolist() == [1] * 8
 
 
 # ------------------------------------------------------------------------------------------------ to the file
@@ -311,6 +339,11 @@ def test_after_units_are_gone_filters_that_stay_become_ternary():
         (PruneTernary(), {"bits": 2, "budget": gc.Budget(bytes=0.1)}, "budget with"),
         (PruneTernary(), {"bits": 2, "sparsity": {"layers.1": 0.5}}, "sparsity by module"),
         (PruneTernary(masks="best"), {"bits": 2, "sparsity": 0.5}, "sparsity=0.5 with PruneTernary"),
+        (
+            PruneTernary(),
+            {"bits": 2, "sparsity": 0.99},
+            r"sparsity must be 0\.9861 at most for this network, got 0\.99",
+        ),
         (PruneTernary(), {"bits": 2, "training": {"steps": None, "schedule": gc.Schedule(24)}}, "a Schedule"),
         (PruneTernary(), {"bits": 2, "ignore": ["layers.1", "layers.2", "layers.3"]}, "no weight to make ternary"),
     ],
