@@ -51,6 +51,7 @@ from graphcomp.flows.results import (
     with_latency,
 )
 from graphcomp.flows.said_by_config import with_config
+from graphcomp.flows.searched import Search, batches_to_search, without_training
 from graphcomp.flows.timed import DESIGNS, time_plan
 from graphcomp.flows.timed_budget import timed_budget
 from graphcomp.flows.uniform import Uniform, alike_layers, check_uniform
@@ -350,7 +351,8 @@ def compress(
             for stage, own in zip(stages, goals, strict=True)
         ]
         _check_held_out(any(compares), training)
-        if data is None or training is None or (loss is None and training.teacher is None):
+        alone = without_training(stages, training)
+        if not alone and (data is None or training is None or (loss is None and training.teacher is None)):
             raise PlanError(
                 f"method={title!r} trains: it needs data, a loss and a length",
                 fix="data=loader, loss=lambda output, batch: …, epochs=10; a teacher (Training) may stand for the loss",
@@ -360,11 +362,14 @@ def compress(
         trained_model = _own(model)
         measured: Sequence[Any] = ()
         if start is not None:
-            measured, data = first_batches(data, seed)
+            measured, data = first_batches(() if data is None else data, seed)
             device = next((p.device for p in model.parameters()), torch.device("cpu"))
             calibration = [to_device(b, device) for b in measured] if calibration is None else calibration
-        if training.held_out is not None:
+        if training is not None and training.held_out is not None:
             measured = _held_out(training.held_out)
+        judged: list[Any] = []
+        if any(stage.searches for stage in stages):
+            calibration, judged, data = batches_to_search(calibration, data, seed)
         source = partial(
             _prepared,
             trained_model,
@@ -378,13 +383,21 @@ def compress(
             scope=scope,
             outputs=outputs,
         )
-        lengths = parts(training, data, folders(stages), least_steps(stages, goals, training), title)
+        training, given_data = training or Training(), () if data is None else data
+        lengths = parts(training, given_data, folders(stages), least_steps(stages, goals, training), title)
         ready = _trained(
             trained_model,
             list(zip(stages, goals, lengths, strict=True)),
             source,
-            partial(train, data=data, loss=loss, progress=progress, seed=seed),
+            None if alone else partial(train, data=given_data, loss=loss, progress=progress, seed=seed),
             [measured if own else () for own in compares],
+            Search(
+                lambda plan: _calibration(trained_model, plan, example_inputs, example_kwargs, calibration) or [],
+                judged,
+                loss,
+                repair is not None,
+                seed,
+            ),
             example=example,
             scope=scope,
             progress=progress,
@@ -1209,8 +1222,9 @@ def _trained(
     model: nn.Module,
     stages: Sequence[tuple[Method, Goal, Training]],
     source: Callable[..., Prepared],
-    trained: Callable[..., None],
+    trained: Callable[..., None] | None,
     measured: Sequence[Sequence[Any]],
+    search: Search,
     *,
     example: tuple[tuple[Any, ...], dict[str, Any]],
     scope: str,
@@ -1221,7 +1235,9 @@ def _trained(
     With a scope, the prepared submodule stands in the model while it is trained.
 
     Args:
+        trained: trains a stage; None: the search alone is asked for.
         measured: batches that each stage is compared on with what it began with; none: it is not compared.
+        search: of the methods that search.
     """
     following = Following(source)
     remarks: dict[str, None] = {}
@@ -1232,8 +1248,15 @@ def _trained(
         _check_called(ready.session.plan.captured)
         remarks |= dict.fromkeys(ready.remarks)
         title = f"{method.name}: " * (len(stages) > 1)
+        rows = search.rows(ready.session.plan) if method.searches else []
         with standing_in(model, ready, *example) as whole:
+            if method.searches:
+                with show_progress(1, progress) as bar:
+                    search(method, ready, goal, whole, rows, training.folder, bar.step)
             begin = partial(method.begin, ready, goal)
+            remarks |= dict.fromkeys(ready.remarks)
+            if trained is None:
+                continue
             trained(ready, training=training, begin=begin, whole=whole, measured=batches, title=title)
         remarks |= dict.fromkeys(ready.remarks)
     ready.remarks = tuple(remarks)

@@ -9,8 +9,10 @@ stand apart: papers leave them out. Norms, activations and embeddings have none.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TypeAlias
 
 from torch import fx
@@ -25,13 +27,14 @@ FLOAT_BITS = 32
 class Bits:
     """Bits of the two operands of a layer; of attention, those of the first and the second activation.
 
-    A learned number of bits counts as the nearest whole one (a half, as the nearest even one).
+    A learned number of bits counts as the nearest whole one (a half, as the nearest even one); a fraction, the mean of
+    channels with bits of their own, counts as it is.
 
     Raises:
         PlanError: bits outside 1 to 32.
     """
 
-    weight: float = FLOAT_BITS
+    weight: float | Fraction = FLOAT_BITS
     activation: float = FLOAT_BITS
 
     def __post_init__(self) -> None:
@@ -40,9 +43,10 @@ class Bits:
                 raise PlanError(f"{name}={bits!r} is not a number of bits from 1 to {FLOAT_BITS}", fix=f"{name}=8")
 
     @property
-    def per_mac(self) -> int:
+    def per_mac(self) -> int | Fraction:
         """Bit operations of one multiply-accumulate."""
-        return round(self.weight) * round(self.activation)
+        weight = self.weight if isinstance(self.weight, Fraction) else round(self.weight)
+        return weight * round(self.activation)
 
 
 BitsOf: TypeAlias = Mapping[str | fx.Node, Bits]
@@ -85,13 +89,13 @@ class Bops:
 
     def by_layer(self, counts: Counts = WHOLE) -> dict[str, int]:
         """`layers` and `attention`, apart for each layer (see `Operation.layer`)."""
-        found: dict[str, int] = {}
+        found: dict[str, int | Fraction] = {}
         for operation, per_mac in self._operations:
             found[operation.layer] = found.get(operation.layer, 0) + operation.macs(counts) * per_mac
-        return found
+        return {layer: math.ceil(count) for layer, count in found.items()}
 
 
-def _per_mac(operation: Operation, bits: BitsOf) -> int:
+def _per_mac(operation: Operation, bits: BitsOf) -> int | Fraction:
     found = bits.get(operation.node) or bits.get(operation.layer) or Bits()
     return found.per_mac
 

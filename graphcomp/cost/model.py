@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -263,12 +264,15 @@ class _Layers:
 
 @dataclass(frozen=True)
 class Polynomial:
-    """Σ coefficient · Π factors, the factors standing for how many of their units stay."""
+    """Σ coefficient · Π factors, the factors standing for how many of their units stay.
 
-    terms: Mapping[tuple[Factor, ...], int] = field(default_factory=dict)
+    Coefficients are whole numbers, but for bit operations of channels with bits of their own, whose mean is a fraction.
+    """
+
+    terms: Mapping[tuple[Factor, ...], Any] = field(default_factory=dict)
 
     @staticmethod
-    def constant(value: int) -> Polynomial:
+    def constant(value: int | Fraction) -> Polynomial:
         """The polynomial that is `value` whatever stays."""
         return Polynomial({(): value} if value else {})
 
@@ -279,7 +283,7 @@ class Polynomial:
         return Polynomial(terms)
 
     def __mul__(self, other: Polynomial) -> Polynomial:
-        terms: dict[tuple[Factor, ...], int] = {}
+        terms: dict[tuple[Factor, ...], Any] = {}
         for left, a in self.terms.items():
             for right, b in other.terms.items():
                 monomial = tuple(sorted((*left, *right), key=lambda factor: factor.serial))
@@ -287,13 +291,13 @@ class Polynomial:
         return Polynomial(terms)
 
     def __call__(self, counts: Counts) -> int:
-        """The value when `counts` units stay."""
-        total = 0
+        """The value when `counts` units stay, rounded up."""
+        total: int | Fraction = 0
         for monomial, value in self.terms.items():
             for factor in monomial:
                 value *= counts.get(factor, factor.size)
             total += value
-        return total
+        return math.ceil(total)
 
 
 # ------------------------------------------------------------------------------------------------ multiply-accumulates

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from graphcomp.capture.beside import TRAINING
 from graphcomp.capture.capture import Captured
 from graphcomp.capture.resized import OPEN, open_lengths
 from graphcomp.cost import Bits, Bops, CostModel, Counts, SizeModel, latency
+from graphcomp.cost.conventions import BITS_FIELD
 from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.groups import ChannelGroup, Kept
 from graphcomp.errors import CalibrationError, PlanError, VerificationError
@@ -49,6 +51,7 @@ from graphcomp.quantization.spec import (
     QuantSpec,
     check_bits,
 )
+from graphcomp.quantization.stored import Affine, Stored
 from graphcomp.report.report import Change, LayerReport, Report, group_dict, layers
 from graphcomp.result import CompressedModel
 from graphcomp.system.threads import one_at_a_time
@@ -449,7 +452,9 @@ def _quantized_report(cut: Cut, notes: Sequence[str], integers: Program) -> Repo
 def _with_bits(layer: LayerReport, found: Mapping[str, Any]) -> LayerReport:
     if layer.name not in found:
         return layer
-    return replace(layer, weight_bits=found[layer.name].weight_bits, activation_bits=found[layer.name].activation_bits)
+    own = found[layer.name]
+    mean = round(float(own.weight_bits), 3) if isinstance(own.weight_bits, Fraction) else own.weight_bits
+    return replace(layer, weight_bits=mean, activation_bits=own.activation_bits)
 
 
 def _stored(module: nn.Module) -> list[Tensor]:
@@ -457,15 +462,26 @@ def _stored(module: nn.Module) -> list[Tensor]:
 
 
 def _sizes(lowered: Lowered) -> dict[str, float]:
-    """The conventions' sizes of the quantized weights; floats and biases, of 32 bits each, are in the remainder."""
+    """The conventions' sizes of the quantized weights; floats and biases, of 32 bits each, are in the remainder.
+
+    Where channels have bits of their own, the codes of each width count apart, and each channel says its bits.
+    """
     nodes = lowered.module.graph.find_nodes(op="call_function", target=ops.dequantize_per_channel)
     biases = sum(value(node).numel() for node in nodes if bind(node)["dtype"] is torch.int32)
     floats = sum(p.numel() for p in lowered.module.parameters())
     found = SizeModel({}, floats + biases).sizes()
     for name, stored in lowered.weights.items():  # one at a time: what is counted of a tensor is not kept
-        for convention, size in SizeModel({name: stored.counted()}).sizes().items():
+        for convention, size in _model_of(name, stored).sizes().items():
             found[convention] += size
     return {convention: float(size) for convention, size in found.items()}
+
+
+def _model_of(name: str, stored: Stored) -> SizeModel:
+    if not isinstance(stored, Affine) or stored.widths is None:
+        return SizeModel({name: stored.counted()})
+    parts = {f"{name}, {width} bits": codes for width, codes in stored.counted_by_width().items()}
+    fields = BITS_FIELD * (stored.widths.numel() - len(parts))  # each part counts a field itself
+    return SizeModel(parts, 0, fields)
 
 
 # ------------------------------------------------------------------------------------------------ verification

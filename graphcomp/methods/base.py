@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from graphcomp.cost.conventions import Convention
@@ -79,6 +80,30 @@ class Source(Protocol):
         """
 
 
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """What a method that searches may look at before the module is trained.
+
+    Attributes:
+        rows: flat inputs of the module's graph.
+        score: () -> how good the module is now, in eval mode, on batches that are not among `rows` where there are
+            enough; higher is better.
+        repair: whether the layers behind units that go are to be repaired in closed form.
+        folder: where the method keeps what the method has found; None: nothing is written.
+        about: what tells this search from another one: name -> text.
+        seed: of everything that is drawn.
+        said: takes a text on how far the search is.
+    """
+
+    rows: Sequence[Sequence[Any]]
+    score: Callable[[], float]
+    repair: bool = True
+    folder: Path | None = None
+    about: Mapping[str, str] = field(default_factory=dict)
+    seed: int = 0
+    said: Callable[[str], None] = lambda text: None
+
+
 class Method(ABC):
     """A way to train a model smaller: plain training at fixed bits, of which a method overrides what it does otherwise.
 
@@ -89,6 +114,8 @@ class Method(ABC):
         calibrated: whether training starts from post-training quantization, with all its options, at fixed bits.
         compares: whether the result is what training started from where the loss has not fallen; without a start from
             post-training quantization, on held-out data alone.
+        searches: whether the method looks for what goes on data, before training (`search`); such a method needs no
+            training.
         convention: of storage, which a budget on bytes counts the codes of weights by (`report.sizes`); None: a budget
             counts all bytes of the result.
     """
@@ -98,6 +125,7 @@ class Method(ABC):
     quantizes: bool = False
     calibrated: ClassVar[bool] = False
     compares: ClassVar[bool] = False
+    searches: ClassVar[bool] = False
     convention: Convention | None = None
 
     def check(self, goal: Goal) -> None:  # noqa: B027 (most methods have nothing to refuse)
@@ -122,6 +150,15 @@ class Method(ABC):
         if not self.quantizes:
             return source()
         return source(bits=goal.bits, activation_bits=goal.activation_bits, start=goal.start)
+
+    def search(self, ready: Prepared, goal: Goal, shown: Shown) -> None:  # noqa: B027 (most methods do not search)
+        """Decide on data what goes, and let the module be so; called in eval mode, after `prepare`, where `searches`.
+
+        Args:
+            ready: what `prepare` returned.
+            goal: what is asked.
+            shown: data, and where the search is kept.
+        """
 
     @abstractmethod
     def begin(self, ready: Prepared, goal: Goal, training: Training, steps: int) -> Run:

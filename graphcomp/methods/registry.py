@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from graphcomp.arguments import check_word, wrong
 from graphcomp.errors import PlanError
+from graphcomp.methods.ajpq.method import Ajpq
 from graphcomp.methods.base import Method
 from graphcomp.methods.gdrq import Gdrq
 from graphcomp.methods.geta.method import Geta
@@ -34,6 +35,7 @@ METHODS: dict[str, tuple[Method, ...]] = {
     "qst": (Qst(),),
     "gdrq": (Gdrq(),),
     "prune_ternary": (PruneTernary(),),
+    "ajpq": (Ajpq(),),
 }
 """Each method as its stages, which share the steps of a training equally; "oneshot" trains in none."""
 

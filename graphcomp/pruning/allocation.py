@@ -694,4 +694,4 @@ def _check_counted(costs: CostModel, budget: Budget) -> None:
 def _weight_bits(costs: CostModel, bits: BitsOf) -> dict[str, float]:
     """Layer -> bits of its weight, for the layers that have some."""
     found = {op.layer: bits.get(op.node) or bits.get(op.layer) for op in costs.operations}
-    return {layer: own.weight for layer, own in found.items() if own is not None}
+    return {layer: float(own.weight) for layer, own in found.items() if own is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 
 from torch import fx
 
@@ -76,7 +77,7 @@ class StoredBytes:
         return rows * (-(-columns // self.group_size) - 1) * (STEP_BYTES + ZERO_BYTES) + columns * GROUP_BYTES
 
 
-def stored_bits(bits: float) -> int:
+def stored_bits(bits: float | Fraction) -> int:
     """What a code of so many bits takes where it is stored."""
     whole = round(bits)
     if whole <= max(PACKED_BITS):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import ClassVar
 
 import torch
@@ -36,6 +37,7 @@ from graphcomp.quantization.placement import (
     padded_with,
 )
 from graphcomp.quantization.quantizers.base import Quantizer
+from graphcomp.quantization.quantizers.mixed import MixedQuantizer
 from graphcomp.quantization.stored import Affine, Stored, Writer, container
 
 aten = torch.ops.aten
@@ -54,12 +56,13 @@ FAKE = "fake-quant"
 class LoweredLayer:
     """One compute op or embedding: the bits of its weight and of what it reads (32: float).
 
-    Of a product of two activations the second stands for the weight.
+    Of a product of two activations the second stands for the weight. Where channels have bits of their own, a fraction
+    is the mean over channels.
     """
 
     name: str  # of its weight, or of the op
     node: str  # of the graph, as in the float graph
-    weight_bits: int = 32
+    weight_bits: int | Fraction = 32
     activation_bits: int = 32
 
 
@@ -288,7 +291,7 @@ def layers_of(fake: fx.GraphModule) -> tuple[LoweredLayer, ...]:
         arguments = bind(node)
         weight = arguments[reads.weight]
         data = [arguments[name] for name in operands.data if arguments[name] is not weight] if operands else []
-        bits = [_bits(quantizers.get(d)) for d in data]
+        bits = [round(_bits(quantizers.get(d))) for d in data]
         name = layer_name(weight, constant) if weight in constant else ""
         name = name or f"{module_path(node)}.{node.name}".lstrip(".")
         found.append(LoweredLayer(name, node.name, _bits(quantizers.get(weight)), max(bits, default=32)))
@@ -338,7 +341,10 @@ def _ancestors(node: fx.Node) -> Iterator[fx.Node]:
         waiting += new
 
 
-def _bits(quantizer: Quantizer | None) -> int:
+def _bits(quantizer: Quantizer | None) -> int | Fraction:
+    if isinstance(quantizer, MixedQuantizer):
+        mean = Fraction(int(quantizer.widths.sum()), quantizer.widths.numel())
+        return int(mean) if mean.denominator == 1 else mean
     return 32 if quantizer is None else round(float(quantizer.bits.detach()))
 
 

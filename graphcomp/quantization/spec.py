@@ -22,7 +22,7 @@ from graphcomp.errors import PlanError
 MIN_BITS, MAX_BITS = 2, 16
 
 Granularity = Literal["tensor", "channel", "group", "token"]
-Kind = Literal["uniform", "geta", "ternary"]
+Kind = Literal["uniform", "geta", "ternary", "mixed"]
 Observer = Literal["minmax", "percentile", "mse", "entropy", "output"]
 
 
@@ -49,6 +49,7 @@ class QuantSpec:
         group_size: input indices per step, for granularity "group".
         kind: "uniform" (a step, LSQ; with a zero point, LSQ+), "geta" (step and range; symmetric, per tensor), or
             "ternary" for weights: -s, 0 and s (TWN); not symmetric: -n, 0 and p (TTQ), stored as codes and a table.
+            "mixed" for weights: uniform, and each output channel has a number of bits of its own, `bits` at most.
         observer: how the first range is read off data. "output": of the ranges that the others give, the one with the
             least error in the results of the ops that read the tensor; alone, and for weights, as "mse".
         learn_exponent: kind "geta" learns an exponent, too, so that levels need not be evenly spaced. Integer kernels
@@ -86,6 +87,12 @@ class QuantSpec:
                 "GETA's quantizer is symmetric and has one step per tensor",
                 why=f"got granularity={self.granularity!r}, symmetric={self.symmetric}",
                 fix='QuantSpec(kind="geta")',
+            )
+        if self.kind == "mixed" and (self.granularity != "channel" or not self.symmetric):
+            raise PlanError(
+                "bits of each channel's own must be of symmetric levels, with a step per channel",
+                why=f"got granularity={self.granularity!r}, symmetric={self.symmetric}",
+                fix='QuantSpec(kind="mixed", granularity="channel")',
             )
         if self.kind == "ternary":
             self._check_ternary()
@@ -188,7 +195,7 @@ class QuantConfig:
     def __post_init__(self) -> None:
         for name in ("weights", "activations", "embeddings"):
             _check_spec(name, getattr(self, name))
-        _check_no_ternary("activations", self.activations)
+        _check_of_weights("activations", self.activations)
         for name in ("weights", "embeddings"):
             _check_static(name, getattr(self, name))
         if self.embeddings is not None and self.embeddings.tabled:
@@ -209,7 +216,7 @@ class QuantConfig:
                 raise wrong(f"overrides[{shown(key)}]", "a pair (weights, activations)", specs, fix)
             for spec in specs:
                 _check_spec(f"overrides[{shown(key)}]", spec)
-            _check_no_ternary(f"activations of overrides[{shown(key)}]", specs[1])
+            _check_of_weights(f"activations of overrides[{shown(key)}]", specs[1])
             _check_static(f"weights of overrides[{shown(key)}]", specs[0])
 
     @property
@@ -252,8 +259,14 @@ def _check_spec(name: str, spec: object) -> None:
         check_instance(name, spec, QuantSpec, f"{name.partition('[')[0]}=graphcomp.QuantSpec(8), or None for floats")
 
 
-def _check_no_ternary(name: str, spec: QuantSpec | None) -> None:
-    """Raise PlanError where a spec of activations is ternary."""
+def _check_of_weights(name: str, spec: QuantSpec | None) -> None:
+    """Raise PlanError where a spec of activations is one for weights alone."""
+    if spec is not None and spec.kind == "mixed":
+        raise PlanError(
+            f"{name} cannot have bits of each channel's own",
+            why="integer kernels read activations of one scale",
+            fix='QuantConfig(weights=QuantSpec(kind="mixed", granularity="channel")), with other activations',
+        )
     if spec is not None and spec.kind == "ternary":
         raise PlanError(
             f"{name} cannot be ternary",

@@ -183,6 +183,7 @@ class Affine:
         quant_min, quant_max: the lowest and highest code.
         dim: which dim of `values` has one scale per index; None: one scale for all.
         groups: (i,) int64, for each index of the dim after `dim` (the last) the column of `scale`; None without groups.
+        widths: (c,) int64, bits of each channel, where channels have bits of their own; None: all have the same.
     """
 
     values: Tensor
@@ -192,6 +193,7 @@ class Affine:
     quant_max: int
     dim: int | None = None
     groups: Tensor | None = None
+    widths: Tensor | None = None
 
     def __repr__(self) -> str:
         return f"Affine({_shown(self.values)} from {self.quant_min} to {self.quant_max}, scale {_shown(self.scale)})"
@@ -267,12 +269,27 @@ class Affine:
         if self.groups is not None:
             size = -(-self.groups.numel() // self.scale.shape[1])
             return QuantSpec(bits, symmetric=symmetric, granularity="group", group_size=size)
+        if self.widths is not None:
+            return QuantSpec(bits, granularity="channel", kind="mixed")
         return QuantSpec(bits, symmetric=symmetric, granularity="tensor" if self.dim is None else "channel")
 
     def counted(self) -> Codes:
         """Return the codes, with a step for each scale."""
         zero = spread(self.zero_point, self.values.dim(), self.dim, self.groups)
         return Codes(self.values, (self.quant_max - self.quant_min).bit_length(), zero, self.scale.numel())
+
+    def counted_by_width(self) -> dict[int, Codes]:
+        """Return the codes of the channels of each width, by width: in as many bits as the channels have.
+
+        Codes of a channel lie within the width of the channel, and the zero point is 0.
+        """
+        assert self.widths is not None and self.dim is not None
+        found = {}
+        for width in sorted(set(self.widths.tolist())):
+            channels = (self.widths == width).nonzero().flatten()
+            values = self.values.index_select(self.dim, channels.to(self.values.device))
+            found[width] = Codes(values, width, 0, len(channels))
+        return found
 
     def write(self, to: Writer, stem: str, shift: int = 0) -> Written:
         """Write codes, scales and zero points."""

@@ -39,12 +39,15 @@ class Change:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer: its width and the bits it is stored and fed with (32: not quantized)."""
+    """One layer: its width and the bits it is stored and fed with (32: not quantized).
+
+    Where channels have bits of their own, `weight_bits` is the mean, a float.
+    """
 
     name: str
     units_kept: int
     units_total: int
-    weight_bits: int = FLOAT_BITS
+    weight_bits: float = FLOAT_BITS
     activation_bits: int = FLOAT_BITS
 
     def to_dict(self) -> dict[str, Any]:
@@ -208,10 +211,17 @@ def _change(change: Change, number: str) -> str:
 
 def _bits_text(layers: Sequence[LayerReport]) -> list[str]:
     """How many layers have which bits; nothing where all are float."""
-    found = Counter((layer.weight_bits, layer.activation_bits) for layer in layers)
-    if set(found) <= {(FLOAT_BITS, FLOAT_BITS)}:
+    own = [layer for layer in layers if isinstance(layer.weight_bits, float)]
+    found = Counter((layer.weight_bits, layer.activation_bits) for layer in layers if layer not in own)
+    if set(found) <= {(FLOAT_BITS, FLOAT_BITS)} and not own:
         return []
-    return [f"{w} for weights, {a} for activations: {n} of {len(layers)} layers" for (w, a), n in sorted(found.items())]
+    said = [f"{w} for weights, {a} for activations: {n} of {len(layers)} layers" for (w, a), n in sorted(found.items())]
+    if own:
+        means, read = ([getattr(layer, name) for layer in own] for name in ("weight_bits", "activation_bits"))
+        span = f"{min(means):.1f} to {max(means):.1f} for weights on average"
+        layers_of = f"{len(own)} of {len(layers)} layers, whose channels have bits of their own"
+        said.append(f"{span}, {min(read)} to {max(read)} for activations: {layers_of}")
+    return said
 
 
 def _kernels_text(kernels: Mapping[str, Any] | None) -> list[str]:

@@ -34,8 +34,8 @@ def straight_through(x: Tensor, level: Tensor) -> Tensor:
     return _Straight.apply(x, level)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """`x` itself; its gradient times `factor`.
+def scale_gradient(x: Tensor, factor: float | Tensor) -> Tensor:
+    """`x` itself; its gradient times `factor`, a number or a constant of the shape of `x`.
 
     Source: `gradscale` in LSQ (Esser et al. 2020, arXiv 1902.08153), appendix A.
     """
@@ -60,7 +60,9 @@ def inward(grad: Tensor, x: Tensor, valid: Tensor) -> Tensor:
     return grad.masked_fill((x - valid) * grad < 0, 0)  # descent goes against the gradient
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> Tensor:
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int | Tensor, quant_max: int | Tensor
+) -> Tensor:
     """The multiple of `scale` nearest to `x` among the codes: (clamp(round(x / scale) + z, min, max) - z) * scale.
 
     With v = x / scale, lowest and highest multiple l = quant_min - z and h = quant_max - z, the gradients are
@@ -75,6 +77,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min
         x: float32 or float64.
         scale: in the dtype of `x`, broadcasts to it, > 0. Units of `x` per code.
         zero_point: as `scale`, whole numbers; None is 0.
+        quant_min, quant_max: numbers, or tensors that broadcast to `x`, beside a scale per channel.
 
     Returns:
         The shape of `x`; never -0, so that integers can stand for it bit for bit.
@@ -87,7 +90,9 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min
     return how.apply(x, scale, zero_point, quant_min, quant_max)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def multiples(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> Tensor:
+def multiples(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int | Tensor, quant_max: int | Tensor
+) -> Tensor:
     """Codes less their zero point, as floats: what `fake_quantize` multiplies `scale` with. Arguments as there."""
     low, high = _ends(zero_point, quant_min, quant_max)
     # Clamped before it is rounded: the same number, since the ends are whole. Adding 0 turns -0 into 0.
@@ -112,7 +117,7 @@ def _clamp(x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     return x.clamp_max(high).clamp_min_(low)
 
 
-def _ends(zero_point: Tensor | None, quant_min: int, quant_max: int) -> tuple[Any, Any]:
+def _ends(zero_point: Tensor | None, quant_min: Any, quant_max: Any) -> tuple[Any, Any]:
     if zero_point is None:
         return quant_min, quant_max
     return quant_min - zero_point, quant_max - zero_point

@@ -12,6 +12,7 @@ from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.codebook import CodebookQuantizer
 from graphcomp.quantization.quantizers.dynamic import DynamicQuantizer
 from graphcomp.quantization.quantizers.geta import GetaQuantizer
+from graphcomp.quantization.quantizers.mixed import MixedQuantizer
 from graphcomp.quantization.quantizers.symmetric import SymmetricQuantizer
 from graphcomp.quantization.quantizers.ternary import TernaryQuantizer
 from graphcomp.quantization.quantizers.uniform import UniformQuantizer
@@ -35,6 +36,8 @@ def make_quantizer(spec: QuantSpec, *, shape: Sequence[int] | None = None, dim: 
         return GetaQuantizer(spec)
     if spec.kind == "ternary":
         return TernaryQuantizer(spec, shape, dim)
+    if spec.kind == "mixed":
+        return MixedQuantizer(spec, shape, dim)
     if spec.symmetric:
         return SymmetricQuantizer(spec, shape, dim)
     return AffineQuantizer(spec, shape, dim)
@@ -45,12 +48,12 @@ def quantizer_of(stored: Stored, spec: QuantSpec) -> Quantizer:
 
     Args:
         spec: what the quantizer says of itself; the granularity is that of `stored`, and evenly spaced levels make the
-            kind uniform.
+            kind uniform, or mixed where channels have bits of their own.
     """
     if isinstance(stored, Codebook):
         return CodebookQuantizer(replace(spec, granularity=stored.spec.granularity), stored.table, stored.dim)
     assert isinstance(stored, Affine)
-    spec = replace(spec, kind="uniform")
+    spec = replace(spec, kind="uniform" if stored.widths is None else "mixed")
     if stored.dim is not None and stored.groups is None:
         spec = replace(spec, granularity="channel")
     found = make_quantizer(spec, shape=stored.values.shape, dim=stored.dim).to(stored.scale)
@@ -59,4 +62,6 @@ def quantizer_of(stored: Stored, spec: QuantSpec) -> Quantizer:
     if isinstance(found, AffineQuantizer):
         found.zero_point = nn.Parameter(stored.zero_point.to(stored.scale))
     found.groups = stored.groups
+    if isinstance(found, MixedQuantizer) and stored.widths is not None:
+        found.set_widths(stored.widths)
     return found
