@@ -339,7 +339,8 @@ def compress(
         goals = goals_of(stages, goal, start and _with_names(start, part))
         remarks = check_goals(stages, title, goals, given)
         _activation_limits(bits if quantization is None else 8, activation_bits)
-        if calibration is not None and bits is None and start is None:
+        searches = any(stage.searches for stage in stages)
+        if calibration is not None and bits is None and start is None and not searches:
             raise PlanError(
                 f"calibration with method={title!r}, and no bits are given",
                 why="it gives quantizers their first ranges",
@@ -368,7 +369,7 @@ def compress(
         if training is not None and training.held_out is not None:
             measured = _held_out(training.held_out)
         judged: list[Any] = []
-        if any(stage.searches for stage in stages):
+        if searches:
             calibration, judged, data = batches_to_search(calibration, data, seed)
         source = partial(
             _prepared,

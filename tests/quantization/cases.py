@@ -9,6 +9,7 @@ from torch import Tensor
 
 from graphcomp.quantization.quantizers.base import Quantizer
 from graphcomp.quantization.quantizers.make import make_quantizer
+from graphcomp.quantization.quantizers.mixed import MixedQuantizer
 from graphcomp.quantization.spec import QuantSpec
 from graphcomp.quantization.stored import Affine, Codebook, Stored
 
@@ -25,6 +26,7 @@ SPECS = {
     "ternary channel": QuantSpec(kind="ternary", granularity="channel"),
     "ternary, two scales": QuantSpec(kind="ternary", symmetric=False),
     "ternary, two scales, channel": QuantSpec(kind="ternary", symmetric=False, granularity="channel"),
+    "mixed": QuantSpec(4, kind="mixed", granularity="channel"),
     "geta": QuantSpec(4, kind="geta"),
     "geta exponent": QuantSpec(4, kind="geta", learn_exponent=True),
 }
@@ -33,6 +35,8 @@ SPECS = {
 def make(name: str, dtype: torch.dtype = torch.float32) -> Quantizer:
     """The quantizer of that name for tensors of SHAPE, range -1.5 … 2: some of `data` saturates."""
     quantizer = make_quantizer(SPECS[name], shape=SHAPE, dim=0).to(dtype)
+    if isinstance(quantizer, MixedQuantizer):
+        quantizer.set_widths(torch.tensor([2, 3, 4, 4]))
     quantizer.set_range(torch.tensor(-1.5), torch.tensor(2.0))
     return quantizer
 

@@ -43,8 +43,9 @@ from graphcomp.training.schedule import Schedule
 
 GENERATION = 20
 """Plans that are drawn before the distribution moves."""
-DEVIATION = 0.15
-"""Of the actions that are drawn first, about those of the best uniform plan."""
+DEVIATIONS: Mapping[Controller, tuple[float, float]] = {"spread": (0.15, 0.02), "channel": (0.3, 0.05)}
+"""Of the actions that are drawn first, about those of the best uniform plan, and the least: a mean is a real number,
+and actions of one channel that are less than a bit apart are one plan."""
 IDLE = 5
 """Generations in a row that hold no plan which is new, after which the search ends."""
 MEANS = 7
@@ -249,9 +250,10 @@ class Searching:
 
         scores = score_all(starts, plans)
         first = max(range(len(scores)), key=lambda k: (scores[k], -k))
-        draws = CrossEntropy(starts[first], DEVIATION, seed)
+        deviation, narrowest = DEVIATIONS[self.method.controller]
+        draws = CrossEntropy(starts[first], deviation, narrowest, seed)
         draws.tell(torch.stack(list(starts[: len(scores)])), scores)
-        draws.mean, draws.deviation = starts[first].clone(), torch.full_like(starts[first], DEVIATION)
+        draws.mean, draws.deviation = starts[first].clone(), torch.full_like(starts[first], deviation)
         idle = 0
         while len(found.used) < limit and idle < IDLE:
             before = len(found.used)

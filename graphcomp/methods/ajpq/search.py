@@ -17,8 +17,6 @@ ELITE = 0.25
 """Share of each generation that the distribution moves to."""
 MOVE = 0.6
 """How far the distribution moves: 1 forgets all generations before."""
-NARROWEST = 0.02
-"""Least deviation, in actions of 0 … 1."""
 
 
 class CrossEntropy:
@@ -30,11 +28,12 @@ class CrossEntropy:
     Args:
         mean: where the search begins.
         deviation: how far from there, at first.
+        narrowest: the least deviation that the search goes down to.
         seed: of all draws.
     """
 
-    def __init__(self, mean: Tensor, deviation: float, seed: int) -> None:
-        self.mean = mean.clone()
+    def __init__(self, mean: Tensor, deviation: float, narrowest: float, seed: int) -> None:
+        self.mean, self.narrowest = mean.clone(), narrowest
         self.deviation = torch.full_like(mean, deviation)
         self._draws = torch.Generator().manual_seed(seed % 2**63)
         self._best: list[tuple[float, Tensor]] = []  # elite of the generations before
@@ -53,4 +52,4 @@ class CrossEntropy:
         self.mean += MOVE * (elite.mean(0) - self.mean)
         own = elite.std(0) if len(elite) > 1 else self.deviation
         self.deviation += MOVE * (own - self.deviation)
-        self.deviation.clamp_(min=NARROWEST)
+        self.deviation.clamp_(min=self.narrowest)
