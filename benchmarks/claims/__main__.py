@@ -9,6 +9,8 @@ Each table is one run: the same start, data, steps and seed in all rows. Bytes a
 it. The file's time is that of `small.export("model.onnx")` in onnxruntime, on 16 images. Test data are never trained
 on, and choose nothing.
 
+    ajpq  bits per channel with 0 among them, beside 0 and one number of bits, and bits alone, at equal bit operations;
+          300 plans each on 500 training images, repaired in closed form and not trained.
     opq   a plan from the weights alone, at the C0 bytes of a uniform one (the same share and the same bits in each
           layer), then fine-tuned with the plan fixed. Seconds of the plan are those without capturing the model.
     gdrq  weights and activations clipped in floats and then quantized (W2A4, W4A4), beside the same two stages without
@@ -31,6 +33,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import common
+from benchmarks.claims.ajpq import ajpq
 from benchmarks.claims.cases import CASES, Case
 from benchmarks.claims.gdrq import gdrq
 from benchmarks.claims.opq import opq
@@ -42,8 +45,15 @@ CLAIMS: dict[str, Callable[[Case, argparse.Namespace], None]] = {
     "qst": qst,
     "gdrq": gdrq,
     "prune_ternary": prune_ternary,
+    "ajpq": ajpq,
 }
-USUAL = {"opq": "resnet20,resnet56", "qst": "lenet,vgg7", "gdrq": "resnet20", "prune_ternary": "lenet,resnet20"}
+USUAL = {
+    "opq": "resnet20,resnet56",
+    "qst": "lenet,vgg7",
+    "gdrq": "resnet20",
+    "prune_ternary": "lenet,resnet20",
+    "ajpq": "resnet20",
+}
 
 
 def _options() -> argparse.Namespace:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import graphcomp as gc
+from graphcomp.methods.ajpq.method import Ajpq
 from tests.methods.learning import Stop, batches, compress
 from tests.processes import NEEDS_GLOO, in_two
 
@@ -19,17 +20,20 @@ CASES = {
     "qst": {"bits": 4, "budget": gc.Budget(bytes=150)},
     "gdrq": {"bits": 2, "activation_bits": 4},
     "prune_ternary": {"bits": 2, "sparsity": 0.5},
+    "ajpq": {"bits": (2, 8), "budget": gc.Budget(bops=0.03)},
 }
+SHORT = {"ajpq": Ajpq(evaluations=8)}
 
 
 def _rank(rank: int, folder: Path) -> list[Any]:
     data = [(x[rank::2], y[rank::2]) for x, y in batches()]
     found = []
-    for method, options in CASES.items():
+    for name, options in CASES.items():
+        method = SHORT.get(name, name)
         whole = compress(method, data=data, **options).state_dict()
         with pytest.raises(Stop):
-            compress(method, data=data, calls=20, folder=folder / method, **options)
-        resumed = compress(method, data=data, folder=folder / method, **options).state_dict()
+            compress(method, data=data, calls=20, folder=folder / name, **options)
+        resumed = compress(method, data=data, folder=folder / name, **options).state_dict()
         found.append((whole, resumed))
     return found
 

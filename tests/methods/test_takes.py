@@ -9,6 +9,7 @@ import pytest
 from torch import nn
 
 import graphcomp as gc
+from graphcomp.methods.ajpq.method import Ajpq
 from graphcomp.methods.registry import METHODS
 from graphcomp.methods.takes import OPTIONS, UNITS
 from tests.methods.learning import batches, loss, net
@@ -69,6 +70,7 @@ BASE: dict[str, Any] = {
     "qst": {"bits": 4},
     "gdrq": {"bits": 4},
     "prune_ternary": {"bits": 2},
+    "ajpq": {"bits": (2, 8), "budget": gc.Budget(bops=0.03)},
     "own": {},
 }
 
@@ -77,7 +79,7 @@ def compress(method: str, **options: Any) -> gc.CompressedModel:
     given = {"sparsity": None, **BASE[method], **options}
     if method != "oneshot":
         given |= {"data": batches(), "loss": loss, "training": gc.Training(steps=STEPS, lr=0.05)}
-    own = of_the_page()["Shrinkage"]() if method == "own" else method
+    own = {"own": of_the_page()["Shrinkage"](), "ajpq": Ajpq(evaluations=8)}.get(method, method)
     model = nn.Sequential(net()) if "scope" in options else net()
     return gc.compress(model, X, method=own, progress=False, **given)
 
@@ -115,6 +117,8 @@ REFUSED = {
     "qst": OPTIONS.keys() - {"prefer_native", "budget"},
     "gdrq": OPTIONS.keys() - {"prefer_native", "activation_bits", "calibration"},
     "prune_ternary": OPTIONS.keys() - {"prefer_native"},
+    "ajpq": OPTIONS.keys()
+    - {"prefer_native", "budget", "round_to", "prune", "keep_inputs", "activation_bits", "calibration"},
     "own": OPTIONS.keys() - {"prefer_native"},
     "oneshot": set(),
 }  # fmt: skip

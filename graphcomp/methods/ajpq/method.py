@@ -159,8 +159,11 @@ class Ajpq(Method):
             CheckpointError: the folder holds another search.
         """
         groups = () if goal.sparsity == 0 else trainable(ready, ready.session.groups)
-        if not groups and goal.sparsity is None and goal.bits is None:
-            raise nothing_trainable() if ready.session.groups else NothingToPrune(ready.session.no_groups)
+        if not groups and goal.sparsity is None:
+            if ready.session.groups:
+                raise nothing_trainable()
+            fix = "sparsity=0, for bits alone"
+            raise NothingToPrune("nothing can be pruned", why=ready.session.no_groups, fix=fix)
         layout = Layout(ready, groups, goal.round_to)
         searching = Searching(self, ready, goal, layout)
         about = {**shown.about, **self._about(goal)}

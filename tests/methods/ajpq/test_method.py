@@ -206,13 +206,14 @@ def test_the_budget_is_met_after_training(budget):
 
 @pytest.mark.slow
 @pytest.mark.ci
-@pytest.mark.parametrize("calls", [5, 23, 40])
-def test_a_run_goes_on_bit_for_bit_from_the_search_and_from_training(tmp_path, calls):
-    whole = compress(SHORT, **ASKED)
+@pytest.mark.parametrize(("calls", "dtype"), [(5, None), (23, None), (40, None), (40, torch.bfloat16)])
+def test_a_run_goes_on_bit_for_bit_from_the_search_and_from_training(tmp_path, calls, dtype):
+    options = {**ASKED, "training": {"autocast": dtype}}
+    whole = compress(SHORT, **options)
     with pytest.raises(Stop):
-        compress(SHORT, calls=calls, folder=tmp_path, **ASKED)
+        compress(SHORT, calls=calls, folder=tmp_path, **{**options, "training": {"autocast": dtype}})
     assert bool(list(tmp_path.glob("step-*.pt"))) == (calls == 40)  # the others end in the search
-    assert same(whole, compress(SHORT, folder=tmp_path, **ASKED))
+    assert same(whole, compress(SHORT, folder=tmp_path, **{**options, "training": {"autocast": dtype}}))
 
 
 @pytest.mark.slow
@@ -288,12 +289,13 @@ def test_a_model_without_groups_gets_bits_alone_and_no_norms_are_needed():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 3))
     rows = [torch.randn(9, 6) for _ in range(2)]
-    small = gc.compress(
-        model, rows[0], method=SHORT, bits=(2, 8), budget=gc.Budget(bops=0.04), calibration=rows, progress=False
-    )
+    options: dict[str, Any] = {"method": SHORT, "calibration": rows, "progress": False}
+    small = gc.compress(model, rows[0], bits=(2, 8), budget=gc.Budget(bops=0.04), sparsity=0, **options)
     assert small.report.bops.ratio <= 0.04 and small.report.units_removed == 0
-    with pytest.raises(gc.NothingToPrune):
-        gc.compress(model, rows[0], method=SHORT, budget=gc.Budget(macs=0.5), calibration=rows, progress=False)
+    for asked in ({"budget": gc.Budget(macs=0.5)}, {"budget": gc.Budget(bops=0.04), "bits": (2, 8)}):
+        with pytest.raises(gc.NothingToPrune) as caught:
+            gc.compress(model, rows[0], **asked, **options)
+        assert "sparsity=0" in caught.value.fix
 
 
 def test_round_to_and_frozen_groups():
