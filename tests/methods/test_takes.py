@@ -70,7 +70,7 @@ BASE: dict[str, Any] = {
     "qst": {"bits": 4},
     "gdrq": {"bits": 4},
     "prune_ternary": {"bits": 2},
-    "ajpq": {"bits": (2, 8), "budget": gc.Budget(bops=0.03)},
+    "ajpq": {"bits": (2, 8), "budget": gc.Budget(macs=0.6)},
     "own": {},
 }
 
