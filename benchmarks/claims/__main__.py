@@ -9,8 +9,9 @@ Each table is one run: the same start, data, steps and seed in all rows. Bytes a
 it. The file's time is that of `small.export("model.onnx")` in onnxruntime, on 16 images. Test data are never trained
 on, and choose nothing.
 
-    ajpq  bits per channel with 0 among them, beside 0 and one number of bits, and bits alone, at equal bit operations;
-          300 plans each on 500 training images, repaired in closed form and not trained.
+    ajpq  bits per channel with 0 among them, beside 0 and one number of bits, bits alone, and what is not searched, at
+          equal bit operations and at equal bytes of codes; `--plans` plans each on 500 training images, repaired in
+          closed form and not trained. CPU seconds of this process.
     opq   a plan from the weights alone, at the C0 bytes of a uniform one (the same share and the same bits in each
           layer), then fine-tuned with the plan fixed. Seconds of the plan are those without capturing the model.
     gdrq  weights and activations clipped in floats and then quantized (W2A4, W4A4), beside the same two stages without
@@ -64,7 +65,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--test", type=int, metavar="N", help="images to test on; default: all")
     parser.add_argument("--epochs", type=int, metavar="N", help="default: as each model has them")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="default: %(default)s")
-    parser.add_argument("--rows", default="", metavar="REGEX", help="rows whose names match (gdrq, prune_ternary)")
+    parser.add_argument("--rows", default="", metavar="REGEX", help="rows whose names match (not opq, qst)")
+    parser.add_argument("--plans", type=int, default=300, metavar="N", help="of a search; default: %(default)s")
     parser.add_argument("--short", action="store_true", help="the first setting of each claim alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one line of JSON per row")
     return parser.parse_args()
