@@ -80,6 +80,9 @@ def _first(batches: Sequence[Any]) -> list[Any]:
 class Search:
     """Lets methods search on data, with the module in eval mode; random states are as before.
 
+    Several processes search together: all begin with the module of the first one, each repairs and scores plans on
+    batches of its own, a score is the mean over processes, and all end with the module of the first one.
+
     Attributes:
         rows: plan of the prepared module -> flat inputs of the graph, which plans are repaired on.
         batches: in the form of the whole model's inputs, to score on.
@@ -109,11 +112,13 @@ class Search:
         Args:
             whole: the model that `ready` stands in.
             rows: what `self.rows` gave.
-            folder: of the run; the first process alone writes there.
+            folder: of the run.
             said: takes a text on how far the search is.
         """
-        kept = None if folder is None or distributed.rank() else Path(folder)
+        kept = None if folder is None else Path(folder)
         device = next(ready.parameters()).device
+        shared = (*whole.module.parameters(), *whole.module.buffers())
+        distributed.copy_from_first(shared)
         batches = [to_device(batch, device) for batch in self.batches]
         with in_eval_mode(whole.module), torch.random.fork_rng():
             torch.manual_seed(self.seed)
@@ -125,6 +130,7 @@ class Search:
                     outputs.remember()
             score = outputs.closeness if loss is None else lambda: -outputs.loss(loss)
             method.search(ready, goal, Shown(rows, score, self.repair, kept, about, self.seed, said))
+        distributed.copy_from_first(shared)
 
     def _about(
         self, ready: Prepared, whole: Whole, rows: Sequence[Sequence[Any]], batches: Sequence[Any]
@@ -132,7 +138,7 @@ class Search:
         tensors = (leaf for leaf in pytree.tree_leaves([list(rows), list(batches)]) if isinstance(leaf, Tensor))
         return {
             **about_model(ready, whole.module, whole.outside()[0]),
-            "data of the search": tensors_digest(tensors),
+            "data of the search": " ".join(distributed.gathered(tensors_digest(tensors))),
             LOSS_CODE: "" if self.loss is None else code_digest(self.loss),
             "seed": str(self.seed),
             "repair": str(self.repair),

@@ -10,7 +10,7 @@ import torch
 
 import graphcomp as gc
 from graphcomp.methods.ajpq.method import Ajpq
-from tests.methods.learning import Stop, batches, compress
+from tests.methods.learning import Stop, batches, compress, loss, net
 from tests.processes import NEEDS_GLOO, in_two
 
 CASES = {
@@ -35,7 +35,24 @@ def _rank(rank: int, folder: Path) -> list[Any]:
             compress(method, data=data, calls=20, folder=folder / name, **options)
         resumed = compress(method, data=data, folder=folder / name, **options).state_dict()
         found.append((whole, resumed))
+    found.append(_searched(data, folder / "searched"))
     return found
+
+
+def _searched(data: list[Any], folder: Path) -> tuple[Any, Any]:
+    """A search alone, whose processes score on data of their own; and the same, from the scores in the folder."""
+
+    def search(seed: int = 0) -> gc.CompressedModel:
+        return gc.compress(
+            net(), data[0][0], method=SHORT["ajpq"], data=data, loss=loss, folder=folder, seed=seed, progress=False,
+            **CASES["ajpq"],
+        )  # fmt: skip
+
+    first, again = search(), search()
+    assert first.report.notes == again.report.notes
+    with pytest.raises(gc.CheckpointError, match="holds another search"):  # in both: else one would wait for ever
+        search(seed=3)
+    return first.state_dict(), again.state_dict()
 
 
 @pytest.mark.slow

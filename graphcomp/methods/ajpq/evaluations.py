@@ -1,7 +1,8 @@
 """Scores of plans that were evaluated: each once, and in a file that a search which was cut short goes on from.
 
 The search draws from a seed, and what the search draws next follows from the scores. So a search that begins anew with
-the scores of the file is, bit for bit, the search that was cut short.
+the scores of the file is, bit for bit, the search that was cut short. Several processes know the same scores, each the
+mean over the processes; the first process alone reads and writes the file.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from graphcomp.errors import CheckpointError
 from graphcomp.methods.ajpq.plan import ChannelPlan
 from graphcomp.system.locks import lock_folder
+from graphcomp.training import distributed
 
 FILE = "search.jsonl"
 """In the folder of a run: what the search is of, then a line for each plan that was evaluated."""
@@ -41,9 +43,9 @@ class Evaluations:
         self.known: dict[str, float] = {}
         self.used: set[str] = set()
         self._held = ExitStack()
-        self._path = None if folder is None else folder / FILE
+        self._path = None if folder is None or distributed.rank() else folder / FILE
         if folder is not None:
-            self._open(folder, dict(about))
+            self.known = distributed.from_first(lambda: self._open(folder, dict(about)))
 
     def close(self) -> None:
         """Let other runs use the folder."""
@@ -53,12 +55,13 @@ class Evaluations:
         """Return the score of a plan, which is evaluated where the score is not known."""
         self.used.add(plan.key)
         if plan.key not in self.known:
-            score = evaluate(plan)
+            score = _mean(evaluate(plan))
             self.known[plan.key] = score if math.isfinite(score) else -math.inf
             self._write({"plan": plan.key, "score": score if math.isfinite(score) else None})
         return self.known[plan.key]
 
-    def _open(self, folder: Path, about: dict[str, str]) -> None:
+    def _open(self, folder: Path, about: dict[str, str]) -> dict[str, float]:
+        """Return the scores of the file, which is made where there is none."""
         assert self._path is not None
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -82,11 +85,10 @@ class Evaluations:
                 why="; ".join(f"{name}: {there.get(name)} there, {about.get(name)} now" for name in other),
                 fix="give another folder, or the arguments of that search to go on with it",
             )
-        for line in lines[1:]:
-            self.known[line["plan"]] = -math.inf if line["score"] is None else line["score"]
         fresh = self._path.with_suffix(".new")  # without a last line that was cut short
         fresh.write_text("".join(json.dumps(line) + "\n" for line in lines or [{"about": about}]), encoding="utf-8")
         os.replace(fresh, self._path)
+        return {line["plan"]: -math.inf if line["score"] is None else line["score"] for line in lines[1:]}
 
     def _lines(self) -> list[dict[str, Any]]:
         """Return the whole lines of the file."""
@@ -105,3 +107,9 @@ class Evaluations:
         if self._path is not None:
             with self._path.open("ab", buffering=0) as file:
                 file.write((json.dumps(line) + "\n").encode())  # one write: whole, or not there
+
+
+def _mean(score: float) -> float:
+    """Return the mean over processes."""
+    scores = distributed.gathered(score)
+    return sum(scores) / len(scores)
