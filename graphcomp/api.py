@@ -51,7 +51,7 @@ from graphcomp.flows.results import (
     with_latency,
 )
 from graphcomp.flows.said_by_config import with_config
-from graphcomp.flows.searched import Search, batches_to_search, without_training
+from graphcomp.flows.searched import Search, batches_to_search, check_untrained, without_training
 from graphcomp.flows.timed import DESIGNS, time_plan
 from graphcomp.flows.timed_budget import timed_budget
 from graphcomp.flows.uniform import Uniform, alike_layers, check_uniform
@@ -353,6 +353,8 @@ def compress(
         ]
         _check_held_out(any(compares), training)
         alone = without_training(stages, training)
+        if alone:
+            check_untrained(training, title)
         if not alone and (data is None or training is None or (loss is None and training.teacher is None)):
             raise PlanError(
                 f"method={title!r} trains: it needs data, a loss and a length",

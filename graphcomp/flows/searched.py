@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,29 @@ def without_training(stages: Sequence[Method], training: Training | None) -> boo
     """Whether the search alone is asked for: one method that searches, and no length."""
     no_length = training is None or (training.epochs is training.steps is training.schedule is None)
     return len(stages) == 1 and stages[0].searches and no_length
+
+
+def check_untrained(training: Training | None, title: str) -> None:
+    """Refuse options of training beside a search alone; a folder holds the search.
+
+    Raises:
+        PlanError: there are some, and nothing is trained.
+    """
+    if training is None:
+        return
+    plain = Training()
+    pairs = {own.name: (getattr(training, own.name), getattr(plain, own.name)) for own in fields(Training)}
+    given = [name for name, (own, usual) in pairs.items() if not (own is usual or _equal(own, usual))]
+    if idle := [name for name in given if name != "folder"]:
+        raise PlanError(
+            f"{', '.join(idle)} with method={title!r}, and no length of training",
+            why="without a length the best plan is the result, and nothing is trained",
+            fix=f"epochs=10, with data and a loss; or leave {idle[0]} out",
+        )
+
+
+def _equal(own: object, usual: object) -> bool:
+    return type(own) is type(usual) and own == usual
 
 
 def batches_to_search(

@@ -262,6 +262,8 @@ def test_in_a_submodule_and_in_a_list():
         ({"activation_bits": (4, 8)}, "activation_bits of method='ajpq' must be one number"),
         ({"saliency": "l2"}, "saliency with method='ajpq'"),
         ({"data": None, "loss": None}, "a search without data"),
+        ({"lr": 0.1}, "lr with method='ajpq', and no length of training"),
+        ({"training": gc.Training(options={"nesterov": True}, keep=3)}, "options, keep with method='ajpq'"),
         ({"budget": gc.Budget(bops=0.0001)}, "no plan meets the budget"),
     ],
 )  # fmt: skip
