@@ -111,5 +111,5 @@ class Evaluations:
 
 def _mean(score: float) -> float:
     """Return the mean over processes."""
-    scores = distributed.gathered(score)
+    scores: list[float] = distributed.gathered(score)
     return sum(scores) / len(scores)
