@@ -102,8 +102,7 @@ def trained(
     images, labels = train_set
     logits = (torch.zeros(len(labels), 10),) * 2
     if asked.teacher != "none":
-        teacher = oneshot.realdata().load(TEACHERS[asked.teacher])
-        logits = tuple(geta.outputs(teacher, x, torch.channels_last) for x in (images, images.flip(3)))  # type: ignore[assignment]
+        logits = taught(images, asked)
     share = 0.0 if asked.teacher == "none" else geta.TEACHER_SHARE
     distill = gc.Distill(temperature=asked.temperature)
 
@@ -122,6 +121,18 @@ def trained(
         method="qat", bits=4, activation_bits=None, data=Epochs(images, labels, logits), loss=loss, training=training,
         calibration=images[:CALIBRATION].split(BATCH), seed=asked.seed,
     )  # fmt: skip
+
+
+def taught(images: Tensor, asked: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """The teacher's logits for the images and their mirror images, which the folder keeps."""
+    path = asked.folder / f"{asked.teacher}.pt"
+    if not path.exists():
+        teacher = oneshot.realdata().load(TEACHERS[asked.teacher])
+        fresh = path.with_suffix(".new")
+        torch.save([geta.outputs(teacher, x, torch.channels_last) for x in (images, images.flip(3))], fresh)
+        fresh.replace(path)
+    plain, mirrored = torch.load(path)
+    return plain, mirrored
 
 
 def progress(folder: Path) -> str:

@@ -306,7 +306,6 @@ def _report(
     after = CostModel(analyze_rewritten(plan, replace(captured, module=small, original=small, coupling=None)))
     less = _Costs(plan, None).less(chosen)
     names = {name.removesuffix(".weight") for block in chosen for name in block.parameters}
-    rows = layers(plan, {}, costs.weights)
     return Report(
         params=Change(costs.params(), costs.params() - less["params"]),
         macs=Change(costs.macs(), after.macs()),
@@ -315,7 +314,7 @@ def _report(
         bytes=Change(costs.bytes(), costs.bytes() - less["bytes"]),
         units_removed=len(chosen),
         units_total=total,
-        layers=tuple(replace(row, units_kept=0) if row.name in names else row for row in rows),
+        layers=layers(plan, {}, costs, after.macs_by_layer(), names),
         groups=tuple(group_dict(group, {}) for group in plan.groups),
         frozen=plan.frozen,
         unknown_ops=tuple(u.op for u in plan.unknown_ops),
@@ -323,4 +322,5 @@ def _report(
         verified=checked.verified,
         unchecked=checked.unchecked,
         notes=(*captured.notes, *notes, *captured.path.notes()),
+        model=type(plan.model).__name__,
     )

@@ -263,6 +263,7 @@ def joined(first: CompressedModel, second: CompressedModel) -> CompressedModel:
         unchecked={**before.unchecked, **after.unchecked},
         repairs={**repairs, **after.repairs},
         notes=tuple(notes),
+        model=before.model,
     )
     graph = next((own for own in (first, second) if own.form != "native"), None)
     if graph is not None:  # the second step holds the class of its own model, which is then the graph of the first

@@ -543,7 +543,7 @@ def _report(cut: Cut, notes: Sequence[str], quantized: Sequence[LoweredLayer] = 
         bytes=Change(costs.bytes(), costs.bytes(counts)),
         units_removed=sum(group.size - len(units) for group, units in kept.items()),
         units_total=sum(group.size for group in groups),
-        layers=layers(plan, kept_of_tensors(plan.coupling, kept), costs.weights),
+        layers=layers(plan, kept_of_tensors(plan.coupling, kept), costs, costs.macs_by_layer(counts)),
         groups=tuple(group_dict(group, kept) for group in plan.groups),
         frozen=plan.frozen,
         unknown_ops=tuple(u.op for u in plan.unknown_ops),
@@ -558,6 +558,7 @@ def _report(cut: Cut, notes: Sequence[str], quantized: Sequence[LoweredLayer] = 
             *cut.notes,
             *plan.captured.path.notes(),
         ),
+        model=type(plan.model).__name__,
     )
 
 

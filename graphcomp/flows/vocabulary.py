@@ -394,11 +394,12 @@ def _report(
         bytes=Change(costs.bytes(), bytes_after),
         units_removed=gone * len(tables),
         units_total=kept.size * len(tables),
-        layers=layers(plan, kept_of, costs.weights),
+        layers=layers(plan, kept_of, costs, after.macs_by_layer()),
         groups=tuple(group_dict(group, {}) for group in plan.groups),
         frozen=plan.frozen,
         unknown_ops=tuple(u.op for u in plan.unknown_ops),
         verified=checked.verified,
         unchecked=checked.unchecked,
         notes=(*captured.notes, *notes, *captured.path.notes()),
+        model=type(plan.model).__name__,
     )

@@ -26,7 +26,7 @@ def plot(folder: str | Path, path: str | Path) -> None:
     """
     check_path("folder", folder)
     check_path("path", path)
-    lines = _lines(Path(folder))
+    lines = lines_of_run(Path(folder))
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -54,7 +54,7 @@ def plot(folder: str | Path, path: str | Path) -> None:
         raise ExportError(f"cannot write {path}", why=str(error), fix='path="run.png"') from error
 
 
-def _lines(folder: Path) -> list[dict[str, Any]]:
+def lines_of_run(folder: Path) -> list[dict[str, Any]]:
     """The metrics of a folder, or of those in it, steps counted through."""
     files = [folder / METRICS] if (folder / METRICS).exists() else sorted(folder.glob(f"*/{METRICS}"))
     found: list[dict[str, Any]] = []

@@ -6,10 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
-from graphcomp.cost import FLOAT_BITS
+from graphcomp.arguments import check_path
+from graphcomp.cost import FLOAT_BITS, CostModel
 from graphcomp.coupling.analysis import Analysis
 from graphcomp.coupling.axis import Reason
 from graphcomp.coupling.groups import ChannelGroup, FrozenAxis, Kept
@@ -39,9 +41,15 @@ class Change:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer: its width and the bits it is stored and fed with (32: not quantized).
+    """One layer.
 
-    Where channels have bits of their own, `weight_bits` is the mean, a float.
+    Attributes:
+        name: of the weight, without ".weight".
+        units_kept, units_total: width.
+        weight_bits, activation_bits: the weight is stored with, and multiplied by (32: not quantized); where channels
+            have bits of their own, `weight_bits` is the mean, a float.
+        params: scalars of the weight.
+        macs: multiply-accumulates of all calls of the layer on the example inputs; None: none are counted.
     """
 
     name: str
@@ -49,6 +57,8 @@ class LayerReport:
     units_total: int
     weight_bits: float = FLOAT_BITS
     activation_bits: int = FLOAT_BITS
+    params: Change | None = None
+    macs: Change | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -57,13 +67,17 @@ class LayerReport:
             "weight_bits": self.weight_bits,
             "activation_bits": self.activation_bits,
             "units": {"kept": self.units_kept, "total": self.units_total},
+            "params": self.params.to_dict() if self.params else None,
+            "macs": self.macs.to_dict() if self.macs else None,
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LayerReport:
         """What `to_dict` gave."""
         units = data["units"]
-        return cls(data["name"], units["kept"], units["total"], data["weight_bits"], data["activation_bits"])
+        params, macs = (Change.from_dict(data[name]) if data.get(name) else None for name in ("params", "macs"))
+        bits = data["weight_bits"], data["activation_bits"]
+        return cls(data["name"], units["kept"], units["total"], *bits, params, macs)
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,7 @@ class Report:
     """What compression did to a model.
 
     Attributes:
+        model: name of the class of the model.
         params, macs, bops, bytes, latency_ms: as `graphcomp.cost` defines them.
         bops_attention: bit operations of products of two activations, which `bops` leaves out.
         verified: each law that was checked -> its largest relative error.
@@ -111,6 +126,7 @@ class Report:
     repairs: Mapping[str, Change] = field(default_factory=dict)
     kernels: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = field(default=())
+    model: str = ""
 
     @property
     def sparsity(self) -> float:
@@ -120,6 +136,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON-able data."""
         return {
+            "model": self.model,
             "params": self.params.to_dict(),
             "macs": self.macs.to_dict(),
             "bops": self.bops.to_dict(),
@@ -168,7 +185,40 @@ class Report:
             repairs=_changes(data.get("repairs", {})),
             kernels=data["kernels"],
             notes=tuple(data["notes"]),
+            model=data.get("model", ""),
         )
+
+    def to_html(
+        self,
+        path: str | Path,
+        *,
+        metrics: Mapping[str, tuple[float, float]] | None = None,
+        run: str | Path | None = None,
+    ) -> None:
+        """Write the report as one HTML file, which needs no network and no other file.
+
+        Args:
+            path: of the file.
+            metrics: measures of quality for the headline, before and after: {"accuracy": (92.6, 92.2)}.
+            run: folder of a training run (`Training.folder`), whose curves are drawn.
+
+        Raises:
+            PlanError: `path` or `run` is no path, or `metrics` is not pairs of numbers by name.
+            CheckpointError: the folder of the run holds no metrics.
+            ExportError: the file cannot be written.
+        """
+        from graphcomp.report.html import write_page
+        from graphcomp.report.plot import lines_of_run
+
+        if run is not None:
+            check_path("run", run)
+        write_page(self, path, metrics, () if run is None else lines_of_run(Path(run)))
+
+    def _repr_html_(self) -> str:
+        """Return the report in a frame, which notebooks show."""
+        from graphcomp.report.html import framed
+
+        return framed(self)
 
     def __str__(self) -> str:
         costs = {"params": self.params, "macs": self.macs, "bops": self.bops, "bytes": self.bytes}
@@ -261,26 +311,42 @@ def group_dict(group: ChannelGroup, kept: Kept) -> dict[str, Any]:
         "role": group.role,
         "units": {"kept": len(kept[group]) if group in kept else group.size, "total": group.size},
         "members": [f"{m.name}[{m.dim}]" for m in group.members],
+        "consumers": [f"{m.name}[{m.dim}]" for m in group.consumers],
     }
 
 
 def layers(
-    analysis: Analysis, kept: Mapping[str, Mapping[int, Any]], weights: Collection[str]
+    analysis: Analysis,
+    kept: Mapping[str, Mapping[int, Any]],
+    costs: CostModel,
+    macs: Mapping[str, int],
+    gone: Collection[str] = (),
 ) -> tuple[LayerReport, ...]:
     """Each weight of two dims or more that a layer multiplies with or looks up, and how many of its units stay.
 
     Args:
         analysis: of the model before.
         kept: tensor name -> dim -> kept indices.
-        weights: names of what is multiplied with or looked up (`CostModel.weights`).
+        costs: of the model before.
+        macs: of each layer after (`CostModel.macs_by_layer`).
+        gone: layers that are left out as a whole.
     """
     consumed = {(m.name, m.dim) for group in analysis.groups for m in group.members if m.consumes}
+    before = costs.macs_by_layer()
     rows = []
     for name, parameter in analysis.model.named_parameters():
-        if parameter.dim() < 2 or name.removesuffix(".weight") not in weights:
+        layer = name.removesuffix(".weight")
+        if parameter.dim() < 2 or layer not in costs.weights:
             continue
         dim = 1 if (name, 0) in consumed and (name, 1) not in consumed else 0
-        total = parameter.shape[dim]
-        cut = kept.get(name, {})
-        rows.append(LayerReport(name.removesuffix(".weight"), len(cut[dim]) if dim in cut else total, total))
+        lengths = {d: len(indices) for d, indices in kept.get(name, {}).items()}
+        left = 0 if layer in gone else math.prod(lengths.get(d, n) for d, n in enumerate(parameter.shape))
+        row = LayerReport(
+            layer,
+            0 if layer in gone else lengths.get(dim, parameter.shape[dim]),
+            parameter.shape[dim],
+            params=Change(parameter.numel(), left),
+            macs=Change(before[layer], macs.get(layer, 0)) if layer in before else None,
+        )
+        rows.append(row)
     return tuple(rows)

@@ -6,7 +6,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +90,7 @@ class KernelProof:
         unquantized: (node, reason) for each layer that is float in the file itself: a convolution, a matrix product, a
             recurrent layer, an einsum; or (table, reason) for each lookup in a float parameter.
         share: integer layers, of all layers; 1.0 where there is none.
+        layers: quantized layer -> the kernel that the layer runs in.
     """
 
     integer: Mapping[str, int]
@@ -97,6 +98,7 @@ class KernelProof:
     stayed_float: tuple[tuple[str, str], ...]
     unquantized: tuple[tuple[str, str], ...]
     share: float
+    layers: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -106,6 +108,7 @@ class KernelProof:
             "stayed_float": [list(pair) for pair in self.stayed_float],
             "unquantized": [list(pair) for pair in self.unquantized],
             "share": self.share,
+            "layers": dict(self.layers),
         }
 
 
@@ -133,9 +136,12 @@ def prove(path: str | Path, parameters: Collection[str] = ()) -> KernelProof:
     integer = Counter(kind for kind, _ in kernels if kind in INTEGER_LAYERS | INTEGER_OTHERS)
     floating = Counter(kind for kind, _ in kernels if kind in FLOAT_LAYERS)
     running = {_plain(name): kind for kind, name in kernels}
+    layers: dict[str, str] = {}
     stayed, unquantized = [], []
     for node in written.graph.all_nodes():
         layer = quantized_layer(node)
+        if layer is not None and (kernel := running.get(str(node.name))) is not None:
+            layers[layer] = kernel
         if layer is not None and running.get(str(node.name), "") not in INTEGER_LAYERS:
             stayed.append((layer, _reason(node)))
         if layer is None and _is_layer(node):
@@ -147,7 +153,7 @@ def prove(path: str | Path, parameters: Collection[str] = ()) -> KernelProof:
     whole = sum(count for kind, count in integer.items() if kind in INTEGER_LAYERS)
     total = whole + sum(floating.values()) + len(tables)
     share = whole / total if total else 1.0
-    return KernelProof(dict(integer), dict(floating), tuple(stayed), tuple(unquantized), share)
+    return KernelProof(dict(integer), dict(floating), tuple(stayed), tuple(unquantized), share, layers)
 
 
 def _plain(name: str) -> str:
