@@ -12,7 +12,6 @@ folder; whoever comes next moves that document, too. So there is always one whol
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import logging
 import math
 import shutil
@@ -43,6 +42,7 @@ from graphcomp.native.vocabulary import trim_as
 from graphcomp.system.files import abandoned, locked, put, staging, sync_folder
 from graphcomp.system.locks import LOCK_FILE
 from graphcomp.system.threads import one_at_a_time
+from graphcomp.system.version import package_version
 from graphcomp.torch_compat import OpOverload
 
 if TYPE_CHECKING:
@@ -332,14 +332,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def package_version() -> str:
-    """Return the version of the installed package; "unknown" where it is not installed."""
-    try:
-        return importlib.metadata.version("graphcomp")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 # ------------------------------------------------------------------------------------------------ the folder

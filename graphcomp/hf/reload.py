@@ -34,6 +34,7 @@ from graphcomp.native.vocabulary import Trimmed
 from graphcomp.quantization.quantized_tensor import QuantizedTensor
 from graphcomp.system.listeners import Remade
 from graphcomp.system.threads import one_at_a_time
+from graphcomp.system.version import package_version
 from graphcomp.torch_compat import non_persistent
 
 log = logging.getLogger("graphcomp.hf")
@@ -268,7 +269,6 @@ def described(model: PreTrainedModel) -> Section:
     Raises:
         CheckpointError: the section cannot describe the model.
     """
-    from graphcomp.checkpoint.folder import package_version
     from graphcomp.hf.skeleton import cannot_be_written, difference, first_difference, resize
 
     graph = next((path for path, m in model.named_modules() if isinstance(m, fx.GraphModule)), None)

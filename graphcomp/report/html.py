@@ -9,11 +9,14 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from graphcomp.arguments import check_path, wrong
 from graphcomp.cost import FLOAT_BITS
 from graphcomp.report.curves import drawn_curves
 from graphcomp.report.lanes import drawn, lines_of
 from graphcomp.system.files import replacing
+from graphcomp.system.version import package_version
 
 if TYPE_CHECKING:
     from graphcomp.coupling.groups import FrozenAxis
@@ -417,8 +420,4 @@ def _frozen(report: Report) -> list[str]:
 
 
 def _footer() -> str:
-    import torch
-
-    from graphcomp import __version__
-
-    return f"graphcomp {escape(__version__)}, torch {escape(torch.__version__)}"
+    return f"graphcomp {escape(package_version())}, torch {escape(torch.__version__)}"

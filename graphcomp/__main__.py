@@ -1,0 +1,5 @@
+"""`python -m graphcomp`."""
+
+from graphcomp.cli import main
+
+main()

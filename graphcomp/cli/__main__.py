@@ -1,0 +1,5 @@
+"""`python -m graphcomp.cli`."""
+
+from graphcomp.cli import main
+
+main()
