@@ -8,9 +8,12 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-EXTRAS := dev,hf,peft,vision,onnx,genai,openvino,viz
+EXTRAS := dev,cli,hf,peft,vision,onnx,genai,openvino,viz
 # Written last: an environment without it was interrupted half-way, and is built anew.
 INSTALLED := $(VENV)/.installed
+
+# The browser in which a test clicks through a report; without npm the test skips.
+BROWSER := tests/report/browser/node_modules
 
 .PHONY: demo test check clean
 .DELETE_ON_ERROR:
@@ -21,7 +24,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(RUN) -m pytest
 
-check: $(INSTALLED)
+check: $(INSTALLED) $(BROWSER)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
@@ -36,5 +39,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
+$(BROWSER): tests/report/browser/package.json
+	@if command -v npm > /dev/null; then cd $(@D) && npm install --silent --no-audit --no-fund || echo 'npm failed: the report is not clicked through'; \
+	else echo 'npm is not there: the report is not clicked through'; fi
+
 clean:
-	rm -rf $(VENV) build dist graphcomp.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(BROWSER) build dist graphcomp.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

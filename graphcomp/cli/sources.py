@@ -196,7 +196,7 @@ NAMED: dict[str, Callable[[str, bool], Source]] = {
 def _need(package: str, extra: str) -> None:
     try:
         importlib.import_module(package)
-    except ImportError as error:
+    except Exception as error:  # a torchvision of another torch raises RuntimeError
         fix = f"pip install 'graphcomp[{extra}]'" if extra else f"pip install {package}"
         raise PlanError(f"{package} cannot be imported", why=first_line(error), fix=fix) from error
 
