@@ -379,8 +379,8 @@ def _module(parameter: str) -> str:
     return parameter.rpartition(".")[0] or parameter
 
 
-def _bits(bits: int) -> str:
-    return "float" if bits == FLOAT_BITS else f"{bits}"
+def _bits(bits: float) -> str:
+    return "float" if bits == FLOAT_BITS else f"{bits:.3g}"
 
 
 def _arrow(change: Change | None) -> str:
