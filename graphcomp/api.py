@@ -388,9 +388,10 @@ def compress(
         )
         training, given_data = training or Training(), () if data is None else data
         lengths = parts(training, given_data, folders(stages), least_steps(stages, goals, training), title)
+        taught = [stage.taught(own, model) for stage, own in zip(stages, lengths, strict=True)]
         ready = _trained(
             trained_model,
-            list(zip(stages, goals, lengths, strict=True)),
+            list(zip(stages, goals, taught, strict=True)),
             source,
             None if alone else partial(train, data=given_data, loss=loss, progress=progress, seed=seed),
             [measured if own else () for own in compares],

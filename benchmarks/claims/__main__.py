@@ -21,6 +21,9 @@ on, and choose nothing.
           weights that are not pruned, and no pull to the directions.
     qst   thresholds and steps trained from scratch, beside magnitude pruning on the same cubic schedule and LSQ, at the
           same C0 bytes, and per unit.
+    taylor2
+          Taylor scores divided by costs beside the scores alone, at equal multiply-accumulates; what is gone may return
+          or not; bits at equal bit operations. The U-Net segments drawn shapes, and is trained here first.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from benchmarks.claims.gdrq import gdrq
 from benchmarks.claims.opq import opq
 from benchmarks.claims.prune_ternary import prune_ternary
 from benchmarks.claims.qst import qst
+from benchmarks.claims.taylor2 import taylor2, unet
 
 CLAIMS: dict[str, Callable[[Case, argparse.Namespace], None]] = {
     "opq": opq,
@@ -47,20 +51,23 @@ CLAIMS: dict[str, Callable[[Case, argparse.Namespace], None]] = {
     "gdrq": gdrq,
     "prune_ternary": prune_ternary,
     "ajpq": ajpq,
+    "taylor2": taylor2,
 }
+MODELS: dict[str, Callable[[int], Case]] = {**CASES, "unet": unet}
 USUAL = {
     "opq": "resnet20,resnet56",
     "qst": "lenet,vgg7",
     "gdrq": "resnet20",
     "prune_ternary": "lenet,resnet20",
     "ajpq": "resnet20",
+    "taylor2": "resnet20,resnet56,unet",
 }
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default=",".join(CLAIMS), metavar="A,B", help="default: %(default)s")
-    parser.add_argument("--models", metavar="A,B", help=f"of {', '.join(CASES)}; default: as each claim has them")
+    parser.add_argument("--models", metavar="A,B", help=f"of {', '.join(MODELS)}; default: as each claim has them")
     parser.add_argument("--images", type=int, default=25_000, metavar="N", help="to train on, at most")
     parser.add_argument("--test", type=int, metavar="N", help="images to test on; default: all")
     parser.add_argument("--epochs", type=int, metavar="N", help="default: as each model has them")
@@ -80,7 +87,7 @@ def main() -> None:
     print(common.header(), flush=True)
     for name in options.methods.split(","):
         for model in (options.models or USUAL[name]).split(","):
-            case = CASES[model](options.images)
+            case = MODELS[model](options.images)
             images, labels = case.test
             CLAIMS[name](replace(case, test=(images[: options.test], labels[: options.test])), options)
 

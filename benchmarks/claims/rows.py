@@ -52,12 +52,17 @@ def row(case: Case, what: str, method: Method, options: argparse.Namespace, **as
 
 def stored(small: gc.CompressedModel) -> tuple[float, float, float, float, float]:
     """Bytes of the codes by C0, C4 and C5, of the saved folder, and the share of weights that are not zero."""
-    with tempfile.TemporaryDirectory() as folder:
-        small.save(Path(folder) / "model")
-        real = file_bytes(Path(folder) / "model")
+    real = folder_bytes(small)
     sizes, weights = small.report.sizes, small.quantized.lowered.weights.values()
     left = sum(own.counted().kept for own in weights) / sum(own.counted().total for own in weights)
-    return sizes["C0"], sizes["C4"], sizes["C5"], float(real), left
+    return sizes["C0"], sizes["C4"], sizes["C5"], real, left
+
+
+def folder_bytes(small: gc.CompressedModel) -> float:
+    """Bytes of the saved folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        small.save(Path(folder) / "model")
+        return float(file_bytes(Path(folder) / "model"))
 
 
 def milliseconds(case: Case, small: gc.CompressedModel) -> float:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from torch import nn
+
 from graphcomp.cost.conventions import Convention
 from graphcomp.errors import PlanError
 from graphcomp.methods.takes import ACTIVATIONS, START
@@ -144,6 +146,14 @@ class Method(ABC):
     def least_steps(self, goal: Goal, training: Training) -> int:
         """Return the fewest steps that a run takes."""
         return 1
+
+    def taught(self, training: Training, model: nn.Module) -> Training:
+        """Return the options of training, with a teacher where the method has one of its own.
+
+        Args:
+            model: as it was given, before any stage; not modified.
+        """
+        return training
 
     def prepare(self, source: Source, goal: Goal) -> Prepared:
         """Return the module to train: which views stand on which weights."""

@@ -17,6 +17,7 @@ from graphcomp.methods.psgd import Psgd
 from graphcomp.methods.qat import Qat
 from graphcomp.methods.qst.method import Qst
 from graphcomp.methods.regularized import Regularized
+from graphcomp.methods.taylor2.method import Taylor2
 from graphcomp.methods.ternary import Ternary
 
 HESSO = Geta("hesso", quantizes=False, forgetting="uniform")
@@ -36,6 +37,7 @@ METHODS: dict[str, tuple[Method, ...]] = {
     "gdrq": (Gdrq(),),
     "prune_ternary": (PruneTernary(),),
     "ajpq": (Ajpq(),),
+    "taylor2": (Taylor2(),),
 }
 """Each method as its stages, which share the steps of a training equally; "oneshot" trains in none."""
 

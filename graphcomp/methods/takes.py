@@ -47,7 +47,7 @@ OPTIONS: Mapping[str, Option] = {
     "keep_class": Option((None, False), "training keeps the class where it can", 'method="oneshot", or without'),
     "activation_bits": Option(("same", None), "activations stay float", "activation_bits=None"),
     "activations": Option(("static",), "training knows no ranges at run time", 'method="oneshot", or without'),
-    "calibration": Option((None,), "no activations are quantized, whose ranges it would give", "no calibration"),
+    "calibration": Option((None,), "activations stay float, or training sets their ranges", "no calibration"),
     "group_size": Option((0,), "training does not begin with post-training quantization", _START),
     "rounding": Option(("nearest",), "training does not begin with post-training quantization", _START),
     "reduce_range": Option((False,), "training does not begin with post-training quantization", _START),

@@ -18,16 +18,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ternary": ("ternary", {"bits": 2}),
     "gdrq": ("gdrq", {"bits": 4}),
     "prune_ternary": ("prune_ternary", {"bits": 2, "sparsity": 0.5}),
+    "taylor2": ("taylor2", {"bits": 8, "sparsity": 0.25}),
 }
 
 BITS = {
     "psgd, rounded": [4, 4, 4], "psgd, pruned": [32, 32, 32], "ternary": [8, 2, 8], "gdrq": [8, 4, 8],
-    "prune_ternary": [8, 2, 8],
+    "prune_ternary": [8, 2, 8], "taylor2": [8, 8, 8],
 }  # fmt: skip
 """Case -> bits of the weights of the three layers."""
+OTHERS = [case for case in CASES if not case.startswith("psgd")]
 
 
-@pytest.mark.parametrize("case", ["psgd, rounded", *in_ci("psgd, pruned", "ternary", "gdrq", "prune_ternary")])
+@pytest.mark.parametrize("case", ["psgd, rounded", *in_ci("psgd, pruned", *OTHERS)])
 @pytest.mark.slow
 @pytest.mark.ci
 def test_a_run_in_bfloat16_goes_on_bit_for_bit(tmp_path, case):
@@ -76,7 +78,7 @@ def test_gradients_are_scaled_by_distances_in_the_dtype_of_the_weights():
 
 
 # ------------------------------------------------------------------------------------------------ a submodule
-@pytest.mark.parametrize("case", ["psgd, pruned", *in_ci("psgd, rounded", "ternary", "gdrq", "prune_ternary")])
+@pytest.mark.parametrize("case", ["psgd, pruned", *in_ci("psgd, rounded", *OTHERS)])
 def test_a_submodule_is_compressed_and_the_rest_is_trained(case):
     method, options = CASES[case]
     model = Outer()

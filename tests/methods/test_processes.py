@@ -21,6 +21,7 @@ CASES = {
     "gdrq": {"bits": 2, "activation_bits": 4},
     "prune_ternary": {"bits": 2, "sparsity": 0.5},
     "ajpq": {"bits": (2, 8), "budget": gc.Budget(bops=0.03)},
+    "taylor2": {"bits": 4, "sparsity": 0.5},
 }
 SHORT = {"ajpq": Ajpq(evaluations=8)}
 

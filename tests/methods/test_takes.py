@@ -71,6 +71,7 @@ BASE: dict[str, Any] = {
     "gdrq": {"bits": 4},
     "prune_ternary": {"bits": 2},
     "ajpq": {"bits": (2, 8), "budget": gc.Budget(macs=0.6)},
+    "taylor2": {"bits": 4},
     "own": {},
 }
 
@@ -119,6 +120,7 @@ REFUSED = {
     "prune_ternary": OPTIONS.keys() - {"prefer_native"},
     "ajpq": OPTIONS.keys()
     - {"prefer_native", "budget", "round_to", "prune", "keep_inputs", "activation_bits", "calibration"},
+    "taylor2": OPTIONS.keys() - (UNITS - {"saliency"}) - {"prefer_native", "activation_bits"},
     "own": OPTIONS.keys() - {"prefer_native"},
     "oneshot": set(),
 }  # fmt: skip

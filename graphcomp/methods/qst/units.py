@@ -86,7 +86,7 @@ class UnitGates:
             for member in group.members:
                 if member.is_parameter and member.name not in session.computed:
                     weight = found.get(member.name, self.ready.get_parameter(member.name))
-                    found[member.name] = gated(weight, _spread(gate, member), self.dense)
+                    found[member.name] = gated(weight, spread(gate, member), self.dense)
         return found
 
     @torch.no_grad()
@@ -139,7 +139,7 @@ class UnitGates:
                 yield quantizer, views.get(site.parameter, self.ready.get_parameter(site.parameter)).detach()
 
 
-def _spread(gate: Tensor, member: Member) -> Tensor:
+def spread(gate: Tensor, member: Member) -> Tensor:
     """Return the gates of a member's indices, spread to broadcast with its tensor; 1 where an index is of no unit."""
     found: Tensor | None = None
     for row in member.unit_of.to(gate.device):
