@@ -10,7 +10,8 @@ held-out data; the best plan is then trained with the plan fixed (LSQ), or is th
 Source: AJPQ (Tang, Wei and Li 2020, arXiv 2011.06231), reconstructed: only the abstract could be read, and no code is
 public. The unification by 0 bits, the two levels and the shared importance are the paper's. Ours are: the cross-entropy
 method in place of the paper's reinforcement learning (DDPG), plans that spend the budget before they are repaired, the
-search's start at the best uniform plan, and the repair of a plan in closed form before it is scored.
+search's start at uniform plans, units alone or bits alone first, and the repair of a plan in closed form before it is
+scored.
 """
 
 from __future__ import annotations
@@ -257,15 +258,32 @@ class Searching:
         draws = CrossEntropy(starts[first], deviation, narrowest, seed)
         draws.tell(torch.stack(list(starts[: len(scores)])), scores)
         draws.mean, draws.deviation = starts[first].clone(), torch.full_like(starts[first], deviation)
+        drawn = self._first_draws(draws, starts[0], starts[first])
         idle = 0
         while len(found.used) < limit and idle < IDLE:
             before = len(found.used)
-            drawn = draws.ask(GENERATION)
             scores = score_all(list(drawn), [self.fitted(own) for own in drawn])
             draws.tell(drawn[: len(scores)], scores)
             idle = idle + 1 if len(found.used) == before else 0
+            drawn = draws.ask(GENERATION)
         self.score, plan = max(results, key=_first)
         return plan
+
+    def _first_draws(self, draws: CrossEntropy, whole: Tensor, best: Tensor) -> Tensor:
+        """Return the first generation: units alone about one start, and bits alone about another, where both may move.
+
+        What is drawn at once of all actions leaves no layer as it is, and few such plans are better than a uniform one.
+
+        Args:
+            whole: the start with the fewest bits, and the most units.
+            best: the start of the highest score.
+        """
+        units = self.actions.units
+        if not units or not self.actions.of_bits:
+            return draws.ask(GENERATION)
+        of_units, of_bits = draws.ask(GENERATION // 2, about=best), draws.ask(GENERATION // 2, about=whole)
+        of_units[:, units:], of_bits[:, :units] = best[units:], whole[:units]
+        return torch.cat([of_units, of_bits])
 
     # ------------------------------------------------------------------------------------------ within the budget
     def _within(self, plan: ChannelPlan) -> ChannelPlan:

@@ -38,10 +38,14 @@ class CrossEntropy:
         self._draws = torch.Generator().manual_seed(seed % 2**63)
         self._best: list[tuple[float, Tensor]] = []  # elite of the generations before
 
-    def ask(self, count: int) -> Tensor:
-        """Return (count, d) new actions."""
+    def ask(self, count: int, about: Tensor | None = None) -> Tensor:
+        """Return (count, d) new actions.
+
+        Args:
+            about: (d,) in place of the mean.
+        """
         noise = torch.randn(count, len(self.mean), generator=self._draws, dtype=torch.float64)
-        return (self.mean + self.deviation * noise).clamp(0, 1)
+        return ((self.mean if about is None else about) + self.deviation * noise).clamp(0, 1)
 
     def tell(self, actions: Tensor, scores: Sequence[float]) -> None:
         """Move towards the actions with the highest scores, of these and of the elite before."""

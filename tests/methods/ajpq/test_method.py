@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import graphcomp as gc
 from graphcomp.methods.ajpq.evaluations import FILE, Evaluations
 from graphcomp.methods.ajpq.method import Ajpq, AjpqRun
+from graphcomp.methods.ajpq.search import CrossEntropy
 from graphcomp.methods.ajpq.trial import Trial
 from graphcomp.training.optimizer import MethodOptimizer
 from tests.methods.learning import Outer, Stop, batches, compress, loss, net
@@ -137,6 +138,21 @@ def test_more_plans_are_never_worse():
         note = next(n for n in alone(Ajpq(evaluations=plans)).report.notes if "best score" in n)
         scores.append(float(note.rsplit(" ", 1)[1]))
     assert scores == sorted(scores) and scores[-1] > scores[0]
+
+
+def test_the_first_draws_move_units_alone_or_bits_alone():
+    _, search = searching()
+    units, starts = search.actions.units, search._starts()
+    drawn = search._first_draws(CrossEntropy(starts[3], 0.15, 0.02, 0), starts[0], starts[3])
+    of_units, of_bits = drawn[:10], drawn[10:]
+    assert len(drawn) == 20 and 0 < units < search.actions.size
+    assert torch.equal(of_units[:, units:], starts[3][units:].expand(10, -1))
+    assert torch.equal(of_bits[:, :units], starts[0][:units].expand(10, -1))
+    assert bool((of_units[:, :units].std(0) > 0).all()) and bool((of_bits[:, units:].std(0) > 0).all())
+    for options in ({"sparsity": 0}, {"bits": (4, 4)}):  # one of the two alone: there is nothing to hold
+        _, search = searching(**options)
+        drawn = search._first_draws(CrossEntropy(search._starts()[0], 0.15, 0.02, 0), *[search._starts()[0]] * 2)
+        assert len(drawn) == 20 and bool((drawn.std(0) > 0).all())
 
 
 def test_a_plan_leaves_nothing_behind():
