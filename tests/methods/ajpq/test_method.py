@@ -42,16 +42,17 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 # ------------------------------------------------------------------------------------------------ the search
-def test_a_seed_says_all_and_the_model_stays_as_it_is():
+def test_a_seed_says_all_and_the_model_stays_as_it_is(tmp_path):
     model = net()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.random.get_rng_state()
     options: dict[str, Any] = {"method": SHORT, "data": batches(), "loss": loss, "progress": False, **ASKED}
-    first, second = gc.compress(model, X, **options), gc.compress(model, X, **options)
+    first, second = gc.compress(model, X, **options, folder=tmp_path / "0"), gc.compress(model, X, **options)
     assert same(first, second) and torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    other = gc.compress(model, X, **options, seed=5)
-    assert first.report.notes != other.report.notes
+    gc.compress(model, X, **options, seed=5, folder=tmp_path / "5")
+    plans = [[line["plan"] for line in lines(tmp_path / seed)[1:]] for seed in ("0", "5")]
+    assert len(plans[0]) == len(plans[1]) == 12 and plans[0] != plans[1]
 
 
 def test_each_plan_is_evaluated_once_and_a_search_goes_on_from_its_folder(tmp_path):
