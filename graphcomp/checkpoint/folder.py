@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -35,7 +34,7 @@ from graphcomp.checkpoint.state import Decoder, replace_tensors, submodule
 from graphcomp.errors import CheckpointError
 from graphcomp.ir import graph_json
 from graphcomp.ir.graph import assign, names_by_tensor
-from graphcomp.ir.json_values import damaged, decode, encode
+from graphcomp.ir.json_values import damaged, decode, encode, finite
 from graphcomp.ir.module import tensor_names
 from graphcomp.ir.trust import NAMESPACES, Trust
 from graphcomp.native.vocabulary import trim_as
@@ -183,7 +182,7 @@ def write(
         "form": form,
         "reason": reason,
         "kept": {name: {str(d): indices.tolist() for d, indices in dims.items()} for name, dims in kept.items()},
-        "report": _finite(_with_notes(report, needs)),
+        "report": finite(_with_notes(report, needs)),
         "edits": [(path, name, encode(value)) for path, name, value in edits],
         "original_shapes": {name: list(shape) for name, shape in (original_shapes or {}).items()},
         "class": class_path(type(module)),
@@ -323,15 +322,6 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple
 def _kind(tensor: Tensor) -> tuple[str, list[int]]:
     """dtype and shape, as they stand in the document."""
     return str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN; null stands for it."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ------------------------------------------------------------------------------------------------ the folder

@@ -28,6 +28,7 @@ from graphcomp.errors import (
     PlanError,
     VerificationError,
 )
+from graphcomp.ir.json_values import finite
 from graphcomp.report.html import short
 from graphcomp.system.version import package_version
 
@@ -98,7 +99,7 @@ def _failed(error: Exception, as_json: bool) -> int:
 
 def _print(found: Mapping[str, Any], as_json: bool, text: Callable[[Console], None] | None = None) -> None:
     if as_json:
-        data = verbs.plain({name: value for name, value in found.items() if name != "text"})
+        data = finite({name: value for name, value in found.items() if name != "text"})
         sys.stdout.write(json.dumps(data, ensure_ascii=False) + "\n")
     elif text is not None:
         text(Console(soft_wrap=True, highlight=False))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from graphcomp.cli.plan import Plan, groups_of, shapes_of
 from graphcomp.cli.sources import Source, open_source
 from graphcomp.cost.latency import latency
 from graphcomp.errors import CheckpointError, ExportError, GraphcompError, VerificationError
+from graphcomp.ir.json_values import finite
 from graphcomp.ir.module import tensor_leaves
 from graphcomp.numerics.compare import relative_error, tolerance_of
 from graphcomp.report.report import Report
@@ -176,18 +176,9 @@ def write_report(
     """Write report.json and report.html."""
     import json
 
-    data = plain(report.to_dict())
+    data = finite(report.to_dict())
     (folder / REPORT).write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     report.to_html(folder / PAGE, metrics=metrics, run=run)
-
-
-def plain(value: Any) -> Any:
-    """Return plain data with None in place of NaN and infinities, which JSON lacks."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ------------------------------------------------------------------------------------------------ verify
@@ -218,8 +209,8 @@ def verified(folder: Path) -> dict[str, Any]:
             else:
                 unchecked[f"model on {name}"] = f"{type(error).__name__}: {error}"
             continue
-        finite = all(bool(t.isfinite().all()) for t in tensor_leaves(outputs) if t.is_floating_point())
-        (held if finite else failed).append(f"model: outputs on {name} are {'' if finite else 'not '}finite")
+        sound = all(bool(t.isfinite().all()) for t in tensor_leaves(outputs) if t.is_floating_point())
+        (held if sound else failed).append(f"model: outputs on {name} are {'' if sound else 'not '}finite")
         for path in output.exported():
             _compare_file(path, module, name, args, kwargs, held, failed, unchecked)
     return {"held": held, "failed": failed, "unchecked": unchecked}

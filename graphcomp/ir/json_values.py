@@ -154,3 +154,12 @@ _LEAVES: dict[str, Callable[..., Any]] = {
 _CONTAINERS: dict[str, Callable[[list[Any]], Any]] = {
     "tuple": tuple, "slice": _slice, "complex": _complex, "dict": dict,
 }  # fmt: skip
+
+
+def finite(value: Any) -> Any:
+    """Return plain data with None in place of NaN and infinities, which JSON lacks."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
