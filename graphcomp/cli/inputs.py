@@ -46,7 +46,7 @@ def from_shapes(specs: Sequence[str], seed: int = 0) -> Any:
         if match is None:
             raise InputError(
                 f"a shape must be [name=]dims[:dtype[:low..high]], got {spec!r}",
-                fix="--shape 1,3,224,224 or --shape input_ids=1,16:int64:0..30000",
+                fix="--shape 1,3,224,224, --shape input_ids=1,16:int64:0..30000, or --shape t=scalar",
             )
         found.append((match["name"] or "", _random(spec, match, generator)))
     names = [name for name, _ in found]

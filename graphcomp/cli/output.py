@@ -81,8 +81,16 @@ class Output:
             ) from error
 
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the example inputs as arguments and keywords."""
-        held = safetensors.torch.load_file(self.folder / INPUTS)
+        """Return the example inputs as arguments and keywords.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+        """
+        path = self.folder / INPUTS
+        try:
+            held = safetensors.torch.load_file(path)
+        except Exception as error:  # safetensors' own error has no public base class
+            raise CheckpointError(f"{path} cannot be read", why=f"{type(error).__name__}: {error}") from error
         args = tuple(held[f"arg.{k}"] for k in range(sum(name.startswith("arg.") for name in held)))
         return args, {name.removeprefix("kwarg."): t for name, t in held.items() if name.startswith("kwarg.")}
 

@@ -87,7 +87,7 @@ def _from_factory(module: str, attribute: str) -> Source:
         raise PlanError(f"there is no module {module!r}", why=str(error), fix=_forms()) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            names = [n for n in dir(found) if not n.startswith("_")]
+            names = [n for n, own in vars(found).items() if callable(own) and getattr(own, "__module__", "") == module]
             raise PlanError(f"{module!r} has no {attribute!r}", fix=f"one of: {', '.join(names[:20])}")
         found = getattr(found, part)
     if not isinstance(found, nn.Module) and callable(found):

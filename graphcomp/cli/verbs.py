@@ -189,17 +189,19 @@ def verified(folder: Path) -> dict[str, Any]:
         "held": what holds; "failed": what does not; "unchecked": what could not be checked, and why.
     """
     output = Output.open(folder)
-    held, failed, unchecked = [], [f"files: {what}" for what in output.damaged()], dict(output.report.unchecked)
+    held, failed, unchecked = list[str](), [f"files: {what}" for what in output.damaged()], dict[str, str]()
     if not failed:
         held.append(f"files: {len(output.manifest['files'])} as in the manifest")
-    held += [f"when it was made: {law} ({error:.1e})" for law, error in output.report.verified.items()]
     try:
+        report = output.report
+        held += [f"when it was made: {law} ({error:.1e})" for law, error in report.verified.items()]
+        unchecked |= report.unchecked
         module = open_result(folder / MODEL)
-    except GraphcompError as error:
-        return {"held": held, "failed": [*failed, f"model: {error.what}"], "unchecked": unchecked}
+        example = output.inputs()
+    except GraphcompError as error:  # a damaged file is what this verb looks for
+        return {"held": held, "failed": [*failed, f"{error.what}: {error.why}"], "unchecked": unchecked}
     if isinstance(module, CompressedModel):
         module = module.module
-    example = output.inputs()
     for name, (args, kwargs) in _trials(*example).items():
         try:
             outputs = _outputs(module, args, kwargs)

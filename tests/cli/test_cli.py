@@ -80,6 +80,17 @@ def test_verify_finds_what_was_changed(out: Path, capsys: pytest.CaptureFixture[
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "name", ["report.json", "inputs.safetensors", "model/graphcomp.json", "model/model.safetensors"]
+)
+def test_verify_names_a_file_that_cannot_be_read(name: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for damage in (lambda: (out / name).write_bytes(b"none"), (out / name).unlink):
+        damage()
+        assert run(["verify", str(out), "--json"]) == 4
+        failed = printed(capsys)["failed"]
+        assert failed[0].startswith(f"files: {name} ") and len(failed) >= 2
+
+
 def test_verify_finds_an_exported_file_of_another_model(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
     other = graphcomp.compress(linear, torch.randn(2, 3, 8, 8), sparsity=0, bits=8)
@@ -137,7 +148,7 @@ def test_a_plan_that_is_none(
         (["compress"], 2, "no model is given"),
         (["compress", "nothing"], 2, "no model is called 'nothing'"),
         (["compress", "nowhere:net"], 2, "no module 'nowhere'"),
-        (["compress", "tests.cli.models:other"], 2, "has no 'other'"),
+        (["compress", "tests.cli.models:other"], 2, "one of: net, Two, two, frozen, no_model"),
         (["compress", "tests.cli.models:no_model"], 2, "must be a module"),
         (["compress", "tests.cli.models:NUMBER"], 2, "must be a module"),
         (["compress", "torchvision:resnet19"], 2, "torchvision"),

@@ -29,7 +29,7 @@ def test_shapes() -> None:
     assert from_shapes(described(named))["x"].shape == (1, 2)
 
 
-@pytest.mark.parametrize("specs", [["a=1", "2"], ["a=1", "a=2"], ["1,"], ["1,2:int64:9..3"], ["1:nn"], [""]])
+@pytest.mark.parametrize("specs", [["a="], ["a=1", "2"], ["a=1", "a=2"], ["1,"], ["1,2:int64:9..3"], ["1:nn"], [""]])
 def test_shapes_that_are_none(specs: list[str]) -> None:
     with pytest.raises(graphcomp.InputError):
         from_shapes(specs)
