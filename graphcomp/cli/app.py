@@ -17,7 +17,7 @@ from rich.table import Table
 
 from graphcomp.cli import verbs
 from graphcomp.cli.plan import SUFFIXES, Plan, inputs_entry
-from graphcomp.cli.sources import FORMS
+from graphcomp.cli.sources import FORMS, is_factory
 from graphcomp.errors import (
     CaptureError,
     CheckpointError,
@@ -59,6 +59,7 @@ Pretrained = Annotated[
     bool, typer.Option("--pretrained/--random", help="Weights of torchvision:, timm: and hf: names.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Trust = Annotated[list[str], typer.Option(help="Package whose classes the folder may name; again for more.")]
 Guard = Annotated[bool, typer.Option("--guard", help="Leave layers of .onnx in float where that is faster.")]
 
 
@@ -184,7 +185,9 @@ def compress(
         _dry_run(whole, out, as_json)
         return
     found = verbs.compressed(whole, out, replaces=force)
-    _print(found, as_json, lambda console: console.print(f"{found['text']}\n\nwritten to {out}: report.html, model/ …"))
+    trust = f" --trust {whole.model.partition(':')[0].partition('.')[0]}" if is_factory(whole.model) else ""
+    text = f"{found['text']}\n\nwritten to {out}: report.html, model/ …; graphcomp verify {out}{trust}"
+    _print({**found, "text": text}, as_json)
 
 
 def _plan(
@@ -221,9 +224,9 @@ def _costs(report: Mapping[str, Any]) -> str:
 
 
 @app.command()
-def verify(folder: Folder, as_json: AsJson = False) -> int:
+def verify(folder: Folder, trust: Trust = [], as_json: AsJson = False) -> int:
     """Check an output folder: files, the model on several inputs, exported files beside the model."""
-    found = verbs.verified(folder)
+    found = verbs.verified(folder, trust)
 
     def show(console: Console) -> None:
         for text in found["held"]:
@@ -240,10 +243,10 @@ def verify(folder: Folder, as_json: AsJson = False) -> int:
 @app.command(name="export")
 def export_(
     folder: Folder, path: Annotated[Path, typer.Argument(help="A file .onnx or .pt2.")], guard: Guard = False,
-    as_json: AsJson = False,
+    trust: Trust = [], as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Write the model of an output folder for another runtime."""
-    _print(verbs.exported(folder, path, guard=guard), as_json)
+    _print(verbs.exported(folder, path, guard=guard, trust=trust), as_json)
 
 
 @app.command()
@@ -251,10 +254,11 @@ def bench(
     folder: Folder,
     original: Annotated[bool, typer.Option("--original/--alone", help="Time the original beside.")] = True,
     repeats: Annotated[int, typer.Option(help="Runs that are counted.")] = 20,
+    trust: Trust = [],
     as_json: AsJson = False,
 ) -> None:
     """Time the model, the exported files and the original: one thread, median of several runs."""
-    found = verbs.benched(folder, original=original, repeats=repeats)
+    found = verbs.benched(folder, original=original, repeats=repeats, trust=trust)
 
     def show(console: Console) -> None:
         table = Table("", "ms", "10 % … 90 %", "bytes")

@@ -71,14 +71,25 @@ def open_source(name: str, *, pretrained: bool = True) -> Source:
     return Source(name, found.model.eval(), found.example, found.normalization, found.tokenizer)
 
 
+def is_factory(name: str) -> bool:
+    """Return whether the name is one of a factory, whose module is imported when the model is opened."""
+    kind, colon, rest = name.partition(":")
+    return bool(colon and rest) and kind not in NAMED and not Path(name).exists() and not name.endswith(".pt2")
+
+
+def find_beside() -> None:
+    """Let imports find modules in the working folder, as `python -m` does."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
 def _forms() -> str:
     return f"one of: {', '.join(FORMS)}"
 
 
 def _from_factory(module: str, attribute: str) -> Source:
     """Return what a factory without arguments makes; modules beside the caller are found, too."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    find_beside()
     try:
         found: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:

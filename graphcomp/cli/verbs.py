@@ -17,7 +17,7 @@ from graphcomp.capture.capture import example_arguments
 from graphcomp.cli.inputs import calibration_of
 from graphcomp.cli.output import MODEL, PAGE, PLAN, REPORT, Output, fresh_output, versions, write_inputs
 from graphcomp.cli.plan import Plan, groups_of, shapes_of
-from graphcomp.cli.sources import Source, open_source
+from graphcomp.cli.sources import Source, find_beside, is_factory, open_source
 from graphcomp.cost.latency import latency
 from graphcomp.errors import CheckpointError, ExportError, GraphcompError, VerificationError
 from graphcomp.ir.json_values import finite
@@ -149,11 +149,25 @@ def _write_model(small: CompressedModel, source: Source, folder: Path) -> str:
     return "graphcomp"
 
 
-def open_result(folder: Path) -> CompressedModel | nn.Module:
-    """Return the model of an output folder."""
-    if (folder / "graphcomp.json").exists():
-        return load(folder)
-    return open_source(str(folder)).model
+def open_result(folder: Path, trust: Sequence[str] = ()) -> CompressedModel | nn.Module:
+    """Return the model of an output folder.
+
+    Args:
+        trust: packages whose classes the folder may name; those in the working folder count.
+
+    Raises:
+        CheckpointError: the folder is damaged, or names a class of a package that is not trusted.
+    """
+    if not (folder / "graphcomp.json").exists():
+        return open_source(str(folder)).model
+    find_beside()
+    try:
+        return load(folder, trust=trust)
+    except CheckpointError as error:
+        if "trust=[" not in error.fix:
+            raise
+        fix = "--trust PACKAGE, where you trust both the folder and the package"
+        raise CheckpointError(error.what, at=str(folder), why=error.why, fix=fix) from error
 
 
 def _reloaded(folder: Path, small: CompressedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
@@ -182,11 +196,14 @@ def write_report(
 
 
 # ------------------------------------------------------------------------------------------------ verify
-def verified(folder: Path) -> dict[str, Any]:
+def verified(folder: Path, trust: Sequence[str] = ()) -> dict[str, Any]:
     """Check an output folder: files against the manifest, the model on several inputs, exported files beside the model.
 
     Returns:
         "held": what holds; "failed": what does not; "unchecked": what could not be checked, and why.
+
+    Raises:
+        CheckpointError: the files are whole, and the model cannot be opened: see `open_result`.
     """
     output = Output.open(folder)
     held, failed, unchecked = list[str](), [f"files: {what}" for what in output.damaged()], dict[str, str]()
@@ -196,9 +213,11 @@ def verified(folder: Path) -> dict[str, Any]:
         report = output.report
         held += [f"when it was made: {law} ({error:.1e})" for law, error in report.verified.items()]
         unchecked |= report.unchecked
-        module = open_result(folder / MODEL)
+        module = open_result(folder / MODEL, trust)
         example = output.inputs()
     except GraphcompError as error:  # a damaged file is what this verb looks for
+        if not failed:
+            raise
         return {"held": held, "failed": [*failed, f"{error.what}: {error.why}"], "unchecked": unchecked}
     if isinstance(module, CompressedModel):
         module = module.module
@@ -273,10 +292,10 @@ def _outputs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 # ------------------------------------------------------------------------------------------------ export, bench, report
-def exported(folder: Path, path: Path, *, guard: bool = False) -> dict[str, Any]:
+def exported(folder: Path, path: Path, *, guard: bool = False, trust: Sequence[str] = ()) -> dict[str, Any]:
     """Write the model of an output folder, or of a checkpoint folder, for another runtime."""
     output = Output.open(folder)
-    small = open_result(folder / MODEL)
+    small = open_result(folder / MODEL, trust)
     if not isinstance(small, CompressedModel):
         raise ExportError(
             f"{folder / MODEL} is a folder of transformers, whose exported form is made with the result",
@@ -292,7 +311,7 @@ def exported(folder: Path, path: Path, *, guard: bool = False) -> dict[str, Any]
     return {"path": str(path), "text": "\n".join([text, *found.notes]), "report": found.to_dict()}
 
 
-def benched(folder: Path, *, original: bool = True, repeats: int = 20) -> dict[str, Any]:
+def benched(folder: Path, *, original: bool = True, repeats: int = 20, trust: Sequence[str] = ()) -> dict[str, Any]:
     """Time the model of an output folder, its exported files and the original on the example inputs: one thread.
 
     Returns:
@@ -305,15 +324,18 @@ def benched(folder: Path, *, original: bool = True, repeats: int = 20) -> dict[s
     args, kwargs = output.inputs()
     rows: dict[str, dict[str, float]] = {}
     notes = []
+    plan = Plan.read(folder / PLAN)
+    if original and is_factory(plan.model) and plan.model.partition(".")[0].partition(":")[0] not in trust:
+        original = False
+        notes.append(f"the original is not timed: {plan.model} is of no package that --trust names")
     if original:
-        plan = Plan.read(folder / PLAN)
         try:
             source = open_source(plan.model, pretrained=plan.pretrained)
         except GraphcompError as error:
             notes.append(f"the original is not timed: {error.what}")
         else:
             rows["original, PyTorch"] = _timed_row(source.model, args, kwargs, repeats)
-    small = open_result(folder / MODEL)
+    small = open_result(folder / MODEL, trust)
     module = small.module if isinstance(small, CompressedModel) else small
     rows["compressed, PyTorch"] = _timed_row(module, args, kwargs, repeats)
     for path in output.exported():

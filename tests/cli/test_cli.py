@@ -214,7 +214,7 @@ def test_export_and_bench(out: Path, capsys: pytest.CaptureFixture[str]) -> None
     path = out.parent / "again.onnx"
     assert run(["export", str(out), str(path), "--json"]) == 0
     assert printed(capsys)["report"]["agreement"]["steps"] <= 1
-    assert run(["bench", str(out), "--repeats", "2", "--json"]) == 0
+    assert run(["bench", str(out), "--repeats", "2", "--trust", "tests", "--json"]) == 0
     rows = printed(capsys)["rows"]
     assert list(rows) == ["original, PyTorch", "compressed, PyTorch", "model.onnx, onnxruntime"]
     assert rows["compressed, PyTorch"]["bytes"] < rows["original, PyTorch"]["bytes"] / 3
@@ -255,7 +255,7 @@ def test_named_inputs_and_a_range_of_bits(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.slow
 @pytest.mark.ci
 def test_as_a_program(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("from tests.cli.models import net\n")
+    (tmp_path / "mine.py").write_text("from tests.cli.models import two\n")
     root = str(Path(__file__).parents[2])
 
     def call(*words: str) -> subprocess.CompletedProcess[str]:
@@ -264,8 +264,13 @@ def test_as_a_program(tmp_path: Path) -> None:
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
 
     assert call("--version").stdout.startswith("graphcomp ")
-    done = call("compress", "mine:net", "--shape", "2,3,8,8", "--out", "out", "--json")
+    words = ["--shape", "ids=5:int64:0..19", "--shape", "x=5,4", "--out", "out", "--json"]
+    done = call("compress", "mine:two", *words)
     assert done.returncode == 0 and done.stderr == ""
-    assert json.loads(done.stdout)["report"]["model"] == "Sequential"
-    assert call("verify", "out").returncode == 0
+    assert json.loads(done.stdout)["report"]["model"] == "Two"
+    refused = call("verify", "out")
+    assert refused.returncode == 5 and "--trust PACKAGE" in refused.stderr
+    assert call("verify", "out", "--trust", "tests").returncode == 0
+    rows = json.loads(call("bench", "out", "--trust", "tests", "--repeats", "1", "--json").stdout)
+    assert list(rows["rows"]) == ["compressed, PyTorch"] and "mine:two" in rows["notes"][0]
     assert "--sparsity" in call("compress", "--help").stdout
