@@ -293,6 +293,8 @@ def test_the_model_is_left_alone_and_the_same_seed_gives_the_same():
     assert all(torch.equal(second.state_dict()[name], own) for name, own in first.state_dict().items())
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_weights_alone_a_submodule_and_a_layer_that_is_left_out():
     small = compress("gdrq", model=deep(), bits=3, activation_bits=None, training={"steps": 8})
     assert [layer.activation_bits for layer in small.report.layers] == [32] * 5
@@ -310,6 +312,8 @@ def test_after_units_are_gone_filters_that_stay_are_clipped_and_quantized():
     assert [layer.weight_bits for layer in small.report.layers] == [8, 2, 2, 2, 8]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_reshaping_beats_none_on_weights_of_long_tails():
     """Equal steps from one start with a few large weights per layer: the error of rounding is lower where clipped."""
 

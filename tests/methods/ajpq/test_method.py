@@ -42,6 +42,8 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 # ------------------------------------------------------------------------------------------------ the search
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_seed_says_all_and_the_model_stays_as_it_is(tmp_path):
     model = net()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -55,6 +57,8 @@ def test_a_seed_says_all_and_the_model_stays_as_it_is(tmp_path):
     assert len(plans[0]) == len(plans[1]) == 12 and plans[0] != plans[1]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_each_plan_is_evaluated_once_and_a_search_goes_on_from_its_folder(tmp_path):
     whole = alone(folder=tmp_path / "whole")
     keys = [line["plan"] for line in lines(tmp_path / "whole")[1:]]
@@ -82,6 +86,8 @@ def test_each_plan_is_evaluated_once_and_a_search_goes_on_from_its_folder(tmp_pa
     assert same(whole, again) and calls == -10_000 + 2 * (12 - done)  # nothing is evaluated again
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_folder_of_another_search_is_refused(tmp_path):
     alone(folder=tmp_path)
     for options in ({"seed": 3}, {"bits": (3, 8)}, {"budget": gc.Budget(bops=0.02)}, {"data": batches(3)}):
@@ -108,6 +114,8 @@ def test_scores_that_are_not_finite_are_the_worst(tmp_path):
     assert [line["score"] for line in lines(tmp_path)[1:]] == [-7.0, None, None, None, None]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_score_of_the_users_own_decides():
     """A score that counts the codes of the head alone: the head keeps few bits."""
 
@@ -120,6 +128,8 @@ def test_a_score_of_the_users_own_decides():
     assert bits["head"] < min(bits["first"], bits["second"])
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_without_labels_the_outputs_are_what_is_kept():
     rows = [x for x, _ in batches(8)]
     errors = []
@@ -133,6 +143,8 @@ def test_without_labels_the_outputs_are_what_is_kept():
     assert errors[0] < 0.15 and errors[0] < 0.6 * errors[1]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_more_plans_are_never_worse():
     scores = []
     for plans in (8, 30, 60):
@@ -212,6 +224,8 @@ def test_units_and_bits_stay_as_planned_while_weights_are_trained():
     assert len(run.bits()) == 3 and max(own) <= 8
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("budget", [gc.Budget(bops=0.03), gc.Budget(bytes=0.1), gc.Budget(macs=0.6, bops=0.05)])
 def test_the_budget_is_met_after_training(budget):
     small = compress(SHORT, bits=(2, 8), budget=budget)
@@ -317,6 +331,8 @@ def test_a_model_without_groups_gets_bits_alone_and_no_norms_are_needed():
         assert "sparsity=0" in caught.value.fix
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_round_to_and_frozen_groups():
     small = alone(round_to=4, budget=gc.Budget(bops=0.012))
     assert small.report.units_removed > 0

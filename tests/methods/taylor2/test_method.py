@@ -110,6 +110,8 @@ def test_the_stages_and_what_metrics_say_of_them(tmp_path):
     assert lines[-1]["weight_bits"] == 6.0  # of 8, 2 and 8
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_pruning_goes_on_at_the_quantized_weights():
     Watched.runs.clear()
     small = compress(Watched(quantize_from=0.25, until=0.75, every=2), sparsity=0.5, bits=4)
@@ -213,6 +215,8 @@ def test_frozen_layers_stay_whole_and_as_they_are():
     assert small.report.units_removed == 2 and any("left whole" in note for note in small.report.notes)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_same_seed_gives_the_same_model():
     first, second = (compress("taylor2", sparsity=0.5, bits=4) for _ in range(2))
     assert all(torch.equal(second.state_dict()[name], own) for name, own in first.state_dict().items())
