@@ -91,6 +91,8 @@ def test_verify_names_a_file_that_cannot_be_read(name: str, out: Path, capsys: p
         assert failed[0].startswith(f"files: {name} ") and len(failed) >= 2
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_verify_finds_an_exported_file_of_another_model(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
     other = graphcomp.compress(linear, torch.randn(2, 3, 8, 8), sparsity=0, bits=8)

@@ -307,6 +307,8 @@ def test_training_follows_on_the_smaller_model() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ names
+@pytest.mark.slow
+@pytest.mark.ci
 def test_names_of_modules_follow_the_layers_that_are_left() -> None:
     model = Deep().eval()
     with torch.no_grad():  # the second layer does next to nothing
@@ -366,6 +368,8 @@ class Fixed(Deep):
         return found
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("bits", [None, 8])
 def test_a_graph_without_blocks_stays_a_graph_behind_units_and_bits(bits: int | None, tmp_path: Path) -> None:
     asked: dict[str, Any] = {"calibration": batches(), "progress": False}
@@ -380,6 +384,8 @@ def test_a_graph_without_blocks_stays_a_graph_behind_units_and_bits(bits: int | 
     assert torch.equal(loaded(X), small(X)) and loaded.form == "graph"
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_shares_of_blocks_and_units_stand_beside_a_budget_that_chooses_bits() -> None:
     shares = {"layer": 0.25, "hidden": 0.5}
     floats = compress(Deep().eval(), X, prune=("layer", "hidden"), sparsity=shares, calibration=batches())
@@ -395,6 +401,8 @@ def test_shares_of_blocks_and_units_stand_beside_a_budget_that_chooses_bits() ->
         assert sum(units) == 3 * (12 if sparsity is shares else 18)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_role_without_a_share_is_left_alone() -> None:
     asked: dict[str, Any] = {"prune": ("layer", "hidden"), "calibration": batches()}
     units = compress(Deep().eval(), X, sparsity={"hidden": 0.25}, **asked)

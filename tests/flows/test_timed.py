@@ -220,6 +220,8 @@ def test_a_choice_is_timed_and_made_again_where_the_prediction_was_off(
     assert widths(late) == widths(first)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("baseline", ["original", "quantized"])
 def test_speedups_count_from_the_original_or_from_the_quantized_network(
     timers: list[FakeTimer], monkeypatch: pytest.MonkeyPatch, baseline: Any

@@ -186,6 +186,8 @@ def test_a_tokenizer_is_no_model_and_no_input(good: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "small").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_parameters_on_two_devices_are_refused() -> None:
     model = llama(layers=1)
     model.lm_head.to("meta")

@@ -150,6 +150,8 @@ def test_units_in_multiples_and_by_role():
         compress(Opq(per="unit"), sparsity=0.4, prune=["head"])
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_activations_are_quantized_where_bits_are_given():
     small = compress("opq", sparsity=0.5, bits=4, activation_bits=8)
     assert [layer.activation_bits for layer in small.report.layers] == [8, 8, 8]

@@ -297,6 +297,8 @@ def test_a_run_that_was_cut_short_ends_as_it_would_have(tmp_path, calls, norms):
         compress(PruneTernary(pull=0.1), model=deep(norms), folder=tmp_path, **options)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_model_is_left_alone_and_the_same_seed_gives_the_same():
     model = deep()
     before = copy.deepcopy(model.state_dict())

@@ -197,6 +197,8 @@ def test_channels_that_stay_uneven_in_training_are_named() -> None:
     assert any("batch norms have seen no batch yet" in note for note in gc.finalize(ready).report.notes)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_parameters_hold_the_weight_before_rounding_and_are_rounded_to_the_levels_that_were_chosen() -> None:
     model, inputs, _ = task()
     options, batches = weights_of(3, 4), [[x] for x in inputs]

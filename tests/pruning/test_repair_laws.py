@@ -162,6 +162,8 @@ def test_random_networks(seed: int, depth: int) -> None:
     check_repair(seed, depth)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_laws_are_checked_on_layers() -> None:
     """The check above sees layers in most networks."""
     assert sum(check_repair(seed, 3) > 0 for seed in range(4)) >= 3

@@ -115,6 +115,8 @@ def test_a_layer_that_stays_float_is_named(name: str) -> None:
     assert len(small.report.notes) == 1 + len(uncounted) + len(whole) + len(rounded)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_trained_model_names_them_too() -> None:
     model, x, note = CASES["lstm"]
     assert note in gc.finalize(gc.prepare(model, x, bits=8)).report.notes

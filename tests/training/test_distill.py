@@ -188,6 +188,8 @@ def test_a_cut_model_learns_from_what_it_was_cut_from(tmp_path):
         finetune(integers, **options)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("hidden", [(), ("second",)], ids=["logits", "hidden states by a learned map"])
 @pytest.mark.parametrize(("lr", "helps"), [(0.05, True), (2.0, False)])
 def test_on_held_out_batches_the_better_of_start_and_end_stays(hidden, lr, helps):
@@ -234,6 +236,8 @@ def test_maps_between_widths_come_back_with_the_run(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ what is kept
+@pytest.mark.slow
+@pytest.mark.ci
 def test_outputs_are_kept_where_batches_stay_the_same():
     small, data = small_net(), batches()
     loader = torch.utils.data.DataLoader([(x, y) for xs, ys in data for x, y in zip(xs, ys, strict=True)], 16)

@@ -40,6 +40,8 @@ def test_all_that_is_multiplied_takes_part_once():
     assert list(multiplied(gc.prepare(Net(), X, bits=None, ignore=["cells"]))) == [*WEIGHTS[:2], "twice.weight"]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_methods_prune_the_same_weights_but_for_the_last_of_pqk():
     data = [(X, torch.randn(3, 2, 8))] * 3
     count = {name: parameter.numel() for name, parameter in Net().named_parameters() if name in WEIGHTS}

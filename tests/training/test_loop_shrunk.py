@@ -38,6 +38,8 @@ def test_what_is_left_is_trained_from_the_second_step_of_the_cool_down_on(monkey
     assert seen == [whole] * (COOLDOWN + 1) + [small] * (STEPS - COOLDOWN - 1) and small < 0.9 * whole
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_it_is_the_same_training():
     """In float64, and without dropout, whose draws depend on the shape."""
     model = nn.Sequential(

@@ -91,6 +91,8 @@ def test_what_is_handed_back_is_of_the_whole(bits):
     assert all(torch.equal(tensor, before[name]) for name, tensor in small.state_dict().items())
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_what_it_learned_is_handed_back():
     small = gc.shrink(pruned("residual"))
     optimizer = gc.QASSO(small, torch.optim.SGD, lr=0.05, sparsity=0.0, schedule=COOLDOWN)

@@ -98,6 +98,8 @@ def test_heads_and_features_go(name):
 
 
 # ------------------------------------------------------------------------------------------------ during the run
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_stages_and_what_metrics_say_of_them(tmp_path):
     compress(Taylor2(every=3), sparsity=0.5, bits=2, folder=tmp_path, training={"steps": 36, "log_every": 1})
     lines = read_metrics(tmp_path / "metrics.jsonl")
@@ -196,6 +198,8 @@ def test_the_teacher_of_a_submodule_is_the_whole_model_as_it_was_given():
     assert model.inner.second.weight.shape == (8, 8, 3, 3)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_model_that_was_given_is_not_modified():
     model = net()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
