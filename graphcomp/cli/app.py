@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from graphcomp.cli import verbs
+from graphcomp.cli.output import MANIFEST, PLAN
 from graphcomp.cli.plan import SUFFIXES, Plan, inputs_entry
 from graphcomp.cli.sources import FORMS, is_factory
 from graphcomp.errors import (
@@ -45,6 +46,9 @@ CODES: tuple[tuple[type[Exception] | tuple[type[Exception], ...], int], ...] = (
     ((CheckpointError, ExportError, OSError), 5),
 )
 """Errors -> exit codes; the first that matches counts."""
+
+SAMPLES = 256
+"""Calibration samples, at most, where the command does not say."""
 
 FAULT = 4
 """Exit code of `verify` where something does not hold."""
@@ -142,7 +146,7 @@ def compress(
     calibration: Annotated[
         Path | None, typer.Option(help="A folder of images, a text file, or a .npz or .safetensors file of samples.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration samples, at most.")] = 256,
+    samples: Annotated[int | None, typer.Option(help="Calibration samples, at most; default: 256.")] = None,
     saliency: Annotated[str | None, typer.Option(help="How units are ranked, such as l2.")] = None,
     ranking: Annotated[str | None, typer.Option(help="global, local or sensitivity.")] = None,
     prune: Annotated[list[str], typer.Option(help="Role to prune, such as head; again for more.")] = [],
@@ -178,9 +182,13 @@ def compress(
         options["activation_bits"] = _bits("activation_bits", activation_bits)
     asked = {
         "inputs": inputs_entry(shape, inputs), "export": tuple(export), "guard": guard,
-        "calibration": {} if calibration is None else {"path": str(calibration), "samples": samples},
+        "calibration": {} if calibration is None else {"path": str(calibration), "samples": samples or SAMPLES},
     }  # fmt: skip
     whole = _plan(model, pretrained, plan, options, asked)
+    if samples is not None and calibration is None:
+        raise PlanError("--samples without --calibration", fix="--calibration images/ --samples 64")
+    if whole.guard and "onnx" not in whole.export:
+        raise PlanError("--guard without --export onnx", why="layers are timed in onnxruntime", fix="--export onnx")
     if dry_run:
         _dry_run(whole, out, as_json)
         return
@@ -201,14 +209,18 @@ def _plan(
     whole = replace(base, **own, options={**base.options, **options})
     if model is not None:
         whole = replace(whole, model=model, pretrained=pretrained)
+    elif not pretrained:
+        whole = replace(whole, pretrained=False)
     if path is not None and set(options) & {"sparsity", "budget", "ranking", "saliency", "prune", "ignore"}:
         whole = replace(whole, groups=())  # chosen anew
     return Plan.checked({name: getattr(whole, name) for name in whole.__dataclass_fields__})
 
 
 def _dry_run(plan: Plan, out: Path, as_json: bool) -> None:
+    path = out / PLAN
+    if (out / MANIFEST).exists():
+        raise CheckpointError(f"{out} holds an output, whose plan would be replaced", fix="another --out")
     found, report = verbs.planned(plan)
-    path = out / "plan.json"
     found.write(path)
     text = f"{_costs(report.to_dict())}\nnothing is compressed; the plan is in {path}: edit `keep`, then --plan {path}"
     _print({"plan": str(path), "report": report.to_dict(), "text": text}, as_json)

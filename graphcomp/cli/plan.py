@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from graphcomp.arguments import check_instance
-from graphcomp.cli.inputs import described, from_file, from_shapes
+from graphcomp.cli.inputs import from_file, from_shapes
 from graphcomp.cli.sources import Source
 from graphcomp.errors import GraphcompError, InputError, PlanError
 from graphcomp.pruning.allocation import Budget
@@ -25,6 +25,9 @@ OPTIONS = (
     "keep_class", "scope", "outputs", "verify", "measure_latency", "seed",
 )  # fmt: skip
 """Options of `compress` that a plan holds, as JSON has them; a budget is a mapping, bits of a range are a list."""
+
+ENTRIES = {"inputs": {"shapes", "file"}, "calibration": {"path", "samples"}}
+"""Entry of a plan -> the entries inside."""
 
 SUFFIXES = ("onnx", "pt2")
 """Formats of exported files."""
@@ -103,6 +106,9 @@ class Plan:
         for suffix in plan.export:
             if suffix not in SUFFIXES:
                 raise PlanError(f"there is no format {suffix!r}", fix=f"one of: {', '.join(SUFFIXES)}")
+        for name, own, needed in (("inputs", plan.inputs, ()), ("calibration", plan.calibration, ("path",))):
+            if set(own) - ENTRIES[name] or (own and set(needed) - set(own)):
+                raise PlanError(f"entries of {name} must be {sorted(ENTRIES[name])}, got {sorted(own)}")
         for group in plan.groups:
             _check_group(group)
         return plan
@@ -185,8 +191,3 @@ def inputs_entry(shapes: Sequence[str], file: Path | None) -> dict[str, Any]:
     if file is not None:
         return {"file": str(file)}
     return {"shapes": list(shapes)} if shapes else {}
-
-
-def shapes_of(example: Any) -> list[str]:
-    """Return the shapes of example inputs as text."""
-    return described(example)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from graphcomp.api import analyze, compress, load
 from graphcomp.capture.capture import example_arguments
-from graphcomp.cli.inputs import calibration_of
+from graphcomp.cli.inputs import calibration_of, described
 from graphcomp.cli.output import MODEL, PAGE, PLAN, REPORT, Output, fresh_output, versions, write_inputs
-from graphcomp.cli.plan import Plan, groups_of, shapes_of
+from graphcomp.cli.plan import Plan, groups_of
 from graphcomp.cli.sources import Source, find_beside, is_factory, open_source
 from graphcomp.cost.latency import latency
 from graphcomp.errors import CheckpointError, ExportError, GraphcompError, VerificationError
@@ -101,7 +101,7 @@ def compressed(plan: Plan, folder: Path, *, replaces: bool = False) -> dict[str,
         write_report(fresh, report)
         about = {
             "model": plan.model, "class": report.model, "form": small.form, "folder of": kind, "versions": versions(),
-            "inputs": shapes_of(example), "seconds": seconds, "checks": checks,
+            "inputs": described(example), "seconds": seconds, "checks": checks,
         }  # fmt: skip
         Output(fresh).sign(about)
     return {"out": str(folder), **about, "report": report.to_dict(), "text": str(report)}

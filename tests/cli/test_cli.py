@@ -130,6 +130,8 @@ def test_a_dry_run_writes_a_plan_that_can_be_edited(tmp_path: Path, capsys: pyte
         ({"options": {"spasity": 1}}, "no option 'spasity'"),
         ({"options": 3}, "options"),
         ({"export": ["tflite"]}, "no format 'tflite'"),
+        ({"inputs": {"shape": ["2,3,8,8"]}}, "entries of inputs"),
+        ({"calibration": {"samples": 3}}, "entries of calibration"),
         ({"groups": [{"name": "0"}]}, "each group must have"),
         ({"groups": [{"name": "0", "role": "", "module": "0", "units": 8, "chosen": 8, "keep": 9}]}, "from 1 to 8"),
     ],
@@ -163,6 +165,8 @@ def test_a_plan_that_is_none(
         (["compress", *NET, "--budget", "weight=0.5"], 2, "budget"),
         (["compress", *NET, "--export", "tflite"], 2, "no format 'tflite'"),
         (["compress", *NET, "--calibration", "nothing.npz", "--bits", "8"], 2, "there is no nothing.npz"),
+        (["compress", *NET, "--samples", "4"], 2, "--samples without --calibration"),
+        (["compress", *NET, "--guard"], 2, "--guard without --export onnx"),
         (["compress", *NET, "--bogus"], 2, "No such option"),
         (["compress", "tests.cli.models:frozen", "--shape", "2,4"], 3, "NothingToPrune"),
         (["verify", "nothing"], 5, "holds no output"),
@@ -194,6 +198,7 @@ def test_an_earlier_output_is_replaced_on_request_alone(out: Path, capsys: pytes
     call = ["compress", *NET, "--sparsity", "0.25", "--out", str(out)]
     assert run(call) == 5 and "--force" in capsys.readouterr().err
     assert Output(out).damaged() == [] and Output(out).manifest["files"] == before
+    assert run([*call, "--dry-run"]) == 5 and Output(out).damaged() == []
     assert run([*call, "--force"]) == 0
     assert Output(out).report.units_removed == 5 and not (out / "model.onnx").exists()
     other = out.parent / "mine"
