@@ -29,12 +29,16 @@ from torch import Tensor
 
 from graphcomp.arguments import check_word, is_number, shown
 from graphcomp.coupling.groups import ChannelGroup, Kept
-from graphcomp.errors import NothingToPrune, PlanError
+from graphcomp.errors import PlanError
 from graphcomp.methods.base import Goal, Method, refuse
 from graphcomp.methods.geta.steering import Target
-from graphcomp.methods.geta.units import Units, check_by_module, frozen_note, nothing_trainable, trainable
+from graphcomp.methods.geta.units import (
+    Units,
+    check_sparsity,
+    frozen_note,
+    groups_to_prune,
+)
 from graphcomp.methods.takes import UNITS
-from graphcomp.pruning.allocation import units_to_remove
 from graphcomp.pruning.saliency import named, norm_weights
 from graphcomp.training.identity import name_of
 from graphcomp.training.options import Training
@@ -67,15 +71,8 @@ class RegularizedRun(Run):
     def __init__(self, ready: Prepared, method: Regularized, goal: Goal, cut: int, lr_quant: float | None) -> None:
         session = ready.session
         sparsity = 0.5 if goal.sparsity is None and goal.budget is None else goal.sparsity
-        if isinstance(sparsity, Mapping):
-            check_by_module(sparsity, goal.budget)
-        elif sparsity is not None:
-            units_to_remove(sparsity, 0)  # says what is wrong with the number
-        if not session.groups:
-            raise NothingToPrune("nothing can be pruned", why=session.no_groups, fix='method="qat"')
-        groups = trainable(ready, session.groups)
-        if not groups:
-            raise nothing_trainable()
+        check_sparsity(sparsity, goal.budget)
+        groups = groups_to_prune(ready, 'method="qat"')
         scales = norm_weights(session.quantized.coupling)
         scaled = [g for g in groups if any(m.name in scales for m in g.members)]
         if method.kind == "scales" and len(scaled) < len(groups):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -94,3 +95,17 @@ def weight_of(small: gc.CompressedModel, name: str) -> Tensor:
     assert values.dtype in (torch.int8, torch.uint8)
     shape = [-1, *[1] * (values.dim() - 1)] if scale.dim() else []
     return (values.float() - zero.view(shape)) * scale.view(shape)
+
+
+def check_saved_and_exported(small: gc.CompressedModel, folder: Path) -> None:
+    """Compare a loaded folder with the model bit for bit, and an .onnx file with the model in onnxruntime."""
+    inputs = batches()[0][0]
+    expected = small(inputs)
+    small.save(folder / "folder")
+    assert torch.equal(gc.load(folder / "folder").eval()(inputs), expected)
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    small.export(folder / "model.onnx")
+    session = runtime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected.detach(), rtol=1e-5, atol=1e-5)

@@ -20,7 +20,7 @@ from graphcomp.quantization.quantizers.symmetric import SymmetricQuantizer
 from graphcomp.quantization.scale_clip import clip_levels, filter_groups, group_steps
 from graphcomp.training.optimizer import MethodOptimizer
 from tests.marks import in_ci
-from tests.methods.learning import Outer, Stop, batches, compress, loss
+from tests.methods.learning import Outer, Stop, batches, check_saved_and_exported, compress, loss
 
 W2A4: dict[str, Any] = {"bits": 2, "activation_bits": 4}
 
@@ -259,16 +259,7 @@ def test_what_was_asked_is_met_and_said():
 def test_what_is_saved_and_exported_computes_what_was_trained(tmp_path, method, norms):
     small = compress(method, model=deep(norms), **W2A4).eval()
     assert small.report.verified["trained == sliced"] < 1e-9 and small.report.verified["sliced == folded"] < 1e-6
-    inputs = batches()[0][0]
-    expected = small(inputs)
-    small.save(tmp_path / "folder")
-    assert torch.equal(gc.load(tmp_path / "folder").eval()(inputs), expected)
-    pytest.importorskip("onnx")
-    runtime = pytest.importorskip("onnxruntime")
-    small.export(tmp_path / "model.onnx")
-    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), expected.detach(), rtol=1e-5, atol=1e-5)
+    check_saved_and_exported(small, tmp_path)
 
 
 @pytest.mark.slow

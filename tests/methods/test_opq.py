@@ -20,7 +20,7 @@ from graphcomp.methods.qst.method import Qst
 from graphcomp.pruning.analytic import analytic_masks
 from graphcomp.training.elements import multiplied
 from graphcomp.training.optimizer import MethodOptimizer
-from tests.methods.learning import Outer, Stop, batches, compress, loss, net
+from tests.methods.learning import Outer, Stop, batches, check_saved_and_exported, compress, loss, net
 
 RANGE: dict[str, Any] = {"bits": (2, 8), "sparsity": 0.5}
 
@@ -175,16 +175,7 @@ def test_a_submodule_and_a_layer_that_is_left_out():
 def test_what_is_saved_and_exported_computes_what_was_trained(tmp_path, per):
     small = compress(Opq(per=per, mean_bits=4), activation_bits=None, **RANGE).eval()
     assert small.report.verified["trained == sliced"] < 1e-9 and small.report.verified["sliced == folded"] < 1e-6
-    inputs = batches()[0][0]
-    expected = small(inputs)
-    small.save(tmp_path / "folder")
-    assert torch.equal(gc.load(tmp_path / "folder").eval()(inputs), expected)
-    pytest.importorskip("onnx")
-    runtime = pytest.importorskip("onnxruntime")
-    small.export(tmp_path / "model.onnx")
-    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), expected.detach(), rtol=1e-5, atol=1e-5)
+    check_saved_and_exported(small, tmp_path)
 
 
 def test_the_codes_that_are_stored_are_those_of_training():

@@ -19,7 +19,7 @@ from graphcomp.methods.prune_ternary import PruneTernary, PruneTernaryRun, _part
 from graphcomp.quantization.quantizers.ternary import TernaryQuantizer
 from graphcomp.quantization.ternary_direction import cosines, directions
 from graphcomp.training.optimizer import MethodOptimizer
-from tests.methods.learning import Outer, Stop, batches, compress, loss
+from tests.methods.learning import Outer, Stop, batches, check_saved_and_exported, compress, loss
 from tests.methods.test_gdrq import Deep, deep
 
 FEW = ("layers.1.weight", "layers.2.weight", "layers.3.weight")
@@ -269,16 +269,7 @@ def test_6_5_what_is_saved_and_exported_computes_what_was_trained(tmp_path, norm
         t for n, t in small.module.state_dict().items() if n.endswith("_codes") and "layers_2" in n.replace(".", "_")
     ]
     assert packed[0].dtype == torch.uint8 and packed[0].numel() == 8 * 8 * 9 // 4  # four codes a byte
-    inputs = batches()[0][0]
-    expected = small(inputs)
-    small.save(tmp_path / "folder")
-    assert torch.equal(gc.load(tmp_path / "folder").eval()(inputs), expected)
-    pytest.importorskip("onnx")
-    runtime = pytest.importorskip("onnxruntime")
-    small.export(tmp_path / "model.onnx")
-    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), expected.detach(), rtol=1e-5, atol=1e-5)
+    check_saved_and_exported(small, tmp_path)
 
 
 @pytest.mark.slow

@@ -17,8 +17,15 @@ from graphcomp.errors import NothingToPrune, PlanError
 from graphcomp.methods.geta.joint_rule import Entry, Forgetting, Rule
 from graphcomp.methods.geta.quantizer_group import Bank
 from graphcomp.methods.geta.steering import Target
-from graphcomp.methods.geta.units import Units, check_by_module, frozen_note, makers, nothing_trainable, trainable
-from graphcomp.pruning.allocation import Budget, Normalize, units_to_remove
+from graphcomp.methods.geta.units import (
+    Units,
+    check_sparsity,
+    frozen_note,
+    makers,
+    nothing_trainable,
+    trainable,
+)
+from graphcomp.pruning.allocation import Budget, Normalize
 from graphcomp.pruning.saliency import Activation, Saliency, named
 from graphcomp.quantization.quantizers.geta import GetaQuantizer
 from graphcomp.quantization.sites import Site
@@ -62,10 +69,7 @@ class GetaRun(Run):
         if budget is not None:
             check_instance("budget", budget, Budget, "budget=graphcomp.Budget(macs=0.5)")
         sparsity = 0.5 if sparsity is None and budget is None else sparsity
-        if isinstance(sparsity, Mapping):
-            check_by_module(sparsity, budget)
-        elif sparsity is not None:
-            units_to_remove(sparsity, 0)  # says what is wrong with the number
+        check_sparsity(sparsity, budget)
         ranked = named(saliency) if isinstance(saliency, str) else saliency
         check_callable("saliency", ranked, 'saliency="geta"')
         _check_options(eta, xi, forgetting, sparsity != 0, max_quantizer_gradient, session)

@@ -255,6 +255,36 @@ def trainable(ready: Prepared, groups: Sequence[ChannelGroup]) -> tuple[ChannelG
     return tuple(g for g in groups if not any(m.is_parameter and m.name in frozen for m in g.members))
 
 
+def groups_to_prune(ready: Prepared, fix: str) -> tuple[ChannelGroup, ...]:
+    """Return the groups that may lose units.
+
+    Args:
+        fix: of the error where the module has no groups at all.
+
+    Raises:
+        NothingToPrune: there are none.
+    """
+    session = ready.session
+    if not session.groups:
+        raise NothingToPrune("nothing can be pruned", why=session.no_groups, fix=fix)
+    groups = trainable(ready, session.groups)
+    if not groups:
+        raise nothing_trainable()
+    return groups
+
+
+def check_sparsity(sparsity: float | Mapping[str, float] | None, budget: Budget | None) -> None:
+    """Refuse a share that is none, shares by module that are none, and shares by module beside a budget.
+
+    Raises:
+        PlanError: one of these.
+    """
+    if isinstance(sparsity, Mapping):
+        check_by_module(sparsity, budget)
+    elif sparsity is not None:
+        units_to_remove(sparsity, 0)  # says what is wrong with the number
+
+
 def check_by_module(sparsity: Mapping[str, float], budget: Budget | None) -> None:
     """Refuse shares that are none, and shares beside a budget.
 

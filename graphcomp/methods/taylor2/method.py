@@ -12,22 +12,26 @@ steps that are set anew at each change of bits. The paper's exact score and its 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
 from torch import nn, tensor
 
 from graphcomp.arguments import check_word, is_number, shown
-from graphcomp.errors import NothingToPrune, PlanError
+from graphcomp.errors import PlanError
 from graphcomp.methods.base import Goal, Method, Source, refuse
-from graphcomp.methods.geta.units import Units, check_by_module, frozen_note, nothing_trainable, trainable
+from graphcomp.methods.geta.units import (
+    Units,
+    check_sparsity,
+    frozen_note,
+    groups_to_prune,
+)
 from graphcomp.methods.takes import UNITS
 from graphcomp.methods.taylor2.bits import changes_at, levels_of
 from graphcomp.methods.taylor2.plan import Cost, Plan, rounds_at
 from graphcomp.methods.taylor2.run import Taylor2Run
 from graphcomp.methods.taylor2.scores import Score
-from graphcomp.pruning.allocation import units_to_remove
 from graphcomp.pruning.saliency import named
 from graphcomp.quantization.spec import ACTIVATIONS, QuantConfig, QuantSpec, check_bits
 from graphcomp.training.options import Training
@@ -175,15 +179,8 @@ class Taylor2(Method):
         """
         session = ready.session
         sparsity = SPARSITY if goal.sparsity is None and goal.budget is None else goal.sparsity
-        if isinstance(sparsity, Mapping):
-            check_by_module(sparsity, goal.budget)
-        elif sparsity is not None:
-            units_to_remove(sparsity, 0)  # says what is wrong with the number
-        if not session.groups:
-            raise NothingToPrune("nothing can be pruned", why=session.no_groups, fix="sparsity=0")
-        groups = trainable(ready, session.groups)
-        if not groups:
-            raise nothing_trainable()
+        check_sparsity(sparsity, goal.budget)
+        groups = groups_to_prune(ready, "sparsity=0")
         units = Units(session, groups, sparsity, named("taylor"), "none", goal.round_to, 1.0)
         masks = ready.kept()
         plan = Plan(

@@ -11,7 +11,7 @@ import torch
 import graphcomp as gc
 from graphcomp.methods.qst.method import Qst, QstRun
 from graphcomp.training.folder import read_metrics
-from tests.methods.learning import Outer, Stop, batches, compress
+from tests.methods.learning import Outer, Stop, check_saved_and_exported, compress
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.37, 0.9])
@@ -84,16 +84,7 @@ def test_what_is_saved_and_exported_computes_what_was_trained(tmp_path, per):
         codes = {s.layer: q.to_integers(parameters[s.parameter]).values for s, q in seen["run"].ready.quantizers()}
         for name, stored in small.quantized.lowered.weights.items():
             assert torch.equal(stored.values, next(own for layer, own in codes.items() if layer in name))
-    inputs = batches()[0][0]
-    expected = small(inputs)
-    small.save(tmp_path / "folder")
-    assert torch.equal(gc.load(tmp_path / "folder").eval()(inputs), expected)
-    pytest.importorskip("onnx")
-    runtime = pytest.importorskip("onnxruntime")
-    small.export(tmp_path / "model.onnx")
-    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), expected.detach(), rtol=1e-5, atol=1e-5)
+    check_saved_and_exported(small, tmp_path)
 
 
 @pytest.mark.slow
